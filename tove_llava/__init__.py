@@ -1,0 +1,63 @@
+"""ToVE as a drop-in vision tower for LLaVA.
+
+The public names below are imported on first use, so that ``import tove_llava`` (and with it the command line) stays
+quick. Importing the tower registers its configuration and model with transformers' Auto classes.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tove_llava.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
+    from tove_llava.experts import Expert, ExpertSpec, register_expert
+    from tove_llava.llava import (
+        ToveLlavaConfig,
+        ToveLlavaForConditionalGeneration,
+        build_model,
+        load_model,
+    )
+    from tove_llava.presets import load_preset
+    from tove_llava.tower import ToveVisionConfig, ToveVisionModel, ToveVisionOutput
+
+_HOMES = {
+    "tove_llava.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
+    "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
+    "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model", "load_model"),
+    "tove_llava.presets": ("load_preset",),
+    "tove_llava.tower": ("ToveVisionConfig", "ToveVisionModel", "ToveVisionOutput"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Expert",
+    "ExpertSpec",
+    "NonFiniteError",
+    "ToveError",
+    "ToveLlavaConfig",
+    "ToveLlavaForConditionalGeneration",
+    "ToveVisionConfig",
+    "ToveVisionModel",
+    "ToveVisionOutput",
+    "__version__",
+    "build_model",
+    "load_model",
+    "load_preset",
+    "register_expert",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'tove_llava' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # the next access finds it without this function
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
