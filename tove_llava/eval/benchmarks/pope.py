@@ -1,0 +1,126 @@
+"""POPE: does the model see objects that are not there? (Li et al. 2023, arXiv 2305.10355)
+
+The layout is LLaVA's: ``pope/llava_pope_test.jsonl`` (questions), ``pope/coco/coco_pope_<category>.json`` (labels, one
+JSON object a line, in the questions' order) and ``pope/val2014/`` (images). Parsing and scores follow LLaVA's
+``llava/eval/eval_pope.py``. The question file carries the whole prompt, with its request for a short answer.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.rows import Row, duplicated, pair, read_jsonl
+
+CATEGORIES = ("random", "popular", "adversarial")
+
+
+def parse_answer(text: str) -> str:
+    """ "no" if the words before the first full stop include ``No``, ``no`` or ``not``, else "yes".
+
+    Words are what lies between single spaces, and commas do not count: the official rule, with its quirks
+    (an empty answer is "yes", and so is "no" before a line break).
+    """
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
+
+
+def _rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Scores of (label, answer) pairs; "yes" is the positive class. An undefined ratio is 0."""
+    tp = pairs.count(("yes", "yes"))
+    fp = pairs.count(("no", "yes"))
+    tn = pairs.count(("no", "no"))
+    fn = pairs.count(("yes", "no"))
+    precision = tp / (tp + fp) if tp + fp else 0.0
+    recall = tp / (tp + fn) if tp + fn else 0.0
+    return {
+        "samples": len(pairs),
+        "TP": tp,
+        "FP": fp,
+        "TN": tn,
+        "FN": fn,
+        "accuracy": (tp + tn) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / (precision + recall) if precision + recall else 0.0,
+        "yes_ratio": (tp + fp) / len(pairs),
+    }
+
+
+@register_benchmark("pope")
+class Pope(Benchmark):
+    """Yes/no questions about objects in three categories of difficulty."""
+
+    max_new_tokens = 128
+
+    def question_file(self, root: Path) -> Path:
+        return root / "pope" / "llava_pope_test.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        images = root / "pope" / "val2014"
+        rows = read_jsonl(self.question_file(root), required=("question_id", "image", "text", "category"))
+        return [
+            Question(row["question_id"], row["text"], images / row["image"], {"category": row["category"]})
+            for row in rows
+        ]
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        # Labels belong to questions by position within a category: the two files number them differently.
+        questions = read_jsonl(self.question_file(root), required=("question_id", "category"))
+        truth: list[Row] = []
+        for category in dict.fromkeys(row["category"] for row in questions):
+            file = root / "pope" / "coco" / f"coco_pope_{category}.json"
+            labels = read_jsonl(file, required=("image", "label"))
+            asked = [row for row in questions if row["category"] == category]
+            if len(labels) != len(asked):
+                raise DataError(
+                    f"{file} has {len(labels)} labels, but {self.question_file(root)} asks {len(asked)} questions of "
+                    f"category {category!r}; both must come from the same release"
+                )
+            for question, label in zip(asked, labels, strict=True):
+                if question.get("image", label["image"]) != label["image"]:
+                    raise DataError(
+                        f"{file}: the label for {label['image']!r} stands where question {question['question_id']!r} "
+                        f"asks about {question['image']!r}; the files are in different orders"
+                    )
+                truth.append({**label, "question_id": question["question_id"], "category": category})
+        return truth
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        return read_jsonl(file, required=("question_id", "label", "category"))
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        for row in truth:
+            if row.get("label") not in ("yes", "no"):
+                raise DataError(
+                    f"question {row['question_id']!r}: the label must be yes or no, not {row.get('label')!r}"
+                )
+        if not truth:
+            raise DataError("the ground truth holds no questions")
+        unanswered: list[Any] = []
+
+        def judge(row: Mapping[str, Any], answer: str | None) -> tuple[str, str, str]:
+            if answer is None:  # an unanswered question stays in the count and is wrong
+                unanswered.append(row["question_id"])
+                return row["category"], row["label"], "no" if row["label"] == "yes" else "yes"
+            return row["category"], row["label"], parse_answer(answer)
+
+        judged = pair(truth, predictions, judge)
+        found = dict.fromkeys(category for category, _, _ in judged)
+        ordered = [name for name in CATEGORIES if name in found] + [name for name in found if name not in CATEGORIES]
+        scores = {
+            name: _rates([(label, answer) for category, label, answer in judged if category == name])
+            for name in ordered
+        }
+        keys = ("accuracy", "precision", "recall", "f1", "yes_ratio")
+        mean = {key: sum(rates[key] for rates in scores.values()) / len(scores) for key in keys}
+        rows = {
+            f"{name} {key}": (100 * rates[key], int(rates["samples"]))
+            for name, rates in scores.items()
+            for key in ("accuracy", "f1")
+        }
+        rows |= {f"mean {key}": (100 * value, len(truth)) for key, value in mean.items()}
+        extras: dict[str, Any] = {"mean_of_categories": mean}
+        extras |= {"unanswered": unanswered, "duplicated": duplicated(predictions)}
+        return Score(scores, len(truth), rows, extras)

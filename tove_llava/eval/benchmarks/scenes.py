@@ -1,0 +1,67 @@
+"""Held-out playground scenes: exact-match accuracy, overall and per question category.
+
+``val_questions.jsonl`` has ``question_id, image, text, answer, category``; images lie in ``images/`` beside
+it. Both are what ``tove-llava scenes`` writes.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.rows import Row, duplicated, pair, read_jsonl
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+@register_benchmark("scenes")
+class Scenes(Benchmark):
+    """Questions with one short right answer about generated scenes."""
+
+    max_new_tokens = 16
+
+    def question_file(self, root: Path) -> Path:
+        return root / "val_questions.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        rows = read_jsonl(self.question_file(root), required=("question_id", "image", "text", "category"))
+        return [
+            Question(row["question_id"], row["text"], self._image(root, row["image"]), {"category": row["category"]})
+            for row in rows
+        ]
+
+    @staticmethod
+    def _image(root: Path, name: str) -> Path:
+        return root / "images" / name
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(self.question_file(root))
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        return read_jsonl(file, required=("question_id", "answer", "category"))
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        if not truth:
+            raise DataError("the ground truth holds no questions")
+        unanswered: list[Any] = []
+
+        def judge(row: Mapping[str, Any], answer: str | None) -> tuple[str, bool]:
+            if answer is None:
+                unanswered.append(row["question_id"])
+                return row["category"], False
+            return row["category"], normalise(answer) == normalise(str(row["answer"]))
+
+        judged = pair(truth, predictions, judge)
+        scores: dict[str, Any] = {}
+        for category in sorted({name for name, _ in judged}):
+            marks = [right for name, right in judged if name == category]
+            scores[category] = {"accuracy": sum(marks) / len(marks), "samples": len(marks)}
+        overall = sum(right for _, right in judged) / len(judged)
+        rows = {name: (100 * entry["accuracy"], entry["samples"]) for name, entry in scores.items()}
+        rows["overall"] = (100 * overall, len(judged))
+        scores["overall"] = {"accuracy": overall, "samples": len(judged)}
+        return Score(scores, len(judged), rows, {"unanswered": unanswered, "duplicated": duplicated(predictions)})

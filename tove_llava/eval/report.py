@@ -1,0 +1,31 @@
+"""Tables of scores for the terminal."""
+
+from collections.abc import Mapping
+
+from tove_llava.eval.benchmarks import Score
+
+
+def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
+    """One row per category, one column per entry of ``columns`` (percent), and the number of questions.
+
+    All scores must be of one benchmark; a row that some column lacks shows a dash there.
+    """
+    labels = list(dict.fromkeys(label for score in columns.values() for label in score.rows))
+    header = [corner, *columns, "questions"]
+    lines = [header]
+    for label in labels:
+        cells = [score.rows.get(label) for score in columns.values()]
+        counts = {cell[1] for cell in cells if cell is not None}
+        shown = ["-" if cell is None else f"{cell[0]:.1f}" for cell in cells]
+        lines.append([label, *shown, "/".join(str(count) for count in sorted(counts))])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    table = [
+        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    table.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in table)
+
+
+def _align(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column == 0 else cell.rjust(width)
