@@ -1,0 +1,246 @@
+"""Presets: the parts of a model and the settings of its training stages, as data.
+
+A preset is a YAML file of this package or any YAML file in the same form. ``extends: NAME`` starts from another preset
+and replaces what the file gives (mappings are merged, lists and values replaced). Any key can be overridden with
+``key.path=value``; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from tove_llava.errors import ConfigError
+
+_HERE = Path(__file__).parent
+T = TypeVar("T")
+
+
+@dataclass
+class VisionPreset:
+    """The tower. Every key but ``clip`` and ``clip_config`` is the argument of the same name of ``ToveVisionConfig``."""
+
+    clip: str
+    clip_revision: str | None = None
+    clip_config: dict[str, Any] | None = None  # known architecture of a source that may be out of reach; else it is read
+    clip_layer: int = -2
+    image_size: int | None = None
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    fusion: str = "tove"
+    fusion_options: dict[str, Any] = field(default_factory=dict)
+    projection_dim: int | None = None
+    noisy_gating: bool = True
+    top_k: int | None = None
+    null_slot: bool = False
+    router_aux_loss_coef: float = 0.01
+
+
+@dataclass
+class LanguagePreset:
+    """The language model: ``source`` gives weights and tokenizer, ``config`` a known architecture for building without them."""
+
+    source: str
+    revision: str | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    image_token: str = "<image>"
+    tokenizer: str | None = None  # another source for the tokenizer alone
+    config: dict[str, Any] | None = None
+
+
+@dataclass
+class ProjectorPreset:
+    """The MLP between tower and language model (LLaVA's ``mlp2x_gelu``)."""
+
+    hidden_act: str = "gelu"
+    bias: bool = True
+
+
+@dataclass
+class LoraPreset:
+    """Low-rank adapters on the linear layers of the language model."""
+
+    r: int = 128
+    alpha: int = 256
+    dropout: float = 0.05
+    bias: str = "none"
+
+
+@dataclass
+class StagePreset:
+    """One training stage."""
+
+    train: str  # a registered freezing policy (tove_llava.train.stages)
+    template: str
+    image_aspect_ratio: str = "pad"
+    group_by_modality_length: bool = False
+    model_max_length: int = 2048
+    projector_learning_rate: float | None = None  # None: the stage's learning rate
+    tower_learning_rate: float | None = None
+    lora: LoraPreset | None = None
+    deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
+    arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+
+
+@dataclass
+class Preset:
+    """A whole preset; :func:`load_preset` reads and checks one."""
+
+    name: str
+    vision: VisionPreset
+    language: LanguagePreset
+    projector: ProjectorPreset
+    stages: dict[str, StagePreset]
+    description: str = ""
+
+    def stage(self, name: str) -> StagePreset:
+        """The settings of one stage.
+
+        Raises:
+            ConfigError: the preset has no such stage.
+        """
+        if name not in self.stages:
+            raise ConfigError(f"preset {self.name!r} has no stage {name!r}{_near(name, self.stages)}")
+        return self.stages[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for a run's record."""
+        return asdict(self)
+
+
+def preset_names() -> list[str]:
+    """The presets of this package."""
+    return sorted(path.stem for path in _HERE.glob("*.yaml"))
+
+
+def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> Preset:
+    """Reads a preset.
+
+    Args:
+        name_or_path: one of :func:`preset_names`, or the path of a ``.yaml`` file.
+        overrides: ``key.path=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: no such preset, an unknown key (near matches are named), or a value of the wrong type.
+    """
+    data = _read(name_or_path, seen=())
+    for override in overrides:
+        _override(data, override)
+    return _preset(data, name_or_path)
+
+
+def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if name_or_path not in preset_names():
+            raise ConfigError(f"unknown preset {name_or_path!r}{_near(name_or_path, preset_names())}; or give a .yaml file")
+        path = _HERE / f"{name_or_path}.yaml"
+    elif not path.is_file():
+        raise ConfigError(f"preset file {name_or_path} does not exist")
+    if str(path) in seen:
+        raise ConfigError(f"preset {name_or_path}: extends itself, by way of {' -> '.join(seen)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"preset {path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"preset {path}: expected a mapping of keys, got {type(data).__name__}")
+    base = data.pop("extends", None)
+    if base is None:
+        return {"name": path.stem, **data}
+    return _merge(_read(base, (*seen, str(path))), {"name": path.stem, **data})
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value, such as vision.top_k=2")
+    *parents, last = path.strip().split(".")
+    node: Any = data
+    for key in parents:
+        if isinstance(node, list):
+            named = {item["name"]: item for item in node if isinstance(item, dict) and "name" in item}
+            if key not in named:
+                raise ConfigError(f"override {override!r}: no entry named {key!r}{_near(key, named)}")
+            node = named[key]
+        else:
+            if node.get(key) is None:
+                node[key] = {}  # an unknown key is reported, with near matches, when the preset is checked
+            node = node[key]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _preset(data: dict[str, Any], where: str) -> Preset:
+    stages = data.get("stages", {})
+    if not isinstance(stages, dict):
+        raise ConfigError(f"preset {where}: stages must be a mapping from stage name to settings")
+    built: dict[str, StagePreset] = {}
+    for name, settings in stages.items():
+        place = f"preset {where}: stages.{name}"
+        settings = dict(_mapping(settings, place))
+        if settings.get("lora") is not None:
+            settings["lora"] = _build(LoraPreset, settings["lora"], f"{place}.lora")
+        built[name] = _build(StagePreset, settings, place)
+    parts = {
+        "vision": _build(VisionPreset, data.get("vision"), f"preset {where}: vision"),
+        "language": _build(LanguagePreset, data.get("language"), f"preset {where}: language"),
+        "projector": _build(ProjectorPreset, data.get("projector", {}), f"preset {where}: projector"),
+        "stages": built,
+    }
+    return _build(Preset, {**data, **parts}, f"preset {where}")
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: expected a mapping of keys, got {value!r}")
+    return value
+
+
+def _build(cls: type[T], value: Any, where: str) -> T:
+    value = _mapping(value, where)
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    for key, given in value.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{_near(str(key), known)}")
+        _check_type(known[key].type, given, f"{where}.{key}")
+    try:
+        return cls(**value)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {str(error).partition('__init__() ')[2] or error}") from error
+
+
+def _check_type(annotation: Any, value: Any, where: str) -> None:
+    """Checks the scalar types; YAML reads ``1e-3`` (no dot) as a string, which must not pass for a number."""
+    if annotation in (float, float | None) and not (
+        (value is None and annotation != float) or (isinstance(value, int | float) and not isinstance(value, bool))
+    ):
+        raise ConfigError(f"{where}: expected a number, got {value!r} (YAML wants a dot in 1.0e-3)")
+    for kind in (int, str, bool):
+        if annotation in (kind, kind | None) and not (
+            (value is None and annotation != kind)
+            or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
+        ):
+            raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f". Did you mean {near[0]!r}?" if near else "."
+    return f"{hint} Known: {', '.join(known)}"

@@ -1,0 +1,1 @@
+"""Training: a stage's settings, what it trains, the trainer, and the run that puts them together."""

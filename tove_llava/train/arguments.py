@@ -1,0 +1,243 @@
+"""A run's settings: a preset's stage, overridden by command-line flags.
+
+``transformers.TrainingArguments`` is not built here but by :meth:`Settings.training_arguments`, because building it starts
+DeepSpeed's configuration, and under ZeRO-3 with bf16 the model has to exist before that.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from tove_llava.errors import ConfigError
+from tove_llava.presets import LoraPreset, Preset, StagePreset, load_preset
+
+CONFIG_FOLDER = Path(__file__).parent / "deepspeed"
+
+# Settings that change neither the data nor the weights: a run may be continued with other values of them.
+OPERATIONAL = frozenset(
+    {
+        "output_dir", "logging_steps", "logging_dir", "logging_first_step", "logging_strategy", "save_steps", "report_to",
+        "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory",
+        "dataloader_prefetch_factor", "dataloader_persistent_workers", "run_name", "log_level", "log_level_replica",
+        "ddp_timeout", "project", "include_num_input_tokens_seen",
+    }
+)  # fmt: skip
+
+
+@dataclass
+class RunArguments:
+    """The flags that are not ``transformers.TrainingArguments``; ``None`` keeps the preset's value."""
+
+    preset: str = field(default="tiny", metadata={"help": "name of a preset or path of a .yaml file"})
+    stage: str = field(default="pretrain", metadata={"help": "stage of the preset"})
+    data_path: str | None = field(default=None, metadata={"help": "LLaVA records, .json or .jsonl"})
+    image_folder: str | None = field(default=None, metadata={"help": "folder that the records' image paths are relative to"})
+    pretrained: str | None = field(default=None, metadata={"help": "folder of the stage that this one starts from"})
+    template: str | None = field(default=None, metadata={"help": "conversation template"})
+    image_aspect_ratio: str | None = field(default=None, metadata={"help": "'square' or 'pad'"})
+    group_by_modality_length: bool | None = field(default=None, metadata={"help": "group records by modality and length"})
+    model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
+    tower_learning_rate: float | None = field(default=None, metadata={"help": "of the tower's gate and projections alone"})
+    lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
+    lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
+    self_contained: bool = field(default=False, metadata={"help": "save frozen parts by value instead of by reference"})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run is told."""
+
+    preset: Preset
+    stage_name: str
+    stage: StagePreset
+    data_path: Path
+    image_folder: Path
+    output_dir: Path
+    pretrained: Path | None
+    self_contained: bool
+    training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
+
+    def training_arguments(self) -> TrainingArguments:
+        """Builds ``TrainingArguments``; call it after the model exists.
+
+        Raises:
+            ConfigError: a value is refused by transformers.
+        """
+        on_cpu = bool(self.training.get("use_cpu")) or not _has_accelerator()
+        fixed = {
+            "remove_unused_columns": False,
+            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead of being averaged away
+            "gradient_checkpointing_kwargs": {"use_reentrant": False},
+            "ddp_find_unused_parameters": True,  # a text-only step leaves the tower unused
+            "use_cpu": on_cpu,
+            "dataloader_pin_memory": not on_cpu,
+        }
+        deepspeed = resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
+        given = {key: value for key, value in self.training.items() if key != "deepspeed"}
+        try:
+            return TrainingArguments(**{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": deepspeed})
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"training arguments: {error}") from error
+
+    def record(self) -> dict[str, Any]:
+        """What decides the outcome of the run, as flat plain data: two runs with equal records may continue each other."""
+        preset = self.preset.to_dict()
+        stage = dataclasses.asdict(self.stage)
+        arguments = {**stage.pop("arguments"), **self.training}
+        parts = {
+            "preset": preset["name"],
+            "stage": self.stage_name,
+            "vision": preset["vision"],
+            "language": preset["language"],
+            "projector": preset["projector"],
+            "settings": stage,
+            "arguments": {key: value for key, value in arguments.items() if key not in OPERATIONAL},
+            "data_path": str(self.data_path.resolve()),
+            "data_bytes": self.data_path.stat().st_size,
+            "image_folder": str(self.image_folder.resolve()),
+            "pretrained": str(self.pretrained.resolve()) if self.pretrained else None,
+        }
+        return dict(_flatten(parts))
+
+
+class Parser(HfArgumentParser):
+    """Refuses abbreviations, and turns argparse's exits into :class:`ConfigError` with near matches."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            [RunArguments, TrainingArguments],
+            prog="tove-llava train",
+            usage="tove-llava train [--preset NAME] [--stage NAME] [--set key.path=value] [any TrainingArguments flag]",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        self.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override a preset's key")
+        for action in self._actions:
+            if action.dest not in ("set", "help"):
+                action.default = argparse.SUPPRESS  # so that what is parsed is what was given
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+    def given(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The flags that ``argv`` gives, converted to their types."""
+        known, unknown = self.parse_known_args(list(argv))
+        if unknown:
+            name = unknown[0].partition("=")[0]
+            raise ConfigError(f"unknown flag {name!r}{near_flag(name, self._option_string_actions)}")
+        return vars(known)
+
+
+def near_flag(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, where one is near."""
+    close = difflib.get_close_matches(name.replace("-", "_"), [k.replace("-", "_") for k in known], n=1)
+    near = next((k for k in known if close and k.replace("-", "_") == close[0]), None)
+    return f". Did you mean {near!r}?" if near else ". 'tove-llava train --help' lists all flags"
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """Reads the command line of a run.
+
+    Raises:
+        ConfigError: an unknown flag, preset, stage or key, or a missing setting.
+    """
+    given = Parser().given(argv)
+    run_fields = {f.name for f in dataclasses.fields(RunArguments)}
+    run = RunArguments(**{key: value for key, value in given.items() if key in run_fields})
+    preset = load_preset(run.preset, given["set"])
+    stage = _override_stage(preset.stage(run.stage), run)
+
+    known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    for key in stage.arguments:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"preset {run.preset}: stages.{run.stage}.arguments: unknown key {key!r}.{hint}")
+    training = {**stage.arguments, **{k: v for k, v in given.items() if k not in run_fields and k != "set"}}
+    if run.data_path is None or run.image_folder is None:
+        raise ConfigError("--data_path and --image_folder are needed: LLaVA records and the folder of their images")
+    if not training.get("output_dir"):
+        raise ConfigError("--output_dir is needed: the folder that the run writes")
+    return Settings(
+        preset=preset,
+        stage_name=run.stage,
+        stage=stage,
+        data_path=_existing(run.data_path, "--data_path"),
+        image_folder=_existing(run.image_folder, "--image_folder"),
+        output_dir=Path(training.pop("output_dir")),
+        pretrained=_existing(run.pretrained, "--pretrained") if run.pretrained else None,
+        self_contained=run.self_contained,
+        training=training,
+    )
+
+
+def resolve_deepspeed(name: str | None) -> str | None:
+    """The path of a DeepSpeed configuration, or None where the run does not use DeepSpeed.
+
+    Args:
+        name: a file's stem in ``tove_llava/train/deepspeed``, a path, or ``none``. It applies to processes that a
+            launcher started; a process on its own trains without DeepSpeed.
+
+    Raises:
+        ConfigError: no such configuration, or DeepSpeed is not installed.
+    """
+    if name is None or name.lower() == "none" or "WORLD_SIZE" not in os.environ:
+        return None
+    path = Path(name)
+    if path.suffix != ".json":
+        names = sorted(p.stem for p in CONFIG_FOLDER.glob("*.json"))
+        if name not in names:
+            raise ConfigError(f"unknown DeepSpeed configuration {name!r}; known: {', '.join(names)}, none, or a .json file")
+        path = CONFIG_FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ConfigError(f"DeepSpeed configuration {path} does not exist")
+    try:
+        import deepspeed  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(
+            "DeepSpeed is not installed: pip install deepspeed, or train without it by --deepspeed none"
+        ) from error
+    return str(path)
+
+
+def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
+    names = ("template", "image_aspect_ratio", "group_by_modality_length", "model_max_length")
+    names += ("projector_learning_rate", "tower_learning_rate")
+    changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
+    lora = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
+    lora = {key: value for key, value in lora.items() if value is not None}
+    if lora:
+        if stage.lora is None:
+            raise ConfigError(f"--lora_{next(iter(lora))}: stage {run.stage!r} trains without LoRA")
+        changes["lora"] = dataclasses.replace(stage.lora or LoraPreset(), **lora)
+    return dataclasses.replace(stage, **changes)
+
+
+def _existing(path: str, flag: str) -> Path:
+    if not Path(path).exists():
+        hint = " (playground scenes: tove-llava scenes --out playground/data/scenes --train 6000 --val 500 --seed 0)"
+        raise ConfigError(f"{flag} {path} does not exist{hint if 'playground' in path else ''}")
+    return Path(path)
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
