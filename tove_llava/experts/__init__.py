@@ -1,0 +1,16 @@
+"""Vision experts: one small file each, one contract, run together by the hub."""
+
+from tove_llava.experts.base import EXPERTS, Expert, build_expert, complete_specs, register_expert
+from tove_llava.experts.hub import ExpertHub, HubOutput
+from tove_llava.experts.spec import ExpertSpec
+
+__all__ = [
+    "EXPERTS",
+    "Expert",
+    "ExpertHub",
+    "ExpertSpec",
+    "HubOutput",
+    "build_expert",
+    "complete_specs",
+    "register_expert",
+]

@@ -1,0 +1,273 @@
+"""The contract of an expert: it owns its source, input size and normalisation, and returns a feature map.
+
+A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, such as ``TimmExpert``) under
+``@register_expert``. The base resizes, normalises, freezes and checks.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts.spec import ExpertSpec
+from tove_llava.registry import Registry
+from tove_llava.sources import Source
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+# name -> {source scheme -> class}: one expert can be read from several libraries
+EXPERTS: Registry[dict[str, type["Expert"]]] = Registry("expert", "tove_llava.experts")
+_families: dict[str, dict[str, type["Expert"]]] = {}
+
+E = TypeVar("E", bound="type[Expert]")
+
+
+def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
+    """Class decorator: the expert ``name``, read from sources of ``schemes`` (default: that of its default source)."""
+
+    def add(cls: E) -> E:
+        if name not in _families:
+            _families[name] = EXPERTS.register(name)({})
+        for scheme in schemes or (Source.parse(cls.default_source).scheme,):
+            if scheme in _families[name]:
+                raise ConfigError(f"expert {name!r} is registered twice for {scheme}: sources")
+            _families[name][scheme] = cls
+        return cls
+
+    return add
+
+
+class Expert(nn.Module, ABC):
+    """A frozen, pre-trained network that turns an image into a feature map.
+
+    Until :meth:`load` there are no weights; ``spec.width`` and ``spec.grid`` are known all the same, from the spec or
+    else from the source's configuration. After it the expert is in eval mode for good, without gradients, and runs
+    without autograd (``no_grad``: tensors made in inference mode could not be saved for the trainable parts' backward).
+
+    Subclasses set the class attributes and write :meth:`build` and :meth:`features`, and :meth:`configure` where the
+    normalisation or the input size has to be read from the source.
+    """
+
+    default_source: ClassVar[str] = ""
+    default_image_size: ClassVar[int | None] = None
+    option_names: ClassVar[tuple[str, ...]] = ()  # the keys of spec.options that the class understands
+    modes: ClassVar[tuple[str, ...]] = ("features",)
+
+    mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+
+    def __init__(self, spec: ExpertSpec, base_dir: str | Path | None = None) -> None:
+        """Reads configuration only. ``base_dir`` anchors a source that is relative to a checkpoint.
+
+        Raises:
+            ConfigError: an option or a mode that the expert does not know, or a source it cannot read.
+        """
+        super().__init__()
+        if not spec.source:
+            spec = spec.replace(source=self.default_source)
+        if spec.image_size is None and self.default_image_size is not None:
+            spec = spec.replace(image_size=self.default_image_size)
+        for key in spec.options:
+            if key not in self.option_names:
+                raise ConfigError(
+                    f"expert {spec.name!r}: unknown option {key!r}. "
+                    f"{spec.expert!r} knows: {', '.join(self.option_names) or 'none'}"
+                )
+        if spec.mode not in self.modes:
+            raise ConfigError(f"expert {spec.name!r}: {spec.expert!r} has no mode {spec.mode!r}, only {self.modes}")
+        self.spec = spec
+        self.source = Source.parse(spec.source).resolve(base_dir)
+        self.backbone: nn.Module | None = None
+        self._dtype, self._device = torch.get_default_dtype(), torch.device("cpu")
+        if not spec.is_complete:
+            self.spec = self.describe()
+
+    # -- what a subclass writes -------------------------------------------------------------------------------------
+
+    def configure(self) -> int | None:
+        """Reads mean, std and interpolation from the source's configuration; returns its own image size, if any."""
+        return None
+
+    @abstractmethod
+    def build(self, pretrained: bool) -> nn.Module:
+        """The network for ``self.image_size``: with the source's weights, or empty (under the meta device)."""
+
+    @abstractmethod
+    def features(self, pixels: Tensor) -> Tensor:
+        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]."""
+
+    def save_backbone(self, folder: Path) -> Source:
+        """Writes the loaded network to ``folder`` (safetensors) and returns the source that reads it there."""
+        raise CheckpointError(f"expert {self.name!r} cannot be saved by value; keep it by reference")
+
+    # -- what callers use -------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def image_size(self) -> int:
+        if self.spec.image_size is None:
+            raise ConfigError(f"expert {self.name!r}: the source names no input size; set image_size")
+        return self.spec.image_size
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.backbone is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def describe(self) -> ExpertSpec:
+        """The spec with image size, width and grid filled in, from the source's configuration alone (meta device)."""
+        self._read_configuration()
+        twin = self.meta_twin()
+        with torch.no_grad():
+            out = twin.features(torch.empty(1, 3, self.image_size, self.image_size, device="meta"))
+        return self.spec.replace(width=out.shape[1], grid=(out.shape[2], out.shape[3]))
+
+    def meta_twin(self) -> "Expert":
+        """The same expert with an empty network on the meta device: shapes, parameters and FLOPs without weights."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin._modules = {}
+        twin._read_configuration()
+        with torch.device("meta"):
+            twin.backbone = twin.build(pretrained=False).to("meta").eval().requires_grad_(False)
+        return twin
+
+    def load(self) -> None:
+        """Builds the network and loads its weights; does nothing when it is loaded already.
+
+        Raises:
+            CheckpointError: the weights are missing, incomplete or not plain tensors.
+            ConfigError: the source's shape is not the recorded one.
+        """
+        if self.is_loaded:
+            return
+        if self.source.path is not None:
+            self.source.require()
+        self._read_configuration()
+        backbone = self.build(pretrained=True)
+        left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
+        if left:
+            raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
+        self.backbone = backbone.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+
+    def unload(self) -> None:
+        """Frees the weights; :meth:`load` brings them back."""
+        self.backbone = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """[B,3,H,W] in 0..1 (any float dtype, any size) -> [B,width,*grid] in the expert's dtype, without autograd.
+
+        Raises:
+            CheckpointError: the expert is not loaded.
+        """
+        if self.backbone is None:
+            raise CheckpointError(f"expert {self.name!r} has no weights yet; call load() (source: {self.source})")
+        with torch.no_grad():
+            out = self.features(self.condition(pixels))
+        expected = (pixels.shape[0], self.spec.width, *self.spec.grid)
+        if tuple(out.shape) != expected:
+            raise ConfigError(
+                f"expert {self.name!r}: {self.source} gives {tuple(out.shape)} where {expected} is recorded; "
+                "the source is another model than the one this tower was built for"
+            )
+        return out
+
+    def condition(self, pixels: Tensor) -> Tensor:
+        """Resizes to the expert's size and normalises: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype."""
+        x = pixels.float()  # antialiased interpolation has no bf16 kernel on the CPU, and resizing wants the precision
+        size = (self.image_size, self.image_size)
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True).clamp(0, 1)
+        mean = x.new_tensor(self.mean).view(1, 3, 1, 1)
+        std = x.new_tensor(self.std).view(1, 3, 1, 1)
+        return ((x - mean) / std).to(self.dtype)
+
+    def save(self, folder: str | Path) -> Source:
+        """Writes the loaded weights to ``folder`` and returns the source that reads them from there."""
+        if not self.is_loaded:
+            raise CheckpointError(f"expert {self.name!r} is not loaded; call load() before saving it by value")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        return self.save_backbone(folder)
+
+    def train(self, mode: bool = True) -> "Expert":
+        """Stays in eval mode: batch statistics and dropout of a frozen network never change."""
+        return super().train(False)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Expert":
+        """Stays frozen."""
+        return super().requires_grad_(False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Expert":
+        super()._apply(fn, recurse)
+        probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))  # so that a later load() lands there too
+        self._dtype, self._device = probe.dtype, probe.device
+        return self
+
+    def _read_configuration(self) -> None:
+        own_size = self.configure()
+        if self.spec.image_size is None and own_size is not None:
+            self.spec = self.spec.replace(image_size=own_size)
+
+    def option(self, key: str, default: Any = None) -> Any:
+        """The value of one of ``option_names`` in the spec."""
+        return self.spec.options.get(key, default)
+
+
+def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | Path | None = None) -> Expert:
+    """The expert that a spec names, without weights.
+
+    Raises:
+        ConfigError: unknown expert, unknown key or option, or a source scheme that the expert cannot be read from.
+    """
+    spec = ExpertSpec.from_dict(spec)
+    family = EXPERTS.get(spec.expert)
+    if not spec.source:
+        return next(iter(family.values()))(spec, base_dir)
+    scheme = Source.parse(spec.source).scheme
+    if scheme not in family:
+        raise ConfigError(
+            f"expert {spec.name!r}: {spec.expert!r} cannot be read from {spec.source!r}, "
+            f"only from sources that begin with {', '.join(s + ':' for s in family)}"
+        )
+    return family[scheme](spec, base_dir)
+
+
+def complete_specs(entries: list[Any], base_dir: str | Path | None = None) -> list[ExpertSpec]:
+    """Specs with source, image size, width and grid filled in, as a config records them.
+
+    Raises:
+        ConfigError: an entry is wrong, two entries share a name, or a source's configuration cannot be read.
+    """
+    specs = []
+    for entry in entries:
+        expert = build_expert(entry, base_dir)
+        spec = expert.spec
+        specs.append(spec if base_dir else spec.replace(source=str(Source.parse(spec.source).absolute())))
+    check_names(specs)
+    return specs
+
+
+def check_names(specs: list[ExpertSpec]) -> None:
+    """Raises ConfigError when two specs share a name."""
+    names = [spec.name for spec in specs]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ConfigError(f"two experts are called {sorted(twice)[0]!r}; give each its own name")

@@ -1,0 +1,147 @@
+"""All experts of a tower: built in order, run in order, frozen."""
+
+import shutil
+import warnings
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.experts.base import Expert, build_expert, check_names
+from tove_llava.experts.spec import ExpertSpec
+
+
+@dataclass
+class HubOutput:
+    """What the experts saw.
+
+    Attributes:
+        features: name -> [B,d_k,h_k,w_k], every value finite.
+        valid: name -> [B] bool, False where an expert's output was not finite and has been zeroed: the gate has to
+            mask that expert for that image.
+    """
+
+    features: dict[str, Tensor]
+    valid: dict[str, Tensor]
+
+
+class ExpertHub(nn.Module):
+    """Runs the experts that a list of specs names.
+
+    Args:
+        specs: ExpertSpecs or their dicts; recorded width and grid are trusted until the weights are loaded.
+        base_dir: the checkpoint folder that relative sources (``hf:./experts/depth``) belong to.
+
+    Raises:
+        ConfigError: an entry is wrong or two experts share a name.
+    """
+
+    def __init__(self, specs: Iterable[ExpertSpec | dict[str, Any]], base_dir: str | Path | None = None) -> None:
+        super().__init__()
+        parsed = [ExpertSpec.from_dict(spec) for spec in specs]
+        check_names(parsed)
+        self.experts = nn.ModuleDict({spec.name: build_expert(spec, base_dir) for spec in parsed})
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.experts)
+
+    @property
+    def specs(self) -> list[ExpertSpec]:
+        """Completed specs in order."""
+        return [expert.spec for expert in self._all()]
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.experts
+
+    def __getitem__(self, name: str) -> Expert:
+        if name not in self.experts:
+            raise ConfigError(f"the tower has no expert {name!r}; it has: {', '.join(self.names) or 'none'}")
+        expert = self.experts[name]
+        assert isinstance(expert, Expert)
+        return expert
+
+    def _all(self, names: Iterable[str] | None = None) -> list[Expert]:
+        return [self[name] for name in (self.names if names is None else names)]
+
+    def is_loaded(self, names: Iterable[str] | None = None) -> bool:
+        return all(expert.is_loaded for expert in self._all(names))
+
+    def load(self, names: Iterable[str] | None = None) -> None:
+        """Loads the weights of the named experts, or of all; those that are loaded stay as they are."""
+        for expert in self._all(names):
+            expert.load()
+
+    def unload(self, names: Iterable[str] | None = None) -> None:
+        """Frees the weights of the named experts, or of all."""
+        for expert in self._all(names):
+            expert.unload()
+
+    def run(self, pixels: Tensor, skip: Collection[str] = (), strict: bool = False) -> HubOutput:
+        """Runs every expert but those in ``skip``, in order.
+
+        Args:
+            pixels: [B,3,H,W] in 0..1.
+            skip: detached experts; nothing of them is computed and they are absent from the result.
+            strict: raise on a non-finite output (training) instead of dropping the expert for that image (inference).
+
+        Raises:
+            NonFiniteError: ``strict``, and an expert returned NaN or infinity; the message names it.
+            CheckpointError: an expert that has to run is not loaded.
+        """
+        for name in skip:
+            self[name]  # a typo must not pass as "nothing to skip"
+        features = {expert.name: expert(pixels) for expert in self._all() if expert.name not in skip}
+        valid = {name: torch.isfinite(x).flatten(1).all(1) for name, x in features.items()}  # [B]
+        # One synchronisation with the device for all experts together.
+        if valid and not bool(torch.stack(list(valid.values())).all()):
+            for name, ok in valid.items():
+                if not bool(ok.all()):
+                    features[name] = self._drop(name, features[name], ok, strict)
+        return HubOutput(features, valid)
+
+    def _drop(self, name: str, x: Tensor, ok: Tensor, strict: bool) -> Tensor:
+        images = (~ok).nonzero().flatten().tolist()
+        message = f"expert {name!r} returned non-finite values for image(s) {images} of the batch"
+        if strict:
+            raise NonFiniteError(
+                f"{message}; check that image and the expert's dtype ({x.dtype}; fp16 overflows where bf16 does not), "
+                "or detach the expert"
+            )
+        warnings.warn(f"{message}; it is left out for these images", RuntimeWarning, stacklevel=3)
+        return torch.where(ok.view(-1, 1, 1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of each loaded expert."""
+        return {e.name: sum(p.numel() for p in e.parameters()) for e in self._all() if e.is_loaded}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes that the weights of each loaded expert hold."""
+        return {
+            e.name: sum(t.numel() * t.element_size() for t in (*e.parameters(), *e.buffers()))
+            for e in self._all()
+            if e.is_loaded
+        }
+
+    def save(self, folder: str | Path, prefix: str = "experts") -> list[ExpertSpec]:
+        """Writes each expert to ``folder/prefix/<name>`` and returns specs whose sources point there (``./...``).
+
+        Raises:
+            CheckpointError: an expert is not loaded.
+        """
+        folder, specs = Path(folder), []
+        for expert in self._all():
+            target = folder / prefix / expert.name
+            if target.exists():
+                shutil.rmtree(target)  # never a mixture of two experts' files
+            source = expert.save(target)
+            path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
+            specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
+        return specs

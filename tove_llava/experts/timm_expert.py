@@ -1,0 +1,87 @@
+"""Token encoders from timm: one base for every model with ``forward_intermediates``."""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+from torch import Tensor, nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.experts.base import Expert
+from tove_llava.sources import Source
+
+INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
+
+
+class TimmExpert(Expert):
+    """Patch tokens of one block of a timm model.
+
+    Options:
+        layer: the block whose tokens are returned, counted as in a list (-1 is the last); later blocks are not run.
+        norm: apply the model's final norm to them (default: only after the last block).
+    """
+
+    option_names = ("layer", "norm")
+    build_at_image_size: ClassVar[bool] = True  # False for models that take other sizes than they were built for
+
+    @property
+    def _model_name(self) -> str:
+        path = self.source.path
+        return f"local-dir:{path}" if path is not None else self.source.target
+
+    def configure(self) -> int:
+        config, args = _read_config(self.source)
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.interpolation = INTERPOLATIONS.get(config.get("interpolation", "bicubic"), "bicubic")
+        size = args.get("img_size") or config["input_size"][-1]
+        return size[0] if isinstance(size, (list, tuple)) else size
+
+    def build(self, pretrained: bool) -> nn.Module:
+        size = {"img_size": self.image_size} if self.build_at_image_size else {}
+        # With the head it was saved with, timm loads strictly; only then is the head taken off.
+        model = timm.create_model(self._model_name, pretrained=pretrained, **size)
+        model.reset_classifier(0)
+        return model
+
+    def features(self, pixels: Tensor) -> Tensor:
+        layer, depth = self.option("layer", -1), len(self.backbone.feature_info)
+        is_last = layer in (-1, depth - 1)
+        [tokens] = self.backbone.forward_intermediates(
+            pixels,
+            indices=[_block(layer, depth, self.name)],
+            norm=self.option("norm", is_last),
+            output_fmt="NCHW",
+            intermediates_only=True,
+            stop_early=True,
+        )
+        return tokens
+
+    def save_backbone(self, folder: Path) -> Source:
+        timm.models.save_for_hf(self.backbone, str(folder), safe_serialization=True)
+        return self.source.at(folder)
+
+
+def _block(layer: int, depth: int, name: str) -> int:
+    if not isinstance(layer, int) or not -depth <= layer < depth:
+        raise ConfigError(f"expert {name!r}: option layer={layer!r} must be from {-depth} to {depth - 1}")
+    return layer % depth
+
+
+def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """timm's preprocessing configuration and model arguments of a source."""
+    if source.path is not None:
+        source.require()
+        try:
+            config, _, args = timm.models.load_model_config_from_path(source.path)
+        except FileNotFoundError as error:
+            raise ConfigError(f"source {source}: {error}; timm's save_for_hf writes it") from error
+        return config, args or {}
+    try:
+        config = timm.models.get_pretrained_cfg(source.target)
+    except RuntimeError as error:
+        raise ConfigError(f"source {source}: {error}") from error
+    if config is None or not timm.is_model(source.target):
+        raise ConfigError(f"source {source}: timm {timm.__version__} has no such model or tag; see timm.list_pretrained()")
+    return config.to_dict(), {}
+
+
