@@ -1,0 +1,44 @@
+"""Data: LLaVA records, conversation templates, tokens and labels, pictures, batches, sampling."""
+
+from tove_llava.data.collator import LlavaCollator
+from tove_llava.data.dataset import DataReport, LlavaDataset
+from tove_llava.data.images import ImageTransform, open_image, to_rgb
+from tove_llava.data.records import Record, load_records, parse_record, read_records
+from tove_llava.data.sampler import LengthGroupedSampler
+from tove_llava.data.templates import Template, Turn, get_template, template_names
+from tove_llava.data.tokenization import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Encoded,
+    encode_prompt,
+    encode_record,
+    encode_turns,
+)
+from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, load_tokenizer, tokenizer_from_sentencepiece
+
+__all__ = [
+    "IGNORE_INDEX",
+    "IMAGE_PLACEHOLDER",
+    "IMAGE_TOKEN_INDEX",
+    "DataReport",
+    "Encoded",
+    "ImageTransform",
+    "LengthGroupedSampler",
+    "LlavaCollator",
+    "LlavaDataset",
+    "Record",
+    "Template",
+    "Turn",
+    "encode_prompt",
+    "encode_record",
+    "encode_turns",
+    "get_template",
+    "load_records",
+    "load_tokenizer",
+    "open_image",
+    "parse_record",
+    "read_records",
+    "template_names",
+    "to_rgb",
+    "tokenizer_from_sentencepiece",
+]

@@ -1,0 +1,70 @@
+"""Batches: images expanded, rows padded to the longest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tove_llava.data.dataset import Example
+from tove_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from tove_llava.errors import ConfigError, DataError
+
+
+@dataclass
+class LlavaCollator:
+    """Makes a batch of examples.
+
+    Args:
+        pad_token_id: fills rows on the right. Attention comes from the lengths, so any id will do.
+        image_token_id: the language model's id of one image position.
+        num_image_tokens: positions that each image takes.
+        multiple_of: round the width up to a multiple (8 or 64 for tensor cores); None pads no further than needed.
+
+    Returns (from a call):
+        ``input_ids`` int64 [B, L], ``attention_mask`` int64 [B, L], ``labels`` int64 [B, L] with -100 on padding and
+        images, and, if there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of
+        their placeholders.
+    """
+
+    pad_token_id: int
+    image_token_id: int
+    num_image_tokens: int
+    multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_image_tokens < 1:
+            raise ConfigError(f"num_image_tokens must be positive, not {self.num_image_tokens}")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise ConfigError(f"multiple_of must be positive, not {self.multiple_of}")
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        rows = [self._expand(example) for example in examples]
+        width = max(len(ids) for ids, _ in rows)
+        if self.multiple_of:
+            width = -(-width // self.multiple_of) * self.multiple_of
+        shape = (len(rows), width)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
+        }
+        for row, (ids, labels) in enumerate(rows):
+            batch["input_ids"][row, : len(ids)] = ids
+            batch["attention_mask"][row, : len(ids)] = 1
+            batch["labels"][row, : len(ids)] = labels
+        pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]
+        return batch
+
+    def _expand(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, labels, pixels = example["input_ids"], example["labels"], example["pixel_values"]
+        is_image = ids == IMAGE_TOKEN_INDEX
+        found, given = int(is_image.sum()), 0 if pixels is None else len(pixels)
+        if found != given:
+            raise DataError(f"an example has {found} image placeholders and {given} images; they must be as many")
+        if bool((ids[~is_image] == self.image_token_id).any()):
+            raise DataError(f"an example's text contains the image token's id {self.image_token_id}")
+        repeats = torch.where(is_image, self.num_image_tokens, 1)
+        ids = torch.where(is_image, self.image_token_id, ids).repeat_interleave(repeats)
+        return ids, torch.where(is_image, IGNORE_INDEX, labels).repeat_interleave(repeats)

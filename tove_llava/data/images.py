@@ -1,0 +1,225 @@
+"""Opening pictures (untrusted files) and turning them into the vision tower's input."""
+
+import math
+import os
+import stat
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import CLIPImageProcessorPil
+
+from tove_llava.errors import ConfigError, DataError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+AspectRatio = Literal["square", "pad"]
+
+#: pictures with more pixels are refused; Pillow's own limit for its warning
+MAX_PIXELS = 89_478_485
+
+# Readers of photographs. Pillow's other readers include interpreters of whole languages (EPS).
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+
+
+def resolve_image(folder: str | Path, name: str, allow_links: bool = False) -> Path:
+    """The file of an image, which must lie inside the image folder.
+
+    Args:
+        folder: the image folder; it may itself be a link.
+        name: the name in the record.
+        allow_links: accept links inside the folder that lead out of it.
+
+    Raises:
+        DataError: the name is absolute or leads out of the folder, or there is no such file.
+    """
+    if os.path.isabs(name) or os.path.splitdrive(name)[0]:
+        raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
+    path = os.path.join(folder, name)
+    lexical = os.path.normpath(name)
+    if lexical == os.pardir or lexical.startswith(os.pardir + os.sep):
+        raise DataError(f"image {name!r} leads out of the image folder {folder}; move the file into it")
+    if not allow_links:
+        root = _real(str(folder))
+        real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
+        if os.path.islink(real):
+            real = os.path.realpath(real)
+        if os.path.commonpath([root, real]) != root:
+            raise DataError(
+                f"image {name!r} leads out of the image folder {folder} through a link (to {real}); choose the image "
+                "folder so that the files are inside, or allow links with --allow_image_links"
+            )
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        raise DataError(f"there is no image {name!r} in the image folder {folder}") from None
+    if not stat.S_ISREG(mode):
+        raise DataError(f"image {name!r} in {folder} is not a file")
+    return Path(path)
+
+
+@lru_cache(maxsize=4096)
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Open and fully decode a picture file (of an animation, the first frame), in the file's own mode.
+
+    Raises:
+        DataError: not a picture, damaged, or too large to be decoded safely.
+    """
+    try:
+        with Image.open(file, formats=_available_formats()) as image:
+            if image.width * image.height > max_pixels:
+                raise DataError(
+                    f"{file} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; "
+                    "shrink it, or raise max_pixels"
+                )
+            image.load()
+            return image.copy() if getattr(image, "is_animated", False) else image
+    except FileNotFoundError:
+        raise DataError(f"there is no image file {file}") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{file} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{file} is too large to be decoded safely: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways of reporting damage
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file} is damaged ({error}); replace the file or take the record out") from error
+
+
+@lru_cache(maxsize=1)
+def _available_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def to_rgb(
+    image: Image.Image, exif_transpose: bool = False, background: tuple[int, int, int] | None = None
+) -> Image.Image:
+    """An 8-bit RGB picture.
+
+    Pillow clips 16-bit greyscale at 255; here it is scaled.
+
+    Args:
+        image: in any mode.
+        exif_transpose: turn the picture as its EXIF orientation says. LLaVA does not.
+        background: colour put behind transparent parts; None drops the transparency, as LLaVA does, and shows the
+            colour that the file has under it.
+
+    Raises:
+        DataError: a floating-point or 32-bit picture, whose range is unknown.
+    """
+    if exif_transpose:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise DataError(
+                f"a 32-bit picture with values from {values.min()} to {values.max()}; convert it to 8 or 16 bits"
+            )
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise DataError("a floating-point picture, whose range is unknown; convert it to 8 or 16 bits")
+    if background is not None and image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """Put a picture in the middle of a square of the given colour."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    square = Image.new(image.mode, (side, side), colour)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+class ImageTransform:
+    """From a picture to the tower's ``pixel_values``, exactly as LLaVA-1.5 prepares them.
+
+    ``square`` resizes the shortest side and cuts out the middle; ``pad`` first pads to a square with the mean colour.
+    Resizing is Pillow's 8-bit bicubic, by transformers' CLIP processor.
+
+    Args:
+        image_size: pixels per side of the result.
+        aspect_ratio: ``"square"`` or ``"pad"``.
+        mean, std: normalisation per channel.
+        exif_transpose, background: see :func:`to_rgb`.
+        max_pixels: limit on the decoded, padded and resized picture.
+
+    Raises:
+        ConfigError: an unknown aspect ratio.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        aspect_ratio: AspectRatio = "square",
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+        exif_transpose: bool = False,
+        background: tuple[int, int, int] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if aspect_ratio not in get_args(AspectRatio):
+            raise ConfigError(
+                f"unknown image_aspect_ratio {aspect_ratio!r}; choose one of {', '.join(get_args(AspectRatio))}"
+            )
+        self.image_size = image_size
+        self.aspect_ratio = aspect_ratio
+        self.exif_transpose = exif_transpose
+        self.background = background
+        self.max_pixels = max_pixels
+        self.processor = CLIPImageProcessorPil(
+            size={"shortest_edge": image_size},
+            crop_size={"height": image_size, "width": image_size},
+            image_mean=list(mean),
+            image_std=list(std),
+            do_convert_rgb=False,
+        )
+        self._pad_colour = tuple(int(value * 255) for value in mean)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Pixels of one picture.
+
+        Returns:
+            float32 [3, image_size, image_size].
+
+        Raises:
+            DataError: the picture is too long and thin to be padded or resized safely, or of an unknown range.
+        """
+        self._check_shape(image)
+        image = to_rgb(image, self.exif_transpose, self.background)
+        if self.aspect_ratio == "pad":
+            image = pad_to_square(image, self._pad_colour)
+        return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+    def open(self, file: str | Path) -> torch.Tensor:
+        """Pixels of a picture file; every :class:`DataError` names the file."""
+        image = open_image(file, self.max_pixels)
+        try:
+            return self(image)
+        except DataError as error:
+            raise DataError(f"{file}: {error}") from error
+
+    def _check_shape(self, image: Image.Image) -> None:
+        long, short = max(image.size), min(image.size)
+        if short == 0:
+            raise DataError("an empty picture")
+        work = (
+            long * long if self.aspect_ratio == "pad" else self.image_size * math.ceil(long / short * self.image_size)
+        )
+        if work > 2 * self.max_pixels:
+            raise DataError(
+                f"{image.width} x {image.height} pixels: too long and thin to be brought to a square; crop or shrink it"
+            )

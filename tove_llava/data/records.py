@@ -1,0 +1,219 @@
+"""LLaVA's data format: reading it and checking it, with messages that name the record."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tove_llava.data.templates.base import Role, Template, Turn, split_system
+from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
+from tove_llava.errors import DataError
+
+_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One checked record.
+
+    Attributes:
+        id: its ``id``, or an empty string.
+        images: file names relative to the image folder, in the order of the placeholders.
+        turns: all turns as written; placeholders where the author put them.
+        index: position in the file, counted from 0.
+        file: the file it came from, for messages.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    turns: tuple[Turn, ...]
+    index: int = 0
+    file: str = ""
+
+    @property
+    def where(self) -> str:
+        """How messages name this record."""
+        return _where(self.file, self.index, self.id)
+
+    @property
+    def modality_length(self) -> int:
+        """Words over all turns, negative for a record without images: what grouped sampling sorts by (LLaVA's rule)."""
+        words = sum(len((turn.text or "").split()) for turn in self.turns)
+        return words if self.images else -words
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Names this record in every :class:`DataError` that is raised inside."""
+        try:
+            yield
+        except DataError as error:
+            message = str(error)
+            raise DataError(message if message.startswith(self.where) else f"{self.where}: {message}") from error
+
+
+def _where(file: str, index: int, record_id: str) -> str:
+    name = f"record {index}" + (f" (id {record_id!r})" if record_id else "")
+    return f"{file}: {name}" if file else name
+
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """Raw records of a JSON file (one list) or a JSONL file (one object a line; empty lines are skipped).
+
+    Raises:
+        DataError: the file is missing, empty, or not JSON; the line is named.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"there is no data file {path}; check --data_path") from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder; --data_path must be a .json or .jsonl file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8 JSON") from error
+    if text.lstrip().startswith("["):
+        try:
+            records = json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path} is not valid JSON: {error}") from error
+    else:
+        records = []
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise DataError(
+                    f"{path}, line {number} is not valid JSON: {error}. The file must be one JSON list, or one JSON "
+                    "object a line"
+                ) from error
+        if len(records) == 1 and isinstance(records[0], list):
+            records = records[0]
+    if not records:
+        raise DataError(f"{path} holds no records")
+    return records
+
+
+def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
+    """Check one raw record.
+
+    Args:
+        raw: ``{"id", "image" (a name, a list of names, or absent), "conversations": [{"from", "value"}]}``.
+        index: its position in the file.
+        file: the file's name, for messages.
+
+    Raises:
+        DataError: something is missing, of the wrong type, or empty.
+    """
+    record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
+    where = _where(file, index, record_id)
+    if not isinstance(raw, dict):
+        raise DataError(f"{where} is a {type(raw).__name__}; a record must be an object with 'conversations'")
+    if "conversations" not in raw:
+        raise DataError(f"{where} has no 'conversations' (keys: {', '.join(map(str, raw)) or 'none'})")
+    conversations = raw["conversations"]
+    if not isinstance(conversations, list) or not conversations:
+        raise DataError(
+            f"{where}: 'conversations' must be a list of at least one turn; add the turns or delete the record"
+        )
+    turns = []
+    for number, message in enumerate(conversations, start=1):
+        if not isinstance(message, dict) or "from" not in message or "value" not in message:
+            raise DataError(f"{where}: turn {number} must be an object with 'from' and 'value', not {_short(message)}")
+        role = message["from"]
+        if not isinstance(role, str) or role not in _ROLES:
+            raise DataError(f"{where}: turn {number} is from {_short(role)}; 'from' must be 'human' or 'gpt'")
+        if not isinstance(message["value"], str):
+            raise DataError(f"{where}: the value of turn {number} must be a string, not {_short(message['value'])}")
+        turns.append(Turn(_ROLES[role], message["value"]))
+    images = raw.get("image")
+    if images is None:
+        images = []
+    elif isinstance(images, str):
+        images = [images]
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise DataError(f"{where}: 'image' must be a file name or a list of file names, not {_short(raw['image'])}")
+    return Record(record_id, tuple(images), tuple(turns), index, file)
+
+
+def load_records(path: str | Path) -> list[Record]:
+    """Read and check a whole file; the first fault raises :class:`DataError`."""
+    return [parse_record(raw, index, str(path)) for index, raw in enumerate(read_records(path))]
+
+
+def prepare_turns(record: Record, template: Template) -> list[Turn]:
+    """The turns as the template wants them, with one placeholder for each image.
+
+    LLaVA's rules: a first turn that is not the human's is dropped. In a record with one image the
+    placeholder moves to the front of its turn, followed by a newline, and several in one turn become one. In a record
+    with several images a placeholder that is alone in its turn moves likewise; several in one turn stay where the
+    author put them, one for each image.
+
+    In a record without images ``<image>`` is ordinary text, unless it stands where an image belongs (at the start of
+    a human turn or on a line of its own): then the ``image`` key was forgotten.
+
+    Raises:
+        DataError: roles do not alternate, nothing is left, or placeholders and images differ in number.
+    """
+    with record.errors():
+        turns = list(record.turns)
+        if template.single_turn:
+            if len(turns) != 2:
+                raise DataError(
+                    f"the {template.name} template takes one question and one answer, not {len(turns)} turns; "
+                    "use an instruction template such as v1 for this data"
+                )
+            turns = [Turn("user", turns[0].text), Turn("assistant", turns[1].text)]
+            if not record.images and IMAGE_PLACEHOLDER not in (turns[0].text or ""):
+                raise DataError(
+                    f"the {template.name} template trains on images with captions, and this record has no image; "
+                    "take text-only records out, or use an instruction template such as v1"
+                )
+        elif turns[0].role != "user":
+            turns = turns[1:]
+        if not turns:
+            raise DataError("no human turn; the conversation must start with one")
+        split_system(turns, "")
+        turns = [_place(turn, len(record.images), template) for turn in turns]
+        _check_placeholders(turns, record, template)
+    return turns
+
+
+def _place(turn: Turn, num_images: int, template: Template) -> Turn:
+    text = turn.text or ""
+    count = text.count(IMAGE_PLACEHOLDER)
+    if not num_images or not count:
+        return turn
+    if num_images == 1 or count == 1:
+        text = f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+    before, after = template.image_wrapper
+    return replace(turn, text=text.replace(IMAGE_PLACEHOLDER, f"{before}{IMAGE_PLACEHOLDER}{after}"))
+
+
+def _check_placeholders(turns: Sequence[Turn], record: Record, template: Template) -> None:
+    if record.images or template.single_turn:
+        found = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns)
+    else:
+        found = sum(_looks_like_an_image(turn) for turn in turns)
+    if found != len(record.images):
+        raise DataError(
+            f"{found} {IMAGE_PLACEHOLDER} placeholder{'s' * (found != 1)} for {len(record.images)} "
+            f"image{'s' * (len(record.images) != 1)}; give each image its own placeholder in 'conversations' and its "
+            "own file name in 'image'"
+        )
+
+
+def _looks_like_an_image(turn: Turn) -> int:
+    text = turn.text or ""
+    if turn.role != "user" or IMAGE_PLACEHOLDER not in text:
+        return 0
+    own_lines = sum(line.strip() == IMAGE_PLACEHOLDER for line in text.split("\n"))
+    return max(own_lines, int(text.lstrip().startswith(IMAGE_PLACEHOLDER)))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,131 @@
+"""Orders that keep the padding, and the mixing of modalities within a batch, small."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from tove_llava.errors import ConfigError, DataError
+
+
+def length_grouped_indices(
+    lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """One epoch's order, neighbours of similar length.
+
+    A random permutation is cut into megabatches of ``batch_size * num_batches``; each is sorted, longest first, and
+    dealt into ``num_batches`` batches of about equal total length (LLaVA's ``get_length_grouped_indices``).
+
+    Args:
+        lengths: length of each record.
+        batch_size: records per device and step.
+        num_batches: batches that are computed side by side: world size times gradient accumulation.
+        generator: source of the permutation; None is torch's global one.
+    """
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    size = batch_size * num_batches
+    grouped: list[int] = []
+    for start in range(0, len(order), size):
+        megabatch = sorted(order[start : start + size], key=lambda index: lengths[index], reverse=True)
+        for batch in _deal(megabatch, lengths, num_batches):
+            grouped += batch
+    return grouped
+
+
+def _deal(indices: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    if len(indices) % count:
+        return [list(indices[start::count]) for start in range(count)]
+    full = len(indices) // count
+    batches: list[list[int]] = [[] for _ in range(count)]
+    totals: list[float] = [0.0] * count
+    for index in indices:
+        lightest = totals.index(min(totals))
+        batches[lightest].append(index)
+        totals[lightest] += lengths[index]
+        if len(batches[lightest]) == full:
+            totals[lightest] = float("inf")
+    return batches
+
+
+def modality_grouped_indices(
+    lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator | None = None
+) -> list[int]:
+    """One epoch's order, megabatches of a single modality (LLaVA's ``get_modality_length_grouped_indices``).
+
+    Each modality is grouped by length and cut into megabatches. The last one of each is set aside, the others are
+    shuffled together; the two set aside are joined, sorted by index, and come last.
+
+    Args:
+        lengths: as for :func:`length_grouped_indices`, negative for text-only records.
+
+    Raises:
+        DataError: a length is zero, so that its modality is unknown.
+    """
+    if any(length == 0 for length in lengths):
+        raise DataError("a record of length 0 cannot be grouped by modality; give each record some text")
+    if all(length > 0 for length in lengths) or all(length < 0 for length in lengths):
+        return length_grouped_indices(lengths, batch_size, num_batches, generator)
+    size = batch_size * num_batches
+    megabatches: list[list[int]] = []
+    tail: list[int] = []
+    for sign in (1, -1):
+        members = [index for index, length in enumerate(lengths) if sign * length > 0]
+        grouped = length_grouped_indices(
+            [sign * lengths[index] for index in members], batch_size, num_batches, generator
+        )
+        order = [members[position] for position in grouped]
+        chunks = [order[start : start + size] for start in range(0, len(order), size)]
+        megabatches += chunks[:-1]
+        tail += chunks[-1]
+    shuffled = torch.randperm(len(megabatches), generator=generator).tolist()
+    return [index for number in shuffled for index in megabatches[number]] + sorted(tail)
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Draws epochs of :func:`modality_grouped_indices` or :func:`length_grouped_indices`.
+
+    With a ``seed``, an epoch's order is a function of seed and epoch alone, so a resumed run sees the
+    order that it was interrupted in; call :meth:`set_epoch` as for torch's distributed sampler. Without a seed each
+    epoch draws from ``generator``, or from torch's global generator as LLaVA does.
+
+    Args:
+        lengths: signed as in :attr:`LlavaDataset.modality_lengths`.
+        batch_size: per device.
+        num_batches: world size times gradient accumulation.
+        by_modality: keep image and text-only records apart; otherwise the sign of a length is ignored.
+        seed: makes the order a function of the epoch.
+        generator: used without a seed.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        num_batches: int,
+        by_modality: bool = True,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if batch_size < 1 or num_batches < 1:
+            raise ConfigError(f"batch_size ({batch_size}) and num_batches ({num_batches}) must be positive")
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.by_modality = by_modality
+        self.seed = seed
+        self.generator = generator
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws (with a seed)."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = self.generator
+        if self.seed is not None:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        draw = modality_grouped_indices if self.by_modality else length_grouped_indices
+        return iter(draw(self.lengths, self.batch_size, self.num_batches, generator))

@@ -1,0 +1,33 @@
+"""``plain``: stage 1's template, an image and its caption."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tove_llava.data.templates.base import Segment, Template, Turn, register_template
+from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
+from tove_llava.errors import DataError
+
+
+@register_template("plain")
+class Plain(Template):
+    """The image, the caption, a newline. The question is dropped, and there is no end token to learn.
+
+    Several placeholders in the question stay several: one for each image.
+    """
+
+    single_turn = True
+
+    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+        if turns and turns[-1].text is None:
+            question, caption = turns[:-1], None
+        else:
+            question, caption = turns[:-1], turns[-1].text if turns else ""
+        if len(question) != 1:
+            raise DataError(f"the plain template takes one question and one caption, not {len(turns)} turns")
+        images = (question[0].text or "").count(IMAGE_PLACEHOLDER)
+        if images == 0:
+            raise DataError(f"the plain template needs {IMAGE_PLACEHOLDER} in the first turn")
+        if caption is None:
+            return [Segment(IMAGE_PLACEHOLDER * images + "\n")]
+        return [Segment(IMAGE_PLACEHOLDER * images), Segment(caption + "\n", supervised=True)]

@@ -1,0 +1,290 @@
+"""Tokenizers: loading them with the ids that SentencePiece itself gives, and encoding text piece by piece.
+
+A LLaMA ``tokenizer.model`` is a SentencePiece BPE model. Its conversion in transformers 5 differs from SentencePiece in
+runs of spaces and in texts that begin with a space, so a fast tokenizer is built here whose ids are SentencePiece's
+own; it saves and loads as an ordinary ``tokenizer.json``.
+"""
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from tove_llava.errors import CheckpointError, ConfigError
+
+IMAGE_PLACEHOLDER = "<image>"
+SPACE = "▁"  # SentencePiece's marker of a space
+
+# Piece types of sentencepiece_model.proto.
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+
+def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder (or, without a ``tokenizer.model``, from anything ``AutoTokenizer`` accepts).
+
+    A folder with a SentencePiece ``tokenizer.model`` is converted exactly (and saves as a folder without one).
+    Everything else is ``AutoTokenizer``'s business.
+
+    Args:
+        folder: a folder, or a model id.
+        **kwargs: passed to ``AutoTokenizer.from_pretrained`` (for instance ``gguf_file``, ``revision``).
+
+    Returns:
+        a tokenizer with a fast backend, padding on the right.
+
+    Raises:
+        CheckpointError: the folder does not exist or holds no tokenizer.
+        ConfigError: the SentencePiece model is of a kind that cannot be converted exactly.
+    """
+    path = Path(folder)
+    if (path / "tokenizer.model").is_file():
+        return tokenizer_from_sentencepiece(path / "tokenizer.model")
+    if path.is_file() and path.suffix == ".model":
+        return tokenizer_from_sentencepiece(path)
+    if path.is_absolute() and not path.exists():
+        raise CheckpointError(f"there is no tokenizer folder {path}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **kwargs)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no tokenizer can be loaded from {folder}: {error}") from error
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
+    """Convert a SentencePiece BPE model into a fast tokenizer with the same ids (``legacy=False`` semantics).
+
+    One space marker goes in front of each text, also of a text that begins with a space; none after a special token.
+    ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` beside the model are honoured.
+
+    Args:
+        model_file: the ``tokenizer.model`` file.
+        **kwargs: further init arguments of the tokenizer, for instance ``model_max_length``.
+
+    Raises:
+        ConfigError: the model is not BPE, or normalises its input.
+        CheckpointError: the file cannot be read.
+    """
+    model_file = Path(model_file)
+    proto = _read_proto(model_file)
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        raise ConfigError(
+            f"{model_file} is not a SentencePiece BPE model; only BPE models (LLaMA's kind) are supported"
+        )
+    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
+        raise ConfigError(
+            f"{model_file} normalises its input (rule {normalizer.name!r}); train it with "
+            "normalization_rule_name=identity and remove_extra_whitespaces=false, as LLaMA's was"
+        )
+
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    backend = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=_merges(proto),
+            unk_token=trainer.unk_piece,
+            fuse_unk=True,
+            byte_fallback=bool(trainer.byte_fallback),
+        )
+    )
+    _use_sentencepiece_spaces(backend, add_prefix=bool(normalizer.add_dummy_prefix))
+    backend.add_special_tokens(
+        [
+            AddedToken(piece.piece, special=True, normalized=False)
+            for piece in proto.pieces
+            if piece.type in (_CONTROL, _UNKNOWN)
+        ]
+    )
+    user_defined = [p.piece for p in proto.pieces if p.type == _USER_DEFINED and set(p.piece) != {SPACE}]
+    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in user_defined])
+
+    settings = _neighbouring_settings(model_file.parent)
+    names = {
+        "bos_token": trainer.bos_piece if trainer.bos_id >= 0 else None,
+        "eos_token": trainer.eos_piece if trainer.eos_id >= 0 else None,
+        "unk_token": trainer.unk_piece if trainer.unk_id >= 0 else None,
+        "pad_token": trainer.pad_piece if trainer.pad_id >= 0 else None,
+    }
+    names.update({key: _content(settings[key]) for key in names if settings.get(key)})
+    added = settings["added_tokens"]
+    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, special in added if special])
+    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, special in added if not special])
+    for token, index in settings["added_ids"].items():
+        if backend.token_to_id(token) != index:
+            raise CheckpointError(
+                f"{model_file.parent} gives the added token {token!r} id {index}, but after {model_file.name} it comes "
+                f"to id {backend.token_to_id(token)}; the tokenizer files do not belong together"
+            )
+    if names["bos_token"] and settings.get("add_bos_token", True):
+        bos = names["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
+        )
+    options: dict[str, Any] = {key: value for key, value in names.items() if value is not None}
+    if settings.get("chat_template"):
+        options["chat_template"] = settings["chat_template"]
+    if settings.get("model_max_length"):
+        options["model_max_length"] = settings["model_max_length"]
+    options.update(kwargs)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="right", clean_up_tokenization_spaces=False, **options
+    )
+
+
+def _read_proto(model_file: Path) -> Any:
+    from sentencepiece import sentencepiece_model_pb2  # imports protobuf: only needed for a conversion
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model_file.read_bytes())
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        raise CheckpointError(f"{model_file} is not a SentencePiece model: {error}") from error
+    return proto
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Merge rules in SentencePiece's order of preference.
+
+    SentencePiece joins the neighbours whose *joined piece* has the highest score, the leftmost first among equals; a
+    merge list is ranked by position, so every way to split each piece is listed, best pieces first. Pieces made of
+    spaces alone share one score: there "leftmost first" means that the run on the left keeps growing, so the rules with
+    the longer left side come first.
+    """
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
+    rules = []
+    for index, piece in enumerate(proto.pieces):
+        if piece.type not in (_NORMAL, _USER_DEFINED):
+            continue
+        if piece.type == _USER_DEFINED and set(piece.piece) != {SPACE}:
+            continue  # matched whole, before any merging
+        for cut in range(1, len(piece.piece)):
+            left, right = piece.piece[:cut], piece.piece[cut:]
+            if left in scores and right in scores:
+                only_spaces = set(piece.piece) == {SPACE}
+                rules.append((-piece.score, -cut if only_spaces else index, cut, left, right))
+    return [(left, right) for *_, left, right in sorted(rules)]
+
+
+def _use_sentencepiece_spaces(backend: Tokenizer, add_prefix: bool) -> None:
+    """Give a backend SentencePiece's handling of spaces.
+
+    A single ``Metaspace(prepend_scheme="first")`` adds no marker to a text that already begins with a space.
+    So the spaces become markers first; then one step that knows only the plain space as its marker puts one in front
+    of the first section, and another turns it into the real marker.
+    """
+    backend.normalizer = normalizers.Replace(" ", SPACE)
+    scheme = "first" if add_prefix else "never"
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(replacement=" ", prepend_scheme=scheme, split=False),
+            pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
+        ]
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if add_prefix:
+        steps.append(decoders.Strip(content=" ", left=1))
+    backend.decoder = decoders.Sequence(steps)
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _neighbouring_settings(folder: Path) -> dict[str, Any]:
+    """What the JSON files beside a ``tokenizer.model`` say: special tokens' names, added tokens, chat template."""
+    settings: dict[str, Any] = {}
+    ids: dict[str, int] = {}
+    special: dict[str, bool] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            settings.update(_read_json(folder / name))
+    for index, token in (settings.get("added_tokens_decoder") or {}).items():
+        ids[_content(token)] = int(index)
+        special[_content(token)] = bool(token.get("special", False))
+    if (folder / "added_tokens.json").is_file():
+        for token, index in _read_json(folder / "added_tokens.json").items():
+            ids[token] = int(index)
+            special.setdefault(token, False)
+    if (folder / "chat_template.jinja").is_file():
+        settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    settings["added_ids"] = ids
+    settings["added_tokens"] = [(token, special[token]) for token in sorted(ids, key=lambda t: ids[t])]
+    if settings.get("model_max_length", 0) > 10**9:  # transformers' "no limit" number
+        del settings["model_max_length"]
+    return settings
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+
+
+class TextEncoder:
+    """Encodes text with a tokenizer in two ways: as a text of its own, and as the continuation of another.
+
+    Strings of special tokens inside the text become their ids (as in LLaVA), with one exception: the image placeholder
+    is always ordinary text here, because images are the caller's business.
+
+    Args:
+        tokenizer: a tokenizer with a fast backend.
+
+    Raises:
+        ConfigError: the tokenizer has no fast backend, no end-of-sequence token, or cannot continue a text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise ConfigError(
+                f"{type(tokenizer).__name__} has no fast backend; load it with tove_llava.data.load_tokenizer"
+            )
+        if tokenizer.eos_token is None:
+            raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
+        description = json.loads(backend.to_str())
+        description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] != IMAGE_PLACEHOLDER]
+        description["truncation"] = description["padding"] = None
+        self._backend = Tokenizer.from_str(json.dumps(description))
+        self._separator = tokenizer.eos_token
+        alone = self._ids(self._separator)
+        if len(alone) != 1:
+            raise ConfigError(f"the end-of-sequence token {self._separator!r} is not one token but {len(alone)}")
+        if self._backend.encode(self._separator + "x", add_special_tokens=False).tokens[1].startswith(SPACE):
+            raise ConfigError(
+                "this tokenizer puts a space in front of text that follows a special token; load it with "
+                "tove_llava.data.load_tokenizer from a folder that has LLaMA's tokenizer.model"
+            )
+        with_prefix = self._backend.encode("x", add_special_tokens=True).ids
+        plain = self._ids("x")
+        at = next(i for i in range(len(with_prefix) + 1) if with_prefix[i : i + len(plain)] == plain)
+        #: ids that the tokenizer puts in front of every sequence (LLaMA: BOS)
+        self.prefix_ids: list[int] = with_prefix[:at]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of its own, without BOS or EOS."""
+        return self._ids(text) if text else []
+
+    def continuation(self, text: str) -> list[int]:
+        """Ids of ``text`` as it follows other text: no space marker is put in front."""
+        return self._ids(self._separator + text)[1:] if text else []
+
+    def _ids(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+
+_encoders: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEncoder]]" = weakref.WeakKeyDictionary()
+
+
+def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """The tokenizer's encoder, built once (and again when tokens were added since)."""
+    found = _encoders.get(tokenizer)
+    if found is None or found[0] != len(tokenizer):
+        found = (len(tokenizer), TextEncoder(tokenizer))
+        _encoders[tokenizer] = found
+    return found[1]
