@@ -1,5 +1,6 @@
 """Token encoders from timm: one base for every model with ``forward_intermediates``."""
 
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from tove_llava.errors import ConfigError
 from tove_llava.experts.base import Expert
-from tove_llava.sources import Source
+from tove_llava.sources import Source, TimmSource
 
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
 
@@ -57,8 +58,9 @@ class TimmExpert(Expert):
         return tokens
 
     def save_backbone(self, folder: Path) -> Source:
-        timm.models.save_for_hf(self.backbone, str(folder), safe_serialization=True)
-        return self.source.at(folder)
+        data = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
+        timm.models.save_for_hf(self.backbone, str(folder), safe_serialization=True, data_config=data)
+        return TimmSource("").at(folder)
 
 
 def _block(layer: int, depth: int, name: str) -> int:
@@ -70,12 +72,12 @@ def _block(layer: int, depth: int, name: str) -> int:
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     """timm's preprocessing configuration and model arguments of a source."""
     if source.path is not None:
-        source.require()
+        file = source.require() / "config.json"
         try:
-            config, _, args = timm.models.load_model_config_from_path(source.path)
-        except FileNotFoundError as error:
-            raise ConfigError(f"source {source}: {error}; timm's save_for_hf writes it") from error
-        return config, args or {}
+            content = json.loads(file.read_text())
+            return content["pretrained_cfg"], content.get("model_args") or {}
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error
     try:
         config = timm.models.get_pretrained_cfg(source.target)
     except RuntimeError as error:

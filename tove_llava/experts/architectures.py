@@ -1,0 +1,19 @@
+"""Public configurations shipped as data, so that shapes, parameters and GFLOPs are known without a network."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FILE = Path(__file__).with_name("architectures.yaml")
+
+
+@cache
+def _table() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(_FILE.read_text())
+
+
+def known_architecture(source: str) -> dict[str, Any] | None:
+    """The entry (``config``, ``preprocessor``, ``licence``) of a source written exactly as in the table, or None."""
+    return _table().get(source)

@@ -1,0 +1,28 @@
+"""Mask2Former: class probabilities from its queries, or the tokens of its hierarchical encoder."""
+
+from torch import Tensor, nn
+from transformers import Mask2FormerForUniversalSegmentation
+
+from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
+
+
+@register_dense("Mask2FormerForUniversalSegmentation")
+class Mask2Former(DenseArchitecture):
+    """Option ``stage``: which of the encoder's feature maps is returned (-1, the last and coarsest)."""
+
+    option_names = ("stage",)
+
+    @property
+    def model_class(self):
+        return Mask2FormerForUniversalSegmentation
+
+    def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        maps = model.model.pixel_level_module.encoder(pixels).feature_maps
+        return maps[choose(self.options.get("stage", -1), len(maps), "stage")]
+
+    def predict(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        out = model(pixels)
+        classes = out.class_queries_logits.float().softmax(-1)[..., :-1]  # [B,Q,C], "no object" left out
+        masks = out.masks_queries_logits.float().sigmoid()  # [B,Q,h,w]
+        scores = (classes.transpose(1, 2) @ masks.flatten(2)).unflatten(2, masks.shape[-2:])  # [B,C,h,w]
+        return scores.clamp_min(1e-6).log()  # logits, as the other architectures give: softmax makes them a mixture

@@ -1,0 +1,44 @@
+"""SegFormer, and the bundled tiny experts, which share its architecture."""
+
+import copy
+
+from torch import Tensor, nn
+from transformers import SegformerForSemanticSegmentation, SegformerModel
+
+from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
+
+_PER_STAGE = (
+    "depths",
+    "sr_ratios",
+    "hidden_sizes",
+    "patch_sizes",
+    "strides",
+    "num_attention_heads",
+    "mlp_ratios",
+)
+
+
+@register_dense("SegformerForSemanticSegmentation", "SegformerModel")
+class Segformer(DenseArchitecture):
+    """Option ``stage``: which encoder stage's tokens are the features (-1, the last); later stages are not built."""
+
+    option_names = ("stage",)
+
+    def __init__(self, config, options, whole) -> None:
+        super().__init__(config, options, whole)
+        stages = choose(options.get("stage", -1), config.num_encoder_blocks, "stage") + 1
+        if not whole and stages < config.num_encoder_blocks:
+            self.config = copy.deepcopy(config)
+            self.config.num_encoder_blocks = stages
+            for key in _PER_STAGE:
+                setattr(self.config, key, list(getattr(config, key))[:stages])
+
+    @property
+    def model_class(self):
+        return SegformerForSemanticSegmentation if self.whole else SegformerModel
+
+    def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return model(pixels).last_hidden_state
+
+    def predict(self, model: nn.Module, pixels: Tensor) -> Tensor:
+        return model(pixels).logits

@@ -1,0 +1,134 @@
+"""Dense-prediction experts from transformers: one base for depth, normals, edges and segmentation."""
+
+import json
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PretrainedConfig
+from transformers.utils import cached_file
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts.architectures import known_architecture
+from tove_llava.experts.base import Expert
+from tove_llava.experts.dense import DENSE, DenseArchitecture
+from tove_llava.sources import Source
+
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
+
+
+class DenseExpert(Expert):
+    """Reads ``hf:`` and ``bundled:`` folders of a registered dense architecture (:mod:`tove_llava.experts.dense`).
+
+    Mode "features" builds and runs the encoder; mode "map" the whole network, whose raw prediction :meth:`to_map`
+    turns into this expert's map.
+
+    Options:
+        stage: for hierarchical encoders, the stage whose tokens are returned.
+        map_size: [rows, columns] or pixels per side that the map is resized to (default: what the network gives).
+    """
+
+    modes = ("features", "map")
+    option_names = ("stage", "map_size")
+
+    architecture: DenseArchitecture
+    preprocessor: dict[str, Any]
+    _use_table = True
+
+    @abstractmethod
+    def to_map(self, prediction: Tensor) -> Tensor:
+        """Raw prediction [B,C,h,w] in float32 -> the expert's map [B,c,h,w]."""
+
+    def configure(self) -> int | None:
+        config, self.preprocessor = read_configuration(self.source, self.spec.revision, self._use_table)
+        names = config.architectures or ["(none)"]
+        options = {key: value for key, value in self.spec.options.items() if key != "map_size"}
+        self.architecture = DENSE.get(names[0])(config, options, whole=self.spec.mode == "map")
+        read = self.preprocessor
+        if read.get("do_normalize", True):
+            self.mean = tuple(read.get("image_mean", self.mean))
+            self.std = tuple(read.get("image_std", self.std))
+        else:
+            self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+        self.interpolation = _RESAMPLE.get(read.get("resample", 3), "bicubic")
+        size = read.get("size")
+        if isinstance(size, dict):
+            size = size.get("height") or size.get("shortest_edge")
+        return size
+
+    def load(self) -> None:
+        self._use_table = False  # with the weights comes their own configuration
+        super().load()
+
+    def build(self, pretrained: bool) -> nn.Module:
+        reader = self.architecture
+        if not pretrained:
+            return reader.model_class(reader.config, **reader.model_kwargs)
+        model, info = reader.model_class.from_pretrained(
+            **self.source.pretrained(),
+            config=reader.config,
+            revision=self.spec.revision or "main",
+            dtype=torch.float32,
+            output_loading_info=True,
+            **reader.model_kwargs,
+        )
+        missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info.get("mismatched_keys", ()))
+        if missing:
+            raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(missing[:5])}")
+        return model
+
+    def features(self, pixels: Tensor) -> Tensor:
+        if self.spec.mode == "features":
+            return self.architecture.encode(self.backbone, pixels)
+        prediction = self.to_map(self.architecture.predict(self.backbone, pixels).float())
+        size = self.option("map_size")
+        if size is not None:
+            prediction = nn.functional.interpolate(prediction, size, mode="bilinear", antialias=True)
+        return prediction.to(pixels.dtype)
+
+    def save_backbone(self, folder: Path) -> Source:
+        self.backbone.save_pretrained(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
+        return self.source.at(folder)
+
+
+def read_configuration(
+    source: Source, revision: str | None, use_table: bool
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """The model's and the image processor's configuration.
+
+    With ``use_table`` a well-known repository's is taken from this package's own table, so that shapes are known
+    without a network.
+
+    Raises:
+        ConfigError: the source has no readable configuration.
+    """
+    known = known_architecture(str(source)) if use_table else None
+    if known is not None:
+        return AutoConfig.for_model(**known["config"]), dict(known["preprocessor"])
+    place = source.pretrained()["pretrained_model_name_or_path"]
+    try:
+        config = AutoConfig.from_pretrained(place, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"source {source}: its configuration cannot be read ({_first_line(error)})") from error
+    return config, _read_preprocessor(source, place, revision)
+
+
+def _read_preprocessor(source: Source, place: str, revision: str | None) -> dict[str, Any]:
+    try:
+        file = cached_file(place, "preprocessor_config.json", revision=revision or "main")
+        content = json.loads(Path(str(file)).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(
+            f"source {source}: preprocessor_config.json (image_mean, image_std, size) cannot be read; "
+            f"save the image processor beside the weights ({_first_line(error)})"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"source {source}: preprocessor_config.json must be a JSON object")
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,19 @@
+"""Monocular depth: DPT, Depth-Anything, or the bundled tiny expert."""
+
+import torch
+from torch import Tensor
+
+from tove_llava.experts.base import register_expert
+from tove_llava.experts.dense_expert import DenseExpert
+
+
+@register_expert("depth", "hf", "bundled")
+class Depth(DenseExpert):
+    """The map is inverse depth, scaled to 0..1 within each image (these models know depth up to scale and shift)."""
+
+    default_source = "hf:depth-anything/Depth-Anything-V2-Small-hf"
+    default_image_size = 336
+
+    def to_map(self, prediction: Tensor) -> Tensor:
+        low, high = prediction.amin((1, 2, 3), keepdim=True), prediction.amax((1, 2, 3), keepdim=True)
+        return (prediction - low) / (high - low).clamp_min(torch.finfo(prediction.dtype).eps)

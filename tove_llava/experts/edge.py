@@ -1,0 +1,85 @@
+"""Edges: kornia's DexiNed, or a dense network such as the bundled tiny expert."""
+
+from pathlib import Path
+
+import torch
+from kornia.models.dexined import DexiNed
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.experts.base import Expert, register_expert
+from tove_llava.experts.dense_expert import DenseExpert
+from tove_llava.sources import Source
+
+_DECODER = tuple(f"up_block_{k}" for k in range(1, 7))
+
+
+class _Tap(nn.Module):
+    """Stands where an upsampling block stood, so that ``get_features`` hands out the encoder's own block."""
+
+    def forward(self, block: Tensor, out_shape: tuple[int, int]) -> Tensor:
+        return block
+
+
+@register_expert("edge")
+class DexiNedEdge(Expert):
+    """DexiNed from kornia's own weights (``kornia:dexined``) or from a weights file.
+
+    Mode "features" gives one of the six encoder blocks (option ``block``, 1 to 6; by default the last, 256 channels at a
+    sixteenth of the input) and builds no upsampling block; mode "map" gives the fused edge probability at input size.
+    """
+
+    default_source = "kornia:dexined"
+    default_image_size = 336
+    modes = ("features", "map")
+    option_names = ("block",)
+    # BGR in 0..255 minus its mean is what DexiNed was trained on; here as RGB in 0..1, flipped in features().
+    mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
+    std = (1 / 255, 1 / 255, 1 / 255)
+    interpolation = "bilinear"
+
+    def build(self, pretrained: bool) -> nn.Module:
+        if self.source.path is None and self.source.target != "dexined":
+            raise ConfigError(f"expert {self.name!r}: kornia has no {self.source.target!r}; use kornia:dexined or a file")
+        model = DexiNed(pretrained=pretrained and self.source.path is None)
+        taken = ()
+        if self.spec.mode == "features":
+            for name in _DECODER:
+                setattr(model, name, _Tap())
+            model.block_cat = nn.Identity()
+            taken = (*_DECODER, "block_cat")
+        if pretrained and self.source.path is not None:
+            weights = {k: v for k, v in _read(self.source.require()).items() if k.split(".")[0] not in taken}
+            model.load_state_dict(weights)
+        return model
+
+    def features(self, pixels: Tensor) -> Tensor:
+        bgr = pixels.flip(1)
+        if self.spec.mode == "map":
+            return self.backbone(bgr).sigmoid()
+        block = self.option("block", 6)
+        if block not in range(1, 7):
+            raise ConfigError(f"expert {self.name!r}: option block={block!r} must be from 1 to 6")
+        return self.backbone.get_features(bgr)[block - 1]
+
+    def save_backbone(self, folder: Path) -> Source:
+        file = folder / "model.safetensors"
+        save_file({k: v.contiguous() for k, v in self.backbone.state_dict().items()}, file)
+        return self.source.at(file)
+
+
+@register_expert("edge", "hf", "bundled")
+class DenseEdge(DenseExpert):
+    """An edge logit per pixel from a dense network with one label; the map is its probability."""
+
+    default_source = "bundled:edge"
+
+    def to_map(self, prediction: Tensor) -> Tensor:
+        return prediction[:, :1].sigmoid()
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    return torch.load(file, map_location="cpu", weights_only=True)

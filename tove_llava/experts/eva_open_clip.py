@@ -1,0 +1,62 @@
+"""EVA-02 through open_clip: a second source of the same expert."""
+
+import json
+from typing import Any
+
+import open_clip
+import timm
+from torch import nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.experts.base import register_expert
+from tove_llava.experts.timm_expert import TimmExpert
+from tove_llava.sources import OpenClipSource, Source
+
+
+@register_expert("eva", "open_clip")
+class EvaOpenClip(TimmExpert):
+    """The vision tower of an open_clip model, which for EVA-02 is a timm trunk; the text tower is let go after loading.
+
+    Saved by value it becomes a ``timm:local-dir:`` folder, which the timm class of the same expert reads.
+    """
+
+    default_source = "open_clip:EVA02-L-14-336/merged2b_s6b_b61k"
+    default_image_size = 336
+
+    def configure(self) -> int:
+        self._vision, preprocess = _read_config(self.source)
+        self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
+        self.interpolation = preprocess.get("interpolation", "bicubic")
+        return self._vision["image_size"]
+
+    def build(self, pretrained: bool) -> nn.Module:
+        if pretrained:
+            model, tag = self.source.model_and_tag
+            clip = open_clip.create_model(
+                model, pretrained=tag, require_pretrained=True, pretrained_text=False, force_image_size=self.image_size
+            )
+            trunk = clip.visual.trunk
+        else:
+            trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size)
+        trunk.reset_classifier(0)
+        return trunk
+
+
+def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """open_clip's vision configuration and preprocessing of a source."""
+    assert isinstance(source, OpenClipSource)
+    name, tag = source.model_and_tag
+    if tag is None:
+        file = source.require() / "open_clip_config.json"
+        try:
+            content = json.loads(file.read_text())
+            model, preprocess = content["model_cfg"], content["preprocess_cfg"]
+        except (OSError, json.JSONDecodeError, KeyError) as error:
+            raise ConfigError(f"source {source}: {file} lacks a readable model_cfg and preprocess_cfg") from error
+    else:
+        model, preprocess = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
+        if not model or not preprocess:
+            raise ConfigError(f"source {source}: open_clip has no such model and tag; see open_clip.list_pretrained()")
+    if "timm_model_name" not in model["vision_cfg"]:
+        raise ConfigError(f"source {source}: its vision tower is not a timm model (EVA-02 models are)")
+    return model["vision_cfg"], preprocess

@@ -1,0 +1,20 @@
+"""Surface normals: a three-channel DPT or SegFormer from a folder that the user brings, or the bundled tiny expert."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from tove_llava.errors import ConfigError
+from tove_llava.experts.base import register_expert
+from tove_llava.experts.dense_expert import DenseExpert
+
+
+@register_expert("normal", "hf", "bundled")
+class Normal(DenseExpert):
+    """The map is a unit vector per pixel. No public transformers checkpoint predicts normals: name your own folder."""
+
+    default_source = "bundled:normal"
+
+    def to_map(self, prediction: Tensor) -> Tensor:
+        if prediction.shape[1] != 3:
+            raise ConfigError(f"expert {self.name!r}: {self.source} gives {prediction.shape[1]} channels, not x, y, z")
+        return F.normalize(prediction, dim=1, eps=1e-6)

@@ -1,0 +1,17 @@
+"""Semantic segmentation: SegFormer, Mask2Former, or the bundled tiny expert."""
+
+from torch import Tensor
+
+from tove_llava.experts.base import register_expert
+from tove_llava.experts.dense_expert import DenseExpert
+
+
+@register_expert("segmentation", "hf", "bundled")
+class Segmentation(DenseExpert):
+    """The map is one probability per class and pixel."""
+
+    default_source = "hf:facebook/mask2former-swin-large-ade-semantic"
+    default_image_size = 384
+
+    def to_map(self, prediction: Tensor) -> Tensor:
+        return prediction.softmax(1)
