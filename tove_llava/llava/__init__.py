@@ -1,0 +1,34 @@
+"""LLaVA with a ToVE tower. Importing this package registers it with transformers' Auto classes."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration, ToveLlavaOutput
+
+if TYPE_CHECKING:
+    from tove_llava.llava.build import build_model
+    from tove_llava.llava.checkpoint import load_model
+
+AutoConfig.register("tove_llava", ToveLlavaConfig)
+AutoModelForImageTextToText.register(ToveLlavaConfig, ToveLlavaForConditionalGeneration)
+
+__all__ = [
+    "ToveLlavaConfig",
+    "ToveLlavaForConditionalGeneration",
+    "ToveLlavaOutput",
+    "build_model",
+    "load_model",
+]
+
+_HOME_OF = {"build_model": "tove_llava.llava.build", "load_model": "tove_llava.llava.checkpoint"}
+
+
+def __getattr__(
+    name: str,
+) -> Any:  # these two import presets, processors and peft, which the model itself does not need
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

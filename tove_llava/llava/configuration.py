@@ -1,0 +1,40 @@
+"""Configuration of a LLaVA with a ToVE tower."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig
+
+from tove_llava.errors import ConfigError
+from tove_llava.tower import ToveVisionConfig
+
+
+@strict
+class ToveLlavaConfig(LlavaConfig):
+    """LLaVA's configuration, with a :class:`~tove_llava.tower.ToveVisionConfig` as ``vision_config``.
+
+    Raises:
+        ConfigError: another kind of vision configuration, or a layer or token selection that the tower does not have.
+    """
+
+    model_type = "tove_llava"
+
+    vision_feature_select_strategy: Literal["default", "full"] = "full"
+    vision_feature_layer: int | list[int] = -1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.vision_config, dict) and "model_type" not in self.vision_config:
+            self.vision_config = ToveVisionConfig(**self.vision_config)
+        super().__post_init__(**kwargs)
+        if not isinstance(self.vision_config, ToveVisionConfig):
+            raise ConfigError(
+                f"ToveLlavaConfig needs a ToveVisionConfig as vision_config, not a {type(self.vision_config).__name__}"
+            )
+        if self.vision_feature_layer not in (-1, [-1]) or self.vision_feature_select_strategy != "full":
+            raise ConfigError(
+                "a ToVE tower returns one hidden state without a class token: set vision_feature_layer=-1 and "
+                "vision_feature_select_strategy='full' (CLIP's layer is the tower's clip_layer)"
+            )
+        self.image_seq_length = self.vision_config.num_patches

@@ -1,0 +1,161 @@
+"""LLaVA with a ToVE tower: transformers' LLaVA, plus the balance loss and the routing."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
+
+from tove_llava.errors import ConfigError
+from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
+
+
+@dataclass
+class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
+    """LLaVA's output, and:
+
+    Args:
+        lm_loss: language-model loss alone, when labels are given.
+        aux_loss: balance loss of this batch before its coefficient; None when it was not asked for.
+        routing: ``[images,N,S]`` float32 gate weights, when asked for.
+        gate_inputs: what ``tower.fusion.balance_statistics`` takes; None without images or gate.
+    """
+
+    lm_loss: torch.FloatTensor | None = None
+    aux_loss: torch.FloatTensor | None = None
+    routing: torch.FloatTensor | None = None
+    gate_inputs: GateInputs | None = None
+
+
+class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    config: ToveLlavaConfig
+    config_class = ToveLlavaConfig
+
+    @property
+    def tower(self) -> ToveVisionModel:
+        """The vision tower."""
+        return self.model.vision_tower
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        load_backbones: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a checkpoint, then CLIP and the experts from the sources it records.
+
+        Args:
+            load_backbones: False leaves them out; the tower then refuses to run until ``model.tower.load_backbones()``.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
+        if load_backbones:
+            folder = os.fspath(pretrained_model_name_or_path)
+            model.tower.load_backbones(base_dir=folder if os.path.isdir(folder) else None)
+        return loaded
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        vision_features: TowerFeatures | None = None,
+        gate_noise: torch.Tensor | None = None,
+    ) -> ToveVisionOutput:
+        """Tower and projector; ``pooler_output`` holds the projected tokens, one ``[N,d_text]`` per image.
+
+        The result may be given to ``forward`` and ``generate`` as ``mm_encoder_outputs={"image": ...}``.
+        """
+        return self.model.get_image_features(
+            pixel_values=pixel_values, features=vision_features, gate_noise=gate_noise, return_dict=True
+        )
+
+    def get_routing(
+        self, pixel_values: torch.Tensor | None = None, *, vision_features: TowerFeatures | None = None
+    ) -> torch.Tensor | None:
+        """Gate weights ``[B,N,S]`` (float32) of images, in the tower's current mode; None without a gate."""
+        with torch.no_grad():
+            return self.tower(pixel_values, features=vision_features).routing
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        vision_features: TowerFeatures | None = None,
+        gate_noise: torch.Tensor | None = None,
+        dummy_images: bool = False,
+        add_aux_loss: bool = True,
+        output_routing: bool = False,
+        **kwargs: Any,
+    ) -> ToveLlavaOutput:
+        """As LLaVA's, and:
+
+        Args:
+            vision_features: what ``tower.encode`` returned, instead of ``pixel_values``.
+            gate_noise: ``[images,N,S]`` noise of the gate in training, instead of a fresh draw.
+            dummy_images: the images belong to no placeholder. Tower and projector run on them with weight zero, so that
+                a rank whose batch has no image touches the same parameters as the other ranks. Their gate inputs are
+                not returned and they have no part in the balance loss.
+            add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss of this batch to
+                ``loss``. A trainer that accumulates gradients or has several ranks passes False and adds the global
+                batch's balance loss itself, from ``gate_inputs``.
+            output_routing: return the gate weights.
+
+        Raises:
+            ConfigError: images are given in more than one way, or dummy images without any.
+        """
+        given = [x is not None for x in (pixel_values, vision_features, (mm_encoder_outputs or {}).get("image"))]
+        if sum(given) > 1:
+            raise ConfigError("give images once: as pixel_values, vision_features or mm_encoder_outputs")
+        vision: ToveVisionOutput | None = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None or vision_features is not None:
+            vision = self.encode_images(pixel_values, vision_features=vision_features, gate_noise=gate_noise)
+        if dummy_images:
+            if vision is None:
+                raise ConfigError("dummy_images needs at least one image to run")
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
+            # Into the embeddings rather than the loss: forward and backward then visit all modules in the same order as
+            # on a rank with images, which ZeRO-3's collectives rely on.
+            unused = torch.stack([tokens.float().mean() for tokens in vision.pooler_output]).mean()
+            inputs_embeds = inputs_embeds + (unused * 0).to(inputs_embeds)
+            vision = None
+
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            mm_encoder_outputs=None if vision is None else {"image": vision},
+            **{**kwargs, "return_dict": True},
+        )
+        gate_inputs = None if vision is None else vision.gate_inputs
+        loss, aux_loss = output.loss, None
+        if add_aux_loss and self.training and labels is not None and gate_inputs is not None:
+            aux_loss = self.tower.balance_loss(gate_inputs)
+            if aux_loss is not None:
+                loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)
+        result = ToveLlavaOutput(
+            **{**output, "loss": loss},
+            lm_loss=output.loss,
+            aux_loss=aux_loss,
+            routing=vision.routing if vision is not None and output_routing else None,
+            gate_inputs=gate_inputs if self.training else None,
+        )
+        return result if kwargs.get("return_dict") is not False else result.to_tuple()

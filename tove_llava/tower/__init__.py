@@ -1,0 +1,25 @@
+"""The vision tower. Importing this package registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel
+
+from tove_llava.tower.balance import BalanceStatistics, all_reduce_statistics, balance_loss
+from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.frozen import TowerFeatures
+from tove_llava.tower.fusion import FUSIONS, Fusion, GateInputs
+from tove_llava.tower.modeling import ToveVisionModel, ToveVisionOutput
+
+AutoConfig.register("tove_vision", ToveVisionConfig)
+AutoModel.register(ToveVisionConfig, ToveVisionModel)
+
+__all__ = [
+    "FUSIONS",
+    "BalanceStatistics",
+    "Fusion",
+    "GateInputs",
+    "ToveVisionConfig",
+    "ToveVisionModel",
+    "ToveVisionOutput",
+    "TowerFeatures",
+    "all_reduce_statistics",
+    "balance_loss",
+]

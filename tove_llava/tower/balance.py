@@ -1,0 +1,152 @@
+"""Balance loss of the gate: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
+
+``L_aux = CV(importance)^2 + CV(load)^2`` where CV is the coefficient of variation over the attached experts,
+``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens for which expert k is
+among the chosen, under a fresh draw of its own noise.
+
+Both sums are additive over images while their CV is not, so the sums travel (between the micro-batches of an accumulation
+window and between ranks) and the CV is taken once, of the global batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# As in the authors' implementation (tensor2tensor, cv_squared): population variance, and this under the fraction.
+_EPSILON = 1e-10
+
+
+@dataclass(frozen=True)
+class BalanceStatistics:
+    """Sums over tokens of a set of images; ``a + b`` is the statistics of both sets.
+
+    Args:
+        importance: ``[K]`` float32, sum of gate weights per expert. The null slot is not an expert and not in here.
+        load: ``[K]`` float32, expected number of tokens that choose each expert; None when the gate has no noise.
+        tokens: float32 scalar, number of tokens.
+        attached: ``[K]`` bool, experts that are compared; a detached one has no part in the coefficient of variation.
+    """
+
+    importance: torch.Tensor
+    load: torch.Tensor | None
+    tokens: torch.Tensor
+    attached: torch.Tensor
+
+    def __add__(self, other: BalanceStatistics) -> BalanceStatistics:
+        if (self.load is None) != (other.load is None):
+            raise ValueError(
+                "statistics with and without a load term cannot be added: noise was on for one of them only"
+            )
+        if not torch.equal(self.attached, other.attached):
+            raise ValueError("statistics of towers with different attached experts cannot be added")
+        return replace(
+            self,
+            importance=self.importance + other.importance,
+            load=None if self.load is None or other.load is None else self.load + other.load,
+            tokens=self.tokens + other.tokens,
+        )
+
+    def __radd__(self, other: object) -> BalanceStatistics:
+        if other == 0:  # so that sum() works
+            return self
+        return NotImplemented
+
+    def detach(self) -> BalanceStatistics:
+        """The same numbers without their graph."""
+        return replace(
+            self, importance=self.importance.detach(), load=None if self.load is None else self.load.detach()
+        )
+
+
+def cv_squared(values: torch.Tensor) -> torch.Tensor:
+    """Squared coefficient of variation of ``values`` ``[K]``: population variance over squared mean.
+
+    Zero (still differentiable) for fewer than two values and for all zeros.
+    """
+    if values.numel() < 2:
+        return values.sum() * 0
+    values = values.float()
+    mean = values.mean()
+    return (values - mean).square().mean() / (mean.square() + _EPSILON)
+
+
+def balance_loss(statistics: BalanceStatistics) -> torch.Tensor:
+    """``CV(importance)^2 + CV(load)^2`` over the attached experts, a float32 scalar.
+
+    Without noise there is no load term. One expert, or no tokens, gives zero.
+    """
+    loss = cv_squared(statistics.importance[statistics.attached])
+    if statistics.load is not None:
+        loss = loss + cv_squared(statistics.load[statistics.attached])
+    return loss
+
+
+def expected_load(
+    clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, allowed: torch.Tensor, k: int
+) -> torch.Tensor:
+    """Probability that a column is among the k largest when its own noise is drawn again (equation 9 of the paper).
+
+    ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``, all other columns keeping the noise they have.
+
+    Args:
+        clean, noisy, std: ``[..., S]`` float32: logits without noise, with it, and the noise's standard deviation.
+        allowed: bool, broadcastable to them; columns that take part. Others get probability 0.
+        k: how many columns a token chooses.
+
+    Returns:
+        ``[..., S]`` float32 in 0..1. Where at most k columns take part, each of them has probability 1.
+    """
+    allowed = allowed.expand_as(noisy)
+    slots = noisy.shape[-1]
+    if k >= slots:
+        return allowed.to(noisy.dtype)
+    masked = noisy.masked_fill(~allowed, float("-inf"))
+    top, index = masked.topk(k + 1, dim=-1)  # [..., k+1]
+    inside = torch.zeros_like(allowed).scatter(-1, index[..., :k], True)  # [..., S]
+    # The k-th largest of the others: for a column within the top k that is the (k+1)-th of all, else the k-th.
+    threshold = torch.where(inside, top[..., k : k + 1], top[..., k - 1 : k])
+    bounded = threshold.isfinite()  # -inf: fewer than k others take part, so the column is always chosen
+    distance = (clean - threshold.masked_fill(~bounded, 0.0)) / std
+    chance = torch.special.ndtr(distance)
+    return torch.where(bounded, chance, torch.ones_like(chance)).masked_fill(~allowed, 0.0)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.world_size = dist.get_world_size(group)
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0] * ctx.world_size, None
+
+
+def all_reduce_statistics(statistics: BalanceStatistics, group: dist.ProcessGroup | None = None) -> BalanceStatistics:
+    """Sums statistics over all ranks of ``group``, differentiably. Every rank must call it, also one without images.
+
+    Convention: each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and gradients
+    are afterwards *averaged* over ranks (as DDP and DeepSpeed do). The backward pass therefore multiplies by the number
+    of ranks, needs no communication, and the average is exactly the gradient of the loss of the global batch.
+
+    Without an initialised process group the statistics are returned as they are.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
+        return statistics
+    parts = [statistics.importance, statistics.tokens.reshape(1)]
+    if statistics.load is not None:
+        parts.append(statistics.load)
+    total = _SumOverRanks.apply(torch.cat(parts), group)  # one collective
+    experts = statistics.importance.numel()
+    return replace(
+        statistics,
+        importance=total[:experts],
+        tokens=total[experts].detach(),
+        load=None if statistics.load is None else total[experts + 1 :],
+    )

@@ -1,0 +1,231 @@
+"""Configuration of the vision tower: what a checkpoint needs to say so that its trainable parts can be built alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.sources import Source
+
+if TYPE_CHECKING:
+    from tove_llava.experts.spec import ExpertSpec
+
+# What transformers itself puts beside a model's own keys in a config.json or passes while loading one.
+_LIBRARY_KEYS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+@strict
+class ToveVisionConfig(PreTrainedConfig):
+    r"""
+    Args:
+        clip_config: the whole CLIP vision encoder, as its source describes it (all layers).
+        clip_source: where its weights come from, e.g. ``hf:openai/clip-vit-large-patch14-336``.
+        clip_revision: commit, branch or tag of ``clip_source``.
+        clip_layer: index into CLIP's hidden states of the tokens used; -2 as in LLaVA. Later layers are never built.
+        image_size: pixels per side of ``pixel_values``; CLIP's own by default, else a multiple of the token grid's side.
+        image_mean, image_std: normalisation of ``pixel_values``; undone before the experts.
+        experts: one :class:`~tove_llava.experts.base.ExpertSpec` (as a dict) per expert, width and grid filled in.
+        fusion: registered name of the trainable part.
+        fusion_options: keyword arguments of that part; an unknown one is an error.
+        projection_dim: width ``m`` of the projected expert knowledge; CLIP's width by default.
+        noisy_gating: noise on the gate's logits in training, and the load term of the balance loss with it.
+        top_k: keep only the k largest gate logits of each token; None keeps all.
+        null_slot: one more gate column, which receives nothing.
+        router_aux_loss_coef: weight of the balance loss.
+        detached_experts: names of experts that are taken out.
+
+    ``hidden_size``, ``grid``, ``num_patches`` and ``patch_size`` are derived and read-only.
+
+    Raises:
+        ConfigError: an unknown key, or values that contradict each other.
+    """
+
+    model_type = "tove_vision"
+    base_config_key = "vision_config"
+    sub_configs_defaults = {"clip_config": CLIPVisionConfig}
+
+    clip_config: dict | PreTrainedConfig | None = None
+    clip_source: str = ""
+    clip_revision: str | None = None
+    clip_layer: int = -2
+    image_size: int | None = None
+    image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
+    experts: list[Any] | tuple[Any, ...] = ()
+    fusion: str = "tove"
+    fusion_options: dict[str, Any] | None = None
+    projection_dim: int | None = None
+    noisy_gating: bool = True
+    top_k: int | None = None
+    null_slot: bool = False
+    router_aux_loss_coef: float = 0.01
+    detached_experts: list[str] | tuple[str, ...] = ()
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        unknown = set(kwargs) - _LIBRARY_KEYS - set(GenerationConfig._get_default_generation_params())
+        if unknown:
+            raise ConfigError(
+                f"unknown key(s) in the vision tower's configuration: {', '.join(sorted(unknown))}. "
+                f"Known keys: {', '.join(sorted(f.name for f in dataclasses.fields(ToveVisionConfig)))}"
+            )
+        super().__post_init__(**kwargs)
+        if isinstance(self.clip_config, dict):
+            self.clip_config = CLIPVisionConfig(**self.clip_config)
+        self.experts = [_as_dict(entry) for entry in self.experts]
+        self.detached_experts = list(self.detached_experts)
+        self.fusion_options = dict(self.fusion_options or {})
+        if self.image_size is None:
+            self.image_size = self.clip_config.image_size
+        if self.projection_dim is None:
+            self.projection_dim = self.hidden_size
+        self._check()
+
+    @classmethod
+    def from_sources(
+        cls,
+        clip_source: str,
+        experts: Sequence[Any] = (),
+        *,
+        clip_revision: str | None = None,
+        base_dir: str | os.PathLike[str] | None = None,
+        **keys: Any,
+    ) -> ToveVisionConfig:
+        """Reads CLIP's configuration and each expert's width and grid from their sources; loads no weights.
+
+        Args:
+            clip_source: ``hf:<repository or folder>`` or ``bundled:<name>``.
+            experts: :class:`~tove_llava.experts.spec.ExpertSpec` objects or their dicts.
+            base_dir: folder to which sources such as ``hf:./clip`` are relative.
+            keys: any other key of the configuration.
+
+        Raises:
+            ConfigError: a wrong source, expert or key. CheckpointError: a source that is not there.
+        """
+        from tove_llava.experts import complete_specs  # imports every expert's library
+
+        source = Source.parse(clip_source).resolve(base_dir)
+        try:
+            clip_config = CLIPVisionConfig.from_pretrained(**source.pretrained(), revision=clip_revision or "main")
+        except OSError as error:
+            raise CheckpointError(f"cannot read CLIP's configuration from {source}: {error}") from error
+        return cls(
+            clip_config=clip_config,
+            clip_source=clip_source,
+            clip_revision=clip_revision,
+            experts=complete_specs(list(experts), base_dir),
+            **keys,
+        )
+
+    def _check(self) -> None:
+        clip = self.clip_config
+        if not isinstance(clip.image_size, int) or not isinstance(clip.patch_size, int):
+            raise ConfigError(
+                "the tower needs a CLIP with square images and patches: image_size and patch_size integers"
+            )
+        if self.image_size % self.grid:
+            raise ConfigError(
+                f"image_size={self.image_size} is not a multiple of the token grid's side {self.grid}; "
+                f"the nearest that is: {max(1, round(self.image_size / self.grid)) * self.grid}"
+            )
+        if not 1 <= self.num_clip_layers <= clip.num_hidden_layers:
+            raise ConfigError(
+                f"clip_layer={self.clip_layer} names no layer of a CLIP with {clip.num_hidden_layers} layers"
+            )
+        names = self.expert_names
+        bad = [name for name in names if not name.isidentifier()]
+        if bad:
+            raise ConfigError(f"expert names must be identifiers (letters, digits, underscores), not {bad}")
+        if len(set(names)) != len(names):
+            raise ConfigError(f"expert names must be unique within a tower, got {names}")
+        self.check_expert_names(self.detached_experts)
+        slots = len(names) + self.null_slot
+        if self.top_k is not None and not 1 <= self.top_k <= max(slots, 1):
+            raise ConfigError(f"top_k={self.top_k} must lie between 1 and the number of gate columns, {slots}")
+        if self.projection_dim < 1:
+            raise ConfigError(f"projection_dim={self.projection_dim} must be at least 1")
+        if self.router_aux_loss_coef < 0:
+            raise ConfigError(f"router_aux_loss_coef={self.router_aux_loss_coef} must not be negative")
+
+    def check_expert_names(self, names: Iterable[str]) -> None:
+        """Raises ConfigError when one of ``names`` is not an expert of this tower."""
+        unknown = [name for name in names if name not in self.expert_names]
+        if unknown:
+            raise ConfigError(f"unknown expert(s) {unknown}; this tower has: {', '.join(self.expert_names) or 'none'}")
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of all experts, in the order of the gate's columns."""
+        return [entry["name"] for entry in self.experts]
+
+    @property
+    def attached_experts(self) -> list[str]:
+        """Names of the experts that are not detached, in the order of the gate's columns."""
+        return [name for name in self.expert_names if name not in self.detached_experts]
+
+    @property
+    def expert_specs(self) -> list[ExpertSpec]:
+        from tove_llava.experts.spec import ExpertSpec  # the package imports every library; a configuration need not
+
+        return [ExpertSpec.from_dict(entry) for entry in self.experts]
+
+    @property
+    def num_clip_layers(self) -> int:
+        """How many of CLIP's layers lie below the tokens that are used, and hence are built."""
+        if self.clip_layer < 0:
+            return self.clip_config.num_hidden_layers + 1 + self.clip_layer
+        return self.clip_layer
+
+    @property
+    def hidden_size(self) -> int:
+        """Width d of a vision token."""
+        return self.clip_config.hidden_size
+
+    @property
+    def grid(self) -> int:
+        """Vision tokens per side."""
+        return self.clip_config.image_size // self.clip_config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        """Vision tokens per image."""
+        return self.grid**2
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels of ``pixel_values`` per token and side, by which LLaVA's processor counts placeholders."""
+        return self.image_size // self.grid
+
+    @property
+    def num_channels(self) -> int:
+        return self.clip_config.num_channels
+
+
+def _as_dict(entry: Any) -> dict[str, Any]:
+    """An expert's entry as plain JSON."""
+    if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
+        entry = dataclasses.asdict(entry)
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ConfigError(f"an expert's entry is a mapping with at least a 'name', got {entry!r}")
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in entry.items()}

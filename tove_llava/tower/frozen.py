@@ -1,0 +1,165 @@
+"""CLIP and the experts of a tower: frozen, run without autograd, and invisible to everything that trains.
+
+They are deliberately not submodules of the tower. Thereby no optimiser, state dict, LoRA or quantisation sweep, ZeRO
+partition or ``train()`` can reach them, and ``from_pretrained`` cannot fill them with random numbers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts.hub import ExpertHub
+from tove_llava.sources import Source
+from tove_llava.tower.configuration import ToveVisionConfig
+
+
+@dataclass
+class TowerFeatures:
+    """What the frozen part gives for B images; may be computed once and kept.
+
+    Args:
+        base: ``[B,N,d]`` CLIP's tokens.
+        experts: feature map ``[B,d_k,h_k,w_k]`` by expert, every value finite.
+        usable: ``[B]`` bool by expert, False for images for which its output was not finite; empty when all are fine.
+    """
+
+    base: torch.Tensor
+    experts: dict[str, torch.Tensor] = field(default_factory=dict)
+    usable: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> TowerFeatures:
+        """Applies ``fn`` to every tensor, e.g. ``features.map(lambda x: x[:4])``."""
+        return TowerFeatures(
+            base=fn(self.base),
+            experts={name: fn(x) for name, x in self.experts.items()},
+            usable={name: fn(x) for name, x in self.usable.items()},
+        )
+
+
+class FrozenBackbones:
+    """Loads, moves and runs CLIP and the experts of one tower."""
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        self.config = config
+        self.clip: CLIPVisionModel | None = None
+        self.hub: ExpertHub | None = None
+
+    def is_loaded(self, names: list[str]) -> bool:
+        """Whether CLIP and the named experts are in memory."""
+        if self.clip is None:
+            return False
+        return not names or (self.hub is not None and self.hub.is_loaded(names))
+
+    def load(
+        self,
+        names: list[str],
+        *,
+        base_dir: str | os.PathLike[str] | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Loads CLIP and the named experts from their sources; what is loaded already stays as it is."""
+        with _outside_zero3():
+            if self.clip is None:
+                self.clip = load_clip(self.config, base_dir)
+            if self.hub is None:
+                self.hub = ExpertHub(self.config.experts, base_dir=None if base_dir is None else Path(base_dir))
+            self.hub.load(names)
+        self.apply(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
+
+    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Lets moves and casts of the tower reach the backbones."""
+        for module in self.modules():
+            module._apply(fn)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """CLIP and the hub, where they are loaded."""
+        if self.clip is not None:
+            yield self.clip
+        if self.hub is not None:
+            yield self.hub
+
+    @torch.no_grad()
+    def encode(self, pixel_values: torch.Tensor, names: list[str], *, strict: bool) -> TowerFeatures:
+        """CLIP's tokens and the named experts' feature maps; see :meth:`ToveVisionModel.encode`."""
+        assert self.clip is not None
+        size, clip_size = self.config.image_size, self.config.clip_config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ConfigError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected [images, 3, {size}, {size}]: "
+                "the image processor and the tower's image_size disagree"
+            )
+        clip_pixels = pixel_values
+        if size != clip_size:
+            clip_pixels = F.interpolate(
+                pixel_values.float(), (clip_size, clip_size), mode="bicubic", align_corners=False, antialias=True
+            )
+        base = self.clip(clip_pixels).last_hidden_state[:, 1:]  # [B,N,d], without the class token
+        if not names:
+            return TowerFeatures(base=base)
+        assert self.hub is not None
+        seen = self.hub.run(self._pixels(pixel_values), skip=set(self.hub.names) - set(names), strict=strict)
+        return TowerFeatures(base=base, experts=seen.features, usable={} if strict else seen.valid)
+
+    def _pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """CLIP-normalised ``[B,3,S,S]`` -> float32 in 0..1, once for all experts."""
+        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
+        return (pixel_values.float() * std + mean).clamp(0, 1)
+
+
+def load_clip(config: ToveVisionConfig, base_dir: str | os.PathLike[str] | None = None) -> CLIPVisionModel:
+    """CLIP up to the layer whose tokens are used, frozen. The layers above are never built.
+
+    Raises:
+        ConfigError: the configuration names no source.
+        CheckpointError: the source is not there, or is not the CLIP that the configuration describes.
+    """
+    if not config.clip_source:
+        raise ConfigError("the tower's configuration names no clip_source, e.g. hf:openai/clip-vit-large-patch14-336")
+    source = Source.parse(config.clip_source).resolve(base_dir)
+    clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
+    clip_config._attn_implementation = config._attn_implementation
+    try:
+        clip, info = CLIPVisionModel.from_pretrained(
+            **source.pretrained(),
+            revision=config.clip_revision or "main",
+            config=clip_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
+    # The norm after the last block reads the class token alone, which LLaVA does not use.
+    missing = [key for key in info["missing_keys"] if "post_layernorm" not in key.split(".")]
+    if missing or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{source} is not the CLIP that this tower was built on: missing {missing[:5]}, "
+            f"other shapes {list(info['mismatched_keys'])[:5]}. Give the right clip_source."
+        )
+    clip.post_layernorm = nn.Identity()
+    return clip.eval().requires_grad_(False)
+
+
+@contextmanager
+def _outside_zero3() -> Iterator[None]:
+    """Loads as if DeepSpeed were not there: under a ZeRO-3 configuration ``from_pretrained`` would partition weights."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    active = reference() if reference is not None else None
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if active is not None:
+            hf_deepspeed.set_hf_deepspeed_config(active)

@@ -1,0 +1,5 @@
+"""Registered ways of bringing expert knowledge into CLIP's tokens: one file each."""
+
+from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput, GateInputs
+
+__all__ = ["FUSIONS", "Fusion", "FusionOutput", "GateInputs"]

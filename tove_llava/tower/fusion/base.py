@@ -1,0 +1,87 @@
+"""The contract of a fusion: everything trainable of a tower is in one such module, and nothing else is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from tove_llava.registry import Registry
+
+if TYPE_CHECKING:
+    from tove_llava.tower.balance import BalanceStatistics
+    from tove_llava.tower.configuration import ToveVisionConfig
+
+FUSIONS: Registry[type[Fusion]] = Registry("fusion", package="tove_llava.tower.fusion")
+
+
+@dataclass(frozen=True)
+class GateInputs:
+    """All that is needed to compute a gate again: the accumulation window's balance loss does so.
+
+    Args:
+        tokens: ``[B,N,d]`` CLIP's tokens, without graph.
+        noise: ``[B,N,S]`` float32 standard normal, or None when the gate ran without noise.
+        usable: ``[B,K]`` bool, False where an expert was dropped for an image; None when none was.
+    """
+
+    tokens: torch.Tensor
+    noise: torch.Tensor | None = None
+    usable: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FusionOutput:
+    """
+    Args:
+        tokens: ``[B,N,d]``, in the dtype of CLIP's tokens.
+        routing: ``[B,N,S]`` float32 gate weights, or None for a fusion without a gate.
+        gate_logits: ``[B,N,S]`` float32 before noise and masks, or None.
+        gate_inputs: what :meth:`Fusion.balance_statistics` takes, or None for a fusion without a gate.
+    """
+
+    tokens: torch.Tensor
+    routing: torch.Tensor | None = None
+    gate_logits: torch.Tensor | None = None
+    gate_inputs: GateInputs | None = None
+
+
+class Fusion(nn.Module):
+    """Base class; a subclass registers itself with ``@FUSIONS.register(name)`` and takes the tower's configuration.
+
+    ``config.detached_experts`` may change at any time; a fusion reads it at every call. Layers own their initial values:
+    each one with parameters has a ``reset_parameters``, which uses ``torch.nn.init``.
+    """
+
+    uses_experts: ClassVar[bool] = True
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        noise: torch.Tensor | None = None,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> FusionOutput:
+        """
+        Args:
+            base: ``[B,N,d]`` CLIP's tokens.
+            experts: feature map ``[B,d_k,h_k,w_k]`` of each attached expert, by name; every value finite.
+            noise: ``[B,N,S]`` standard normal noise for the gate instead of a fresh draw; used in training only.
+            usable: ``[B]`` bool by expert, False for images for which its output cannot be used.
+        """
+        raise NotImplementedError
+
+    def balance_statistics(self, inputs: GateInputs | None) -> BalanceStatistics | None:
+        """Statistics of the balance loss, recomputed with gradients from a gate's inputs; None without a gate.
+
+        ``inputs=None`` gives the statistics of no image at all; it touches the same parameters, as every rank must.
+        """
+        return None

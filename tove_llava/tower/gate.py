@@ -1,0 +1,119 @@
+"""The token-aware gate: for every vision token, how much of each expert it receives."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tove_llava.tower.balance import expected_load
+
+
+@dataclass(frozen=True)
+class GateOutput:
+    """What the gate decided; S = K experts, plus one when there is a null slot (the last column).
+
+    Args:
+        weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed.
+        logits: ``[B,N,S]`` float32, before noise and masks.
+        selected: ``[B,N,S]`` bool: allowed, and among the top k.
+        load: ``[B,N,S]`` float32, probability of being chosen under a fresh draw of the column's noise; None without noise.
+    """
+
+    weights: torch.Tensor
+    logits: torch.Tensor
+    selected: torch.Tensor
+    load: torch.Tensor | None
+
+
+class Float32Linear(nn.Module):
+    """A bias-free linear map computed in float32 whatever the dtype of weights, inputs and autocast.
+
+    Not an ``nn.Linear``, so that sweeps for LoRA targets or quantisable layers pass it by. The weight is used inside
+    this module's own forward, where ZeRO-3 gathers it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, std: float) -> None:
+        super().__init__()
+        self.std = std  # of the initial weights; 0 starts at zero
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+class Float32LayerNorm(nn.Module):
+    """Layer normalisation computed and returned in float32 whatever the dtype of weights, inputs and autocast."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
+
+
+class TokenGate(nn.Module):
+    """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)``, masked columns at -inf (Shazeer et al. 2017, section 2.1).
+
+    All of it in float32: a gate decides by small differences, and a recomputation from the same T and eps has to give
+    the same G whatever the autocast around it.
+
+    Args:
+        width: d, width of a token.
+        slots: S, number of columns.
+        noisy: whether there is a trainable noise scale.
+        top_k: keep the k largest logits of a token before the softmax; None keeps all.
+    """
+
+    def __init__(self, width: int, slots: int, *, noisy: bool, top_k: int | None) -> None:
+        super().__init__()
+        self.slots = slots
+        self.top_k = top_k
+        self.norm = Float32LayerNorm(width)
+        # Nearly even weights at the start. Shazeer et al. use zeros; a tie without noise, though, would send every token
+        # to the same top k.
+        self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
+        self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
+
+    def forward(self, tokens: torch.Tensor, allowed: torch.Tensor, eps: torch.Tensor | None = None) -> GateOutput:
+        """
+        Args:
+            tokens: ``[B,N,d]``.
+            allowed: ``[B,S]`` bool, columns that may be used for an image.
+            eps: ``[B,N,S]`` standard normal noise, or None for a gate without noise.
+        """
+        allowed = allowed[:, None, :].expand(-1, tokens.shape[1], -1)  # [B,N,S]
+        normed = self.norm(tokens)
+        logits = self.score(normed)
+        # The noise scale is computed also when no noise is wanted in training: every step touches the same parameters.
+        std = F.softplus(self.noise(normed)) if self.noise is not None else None
+        noisy, load = logits, None
+        if std is not None and eps is not None:
+            noisy = logits + std * eps.to(logits.dtype)
+            load = expected_load(logits, noisy, std, allowed, k=self.top_k or 1)
+
+        selected = allowed
+        if self.top_k is not None and self.top_k < self.slots:
+            index = noisy.masked_fill(~allowed, float("-inf")).topk(self.top_k, dim=-1).indices
+            selected = torch.zeros_like(allowed).scatter(-1, index, True) & allowed
+        return GateOutput(weights=_masked_softmax(noisy, selected), logits=logits, selected=selected, load=load)
+
+
+def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax over the True columns; exactly 0 elsewhere, and all 0 (not NaN) in a row without any."""
+    empty = ~mask.any(dim=-1, keepdim=True)
+    weights = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)
+    return weights.masked_fill(~mask, 0.0)

@@ -1,0 +1,262 @@
+"""The vision tower as a transformers model: frozen backbones, one trainable fusion."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.sources import Source
+from tove_llava.tower.balance import BalanceStatistics, balance_loss
+from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
+from tove_llava.tower.fusion import FUSIONS, GateInputs
+
+
+@dataclass
+class ToveVisionOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state: ``[B,N,d]`` the tower's tokens T'.
+        pooler_output: set by LLaVA to the projected tokens, one ``[N,d_text]`` per image.
+        hidden_states: ``(last_hidden_state,)``, which ``vision_feature_layer=-1`` indexes.
+        routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
+        gate_logits: ``[B,N,S]`` float32, before noise and masks.
+        gate_inputs: what ``tower.fusion.balance_statistics`` takes.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: Any = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    routing: torch.FloatTensor | None = None
+    gate_logits: torch.FloatTensor | None = None
+    gate_inputs: GateInputs | None = None
+
+
+class ToveVisionModel(PreTrainedModel):
+    """CLIP-normalised ``pixel_values`` [B,3,S,S] -> tokens [B,N,d] that carry the experts' knowledge.
+
+    ``fusion`` is the only registered submodule: everything trainable, and nothing else. ``frozen`` holds CLIP and the
+    experts, which :meth:`load_backbones` brings in; before that the tower refuses to run.
+    """
+
+    config: ToveVisionConfig
+    config_class = ToveVisionConfig
+    base_model_prefix = "tove_vision"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    # All of it is CLIP's own; the fusion has no attention.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        super().__init__(config)
+        self.fusion = FUSIONS.get(config.fusion)(config)
+        # Follows moves and casts also where the fusion has no parameters, so that backbones loaded later go along.
+        self.register_buffer("_placement", torch.zeros(0), persistent=False)
+        self.frozen = FrozenBackbones(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ToveVisionModel:
+        super()._apply(fn, recurse)
+        self.frozen.apply(fn)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *args: Any,
+        load_backbones: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads the trainable part of a checkpoint, then CLIP and the experts from the sources it records.
+
+        Args:
+            load_backbones: False leaves them out; the tower then refuses to run until :meth:`load_backbones`.
+        """
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
+        if load_backbones:
+            folder = os.fspath(pretrained_model_name_or_path)
+            model.load_backbones(base_dir=folder if os.path.isdir(folder) else None)
+        return loaded
+
+    # -- backbones ----------------------------------------------------------------------------------------------------
+
+    @property
+    def active_experts(self) -> list[str]:
+        """Experts that a forward pass runs."""
+        return self.config.attached_experts if self.fusion.uses_experts else []
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether CLIP and every active expert are in memory."""
+        return self.frozen.is_loaded(self.active_experts)
+
+    def load_backbones(
+        self, names: Iterable[str] | None = None, *, base_dir: str | os.PathLike[str] | None = None
+    ) -> ToveVisionModel:
+        """Loads CLIP and experts from their recorded sources, to this module's device and dtype.
+
+        Args:
+            names: experts to load; all active ones by default. Loaded ones are left alone.
+            base_dir: checkpoint folder to which sources such as ``hf:./backbones/clip`` are relative.
+
+        Raises:
+            CheckpointError: weights are missing, incomplete or of another model.
+            ConfigError: a source or an expert's name is wrong.
+        """
+        names = self.active_experts if names is None else list(names)
+        self.config.check_expert_names(names)
+        if self._placement.is_meta:
+            raise CheckpointError("the tower is on the meta device; give it memory (from_pretrained or to_empty) first")
+        self.frozen.load(names, base_dir=base_dir, device=self._placement.device, dtype=self._placement.dtype)
+        return self
+
+    def save_backbones(self, folder: str | os.PathLike[str]) -> ToveVisionConfig:
+        """Writes CLIP and every expert to ``folder/backbones/<name>``, for a self-contained checkpoint in ``folder``.
+
+        Returns:
+            A copy of the configuration whose sources point there, relative to ``folder``. The caller saves it.
+
+        Raises:
+            CheckpointError: an expert, attached or not, is not in memory or cannot be saved by value.
+        """
+        if self.frozen.clip is None or self.frozen.hub is None:
+            raise CheckpointError("the tower's backbones are not loaded; call load_backbones() before saving them")
+        target = Path(folder) / "backbones"
+        config = ToveVisionConfig.from_dict(self.config.to_dict())
+        self.frozen.clip.save_pretrained(target / "clip")
+        config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
+        config.experts = [spec.to_dict() for spec in self.frozen.hub.save(folder, prefix="backbones/experts")]
+        return config
+
+    def detach_experts(self, names: str | Iterable[str], *, free: bool = False) -> None:
+        """Takes experts out: they are not computed any more, and the gate renormalises over the rest.
+
+        Args:
+            names: one name or several. Naming one that is detached already is fine.
+            free: also give back their memory; ``load_backbones`` brings them back.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        self.config.check_expert_names(names)
+        detached = {*self.config.detached_experts, *names}
+        self.config.detached_experts = [name for name in self.config.expert_names if name in detached]
+        if free and self.frozen.hub is not None:
+            self.frozen.hub.unload(names)
+
+    def attach_experts(self, names: str | Iterable[str]) -> None:
+        """Undoes :meth:`detach_experts`.
+
+        Raises:
+            CheckpointError: an expert's memory was freed (or never loaded) while the others' is there.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        self.config.check_expert_names(names)
+        if self.frozen.clip is not None and self.fusion.uses_experts and not self.frozen.is_loaded(names):
+            raise CheckpointError(
+                f"experts {names} are not in memory; call load_backbones({names}) before attaching them"
+            )
+        self.config.detached_experts = [name for name in self.config.detached_experts if name not in names]
+
+    # -- forward ------------------------------------------------------------------------------------------------------
+
+    def encode(self, pixel_values: torch.Tensor) -> TowerFeatures:
+        """Runs CLIP and the active experts without autograd.
+
+        Args:
+            pixel_values: ``[B,3,S,S]`` CLIP-normalised, S the configuration's ``image_size``.
+
+        Raises:
+            CheckpointError: backbones are not loaded.
+            NonFiniteError: in training mode, an expert returned NaN or infinity. In eval mode that expert is left out
+                for that image, with a warning.
+        """
+        if not self.is_loaded:
+            raise CheckpointError(
+                "the tower's CLIP and experts are not loaded. Load the model with tove_llava.load_model or "
+                "ToveLlavaForConditionalGeneration.from_pretrained; within a stock LlavaForConditionalGeneration call "
+                "model.model.vision_tower.load_backbones() once"
+            )
+        return self.frozen.encode(pixel_values, self.active_experts, strict=self.training)
+
+    def fuse(self, features: TowerFeatures, gate_noise: torch.Tensor | None = None) -> ToveVisionOutput:
+        """The trainable part.
+
+        Args:
+            features: what :meth:`encode` returned; it may hold more experts than are attached.
+            gate_noise: ``[B,N,S]`` standard normal noise of the gate instead of a fresh draw, e.g. the share of this
+                rank in a draw for the global batch. Used in training mode only.
+        """
+        missing = [name for name in self.active_experts if name not in features.experts]
+        if missing:
+            raise ConfigError(f"the features hold nothing of the attached expert(s) {missing}; encode the images again")
+        fused = self.fusion(features.base, features.experts, noise=gate_noise, usable=features.usable)
+        return ToveVisionOutput(
+            last_hidden_state=fused.tokens,
+            hidden_states=(fused.tokens,),
+            routing=fused.routing,
+            gate_logits=fused.gate_logits,
+            gate_inputs=fused.gate_inputs,
+        )
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        *,
+        features: TowerFeatures | None = None,
+        gate_noise: torch.Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ToveVisionOutput:
+        """
+        Args:
+            pixel_values: ``[B,3,S,S]``, or None when ``features`` are given.
+            features: what :meth:`encode` returned, instead of ``pixel_values``.
+            gate_noise: see :meth:`fuse`.
+            output_hidden_states: a flag, or, as LLaVA passes it, the layer or layers that it will index. There is one
+                hidden state, so the index must be -1 (or 0).
+
+        Raises:
+            ConfigError: another layer is asked for, or not exactly one of ``pixel_values`` and ``features`` is given.
+        """
+        _check_layers(output_hidden_states)
+        if (pixel_values is None) == (features is None):
+            raise ConfigError("give exactly one of pixel_values and features to the tower")
+        output = self.fuse(features if features is not None else self.encode(pixel_values), gate_noise)
+        return output if return_dict is not False else output.to_tuple()
+
+    def balance_loss(self, gate_inputs: GateInputs | None) -> torch.Tensor | None:
+        """Balance loss of one batch on one process, not yet multiplied by its coefficient; None without a gate.
+
+        For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance`.
+        """
+        statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
+        return None if statistics is None else balance_loss(statistics)
+
+
+def _check_layers(selection: bool | int | list[int] | tuple[int, ...] | None) -> None:
+    if selection is None or isinstance(selection, bool):
+        return
+    layers = [selection] if isinstance(selection, int) else list(selection)
+    if any(layer not in (-1, 0) for layer in layers):
+        raise ConfigError(
+            f"vision_feature_layer={selection} does not exist in a ToVE tower, which returns one hidden state (CLIP's layer "
+            "is chosen by the tower's clip_layer). Set vision_feature_layer=-1 and vision_feature_select_strategy='full'."
+        )
