@@ -1,0 +1,65 @@
+"""Answer benchmarks with a model and score the answers.
+
+A run that was killed goes on where it stopped when the same command is given again. Several GPUs (or processes):
+torchrun --nproc-per-node 8 -m tove_llava eval ...
+"""
+
+import argparse
+
+HELP = "answer benchmarks with a model and score the answers"
+
+# Where LLaVA keeps its evaluation data, and where `tove-llava scenes` writes.
+DATA_ROOTS = ("playground/data/eval", "playground/data/scenes")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tove_llava.eval.benchmarks import BENCHMARKS
+    from tove_llava.eval.conditions import CONDITIONS
+
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder that training wrote")
+    parser.add_argument(
+        "--benchmark", required=True, metavar="A,B", help=f"one or several of: {', '.join(BENCHMARKS)}; or all"
+    )
+    parser.add_argument(
+        "--data-root",
+        metavar="DIR",
+        help=f"evaluation data (default: the first with the data of {', '.join(DATA_ROOTS)})",
+    )
+    parser.add_argument("--output", metavar="DIR", help="answers and results (default: MODEL/eval)")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    parser.add_argument("--limit", type=int, metavar="N", help="answer N questions of each benchmark, evenly spread")
+    parser.add_argument("--blank-image", action="store_true", help="replace every image by the mean colour")
+    parser.add_argument("--detach", metavar="A,B", help="take these experts out of the tower; or all")
+    parser.add_argument(
+        "--conditions", metavar="A,B", help=f"answer once under each of: {', '.join(CONDITIONS)}; one table"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="throw away the answers of an earlier run")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
+    parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tove_llava.errors import ConfigError
+    from tove_llava.eval.conditions import parse_conditions
+    from tove_llava.eval.evaluate import evaluate
+
+    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} must be at least 1, not {value}")
+    text = evaluate(
+        model_folder=args.model,
+        benchmarks=args.benchmark,
+        data_roots=[args.data_root] if args.data_root else DATA_ROOTS,
+        output=args.output,
+        conditions=parse_conditions(args.conditions, args.blank_image, args.detach),
+        batch_size=args.batch_size,
+        limit=args.limit,
+        overwrite=args.overwrite,
+        device=args.device,
+        dtype=args.dtype,
+        as_json=args.json,
+    )
+    if text is not None:
+        print(text)
+    return 0

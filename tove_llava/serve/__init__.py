@@ -1,0 +1,1 @@
+"""Answering: one loaded model, its prompts and pictures, streaming answers, and the browser demo."""

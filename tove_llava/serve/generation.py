@@ -1,0 +1,195 @@
+"""From conversations and pictures to answers: what the evaluation and the demo share.
+
+``B`` prompts in a batch, ``N`` vision tokens an image, ``D`` the language model's width.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt
+from tove_llava.data.images import open_image
+from tove_llava.errors import ConfigError, DataError
+from tove_llava.tower import ToveVisionOutput
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called ``name``; without one, the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but there is no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called ``name``; without one, bfloat16 on a GPU that has it (else float16), float32 on the CPU.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise ConfigError(f"unknown dtype {name!r}; use one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+class Answerer:
+    """A model and its processor, ready to answer. Not thread-safe: see :class:`~tove_llava.serve.engine.Engine`.
+
+    Args:
+        model: a LLaVA model (ours or stock), on its device and in ``eval`` mode.
+        processor: bundles the tokenizer, the image transform and the template's name.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = processor.template
+        self.image_token_id: int = model.config.image_token_id
+        self.num_image_tokens: int = processor.num_image_tokens
+        text_config = model.config.get_text_config()
+        self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Answerer":
+        """Load any folder that training writes.
+
+        Raises:
+            CheckpointError: the folder holds no model.
+            ConfigError: an unknown device or dtype.
+        """
+        from tove_llava.llava import load_model
+
+        where = choose_device(device)
+        model, processor = load_model(folder, dtype=choose_dtype(dtype, where))
+        return cls(model.to(where), processor)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower inside the model."""
+        return self.model.base_model.vision_tower
+
+    def encode(self, turns: Sequence[Turn], num_images: int) -> list[int]:
+        """Prompt ids of a conversation that waits for an answer; each image takes ``num_image_tokens`` ids.
+
+        Raises:
+            DataError: placeholders and images differ in number, the turns do not alternate, or the prompt leaves the
+                model no room for an answer.
+        """
+        found = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns) if num_images else 0
+        if found != num_images:
+            raise DataError(f"{found} {IMAGE_PLACEHOLDER} placeholders for {num_images} images; they must be as many")
+        ids = encode_prompt(turns, self.tokenizer, self.template, images=num_images > 0)
+        if self.image_token_id in ids:
+            raise DataError("the text contains the image token itself; take it out")
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [self.image_token_id] * self.num_image_tokens if token == IMAGE_TOKEN_INDEX else [token]
+        if len(expanded) >= self.max_length:
+            raise DataError(
+                f"the conversation is {len(expanded)} tokens long, and the model takes {self.max_length}; "
+                "shorten it, use fewer images, or start a new one"
+            )
+        return expanded
+
+    def pixels(self, image: Image.Image | str | Path) -> Tensor:
+        """float32 [3, S, S] of a picture or a picture file.
+
+        Raises:
+            DataError: the file is missing, damaged, not a picture, or too large.
+        """
+        transform = self.processor.image_transform
+        return transform(image) if isinstance(image, Image.Image) else transform(open_image(image))
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """What the language model reads of each image.
+
+        Args:
+            pixels: float [n, 3, S, S].
+
+        Returns:
+            n tensors [N, D].
+        """
+        pixels = pixels.to(self.device, self.model.dtype)
+        return list(self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        features: Sequence[Tensor],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        streamer: Any = None,
+        stop: StoppingCriteria | None = None,
+    ) -> list[str]:
+        """Answers of a batch, greedy at temperature 0.
+
+        Args:
+            prompts: ids from :meth:`encode`; they are padded on the left.
+            features: of all images of the batch, in the order of their placeholders, each [N, D].
+
+        Returns:
+            the answers, without special tokens, stripped.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.full((len(prompts), longest), pad, dtype=torch.long)  # [B, L]
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        )
+        config = GenerationConfig(
+            max_new_tokens=max(1, min(max_new_tokens, self.max_length - longest)),
+            num_beams=1,
+            eos_token_id=self._end_ids(),
+            pad_token_id=pad,
+            bos_token_id=self.tokenizer.bos_token_id,
+            **sampling,
+        )
+        images = {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}}
+        output = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([] if stop is None else [stop]),
+            **(images if features else {}),
+        )
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _end_ids(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's, and those that the model itself names."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        named = named if isinstance(named, list) else [named]
+        return sorted({token for token in (*named, self.tokenizer.eos_token_id) if token is not None})
