@@ -14,6 +14,8 @@ from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
 from tove_llava.eval.rows import write_atomically
 
+MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 2000 --val 200 --seed 0"
+
 
 def evaluate(
     model_folder: str | Path,
@@ -118,8 +120,8 @@ def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[s
             jobs.append((name, benchmark, found[0]))
         elif not every:
             raise DataError(
-                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. Give --data-root, or "
-                "make scenes: tove-llava scenes --out playground/data/scenes --train 2000 --val 200 --seed 0"
+                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. Give --data-root; "
+                f"or make scenes: {MAKE_SCENES}"
             )
     if not jobs:
         raise DataError(f"no benchmark's data is under {', '.join(map(str, data_roots))}; give --data-root")

@@ -1,0 +1,31 @@
+"""Which model to serve when none is named."""
+
+from pathlib import Path
+
+from tove_llava.errors import CheckpointError
+
+OUTPUTS = Path("outputs")
+HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
+
+
+def newest_model(root: Path = OUTPUTS) -> Path | None:
+    """The model folder under ``root`` that was finished last; step checkpoints inside a run do not count."""
+    finished = [file for file in root.glob("**/config.json") if not file.parent.name.startswith("checkpoint-")]
+    folders = [file.parent for file in finished if any(file.parent.glob("*.safetensors"))]
+    return max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
+
+
+def find_model(folder: str | Path | None) -> Path:
+    """``folder``, or without one the newest model that the quickstart or the training scripts made.
+
+    Raises:
+        CheckpointError: there is none; the message has the command that makes one.
+    """
+    if folder is not None:
+        if not Path(folder).is_dir():
+            raise CheckpointError(f"there is no model folder {folder}; give the folder that training wrote")
+        return Path(folder)
+    found = newest_model()
+    if found is None:
+        raise CheckpointError(f"no model is given (--model DIR) and none is in {OUTPUTS}/; make one: {HOW_TO_MAKE_ONE}")
+    return found
