@@ -120,8 +120,8 @@ def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[s
             jobs.append((name, benchmark, found[0]))
         elif not every:
             raise DataError(
-                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. Give --data-root; "
-                f"or make scenes: {MAKE_SCENES}"
+                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. "
+                f"Give --data-root, or make scenes: {MAKE_SCENES}"
             )
     if not jobs:
         raise DataError(f"no benchmark's data is under {', '.join(map(str, data_roots))}; give --data-root")
