@@ -1,6 +1,6 @@
 """Where a part's weights come from: ``scheme:target`` strings, parsed once and resolved to something a library loads.
 
-A scheme is one registered class below. A relative path that begins with ``./`` or ``../`` belongs to the checkpoint that
+A scheme is one registered class below. A relative path, such as ``hf:./experts/depth``, belongs to the checkpoint that
 names it: :meth:`Source.resolve` anchors it there, which is how a self-contained checkpoint points at its own folders.
 """
 
@@ -48,8 +48,8 @@ class Source(ABC):
     def __str__(self) -> str:
         return f"{self.scheme}:{self.target}"
 
-    def check(self) -> None:
-        """Raises ConfigError when the target cannot be meant; looks at the text alone, never at the disk."""
+    def check(self) -> None:  # noqa: B027 - a scheme may have nothing to check
+        """Raises ConfigError when the target cannot be meant."""
 
     @property
     @abstractmethod

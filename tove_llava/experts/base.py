@@ -4,16 +4,20 @@ A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, s
 ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
+import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.experts.spec import ExpertSpec
 from tove_llava.registry import Registry
 from tove_llava.sources import Source
@@ -55,7 +59,9 @@ class Expert(nn.Module, ABC):
     """
 
     default_source: ClassVar[str] = ""
-    default_image_size: ClassVar[int | None] = None
+    default_image_size: ClassVar[int | None] = None  # of the default source; any other source's own size is taken
+    further_sources: ClassVar[tuple[str, ...]] = ()  # worth listing beside the default
+    remark: ClassVar[str] = ""  # what a user has to know; shown under the table of experts
     option_names: ClassVar[tuple[str, ...]] = ()  # the keys of spec.options that the class understands
     modes: ClassVar[tuple[str, ...]] = ("features",)
 
@@ -63,7 +69,7 @@ class Expert(nn.Module, ABC):
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
 
-    def __init__(self, spec: ExpertSpec, base_dir: str | Path | None = None) -> None:
+    def __init__(self, spec: ExpertSpec, base_dir: str | PathLike[str] | None = None) -> None:
         """Reads configuration only. ``base_dir`` anchors a source that is relative to a checkpoint.
 
         Raises:
@@ -72,7 +78,7 @@ class Expert(nn.Module, ABC):
         super().__init__()
         if not spec.source:
             spec = spec.replace(source=self.default_source)
-        if spec.image_size is None and self.default_image_size is not None:
+        if spec.image_size is None and spec.source == self.default_source:
             spec = spec.replace(image_size=self.default_image_size)
         for key in spec.options:
             if key not in self.option_names:
@@ -103,6 +109,19 @@ class Expert(nn.Module, ABC):
     def features(self, pixels: Tensor) -> Tensor:
         """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]."""
 
+    def hub_file(self) -> tuple[str, str] | None:
+        """(repository, file) on the Hugging Face hub that the weights are read from, or None for a local source."""
+        return None
+
+    def is_cached(self) -> bool:
+        """Whether the weights of a hub source lie on this machine already."""
+        place = self.hub_file()
+        return place is not None and isinstance(try_to_load_from_cache(*place, revision=self.spec.revision), str)
+
+    def licence(self) -> str:
+        """Licence of the weights, as far as their source says."""
+        return "not stated by the source"
+
     def save_backbone(self, folder: Path) -> Source:
         """Writes the loaded network to ``folder`` (safetensors) and returns the source that reads it there."""
         raise CheckpointError(f"expert {self.name!r} cannot be saved by value; keep it by reference")
@@ -118,6 +137,17 @@ class Expert(nn.Module, ABC):
         if self.spec.image_size is None:
             raise ConfigError(f"expert {self.name!r}: the source names no input size; set image_size")
         return self.spec.image_size
+
+    @property
+    def network(self) -> Any:
+        """The loaded network.
+
+        Raises:
+            CheckpointError: there is none yet.
+        """
+        if self.backbone is None:
+            raise CheckpointError(f"expert {self.name!r} has no weights yet; call load() (source: {self.source})")
+        return self.backbone
 
     @property
     def is_loaded(self) -> bool:
@@ -160,8 +190,26 @@ class Expert(nn.Module, ABC):
             return
         if self.source.path is not None:
             self.source.require()
-        self._read_configuration()
-        backbone = self.build(pretrained=True)
+        try:
+            self._read_configuration()
+            backbone = self.build(pretrained=True)
+        except ToveError:
+            raise
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"expert {self.name!r}: the weights of {self.source} are a pickle of more than plain tensors and are not "
+                f"opened, for it could run code; convert them to safetensors ({_first_line(error)})"
+            ) from error
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            remedy = (
+                "fetch it where there is a network, or name a local folder as the source"
+                if self.source.path is None
+                else "the files are damaged or belong to another architecture"
+            )
+            raise CheckpointError(
+                f"expert {self.name!r}: the weights of {self.source} cannot be loaded: {_first_line(error)}. "
+                f"What to do: {remedy}"
+            ) from error
         left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
         if left:
             raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
@@ -177,8 +225,7 @@ class Expert(nn.Module, ABC):
         Raises:
             CheckpointError: the expert is not loaded.
         """
-        if self.backbone is None:
-            raise CheckpointError(f"expert {self.name!r} has no weights yet; call load() (source: {self.source})")
+        self.network  # noqa: B018 - refuses to run without weights
         with torch.no_grad():
             out = self.features(self.condition(pixels))
         expected = (pixels.shape[0], self.spec.width, *self.spec.grid)
@@ -231,7 +278,11 @@ class Expert(nn.Module, ABC):
         return self.spec.options.get(key, default)
 
 
-def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | Path | None = None) -> Expert:
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:
     """The expert that a spec names, without weights.
 
     Raises:
@@ -250,7 +301,7 @@ def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | Path | None 
     return family[scheme](spec, base_dir)
 
 
-def complete_specs(entries: list[Any], base_dir: str | Path | None = None) -> list[ExpertSpec]:
+def complete_specs(entries: list[Any], base_dir: str | PathLike[str] | None = None) -> list[ExpertSpec]:
     """Specs with source, image size, width and grid filled in, as a config records them.
 
     Raises:

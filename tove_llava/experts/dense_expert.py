@@ -14,7 +14,7 @@ from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts.architectures import known_architecture
 from tove_llava.experts.base import Expert
 from tove_llava.experts.dense import DENSE, DenseArchitecture
-from tove_llava.sources import Source
+from tove_llava.sources import BundledSource, Source
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
@@ -81,15 +81,24 @@ class DenseExpert(Expert):
 
     def features(self, pixels: Tensor) -> Tensor:
         if self.spec.mode == "features":
-            return self.architecture.encode(self.backbone, pixels)
-        prediction = self.to_map(self.architecture.predict(self.backbone, pixels).float())
+            return self.architecture.encode(self.network, pixels)
+        prediction = self.to_map(self.architecture.predict(self.network, pixels).float())
         size = self.option("map_size")
         if size is not None:
             prediction = nn.functional.interpolate(prediction, size, mode="bilinear", antialias=True)
         return prediction.to(pixels.dtype)
 
+    def hub_file(self) -> tuple[str, str] | None:
+        return (self.source.target, "model.safetensors") if self.source.path is None else None
+
+    def licence(self) -> str:
+        if isinstance(self.source, BundledSource):
+            return "Apache-2.0 (this project's own)"
+        known = known_architecture(str(self.source))
+        return known["licence"] if known else super().licence()
+
     def save_backbone(self, folder: Path) -> Source:
-        self.backbone.save_pretrained(folder)
+        self.network.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
         return self.source.at(folder)
 
@@ -112,7 +121,7 @@ def read_configuration(
     try:
         config = AutoConfig.from_pretrained(place, revision=revision or "main")
     except (OSError, ValueError) as error:
-        raise ConfigError(f"source {source}: its configuration cannot be read ({_first_line(error)})") from error
+        raise ConfigError(f"source {source}: its configuration cannot be read ({error})") from error
     return config, _read_preprocessor(source, place, revision)
 
 
@@ -123,12 +132,8 @@ def _read_preprocessor(source: Source, place: str, revision: str | None) -> dict
     except (OSError, json.JSONDecodeError) as error:
         raise ConfigError(
             f"source {source}: preprocessor_config.json (image_mean, image_std, size) cannot be read; "
-            f"save the image processor beside the weights ({_first_line(error)})"
+            f"save the image processor beside the weights ({error})"
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"source {source}: preprocessor_config.json must be a JSON object")
     return content
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

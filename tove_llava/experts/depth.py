@@ -13,6 +13,7 @@ class Depth(DenseExpert):
 
     default_source = "hf:depth-anything/Depth-Anything-V2-Small-hf"
     default_image_size = 336
+    further_sources = ("hf:Intel/dpt-large", "bundled:depth")
 
     def to_map(self, prediction: Tensor) -> Tensor:
         low, high = prediction.amin((1, 2, 3), keepdim=True), prediction.amax((1, 2, 3), keepdim=True)

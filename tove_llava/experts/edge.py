@@ -12,6 +12,7 @@ from tove_llava.experts.base import Expert, register_expert
 from tove_llava.experts.dense_expert import DenseExpert
 from tove_llava.sources import Source
 
+_WEIGHTS = "DexiNed_BIPED_10.pth"
 _DECODER = tuple(f"up_block_{k}" for k in range(1, 7))
 
 
@@ -26,24 +27,27 @@ class _Tap(nn.Module):
 class DexiNedEdge(Expert):
     """DexiNed from kornia's own weights (``kornia:dexined``) or from a weights file.
 
-    Mode "features" gives one of the six encoder blocks (option ``block``, 1 to 6; by default the last, 256 channels at a
-    sixteenth of the input) and builds no upsampling block; mode "map" gives the fused edge probability at input size.
+    Mode "features" gives the last of the six encoder blocks (256 channels at a sixteenth of the input) and builds no
+    upsampling block; mode "map" gives the fused edge probability at input size.
     """
 
     default_source = "kornia:dexined"
     default_image_size = 336
     modes = ("features", "map")
-    option_names = ("block",)
     # BGR in 0..255 minus its mean is what DexiNed was trained on; here as RGB in 0..1, flipped in features().
     mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
     std = (1 / 255, 1 / 255, 1 / 255)
     interpolation = "bilinear"
 
     def build(self, pretrained: bool) -> nn.Module:
+        if self.spec.revision:
+            raise ConfigError(f"expert {self.name!r}: kornia sources take no revision")
         if self.source.path is None and self.source.target != "dexined":
-            raise ConfigError(f"expert {self.name!r}: kornia has no {self.source.target!r}; use kornia:dexined or a file")
+            raise ConfigError(
+                f"expert {self.name!r}: kornia has no {self.source.target!r}; use kornia:dexined or a file"
+            )
         model = DexiNed(pretrained=pretrained and self.source.path is None)
-        taken = ()
+        taken: tuple[str, ...] = ()
         if self.spec.mode == "features":
             for name in _DECODER:
                 setattr(model, name, _Tap())
@@ -57,15 +61,21 @@ class DexiNedEdge(Expert):
     def features(self, pixels: Tensor) -> Tensor:
         bgr = pixels.flip(1)
         if self.spec.mode == "map":
-            return self.backbone(bgr).sigmoid()
-        block = self.option("block", 6)
-        if block not in range(1, 7):
-            raise ConfigError(f"expert {self.name!r}: option block={block!r} must be from 1 to 6")
-        return self.backbone.get_features(bgr)[block - 1]
+            return self.network(bgr).sigmoid()
+        return self.network.get_features(bgr)[-1]
+
+    def hub_file(self) -> tuple[str, str] | None:
+        return ("kornia/dexined", _WEIGHTS) if self.source.path is None else None
+
+    def is_cached(self) -> bool:
+        return (Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS).is_file()  # where kornia keeps its downloads
+
+    def licence(self) -> str:
+        return "MIT" if self.source.path is None else super().licence()
 
     def save_backbone(self, folder: Path) -> Source:
         file = folder / "model.safetensors"
-        save_file({k: v.contiguous() for k, v in self.backbone.state_dict().items()}, file)
+        save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, file)
         return self.source.at(file)
 
 

@@ -25,9 +25,14 @@ class EvaOpenClip(TimmExpert):
 
     def configure(self) -> int:
         self._vision, preprocess = _read_config(self.source)
+        if self.spec.revision:
+            raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")
+        self._hub = preprocess.get("hf_hub", "").strip("/")
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.interpolation = preprocess.get("interpolation", "bicubic")
         return self._vision["image_size"]
+
+    source: OpenClipSource  # type: ignore[assignment]
 
     def build(self, pretrained: bool) -> nn.Module:
         if pretrained:
@@ -40,6 +45,12 @@ class EvaOpenClip(TimmExpert):
             trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size)
         trunk.reset_classifier(0)
         return trunk
+
+    def hub_file(self) -> tuple[str, str] | None:
+        return (self._hub, "open_clip_model.safetensors") if self.source.path is None and self._hub else None
+
+    def licence(self) -> str:
+        return "MIT" if self.source.path is None else super().licence()  # the licence of EVA-CLIP's weights
 
 
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

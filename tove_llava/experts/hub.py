@@ -4,6 +4,7 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ class ExpertHub(nn.Module):
         ConfigError: an entry is wrong or two experts share a name.
     """
 
-    def __init__(self, specs: Iterable[ExpertSpec | dict[str, Any]], base_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, specs: Iterable[ExpertSpec | dict[str, Any]], base_dir: str | PathLike[str] | None = None
+    ) -> None:
         super().__init__()
         parsed = [ExpertSpec.from_dict(spec) for spec in specs]
         check_names(parsed)

@@ -10,9 +10,10 @@ from tove_llava.experts.dense_expert import DenseExpert
 
 @register_expert("normal", "hf", "bundled")
 class Normal(DenseExpert):
-    """The map is a unit vector per pixel. No public transformers checkpoint predicts normals: name your own folder."""
+    """The map is a unit vector per pixel."""
 
     default_source = "bundled:normal"
+    remark = "no public transformers checkpoint predicts normals; name a folder of your own: hf:/path/to/folder"
 
     def to_map(self, prediction: Tensor) -> Tensor:
         if prediction.shape[1] != 3:

@@ -12,6 +12,7 @@ class Segmentation(DenseExpert):
 
     default_source = "hf:facebook/mask2former-swin-large-ade-semantic"
     default_image_size = 384
+    further_sources = ("hf:nvidia/segformer-b5-finetuned-ade-640-640", "bundled:segmentation")
 
     def to_map(self, prediction: Tensor) -> Tensor:
         return prediction.softmax(1)

@@ -16,7 +16,7 @@ A = TypeVar("A", bound="type[DenseArchitecture]")
 
 
 def register_dense(*class_names: str) -> Callable[[A], A]:
-    """Class decorator: the architecture of checkpoints whose config lists one of ``class_names`` under architectures."""
+    """Class decorator: the architecture of checkpoints whose config names one of ``class_names``."""
 
     def add(cls: A) -> A:
         for name in class_names:
@@ -41,7 +41,8 @@ class DenseArchitecture(ABC):
         for key in options:
             if key not in self.option_names:
                 raise ConfigError(
-                    f"unknown option {key!r} for {config.architectures}; known: {', '.join(self.option_names) or 'none'}"
+                    f"unknown option {key!r} for {config.architectures}; known: "
+                    f"{', '.join(self.option_names) or 'none'}"
                 )
         self.config, self.options, self.whole = config, options, whole
 
@@ -50,7 +51,7 @@ class DenseArchitecture(ABC):
     def model_class(self) -> type[PreTrainedModel]:
         """The transformers class to build."""
 
-    model_kwargs: ClassVar[dict[str, Any]] = {}  # further arguments of the class, beside the config
+    model_kwargs: dict[str, Any] = {}  # further arguments of the class, beside the config
 
     @abstractmethod
     def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:

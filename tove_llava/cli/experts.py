@@ -1,0 +1,123 @@
+"""Table of the vision experts: what each returns, what it costs, and whether its weights can be had here.
+
+Costs are counted from the configuration alone; GFLOPs are per image, two operations per multiply-add. Nothing is
+downloaded or loaded.
+"""
+
+import argparse
+import json
+from typing import Any
+
+HELP = "list the vision experts: source, tokens, width, parameters, GFLOPs, licence, loadable here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--preset", help="list this preset's experts (name or YAML file) instead of every registered one"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    rows = [describe(entry) for entry in _entries(args.preset)]
+    print(json.dumps(rows, indent=2) if args.json else table(rows))
+    return 0
+
+
+def _entries(preset: str | None) -> list[dict[str, Any]]:
+    """Specs to list: a preset's, or each registered expert's default, once per library that it can be read from."""
+    from tove_llava.experts import EXPERTS
+
+    if preset is not None:
+        from tove_llava.presets import load_preset
+
+        return list(load_preset(preset).vision.experts)
+    entries = {}  # by name and source: one class may read several schemes
+    for name in EXPERTS:
+        for cls in EXPERTS.get(name).values():
+            for source in (cls.default_source, *cls.further_sources):
+                entries[name, source] = {"name": name, "source": source}
+    return list(entries.values())
+
+
+def describe(entry: dict[str, Any]) -> dict[str, Any]:
+    """One expert's row; an expert whose configuration cannot be read has None for what is not known."""
+    from tove_llava.errors import ToveError
+    from tove_llava.experts import ExpertSpec, build_expert
+    from tove_llava.experts.availability import availability
+    from tove_llava.experts.cost import expert_cost
+
+    spec = ExpertSpec.from_dict(entry)
+    row: dict[str, Any] = {
+        "name": spec.name,
+        "expert": spec.expert,
+        "source": spec.source,
+        "mode": spec.mode,
+        "image_size": spec.image_size,
+        "grid": None,
+        "tokens": None,
+        "width": None,
+        "parameters": None,
+        "gflops": None,
+        "licence": None,
+        "remark": "",
+    }
+    try:
+        expert = build_expert(spec.replace(width=0, grid=(0, 0)))
+        cost = expert_cost(expert)
+        loadable, note = availability(expert)
+    except ToveError as error:
+        return {**row, "loadable": False, "note": str(error)}
+    done = expert.spec
+    return {
+        **row,
+        "source": done.source,
+        "image_size": done.image_size,
+        "grid": list(done.grid),
+        "tokens": done.grid[0] * done.grid[1],
+        "width": done.width,
+        "parameters": cost.parameters,
+        "gflops": round(cost.flops / 1e9, 3),
+        "licence": expert.licence(),
+        "loadable": loadable,
+        "note": note,
+        "remark": expert.remark,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned text, with the reasons of what cannot be loaded below."""
+    head = ["name", "source", "mode", "input", "tokens", "width", "params", "GFLOPs", "licence", "loadable"]
+    cells = [head]
+    for row in rows:
+        grid = row["grid"]
+        cells.append(
+            [
+                row["name"],
+                row["source"],
+                row["mode"],
+                _text(row["image_size"]),
+                f"{grid[0]}x{grid[1]}" if grid else "-",
+                _text(row["width"]),
+                "-" if row["parameters"] is None else f"{row['parameters'] / 1e6:.1f}M",
+                "-" if row["gflops"] is None else f"{row['gflops']:.4g}",
+                row["licence"] or "-",
+                f"yes ({row['note']})" if row["loadable"] else "no",
+            ]
+        )
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row["loadable"]:
+            reasons.setdefault(row["note"], []).append(row["name"])
+    notes = [f"not loadable here: {', '.join(names)}: {note}" for note, names in reasons.items()]
+    notes += [f"{name}: {remark}" for name, remark in {r["name"]: r["remark"] for r in rows if r["remark"]}.items()]
+    return "\n".join([*lines, *([""] if notes else []), *notes])
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)
