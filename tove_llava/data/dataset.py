@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tove_llava.data.images import ImageTransform, resolve_image
 from tove_llava.data.records import Record, load_records, prepare_turns
 from tove_llava.data.templates import Template, get_template
-from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_turns
+from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_record
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 from tove_llava.errors import ConfigError, DataError
 
@@ -137,10 +137,7 @@ class LlavaDataset(Dataset[Example]):
 
     def encode(self, record: Record) -> Encoded:
         """Ids and labels, cut so that they fit with the images expanded."""
-        turns = prepare_turns(record, self.template)
-        with record.errors():
-            images = bool(record.images) or self.template.single_turn
-            encoded = encode_turns(turns, self.tokenizer, self.template, images=images)
+        encoded = encode_record(record, self.tokenizer, self.template)
         return truncate(encoded, self.model_max_length, self.num_image_tokens)
 
     @property

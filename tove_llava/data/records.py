@@ -144,7 +144,7 @@ def load_records(path: str | Path) -> list[Record]:
     return [parse_record(raw, index, str(path)) for index, raw in enumerate(read_records(path))]
 
 
-def prepare_turns(record: Record, template: Template) -> list[Turn]:
+def prepare_turns(record: Record, template: Template, check_images: bool = True) -> list[Turn]:
     """The turns as the template wants them, with one placeholder for each image.
 
     LLaVA's rules: a first turn that is not the human's is dropped. In a record with one image the
@@ -154,6 +154,11 @@ def prepare_turns(record: Record, template: Template) -> list[Turn]:
 
     In a record without images ``<image>`` is ordinary text, unless it stands where an image belongs (at the start of
     a human turn or on a line of its own): then the ``image`` key was forgotten.
+
+    Args:
+        record: a checked record.
+        template: what it will be rendered with.
+        check_images: refuse a record whose placeholders and images differ in number. LLaVA does not look.
 
     Raises:
         DataError: roles do not alternate, nothing is left, or placeholders and images differ in number.
@@ -167,10 +172,10 @@ def prepare_turns(record: Record, template: Template) -> list[Turn]:
                     "use an instruction template such as v1 for this data"
                 )
             turns = [Turn("user", turns[0].text), Turn("assistant", turns[1].text)]
-            if not record.images and IMAGE_PLACEHOLDER not in (turns[0].text or ""):
+            if IMAGE_PLACEHOLDER not in (turns[0].text or ""):
                 raise DataError(
-                    f"the {template.name} template trains on images with captions, and this record has no image; "
-                    "take text-only records out, or use an instruction template such as v1"
+                    f"the {template.name} template needs {IMAGE_PLACEHOLDER} in the first turn; put it there, or use "
+                    "an instruction template such as v1 for text"
                 )
         elif turns[0].role != "user":
             turns = turns[1:]
@@ -178,7 +183,8 @@ def prepare_turns(record: Record, template: Template) -> list[Turn]:
             raise DataError("no human turn; the conversation must start with one")
         split_system(turns, "")
         turns = [_place(turn, len(record.images), template) for turn in turns]
-        _check_placeholders(turns, record, template)
+        if check_images:
+            _check_placeholders(turns, record, template)
     return turns
 
 

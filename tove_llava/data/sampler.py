@@ -92,7 +92,7 @@ class LengthGroupedSampler(Sampler[int]):
         lengths: signed as in :attr:`LlavaDataset.modality_lengths`.
         batch_size: per device.
         num_batches: world size times gradient accumulation.
-        by_modality: keep image and text-only records apart; otherwise the sign of a length is ignored.
+        by_modality: keep image and text-only records apart; otherwise the lengths are sorted as they are.
         seed: makes the order a function of the epoch.
         generator: used without a seed.
     """

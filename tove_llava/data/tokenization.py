@@ -33,20 +33,23 @@ class Encoded:
         return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels)
 
 
-def encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, template: Template | str) -> Encoded:
+def encode_record(
+    record: Record, tokenizer: PreTrainedTokenizerBase, template: Template | str, check_images: bool = True
+) -> Encoded:
     """Encode a record for training.
 
     Args:
         record: from :func:`tove_llava.data.records.parse_record`.
         tokenizer: with a fast backend, best from :func:`tove_llava.data.load_tokenizer`.
         template: a template or its registered name.
+        check_images: see :func:`tove_llava.data.records.prepare_turns`.
 
     Raises:
         DataError: the conversation does not suit the template.
     """
     if isinstance(template, str):
         template = get_template(template)
-    turns = prepare_turns(record, template)
+    turns = prepare_turns(record, template, check_images)
     with record.errors():
         return encode_turns(turns, tokenizer, template, images=bool(record.images) or template.single_turn)
 

@@ -19,6 +19,9 @@ from tove_llava.errors import CheckpointError, ConfigError
 IMAGE_PLACEHOLDER = "<image>"
 SPACE = "▁"  # SentencePiece's marker of a space
 
+# Two noncharacters: no text that may be interchanged contains them.
+_NEVER = "\ufdd0image\ufdd1"
+
 # Piece types of sentencepiece_model.proto.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 
@@ -125,6 +128,7 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
         )
+    names["pad_token"] = names["pad_token"] or names["unk_token"]  # as LLaVA does
     options: dict[str, Any] = {key: value for key, value in names.items() if value is not None}
     if settings.get("chat_template"):
         options["chat_template"] = settings["chat_template"]
@@ -248,7 +252,7 @@ class TextEncoder:
         if tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
         description = json.loads(backend.to_str())
-        description["added_tokens"] = [t for t in description["added_tokens"] if t["content"] != IMAGE_PLACEHOLDER]
+        _forget_placeholder(description)
         description["truncation"] = description["padding"] = None
         self._backend = Tokenizer.from_str(json.dumps(description))
         self._separator = tokenizer.eos_token
@@ -262,9 +266,11 @@ class TextEncoder:
             )
         with_prefix = self._backend.encode("x", add_special_tokens=True).ids
         plain = self._ids("x")
-        at = next(i for i in range(len(with_prefix) + 1) if with_prefix[i : i + len(plain)] == plain)
+        starts = [at for at in range(len(with_prefix)) if with_prefix[at : at + len(plain)] == plain]
+        if not starts:
+            raise ConfigError("the tokenizer encodes a text differently with and without special tokens")
         #: ids that the tokenizer puts in front of every sequence (LLaMA: BOS)
-        self.prefix_ids: list[int] = with_prefix[:at]
+        self.prefix_ids: list[int] = with_prefix[: starts[0]]
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of its own, without BOS or EOS."""
@@ -276,6 +282,20 @@ class TextEncoder:
 
     def _ids(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
+
+
+def _forget_placeholder(description: dict[str, Any]) -> None:
+    """Make a backend's description treat the placeholder as ordinary text, and keep every other token's id."""
+    vocab = description["model"]["vocab"]
+    pieces = vocab if isinstance(vocab, dict) else {piece for piece, _ in vocab}
+    kept = []
+    for token in description["added_tokens"]:
+        if token["content"] != IMAGE_PLACEHOLDER:
+            kept.append(token)
+        elif IMAGE_PLACEHOLDER not in pieces:
+            # Added tokens are numbered in order, so one that is taken out would renumber those after it.
+            kept.append({**token, "content": _NEVER})
+    description["added_tokens"] = kept
 
 
 _encoders: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEncoder]]" = weakref.WeakKeyDictionary()

@@ -1,0 +1,118 @@
+"""Show how records become tokens, and which of them the model learns to produce.
+
+Supervised text is printed in colour (or between the marks ⟦ and ⟧), an image as <image>. With --json each record
+gives a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that
+cannot be encoded has an error there and does not stop the others; whether a data set can be trained on is the verdict of
+"tove-llava data check".
+"""
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+HELP = "show a record's tokens and supervised spans"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder (or .model file) of the tokenizer")
+    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file in that folder that holds the tokenizer")
+    parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
+    parser.add_argument("--records", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
+    parser.add_argument(
+        "--generate",
+        action="store_true",
+        help="encode as generation prompts, with an open answer after the last question",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON lines")
+    parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colours (default: auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tove_llava.data.records import read_records
+    from tove_llava.data.templates import get_template
+    from tove_llava.data.tokenizer import load_tokenizer
+
+    template = get_template(args.template)
+    options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    tokenizer = load_tokenizer(args.tokenizer, **options)
+    colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
+    for index, raw in enumerate(read_records(args.records)):
+        row = _encode(raw, index, args, template, tokenizer)
+        print(json.dumps(row, ensure_ascii=False) if args.json else _text(row, index, tokenizer, colour))
+    return 0
+
+
+def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
+    from tove_llava.data.records import parse_record, prepare_turns
+    from tove_llava.data.tokenization import IGNORE_INDEX, encode_prompt, encode_record
+    from tove_llava.errors import DataError
+
+    row: dict[str, Any] = {
+        "id": raw.get("id") if isinstance(raw, dict) else None,
+        "input_ids": None,
+        "labels": None,
+        "error": None,
+        "warning": None,
+    }
+    try:
+        record = parse_record(raw, index, args.records)
+        if args.generate:
+            with record.errors():
+                images = bool(record.images) or template.single_turn
+                row["input_ids"] = encode_prompt(record.turns, tokenizer, template, images=images)
+            row["labels"] = [IGNORE_INDEX] * len(row["input_ids"])
+            return row
+        encoded = encode_record(record, tokenizer, template, check_images=False)
+        row.update(input_ids=encoded.input_ids, labels=encoded.labels)
+    except DataError as error:
+        row["error"] = str(error)
+        return row
+    try:
+        prepare_turns(record, template)
+        if not encoded.num_supervised:
+            row["warning"] = f"{record.where}: nothing is supervised"
+    except DataError as error:
+        row["warning"] = str(error)
+    return row
+
+
+def _text(row: dict[str, Any], index: int, tokenizer: Any, colour: bool) -> str:
+    from tove_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+
+    name = row["id"] if row["id"] is not None else f"record {index}"
+    if row["error"]:
+        return f"{name}\n  error: {row['error']}\n"
+    ids, labels = row["input_ids"], row["labels"]
+    learnt = sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in labels)
+    lines = [f"{name}: {len(ids)} ids, {learnt} supervised, {ids.count(IMAGE_TOKEN_INDEX)} images"]
+    if row["warning"]:
+        lines.append(f"warning: {row['warning']}")
+    text, start = "", 0
+    while start < len(ids):
+        kind = _kind(ids[start], labels[start])
+        end = start + 1
+        while kind != "image" and end < len(ids) and _kind(ids[end], labels[end]) == kind:
+            end += 1
+        part = "<image>" if kind == "image" else _decode(tokenizer, ids[start:end])
+        text += _mark(part, kind, colour)
+        start = end
+    return "\n".join([*lines, text, ""])
+
+
+def _kind(token: int, label: int) -> str:
+    if token < 0:
+        return "image"
+    return "context" if label < 0 else "learnt"
+
+
+def _mark(text: str, kind: str, colour: bool) -> str:
+    if colour:
+        return {"image": f"\033[35m{text}\033[0m", "learnt": f"\033[1;32m{text}\033[0m"}.get(kind, text)
+    return f"⟦{text}⟧" if kind == "learnt" else text
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    # A decoder drops the first space of a text; behind an end token nothing is first.
+    return tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]

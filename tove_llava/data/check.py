@@ -1,0 +1,250 @@
+"""Checks a whole data set before it is trained on: every record, every picture, every length."""
+
+import multiprocessing
+import os
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tove_llava.data.dataset import truncate
+from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
+from tove_llava.data.records import Record, parse_record, prepare_turns, read_records
+from tove_llava.data.templates import Template, get_template
+from tove_llava.data.tokenization import encode_record
+from tove_llava.errors import ConfigError, DataError
+
+#: kinds of problem, in the order in which a record is looked at
+KINDS = ("structure", "conversation", "length", "image")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why one record cannot be trained on."""
+
+    index: int
+    id: str
+    kind: str
+    message: str
+
+
+@dataclass
+class CheckReport:
+    """What :func:`check_dataset` found.
+
+    Attributes:
+        file: the data file.
+        records: how many it holds.
+        bad: how many of them have a problem.
+        problems: all problems, by index.
+        counts: problems by kind.
+        images: distinct picture files.
+        image_modes: how many pictures have each Pillow mode.
+        text_only: records without a picture.
+        multi_image: records with several.
+        turns: most turns of a record.
+        duplicate_ids: ids that occur more than once (harmless).
+        tokens: with a tokenizer: mean and largest length (pictures expanded), mean of supervised tokens, and how
+            many records are cut at the maximum length.
+    """
+
+    file: str
+    records: int = 0
+    bad: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    images: int = 0
+    image_modes: dict[str, int] = field(default_factory=dict)
+    text_only: int = 0
+    multi_image: int = 0
+    turns: int = 0
+    duplicate_ids: int = 0
+    tokens: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What to check beside the structure.
+
+    Attributes:
+        image_folder: where the pictures are; None checks no picture.
+        template: conversation template.
+        tokenizer: measures lengths; None measures none.
+        num_image_tokens: positions of a picture in the sequence.
+        model_max_length: longest sequence.
+        decode: decode each picture; otherwise only look whether it is there.
+        allow_image_links, max_pixels: see :mod:`tove_llava.data.images`.
+    """
+
+    image_folder: str | Path | None = None
+    template: str = "v1"
+    tokenizer: PreTrainedTokenizerBase | None = None
+    num_image_tokens: int = 576
+    model_max_length: int = 2048
+    decode: bool = True
+    allow_image_links: bool = False
+    max_pixels: int = MAX_PIXELS
+
+
+def check_dataset(
+    data_path: str | Path,
+    options: CheckOptions,
+    workers: int = 1,
+    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
+) -> CheckReport:
+    """Look at everything in a data set; go on after a problem.
+
+    Args:
+        data_path: a JSON or JSONL file.
+        options: what to check.
+        workers: processes.
+        progress: wraps an iterator, given the number of items and a label (a tqdm factory).
+
+    Raises:
+        DataError: the file itself cannot be read.
+        ConfigError: the template does not exist, or the image folder.
+    """
+    if workers < 1:
+        raise ConfigError(f"the number of workers must be positive, not {workers}")
+    if options.image_folder is not None and not os.path.isdir(options.image_folder):
+        raise ConfigError(f"there is no image folder {options.image_folder}; check --image-folder")
+    template = get_template(options.template)
+    raw = read_records(data_path)
+    show = progress or (lambda items, total, label: items)
+    report = CheckReport(str(data_path), records=len(raw))
+    lengths: list[tuple[int, int, bool]] = []
+    names: dict[str, list[tuple[int, str]]] = {}
+
+    results = _parallel(_RecordCheck(str(data_path), options, template), list(enumerate(raw)), workers)
+    for record, problem, length in show(results, len(raw), "records"):
+        if problem is not None:
+            report.problems.append(problem)
+        if length is not None:
+            lengths.append(length)
+        if record is None:
+            continue
+        report.text_only += not record.images
+        report.multi_image += len(record.images) > 1
+        report.turns = max(report.turns, len(record.turns))
+        for name in record.images:
+            names.setdefault(name, []).append((record.index, record.id))
+    report.duplicate_ids = _duplicates(raw)
+
+    report.images = len(names)
+    if options.image_folder is not None:
+        modes: Counter[str] = Counter()
+        found = _parallel(_ImageCheck(options), list(names), workers)
+        for name, mode, message in show(found, len(names), "images"):
+            modes[mode] += bool(mode)
+            for index, record_id in names[name] if message else []:
+                where = Record(record_id, (), (), index, str(data_path)).where
+                report.problems.append(Problem(index, record_id, "image", f"{where}: {message}"))
+        report.image_modes = {mode: count for mode, count in sorted(modes.items()) if count}
+    elif names:
+        raise ConfigError(f"{data_path} has images; say where they are with --image-folder")
+
+    report.problems.sort(key=lambda problem: (problem.index, KINDS.index(problem.kind)))
+    report.bad = len({problem.index for problem in report.problems})
+    counts = Counter(problem.kind for problem in report.problems)
+    report.counts = {kind: counts[kind] for kind in KINDS if counts[kind]}
+    if lengths:
+        report.tokens = {
+            "mean": round(statistics.fmean(total for total, _, _ in lengths), 1),
+            "max": max(total for total, _, _ in lengths),
+            "mean_supervised": round(statistics.fmean(supervised for _, supervised, _ in lengths), 1),
+            "truncated": sum(cut for _, _, cut in lengths),
+        }
+    return report
+
+
+@dataclass(frozen=True)
+class _RecordCheck:
+    file: str
+    options: CheckOptions
+    template: Template
+
+    def __call__(self, item: tuple[int, Any]) -> tuple[Record | None, Problem | None, tuple[int, int, bool] | None]:
+        index, raw = item
+        kind, record = "structure", None
+        try:
+            record = parse_record(raw, index, self.file)
+            kind = "conversation"
+            turns = prepare_turns(record, self.template)
+            kind = "length"
+            if not any(turn.role == "assistant" and turn.text for turn in turns):
+                raise DataError(f"{record.where}: no answer to learn from; add one or take the record out")
+            return record, None, self._length(record)
+        except DataError as error:
+            record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
+            return record, Problem(index, record_id, kind, str(error)), None
+
+    def _length(self, record: Record) -> tuple[int, int, bool] | None:
+        options = self.options
+        if options.tokenizer is None:
+            return None
+        encoded = encode_record(record, options.tokenizer, self.template)
+        total = len(encoded.input_ids) + encoded.num_images * (options.num_image_tokens - 1)
+        kept = truncate(encoded, options.model_max_length, options.num_image_tokens)
+        if not kept.num_supervised:
+            raise DataError(
+                f"{record.where}: the answers lie beyond the maximum length of {options.model_max_length} (the record "
+                f"has {total} positions); shorten the questions or raise the maximum"
+            )
+        return total, kept.num_supervised, total > options.model_max_length
+
+
+@dataclass(frozen=True)
+class _ImageCheck:
+    options: CheckOptions
+
+    def __call__(self, name: str) -> tuple[str, str, str]:
+        """Name, mode, and what is wrong (an empty string if nothing is)."""
+        options, mode = self.options, ""
+        try:
+            file = resolve_image(options.image_folder or "", name, options.allow_image_links)
+            if options.decode:
+                image = open_image(file, options.max_pixels)
+                mode = image.mode
+                to_rgb(image)
+        except DataError as error:
+            return name, mode, str(error)
+        return name, mode, ""
+
+
+def _duplicates(raw: Sequence[Any]) -> int:
+    ids = Counter(str(record["id"]) for record in raw if isinstance(record, dict) and "id" in record)
+    return sum(count > 1 for count in ids.values())
+
+
+_task: Callable[[Any], Any] | None = None
+
+
+def _start(task: Callable[[Any], Any]) -> None:
+    global _task
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    _task = task
+
+
+def _work(item: Any) -> Any:
+    assert _task is not None
+    return _task(item)
+
+
+def _parallel(task: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
+    """``map`` over processes, in order; in this process for one worker."""
+    if workers == 1 or len(items) < 2:
+        yield from map(task, items)
+        return
+    # Forked workers need not import torch and transformers again, which takes longer than checking most data sets.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else None)
+    with context.Pool(min(workers, len(items)), initializer=_start, initargs=(task,)) as pool:
+        yield from pool.imap(_work, items, chunksize=max(1, min(256, len(items) // (4 * workers))))
