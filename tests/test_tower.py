@@ -1,15 +1,476 @@
+import json
+import shutil
+
 import pytest
 import torch
-from tower_parts import make_tower, pixels
-from transformers import CLIPVisionModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tower_parts import DummyExpert, expert_entries, make_tower, open_output, pixels, save_clip, tower_config
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPVisionModel
+
+from tove_llava.errors import CheckpointError, ConfigError, NonFiniteError
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+from tove_llava.tower.fusion.tove import resample_grid
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_untrained_tower_is_clip(tmp_path, dtype):
-    tower = make_tower(tmp_path).to(dtype)
-    clip = CLIPVisionModel.from_pretrained(tmp_path / "clip", dtype=dtype).eval()
+def clip_tokens(folder, x, dtype=torch.float32, layer=-2):
+    clip = CLIPVisionModel.from_pretrained(folder / "clip", dtype=dtype).eval()
+    return clip(x, output_hidden_states=True).hidden_states[layer][:, 1:]
+
+
+# -- the tower is CLIP where no expert speaks -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"null_slot": True}, {"noisy_gating": False}])
+def test_untrained_tower_is_clip(tmp_path, dtype, keys):
+    tower = make_tower(tmp_path, **keys).to(dtype)
     x = pixels().to(dtype)
-    expected = clip(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+    expected = clip_tokens(tmp_path, x, dtype)
     assert torch.equal(tower(x).last_hidden_state, expected)
-    tower.train()
+    assert torch.equal(tower.train()(x).last_hidden_state, expected)
+
+
+def test_untrained_tower_is_clip_under_autocast(tmp_path):
+    tower = make_tower(tmp_path).train()
+    x = pixels()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(tower(x).last_hidden_state, clip_tokens(tmp_path, x))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_all_experts_detached_is_clip(tmp_path, mode):
+    tower = make_tower(tmp_path, opened=True).train(mode == "train")
+    x = pixels()
+    expected = clip_tokens(tmp_path, x)
+    assert not torch.equal(tower(x).last_hidden_state, expected)
+    tower.detach_experts(tower.config.expert_names)
     assert torch.equal(tower(x).last_hidden_state, expected)
+
+
+def test_a_detached_expert_is_as_good_as_absent(tmp_path):
+    whole = make_tower(tmp_path, opened=True)
+    keys = whole.config.to_dict()
+    keys["experts"] = [entry for entry in keys["experts"] if entry["name"] != "edge"]
+    without = ToveVisionModel(ToveVisionConfig.from_dict(keys)).load_backbones().eval()
+    state = {k: v for k, v in whole.fusion.state_dict().items() if ".edge." not in k}
+    for key in ("gate.score.weight", "gate.noise.weight"):
+        state[key] = state[key][[0, 2]]
+    without.fusion.load_state_dict(state)
+    whole.detach_experts("edge")
+    expected, actual = whole(pixels()), without(pixels())
+    assert torch.equal(actual.last_hidden_state, expected.last_hidden_state)
+    assert torch.equal(actual.routing, expected.routing[..., [0, 2]])
+    assert torch.equal(expected.routing[..., 1], torch.zeros_like(expected.routing[..., 1]))
+
+
+def test_detached_experts_are_not_computed_and_attach_brings_them_back(tmp_path):
+    tower = make_tower(tmp_path, opened=True)
+    x = pixels()
+    before = tower(x)
+    DummyExpert.calls = 0
+    tower.detach_experts(["depth", "edge"])
+    one_left = tower(x)
+    assert DummyExpert.calls == 1
+    assert torch.equal(one_left.routing[..., 2], torch.ones_like(one_left.routing[..., 2]))
+    tower.attach_experts(["edge", "depth"])
+    assert torch.equal(tower(x).last_hidden_state, before.last_hidden_state)
+
+
+def test_freed_expert_has_no_weights_until_loaded_again(tmp_path):
+    tower = make_tower(tmp_path, opened=True)
+    x = pixels()
+    before = tower(x).last_hidden_state
+    tower.detach_experts("edge", free=True)
+    assert sum(p.numel() for p in tower.frozen.hub["edge"].parameters()) == 0
+    tower(x)
+    with pytest.raises(CheckpointError, match=r"load_backbones\(\['edge'\]\)"):
+        tower.attach_experts("edge")
+    tower.load_backbones(["edge"]).attach_experts("edge")
+    assert torch.equal(tower(x).last_hidden_state, before)
+
+
+def test_fusion_none_is_clip_and_loads_no_expert(tmp_path):
+    tower = make_tower(tmp_path, fusion="none")
+    DummyExpert.calls = 0
+    x = pixels()
+    out = tower(x)
+    assert torch.equal(out.last_hidden_state, clip_tokens(tmp_path, x)) and out.routing is None
+    assert DummyExpert.calls == 0 and not tower.frozen.hub.is_loaded(["depth"])
+    assert list(tower.parameters()) == [] and tower.balance_loss(out.gate_inputs) is None
+    assert tower.to(torch.bfloat16).frozen.clip.dtype == torch.bfloat16
+
+
+# -- frozen backbones -------------------------------------------------------------------------------------------------
+
+
+def frozen_modules(tower):
+    return {id(m) for backbone in tower.frozen.modules() for m in backbone.modules()}
+
+
+def test_frozen_parts_are_out_of_reach(tmp_path):
+    tower = make_tower(tmp_path, opened=True)
+    frozen = list(tower.frozen.modules())
+    weights = {id(t) for module in frozen for t in (*module.parameters(), *module.buffers())}
+    assert frozen_modules(tower).isdisjoint(id(m) for m in tower.modules())
+    assert weights.isdisjoint(id(t) for t in (*tower.parameters(), *tower.buffers()))
+    assert {key.split(".")[0] for key in tower.state_dict()} == {"fusion"}
+    tower.train().requires_grad_(True)
+    assert not any(m.training for module in frozen for m in module.modules())
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
+
+
+def test_training_leaves_frozen_parts_untouched_and_without_autograd(tmp_path):
+    tower = make_tower(tmp_path, opened=True).train()
+    before = [t.clone() for module in tower.frozen.modules() for t in (*module.parameters(), *module.buffers())]
+    features = tower.encode(pixels())
+    assert not features.base.requires_grad and not any(f.requires_grad for f in features.experts.values())
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=0.1)
+    tower(pixels()).last_hidden_state.square().sum().backward()
+    optimizer.step()
+    after = [t for module in tower.frozen.modules() for t in (*module.parameters(), *module.buffers())]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(t.grad is None for module in tower.frozen.modules() for t in module.parameters())
+
+
+def test_gate_learns_only_once_the_output_layer_has_left_zero(tmp_path):
+    tower = make_tower(tmp_path).train()
+    target = torch.randn(2, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def gradients():
+        tower.zero_grad()
+        (tower(pixels()).last_hidden_state * target).sum().backward()
+        return {name: p.grad.abs().sum().item() for name, p in tower.fusion.named_parameters()}
+
+    at_start = gradients()
+    assert {name for name, grad in at_start.items() if grad > 0} == {"output.weight"}
+    open_output(tower)
+    assert all(grad > 0 for grad in gradients().values())
+
+
+@pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"top_k": 2, "null_slot": True}, {"noisy_gating": False}])
+def test_every_step_touches_every_trainable_parameter(tmp_path, keys):
+    tower = make_tower(tmp_path, opened=True, **keys).train()
+    if "top_k" in keys:  # nobody chooses the second expert
+        with torch.no_grad():
+            tower.fusion.gate.norm.bias.fill_(1.0)
+            tower.fusion.gate.score.weight[1] = -100.0
+    tower.detach_experts("depth")
+    tower(pixels()).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in tower.parameters())
+
+
+@pytest.mark.parametrize("layer, built", [(-2, 2), (-1, 3), (-3, 1), (1, 1), (3, 3)])
+def test_no_layer_above_the_tokens_is_built_or_run(tmp_path, layer, built):
+    tower = make_tower(tmp_path, clip_layer=layer)
+    calls = []
+    for index, block in enumerate(tower.frozen.clip.encoder.layers):
+        block.register_forward_hook(lambda *_, index=index: calls.append(index))
+    x = pixels()
+    assert torch.equal(tower(x).last_hidden_state, clip_tokens(tmp_path, x, layer=layer))
+    assert calls == list(range(built)) and len(tower.frozen.clip.encoder.layers) == built
+    assert isinstance(tower.frozen.clip.post_layernorm, torch.nn.Identity)
+
+
+def test_backbones_follow_moves_before_and_after_loading(tmp_path):
+    tower = ToveVisionModel(tower_config(tmp_path)).to(torch.bfloat16).load_backbones()
+    assert tower.frozen.clip.dtype == torch.bfloat16 and tower.frozen.hub["edge"].dtype == torch.bfloat16
+    assert next(tower.frozen.hub["edge"].parameters()).dtype == torch.bfloat16
+    tower.to(torch.float32)
+    assert next(tower.frozen.hub["edge"].parameters()).dtype == tower.frozen.clip.dtype == torch.float32
+    assert tower(pixels()).last_hidden_state.dtype == torch.float32
+
+
+def test_unloaded_tower_refuses_and_names_the_remedy(tmp_path):
+    tower = ToveVisionModel(tower_config(tmp_path))
+    assert not tower.is_loaded
+    with pytest.raises(CheckpointError, match="load_backbones"):
+        tower(pixels())
+    with torch.device("meta"):
+        on_meta = ToveVisionModel(tower.config)
+    with pytest.raises(CheckpointError, match="meta"):
+        on_meta.load_backbones()
+
+
+def test_zero3_does_not_partition_backbones(tmp_path):
+    pytest.importorskip("deepspeed")
+    from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    config = tower_config(tmp_path)
+    tower = ToveVisionModel(config)
+    active = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    assert active.is_zero3() and is_deepspeed_zero3_enabled()
+    tower.load_backbones()
+    assert is_deepspeed_zero3_enabled()
+    assert all(p.numel() > 0 and not hasattr(p, "ds_id") for m in tower.frozen.modules() for p in m.parameters())
+
+
+def test_lora_on_all_linear_layers_misses_the_backbones(tmp_path):
+    peft = pytest.importorskip("peft")
+    tower = make_tower(tmp_path)
+    before = frozen_modules(tower)
+    peft.get_peft_model(tower, peft.LoraConfig(target_modules="all-linear", r=2))
+    assert frozen_modules(tower) == before
+
+
+# -- input ------------------------------------------------------------------------------------------------------------
+
+
+def test_larger_input_goes_to_the_experts_and_shrinks_for_clip(tmp_path):
+    tower = make_tower(tmp_path, image_size=64)
+    assert (tower.config.patch_size, tower.config.num_patches) == (16, 16)
+    x = pixels(size=64)
+    seen = {}
+    tower.frozen.clip.register_forward_pre_hook(lambda _, args: seen.update(clip=args[0].shape))
+    tower.frozen.hub["edge"].register_forward_pre_hook(lambda _, args: seen.update(edge=args[0]))
+    assert tower(x).last_hidden_state.shape == (2, 16, 16)
+    assert seen["clip"] == (2, 3, 32, 32) and seen["edge"].shape == (2, 3, 64, 64)
+    assert seen["edge"].min() >= 0 and seen["edge"].max() <= 1
+
+
+def test_experts_get_the_picture_as_it_was(tmp_path):
+    tower = make_tower(tmp_path)
+    picture = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tower.config.image_mean, tower.config.image_std))
+    seen = []
+    tower.frozen.hub["edge"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tower((picture - mean) / std)
+    torch.testing.assert_close(seen[0], picture, atol=1e-6, rtol=0)
+
+
+def test_wrong_input_size_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"\[images, 3, 32, 32\]"):
+        make_tower(tmp_path)(pixels(size=64))
+
+
+def test_features_may_be_computed_once_and_cut(tmp_path):
+    tower = make_tower(tmp_path, opened=True)
+    x = pixels(4)
+    features = tower.encode(x)
+    whole = tower(x).last_hidden_state
+    assert torch.equal(tower(features=features).last_hidden_state, whole)
+    half = tower(features=features.map(lambda t: t[:2])).last_hidden_state
+    torch.testing.assert_close(half, whole[:2])
+    with pytest.raises(ConfigError, match="exactly one"):
+        tower(x, features=features)
+    tower.detach_experts("edge")
+    partial = tower.encode(x)
+    tower.attach_experts("edge")
+    with pytest.raises(ConfigError, match=r"\['edge'\]"):
+        tower(features=partial)
+
+
+@pytest.mark.parametrize("selection", [None, True, False, -1, [-1], 0])
+def test_llavas_ways_of_asking_for_hidden_states(tmp_path, selection):
+    out = make_tower(tmp_path)(pixels(), output_hidden_states=selection, return_dict=True)
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+
+
+@pytest.mark.parametrize("selection", [-2, [-2, -1], 22])
+def test_other_layers_are_refused(tmp_path, selection):
+    with pytest.raises(ConfigError, match="clip_layer"):
+        make_tower(tmp_path)(pixels(), output_hidden_states=selection)
+
+
+# -- broken experts ---------------------------------------------------------------------------------------------------
+
+
+def test_nonfinite_expert_is_named_in_training_and_dropped_for_its_image_in_inference(tmp_path):
+    options = {"edge": {"nan_above": 1.0}}
+    tower = make_tower(tmp_path, opened=True, expert_options=options)
+    x = pixels(3)
+    x[1] = 5.0  # white: the edge expert breaks on this image alone
+    with pytest.raises(NonFiniteError, match=r"'edge'.*\[1\]"):
+        tower.train()(x)
+    tower.eval()
+    with pytest.warns(RuntimeWarning, match=r"'edge'.*\[1\]"):
+        out = tower(x)
+    assert out.last_hidden_state.isfinite().all()
+    assert (out.routing[1, :, 1] == 0).all() and (out.routing[[0, 2], :, 1] > 0).all()
+    tower.detach_experts("edge")
+    torch.testing.assert_close(tower(x).last_hidden_state[1], out.last_hidden_state[1])
+
+
+def test_image_that_breaks_every_expert_stays_clip(tmp_path):
+    options = {name: {"nan_above": 1.0} for name in ("depth", "edge", "normal")}
+    tower = make_tower(tmp_path, opened=True, expert_options=options)
+    x = torch.full((1, 3, 32, 32), 5.0)
+    with pytest.warns(RuntimeWarning):
+        assert torch.equal(tower(x).last_hidden_state, clip_tokens(tmp_path, x))
+
+
+# -- dense predictions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"image_size": 64}])
+def test_map_mode_embeds_a_dense_prediction(tmp_path, keys):
+    entries = [e.replace(mode="map") if e.name == "depth" else e for e in expert_entries(tmp_path)]
+    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10, **keys)
+    tower = ToveVisionModel(config).load_backbones().train()
+    size = keys.get("image_size", 32)
+    x = pixels(size=size)
+    base = tower.encode(x).base
+    assert torch.equal(tower(x).last_hidden_state, base)
+    open_output(tower)
+    out = tower(x).last_hidden_state
+    assert out.shape == (2, 16, 16) and not torch.equal(out, base)
+    tower.detach_experts("depth")
+    tower(x).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in tower.parameters())
+
+
+def test_map_units_do_not_matter(tmp_path):
+    entries = [e.replace(mode="map") for e in expert_entries(tmp_path, ("depth",))]
+    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
+    tower = ToveVisionModel(config).load_backbones().eval()
+    open_output(tower)
+    features = tower.encode(pixels())
+    expected = tower(features=features).last_hidden_state
+    features.experts["depth"] = features.experts["depth"] * 1000 + 7  # millimetres instead of metres, say
+    torch.testing.assert_close(tower(features=features).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(h=st.integers(1, 12), w=st.integers(1, 12), size=st.integers(1, 9), value=st.floats(-5, 5, width=32))
+def test_resampling_keeps_constants_and_the_right_size(h, w, size, value):
+    out = resample_grid(torch.full((1, 2, h, w), value), size)
+    assert out.shape == (1, 2, size, size)
+    torch.testing.assert_close(out, torch.full_like(out, value))
+    noise = torch.randn(1, 2, size, size)
+    assert resample_grid(noise, size) is noise
+
+
+def test_shrinking_is_antialiased_in_bfloat16_too():
+    stripes = torch.tensor([1.0, -1.0]).repeat(8).expand(1, 1, 16, 16).to(torch.bfloat16)
+    small = resample_grid(stripes, 4)
+    assert small.dtype == torch.bfloat16 and small.abs().max() < 0.2
+
+
+# -- saving and loading -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"top_k": 2}, {"null_slot": True}])
+def test_saved_is_loaded_and_saved_keys_are_trainable_keys(tmp_path, keys):
+    tower = make_tower(tmp_path / "parts", opened=True, **keys)
+    tower.detach_experts("depth")
+    tower.save_pretrained(tmp_path / "saved")
+    trainable = {name for name, p in tower.named_parameters() if p.requires_grad}
+    files = list((tmp_path / "saved").glob("*.safetensors"))
+    saved = {key for file in files for key in safe_open(file, "pt").keys()}  # noqa: SIM118
+    assert saved == trainable
+    for loaded in (
+        ToveVisionModel.from_pretrained(tmp_path / "saved"),
+        AutoModel.from_pretrained(tmp_path / "saved"),
+    ):
+        assert isinstance(loaded, ToveVisionModel)
+        assert torch.equal(loaded(pixels()).last_hidden_state, tower(pixels()).last_hidden_state)
+        assert loaded.config.detached_experts == tower.config.detached_experts
+        assert loaded.config.to_dict()["experts"] == tower.config.to_dict()["experts"]
+
+
+def test_missing_trainable_weights_start_closed_not_random(tmp_path):
+    tower = make_tower(tmp_path / "parts", opened=True)
+    state = {k: v for k, v in tower.state_dict().items() if "output" not in k and "noise" not in k}
+    tower.save_pretrained(tmp_path / "saved", state_dict=state)
+    loaded = ToveVisionModel.from_pretrained(tmp_path / "saved", load_backbones=False)
+    assert loaded.fusion.output.weight.abs().sum() == 0 and loaded.fusion.gate.noise.weight.abs().sum() == 0
+    assert torch.equal(loaded.fusion.gate.score.weight, tower.fusion.gate.score.weight)
+    assert not loaded.is_loaded
+
+
+def test_self_contained_folder_can_move(tmp_path):
+    tower = make_tower(tmp_path / "parts", opened=True)
+    expected = tower(pixels()).last_hidden_state
+    tower.save_pretrained(tmp_path / "saved")
+    tower.save_backbones(tmp_path / "saved").save_pretrained(tmp_path / "saved")
+    shutil.rmtree(tmp_path / "parts")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    text = (tmp_path / "moved" / "config.json").read_text()
+    assert str(tmp_path) not in text and json.loads(text)["clip_source"] == "hf:./backbones/clip"
+    loaded = ToveVisionModel.from_pretrained(tmp_path / "moved")
+    assert torch.equal(loaded(pixels()).last_hidden_state, expected)
+
+
+def test_saving_backbones_needs_them_in_memory(tmp_path):
+    with pytest.raises(CheckpointError, match="load_backbones"):
+        ToveVisionModel(tower_config(tmp_path)).save_backbones(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_clip_comes_out_of_a_whole_clip_folder(tmp_path, legacy, caplog):
+    torch.manual_seed(0)
+    vision = tower_config(tmp_path).clip_config
+    text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 9}
+    whole = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config=text, projection_dim=8)).eval()
+    whole.save_pretrained(tmp_path / "whole")
+    if legacy:  # the names under which the published checkpoints hold the vision encoder
+        file = tmp_path / "whole" / "model.safetensors"
+        with safe_open(file, "pt") as f:
+            keys = list(f.keys())
+            assert any(key.startswith("vision_model.encoder.layers.0.") for key in keys), keys[:5]
+            tensors = {key: f.get_tensor(key) for key in keys}
+        save_file({**tensors, "vision_model.embeddings.position_ids": torch.arange(17)[None]}, file, {"format": "pt"})
+    config = ToveVisionConfig.from_sources(f"hf:{tmp_path / 'whole'}", fusion="none")
+    assert config.clip_config.hidden_size == 16 and config.num_clip_layers == 2
+    caplog.clear()
+    tower = ToveVisionModel(config).load_backbones().eval()
+    assert "UNEXPECTED" not in caplog.text
+    x = pixels()
+    expected = whole.vision_model(x, output_hidden_states=True).hidden_states[-2][:, 1:]
+    assert torch.equal(tower(x).last_hidden_state, expected)
+
+
+def test_another_clip_is_refused(tmp_path):
+    config = tower_config(tmp_path)
+    config.clip_source = save_clip(tmp_path / "wide", width=24)
+    with pytest.raises(CheckpointError, match="clip_source|size"):
+        ToveVisionModel(config).load_backbones()
+    config.clip_source = save_clip(tmp_path / "shallow", layers=1)
+    with pytest.raises(CheckpointError, match="clip_source"):
+        ToveVisionModel(config).load_backbones()
+    config.clip_source = f"hf:{tmp_path / 'nothing'}"
+    with pytest.raises(CheckpointError, match="nothing"):
+        ToveVisionModel(config).load_backbones()
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        ({"topk": 1}, "topk"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 4}, "top_k=4"),
+        ({"image_size": 33}, "33.*32"),
+        ({"clip_layer": -4}, "clip_layer=-4"),
+        ({"clip_layer": 0}, "clip_layer=0"),
+        ({"projection_dim": 0}, "projection_dim=0"),
+        ({"router_aux_loss_coef": -0.1}, "router_aux_loss_coef"),
+        ({"detached_experts": ["detph"]}, "detph"),
+    ],
+)
+def test_bad_keys_are_named(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        tower_config(tmp_path, **keys)
+
+
+def test_unknown_fusion_option_and_name_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="gated.*tove"):
+        make_tower(tmp_path / "a", fusion="gated")
+    with pytest.raises(ConfigError, match="stem_widht"):
+        make_tower(tmp_path / "b", fusion_options={"stem_widht": 3})
+
+
+def test_configuration_survives_json_and_the_auto_classes(tmp_path):
+    config = tower_config(tmp_path / "parts", top_k=2, null_slot=True, detached_experts=["edge"])
+    config.save_pretrained(tmp_path / "saved")
+    loaded = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, ToveVisionConfig)
+    before, after = ({k: v for k, v in c.to_dict().items() if k != "_name_or_path"} for c in (config, loaded))
+    assert before == after
+    assert [s.width for s in loaded.expert_specs] == [6, 8, 10] and loaded.attached_experts == ["depth", "normal"]

@@ -15,13 +15,15 @@ GRID = 4  # tokens per side
 
 @register_expert("dummy", "hf")
 class DummyExpert(Expert):
-    """One convolution; ``channels``, ``stride`` and the weights come from a folder. ``nan_above`` breaks bright images."""
+    """One convolution, its weights from a folder. ``nan_above`` breaks bright images."""
 
     default_source = "hf:./nowhere"
-    default_image_size = IMAGE
     option_names = ("channels", "stride", "nan_above")
     modes = ("features", "map")
     calls = 0
+
+    def configure(self):
+        return IMAGE
 
     def build(self, pretrained):
         stride = self.option("stride", 8)

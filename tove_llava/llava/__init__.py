@@ -28,7 +28,8 @@ _HOME_OF = {"build_model": "tove_llava.llava.build", "load_model": "tove_llava.l
 
 def __getattr__(
     name: str,
-) -> Any:  # these two import presets, processors and peft, which the model itself does not need
+) -> Any:
+    # On first use: these import presets, processors and peft, which the model itself does not need.
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -25,8 +25,9 @@ class ToveLlavaConfig(LlavaConfig):
     vision_feature_layer: int | list[int] = -1
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if isinstance(self.vision_config, dict) and "model_type" not in self.vision_config:
-            self.vision_config = ToveVisionConfig(**self.vision_config)
+        vision: Any = self.__dict__["vision_config"]
+        if isinstance(vision, dict) and "model_type" not in vision:
+            self.vision_config = ToveVisionConfig(**vision)
         super().__post_init__(**kwargs)
         if not isinstance(self.vision_config, ToveVisionConfig):
             raise ConfigError(

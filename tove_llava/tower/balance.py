@@ -1,11 +1,11 @@
 """Balance loss of the gate: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
 
 ``L_aux = CV(importance)^2 + CV(load)^2`` where CV is the coefficient of variation over the attached experts,
-``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens for which expert k is
-among the chosen, under a fresh draw of its own noise.
+``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens for which expert k
+is among the chosen, under a fresh draw of its own noise.
 
-Both sums are additive over images while their CV is not, so the sums travel (between the micro-batches of an accumulation
-window and between ranks) and the CV is taken once, of the global batch.
+Both sums are additive over images while their CV is not, so the sums travel (between the micro-batches of an
+accumulation window and between ranks) and the CV is taken once, of the global batch.
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ class BalanceStatistics:
 
     def __add__(self, other: BalanceStatistics) -> BalanceStatistics:
         if (self.load is None) != (other.load is None):
-            raise ValueError(
-                "statistics with and without a load term cannot be added: noise was on for one of them only"
-            )
+            raise ValueError("statistics with and without a load term cannot be added: one gate had noise")
         if not torch.equal(self.attached, other.attached):
             raise ValueError("statistics of towers with different attached experts cannot be added")
         return replace(
@@ -131,9 +129,9 @@ class _SumOverRanks(torch.autograd.Function):
 def all_reduce_statistics(statistics: BalanceStatistics, group: dist.ProcessGroup | None = None) -> BalanceStatistics:
     """Sums statistics over all ranks of ``group``, differentiably. Every rank must call it, also one without images.
 
-    Convention: each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and gradients
-    are afterwards *averaged* over ranks (as DDP and DeepSpeed do). The backward pass therefore multiplies by the number
-    of ranks, needs no communication, and the average is exactly the gradient of the loss of the global batch.
+    Convention: each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and
+    gradients are afterwards *averaged* over ranks (as DDP and DeepSpeed do). The backward pass therefore multiplies by
+    the number of ranks, needs no communication, and the average is exactly the gradient of the global batch's loss.
 
     Without an initialised process group the statistics are returned as they are.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -44,7 +45,7 @@ class ToveVisionConfig(PreTrainedConfig):
         clip_source: where its weights come from, e.g. ``hf:openai/clip-vit-large-patch14-336``.
         clip_revision: commit, branch or tag of ``clip_source``.
         clip_layer: index into CLIP's hidden states of the tokens used; -2 as in LLaVA. Later layers are never built.
-        image_size: pixels per side of ``pixel_values``; CLIP's own by default, else a multiple of the token grid's side.
+        image_size: pixels per side of ``pixel_values``; CLIP's own by default, else a multiple of the grid's side.
         image_mean, image_std: normalisation of ``pixel_values``; undone before the experts.
         experts: one :class:`~tove_llava.experts.base.ExpertSpec` (as a dict) per expert, width and grid filled in.
         fusion: registered name of the trainable part.
@@ -66,17 +67,17 @@ class ToveVisionConfig(PreTrainedConfig):
     base_config_key = "vision_config"
     sub_configs_defaults = {"clip_config": CLIPVisionConfig}
 
-    clip_config: dict | PreTrainedConfig | None = None
+    clip_config: Any = None  # a dict or None becomes a CLIPVisionConfig
     clip_source: str = ""
     clip_revision: str | None = None
     clip_layer: int = -2
-    image_size: int | None = None
+    image_size: Any = None  # int once built
     image_mean: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_MEAN)
     image_std: list[float] | tuple[float, ...] = tuple(OPENAI_CLIP_STD)
     experts: list[Any] | tuple[Any, ...] = ()
     fusion: str = "tove"
     fusion_options: dict[str, Any] | None = None
-    projection_dim: int | None = None
+    projection_dim: Any = None  # int once built
     noisy_gating: bool = True
     top_k: int | None = None
     null_slot: bool = False
@@ -134,7 +135,7 @@ class ToveVisionConfig(PreTrainedConfig):
             clip_config=clip_config,
             clip_source=clip_source,
             clip_revision=clip_revision,
-            experts=complete_specs(list(experts), base_dir),
+            experts=complete_specs(list(experts), None if base_dir is None else Path(base_dir)),
             **keys,
         )
 
@@ -144,6 +145,9 @@ class ToveVisionConfig(PreTrainedConfig):
             raise ConfigError(
                 "the tower needs a CLIP with square images and patches: image_size and patch_size integers"
             )
+        for key in ("image_size", "projection_dim"):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ConfigError(f"{key}={getattr(self, key)!r} must be a positive integer")
         if self.image_size % self.grid:
             raise ConfigError(
                 f"image_size={self.image_size} is not a multiple of the token grid's side {self.grid}; "
@@ -151,7 +155,7 @@ class ToveVisionConfig(PreTrainedConfig):
             )
         if not 1 <= self.num_clip_layers <= clip.num_hidden_layers:
             raise ConfigError(
-                f"clip_layer={self.clip_layer} names no layer of a CLIP with {clip.num_hidden_layers} layers"
+                f"clip_layer={self.clip_layer} names no layer of this CLIP, which has {clip.num_hidden_layers}"
             )
         names = self.expert_names
         bad = [name for name in names if not name.isidentifier()]
@@ -163,8 +167,6 @@ class ToveVisionConfig(PreTrainedConfig):
         slots = len(names) + self.null_slot
         if self.top_k is not None and not 1 <= self.top_k <= max(slots, 1):
             raise ConfigError(f"top_k={self.top_k} must lie between 1 and the number of gate columns, {slots}")
-        if self.projection_dim < 1:
-            raise ConfigError(f"projection_dim={self.projection_dim} must be at least 1")
         if self.router_aux_loss_coef < 0:
             raise ConfigError(f"router_aux_loss_coef={self.router_aux_loss_coef} must not be negative")
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.integrations import deepspeed as hf_deepspeed
+from transformers.utils import logging
 
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts.hub import ExpertHub
@@ -76,6 +77,7 @@ class FrozenBackbones:
             if self.hub is None:
                 self.hub = ExpertHub(self.config.experts, base_dir=None if base_dir is None else Path(base_dir))
             self.hub.load(names)
+            self.hub.eval()
         self.apply(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -132,29 +134,41 @@ def load_clip(config: ToveVisionConfig, base_dir: str | os.PathLike[str] | None 
     clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
     clip_config._attn_implementation = config._attn_implementation
     try:
-        clip, info = CLIPVisionModel.from_pretrained(
-            **source.pretrained(),
-            revision=config.clip_revision or "main",
-            config=clip_config,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with _quiet():
+            clip, info = CLIPVisionModel.from_pretrained(
+                **source.pretrained(),
+                revision=config.clip_revision or "main",
+                config=clip_config,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
-    # The norm after the last block reads the class token alone, which LLaVA does not use.
-    missing = [key for key in info["missing_keys"] if "post_layernorm" not in key.split(".")]
+    # The norm after the last block reads the class token alone, which LLaVA does not use: it is neither needed nor run.
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith("post_layernorm."))
+    clip.post_layernorm = nn.Identity()
     if missing or info["mismatched_keys"]:
         raise CheckpointError(
             f"{source} is not the CLIP that this tower was built on: missing {missing[:5]}, "
             f"other shapes {list(info['mismatched_keys'])[:5]}. Give the right clip_source."
         )
-    clip.post_layernorm = nn.Identity()
     return clip.eval().requires_grad_(False)
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the report that CLIP's upper layers and its text encoder are not used; what is missing is an error."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _outside_zero3() -> Iterator[None]:
-    """Loads as if DeepSpeed were not there: under a ZeRO-3 configuration ``from_pretrained`` would partition weights."""
+    """Loads as if DeepSpeed were not there: with ZeRO-3 configured, ``from_pretrained`` would partition weights."""
     reference = hf_deepspeed._hf_deepspeed_config_weak_ref
     active = reference() if reference is not None else None
     hf_deepspeed.unset_hf_deepspeed_config()

@@ -17,7 +17,7 @@ class GateOutput:
         weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed.
         logits: ``[B,N,S]`` float32, before noise and masks.
         selected: ``[B,N,S]`` bool: allowed, and among the top k.
-        load: ``[B,N,S]`` float32, probability of being chosen under a fresh draw of the column's noise; None without noise.
+        load: ``[B,N,S]`` float32, probability of being chosen if the column's noise is drawn again; None without noise.
     """
 
     weights: torch.Tensor
@@ -66,7 +66,7 @@ class Float32LayerNorm(nn.Module):
 
 
 class TokenGate(nn.Module):
-    """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)``, masked columns at -inf (Shazeer et al. 2017, section 2.1).
+    """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)``, masked columns at -inf (Shazeer et al. 2017, 2.1).
 
     All of it in float32: a gate decides by small differences, and a recomputation from the same T and eps has to give
     the same G whatever the autocast around it.
@@ -83,8 +83,8 @@ class TokenGate(nn.Module):
         self.slots = slots
         self.top_k = top_k
         self.norm = Float32LayerNorm(width)
-        # Nearly even weights at the start. Shazeer et al. use zeros; a tie without noise, though, would send every token
-        # to the same top k.
+        # Nearly even weights at the start. Shazeer et al. use zeros; a tie without noise, though, would send every
+        # token to the same top k.
         self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 

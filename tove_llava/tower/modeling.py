@@ -67,6 +67,14 @@ class ToveVisionModel(PreTrainedModel):
         self.frozen = FrozenBackbones(config)
         self.post_init()
 
+    @property
+    def device(self) -> torch.device:
+        return self._placement.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._placement.dtype
+
     def _init_weights(self, module: nn.Module) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
@@ -143,7 +151,7 @@ class ToveVisionModel(PreTrainedModel):
         config = ToveVisionConfig.from_dict(self.config.to_dict())
         self.frozen.clip.save_pretrained(target / "clip")
         config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
-        config.experts = [spec.to_dict() for spec in self.frozen.hub.save(folder, prefix="backbones/experts")]
+        config.experts = [spec.to_dict() for spec in self.frozen.hub.save(Path(folder), prefix="backbones/experts")]
         return config
 
     def detach_experts(self, names: str | Iterable[str], *, free: bool = False) -> None:
@@ -257,6 +265,6 @@ def _check_layers(selection: bool | int | list[int] | tuple[int, ...] | None) ->
     layers = [selection] if isinstance(selection, int) else list(selection)
     if any(layer not in (-1, 0) for layer in layers):
         raise ConfigError(
-            f"vision_feature_layer={selection} does not exist in a ToVE tower, which returns one hidden state (CLIP's layer "
-            "is chosen by the tower's clip_layer). Set vision_feature_layer=-1 and vision_feature_select_strategy='full'."
+            f"vision_feature_layer={selection} does not exist in a ToVE tower, which returns one hidden state (CLIP's "
+            "layer is the tower's clip_layer). Set vision_feature_layer=-1, vision_feature_select_strategy='full'."
         )

@@ -52,8 +52,8 @@ class FusionOutput:
 class Fusion(nn.Module):
     """Base class; a subclass registers itself with ``@FUSIONS.register(name)`` and takes the tower's configuration.
 
-    ``config.detached_experts`` may change at any time; a fusion reads it at every call. Layers own their initial values:
-    each one with parameters has a ``reset_parameters``, which uses ``torch.nn.init``.
+    ``config.detached_experts`` may change at any time; a fusion reads it at every call. Layers own their initial
+    values: each one with parameters has a ``reset_parameters``, which uses ``torch.nn.init``.
     """
 
     uses_experts: ClassVar[bool] = True

@@ -1,4 +1,4 @@
-"""ToVE: a token-aware gate over experts and residual knowledge transfer (arXiv 2504.00691; docs/design.md for our choices).
+"""ToVE: a token-aware gate over experts, residual knowledge transfer (arXiv 2504.00691; our choices: docs/design.md).
 
 ``T' = T + W_o( sum_k G_k * H_k )``, where ``H_k = GELU(Linear_k(LayerNorm(U_k)))`` on the token grid.
 """
@@ -106,6 +106,8 @@ class ToveFusion(Fusion):
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
         options = _options(config.fusion_options or {}, stem_width=16)
+        if not config.experts:
+            raise ConfigError("fusion 'tove' needs at least one expert; for CLIP alone set fusion to 'none'")
         self.embeddings = nn.ModuleDict()
         for spec in config.expert_specs:
             if spec.width < 1:
