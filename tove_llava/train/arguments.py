@@ -76,13 +76,15 @@ class Settings:
         fixed = {
             "remove_unused_columns": False,
             "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead of being averaged away
-            "gradient_checkpointing_kwargs": {"use_reentrant": False},
             "ddp_find_unused_parameters": True,  # a text-only step leaves the tower unused
             "use_cpu": on_cpu,
             "dataloader_pin_memory": not on_cpu,
         }
         deepspeed = resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
         given = {key: value for key, value in self.training.items() if key != "deepspeed"}
+        newer = {f.name for f in dataclasses.fields(TrainingArguments)}
+        if "gradient_checkpointing" in given and "activation_checkpointing" in newer:
+            given["activation_checkpointing"] = given.pop("gradient_checkpointing")  # its name in newer transformers
         try:
             return TrainingArguments(**{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": deepspeed})
         except (ValueError, TypeError) as error:

@@ -1,0 +1,163 @@
+"""Small random parts of the true architectures in folders, a preset over them, and records: enough to train through the CLI."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+)
+
+IMAGE = 32
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_parts(root: Path) -> Path:
+    """Writes clip/, normal/, segmentation/, llm/ and preset.yaml; returns the preset's path."""
+    torch.manual_seed(0)
+    clip = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE, patch_size=8
+    )
+    CLIPVisionModel(clip).save_pretrained(root / "clip")
+    for name, labels in (("normal", 3), ("segmentation", 4)):
+        config = SegformerConfig(
+            num_labels=labels, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2],
+            decoder_hidden_size=8,
+        )  # fmt: skip
+        SegformerForSemanticSegmentation(config).save_pretrained(root / name)
+        preprocessor = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": IMAGE, "width": IMAGE}}
+        (root / name / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    tokenizer = byte_tokenizer()
+    llama = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(llama).save_pretrained(root / "llm")
+    tokenizer.save_pretrained(root / "llm")
+
+    arguments = {
+        "per_device_train_batch_size": 4, "learning_rate": 1.0e-2, "weight_decay": 0.0, "lr_scheduler_type": "cosine",
+        "max_grad_norm": 0.0, "logging_steps": 1, "save_strategy": "no", "report_to": ["none"], "num_train_epochs": 1,
+        "save_total_limit": 1, "disable_tqdm": True,
+    }  # fmt: skip
+    common = {"model_max_length": 400, "deepspeed": "zero2", "arguments": arguments}
+    preset = {
+        "vision": {
+            "clip": f"hf:{root / 'clip'}",
+            "projection_dim": 8,
+            "router_aux_loss_coef": 0.5,
+            "experts": [
+                {"name": "normal", "source": f"hf:{root / 'normal'}", "mode": "map"},
+                {"name": "segmentation", "source": f"hf:{root / 'segmentation'}", "mode": "features"},
+            ],
+        },
+        "language": {"source": f"hf:{root / 'llm'}", "dtype": "float32"},
+        "stages": {
+            "pretrain": {"train": "alignment", "template": "plain", "image_aspect_ratio": "square", **common},
+            "finetune_lora": {
+                "train": "lora",
+                "template": "v1",
+                "group_by_modality_length": True,
+                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+                **common,
+            },
+            "finetune": {"train": "full", "template": "v1", "group_by_modality_length": True, **common},
+        },
+    }
+    file = root / "preset.yaml"
+    file.write_text(yaml.safe_dump(preset))
+    return file
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte behind <unk>, <s> and </s>, with LLaMA's BOS in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", count: int = 16) -> None:
+    """Writes images/, captions.json (one image each) and instruct.json, whose records follow ``pattern`` (image, text)."""
+    (root / "images").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    words = ["red", "blue", "a cone", "two spheres", "left of the box", "near"]
+    for index in range(max(captions, count)):
+        pixels = torch.randint(0, 256, (24 + index % 3, 36, 3), generator=generator, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(root / "images" / f"{index}.png")
+    caption = [
+        {
+            "id": f"c{i}",
+            "image": f"{i}.png",
+            "conversations": [
+                {"from": "human", "value": "<image>\nDescribe."},
+                {"from": "gpt", "value": " ".join(words[: 1 + i % 6])},
+            ],
+        }
+        for i in range(captions)
+    ]
+    instruct = []
+    for i in range(count):
+        image = pattern[i % len(pattern)] == "i"
+        record = {
+            "id": f"r{i}",
+            "conversations": [
+                {"from": "human", "value": ("<image>\n" if image else "") + "What is it?"},
+                {"from": "gpt", "value": words[i % 6]},
+            ],
+        }
+        instruct.append(record | ({"image": f"{i}.png"} if image else {}))
+    (root / "captions.json").write_text(json.dumps(caption))
+    (root / "instruct.json").write_text(json.dumps(instruct))
+
+
+def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
+    """The command line of one stage over :func:`write_parts` and :func:`write_records` in ``root``."""
+    data = "captions.json" if stage == "pretrain" else "instruct.json"
+    return [
+        "--preset", str(root / "preset.yaml"), "--stage", stage, "--data_path", str(root / data),
+        "--image_folder", str(root / "images"), "--output_dir", str(output), *more,
+    ]  # fmt: skip
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For child processes: one thread each, no accelerator, this checkout's package."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    return {**inherited, **fixed, **changes}
+
+
+def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 300) -> str:
+    """Runs a module under the deepspeed launcher and returns its output; fails with the output when it fails."""
+    command = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
+        "--no_local_rank", "--module", module, *arguments,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output[-6000:]
+    return output
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

@@ -1,0 +1,17 @@
+"""Train one stage of a preset."""
+
+import argparse
+
+HELP = "train one stage of a preset (scripts/pretrain.sh and its siblings start it under DeepSpeed)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # All words, flags and --help too, belong to the trainer's own parser, which knows transformers' hundred flags.
+    parser.prefix_chars = "\0"
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tove_llava.train.run import main
+
+    return main(args.arguments)

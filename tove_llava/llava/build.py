@@ -1,0 +1,240 @@
+"""From a preset to a model and its processor."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from tove_llava.data import load_tokenizer
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts import complete_specs
+from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.llava.processing import build_processor
+from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPreset, load_preset
+from tove_llava.sources import Source
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+
+EMBEDDING_MULTIPLE = 64  # rows of the embedding matrix, for tensor cores
+
+
+def build_model(
+    preset: str | Preset,
+    *,
+    overrides: Sequence[str] = (),
+    template: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    load_backbones: bool = True,
+    seed: int = 42,
+) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
+    """Assembles a preset's language model, tower and projector.
+
+    Args:
+        preset: a preset, its name, or the path of a YAML file.
+        overrides: ``key.path=value`` strings; see :func:`tove_llava.presets.load_preset`.
+        template: conversation template of the processor; the first stage's last one by default.
+        dtype: of all parts; the preset's language dtype by default.
+        device: where the model is put; the CPU by default.
+        load_backbones: False leaves out CLIP and the experts, for a model that is not run.
+        seed: of the projector's and the tower's initial values.
+
+    Raises:
+        ConfigError: a wrong preset or key. CheckpointError: a source that is not there or does not fit.
+    """
+    if isinstance(preset, str):
+        preset = load_preset(preset, overrides)
+    elif overrides:
+        raise ConfigError("overrides apply to a preset's name or path, not to a Preset that is loaded already")
+    vision = vision_config(preset.vision)
+    processor = prepare_processor(preset, vision, template)
+    language = read_language_model(preset.language, dtype)
+    model = assemble(language, vision, preset.projector, seed=seed)
+    fit_to_processor(model, processor)
+    if load_backbones:
+        model.tower.load_backbones()
+    return model.to(device or "cpu"), processor
+
+
+def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | None = None) -> LlavaProcessor:
+    """The processor of a preset, image token included; needs no weights."""
+    if template is None:
+        template = list(preset.stages.values())[-1].template
+    tokenizer = read_tokenizer(preset.language)
+    image_token = preset.language.image_token
+    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
+    return build_processor(tokenizer, vision, image_token=image_token, template=template)
+
+
+def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionConfig:
+    """The tower's configuration, with CLIP's architecture and the experts' widths read from their sources.
+
+    Args:
+        offline: take CLIP's architecture from the preset where its source is not a local folder.
+    """
+    keys: dict[str, Any] = {
+        "clip_layer": vision.clip_layer,
+        "image_size": vision.image_size,
+        "fusion": vision.fusion,
+        "fusion_options": vision.fusion_options,
+        "projection_dim": vision.projection_dim,
+        "noisy_gating": vision.noisy_gating,
+        "top_k": vision.top_k,
+        "null_slot": vision.null_slot,
+        "router_aux_loss_coef": vision.router_aux_loss_coef,
+    }
+    source = Source.parse(vision.clip)
+    if offline and source.path is None and vision.clip_config is not None:
+        return ToveVisionConfig(
+            clip_config=CLIPVisionConfig(**vision.clip_config),
+            clip_source=vision.clip,
+            clip_revision=vision.clip_revision,
+            experts=complete_specs(vision.experts),
+            **keys,
+        )
+    return ToveVisionConfig.from_sources(
+        str(source.absolute()), vision.experts, clip_revision=vision.clip_revision, **keys
+    )
+
+
+def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """Loads a causal language model from its source.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    source = Source.parse(language.source)
+    wanted = torch_dtype(dtype or language.dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            **source.pretrained(),
+            revision=language.revision or "main",
+            dtype=wanted,
+            **({"attn_implementation": language.attention} if language.attention else {}),
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load the language model from {source}: {error}") from error
+
+
+def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
+    """Loads the language model's tokenizer, with a padding token.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    source = Source.parse(language.tokenizer or language.source)
+    arguments = source.pretrained()
+    name = arguments.pop("pretrained_model_name_or_path")
+    if source.path is None and source.scheme == "hf":
+        # The folder, so that a SentencePiece model in it is converted exactly.
+        wanted = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json"]
+        name = snapshot_download(name, revision=language.revision, allow_patterns=wanted)
+    tokenizer = load_tokenizer(name, **arguments)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # LLaVA pads with <unk>
+    return tokenizer
+
+
+def assemble(
+    language: PreTrainedModel, vision: ToveVisionConfig, projector: ProjectorPreset, *, seed: int = 42
+) -> ToveLlavaForConditionalGeneration:
+    """Puts a new tower and projector in front of a language model; no weight of it is copied.
+
+    The projector starts from torch's own initialisation, as LLaVA's does. Values depend on ``seed`` alone.
+    """
+    config = ToveLlavaConfig(
+        vision_config=vision,
+        text_config=language.config,
+        projector_hidden_act=projector.hidden_act,
+        multimodal_projector_bias=projector.bias,
+        tie_word_embeddings=bool(language.config.tie_word_embeddings),
+    )
+    with torch.device("meta"):
+        model = ToveLlavaForConditionalGeneration(config)
+    parameter = next(language.parameters())
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if parameter.is_meta else "cpu"):
+        torch.manual_seed(seed)
+        model.model.multi_modal_projector = LlavaMultiModalProjector(config).to(parameter.dtype)
+        model.model.vision_tower = ToveVisionModel(config.vision_config).to(parameter.dtype)
+    model.model.language_model = language.base_model
+    model.lm_head = language.get_output_embeddings()
+    model.generation_config = language.generation_config
+    return model
+
+
+def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Gives the model the processor's image and padding tokens, with embeddings for them.
+
+    New rows of the embeddings and the head are the mean of the old ones: the same on every machine and in every load.
+    """
+    pad = processor.tokenizer.pad_token_id
+    model.config.image_token_index = processor.image_token_id
+    model.config.conversation_template = processor.conversation_template
+    model.config.pad_token_id = model.config.text_config.pad_token_id = pad
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = pad
+    grow_vocabulary(model, len(processor.tokenizer))
+
+
+def grow_vocabulary(model: ToveLlavaForConditionalGeneration, size: int) -> None:
+    """Gives embeddings and head at least ``size`` rows, rounded up to a multiple; does nothing where they have them."""
+    old = model.get_input_embeddings().weight.shape[0]
+    if size <= old:
+        return
+    rows = math.ceil(size / EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    matrices = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for weight in matrices.values():
+            weight[old:] = weight[:old].float().mean(dim=0).to(weight.dtype)
+
+
+def torch_dtype(name: str | torch.dtype) -> torch.dtype:
+    """``"bfloat16"`` -> ``torch.bfloat16``.
+
+    Raises:
+        ConfigError: no such floating-point dtype.
+    """
+    found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype {name!r} is not a floating-point dtype of torch, such as float32 or bfloat16")
+    return found
+
+
+def build_on_meta(preset: str | Preset) -> ToveLlavaForConditionalGeneration:
+    """A preset at its true size on the meta device: shapes without memory and without any download."""
+    if isinstance(preset, str):
+        preset = load_preset(preset)
+    if preset.language.config is not None:
+        config = AutoConfig.for_model(**preset.language.config)
+    else:
+        config = AutoConfig.from_pretrained(**Source.parse(preset.language.source).pretrained())
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(preset.language.dtype))
+    model = assemble(language, vision_config(preset.vision, offline=True), preset.projector)
+    rows = math.ceil((config.vocab_size + 1) / EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def parameter_table(model: ToveLlavaForConditionalGeneration) -> list[tuple[str, int]]:
+    """(part, parameters) of the registered parts; CLIP and experts are not among them."""
+    parts: list[tuple[str, nn.Module]] = [
+        ("language model", nn.ModuleList([model.model.language_model, model.lm_head])),
+        ("projector", model.model.multi_modal_projector),
+        ("tower (gate and projections)", model.tower.fusion),
+    ]
+    return [(name, sum(p.numel() for p in part.parameters())) for name, part in parts]
+

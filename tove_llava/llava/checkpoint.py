@@ -1,0 +1,368 @@
+"""Checkpoints of a ToVE-LLaVA: what a stage trained, by value; what it left as it was, by reference.
+
+A folder holds ``config.json``, the processor's files, and, written last, ``tove_llava.json`` (the manifest), whose
+``kind`` says what else there is:
+
+``trained``
+    ``trained.safetensors``: projector and the tower's own parts. The language model is named by its source.
+``lora``
+    the same, and peft's ``adapter_config.json`` and ``adapter_model.safetensors`` for the language model.
+``full``
+    ``model.safetensors`` (or shards): everything but the frozen backbones; ``from_pretrained`` reads it too.
+
+CLIP and the experts are named by their sources in ``config.json``. In a self-contained folder those sources, and the
+language model's, point into the folder. Only safetensors are ever read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import LlavaProcessor
+
+from tove_llava.errors import CheckpointError
+from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
+from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.presets import LanguagePreset, ProjectorPreset
+from tove_llava.sources import Source
+
+MANIFEST = "tove_llava.json"
+TRAINED = "trained.safetensors"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # peft's, so that PeftModel.from_pretrained reads the adapter too
+KINDS = ("trained", "lora", "full")
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint folder is."""
+
+    kind: str
+    stage: str
+    preset: str
+    template: str
+    image_aspect_ratio: str
+    model_max_length: int
+    language: dict[str, Any]  # LanguagePreset
+    fingerprint: str = ""  # SHA-256 of the trained weights
+    format_version: int = _VERSION
+
+    @classmethod
+    def read(cls, folder: str | os.PathLike[str]) -> "Manifest":
+        """Reads a folder's manifest.
+
+        Raises:
+            CheckpointError: the folder is not a complete checkpoint.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a folder; give the output folder of a training run")
+        file = path / MANIFEST
+        if not file.is_file():
+            pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+            if pickles:
+                raise CheckpointError(f"{path} holds pickled weights ({pickles[0]}), which are not read; convert to safetensors")
+            if any(path.glob("*checkpoint-*")):
+                raise CheckpointError(f"{path} holds an unfinished run; run its command again, which resumes it")
+            raise CheckpointError(f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last")
+        try:
+            data = json.loads(file.read_text())
+            manifest = cls(**data)
+        except (json.JSONDecodeError, TypeError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+        if manifest.format_version > _VERSION or manifest.kind not in KINDS:
+            raise CheckpointError(f"{file} is of a newer version of tove_llava; update the package")
+        return manifest
+
+
+def save_checkpoint(
+    folder: str | os.PathLike[str],
+    model: ToveLlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    manifest: Manifest,
+    trained: Mapping[str, torch.Tensor],
+    *,
+    self_contained: bool = False,
+) -> None:
+    """Writes a checkpoint folder; the manifest last, so that an interrupted save is seen as incomplete.
+
+    Args:
+        folder: may hold other files, which are left alone.
+        manifest: its fingerprint is filled in.
+        trained: the stage's trained parameters by their name in ``model``, gathered on the CPU.
+        self_contained: also write CLIP, the experts and the language model.
+
+    Raises:
+        CheckpointError: a backbone cannot be saved by value.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    config = ToveLlavaConfig.from_dict(model.config.to_dict())
+    config.conversation_template = manifest.template
+    config.image_aspect_ratio = manifest.image_aspect_ratio
+    language = dict(manifest.language)
+    if self_contained:
+        config.vision_config = model.tower.save_backbones(folder)
+        if manifest.kind != "full":
+            read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
+            language |= {"source": "hf:./language", "revision": None}
+
+    adapters = _adapter_names(model) & trained.keys()
+    if manifest.kind == "full":
+        model.save_pretrained(folder, state_dict=dict(trained))
+    else:
+        save_file({name: value for name, value in trained.items() if name not in adapters}, folder / TRAINED)
+    if manifest.kind == "lora":
+        _save_adapter(folder, model, {name: trained[name] for name in adapters}, language["source"])
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+    fingerprint = fingerprint_of(trained)
+    final = dataclasses.replace(manifest, language=language, fingerprint=fingerprint)
+    _write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    merge_lora: bool = False,
+    load_backbones: bool = True,
+) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
+    """Loads any folder that training writes, in eval mode.
+
+    Args:
+        folder: a finished run's output folder.
+        dtype: of the whole model; that of the language model in training by default.
+        device: the CPU by default.
+        merge_lora: fold adapters into the language model's weights.
+        load_backbones: False leaves out CLIP and the experts.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    wanted = torch_dtype(dtype or manifest.language["dtype"])
+    if manifest.kind == "full":
+        model = _load_full(folder, wanted)
+    else:
+        model = _load_on_language_model(folder, manifest, wanted)
+        _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
+        if manifest.kind == "lora":
+            _load_adapter(folder, model, merge=merge_lora)
+    model = model.to(wanted)
+    if load_backbones:
+        model.tower.load_backbones(base_dir=folder)
+    return model.to(device or "cpu").eval(), load_processor(folder)
+
+
+def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
+    """The processor of a checkpoint folder; ``processor.conversation_template`` is the template's registered name."""
+    manifest = Manifest.read(folder)
+    processor = LlavaProcessor.from_pretrained(folder)
+    processor.conversation_template = manifest.template
+    return processor
+
+
+def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.PathLike[str]) -> Manifest:
+    """Puts an earlier stage's projector and tower into a model that was built from a preset.
+
+    Raises:
+        CheckpointError: the folder is not one of stage 1, or its tower or language model is another one.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if manifest.kind != "trained":
+        raise CheckpointError(f"{folder} is a {manifest.kind!r} checkpoint; a stage starts from stage 1's folder")
+    differences = tower_differences(_read_config(folder), model.config)
+    if differences:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another tower: {'; '.join(differences)}. Start from the preset and the --set "
+            "overrides that it was trained with, or train stage 1 again"
+        )
+    _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
+    return manifest
+
+
+def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[str]:
+    """What makes a saved tower and projector unfit for another model, one phrase each; empty when they fit."""
+    old, new = saved.vision_config.to_dict(), present.vision_config.to_dict()
+    phrases = []
+    if saved.vision_config.expert_names != present.vision_config.expert_names:
+        names = [", ".join(c.vision_config.expert_names) or "none" for c in (saved, present)]
+        phrases.append(f"its experts are {names[0]}, this model's {names[1]}")
+    else:
+        for a, b in zip(old["experts"], new["experts"], strict=True):
+            odd = [key for key in a if _plain(a[key]) != _plain(b.get(key))]
+            phrases += [f"expert {a['name']}: {key} {a[key]!r} against {b.get(key)!r}" for key in odd]
+    keys = ("clip_source", "clip_revision", "clip_layer", "image_size", "fusion", "fusion_options", "projection_dim")
+    keys += ("noisy_gating", "top_k", "null_slot", "image_mean", "image_std")
+    phrases += [f"{k} {old[k]!r} against {new[k]!r}" for k in keys if _plain(old[k]) != _plain(new[k])]
+    widths = [(c.vision_config.hidden_size, c.text_config.hidden_size) for c in (saved, present)]
+    if widths[0] != widths[1]:
+        phrases.append(f"projector of widths {widths[0]} (vision, language) against {widths[1]}")
+    return phrases
+
+
+def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
+    """Names of the projector's and the tower's own parameters."""
+    members = {id(p) for m in (model.model.multi_modal_projector, model.tower.fusion) for p in m.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    try:
+        return load_file(file)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_config(folder: Path) -> ToveLlavaConfig:
+    try:
+        return ToveLlavaConfig.from_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
+
+
+def _load_full(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
+    try:
+        model, info = ToveLlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder}: weights and config.json do not belong together: missing {sorted(info['missing_keys'])[:3]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:3]}, other shapes {sorted(info['mismatched_keys'])[:3]}"
+        )
+    return model
+
+
+def _load_on_language_model(
+    folder: Path, manifest: Manifest, dtype: torch.dtype
+) -> ToveLlavaForConditionalGeneration:
+    config = _read_config(folder)
+    source = Source.parse(manifest.language["source"]).resolve(folder)
+    language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)
+    projector = ProjectorPreset(hidden_act=config.projector_hidden_act, bias=config.multimodal_projector_bias)
+    model = assemble(language, config.vision_config, projector)
+    grow_vocabulary(model, config.text_config.vocab_size)
+    if model.config.text_config.vocab_size != config.text_config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the language model {source} has {model.config.text_config.vocab_size} tokens, the checkpoint was "
+            f"trained with {config.text_config.vocab_size}; the source has changed"
+        )
+    for key in ("image_token_index", "pad_token_id", "conversation_template", "image_aspect_ratio"):
+        setattr(model.config, key, getattr(config, key, None))
+    model.config.text_config.pad_token_id = config.text_config.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = config.text_config.pad_token_id
+    return model
+
+
+def _fill(
+    model: ToveLlavaForConditionalGeneration, tensors: Mapping[str, torch.Tensor], names: set[str], where: Path
+) -> None:
+    """Copies tensors into parameters; every one of ``names`` exactly once."""
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
+    missing, unexpected = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
+    shapes = [n for n in parameters.keys() & tensors.keys() if parameters[n].shape != tensors[n].shape]
+    if missing or unexpected or shapes:
+        example = [f"{n}: {tuple(tensors[n].shape)} against {tuple(parameters[n].shape)}" for n in sorted(shapes)[:2]]
+        raise CheckpointError(
+            f"{where} is a checkpoint of another tower: missing {sorted(missing)[:2]}, unexpected {sorted(unexpected)[:2]}, "
+            f"other shapes {example}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _adapter_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
+    """Everything trained inside the language model of a LoRA stage."""
+    members = {id(p) for m in (model.model.language_model, model.lm_head) for p in m.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
+def _save_adapter(
+    folder: Path, model: ToveLlavaForConditionalGeneration, tensors: dict[str, torch.Tensor], base: str
+) -> None:
+    from peft import get_peft_model_state_dict
+
+    config = model.peft_config["default"]
+    state = get_peft_model_state_dict(model, state_dict=tensors, adapter_name="default", save_embedding_layers=False)
+    save_file({ADAPTER_PREFIX + name: value for name, value in state.items()}, folder / ADAPTER)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    config.inference_mode = False
+
+
+def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, merge: bool) -> None:
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
+
+    config = LoraConfig.from_pretrained(str(folder))
+    inject_adapter_in_model(config, model)
+    tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in read_tensors(folder / ADAPTER).items()}
+    outcome = set_peft_model_state_dict(model, tensors, adapter_name="default")
+    missing = [name for name in outcome.missing_keys if ".lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise CheckpointError(
+            f"{folder / ADAPTER} does not fit the language model: missing {missing[:2]}, "
+            f"unexpected {outcome.unexpected_keys[:2]}"
+        )
+    if not merge:
+        return
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True)
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    staged = file.with_name(file.name + ".part")
+    with open(staged, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(staged, file)

@@ -1,0 +1,52 @@
+"""The processor of a ToVE-LLaVA: transformers' own LlavaProcessor, so that a saved folder is like any LLaVA's."""
+
+from pathlib import Path
+
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+
+from tove_llava.tower import ToveVisionConfig
+
+_TEMPLATES = Path(__file__).parent / "chat_templates"
+
+
+def build_processor(
+    tokenizer: PreTrainedTokenizerBase, vision: ToveVisionConfig, *, image_token: str, template: str
+) -> LlavaProcessor:
+    """Bundles tokenizer, CLIP image processor and the conversation template's jinja form.
+
+    Args:
+        tokenizer: knows ``image_token`` as one token.
+        vision: gives image size, normalisation and patch size, by which placeholders are counted.
+        template: registered name of the conversation template the model is trained with; the processor's
+            ``conversation_template``.
+    """
+    size = vision.image_size
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(vision.image_mean),
+        image_std=list(vision.image_std),
+    )
+    processor = LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="full",
+        image_token=image_token,
+        chat_template=jinja_template(template, tokenizer),
+    )
+    processor.conversation_template = template
+    return processor
+
+
+def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The jinja form of a conversation template, for ``processor.apply_chat_template``; None where there is none."""
+    if template == "chat_template":
+        own = tokenizer.chat_template
+        if not isinstance(own, str):
+            return None
+        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts.
+        return (_TEMPLATES / "flatten.jinja").read_text() + own
+    aliases = {"vicuna_v1": "v1"}
+    file = _TEMPLATES / f"{aliases.get(template, template)}.jinja"
+    return file.read_text().rstrip("\n") if file.is_file() else None

@@ -1,0 +1,76 @@
+"""What a run logs of its losses and its gate, averaged over the steps since the last log."""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SCALARS = ("lm_loss", "aux_loss", "steps", "samples", "gate_tokens", "gate_entropy")
+
+
+class Meter:
+    """Sums over steps. Each rank adds its own share of a global quantity; the shares are summed when they are read.
+
+    Args:
+        columns: names of the gate's columns.
+        device: where the sums are kept, so that adding needs no synchronisation.
+    """
+
+    def __init__(self, columns: list[str], device: torch.device) -> None:
+        self.columns = columns
+        self._sums = torch.zeros(len(_SCALARS) + len(columns), dtype=torch.float64, device=device)
+        self._since = time.perf_counter()
+        self._timed_samples = 0.0
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        """Adds this rank's share of a quantity."""
+        self._sums[_SCALARS.index(name)] += value.detach() if isinstance(value, torch.Tensor) else value
+
+    def add_samples(self, samples: float) -> None:
+        self.add("samples", samples)
+        self._timed_samples += samples
+
+    def add_routing(self, routing: torch.Tensor) -> None:
+        """Adds gate weights ``[B,N,S]``."""
+        routing = routing.detach()
+        self._sums[len(_SCALARS) :] += routing.sum(dim=(0, 1))
+        self.add("gate_tokens", routing.shape[0] * routing.shape[1])
+        self.add("gate_entropy", torch.special.entr(routing).sum())
+
+    def read(self, coefficient: float) -> dict[str, float]:
+        """The averages since the last reading, summed over ranks (all ranks call this), and starts anew."""
+        total = dict(zip((*_SCALARS, *self.columns), self._reduced(), strict=True))
+        # Local samples over local time: the sums restart with a resumed run's clock.
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        elapsed = time.perf_counter() - self._since
+        rate = self._timed_samples * world / elapsed if elapsed > 0 else 0.0
+        steps = max(total["steps"], 1.0)
+        logs = {
+            "loss": (total["lm_loss"] + coefficient * total["aux_loss"]) / steps,
+            "lm_loss": total["lm_loss"] / steps,
+            "aux_loss": total["aux_loss"] / steps,
+            "samples_per_second": rate,
+        }
+        if self.columns and total["gate_tokens"] > 0:
+            logs |= {f"gate/{name}": total[name] / total["gate_tokens"] for name in self.columns}
+            logs["gate/entropy"] = total["gate_entropy"] / total["gate_tokens"]
+        self._sums.zero_()
+        self._since, self._timed_samples = time.perf_counter(), 0.0
+        return {key: value if math.isfinite(value) else float("nan") for key, value in logs.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; all ranks call this."""
+        return {"columns": self.columns, "sums": self._reduced()}
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """Continues from :meth:`state`: rank 0 takes the sums of all ranks, the others start at zero."""
+        if state["columns"] == self.columns and rank == 0:
+            self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+
+    def _reduced(self) -> list[float]:
+        total = self._sums.clone()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(total)
+        return total.tolist()

@@ -1,0 +1,247 @@
+"""One training run, from its settings to a saved checkpoint. ``python -m tove_llava.train.run --help`` lists the flags."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import LlavaProcessor, TrainingArguments
+
+from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
+from tove_llava.errors import CheckpointError, ToveError
+from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
+from tove_llava.llava.checkpoint import MANIFEST, Manifest, load_trained, save_checkpoint
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.presets import Preset
+from tove_llava.sources import Source
+from tove_llava.tower import ToveVisionConfig
+from tove_llava.train import checkpoints
+from tove_llava.train.arguments import Settings, parse, resolve_deepspeed
+from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
+from tove_llava.train.trainer import ToveTrainer
+
+RUN_RECORD = "run.json"
+STATE = "trainer_state.json"
+
+
+def run(settings: Settings) -> None:
+    """Trains one stage and saves its checkpoint into ``settings.output_dir``.
+
+    Interrupted, the same settings resume from the last complete checkpoint. Finished, they do nothing.
+
+    Raises:
+        ToveError: a setting, record, image or checkpoint is unusable, or the loss is not finite.
+    """
+    record = _run_record(settings)
+    if is_finished(settings.output_dir, record):
+        _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
+        return
+    vision = vision_config(settings.preset.vision)
+    processor = prepare_processor(settings.preset, vision, settings.stage.template)
+    dataset = make_dataset(settings, processor, vision)
+    _say(f"data: {dataset.report}")
+
+    model = make_model(settings.preset, processor, vision, seed=settings.training.get("seed", 42))
+    if settings.pretrained is not None:
+        load_trained(model, settings.pretrained)
+        _say(f"projector and tower: from {settings.pretrained}")
+    trainable = freeze(model, settings.stage)
+    _say(trainable.report(model))
+
+    resume = last_checkpoint(settings.output_dir)
+    _write_record(settings.output_dir, record)
+    if resume is not None and _is_last_step(resume):
+        _say(f"{resume} is the last step of this run; only saving was left to do")
+        checkpoints.load_weights(resume / checkpoints.WEIGHTS, trainable)
+        if _is_main():
+            history = (resume / STATE).read_text()
+            _save(settings, model, processor, trainable, checkpoints.gather(trainable, True))
+            (settings.output_dir / STATE).write_text(history)
+        return
+
+    # From here on DeepSpeed is configured: under ZeRO-3 a model built later would be partitioned while it is built.
+    args = settings.training_arguments()
+    _use_master_weights(args, trainable)
+    trainer = make_trainer(settings, args, model, processor, dataset, trainable)
+    if resume is not None:
+        _say(f"resuming from {resume}")
+    trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+
+    tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
+    if args.should_save:
+        trainer.save_state()
+        _save(settings, model, processor, trainable, tensors)
+        final = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
+        ending = f", last lm_loss {final[-1]['lm_loss']:.6f}" if final else ""
+        _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig) -> LlavaDataset:
+    """The stage's records, checked."""
+    transform = ImageTransform(
+        vision.image_size, settings.stage.image_aspect_ratio, mean=vision.image_mean, std=vision.image_std
+    )
+    return LlavaDataset(
+        settings.data_path,
+        settings.image_folder,
+        processor.tokenizer,
+        settings.stage.template,
+        transform,
+        num_image_tokens=vision.num_patches,
+        model_max_length=settings.stage.model_max_length,
+    )
+
+
+def make_model(
+    preset: Preset, processor: LlavaProcessor, vision: ToveVisionConfig, *, seed: int
+) -> ToveLlavaForConditionalGeneration:
+    """The preset's model with its frozen backbones, on the CPU."""
+    model = assemble(read_language_model(preset.language), vision, preset.projector, seed=seed)
+    fit_to_processor(model, processor)
+    model.tower.load_backbones()
+    return model
+
+
+def make_trainer(
+    settings: Settings,
+    args: TrainingArguments,
+    model: ToveLlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    dataset: LlavaDataset,
+    trainable: Trainable,
+) -> ToveTrainer:
+    """The trainer of a stage."""
+    stage = settings.stage
+    return ToveTrainer(
+        model,
+        args,
+        trainable=trainable,
+        dataset=dataset,
+        collator=LlavaCollator(
+            pad_token_id=processor.tokenizer.pad_token_id,
+            image_token_id=processor.image_token_id,
+            num_image_tokens=model.config.vision_config.num_patches,
+        ),
+        parameter_groups=parameter_groups(
+            trainable,
+            learning_rate=args.learning_rate,
+            weight_decay=args.weight_decay,
+            projector_learning_rate=stage.projector_learning_rate,
+            tower_learning_rate=stage.tower_learning_rate,
+        ),
+        group_by_modality_length=stage.group_by_modality_length,
+    )
+
+
+def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
+    """Whether a folder holds the finished run of these settings.
+
+    Raises:
+        CheckpointError: it holds a run of other settings; the message names the keys that differ.
+    """
+    file = output_dir / RUN_RECORD
+    finished = (output_dir / MANIFEST).is_file()
+    if not file.is_file():
+        if finished or checkpoints.complete(output_dir):
+            raise CheckpointError(f"{output_dir} holds a model but no {RUN_RECORD}; choose another --output_dir")
+        return False
+    old = json.loads(file.read_text())
+    new = json.loads(json.dumps(record))
+    if finished or not checkpoints.complete(output_dir):  # nothing to resume: the number of processes is free
+        old, new = ({k: v for k, v in r.items() if k != "world_size"} for r in (old, new))
+    if old != new and (finished or checkpoints.complete(output_dir)):
+        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
+        raise CheckpointError(
+            f"{output_dir} holds a run with other settings ({shown}). Choose another --output_dir, remove that folder, or "
+            "give the settings it was started with"
+        )
+    return finished
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest complete checkpoint; says which incomplete ones are ignored."""
+    for path in checkpoints.incomplete(output_dir):
+        _say(f"ignoring {path}: its save was interrupted")
+    found = checkpoints.complete(output_dir)
+    return found[-1] if found else None
+
+
+def _save(
+    settings: Settings,
+    model: ToveLlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    trainable: Trainable,
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    kinds = {LORA: "lora", LANGUAGE: "full"}
+    language = settings.preset.to_dict()["language"]
+    manifest = Manifest(
+        kind=next((kind for part, kind in kinds.items() if part in trainable.parts), "trained"),
+        stage=settings.stage_name,
+        preset=settings.preset.name,
+        template=settings.stage.template,
+        image_aspect_ratio=settings.stage.image_aspect_ratio,
+        model_max_length=settings.stage.model_max_length,
+        language=language | {"source": str(Source.parse(language["source"]).absolute())},
+    )
+    save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
+
+
+def _run_record(settings: Settings) -> dict[str, Any]:
+    record = settings.record()
+    record["deepspeed"] = Path(resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed)) or "none").stem
+    record["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.pretrained is not None:
+        record["pretrained_fingerprint"] = Manifest.read(settings.pretrained).fingerprint
+    return record
+
+
+def _write_record(output_dir: Path, record: dict[str, Any]) -> None:
+    if _is_main():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _is_last_step(checkpoint: Path) -> bool:
+    state = json.loads((checkpoint / STATE).read_text())
+    return state["global_step"] >= state["max_steps"]
+
+
+def _use_master_weights(args: TrainingArguments, trainable: Trainable) -> None:
+    """Without DeepSpeed, which keeps its own float32 copies, what trains is float32 and autocast does the rest."""
+    if args.deepspeed is None:
+        for parameter in trainable.parameters():
+            parameter.data = parameter.data.float()
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _say(text: str) -> None:
+    if _is_main():
+        print(text, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: 0 when the run is finished, 2 for bad input."""
+    try:
+        run(parse(sys.argv[1:] if argv is None else argv))
+        return 0
+    except ToveError as error:
+        # Errors that all ranks meet alike are told once; after the start of communication a rank may be alone with one.
+        if _is_main() or dist.is_initialized():
+            rank = f" (rank {os.environ['RANK']})" if dist.is_initialized() and not _is_main() else ""
+            print(f"tove-llava train{rank}: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

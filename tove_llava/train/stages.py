@@ -1,0 +1,166 @@
+"""What a stage trains: registered freezing policies that report themselves.
+
+Parameters are chosen by the module they belong to, never by a fragment of their names.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.presets import StagePreset
+from tove_llava.registry import Registry
+
+Policy = Callable[[ToveLlavaForConditionalGeneration, StagePreset], "Trainable"]
+POLICIES: Registry[Policy] = Registry("freezing policy")
+
+PROJECTOR, TOWER, LANGUAGE, LORA = "projector", "tower", "language model", "lora"
+
+
+@dataclass
+class Trainable:
+    """The trainable parameters of a stage, by part: part -> {name in the model: parameter}."""
+
+    parts: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        return [name for part in self.parts.values() for name in part]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for part in self.parts.values():
+            yield from part.values()
+
+    def report(self, model: nn.Module) -> str:
+        """A few lines that say what trains and how many parameters that is."""
+        counts = {part: sum(p.numel() for p in named.values()) for part, named in self.parts.items()}
+        total = sum(p.numel() for p in model.parameters())
+        lines = [f"  {part:<15} {count:>14,} in {len(self.parts[part])} tensors" for part, count in counts.items()]
+        trained = sum(counts.values())
+        lines.append(f"  {'frozen':<15} {total - trained:>14,} (CLIP and the experts not counted)")
+        return "trains\n" + "\n".join(lines)
+
+
+def freeze(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """Applies a stage's policy: what it names trains, all else is frozen.
+
+    Raises:
+        ConfigError: no such policy.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    trainable = POLICIES.get(stage.train)(model, stage)
+    for parameter in trainable.parameters():
+        parameter.requires_grad_(True)
+    return trainable
+
+
+@POLICIES.register("alignment")
+def alignment(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """Stage 1: the projector and the tower's own parts."""
+    modules = {PROJECTOR: [model.model.multi_modal_projector], TOWER: [model.model.vision_tower.fusion]}
+    return _select(model, modules)
+
+
+@POLICIES.register("full")
+def full(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """Stage 2: as stage 1, and the whole language model with its embeddings and head."""
+    trainable = alignment(model, stage)
+    trainable.parts |= _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]}).parts
+    return trainable
+
+
+@POLICIES.register("lora")
+def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """Stage 2: as stage 1, and low-rank adapters on every linear layer of the language model but its head."""
+    if stage.lora is None:
+        raise ConfigError("freezing policy 'lora' needs the stage's 'lora' settings: {r, alpha, dropout}")
+    add_lora(model, lora_config(model, stage))
+    trainable = alignment(model, stage)
+    adapters = {id(p) for p in _adapter_parameters(model.model.language_model, stage.lora.bias)}
+    trainable.parts[LORA] = {name: p for name, p in model.named_parameters() if id(p) in adapters}
+    return trainable
+
+
+def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Any:
+    """The peft configuration of a stage. The pattern names the language model's path, so no tower layer can match."""
+    from peft import LoraConfig
+
+    assert stage.lora is not None
+    language = model.model.language_model
+    path = next(name for name, module in model.named_modules() if module is language)
+    linear = sorted({name.rpartition(".")[2] for name, m in language.named_modules() if isinstance(m, nn.Linear)})
+    escaped = path.replace(".", r"\.")
+    return LoraConfig(
+        r=stage.lora.r,
+        lora_alpha=stage.lora.alpha,
+        lora_dropout=stage.lora.dropout,
+        bias=stage.lora.bias,
+        target_modules=rf"{escaped}\.(?:.*\.)?(?:{'|'.join(linear)})",
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_lora(model: ToveLlavaForConditionalGeneration, config: Any) -> None:
+    """Puts adapters into the model in place; its class and its module paths stay what they are."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, model)
+
+
+def _adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
+    from peft.tuners.lora import LoraLayer
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            for name in layer.adapter_layer_names:
+                yield from getattr(layer, name).parameters()
+            base_bias = getattr(layer.get_base_layer(), "bias", None)
+            if bias == "lora_only" and base_bias is not None:
+                yield base_bias
+    if bias == "all":
+        yield from (p for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias")
+
+
+def _select(model: nn.Module, modules: dict[str, list[nn.Module]]) -> Trainable:
+    parts: dict[str, dict[str, nn.Parameter]] = {}
+    for part, members in modules.items():
+        ids = {id(p) for member in members for p in member.parameters()}
+        named = {name: p for name, p in model.named_parameters() if id(p) in ids}
+        if named:
+            parts[part] = named
+    return Trainable(parts)
+
+
+def parameter_groups(
+    trainable: Trainable,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    projector_learning_rate: float | None = None,
+    tower_learning_rate: float | None = None,
+) -> list[dict[str, Any]]:
+    """Optimiser groups by learning rate and decay, as LLaVA-1.5 makes them.
+
+    Matrices decay; biases and the one-dimensional weights of normalisation layers do not. A part without a rate of its
+    own shares the groups of the stage's rate.
+    """
+    own_rates = {PROJECTOR: projector_learning_rate, TOWER: tower_learning_rate}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for part, named in trainable.parts.items():
+        own = own_rates.get(part)
+        for name, parameter in named.items():
+            decays = parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
+            key = (part if own is not None else "", decays)
+            group = groups.setdefault(
+                key,
+                {
+                    "params": [],
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "lr": learning_rate if own is None else own,
+                },
+            )
+            group["params"].append(parameter)
+    return list(groups.values())

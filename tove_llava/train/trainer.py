@@ -1,0 +1,295 @@
+"""The trainer: transformers' own, with loss terms defined over the global batch and checkpoints that are whole or absent.
+
+Objective, once per optimiser step over the accumulation windows of all ranks together::
+
+    L = sum of token cross-entropies / number of supervised tokens  +  c_aux * L_aux(gate statistics of all images)
+
+Gradients are averaged over ranks by DDP and DeepSpeed, therefore each rank's share of the first term is multiplied by
+the number of ranks, and the second term, whose statistics are summed over ranks, is added as it is on every rank
+(:func:`tove_llava.tower.all_reduce_statistics`). Nothing is divided by the number of accumulation steps.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
+from tove_llava.errors import NonFiniteError
+from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.tower import all_reduce_statistics, balance_loss
+from tove_llava.train import checkpoints
+from tove_llava.train.meter import Meter
+from tove_llava.train.progress import TrainingProgress
+from tove_llava.train.stages import PROJECTOR, TOWER, Trainable
+from tove_llava.train.window import Window, draw_noise, open_window
+
+RECORD = "record_index"  # batch key: which records of the data set a micro-batch holds; for error messages
+
+
+class ToveTrainer(Trainer):
+    """
+    Args:
+        model: a ToVE-LLaVA whose stage has been applied.
+        args: transformers' training arguments.
+        trainable: what :func:`tove_llava.train.stages.freeze` returned.
+        dataset: the training records.
+        collator: makes batches of them.
+        parameter_groups: of the optimiser.
+        group_by_modality_length: LLaVA's grouped sampling; otherwise a plain random order.
+    """
+
+    model: ToveLlavaForConditionalGeneration
+
+    def __init__(
+        self,
+        model: ToveLlavaForConditionalGeneration,
+        args: TrainingArguments,
+        *,
+        trainable: Trainable,
+        dataset: LlavaDataset,
+        collator: LlavaCollator,
+        parameter_groups: list[dict[str, Any]],
+        group_by_modality_length: bool = False,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self._trainable = trainable
+        self._groups = parameter_groups
+        self._records = dataset
+        self._keep_checkpoints = args.save_total_limit
+        self._sampler = self._make_sampler(dataset, args, group_by_modality_length)
+        self._window: Window | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=_Numbered(dataset),
+            data_collator=_NumberedCollator(collator),
+            callbacks=[_SetEpoch(self._sampler), *(callbacks or [])],
+        )
+        # Both mean: compute_loss returns what is to be differentiated, do not divide by the accumulation steps.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        vision = model.config.vision_config
+        self._coefficient = vision.router_aux_loss_coef
+        has_gate = model.tower.fusion.balance_statistics(None) is not None
+        self._columns = [*vision.expert_names, *(["null"] if vision.null_slot else [])] if has_gate else []
+        self._meter = Meter(self._columns, self.args.device)
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress())
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _make_sampler(dataset: LlavaDataset, args: TrainingArguments, grouped: bool) -> "Sampler[int]":
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        if grouped:
+            side_by_side = args.world_size * args.gradient_accumulation_steps
+            return LengthGroupedSampler(
+                dataset.modality_lengths, args.per_device_train_batch_size, side_by_side, by_modality=True, seed=seed
+            )
+        return EpochShuffle(len(dataset), seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> "Sampler[int]":
+        return self._sampler
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int | None]:
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batches.append(batch)
+        if not batches:
+            return [], None
+        only_tower = set(self._trainable.parts) <= {PROJECTOR, TOWER}
+        window = open_window(batches, self.args.device, always_tower=only_tower)
+        vision = self.model.config.vision_config
+        if self._columns and vision.noisy_gating and window.num_images:
+            shape = (window.num_images, vision.num_patches, len(self._columns))
+            window.noise = draw_noise(shape, self.args.seed, self.state.global_step)
+        self._window = window
+        return batches, max(window.tokens, 1)
+
+    # -- loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        window = self._window
+        assert window is not None and num_items_in_batch is not None
+        records = inputs.pop(RECORD)
+        if window.runs_tower:
+            if "pixel_values" in inputs:
+                inputs["gate_noise"] = window.present_noise()
+            else:
+                inputs |= self._dummy_image(inputs["input_ids"].device)
+        outputs = model(
+            **inputs, num_items_in_batch=num_items_in_batch, add_aux_loss=False, output_routing=True, use_cache=False
+        )
+        lm_loss = outputs.lm_loss
+        loss = lm_loss * self.accelerator.num_processes
+        self._meter.add("lm_loss", lm_loss)
+        if outputs.gate_inputs is not None:
+            window.gate_inputs.append(outputs.gate_inputs)
+            self._meter.add_routing(outputs.routing)
+        if window.is_last:
+            aux_loss = self._window_balance_loss(window)
+            if aux_loss is not None:
+                loss = loss + self._coefficient * aux_loss.to(loss)
+                self._meter.add("aux_loss", aux_loss / self.accelerator.num_processes)
+            self._meter.add("steps", 1 / self.accelerator.num_processes)
+            self._meter.add_samples(window.samples / self.accelerator.num_processes)
+        window.step += 1
+        if not torch.isfinite(loss):
+            self._refuse(loss, records)
+        return (loss, outputs) if return_outputs else loss
+
+    def _window_balance_loss(self, window: Window) -> torch.Tensor | None:
+        """Balance loss of the whole window on all ranks; every rank enters the collective, also one without images."""
+        if not self._columns or not window.num_images:
+            return None
+        fusion = self.model.tower.fusion
+        # One gate pass per window at most: ZeRO-3 gathers the gate's weights for it as for any other.
+        statistics = sum(fusion.balance_statistics(inputs) for inputs in window.gate_inputs or [None])
+        return balance_loss(all_reduce_statistics(statistics))
+
+    def _dummy_image(self, device: torch.device) -> dict[str, Any]:
+        vision = self.model.config.vision_config
+        gate_noise = torch.zeros(1, vision.num_patches, len(self._columns)) if self._columns else None
+        pixels = torch.zeros(1, 3, vision.image_size, vision.image_size, device=device)
+        return {"pixel_values": self._prepare_input(pixels), "gate_noise": gate_noise, "dummy_images": True}
+
+    def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
+        names = [self._records.records[i].where for i in records.tolist()]
+        raise NonFiniteError(
+            f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; nothing of "
+            f"this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or train in "
+            "bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
+        )
+
+    # -- optimiser and logs -------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(self._groups, **kwargs)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._meter.read(self._coefficient)
+        super().log(logs, start_time)
+
+    # -- checkpoints of a run -----------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        """Writes a checkpoint under another name and renames it, so that ``checkpoint-N`` is always whole."""
+        run = Path(self.args.output_dir)
+        staging = run / f"{checkpoints.STAGING}{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self._barrier()
+        checkpoints.save_weights(staging / checkpoints.WEIGHTS, self._trainable, is_writer=self.args.should_save)
+        self._save_optimizer_and_scheduler(str(staging))
+        self._save_rng_state(str(staging))
+        meter = self._meter.state()
+        self.store_flos()
+        self._barrier()
+        if self.args.should_save:
+            (staging / checkpoints.METER).write_text(json.dumps(meter))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+            checkpoints.publish(staging, run / f"checkpoint-{self.state.global_step}", self._keep_checkpoints)
+        self._barrier()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            # Frozen weights come from their source, not from each checkpoint.
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        checkpoints.load_weights(Path(resume_from_checkpoint) / checkpoints.WEIGHTS, self._trainable)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        # Without the checkpoint: transformers would have DeepSpeed demand the frozen weights of it.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            if self.is_deepspeed_enabled:
+                self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            meter = json.loads((Path(resume_from_checkpoint) / checkpoints.METER).read_text())
+            self._meter.restore(meter, self.args.process_index)
+        return prepared
+
+    def _barrier(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.barrier()
+
+
+class EpochShuffle(Sampler[int]):
+    """A random order that is a function of seed and epoch alone, so that a resumed run continues it."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.length, generator=generator).tolist())
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler its epoch, whatever wrappers lie between it and the trainer."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Numbered(Dataset[Any]):
+    """Examples with their record's index."""
+
+    def __init__(self, dataset: LlavaDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return index, self.dataset[index]
+
+
+class _NumberedCollator:
+    def __init__(self, collator: LlavaCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, numbered: list[Any]) -> dict[str, torch.Tensor]:
+        indices, examples = zip(*numbered, strict=True)
+        return {**self.collator(examples), RECORD: torch.tensor(indices)}

@@ -1,0 +1,103 @@
+"""The accumulation window: all micro-batches of all ranks that make up one optimiser step.
+
+Loss terms are defined over this global batch, so what every rank has to know of it (how many supervised tokens, and which
+micro-batch of which rank has how many images) is exchanged once, before the first micro-batch runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tove_llava.data import IGNORE_INDEX
+from tove_llava.tower import GateInputs
+
+
+@dataclass
+class Window:
+    """
+    Args:
+        tokens: supervised tokens of the global batch.
+        images: ``[A][W]`` images of each of the A micro-batches on each of the W ranks.
+        samples: records of the global batch.
+        rank: this process.
+        noise: ``[G,N,S]`` gate noise for the G images of the global batch, or None.
+        always_tower: run the tower even where no rank has an image (nothing else is trainable).
+    """
+
+    tokens: int
+    images: list[list[int]]
+    samples: int
+    rank: int
+    noise: torch.Tensor | None = None
+    always_tower: bool = False
+    step: int = 0
+    gate_inputs: list[GateInputs] = field(default_factory=list)
+
+    @property
+    def num_images(self) -> int:
+        """Images of the global batch."""
+        return sum(map(sum, self.images))
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the present micro-batch is the window's last."""
+        return self.step == len(self.images) - 1
+
+    @property
+    def runs_tower(self) -> bool:
+        """Whether every rank runs the tower in the present micro-batch; all ranks agree.
+
+        The last micro-batch carries the balance loss of the whole window, and with it the gate's gradients.
+        """
+        return self.always_tower or sum(self.images[self.step]) > 0 or (self.is_last and self.num_images > 0)
+
+    def present_noise(self) -> torch.Tensor | None:
+        """``[images of this rank's present micro-batch, N, S]``.
+
+        An image's place in the global batch is (micro-batch, rank, place), the order in which the sampler deals records
+        out; so a batch of 8, two ranks with 4, and 4 twice in accumulation draw the same noise for the same image.
+        """
+        if self.noise is None:
+            return None
+        before = sum(map(sum, self.images[: self.step])) + sum(self.images[self.step][: self.rank])
+        return self.noise[before : before + self.images[self.step][self.rank]]
+
+
+def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, always_tower: bool) -> Window:
+    """Counts this rank's micro-batches and exchanges the counts; every rank calls it with as many micro-batches.
+
+    The first label of a row is not counted: no position predicts it.
+    """
+    counts = torch.zeros(len(batches), 3, dtype=torch.long)
+    for row, batch in enumerate(batches):
+        counts[row, 0] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        counts[row, 1] = len(batch["pixel_values"]) if batch.get("pixel_values") is not None else 0
+        counts[row, 2] = len(batch["labels"])
+    every = counts[None]
+    rank = 0
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        rank = dist.get_rank()
+        counts = counts.to(device)
+        gathered = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, counts)
+        every = torch.stack(gathered).cpu()  # [W,A,3]
+    return Window(
+        tokens=int(every[..., 0].sum()),
+        images=every[..., 1].T.tolist(),
+        samples=int(every[..., 2].sum()),
+        rank=rank,
+        always_tower=always_tower,
+    )
+
+
+def draw_noise(shape: tuple[int, int, int], seed: int, step: int) -> torch.Tensor:
+    """Standard normal gate noise of one global batch, a function of seed and step alone.
+
+    Drawn on the CPU, so that it does not depend on the device.
+    """
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
+    return torch.randn(shape, generator=generator)
+
