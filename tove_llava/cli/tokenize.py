@@ -2,7 +2,7 @@
 
 Supervised text is printed in colour (or between the marks ⟦ and ⟧), an image as <image>. With --json each record
 gives a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that
-cannot be encoded has an error there and does not stop the others; whether a data set can be trained on is the verdict of
+cannot be encoded has an error there and does not stop the others; for a verdict on a whole data set use
 "tove-llava data check".
 """
 

@@ -187,7 +187,8 @@ class ImageTransform:
             image_std=list(std),
             do_convert_rgb=False,
         )
-        self._pad_colour = tuple(int(value * 255) for value in mean)
+        red, green, blue = (int(value * 255) for value in mean)
+        self._pad_colour = (red, green, blue)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Pixels of one picture.

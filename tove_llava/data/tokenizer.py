@@ -23,13 +23,13 @@ SPACE = "▁"  # SentencePiece's marker of a space
 _NEVER = "\ufdd0image\ufdd1"
 
 # Piece types of sentencepiece_model.proto.
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a folder (or, without a ``tokenizer.model``, from anything ``AutoTokenizer`` accepts).
 
-    A folder with a SentencePiece ``tokenizer.model`` is converted exactly (and saves as a folder without one).
+    A folder with LLaMA's kind of ``tokenizer.model`` is converted exactly (and saves as a folder without one).
     Everything else is ``AutoTokenizer``'s business.
 
     Args:
@@ -44,10 +44,12 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         ConfigError: the SentencePiece model is of a kind that cannot be converted exactly.
     """
     path = Path(folder)
-    if (path / "tokenizer.model").is_file():
-        return tokenizer_from_sentencepiece(path / "tokenizer.model")
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
+    model_file = path / "tokenizer.model"
+    # Other families use the same file name for other formats, and then bring a tokenizer.json that tells everything.
+    if model_file.is_file() and (_is_llama_kind(model_file) or not (path / "tokenizer.json").is_file()):
+        return tokenizer_from_sentencepiece(model_file)
     if path.is_absolute() and not path.exists():
         raise CheckpointError(f"there is no tokenizer folder {path}")
     try:
@@ -79,7 +81,7 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
         raise ConfigError(
             f"{model_file} is not a SentencePiece BPE model; only BPE models (LLaMA's kind) are supported"
         )
-    if normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces or trainer.treat_whitespace_as_suffix:
+    if _normalises(proto):
         raise ConfigError(
             f"{model_file} normalises its input (rule {normalizer.name!r}); train it with "
             "normalization_rule_name=identity and remove_extra_whitespaces=false, as LLaMA's was"
@@ -103,8 +105,8 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
             if piece.type in (_CONTROL, _UNKNOWN)
         ]
     )
-    user_defined = [p.piece for p in proto.pieces if p.type == _USER_DEFINED and set(p.piece) != {SPACE}]
-    backend.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in user_defined])
+    user_defined = [piece.piece for piece in proto.pieces if piece.type == _USER_DEFINED]
+    backend.add_tokens([AddedToken(piece, special=False, normalized=SPACE in piece) for piece in user_defined])
 
     settings = _neighbouring_settings(model_file.parent)
     names = {
@@ -114,14 +116,12 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
         "pad_token": trainer.pad_piece if trainer.pad_id >= 0 else None,
     }
     names.update({key: _content(settings[key]) for key in names if settings.get(key)})
-    added = settings["added_tokens"]
-    backend.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, special in added if special])
-    backend.add_tokens([AddedToken(t, special=False, normalized=False) for t, special in added if not special])
-    for token, index in settings["added_ids"].items():
-        if backend.token_to_id(token) != index:
+    for index, token in sorted(settings["added"].items()):
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        if backend.token_to_id(token.content) != index:
             raise CheckpointError(
-                f"{model_file.parent} gives the added token {token!r} id {index}, but after {model_file.name} it comes "
-                f"to id {backend.token_to_id(token)}; the tokenizer files do not belong together"
+                f"{model_file.parent} gives the added token {token.content!r} id {index}, but after {model_file.name} "
+                f"it comes to id {backend.token_to_id(token.content)}; the tokenizer files do not belong together"
             )
     if names["bos_token"] and settings.get("add_bos_token", True):
         bos = names["bos_token"]
@@ -140,10 +140,28 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
     )
 
 
+def _is_llama_kind(model_file: Path) -> bool:
+    """Whether a file is a SentencePiece BPE model that takes its input as it is."""
+    try:
+        proto = _read_proto(model_file)
+    except CheckpointError:
+        return False
+    return proto.trainer_spec.model_type == proto.trainer_spec.BPE and not _normalises(proto)
+
+
+def _normalises(proto: Any) -> bool:
+    normalizer = proto.normalizer_spec
+    return bool(
+        normalizer.precompiled_charsmap
+        or normalizer.remove_extra_whitespaces
+        or proto.trainer_spec.treat_whitespace_as_suffix
+    )
+
+
 def _read_proto(model_file: Path) -> Any:
     from sentencepiece import sentencepiece_model_pb2  # imports protobuf: only needed for a conversion
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(model_file.read_bytes())
     except Exception as error:  # protobuf's DecodeError has no stable import path
@@ -159,16 +177,14 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     spaces alone share one score: there "leftmost first" means that the run on the left keeps growing, so the rules with
     the longer left side come first.
     """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type in (_NORMAL, _USER_DEFINED)}
+    mergeable = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     rules = []
     for index, piece in enumerate(proto.pieces):
-        if piece.type not in (_NORMAL, _USER_DEFINED):
+        if piece.type != _NORMAL:
             continue
-        if piece.type == _USER_DEFINED and set(piece.piece) != {SPACE}:
-            continue  # matched whole, before any merging
         for cut in range(1, len(piece.piece)):
             left, right = piece.piece[:cut], piece.piece[cut:]
-            if left in scores and right in scores:
+            if left in mergeable and right in mergeable:
                 only_spaces = set(piece.piece) == {SPACE}
                 rules.append((-piece.score, -cut if only_spaces else index, cut, left, right))
     return [(left, right) for *_, left, right in sorted(rules)]
@@ -202,22 +218,19 @@ def _content(token: Any) -> str:
 def _neighbouring_settings(folder: Path) -> dict[str, Any]:
     """What the JSON files beside a ``tokenizer.model`` say: special tokens' names, added tokens, chat template."""
     settings: dict[str, Any] = {}
-    ids: dict[str, int] = {}
-    special: dict[str, bool] = {}
+    added: dict[int, AddedToken] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             settings.update(_read_json(folder / name))
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
-        ids[_content(token)] = int(index)
-        special[_content(token)] = bool(token.get("special", False))
+        flags = {key: bool(token.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "special")}
+        added[int(index)] = AddedToken(_content(token), normalized=False, **flags)
     if (folder / "added_tokens.json").is_file():
         for token, index in _read_json(folder / "added_tokens.json").items():
-            ids[token] = int(index)
-            special.setdefault(token, False)
+            added.setdefault(int(index), AddedToken(token, normalized=False, special=False))
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    settings["added_ids"] = ids
-    settings["added_tokens"] = [(token, special[token]) for token in sorted(ids, key=lambda t: ids[t])]
+    settings["added"] = added
     if settings.get("model_max_length", 0) > 10**9:  # transformers' "no limit" number
         del settings["model_max_length"]
     return settings

@@ -23,7 +23,9 @@ class ChatTemplate(Template):
             raise ConfigError("the tokenizer ships no chat template; choose another conversation template, such as v1")
         _, checked = split_system(turns, "")
         open_turn = bool(checked) and checked[-1].role == "assistant" and checked[-1].text is None
-        messages = [{"role": turn.role, "content": turn.text} for turn in turns if turn.text is not None]
+        messages: list[dict[str, str | None]] = [
+            {"role": turn.role, "content": turn.text} for turn in turns if turn.text is not None
+        ]
         whole = _apply(tokenizer, messages, generation=open_turn)
         segments, done = [], 0
         for index, message in enumerate(messages):

@@ -1,0 +1,112 @@
+"""What several tests of the data path share: tokenizers of three kinds, and an oracle for LLaVA's rules."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SAMPLE = Path(__file__).parent / "data"
+
+_CORPUS = [
+    "USER: What is the colour of the bicycle? ASSISTANT: Red.",
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+    "There are 12 sheep, 3 boats and 45 kites in the picture.",
+    "def area(w, h):    return  w * h",
+    "[INST] What is it? [/INST] A compass.",
+    "a quiet harbour at dusk, two wooden boats on the sand",
+] * 20
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def train_sentencepiece(folder: Path, **options: Any) -> Path:
+    """A small LLaMA-like SentencePiece model, saved as ``tokenizer.model``."""
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "split_digits": True,
+        "allow_whitespace_only_pieces": True,
+        "character_coverage": 1.0,
+        "unk_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "pad_id": -1,
+        "minloglevel": 2,
+    }
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_CORPUS), model_writer=model, **{**settings, **options}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "tokenizer.model"
+    file.write_bytes(model.getvalue())
+    return file
+
+
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer with a chat template, as SmolLM2's is."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator([*_CORPUS, "\n\n"] * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def sentencepiece_oracle(processor: sentencepiece.SentencePieceProcessor, prompt: str, images: bool) -> list[int]:
+    """LLaVA's token ids, from SentencePiece alone: text between images is encoded apart, text after a special token
+    without a space in front."""
+    specials = {"<s>": 1, "</s>": 2, "<unk>": 0}
+    anchor = "\n"  # encoded in front of a text and taken off again, so that no space is put there
+    ids = [1]
+    for number, chunk in enumerate(prompt.split("<image>") if images else [prompt]):
+        ids += [-200] if number else []
+        first = True
+        while chunk:
+            found = min(((chunk.find(s), s) for s in specials if s in chunk), default=(len(chunk), ""))
+            text, special = chunk[: found[0]].replace("▁", " "), found[1]
+            if text and first:
+                ids += processor.encode(text)
+            elif text:
+                ids += processor.encode(anchor + text)[len(processor.encode(anchor)) :]
+            ids += [specials[special]] if special else []
+            chunk, first = chunk[found[0] + len(special) :], False
+    return ids
+
+
+def decode_spans(tokenizer: Any, labels: list[int]) -> list[str]:
+    """The text of each run of supervised labels, as it continues what is before it."""
+    spans: list[list[int]] = []
+    open_span = False
+    for label in labels:
+        if label >= 0:
+            if not open_span:
+                spans.append([])
+            spans[-1].append(label)
+        open_span = label >= 0
+    eos = tokenizer.eos_token
+    return [tokenizer.decode([tokenizer.eos_token_id, *span])[len(eos) :] for span in spans]
+
+
+def jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,232 @@
+"""Token ids and labels against what haotian-liu/LLaVA's own code gives."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_helpers import jsonl
+
+from tove_llava.data import (
+    IGNORE_INDEX,
+    LlavaCollator,
+    Turn,
+    encode_prompt,
+    encode_record,
+    get_template,
+    load_tokenizer,
+    parse_record,
+)
+from tove_llava.data.dataset import truncate
+from tove_llava.data.records import prepare_turns
+from tove_llava.data.tokenization import Encoded
+from tove_llava.errors import ConfigError, DataError
+
+# What the answers' spans are where the original masks the whole row, or its tail, because its count went wrong.
+MENDED = {
+    "question-empty-text": [" Nothing was asked.</s>"],
+    "question-empty-second": [" Hi.</s>", " You said nothing.</s>"],
+    "answer-has-assistant-spaced": [" The log says ASSISTANT: hello there</s>"],
+    "answer-has-assistant-second-turn": [" Nothing yet.</s>", " It reads ASSISTANT: ready</s>"],
+    "question-has-assistant": [" I am finished.</s>"],
+    "answer-has-eos": [" first</s>second</s>"],
+    "answer-has-eos-end": [" done</s></s>"],
+    "answer-has-eos-end-multi": [" done</s></s>", " done</s>"],
+    "question-has-eos": [" It ends a sequence.</s>"],
+    "answer-has-unk": [" It is <unk> here.</s>"],
+    "answer-has-unk-image": [" <unk></s>"],
+    "question-has-unk": [" Yes.</s>", " Yes.</s>"],
+    "answer-empty": [],
+    "answer-empty-last": [" Hi.</s>"],
+    "ends-with-human": [" Hi.</s>"],
+    "human-only": [],
+    "l2-inst-in-answer": [" It shows [/INST] twice. </s>"],
+    "l2-empty-answer": [],
+}
+
+
+@pytest.fixture(scope="module")
+def golden(conformance: Path) -> Path:
+    return conformance / "llava"
+
+
+@pytest.fixture(scope="module")
+def rows(golden: Path) -> list[dict[str, Any]]:
+    return jsonl(golden / "tokenization.jsonl")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden: Path) -> Any:
+    return load_tokenizer(golden / "llama_tokenizer.model")
+
+
+def _template(row: dict[str, Any]) -> str:
+    return "v1" if row["template"] == "some_unknown_name" else row["template"]
+
+
+def _encode(row: dict[str, Any], tokenizer: Any) -> Encoded:
+    return encode_record(parse_record(row["record"]), tokenizer, _template(row), check_images=False)
+
+
+def test_training_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    compared = 0
+    for row in rows:
+        if row["kind"] != "train" or row["error"]:
+            continue
+        if row["id"] == "gpt-only":  # the original feeds an empty conversation
+            with pytest.raises(DataError, match="no human turn"):
+                _encode(row, tokenizer)
+            continue
+        encoded = _encode(row, tokenizer)
+        # Text-only rows are recorded after the cut at 2048.
+        length = len(row["input_ids"])
+        assert encoded.input_ids[:length] == row["input_ids"], row["id"]
+        assert len(encoded.input_ids) == length or (length == 2048 and "image" not in row["record"]), row["id"]
+        record = parse_record(row["record"])
+        assert record.modality_length == row["modality_length"], row["id"]
+        template = get_template(_template(row))
+        prompt = template.prompt(prepare_turns(record, template, check_images=False), tokenizer)
+        assert prompt == row["prompt"], row["id"]
+        if row["mismatch"] is None and row["id"] != "long-image-mismatch-hidden":
+            assert encoded.labels[:length] == row["labels"], row["id"]
+        compared += 1
+    assert compared == 131
+
+
+def test_rows_that_the_original_masks_are_supervised_correctly(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    seen = set()
+    for row in rows:
+        if row["kind"] != "train" or not row["mismatch"] or row["id"] not in MENDED:
+            continue
+        labels = _encode(row, tokenizer).labels
+        spans = "".join(tokenizer.decode([2, label])[4:] if label >= 0 else "|" for label in labels)
+        assert [span for span in spans.split("|") if span] == MENDED[row["id"]], row["id"]
+        seen.add(row["id"])
+    assert seen == set(MENDED)
+
+
+def test_the_tail_that_an_early_stop_masks_is_supervised(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    (row,) = [row for row in rows if row["id"] == "long-image-mismatch-hidden"]
+    labels = _encode(row, tokenizer).labels
+    differing = [(ours, theirs) for ours, theirs in zip(labels, row["labels"], strict=True) if ours != theirs]
+    assert all(theirs == IGNORE_INDEX for _, theirs in differing)
+    assert tokenizer.decode([ours for ours, _ in differing]) == "It said ASSISTANT: done</s>"
+
+
+def test_rows_that_the_original_refuses_are_refused(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    refused = [row for row in rows if row["kind"] == "train" and row["error"]]
+    assert len(refused) == 6
+    for row in refused:
+        with pytest.raises(DataError, match=row["id"]):
+            _encode(row, tokenizer)
+
+
+def test_generation_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    compared = 0
+    for row in rows:
+        if row["kind"] != "generate":
+            continue
+        turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(row["turns"])]
+        assert get_template(row["template"]).prompt(turns, tokenizer) == row["prompt"], row["id"]
+        assert encode_prompt(turns, tokenizer, row["template"]) == row["input_ids"], row["id"]
+        assert encode_prompt(turns[:-1], tokenizer, row["template"]) == row["input_ids"], row["id"]
+        compared += 1
+    assert compared == 24
+
+
+def test_a_prompt_begins_its_training_row(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    """What the model is asked at inference is, token by token, what it was shown before each answer."""
+    for row in rows:
+        if row["kind"] != "train" or row["error"] or row["template"] == "plain" or row["id"] == "gpt-only":
+            continue
+        template = get_template(_template(row))
+        record = parse_record(row["record"])
+        turns = prepare_turns(record, template, check_images=False)
+        images = bool(record.images)
+        whole = _encode(row, tokenizer).input_ids
+        for index, turn in enumerate(turns):
+            if turn.role == "assistant" and turn.text:
+                prompt = encode_prompt(turns[:index], tokenizer, template, images=images)
+                assert whole[: len(prompt)] == prompt, row["id"]
+
+
+def test_an_unknown_template_is_refused() -> None:
+    """The original falls back to v1 without a word."""
+    with pytest.raises(ConfigError, match="some_unknown_name.*Available:.*vicuna_v1"):
+        get_template("some_unknown_name")
+
+
+def test_saved_tokenizer_gives_the_same_ids(rows: list[dict[str, Any]], tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for again in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)):
+        for row in rows:
+            if row.get("prompt") and "<image>" not in row["prompt"]:
+                ids = again(row["prompt"])["input_ids"]
+                assert ids[: len(row["input_ids"])] == row["input_ids"], row["id"]
+
+
+def _batch(batch: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, tokens: int) -> dict[str, torch.Tensor]:
+    by_id = {row["id"]: row for row in rows if row["kind"] == "train"}
+    examples = []
+    for name in batch["members"]:
+        encoded = _encode(by_id[name], tokenizer)
+        encoded = truncate(encoded, 2048, tokens)
+        ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
+        pixels = torch.zeros(encoded.num_images, 3, 2, 2) if encoded.num_images else None
+        examples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    image_id = -200 if tokens == 1 else 32000
+    return LlavaCollator(pad_token_id=0, image_token_id=image_id, num_image_tokens=tokens)(examples)
+
+
+def _sha(matrix: torch.Tensor) -> str:
+    return hashlib.sha256(matrix.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def test_collated_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    mended = {row["id"] for row in rows if row.get("mismatch")}
+    for batch in jsonl(golden / "batches.jsonl"):
+        collated = _batch(batch, rows, tokenizer, tokens=1)
+        assert collated["input_ids"].shape[1] == batch["padded_length"], batch["id"]
+        assert _sha(collated["input_ids"]) == batch["input_ids_sha256"], batch["id"]
+        if not mended & set(batch["members"]):
+            assert _sha(collated["labels"]) == batch["labels_sha256"], batch["id"]
+
+
+def test_merged_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    compared = 0
+    mended = {row["id"] for row in rows if row.get("mismatch")}
+    for batch in jsonl(golden / "batches.jsonl"):
+        merged = batch["merged"]
+        if merged["error"] or mended & set(batch["members"]):
+            continue  # the original runs out of images, or masks what is supervised here
+        if batch["id"] == "batch-placeholder-late":
+            continue  # the original cuts through an image; see the next test
+        collated = _batch(batch, rows, tokenizer, tokens=576)
+        assert collated["attention_mask"].sum(1).tolist() == merged["valid_lengths"], batch["id"]
+        for row, blocks in zip(collated["input_ids"], merged["image_blocks_per_row"], strict=True):
+            expected = torch.zeros_like(row, dtype=torch.bool)
+            for block in blocks:
+                expected[block["start"] : block["end"]] = True
+            assert torch.equal(row == 32000, expected), batch["id"]
+        assert _sha(collated["labels"]) == merged["labels_sha256"], batch["id"]
+        compared += 1
+    assert compared >= 6
+
+
+def test_an_image_that_does_not_fit_whole_is_left_out(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    (batch,) = [row for row in jsonl(golden / "batches.jsonl") if row["id"] == "batch-placeholder-late"]
+    collated = _batch(batch, rows, tokenizer, tokens=576)
+    (block,) = batch["merged"]["image_blocks_per_row"][0]
+    assert collated["attention_mask"].sum(1).tolist() == [block["start"], 631]
+    assert collated["pixel_values"].shape[0] == 1  # the second row's
+    kept = [[span for span in spans if span[1] <= block["start"]] for spans in batch["merged"]["label_spans_per_row"]]
+    expected = torch.zeros_like(collated["labels"], dtype=torch.bool)
+    for row, spans in enumerate(kept):
+        for start, end in spans:
+            expected[row, start:end] = True
+    assert torch.equal(collated["labels"] != IGNORE_INDEX, expected)
