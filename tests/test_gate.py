@@ -1,0 +1,152 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from tower_parts import make_tower, open_output, pixels
+
+from tove_llava.errors import ConfigError
+from tove_llava.tower.gate import TokenGate
+
+
+def make_gate(slots=4, noisy=True, top_k=None, width=8, seed=0):
+    torch.manual_seed(seed)
+    gate = TokenGate(width, slots, noisy=noisy, top_k=top_k)
+    with torch.no_grad():
+        gate.score.weight.normal_()
+        if noisy:
+            gate.noise.weight.normal_()
+    return gate
+
+
+def everything(batch, slots):
+    return torch.ones(batch, slots, dtype=torch.bool)
+
+
+def test_gate_is_the_formula():
+    gate = make_gate()
+    tokens, eps = torch.randn(2, 5, 8), torch.randn(2, 5, 4)
+    normed = F.layer_norm(tokens, (8,))
+    std = F.softplus(normed @ gate.noise.weight.T)
+    expected = (normed @ gate.score.weight.T + std * eps).softmax(-1)
+    torch.testing.assert_close(gate(tokens, everything(2, 4), eps).weights, expected)
+    torch.testing.assert_close(gate(tokens, everything(2, 4)).weights, (normed @ gate.score.weight.T).softmax(-1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(slots=st.integers(1, 5), top_k=st.none() | st.integers(1, 5), mask=st.integers(0, 31), seed=st.integers(0, 99))
+def test_rows_sum_to_one_over_the_allowed_and_selected(slots, top_k, mask, seed):
+    gate = make_gate(slots, top_k=top_k, seed=seed)
+    allowed = torch.tensor([[bool(mask >> i & 1) for i in range(slots)]])
+    out = gate(torch.randn(1, 6, 8), allowed, torch.randn(1, 6, slots))
+    count = int(allowed.sum())
+    chosen = min(top_k or slots, count)
+    assert (out.weights[..., ~allowed[0]] == 0).all()
+    assert ((out.weights > 0).sum(-1) == chosen).all() and (out.selected.sum(-1) == chosen).all()
+    torch.testing.assert_close(out.weights.sum(-1), torch.full((1, 6), float(count > 0)))
+    out.weights.square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in gate.parameters())
+
+
+def test_top_k_keeps_the_largest_logits_before_the_softmax():
+    gate = make_gate(4, noisy=False, top_k=2)
+    out = gate(torch.randn(3, 7, 8), everything(3, 4))
+    values, index = out.logits.topk(2, dim=-1)
+    torch.testing.assert_close(out.weights.gather(-1, index), values.softmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gate_works_in_float32_whatever_surrounds_it(dtype):
+    gate = make_gate()
+    tokens, eps = torch.randn(1, 5, 8).to(dtype), torch.randn(1, 5, 4)
+    plain = gate(tokens, everything(1, 4), eps)
+    assert plain.weights.dtype == plain.logits.dtype == plain.load.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gate(tokens, everything(1, 4), eps)
+    assert torch.equal(plain.weights, inside.weights) and torch.equal(plain.load, inside.load)
+
+
+def test_noise_is_for_training_only_and_may_be_given(tmp_path):
+    tower = make_tower(tmp_path, opened=True)
+    x = pixels()
+    assert torch.equal(tower(x).routing, tower(x).routing)
+    assert torch.equal(tower(x, gate_noise=torch.randn(2, 16, 3)).routing, tower(x).routing)
+    tower.train()
+    assert not torch.equal(tower(x).routing, tower(x).routing)
+    noise = torch.randn(2, 16, 3)
+    assert torch.equal(tower(x, gate_noise=noise).routing, tower(x, gate_noise=noise).routing)
+    assert torch.equal(tower(x, gate_noise=noise).gate_inputs.noise, noise)
+    with pytest.raises(ConfigError, match=r"\(2, 16, 3\)"):
+        tower(x, gate_noise=noise[:1])
+
+
+def test_a_share_of_the_global_noise_gives_a_share_of_the_routing(tmp_path):
+    tower = make_tower(tmp_path, opened=True).train()
+    x, noise = pixels(4), torch.randn(4, 16, 3)
+    whole = tower(x, gate_noise=noise)
+    for part in (slice(0, 1), slice(1, 4)):
+        share = tower(x[part], gate_noise=noise[part])
+        torch.testing.assert_close(share.routing, whole.routing[part])
+        torch.testing.assert_close(share.last_hidden_state, whole.last_hidden_state[part])
+
+
+def test_gate_without_noise_draws_none(tmp_path):
+    tower = make_tower(tmp_path, opened=True, noisy_gating=False).train()
+    assert torch.equal(tower(pixels()).routing, tower(pixels()).routing)
+    assert tower(pixels()).gate_inputs.noise is None
+
+
+def test_null_slot_receives_nothing(tmp_path):
+    tower = make_tower(tmp_path, opened=True, null_slot=True)
+    x = pixels()
+    out = tower(x)
+    assert out.routing.shape == (2, 16, 4)
+    with torch.no_grad():  # everything to the null slot
+        tower.fusion.gate.norm.bias.fill_(1.0)
+        tower.fusion.gate.score.weight.fill_(0.0)
+        tower.fusion.gate.score.weight[3] = 50.0
+    closed = tower(x)
+    assert (closed.routing[..., 3] > 0.999).all()
+    torch.testing.assert_close(closed.last_hidden_state, tower.encode(x).base, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("null_slot", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_sparse_computation_equals_the_dense_formula(tmp_path, null_slot, training):
+    tower = make_tower(tmp_path, opened=True, top_k=2, null_slot=null_slot).train(training)
+    features = tower.encode(pixels())
+    out = tower.fuse(features)
+    mixed = 0
+    for k, name in enumerate(tower.config.expert_names):
+        embedding = tower.fusion.embeddings[name]
+        hidden = embedding(embedding.rows(features.experts[name])).view(2, 16, -1)
+        mixed = mixed + out.routing[..., k, None] * hidden
+    torch.testing.assert_close(out.last_hidden_state, features.base + tower.fusion.output(mixed))
+
+
+def test_unselected_rows_are_not_projected(tmp_path):
+    tower = make_tower(tmp_path, opened=True, top_k=1)
+    rows = {}
+    for name, embedding in tower.fusion.embeddings.items():
+        embedding.linear.register_forward_pre_hook(lambda _, args, name=name: rows.update({name: len(args[0])}))
+    out = tower(pixels())
+    counts = (out.routing > 0).flatten(0, 1).sum(0).tolist()
+    assert [rows[name] for name in tower.config.expert_names] == counts
+    assert sum(rows.values()) == 2 * 16 and max(rows.values()) < 2 * 16
+
+
+def test_initial_weights_are_nearly_even_and_ties_are_broken(tmp_path):
+    tower = make_tower(tmp_path, top_k=1, noisy_gating=False)
+    with torch.no_grad():
+        tower.frozen.clip.encoder.layers[-1].mlp.fc2.weight.normal_()  # tokens that differ, as those of a trained CLIP
+    assert len(tower(pixels(8)).routing.argmax(-1).unique()) > 1
+    even = make_tower(tmp_path / "even")
+    torch.testing.assert_close(even(pixels()).routing, torch.full((2, 16, 3), 1 / 3), atol=0.03, rtol=0)
+
+
+def test_opening_the_output_changes_tokens_by_the_weighted_sum(tmp_path):
+    tower = make_tower(tmp_path)
+    features = tower.encode(pixels())
+    assert torch.equal(tower.fuse(features).last_hidden_state, features.base)
+    open_output(tower)
+    assert not torch.equal(tower.fuse(features).last_hidden_state, features.base)
