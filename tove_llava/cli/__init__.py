@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tove_llava import __version__
+from tove_llava.cli._output import keep_stdout_clean
 from tove_llava.errors import ToveError
 
 PROGRAM = "tove-llava"
@@ -97,6 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         print(f"{PROGRAM}: unknown verb {name!r}.{hint} Verbs: {', '.join(known)}", file=sys.stderr)
         return 2
+    keep_stdout_clean()
     try:
         module = importlib.import_module(f"tove_llava.cli.{known[name].stem}")
         args = build_parser(name, module).parse_args(rest)

@@ -25,12 +25,14 @@ def run(args: argparse.Namespace) -> int:
     import json
     import time
 
+    from tove_llava.cli._output import quiet_transformers
     from tove_llava.errors import ConfigError, DataError
     from tove_llava.serve.engine import Engine, Message
     from tove_llava.serve.models import find_model
 
     if args.json and args.question is None:
         raise ConfigError("--json needs --question")
+    quiet_transformers()
     engine = Engine.load(find_model(args.model), args.device, args.dtype)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     if args.json:

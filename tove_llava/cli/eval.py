@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tove_llava.cli._output import quiet_transformers
     from tove_llava.errors import ConfigError
     from tove_llava.eval.conditions import parse_conditions
     from tove_llava.eval.evaluate import evaluate
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1, not {value}")
+    quiet_transformers()
     text = evaluate(
         model_folder=args.model,
         benchmarks=args.benchmark,

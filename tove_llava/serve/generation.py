@@ -3,6 +3,7 @@
 ``B`` prompts in a batch, ``N`` vision tokens an image, ``D`` the language model's width.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
-from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt
-from tove_llava.data.images import open_image
-from tove_llava.errors import ConfigError, DataError
-from tove_llava.tower import ToveVisionOutput
+from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ImageTransform, Turn, encode_prompt, get_template
+from tove_llava.data.images import AspectRatio
+from tove_llava.errors import CheckpointError, ConfigError, DataError
+from tove_llava.llava.checkpoint import MANIFEST, load_model
+from tove_llava.tower import ToveVisionModel, ToveVisionOutput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -52,37 +61,68 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def is_stock_llava(folder: str | Path) -> bool:
+    """Whether a folder is a ``LlavaForConditionalGeneration`` that this package did not train."""
+    file = Path(folder) / "config.json"
+    if (Path(folder) / MANIFEST).exists() or not file.is_file():
+        return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "llava"
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LlavaProcessor]:
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        processor = LlavaProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
+    tower = model.model.vision_tower
+    if isinstance(tower, ToveVisionModel):
+        tower.load_backbones(base_dir=folder)
+    return model, processor
+
+
 class Answerer:
     """A model and its processor, ready to answer. Not thread-safe: see :class:`~tove_llava.serve.engine.Engine`.
 
     Args:
-        model: a LLaVA model (ours or stock), on its device and in ``eval`` mode.
-        processor: bundles the tokenizer, the image transform and the template's name.
+        model: a LLaVA model (ours or stock), on its device.
+        processor: its ``LlavaProcessor``.
+        template: registered name of the conversation template that the model was trained with.
+        aspect_ratio: how it was shown its pictures, "pad" or "square".
     """
 
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processor: Any, template: str = "v1", aspect_ratio: AspectRatio = "pad"
+    ) -> None:
         self.model = model.eval()
-        self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = processor.template
+        self.template = get_template(template)
+        images = processor.image_processor
+        side = images.crop_size["height"]
+        self.transform = ImageTransform(side, aspect_ratio, mean=images.image_mean, std=images.image_std)
         self.image_token_id: int = model.config.image_token_id
-        self.num_image_tokens: int = processor.num_image_tokens
+        self.num_image_tokens: int = getattr(model.config.vision_config, "num_patches", model.config.image_seq_length)
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Answerer":
-        """Load any folder that training writes.
+        """Load any folder that training writes, or a stock transformers LLaVA (then with LLaVA-1.5's prompt).
 
         Raises:
             CheckpointError: the folder holds no model.
             ConfigError: an unknown device or dtype.
         """
-        from tove_llava.llava import load_model
-
         where = choose_device(device)
-        model, processor = load_model(folder, dtype=choose_dtype(dtype, where))
-        return cls(model.to(where), processor)
+        kind = choose_dtype(dtype, where)
+        if is_stock_llava(folder):
+            model, processor = _load_stock(folder, kind)
+            return cls(model.to(where), processor)
+        model, processor = load_model(folder, dtype=kind, device=where, merge_lora=True)
+        return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +162,7 @@ class Answerer:
         Raises:
             DataError: the file is missing, damaged, not a picture, or too large.
         """
-        transform = self.processor.image_transform
-        return transform(image) if isinstance(image, Image.Image) else transform(open_image(image))
+        return self.transform(image) if isinstance(image, Image.Image) else self.transform.open(image)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:

@@ -4,15 +4,17 @@ from pathlib import Path
 
 from tove_llava.errors import CheckpointError
 
+MANIFEST = "tove_llava.json"  # as in tove_llava.llava.checkpoint, which takes seconds to import
 OUTPUTS = Path("outputs")
 HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
 
 
 def newest_model(root: Path = OUTPUTS) -> Path | None:
     """The model folder under ``root`` that was finished last; step checkpoints inside a run do not count."""
-    finished = [file for file in root.glob("**/config.json") if not file.parent.name.startswith("checkpoint-")]
-    folders = [file.parent for file in finished if any(file.parent.glob("*.safetensors"))]
-    return max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime, default=None)
+    # The manifest is written last, so a folder that has one is complete.
+    manifests = [file for file in root.glob(f"**/{MANIFEST}") if not file.parent.name.startswith("checkpoint-")]
+    newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
+    return None if newest is None else newest.parent
 
 
 def find_model(folder: str | Path | None) -> Path:

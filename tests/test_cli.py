@@ -1,0 +1,92 @@
+import subprocess
+import sys
+
+import pytest
+
+from tove_llava import cli
+from tove_llava.errors import DataError
+
+
+def run_cli(*arguments, code):
+    done = subprocess.run([sys.executable, "-m", "tove_llava", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_overview_lists_every_verb_with_its_help():
+    text = run_cli("--help", code=0).stdout
+    for name, file in cli.verbs().items():
+        help_line = cli.verb_help(file)
+        assert help_line, f"{file} has no HELP"
+        assert any(line.split() == [name, *help_line.split()] for line in text.splitlines())
+
+
+def test_overview_and_score_need_no_heavy_library():
+    program = (
+        "import sys; from tove_llava import cli; cli.main(['--help']); cli.main(['doctor', '--nope']) if 0 else None; "
+        "import tove_llava.cli.score, tove_llava.eval.benchmarks.pope; "
+        "print(sorted({'torch', 'transformers', 'gradio', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_verbs_are_named_with_dashes_and_private_modules_are_none(tmp_path, monkeypatch):
+    for name in ("merge_lora.py", "_shared.py", "__init__.py"):
+        (tmp_path / name).write_text('HELP = "x"\n')
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "__init__.py"))
+    assert list(cli.verbs()) == ["merge-lora"]
+
+
+def test_unknown_verb_names_the_nearest(capsys):
+    assert cli.main(["evla"]) == 2
+    assert "Did you mean 'eval'?" in capsys.readouterr().err
+
+
+def test_no_verb_is_an_error_that_shows_the_overview(capsys):
+    assert cli.main([]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and "doctor" in captured.err
+
+
+def test_version_is_the_distributions(capsys):
+    from importlib.metadata import version
+
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.split() == ["tove-llava", version("tove-llava")]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [(DataError("record 3 is broken"), 2, "record 3 is broken"), (KeyboardInterrupt(), 130, "interrupted")],
+)
+def test_expected_ends_have_their_code_and_no_traceback(monkeypatch, capsys, error, code, words):
+    from tove_llava.cli import doctor
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(doctor, "run", fail)
+    assert cli.main(["doctor"]) == code
+    err = capsys.readouterr().err
+    assert words in err and "Traceback" not in err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    from tove_llava.cli import doctor
+
+    monkeypatch.setattr(doctor, "run", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_flags_must_be_written_out():
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["score", "--bench", "pope", "--predictions", "a", "--ground-truth", "b"])
+    assert exit_.value.code == 2
+
+
+def test_reader_that_leaves_early_is_no_error():
+    program = f"{sys.executable} -m tove_llava doctor --json | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
