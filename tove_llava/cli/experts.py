@@ -46,7 +46,7 @@ def _entries(preset: str | None) -> list[dict[str, Any]]:
 def describe(entry: dict[str, Any]) -> dict[str, Any]:
     """One expert's row; an expert whose configuration cannot be read has None for what is not known."""
     from tove_llava.errors import ToveError
-    from tove_llava.experts import ExpertSpec, build_expert
+    from tove_llava.experts import EXPERTS, ExpertSpec, build_expert
     from tove_llava.experts.availability import availability
     from tove_llava.experts.cost import expert_cost
 
@@ -65,6 +65,7 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
         "licence": None,
         "remark": "",
     }
+    row["remark"] = " ".join({cls.remark: None for cls in EXPERTS.get(spec.expert).values() if cls.remark})
     try:
         expert = build_expert(spec.replace(width=0, grid=(0, 0)))
         cost = expert_cost(expert)
@@ -84,7 +85,6 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
         "licence": expert.licence(),
         "loadable": loadable,
         "note": note,
-        "remark": expert.remark,
     }
 
 
@@ -114,7 +114,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if not row["loadable"]:
             reasons.setdefault(row["note"], []).append(row["name"])
-    notes = [f"not loadable here: {', '.join(names)}: {note}" for note, names in reasons.items()]
+    notes = [f"not loadable here: {', '.join(dict.fromkeys(names))}: {note}" for note, names in reasons.items()]
     notes += [f"{name}: {remark}" for name, remark in {r["name"]: r["remark"] for r in rows if r["remark"]}.items()]
     return "\n".join([*lines, *([""] if notes else []), *notes])
 

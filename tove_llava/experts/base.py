@@ -195,25 +195,27 @@ class Expert(nn.Module, ABC):
             backbone = self.build(pretrained=True)
         except ToveError:
             raise
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"expert {self.name!r}: the weights of {self.source} are a pickle of more than plain tensors and are not "
-                f"opened, for it could run code; convert them to safetensors ({_first_line(error)})"
-            ) from error
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            remedy = (
-                "fetch it where there is a network, or name a local folder as the source"
-                if self.source.path is None
-                else "the files are damaged or belong to another architecture"
-            )
-            raise CheckpointError(
-                f"expert {self.name!r}: the weights of {self.source} cannot be loaded: {_first_line(error)}. "
-                f"What to do: {remedy}"
-            ) from error
+        except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+            raise self._loading_error(error) from error
         left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
         if left:
             raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
         self.backbone = backbone.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+
+    def _loading_error(self, error: BaseException) -> CheckpointError:
+        what = f"expert {self.name!r}: the weights of {self.source} cannot be loaded"
+        chain: BaseException | None = error
+        while chain is not None:  # a library may have wrapped torch's refusal
+            if isinstance(chain, pickle.UnpicklingError):
+                return CheckpointError(
+                    f"{what}: they are a damaged file or a pickle of more than plain tensors, which is not opened, for "
+                    "it could run code. Convert them to safetensors"
+                )
+            chain = chain.__cause__ or chain.__context__
+        remedy = "Fetch them where there is a network, or name a local folder as the source"
+        if self.source.path is not None:
+            remedy = "The files are damaged, incomplete or of another architecture"
+        return CheckpointError(f"{what} ({_summary(error)}). {remedy}")
 
     def unload(self) -> None:
         """Frees the weights; :meth:`load` brings them back."""
@@ -278,8 +280,9 @@ class Expert(nn.Module, ABC):
         return self.spec.options.get(key, default)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _summary(error: BaseException) -> str:
+    lines = str(error).split("\n")[:3]  # torch names the first missing tensors on the second and third line
+    return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
 
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:

@@ -17,4 +17,4 @@ class Depth(DenseExpert):
 
     def to_map(self, prediction: Tensor) -> Tensor:
         low, high = prediction.amin((1, 2, 3), keepdim=True), prediction.amax((1, 2, 3), keepdim=True)
-        return (prediction - low) / (high - low).clamp_min(torch.finfo(prediction.dtype).eps)
+        return (prediction - low) / (high - low).clamp_min(torch.finfo(prediction.dtype).tiny)

@@ -18,4 +18,4 @@ class Normal(DenseExpert):
     def to_map(self, prediction: Tensor) -> Tensor:
         if prediction.shape[1] != 3:
             raise ConfigError(f"expert {self.name!r}: {self.source} gives {prediction.shape[1]} channels, not x, y, z")
-        return F.normalize(prediction, dim=1, eps=1e-6)
+        return F.normalize(prediction, dim=1)

@@ -3,22 +3,19 @@
 from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation
 
-from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
+from tove_llava.experts.dense.base import DenseArchitecture, register_dense
 
 
 @register_dense("Mask2FormerForUniversalSegmentation")
 class Mask2Former(DenseArchitecture):
-    """Option ``stage``: which of the encoder's feature maps is returned (-1, the last and coarsest)."""
-
-    option_names = ("stage",)
+    """Features are the encoder's last and coarsest stage, a thirty-second of the input."""
 
     @property
     def model_class(self):
         return Mask2FormerForUniversalSegmentation
 
     def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        maps = model.model.pixel_level_module.encoder(pixels).feature_maps
-        return maps[choose(self.options.get("stage", -1), len(maps), "stage")]
+        return model.model.pixel_level_module.encoder(pixels).feature_maps[-1]
 
     def predict(self, model: nn.Module, pixels: Tensor) -> Tensor:
         out = model(pixels)

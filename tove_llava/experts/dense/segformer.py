@@ -5,6 +5,7 @@ import copy
 from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation, SegformerModel
 
+from tove_llava.errors import ConfigError
 from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
 
 _PER_STAGE = (
@@ -26,6 +27,8 @@ class Segformer(DenseArchitecture):
 
     def __init__(self, config, options, whole) -> None:
         super().__init__(config, options, whole)
+        if whole and "stage" in options:
+            raise ConfigError("option 'stage' belongs to mode 'features'; mode 'map' uses every encoder stage")
         stages = choose(options.get("stage", -1), config.num_encoder_blocks, "stage") + 1
         if not whole and stages < config.num_encoder_blocks:
             self.config = copy.deepcopy(config)

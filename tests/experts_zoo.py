@@ -1,0 +1,187 @@
+"""Small, randomly initialised models of each library's real architecture, saved as a user would find them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+import transformers as tf
+from safetensors.torch import save_file
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model to read: ``make(folder) -> source``, and what its expert should return."""
+
+    expert: str
+    make: Callable[[Path], str]
+    width: int
+    grid: tuple[int, int]
+    image_size: int | None = None
+    mode: str = "features"
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def spec(self, folder: Path, name: str = "x") -> dict[str, Any]:
+        torch.manual_seed(0)
+        folder.mkdir(parents=True, exist_ok=True)
+        return {
+            "name": name,
+            "expert": self.expert,
+            "source": self.make(folder),
+            "mode": self.mode,
+            "image_size": self.image_size,
+            "options": self.options,
+        }
+
+
+def timm_folder(architecture: str, **kwargs: Any) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        timm.models.save_for_hf(timm.create_model(architecture, **kwargs), str(folder), safe_serialization=True)
+        return f"timm:local-dir:{folder}"
+
+    return make
+
+
+def open_clip_folder(folder: Path) -> str:
+    model = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 56,
+            "timm_model_name": "eva02_tiny_patch14_224",
+            "timm_model_pretrained": False,
+            "timm_pool": "token",
+            "timm_proj": None,
+        },
+        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
+        "custom_text": True,
+    }
+    preprocess = {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
+    clip = open_clip.CustomTextCLIP(**{key: value for key, value in model.items() if key != "custom_text"})
+    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    return f"open_clip:local-dir:{folder}"
+
+
+def transformers_folder(cls: type, config: Any, size: int) -> Callable[[Path], str]:
+    def make(folder: Path) -> str:
+        cls(config).save_pretrained(folder)
+        processor = {
+            "image_mean": [0.5, 0.4, 0.3],
+            "image_std": [0.2, 0.3, 0.4],
+            "resample": 2,
+            "size": {"height": size, "width": size},
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return f"hf:{folder}"
+
+    return make
+
+
+def segformer(labels: int) -> Callable[[Path], str]:
+    config = tf.SegformerConfig(
+        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=labels
+    )
+    return transformers_folder(tf.SegformerForSemanticSegmentation, config, 96)
+
+
+_DPT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 64,
+    "patch_size": 16,
+    "backbone_out_indices": [0, 1, 2, 3],
+    "neck_hidden_sizes": [8, 8, 16, 16],
+    "fusion_hidden_size": 16,
+    "is_hybrid": False,
+}
+dpt_depth = transformers_folder(tf.DPTForDepthEstimation, tf.DPTConfig(**_DPT), 64)
+dpt_normal = transformers_folder(tf.DPTForSemanticSegmentation, tf.DPTConfig(**_DPT, num_labels=3), 64)
+depth_anything = transformers_folder(
+    tf.DepthAnythingForDepthEstimation,
+    tf.DepthAnythingConfig(
+        backbone_config=tf.Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=70,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+            reshape_hidden_states=False,
+        ),
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+    ),
+    70,
+)
+mask2former = transformers_folder(
+    tf.Mask2FormerForUniversalSegmentation,
+    tf.Mask2FormerConfig(
+        backbone_config=tf.SwinConfig(
+            image_size=64,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=4,
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        dim_feedforward=32,
+        num_queries=5,
+        num_labels=7,
+    ),
+    64,
+)
+
+_VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+CASES = {
+    "eva-timm": Case("eva", timm_folder("eva02_tiny_patch14_224", img_size=56, depth=3), 192, (4, 4)),
+    "eva-timm-resized": Case("eva", timm_folder("eva02_tiny_patch14_224", img_size=56, depth=3), 192, (6, 6), 84),
+    "eva-open_clip": Case("eva", open_clip_folder, 192, (4, 4)),
+    "eva-open_clip-resized": Case("eva", open_clip_folder, 192, (6, 6), 84),
+    "dinov2": Case("dinov2", timm_folder("vit_small_patch14_dinov2", img_size=70, **_VIT), 32, (4, 4), 56),
+    "dinov2-registers": Case("dinov2", timm_folder("vit_small_patch14_reg4_dinov2", img_size=56, **_VIT), 32, (4, 4)),
+    "dinov3": Case("dinov3", timm_folder("vit_small_patch16_dinov3", img_size=64, **_VIT), 32, (4, 4)),
+    "siglip2": Case("siglip2", timm_folder("vit_base_patch16_siglip_224", img_size=64, **_VIT), 32, (4, 4)),
+    "sam": Case(
+        "sam",
+        timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT),
+        256,
+        (4, 4),
+        64,
+    ),
+    "sam-block": Case(
+        "sam",
+        timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT),
+        32,
+        (8, 8),
+        options={"norm": False},
+    ),
+    "depth-dpt": Case("depth", dpt_depth, 32, (4, 4)),
+    "depth-dpt-map": Case("depth", dpt_depth, 1, (64, 64), mode="map"),
+    "depth-anything": Case("depth", depth_anything, 32, (5, 5)),
+    "depth-anything-map": Case("depth", depth_anything, 1, (70, 70), mode="map"),
+    "depth-segformer": Case("depth", segformer(1), 32, (3, 3)),
+    "depth-segformer-map": Case("depth", segformer(1), 1, (24, 24), mode="map"),
+    "normal-dpt": Case("normal", dpt_normal, 32, (4, 4)),
+    "normal-dpt-map": Case("normal", dpt_normal, 3, (64, 64), mode="map"),
+    "normal-segformer-map": Case("normal", segformer(3), 3, (24, 24), mode="map"),
+    "segmentation-segformer": Case("segmentation", segformer(6), 24, (6, 6), options={"stage": 2}),
+    "segmentation-segformer-map": Case("segmentation", segformer(6), 6, (24, 24), mode="map"),
+    "segmentation-mask2former": Case("segmentation", mask2former, 64, (2, 2)),
+    "segmentation-mask2former-map": Case("segmentation", mask2former, 7, (16, 16), mode="map"),
+    "edge-segformer": Case("edge", segformer(1), 32, (2, 2), 64),
+    "edge-segformer-map": Case("edge", segformer(1), 1, (12, 12), mode="map", options={"map_size": 12}),
+}

@@ -1,0 +1,391 @@
+"""Every expert keeps the contract, on the real architecture of its library."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from experts_zoo import CASES
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts import EXPERTS, Expert, ExpertHub, build_expert, complete_specs
+from tove_llava.experts.dense import DENSE
+from tove_llava.sources import Source
+
+PIXELS = torch.rand(2, 3, 50, 60, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+@pytest.fixture
+def loaded(case, tmp_path) -> Expert:
+    expert = build_expert(case.spec(tmp_path / "source"))
+    expert.load()
+    return expert
+
+
+def test_every_registered_expert_and_architecture_is_tried(tmp_path):
+    tried, architectures = set(), set()
+    for key, case in CASES.items():
+        source = case.spec(tmp_path / key)["source"]
+        tried.add((case.expert, Source.parse(source).scheme))
+        expert = build_expert(case.spec(tmp_path / key))
+        if hasattr(expert, "architecture"):
+            architectures.add(type(expert.architecture))
+    classes = {EXPERTS.get(name)[scheme] for name, scheme in tried}
+    # DexiNed cannot be made small: it has a test of its own below.
+    untried = {cls for name in EXPERTS for cls in EXPERTS.get(name).values()} - classes
+    assert {cls.__name__ for cls in untried} == {"DexiNedEdge"}
+    assert {DENSE.get(name) for name in DENSE} - architectures == {DENSE.get("DPTModel")}  # saved by the hub only
+
+
+def test_declared_shape_is_the_real_one(case, tmp_path):
+    expert = build_expert(case.spec(tmp_path / "source"))
+    assert (expert.spec.width, expert.spec.grid) == (case.width, case.grid)
+    assert not expert.is_loaded and not list(expert.parameters())
+    expert.load()
+    out = expert(PIXELS)
+    assert out.shape == (2, case.width, *case.grid)
+    assert torch.isfinite(out).all()
+    assert not torch.equal(out[0], out[1])  # it looks at the image
+
+
+def test_frozen_whatever_the_mode(loaded):
+    before = {key: value.clone() for key, value in loaded.state_dict().items()}
+    first = loaded(PIXELS)
+    loaded.train().requires_grad_(True)
+    assert not any(module.training for module in loaded.modules())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    again = loaded(PIXELS.clone().requires_grad_(True))
+    assert not again.requires_grad and not again.is_inference()
+    assert torch.equal(first, again)
+    after = loaded.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_saved_by_value_and_read_back(loaded, tmp_path):
+    hub = ExpertHub([loaded.spec])
+    hub.load()
+    specs = hub.save(tmp_path / "checkpoint")
+    assert specs[0].source.split(":")[-1].startswith("./experts/x")
+    moved = (tmp_path / "checkpoint").rename(tmp_path / "elsewhere")
+    again = ExpertHub([spec.to_dict() for spec in specs], base_dir=moved)
+    again.load()
+    assert torch.equal(again["x"](PIXELS), loaded(PIXELS))
+    assert not list(moved.rglob("*.bin")) and not list(moved.rglob("*.pt*"))
+
+
+def test_bfloat16(loaded):
+    loaded.to(torch.bfloat16)
+    out = loaded(PIXELS.to(torch.bfloat16))  # antialiased interpolation has no bf16 kernel on the CPU
+    assert out.dtype == torch.bfloat16 and torch.isfinite(out.float()).all()
+
+
+def test_recorded_shape_needs_no_source(case, tmp_path):
+    spec = complete_specs([case.spec(tmp_path / "source")])[0].to_dict()
+    away = {**spec, "source": spec["source"].replace("source", "gone")}
+    expert = build_expert(away)
+    assert expert.spec.width == case.width
+    with pytest.raises(CheckpointError, match="gone"):
+        expert.load()
+
+
+def test_refuses_to_run_before_load(case, tmp_path):
+    expert = build_expert(case.spec(tmp_path / "source"))
+    with pytest.raises(CheckpointError, match=r"'x' has no weights yet; call load\(\)"):
+        expert(PIXELS)
+
+
+def test_a_cast_before_load_reaches_the_weights(case, tmp_path):
+    expert = build_expert(case.spec(tmp_path / "source")).to(torch.bfloat16)
+    expert.load()
+    assert {parameter.dtype for parameter in expert.parameters()} == {torch.bfloat16}
+
+
+# -- nothing is computed that is not used ----------------------------------------------------------------------------
+
+
+def calls(expert: Expert) -> set[str]:
+    """Names of the modules that one forward pass runs."""
+    seen: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+        for name, module in expert.backbone.named_modules()
+    ]
+    expert(PIXELS)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("key", ["eva-timm", "eva-open_clip", "dinov2", "dinov3", "siglip2", "sam"])
+def test_blocks_after_the_layer_are_not_run(key, tmp_path):
+    spec = CASES[key].spec(tmp_path)
+    early = build_expert({**spec, "options": {"layer": 1}})
+    early.load()
+    assert {name for name in calls(early) if name.startswith("blocks.") and name.count(".") == 1} == {
+        "blocks.0",
+        "blocks.1",
+    }
+    last = build_expert(spec)
+    last.load()
+    assert "blocks.2" in calls(last)
+
+
+@pytest.mark.parametrize(
+    "key, decoder",
+    [
+        ("depth-dpt", ("neck", "head")),
+        ("normal-dpt", ("neck", "head")),
+        ("depth-anything", ("neck", "head")),
+        ("depth-segformer", ("decode_head",)),
+        ("segmentation-segformer", ("decode_head", "segformer.stages.3", "stages.3")),
+        (
+            "segmentation-mask2former",
+            ("model.transformer_module", "model.pixel_level_module.decoder", "class_predictor"),
+        ),
+    ],
+)
+def test_features_mode_runs_no_decoder(key, decoder, tmp_path):
+    expert = build_expert(CASES[key].spec(tmp_path))
+    expert.load()
+    ran = calls(expert)
+    assert len(ran) > 3
+    assert not [name for name in ran if name.startswith(decoder)]
+    whole = build_expert({**CASES[key].spec(tmp_path), "mode": "map", "options": {}})
+    whole.load()
+    assert [name for name in calls(whole) if name.startswith(decoder)]
+
+
+# -- what the maps mean ----------------------------------------------------------------------------------------------
+
+
+def output(key, tmp_path):
+    expert = build_expert(CASES[key].spec(tmp_path))
+    expert.load()
+    return expert(PIXELS)
+
+
+@pytest.mark.parametrize("key", ["depth-dpt-map", "depth-anything-map", "depth-segformer-map"])
+def test_depth_map_spans_zero_to_one_per_image(key, tmp_path):
+    out = output(key, tmp_path)
+    assert torch.equal(out.amin((1, 2, 3)), torch.zeros(2)) and torch.allclose(out.amax((1, 2, 3)), torch.ones(2))
+
+
+@pytest.mark.parametrize("key", ["normal-dpt-map", "normal-segformer-map"])
+def test_normal_map_is_of_unit_length(key, tmp_path):
+    assert torch.allclose(output(key, tmp_path).norm(dim=1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["segmentation-segformer-map", "segmentation-mask2former-map"])
+def test_segmentation_map_is_a_distribution(key, tmp_path):
+    out = output(key, tmp_path)
+    assert (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(()), atol=1e-5)
+
+
+def test_edge_map_is_a_probability(tmp_path):
+    out = output("edge-segformer-map", tmp_path)
+    assert (out > 0).all() and (out < 1).all()
+
+
+def test_depth_anything_tokens_are_the_backbones_last_feature_map(tmp_path):
+    expert = build_expert(CASES["depth-anything"].spec(tmp_path))
+    expert.load()
+    whole = expert.backbone.backbone(expert.condition(PIXELS)).feature_maps[-1][:, 1:]
+    assert torch.equal(expert(PIXELS).flatten(2).transpose(1, 2), whole)
+
+
+def test_dpt_tokens_are_those_of_the_whole_model(tmp_path):
+    spec = CASES["depth-dpt"].spec(tmp_path)
+    encoder, whole = build_expert(spec), build_expert({**spec, "mode": "map"})
+    encoder.load(), whole.load()
+    tokens = whole.backbone.dpt(whole.condition(PIXELS)).last_hidden_state[:, 1:]
+    assert torch.equal(encoder(PIXELS).flatten(2).transpose(1, 2), tokens)
+
+
+def test_segformer_stage_is_that_of_the_whole_encoder(tmp_path):
+    spec = CASES["segmentation-segformer"].spec(tmp_path)
+    expert, whole = build_expert(spec), build_expert({**spec, "mode": "map", "options": {}})
+    expert.load(), whole.load()
+    stages = whole.backbone.segformer(whole.condition(PIXELS), output_hidden_states=True).hidden_states
+    assert torch.equal(expert(PIXELS), stages[2])
+    assert sum(p.numel() for p in expert.parameters()) < sum(p.numel() for p in whole.backbone.segformer.parameters())
+
+
+def test_pixels_are_normalised_as_the_source_says(tmp_path):
+    expert = build_expert(CASES["depth-segformer"].spec(tmp_path))
+    expert.load()
+    flat = torch.full((1, 3, 40, 40), 0.5)
+    expected = torch.tensor([(0.5 - 0.5) / 0.2, (0.5 - 0.4) / 0.3, (0.5 - 0.3) / 0.4]).view(1, 3, 1, 1)
+    assert torch.allclose(expert.condition(flat), expected.expand(1, 3, 96, 96), atol=1e-5)
+
+
+# -- DexiNed: 35 M parameters that cannot be fewer, so everything about it is in one test ----------------------------
+
+
+def test_dexined(tmp_path):
+    from kornia.models.dexined import DexiNed
+
+    torch.manual_seed(0)
+    file = tmp_path / "dexined.safetensors"
+    network = DexiNed(pretrained=False).eval()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # running statistics that batch statistics would visibly differ from
+            module.running_mean.uniform_(-0.1, 0.1), module.running_var.uniform_(0.5, 2)
+    save_file(network.state_dict(), file)
+
+    spec = {"name": "edge", "source": f"kornia:{file}", "mode": "map", "image_size": 64}
+    expert = build_expert(spec)
+    assert (expert.spec.width, expert.spec.grid) == (1, (64, 64))
+    expert.load()
+    expert.train()
+    pixels = torch.rand(2, 3, 64, 64)
+    bgr = pixels.flip(1) * 255 - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)
+    with torch.no_grad():
+        assert torch.allclose(expert(pixels), network(bgr).sigmoid(), atol=1e-4)
+    assert torch.allclose(expert(pixels)[:1], expert(pixels[:1]), atol=1e-4)  # no batch statistics
+    running = [m.running_mean for m in expert.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert running and all(int(m.num_batches_tracked) == 0 for m in expert.modules() if isinstance(m, nn.BatchNorm2d))
+
+    tokens = build_expert({**spec, "mode": "features"})
+    assert (tokens.spec.width, tokens.spec.grid) == (256, (4, 4))
+    tokens.load()
+    assert not any("up_block" in name or "block_cat" in name for name, _ in tokens.named_parameters())
+    blocks = {}
+    network.dblock_6.register_forward_hook(lambda *args: blocks.update(last=args[-1][0]))
+    with torch.no_grad():
+        network(bgr)
+    assert torch.allclose(tokens(pixels), blocks["last"], atol=1e-3)
+    hub = ExpertHub([tokens.spec])
+    hub.load()
+    [saved] = hub.save(tmp_path / "checkpoint")
+    again = build_expert(saved, base_dir=tmp_path / "checkpoint")
+    again.load()
+    assert torch.equal(again(pixels), tokens(pixels))
+
+
+# -- bad sources -----------------------------------------------------------------------------------------------------
+
+
+def replace_weights(folder: Path, content: object) -> None:
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+
+
+class Payload:
+    def __reduce__(self):
+        return (print, ("the pickle ran",))
+
+
+@pytest.mark.parametrize("key", ["dinov2", "depth-segformer"])
+def test_a_pickle_of_more_than_tensors_is_refused(key, tmp_path, capsys):
+    spec = CASES[key].spec(tmp_path)
+    replace_weights(tmp_path, {"weight": torch.zeros(1), "payload": Payload()})
+    expert = build_expert(spec)
+    with pytest.raises(CheckpointError, match="could run code. Convert them to safetensors"):
+        expert.load()
+    assert "the pickle ran" not in capsys.readouterr().out
+
+
+def test_a_weights_file_of_more_than_tensors_is_refused(tmp_path, capsys):
+    file = tmp_path / "edges.pth"
+    torch.save({"payload": Payload()}, file)
+    expert = build_expert({"name": "edge", "source": f"kornia:{file}", "image_size": 64, "width": 256, "grid": (4, 4)})
+    with pytest.raises(CheckpointError, match="could run code. Convert them to safetensors"):
+        expert.load()
+    assert "the pickle ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["dinov2", "eva-open_clip", "depth-segformer", "depth-anything"])
+def test_missing_tensors_are_never_made_up(key, tmp_path):
+    spec = CASES[key].spec(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    dropped = next(name for name in sorted(weights) if "norm1.weight" in name or "layer_norm_1.weight" in name)
+    del weights[dropped]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="norm"):
+        build_expert(spec).load()
+
+
+@pytest.mark.parametrize("key", ["dinov2", "eva-open_clip", "depth-segformer"])
+def test_truncated_weights(key, tmp_path):
+    spec = CASES[key].spec(tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        build_expert(spec).load()
+
+
+def test_another_model_than_the_recorded_one(tmp_path):
+    spec = {**CASES["dinov2"].spec(tmp_path), "width": 48, "grid": (4, 4)}
+    expert = build_expert(spec)
+    expert.load()
+    with pytest.raises(ConfigError, match="another model than the one this tower was built for"):
+        expert(PIXELS)
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"name": "dino"}, "unknown expert 'dino'.*'dinov[23]'"),
+        ({"name": "eva", "imagesize": 336}, "unknown key 'imagesize'.*'image_size'"),
+        ({"source": "hf:x/y"}, "needs a 'name'"),
+        ({"name": "eva", "mode": "maps"}, "'maps' is not one of features, map"),
+        ({"name": "eva", "mode": "map"}, "no mode 'map'"),
+        ({"name": "eva", "options": {"layr": 1}}, "unknown option 'layr'.*layer, norm"),
+        ({"name": "eva", "options": {"layer": 24}}, "layer=24 must be from -24 to 23"),
+        ({"name": "eva", "image_size": 0}, "image_size 0 must be a positive"),
+        ({"name": "a b"}, "must be one word"),
+        ({"name": "depth", "source": "timm:vit_large_patch14_dinov2.lvd142m"}, "only from sources that begin with hf:"),
+        ({"name": "dinov2", "source": "timm:vit_large_patch14_dinov2.nosuchtag"}, "nosuchtag"),
+        ({"name": "dinov2", "source": "timm:nosuchmodel.tag"}, "no such model"),
+        ({"name": "eva", "source": "open_clip:EVA02-L-14-336/nosuchtag"}, "no such model and tag"),
+        ({"name": "eva", "source": "open_clip:ViT-B-32/openai"}, "not a timm model"),
+        ({"name": "edge", "source": "kornia:nosuchthing"}, "kornia has no 'nosuchthing'"),
+        ({"name": "eva", "source": "open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "revision": "main"}, "no revision"),
+        ("eva", "a mapping with a 'name'"),
+    ],
+)
+def test_wrong_entries(entry, words):
+    with pytest.raises(ConfigError, match=words):
+        build_expert(entry)
+
+
+def test_wrong_options_of_an_architecture(tmp_path):
+    with pytest.raises(ConfigError, match="stage=9 must be from -4 to 3"):
+        build_expert({**CASES["depth-segformer"].spec(tmp_path), "options": {"stage": 9}})
+    with pytest.raises(ConfigError, match="unknown option 'stage'"):
+        build_expert({**CASES["depth-dpt"].spec(tmp_path / "b"), "options": {"stage": 1}})
+    with pytest.raises(ConfigError, match="gives 6 channels"):
+        build_expert({**CASES["segmentation-segformer-map"].spec(tmp_path / "c"), "expert": "normal"})
+
+
+def test_a_folder_without_preprocessing_is_named(tmp_path):
+    spec = CASES["depth-segformer"].spec(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json \(image_mean, image_std, size\) cannot be read"):
+        build_expert(spec)
+
+
+def test_an_unknown_architecture_is_named(tmp_path):
+    spec = CASES["depth-segformer"].spec(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace("SegformerForSemanticSegmentation", "SegformerForSomething"))
+    with pytest.raises(ConfigError, match="unknown dense architecture 'SegformerForSomething'.*Did you mean"):
+        build_expert(spec)
+
+
+def test_two_experts_of_one_name():
+    with pytest.raises(ConfigError, match="two experts are called 'a'"):
+        complete_specs([{"name": "a", "expert": "dinov2"}, {"name": "a", "expert": "dinov2"}])
+
+
+def test_spec_round_trip():
+    [spec] = complete_specs([{"name": "self", "expert": "dinov2", "options": {"layer": 3}}])
+    assert type(spec).from_dict(spec.to_dict()) == spec

@@ -1,0 +1,170 @@
+"""The hub: order, skipping, non-finite outputs, memory, cost and the table."""
+
+import json
+
+import pytest
+import torch
+from experts_zoo import CASES
+
+from tove_llava.cli import main
+from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.experts import ExpertHub, ExpertSpec, build_expert, complete_specs
+from tove_llava.experts.cost import expert_cost
+
+PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def hub(tmp_path) -> ExpertHub:
+    entries = [
+        CASES[key].spec(tmp_path / key, name)
+        for name, key in {"b": "dinov2", "a": "depth-segformer", "c": "normal-dpt-map"}.items()
+    ]
+    hub = ExpertHub(complete_specs(entries))
+    hub.load()
+    return hub
+
+
+def test_runs_in_the_order_of_the_specs(hub):
+    out = hub.run(PIXELS)
+    assert list(out.features) == list(out.valid) == hub.names == ["b", "a", "c"]
+    for spec in hub.specs:
+        assert out.features[spec.name].shape == (3, spec.width, *spec.grid)
+        assert torch.equal(out.features[spec.name], hub[spec.name](PIXELS))
+        assert out.valid[spec.name].tolist() == [True] * 3
+
+
+def test_skipped_experts_are_not_run_and_may_be_unloaded(hub):
+    whole = hub.run(PIXELS).features
+    hub.unload(["a"])
+    assert not hub.is_loaded() and hub.is_loaded(["b", "c"])
+    assert set(hub.parameter_counts()) == set(hub.memory()) == {"b", "c"}
+    part = hub.run(PIXELS, skip=["a"]).features
+    assert list(part) == ["b", "c"] and all(torch.equal(part[name], whole[name]) for name in part)
+    hub.load(["a"])
+    assert torch.equal(hub.run(PIXELS).features["a"], whole["a"])
+
+
+def test_a_typo_in_skip_is_an_error(hub):
+    with pytest.raises(ConfigError, match="no expert 'depht'; it has: b, a, c"):
+        hub.run(PIXELS, skip=["depht"])
+
+
+def test_memory_follows_the_dtype(hub):
+    single = hub.memory()
+    half = hub.to(torch.bfloat16).memory()
+    counts = hub.parameter_counts()
+    assert all(half[name] < single[name] and single[name] >= 4 * counts[name] for name in hub.names)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_non_finite_output_is_named_or_dropped_for_its_image(hub, value):
+    clean = hub.run(PIXELS).features
+
+    def poison(module, args, output):
+        output = output.clone()
+        output[1, 0, 0, 0] = value
+        return output
+
+    hub["a"].register_forward_hook(poison)
+    with pytest.raises(NonFiniteError, match=r"'a' returned non-finite values for image\(s\) \[1\]"):
+        hub.run(PIXELS, strict=True)
+    with pytest.warns(RuntimeWarning, match=r"'a' returned non-finite values for image\(s\) \[1\]"):
+        out = hub.run(PIXELS)
+    assert out.valid["a"].tolist() == [True, False, True] and out.valid["b"].all()
+    assert not out.features["a"][1].any()
+    assert torch.equal(out.features["a"][[0, 2]], clean["a"][[0, 2]])
+    assert torch.equal(out.features["b"], clean["b"])
+
+
+def test_non_finite_pixels_reach_the_check(hub):
+    bad = PIXELS.clone()
+    bad[2, 0, 5, 5] = float("nan")
+    with pytest.raises(NonFiniteError):
+        hub.run(bad, strict=True)
+
+
+def test_saving_by_value_leaves_nothing_of_an_earlier_save(hub, tmp_path):
+    (tmp_path / "out" / "experts" / "a").mkdir(parents=True)
+    stale = tmp_path / "out" / "experts" / "a" / "stale.safetensors"
+    stale.touch()
+    specs = hub.save(tmp_path / "out")
+    assert not stale.exists()
+    again = ExpertHub([spec.to_dict() for spec in specs], base_dir=tmp_path / "out")
+    again.load()
+    ours, theirs = hub.run(PIXELS).features, again.run(PIXELS).features
+    assert all(torch.equal(ours[name], theirs[name]) for name in hub.names)
+
+
+# -- cost ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "entry, gflops, parameters",
+    [  # public figures of these models, two operations per multiply-add
+        ({"name": "eva"}, 382, 304e6),
+        ({"name": "eva", "source": "open_clip:EVA02-L-14-336/merged2b_s6b_b61k"}, 382, 304e6),
+        ({"name": "dinov2"}, 382, 304e6),
+        ({"name": "sam"}, 794, 308e6),
+        ({"name": "sam", "image_size": 1024}, 2986, 308e6),
+        ({"name": "depth", "mode": "map"}, 40, 24.8e6),
+        ({"name": "depth", "source": "hf:Intel/dpt-large"}, 382, 304e6),
+        ({"name": "depth", "source": "hf:Intel/dpt-large", "mode": "map"}, 516, 343e6),
+        ({"name": "edge", "mode": "map"}, 114, 35.2e6),
+    ],
+)
+def test_cost_of_the_public_models(entry, gflops, parameters):
+    cost = expert_cost(build_expert(entry))
+    assert cost.flops / 1e9 == pytest.approx(gflops, rel=0.03)
+    assert cost.parameters == pytest.approx(parameters, rel=0.03)
+
+
+def test_cost_counts_what_is_run(tmp_path):
+    spec = CASES["eva-timm"].spec(tmp_path)
+    whole, part = (expert_cost(build_expert({**spec, "options": {"layer": layer}})) for layer in (2, 0))
+    assert 0 < part.flops < whole.flops
+    expert = build_expert(spec)
+    expert.load()
+    assert expert_cost(expert).parameters == sum(p.numel() for p in expert.parameters())
+    assert expert.is_loaded and not any(p.is_meta for p in expert.parameters())
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_the_verb_lists_every_registered_expert(offline, capsys):
+    from tove_llava.experts import EXPERTS
+
+    assert main(["experts", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["name"] for row in rows} == set(EXPERTS)
+    [eva] = [row for row in rows if row["source"].startswith("timm:eva02")]
+    assert (eva["tokens"], eva["width"], eva["image_size"], eva["licence"]) == (576, 1024, 336, "MIT")
+    assert eva["loadable"] is False and "HF_HUB_OFFLINE" in eva["note"]
+
+
+def test_the_verb_prints_a_table_of_a_preset(offline, tmp_path, capsys):
+    source = CASES["depth-segformer"].spec(tmp_path / "depth")["source"]
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        "extends: tiny\nvision:\n  experts:\n"
+        f"    - {{name: deep, expert: depth, source: '{source}'}}\n"
+        "    - {name: normal, source: 'hf:/no/such/folder'}\n"
+    )
+    assert main(["experts", "--preset", str(preset)]) == 0
+    out = capsys.readouterr().out
+    [row] = [line for line in out.splitlines() if line.startswith("deep")]
+    assert "3x3" in row and "yes (local)" in row
+    assert "not loadable here: normal:" in out and "/no/such/folder does not exist" in out
+    assert "no public transformers checkpoint predicts normals" in out
+
+
+def test_complete_specs_record_what_a_config_needs(tmp_path):
+    [spec] = complete_specs([CASES["depth-segformer"].spec(tmp_path, "depth")])
+    assert ExpertSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.is_complete and spec.image_size == 96

