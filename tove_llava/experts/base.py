@@ -7,6 +7,7 @@ A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, s
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -244,8 +245,7 @@ class Expert(nn.Module, ABC):
         size = (self.image_size, self.image_size)
         if x.shape[-2:] != size:
             x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True).clamp(0, 1)
-        mean = x.new_tensor(self.mean).view(1, 3, 1, 1)
-        std = x.new_tensor(self.std).view(1, 3, 1, 1)
+        mean, std = _constants(self.mean, self.std, x.device)
         return ((x - mean) / std).to(self.dtype)
 
     def save(self, folder: str | Path) -> Source:
@@ -278,6 +278,15 @@ class Expert(nn.Module, ABC):
     def option(self, key: str, default: Any = None) -> Any:
         """The value of one of ``option_names`` in the spec."""
         return self.spec.options.get(key, default)
+
+
+@lru_cache(maxsize=64)  # else each call would copy from host to device and wait
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # a cached tensor must be usable wherever it is asked for next
+        return (
+            torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+            torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1),
+        )
 
 
 def _summary(error: BaseException) -> str:
