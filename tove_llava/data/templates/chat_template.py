@@ -35,7 +35,7 @@ class ChatTemplate(Template):
             after = _apply(tokenizer, messages[: index + 1], generation=False)
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
-                    f"the tokenizer's chat template renders answer {index + 1} differently once more turns follow, so "
+                    f"the tokenizer's chat template renders turn {index + 1} differently once more turns follow, so "
                     "what the model must say cannot be told; choose another conversation template"
                 )
             end = after.rfind(tokenizer.eos_token, len(before)) if tokenizer.eos_token else -1

