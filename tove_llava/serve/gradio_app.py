@@ -120,26 +120,28 @@ def _path(file: Any) -> str:
     return str(file)
 
 
-def launch(engine: Engine, host: str, port: int | None, max_new_tokens: int = 256) -> None:
-    """Serve until interrupted.
+def launch(engine: Engine, host: str, port: int | None, max_new_tokens: int = 256, block: bool = True) -> Any:
+    """Serve until interrupted, or, without ``block``, until ``close`` is called on what is returned.
 
     Raises:
         ConfigError: gradio is not installed, or the port is taken.
     """
-    app = build_app(engine, max_new_tokens)
+    app = build_app(engine, max_new_tokens).queue(max_size=WAITING)
     try:
-        app.queue(max_size=WAITING).launch(
+        app.launch(
             server_name=host,
             server_port=port,
             share=False,
             max_file_size=MAX_UPLOAD,
             show_error=True,
+            prevent_thread_lock=not block,
             footer_links=["api"],
         )
     except OSError as error:
         raise ConfigError(
             f"the demo cannot listen on {host}:{port or '7860 to 7959'}: {error}; choose --port"
         ) from error
+    return app
 
 
 if __name__ == "__main__":

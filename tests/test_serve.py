@@ -1,0 +1,204 @@
+import json
+import threading
+import time
+
+import pytest
+from answer_parts import make_answerer, picture, save_model
+
+from tove_llava import cli
+from tove_llava.errors import CheckpointError, DataError
+from tove_llava.serve import models
+from tove_llava.serve.engine import Engine, Message
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return Engine(make_answerer(tmp_path_factory.mktemp("model")), name="tiny")
+
+
+def ask(text, *images):
+    return [Message("user", text, images)]
+
+
+def test_pieces_join_to_the_answer_of_the_batch_path(engine):
+    answerer = engine.answerer
+    question = ask("What is it?", picture())
+    pieces = list(engine.stream(question, max_new_tokens=12))
+    prompt, pixels = engine._prepare(question)
+    (expected,) = answerer.generate([prompt], answerer.features(pixels[0][None]), 12)
+    assert "".join(pieces).strip() == expected != ""
+    assert engine.answer(question, max_new_tokens=12) == expected
+
+
+def test_picture_question_and_history_all_matter(engine):
+    options = {"max_new_tokens": 12}
+    base = engine.answer(ask("What is it?", picture()), **options)
+    assert engine.answer(ask("What is it?", picture(1)), **options) != base
+    assert engine.answer(ask("Who is it?", picture()), **options) != base
+    assert engine.answer(ask("What is it?"), **options) != base
+    history = [Message("user", "Hello", (picture(),)), Message("assistant", "Hi")]
+    assert engine.answer([*history, *ask("What is it?")], **options) != base
+
+
+def test_several_pictures_in_several_turns_keep_their_order(engine):
+    first, second = picture(1), picture(2)
+    chat = [Message("user", "One", (first,)), Message("assistant", "ok"), Message("user", "Two", (second,))]
+    swapped = [Message("user", "One", (second,)), Message("assistant", "ok"), Message("user", "Two", (first,))]
+    prompt, pixels = engine._prepare(chat)
+    assert prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(pixels) == 2
+    assert engine.answer(chat, max_new_tokens=12) != engine.answer(swapped, max_new_tokens=12)
+
+
+def test_placeholders_go_in_front_unless_the_text_has_them(engine):
+    tokenizer = engine.answerer.tokenizer
+
+    def prompt(text, *images):
+        return tokenizer.decode(engine._prepare(ask(text, *images))[0]).replace("<image>" * 16, "[picture]")
+
+    one = picture()
+    assert "USER: [picture]\nWhat? ASSISTANT:" in prompt("What?", one)
+    assert "USER: [picture]\n[picture]\nWhat? ASSISTANT:" in prompt("What?", one, one)
+    assert "USER: In [picture], what? ASSISTANT:" in prompt("In <image>, what?", one)
+
+
+def test_text_cannot_smuggle_in_an_image_token(engine):
+    with pytest.raises(DataError, match="placeholder"):
+        engine.answer(ask("<image> what?"))
+    with pytest.raises(DataError, match="2 times, but it has 1"):
+        engine.answer(ask("<image> <image>", picture()))
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "last message must be the user's"),
+        ([Message("assistant", "hm")], "last message must be the user's"),
+        ([Message("user", "  ")], "question is empty"),
+        ([Message("robot", "x"), Message("user", "x")], "role must be"),
+        ([Message("user", "x"), Message("user", "x")], "turn 2"),
+        ([Message("user", "word " * 500)], "start a new one"),
+        ([Message("user", "x", ("no_such_file.png",))], "no image file no_such_file.png"),
+    ],
+)
+def test_bad_conversations_are_explained_before_anything_runs(engine, messages, words):
+    with pytest.raises(DataError, match=words):
+        engine.stream(messages)
+
+
+def test_the_answer_is_cut_to_what_the_model_can_hold(engine):
+    room = engine.answerer.max_length
+    prompt, _ = engine._prepare(ask("x" * (room - 220)))
+    assert room - len(prompt) < 100
+    engine.answer(ask("x" * (room - 220)), max_new_tokens=1000)
+
+
+def test_leaving_stops_the_generation_and_frees_the_model(engine):
+    stream = engine.stream(ask("Talk", picture()), max_new_tokens=400)
+    next(stream)
+    stream.close()
+    assert not engine._lock.locked()
+    started = time.monotonic()
+    engine.answer(ask("Next"), max_new_tokens=1)
+    assert time.monotonic() - started < 5
+
+
+def test_what_goes_wrong_while_generating_reaches_the_caller(engine, monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine.answerer.model, "generate", fail)
+    with pytest.raises(MemoryError, match="no room"):
+        engine.answer(ask("What?", picture()))
+    assert not engine._lock.locked()
+
+
+def test_threads_get_the_answers_that_they_would_get_alone(engine):
+    questions = [ask(f"What is {index}?", picture(index)) for index in range(4)]
+    alone = [engine.answer(question, max_new_tokens=8) for question in questions]
+    together = [""] * 4
+
+    def work(index):
+        together[index] = engine.answer(questions[index], max_new_tokens=8)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert together == alone
+
+
+def test_routing_is_a_distribution_over_the_experts_for_each_token(engine):
+    routing = engine.routing(picture())
+    assert set(routing.means) == {"depth", "edge", "normal"}
+    assert sum(routing.means.values()) == pytest.approx(1, abs=1e-5)
+    for row in range(4):
+        for column in range(4):
+            assert sum(grid[row][column] for grid in routing.grids.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_the_newest_finished_model_is_served(tmp_path):
+    import os
+
+    assert models.newest_model(tmp_path) is None
+    for age, name in enumerate(["new", "old", "new/checkpoint-100"]):
+        (tmp_path / name).mkdir(parents=True)
+        file = tmp_path / name / "tove_llava.json"
+        file.write_text("{}")
+        os.utime(file, (1000 - age if age < 2 else 2000,) * 2)
+    (tmp_path / "unfinished").mkdir()
+    assert models.newest_model(tmp_path) == tmp_path / "new"
+
+
+def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
+    from tove_llava.llava.checkpoint import MANIFEST
+
+    assert models.MANIFEST == MANIFEST
+    monkeypatch.chdir(tmp_path)
+    for verb in ("chat", "serve"):
+        assert cli.main([verb]) == 2
+        assert "bash scripts/quickstart.sh" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="nowhere"):
+        models.find_model("nowhere")
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("saved"))
+
+
+def test_chat_prints_one_json_object(model_folder, tmp_path, capsys, engine):
+    picture().save(tmp_path / "a.png")
+    arguments = ["chat", "--model", str(model_folder), "--image", str(tmp_path / "a.png"), "--device", "cpu"]
+    arguments += ["--max-new-tokens", "8", "--question", "What is it?"]
+    assert cli.main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=8)
+    assert sum(result["routing"][0].values()) == pytest.approx(1, abs=1e-5)
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.strip() == result["answer"]
+
+
+def test_chat_goes_on_over_several_turns_and_survives_a_bad_picture(
+    model_folder, tmp_path, capsys, monkeypatch, engine
+):
+    picture().save(tmp_path / "a.png")
+    lines = iter(
+        ["/image no.png", "What is it?", f"/image {tmp_path / 'a.png'}", "What is it?", "And?", "/new", "Hello", ""]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
+    assert cli.main(["chat", "--model", str(model_folder), "--device", "cpu", "--max-new-tokens", "8"]) == 0
+    captured = capsys.readouterr()
+    assert "no image file no.png" in captured.err
+    first = engine.answer(ask("What is it?", picture()), max_new_tokens=8)
+    chat = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?")]
+    answers = [first, engine.answer(chat, max_new_tokens=8), engine.answer(ask("Hello"), max_new_tokens=8)]
+    assert captured.out.split("\n", 1)[1].strip() == "\n".join(answers).strip()
+
+
+def test_chat_refuses_json_without_a_question(capsys):
+    assert cli.main(["chat", "--json", "--model", "x"]) == 2
+    assert "--json needs --question" in capsys.readouterr().err
