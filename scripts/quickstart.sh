@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained ToVE-LLaVA and its scores, without a GPU: set-up, playground scenes, both training
+# stages under deepspeed, evaluation on scenes that were held out. Run it again: what is done is reused.
+#
+#   QUICKSTART_DIR     everything it writes but .venv  (outputs/quickstart)
+#   QUICKSTART_TRAIN   scenes to train on              (6000)
+#   QUICKSTART_VAL     scenes to evaluate on           (300)
+#   QUICKSTART_STEPS   at most so many steps a stage   (one pass over the data)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} TOKENIZERS_PARALLELISM=false
+
+OUT=${QUICKSTART_DIR:-outputs/quickstart}
+STEPS=${QUICKSTART_STEPS:+--max_steps $QUICKSTART_STEPS}
+export PRESET=tiny IMAGE_FOLDER=$OUT/scenes/images
+
+echo "1/4 scenes"
+tove-llava scenes --out "$OUT/scenes" --train "${QUICKSTART_TRAIN:-6000}" --val "${QUICKSTART_VAL:-300}" --seed 0
+echo "2/4 alignment: the projector and the tower's gate learn to describe scenes"
+OUTPUT_DIR=$OUT/pretrain DATA_PATH=$OUT/scenes/train_captions.json bash scripts/pretrain.sh $STEPS
+echo "3/4 instruction tuning: LoRA on the language model"
+OUTPUT_DIR=$OUT/model DATA_PATH=$OUT/scenes/train_instruct.json \
+    bash scripts/finetune_lora.sh --pretrained "$OUT/pretrain" $STEPS
+echo "4/4 evaluation on held-out scenes"
+tove-llava eval --model "$OUT/model" --benchmark scenes --data-root "$OUT/scenes" \
+    --conditions blank,detached,full --batch-size 64 --limit "${QUICKSTART_QUESTIONS:-1500}"
+
+picture=$(ls "$OUT"/scenes/images/val_*.png | head -n 1)
+cat <<END
+
+model:    $OUT/model
+terminal: .venv/bin/tove-llava chat --model $OUT/model --image $picture
+browser:  .venv/bin/python -m tove_llava.serve.gradio_app --model $OUT/model
+END
