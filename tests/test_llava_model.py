@@ -1,23 +1,46 @@
+import shutil
+
 import pytest
 import torch
-from tower_parts import GRID, open_output, pixels, text_config, tower_config
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tower_parts import (
+    GRID,
+    DummyExpert,
+    expert_entries,
+    open_output,
+    pixels,
+    save_clip,
+    text_config,
+    tower_config,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel, all_reduce_statistics, balance_loss
 
 IMAGE_TOKEN = 63
+BOTH = pytest.mark.parametrize("cls", [LlavaForConditionalGeneration, ToveLlavaForConditionalGeneration])
 
 
-def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, text=None, **keys):
-    torch.manual_seed(5)
+def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, vision_config=None, text=None, **keys):
     config_cls = ToveLlavaConfig if cls is ToveLlavaForConditionalGeneration else LlavaConfig
     config = config_cls(
-        vision_config=tower_config(folder, **keys),
+        vision_config=vision_config or tower_config(folder, **keys),
         text_config=text or text_config(),
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
+    torch.manual_seed(5)
     model = cls(config).eval()
     model.model.vision_tower.load_backbones()
     if opened:
@@ -25,24 +48,383 @@ def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, text=
     return model
 
 
-def batch(images=2, seed=0):
+def stock_twin(model, folder):
+    """LLaVA as it is published: CLIP as its tower, layer -2, without the class token, and the same other weights."""
+    clip = CLIPVisionModel.from_pretrained(folder / "clip")
+    config = LlavaConfig(
+        vision_config=clip.config,
+        text_config=model.config.text_config,
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    twin = LlavaForConditionalGeneration(config).eval()
+    state = {k: v for k, v in model.state_dict().items() if "vision_tower" not in k}
+    state |= {f"model.vision_tower.{k}": v for k, v in clip.state_dict().items()}
+    twin.load_state_dict(state)
+    return twin
+
+
+def batch(images=2, seed=0, tokens=GRID**2):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 60, (images, 6), generator=g)
-    ids = torch.cat([ids[:, :2], torch.full((images, GRID**2), IMAGE_TOKEN), ids[:, 2:]], dim=1)
+    ids = torch.cat([ids[:, :2], torch.full((images, tokens), IMAGE_TOKEN), ids[:, 2:]], dim=1)
     labels = ids.clone()
-    labels[:, : 2 + GRID**2] = -100
+    labels[:, : 2 + tokens] = -100
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "pixel_values": pixels(images)}
 
 
-@pytest.mark.parametrize("cls", [LlavaForConditionalGeneration, ToveLlavaForConditionalGeneration])
+def text_batch(rows=2):
+    ids = torch.randint(3, 60, (rows, 7), generator=torch.Generator().manual_seed(9))
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+# -- against LLaVA as it is published ---------------------------------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("detached", [False, True])
+def test_untrained_or_detached_tower_gives_llavas_logits(tmp_path, cls, dtype, detached):
+    model = make_llava(tmp_path, cls, opened=detached)
+    if detached:
+        model.model.vision_tower.detach_experts(["depth", "edge", "normal"])
+    twin = stock_twin(model, tmp_path).to(dtype)
+    model.to(dtype)
+    data = batch()
+    data["pixel_values"] = data["pixel_values"].to(dtype)
+    with torch.no_grad():
+        assert torch.equal(model(**data).logits, twin(**data).logits)
+
+
+def test_opened_tower_changes_llavas_logits(tmp_path):
+    model = make_llava(tmp_path)
+    assert not torch.equal(model(**batch()).logits, stock_twin(model, tmp_path)(**batch()).logits)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_clip_uses_the_attention_that_the_model_asks_for(tmp_path, implementation):
+    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
+    model = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", attn_implementation=implementation)
+    assert model.tower.frozen.clip.config._attn_implementation == implementation
+
+
+def save_large_experts(folder):
+    """The large preset's experts: their real architectures at their real widths, two layers of those that have 24."""
+    import transformers as tf
+    from experts_zoo import timm_folder, transformers_folder
+    from kornia.models.dexined import DexiNed
+
+    depth_anything = tf.DepthAnythingConfig(
+        backbone_config=tf.Dinov2Config(
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=518,
+            patch_size=14,
+            out_features=["stage3", "stage6", "stage9", "stage12"],
+            reshape_hidden_states=False,
+            apply_layernorm=True,
+        ),
+        neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64,
+    )
+    makers = {
+        "eva": timm_folder("eva02_large_patch14_clip_336", depth=2),
+        "dinov2": timm_folder("vit_large_patch14_dinov2", depth=2),
+        "depth": transformers_folder(tf.DepthAnythingForDepthEstimation, depth_anything, 518),
+    }
+    entries = []
+    for name, make in makers.items():
+        (folder / name).mkdir()
+        entries.append({"name": name, "source": make(folder / name), "image_size": 336})
+    save_file(DexiNed(pretrained=False).state_dict(), folder / "dexined.safetensors")
+    source = f"kornia:{folder / 'dexined.safetensors'}"
+    return [*entries, {"name": "edge", "source": source, "mode": "map", "image_size": 336}]
+
+
+@pytest.mark.slow
+def test_true_architecture_with_all_default_experts_is_llava(tmp_path):
+    """CLIP-L/14-336 as published (random weights) and the large preset's experts, attached and untrained."""
+    torch.manual_seed(0)
+    clip_config = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+    )
+    CLIPVisionModel(clip_config).save_pretrained(tmp_path / "clip")
+    config = ToveVisionConfig.from_sources(f"hf:{tmp_path / 'clip'}", save_large_experts(tmp_path))
+    text = text_config(max_position_embeddings=1024)
+    model = make_llava(tmp_path, opened=False, vision_config=config, text=text)
+    assert model.tower.is_loaded and model.tower.active_experts == ["eva", "dinov2", "depth", "edge"]
+    twin = stock_twin(model, tmp_path)
+    data = {**batch(1, tokens=576), "pixel_values": pixels(1, size=336)}
+    with torch.no_grad():
+        expected = twin(**data).logits
+        assert torch.equal(model(**data).logits, expected)
+        open_output(model.tower)
+        assert not torch.equal(model(**data).logits, expected)
+        model.tower.detach_experts(config.expert_names)
+        assert torch.equal(model(**data).logits, expected)
+    shutil.rmtree(tmp_path)  # gigabytes, which pytest would keep
+
+
+# -- saving, loading, generating --------------------------------------------------------------------------------------
+
+
+@BOTH
 def test_saved_equals_loaded_and_generates(tmp_path, cls):
     model = make_llava(tmp_path / "parts", cls)
     model.save_pretrained(tmp_path / "saved")
     loaded = cls.from_pretrained(tmp_path / "saved")
     if cls is LlavaForConditionalGeneration:
+        with pytest.raises(CheckpointError, match=r"vision_tower\.load_backbones\(\)"):
+            loaded(**batch())
         loaded.model.vision_tower.load_backbones()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     data = batch()
     assert torch.equal(model(**data).logits, loaded(**data).logits)
     prompt = {k: v for k, v in data.items() if k != "labels"}
     first, second = (m.generate(**prompt, max_new_tokens=4, do_sample=False) for m in (model, loaded))
     assert first.shape[1] > prompt["input_ids"].shape[1] and torch.equal(first, second)
+
+
+def test_saved_keys_are_the_models_own(tmp_path):
+    model = make_llava(tmp_path / "parts")
+    model.save_pretrained(tmp_path / "saved")
+    saved = set()
+    for file in (tmp_path / "saved").glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            saved |= set(f.keys())
+    # On disk transformers keeps LLaVA's older prefix of the language model.
+    saved = {name.replace(".language_model.model.", ".language_model.") for name in saved}
+    assert saved == {name for name, _ in model.named_parameters()}
+    assert {k.split(".")[2] for k in saved if k.startswith("model.vision_tower.")} == {"fusion"}
+
+
+def test_auto_classes_know_it(tmp_path):
+    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
+    config = AutoConfig.from_pretrained(tmp_path / "saved")
+    assert isinstance(config, ToveLlavaConfig) and isinstance(config.vision_config, ToveVisionConfig)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert isinstance(loaded, ToveLlavaForConditionalGeneration) and loaded.tower.is_loaded
+
+
+def test_self_contained_checkpoint(tmp_path):
+    model = make_llava(tmp_path / "parts")
+    expected = model(**batch()).logits
+    model.config.vision_config = model.tower.save_backbones(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "parts").rename(tmp_path / "gone")
+    (tmp_path / "saved").rename(tmp_path / "moved")
+    assert torch.equal(
+        ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "moved")(**batch()).logits, expected
+    )
+
+
+def test_loading_in_another_dtype_takes_the_backbones_along(tmp_path):
+    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
+    loaded = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    assert loaded.tower.frozen.clip.dtype == loaded.tower.dtype == torch.bfloat16
+    assert loaded(**{**batch(), "pixel_values": pixels().bfloat16()}).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"do_sample": False}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}]
+)
+def test_generating_from_pixels_and_from_features(tmp_path, options):
+    model = make_llava(tmp_path)
+    prompt = {k: v for k, v in batch().items() if k not in ("labels", "pixel_values")}
+    torch.manual_seed(0)
+    expected = model.generate(**prompt, pixel_values=pixels(), max_new_tokens=4, **options)
+    vision = model.encode_images(vision_features=model.tower.encode(pixels()))
+    torch.manual_seed(0)
+    actual = model.generate(**prompt, mm_encoder_outputs={"image": vision}, max_new_tokens=4, **options)
+    assert torch.equal(actual, expected)
+    DummyExpert.calls = 0
+    model.generate(**prompt, pixel_values=pixels(), max_new_tokens=4, do_sample=False)
+    assert DummyExpert.calls == 3  # once each, at the prefill
+
+
+# -- losses and routing -----------------------------------------------------------------------------------------------
+
+
+def test_loss_terms(tmp_path):
+    model = make_llava(tmp_path, router_aux_loss_coef=0.5).train()
+    out = model(**batch(), gate_noise=torch.randn(2, 16, 3))
+    assert out.aux_loss > 0
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.5 * out.aux_loss)
+    torch.testing.assert_close(out.aux_loss, balance_loss(model.tower.fusion.balance_statistics(out.gate_inputs)))
+    apart = model(**batch(), add_aux_loss=False)
+    assert torch.equal(apart.loss, apart.lm_loss) and apart.aux_loss is None and apart.gate_inputs is not None
+    evaluated = model.eval()(**batch())
+    assert torch.equal(evaluated.loss, evaluated.lm_loss) and evaluated.aux_loss is None
+    assert evaluated.gate_inputs is None
+
+
+def test_aux_loss_reaches_the_gate_alone(tmp_path):
+    model = make_llava(tmp_path).train()
+    noise = torch.randn(2, 16, 3)
+
+    def gradients(add_aux_loss):
+        model.zero_grad()
+        model(**batch(), gate_noise=noise, add_aux_loss=add_aux_loss).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    with_aux, without = gradients(True), gradients(False)
+    differing = {name for name in without if not torch.equal(with_aux[name], without[name])}
+    assert differing == {name for name in without if ".fusion.gate." in name}
+
+
+def test_routing_on_request(tmp_path):
+    model = make_llava(tmp_path)
+    assert model(**batch()).routing is None
+    routing = model(**batch(), output_routing=True).routing
+    assert routing.shape == (2, 16, 3) and torch.equal(routing, model.get_routing(pixels()))
+    torch.testing.assert_close(routing.sum(-1), torch.ones(2, 16))
+    assert make_llava(tmp_path / "none", fusion="none", opened=False).get_routing(pixels()) is None
+
+
+def test_precomputed_features_give_the_same_logits(tmp_path):
+    model = make_llava(tmp_path)
+    data = batch()
+    expected = model(**data).logits
+    images = data.pop("pixel_values")
+    features = model.tower.encode(images)
+    assert torch.equal(model(**data, vision_features=features).logits, expected)
+    vision = model.encode_images(images)
+    assert torch.equal(model(**data, mm_encoder_outputs={"image": vision}).logits, expected)
+    with pytest.raises(ConfigError, match="once"):
+        model(**data, vision_features=features, pixel_values=images)
+
+
+def test_tuple_output_has_loss_and_logits_first(tmp_path):
+    model = make_llava(tmp_path)
+    out = model(**batch())
+    loss, logits = model(**batch(), return_dict=False)[:2]
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
+
+
+def test_fusion_none_trains_the_projector(tmp_path):
+    model = make_llava(tmp_path, fusion="none", opened=False).train()
+    out = model(**batch())
+    assert out.aux_loss is None and out.gate_inputs is None
+    out.loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+
+
+@BOTH
+def test_gate_and_transfer_learn_through_llava(tmp_path, cls):
+    model = make_llava(tmp_path, cls).train()
+    model(**batch()).loss.backward()
+    for name, p in model.model.vision_tower.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_changes_nothing(tmp_path, checkpointing):
+    model = make_llava(tmp_path).train()
+    noise = torch.randn(2, 16, 3)
+    expected = {}
+    for on in (False, checkpointing):
+        model.zero_grad()
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
+        model(**batch(), gate_noise=noise).loss.backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        expected = expected or grads
+        for name, grad in grads.items():
+            torch.testing.assert_close(grad, expected[name])
+
+
+# -- batches without images -------------------------------------------------------------------------------------------
+
+
+def test_text_alone_does_not_run_the_tower(tmp_path):
+    model = make_llava(tmp_path).train()
+    DummyExpert.calls = 0
+    out = model(**text_batch())
+    assert out.loss.isfinite() and out.aux_loss is None and out.gate_inputs is None and DummyExpert.calls == 0
+
+
+@pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"fusion": "none"}])
+def test_dummy_images_touch_everything_and_change_nothing(tmp_path, keys):
+    model = make_llava(tmp_path, opened=keys.get("fusion") != "none", **keys).train()
+    model(**text_batch()).loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    out = model(**text_batch(), pixel_values=torch.zeros(1, 3, 32, 32), dummy_images=True)
+    assert out.aux_loss is None and out.gate_inputs is None
+    out.loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None, name
+        torch.testing.assert_close(p.grad, torch.zeros_like(p) if expected[name] is None else expected[name])
+
+
+def test_dummy_images_need_an_image(tmp_path):
+    with pytest.raises(ConfigError, match="dummy_images"):
+        make_llava(tmp_path)(**text_batch(), dummy_images=True)
+
+
+def test_window_of_image_and_text_batches(tmp_path):
+    """The recipe of docs/architecture.md, on one rank: three micro-batches, one of them text."""
+    model = make_llava(tmp_path).train()
+    window = []
+    for data in (batch(seed=1), text_batch(), batch(seed=2)):
+        out = model(**data, add_aux_loss=False)
+        window += [out.gate_inputs] if out.gate_inputs is not None else []
+    assert len(window) == 2
+    statistics = all_reduce_statistics(sum(model.tower.fusion.balance_statistics(inputs) for inputs in window))
+    assert statistics.tokens == 4 * 16
+    balance_loss(statistics).backward()
+    assert model.tower.fusion.gate.score.weight.grad.abs().sum() > 0
+
+
+# -- configuration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"vision_feature_layer": -2}, {"vision_feature_select_strategy": "default"}, {"vision_feature_layer": [-1, -1]}],
+)
+def test_selections_that_the_tower_lacks_are_refused(tmp_path, keys):
+    with pytest.raises(ConfigError, match="vision_feature_layer=-1"):
+        ToveLlavaConfig(vision_config=tower_config(tmp_path), text_config=text_config(), **keys)
+
+
+def test_stock_llava_with_another_layer_is_refused(tmp_path):
+    model = make_llava(tmp_path, LlavaForConditionalGeneration)
+    model.config.vision_feature_layer = -2
+    with pytest.raises(ConfigError, match="clip_layer"):
+        model(**batch())
+
+
+def test_another_vision_configuration_is_refused():
+    with pytest.raises(ConfigError, match="CLIPVisionConfig"):
+        ToveLlavaConfig(vision_config=CLIPVisionConfig(), text_config=text_config())
+
+
+def test_configuration_follows_the_tower(tmp_path):
+    config = ToveLlavaConfig(vision_config=tower_config(tmp_path).to_dict(), text_config=text_config())
+    assert config.image_seq_length == 16
+    assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-1, "full")
+
+
+def test_builds_on_the_meta_device(tmp_path):
+    config = ToveLlavaConfig(vision_config=tower_config(tmp_path), text_config=text_config())
+    with torch.device("meta"):
+        model = ToveLlavaForConditionalGeneration(config)
+    assert all(p.is_meta for p in model.parameters())
+    assert not model.tower.is_loaded and isinstance(model.tower, ToveVisionModel)
+
+
+def test_experts_of_a_saved_clip_keep_their_order(tmp_path):
+    entries = expert_entries(tmp_path)
+    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries[::-1])
+    assert config.expert_names == ["normal", "edge", "depth"]
+    assert list(ToveVisionModel(config).fusion.embeddings) == ["normal", "edge", "depth"]

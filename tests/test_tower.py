@@ -323,17 +323,6 @@ def test_map_mode_embeds_a_dense_prediction(tmp_path, keys):
     assert all(p.grad is not None for p in tower.parameters())
 
 
-def test_map_units_do_not_matter(tmp_path):
-    entries = [e.replace(mode="map") for e in expert_entries(tmp_path, ("depth",))]
-    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
-    tower = ToveVisionModel(config).load_backbones().eval()
-    open_output(tower)
-    features = tower.encode(pixels())
-    expected = tower(features=features).last_hidden_state
-    features.experts["depth"] = features.experts["depth"] * 1000 + 7  # millimetres instead of metres, say
-    torch.testing.assert_close(tower(features=features).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
-
-
 @settings(max_examples=25, deadline=None)
 @given(h=st.integers(1, 12), w=st.integers(1, 12), size=st.integers(1, 9), value=st.floats(-5, 5, width=32))
 def test_resampling_keeps_constants_and_the_right_size(h, w, size, value):

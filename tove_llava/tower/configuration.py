@@ -92,8 +92,8 @@ class ToveVisionConfig(PreTrainedConfig):
                 f"Known keys: {', '.join(sorted(f.name for f in dataclasses.fields(ToveVisionConfig)))}"
             )
         super().__post_init__(**kwargs)
-        if isinstance(self.clip_config, dict):
-            self.clip_config = CLIPVisionConfig(**self.clip_config)
+        if not isinstance(self.clip_config, CLIPVisionConfig):
+            self.clip_config = CLIPVisionConfig(**(self.clip_config or {}))
         self.experts = [_as_dict(entry) for entry in self.experts]
         self.detached_experts = list(self.detached_experts)
         self.fusion_options = dict(self.fusion_options or {})

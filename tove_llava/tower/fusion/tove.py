@@ -67,8 +67,8 @@ class TokenEmbedding(nn.Module):
 class MapEmbedding(nn.Module):
     """Expert-specific first layer for a dense prediction: a small convolutional stem with the tower's patch size.
 
-    Each image's map is brought to zero mean and unit variance as a whole (its units are the expert's own business; the
-    relations between channels and places stay), then a 3x3 convolution, GELU, and a patch embedding, GELU.
+    A map's values are used as they are: bringing them to the order of 1 is the expert's business, it knows its units.
+    A 3x3 convolution, GELU, and a patch embedding, GELU.
     """
 
     def __init__(self, channels: int, width: int, *, image_size: int, patch_size: int, stem_width: int) -> None:
@@ -81,10 +81,7 @@ class MapEmbedding(nn.Module):
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
         """``[B,c,h,w]`` -> ``[B*N, stem_width*p*p]``."""
-        maps = resample_grid(features, self.image_size).float()
-        mean = maps.mean(dim=(1, 2, 3), keepdim=True)
-        std = maps.std(dim=(1, 2, 3), keepdim=True, correction=0)
-        maps = ((maps - mean) / (std + 1e-6)).to(self.conv.weight.dtype)
+        maps = resample_grid(features, self.image_size).to(self.conv.weight.dtype)  # [B,c,S,S]
         stem = F.gelu(self.conv(maps))  # [B,s,S,S]
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
         return patches.transpose(1, 2).flatten(0, 1)
