@@ -40,7 +40,8 @@ class Case:
 
 def timm_folder(architecture: str, **kwargs: Any) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
-        timm.models.save_for_hf(timm.create_model(architecture, **kwargs), str(folder), safe_serialization=True)
+        model = timm.create_model(architecture, **kwargs)
+        timm.models.save_for_hf(model, str(folder), model_args=kwargs, safe_serialization=True)
         return f"timm:local-dir:{folder}"
 
     return make

@@ -292,6 +292,15 @@ def test_a_pickle_of_more_than_tensors_is_refused(key, tmp_path, capsys):
     assert "the pickle ran" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("key", ["dinov2", "eva-open_clip", "depth-segformer"])
+def test_a_pickle_beside_safetensors_is_left_alone(key, tmp_path, capsys):
+    spec = CASES[key].spec(tmp_path)
+    torch.save({"payload": Payload()}, tmp_path / "pytorch_model.bin")
+    expert = build_expert(spec)
+    expert.load()
+    assert expert.is_loaded and "the pickle ran" not in capsys.readouterr().out
+
+
 def test_a_weights_file_of_more_than_tensors_is_refused(tmp_path, capsys):
     file = tmp_path / "edges.pth"
     torch.save({"payload": Payload()}, file)
@@ -349,6 +358,7 @@ def test_another_model_than_the_recorded_one(tmp_path):
         ({"name": "eva", "source": "open_clip:ViT-B-32/openai"}, "not a timm model"),
         ({"name": "edge", "source": "kornia:nosuchthing"}, "kornia has no 'nosuchthing'"),
         ({"name": "eva", "source": "open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "revision": "main"}, "no revision"),
+        ({"name": "edge", "source": "kornia:dexined", "revision": "main"}, "no revision"),
         ("eva", "a mapping with a 'name'"),
     ],
 )

@@ -25,6 +25,8 @@ class EvaOpenClip(TimmExpert):
 
     def configure(self) -> int:
         self._vision, preprocess = _read_config(self.source)
+        pool = self._vision.get("timm_pool")  # decides whether the norm lies before or after the pooling
+        self._model_args: dict[str, Any] = {"global_pool": pool} if pool else {}
         if self.spec.revision:
             raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")
         self._hub = preprocess.get("hf_hub", "").strip("/")
@@ -42,7 +44,7 @@ class EvaOpenClip(TimmExpert):
             )
             trunk = clip.visual.trunk
         else:
-            trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size)
+            trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size, **self._model_args)
         trunk.reset_classifier(0)
         return trunk
 

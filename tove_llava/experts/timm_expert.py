@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import timm
 from torch import Tensor, nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts.base import Expert
 from tove_llava.sources import Source, TimmSource
 
@@ -26,28 +26,26 @@ class TimmExpert(Expert):
     option_names = ("layer", "norm")
     build_at_image_size: ClassVar[bool] = True  # False for models that take other sizes than they were built for
 
-    @property
-    def _model_name(self) -> str:
-        path = self.source.path
-        return f"local-dir:{path}" if path is not None else self.source.target
-
     def configure(self) -> int:
-        config, args = _read_config(self.source)
-        self._pretrained_cfg = config
+        self._architecture, self._pretrained_cfg, self._model_args = _read_config(self.source)
+        config = self._pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation = _INTERPOLATIONS.get(config.get("interpolation", "bicubic"), "bicubic")
-        size = args.get("img_size") or config["input_size"][-1]
+        size = self._model_args.get("img_size") or config["input_size"][-1]
         return size[0] if isinstance(size, (list, tuple)) else size
 
     def build(self, pretrained: bool) -> nn.Module:
-        size = {"img_size": self.image_size} if self.build_at_image_size else {}
-        overlay = None
+        args, config = dict(self._model_args), dict(self._pretrained_cfg)
+        if self.build_at_image_size:
+            args["img_size"] = self.image_size
         if self.spec.revision:
             if self.source.path is not None:
                 raise ConfigError(f"expert {self.name!r}: a local folder has no revision {self.spec.revision!r}")
-            overlay = {"hf_hub_id": f"{self._pretrained_cfg['hf_hub_id']}@{self.spec.revision}"}
+            config["hf_hub_id"] = f"{config['hf_hub_id']}@{self.spec.revision}"
+        if pretrained and self.source.path is not None:
+            config["file"] = str(_weights(self.source))
         # With the head it was saved with, timm loads strictly; only then is the head taken off.
-        model = timm.create_model(self._model_name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **size)
+        model = timm.create_model(self._architecture, pretrained=pretrained, pretrained_cfg=config, **args)
         model.reset_classifier(0)
         return model
 
@@ -73,8 +71,12 @@ class TimmExpert(Expert):
         return _SPDX.get(licence, licence)
 
     def save_backbone(self, folder: Path) -> Source:
-        data = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
-        timm.models.save_for_hf(self.network, str(folder), safe_serialization=True, data_config=data)
+        read = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
+        self.network.pretrained_cfg = {**self.network.pretrained_cfg, **read, "num_classes": 0}
+        args = {**self._model_args, "num_classes": 0}
+        if self.build_at_image_size:
+            args["img_size"] = self.image_size  # positions are saved as they were interpolated to this size
+        timm.models.save_for_hf(self.network, str(folder), model_args=args, safe_serialization=True)
         return TimmSource("").at(folder)
 
 
@@ -84,21 +86,33 @@ def _block(layer: int, depth: int, name: str) -> int:
     return layer % depth
 
 
-def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """timm's preprocessing configuration and model arguments of a source."""
-    if source.path is not None:
-        file = source.require() / "config.json"
-        try:
-            content = json.loads(file.read_text())
-            return content["pretrained_cfg"], content.get("model_args") or {}
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error
-    try:
-        config = timm.models.get_pretrained_cfg(source.target)
-    except RuntimeError as error:
-        raise ConfigError(f"source {source}: {error}") from error
-    if config is None or not timm.is_model(source.target):
-        raise ConfigError(
-            f"source {source}: timm {timm.__version__} has no such model or tag; see timm.list_pretrained()"
+def _weights(source: Source) -> Path:
+    """The folder's safetensors file. It is named to timm, whose older releases would rather open a pickle beside it."""
+    file = source.require() / "model.safetensors"
+    if not file.is_file():
+        raise CheckpointError(
+            f"source {source}: no model.safetensors in the folder. A pickle (.bin, .pth) is not opened, for it could "
+            "run code. Convert them to safetensors: timm's save_for_hf(..., safe_serialization=True)"
         )
-    return config.to_dict(), {}
+    return file
+
+
+def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """timm's architecture, preprocessing configuration and model arguments of a source."""
+    if source.path is None:
+        try:
+            config = timm.models.get_pretrained_cfg(source.target)
+        except RuntimeError as error:
+            raise ConfigError(f"source {source}: {error}") from error
+        if config is None or not timm.is_model(source.target):
+            raise ConfigError(
+                f"source {source}: timm {timm.__version__} has no such model or tag; see timm.list_pretrained()"
+            )
+        return source.target, config.to_dict(), {}
+    file = source.require() / "config.json"
+    try:
+        content = json.loads(file.read_text())
+        config = {**content["pretrained_cfg"], "num_classes": content.get("num_classes", 0)}
+        return content["architecture"], config, content.get("model_args") or {}
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error
