@@ -3,6 +3,7 @@
 import math
 import os
 import stat
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -89,9 +90,10 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{file} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{file} is too large to be decoded safely: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # Pillow's ways of reporting damage
-        if isinstance(error, DataError):
-            raise
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, struct.error) as error:
+        # All of these are Pillow's ways of reporting damage.
         raise DataError(f"{file} is damaged ({error}); replace the file or take the record out") from error
 
 

@@ -1,0 +1,287 @@
+"""Pictures: golden pixels, odd kinds of files, and files that are not what they claim."""
+
+import hashlib
+import importlib.util
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tove_llava.data import ImageTransform, open_image, to_rgb
+from tove_llava.data.images import CLIP_MEAN, CLIP_STD, pad_to_square, resolve_image
+from tove_llava.errors import ConfigError, DataError
+
+
+def _bytes(pixels: torch.Tensor) -> np.ndarray:
+    """The 8-bit picture [H, W, 3] behind normalised pixels [3, H, W]."""
+    mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
+    return ((pixels * std + mean) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def test_golden_pixels(conformance: Path) -> None:
+    golden = np.load(conformance / "llava" / "image_preprocess.npz", allow_pickle=False)
+    assert len(golden["keys"]) == 12
+    for key in map(str, golden["keys"]):
+        stem, mode = key.rsplit("__", 1)
+        transform = ImageTransform(336, "pad" if mode == "pad" else "square")
+        pixels = transform.open(conformance / "llava" / "images" / f"{stem}.png")
+        assert pixels.dtype == torch.float32
+        assert hashlib.sha256(_bytes(pixels).tobytes()).hexdigest() == str(golden[f"{key}/u8_sha256"]), key
+        # The golden slices are float16, whose step just below 4 is 0.002.
+        torch.testing.assert_close(
+            pixels[:, ::7, ::7], torch.tensor(golden[f"{key}/slice7"]).float(), atol=1e-3, rtol=0
+        )
+        torch.testing.assert_close(pixels.double().mean((1, 2)), torch.tensor(golden[f"{key}/mean"]), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (96, 96), (7, 5), (200, 101)])
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_pixels_are_pillows_own_bicubic_resize(aspect_ratio: Any, size: tuple[int, int]) -> None:
+    """LLaVA's preparation written out with Pillow alone, for clones that lack the golden pixels."""
+    picture = expected = Image.fromarray(_noise(*size))
+    if aspect_ratio == "pad":
+        side = max(size)
+        expected = Image.new("RGB", (side, side), (122, 116, 104))
+        expected.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    short = min(expected.size)
+    width, height = (int(96 * length / short) for length in expected.size)
+    left, top = (width - 96) // 2, (height - 96) // 2
+    expected = expected.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 96, top + 96))
+    np.testing.assert_array_equal(_bytes(ImageTransform(96, aspect_ratio)(picture)), np.asarray(expected))
+
+
+def test_square_crops_and_pad_pads() -> None:
+    picture = Image.new("RGB", (200, 100), (255, 0, 0))
+    picture.paste((0, 0, 255), (0, 0, 50, 100))
+    cropped = _bytes(ImageTransform(64, "square")(picture))
+    assert (cropped[:, 4:, 0] == 255).all()  # the blue quarter is cut off
+    padded = _bytes(ImageTransform(64, "pad")(picture))
+    assert tuple(padded[2, 32]) == tuple(int(value * 255) for value in CLIP_MEAN)
+    assert tuple(padded[32, 4]) == (0, 0, 255)
+
+
+def test_pad_to_square_keeps_the_picture_in_the_middle() -> None:
+    square = pad_to_square(Image.new("RGB", (3, 8), (9, 9, 9)), (1, 2, 3))
+    assert square.size == (8, 8)
+    assert [square.getpixel((x, 0)) for x in range(8)] == [(1, 2, 3)] * 2 + [(9, 9, 9)] * 3 + [(1, 2, 3)] * 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
+@pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
+def test_every_mode_comes_out_as_rgb(mode: str, aspect_ratio: Any) -> None:
+    picture = Image.fromarray(_noise(30, 20)).convert("RGB")
+    picture = picture.convert("L").convert(mode) if mode in ("LA", "PA", "1") else _convert(picture, mode)
+    pixels = ImageTransform(32, aspect_ratio)(picture)
+    assert pixels.shape == (3, 32, 32)
+    assert pixels.isfinite().all()
+
+
+def _convert(picture: Image.Image, mode: str) -> Image.Image:
+    if mode == "LAB":
+        from PIL import ImageCms
+
+        profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+        return ImageCms.applyTransform(picture, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    return picture.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
+def test_16_bits_are_scaled_not_clipped(mode: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(4, 0)
+    if mode == "I":
+        picture = Image.fromarray(ramp.astype(np.int32))
+    elif mode == "I;16B":
+        picture = Image.frombytes("I;16B", (64, 4), ramp.astype(">u2").tobytes())
+    else:
+        Image.fromarray(ramp).save(tmp_path / "ramp.png")
+        picture = open_image(tmp_path / "ramp.png")
+        assert picture.mode.startswith("I")
+    grey = np.asarray(to_rgb(picture))[0, :, 0]
+    np.testing.assert_allclose(grey, ramp[0] / 257, atol=0.51)
+
+
+def test_pictures_of_unknown_range_are_refused() -> None:
+    with pytest.raises(DataError, match="floating-point"):
+        to_rgb(Image.fromarray(np.zeros((2, 2), np.float32)))
+    with pytest.raises(DataError, match="32-bit"):
+        to_rgb(Image.fromarray(np.full((2, 2), 70000, np.int32)))
+
+
+def test_exif_orientation_is_llavas_by_default_and_turns_on_request(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    picture = open_image(tmp_path / "turned.jpg")
+    assert to_rgb(picture).size == (40, 20)
+    assert to_rgb(picture, exif_transpose=True).size == (20, 40)
+    as_stored = ImageTransform(16, "pad").open(tmp_path / "turned.jpg")
+    upright = ImageTransform(16, "pad", exif_transpose=True).open(tmp_path / "turned.jpg")
+    assert torch.equal(upright, as_stored.transpose(1, 2))
+
+
+def test_transparency_is_dropped_as_in_llava_or_laid_on_a_colour() -> None:
+    picture = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert to_rgb(picture).getpixel((0, 0)) == (10, 20, 30)
+    assert to_rgb(picture, background=(255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30])
+    palette.info["transparency"] = 0
+    assert to_rgb(palette, background=(255, 0, 0)).getpixel((0, 0)) == (255, 0, 0)
+
+
+def _library_photographs() -> list[Path]:
+    files = []
+    for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
+        spec = importlib.util.find_spec(package)
+        if spec is not None and spec.origin is not None:
+            folder_path = Path(spec.origin).parent / folder
+            files += [file for file in folder_path.iterdir() if file.suffix in (".png", ".jpg", ".gif")]
+    return sorted(files)
+
+
+@pytest.mark.parametrize("file", _library_photographs(), ids=lambda file: file.name)
+def test_photographs_of_other_libraries(file: Path) -> None:
+    for aspect_ratio in ("square", "pad"):
+        pixels = ImageTransform(64, aspect_ratio).open(file)
+        assert pixels.shape == (3, 64, 64)
+        assert pixels.std() > 0.1  # something is to be seen
+
+
+# --- files that cannot be used ----------------------------------------------------------------------------------------
+
+
+def _picture_bytes(kind: str, **options: Any) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(_noise(50, 40)).save(data, kind, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
+def test_a_truncated_file_is_damaged(kind: str, tmp_path: Path) -> None:
+    data = _picture_bytes(kind)
+    file = tmp_path / "half.img"
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="half.img.*(damaged|not a picture)"):
+        open_image(file)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>404</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0" * 99]
+)
+def test_what_is_no_picture_is_refused(data: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "page.jpg"
+    file.write_bytes(data)
+    with pytest.raises(DataError, match="page.jpg is not a picture"):
+        open_image(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no image file .*absent.jpg"):
+        open_image(tmp_path / "absent.jpg")
+
+
+def test_damage_never_escapes_as_another_exception(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    transform = ImageTransform(16, "pad", exif_transpose=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = tmp_path / "x.img"
+    originals = [_picture_bytes(kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
+    originals += [_picture_bytes(kind) for kind in ("GIF", "BMP", "PPM")]
+    opened = 0
+    for _ in range(300):
+        data = bytearray(originals[rng.integers(len(originals))])
+        for position in rng.integers(0, min(len(data), 300), rng.integers(0, 8)):
+            data[position] = rng.integers(256)
+        file.write_bytes(bytes(data[: rng.integers(1, len(data) + 1)]) if rng.random() < 0.3 else bytes(data))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                opened += transform.open(file).shape == (3, 16, 16)
+            except DataError as error:
+                assert "x.img" in str(error)
+    assert opened > 30
+
+
+def test_a_decompression_bomb_is_refused_unread(tmp_path: Path) -> None:
+    Image.new("1", (4000, 3000)).save(tmp_path / "bomb.png")
+    with pytest.raises(DataError, match="bomb.png has 4000 x 3000 pixels"):
+        open_image(tmp_path / "bomb.png", max_pixels=1_000_000)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(DataError, match="huge.png is too large"):
+            open_image(tmp_path / "huge.png")
+
+
+@pytest.mark.parametrize(("aspect_ratio", "size"), [("pad", (30_000, 2)), ("square", (1, 20_000))])
+def test_a_picture_that_grows_into_a_bomb_is_refused(aspect_ratio: Any, size: tuple[int, int], tmp_path: Path) -> None:
+    """Padding the one, or resizing the short side of the other, would take gigabytes."""
+    Image.new("L", size).save(tmp_path / "line.png")
+    with pytest.raises(DataError, match="line.png: .*too long and thin"):
+        ImageTransform(336, aspect_ratio).open(tmp_path / "line.png")
+
+
+def test_an_unknown_aspect_ratio_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'anyres'.*square, pad"):
+        ImageTransform(336, "anyres")  # type: ignore[arg-type]
+
+
+# --- names in records -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    for name in ("images/a.png", "images/sub/b.png", "outside.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    return tmp_path / "images"
+
+
+def test_names_inside_the_folder_are_found(folder: Path) -> None:
+    for name in ("a.png", "sub/b.png", "sub/../a.png", "./a.png"):
+        assert resolve_image(folder, name).samefile(folder / name)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "sub/../../outside.png", "..", "sub/../.."])
+def test_names_that_leave_the_folder_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(DataError, match="leads out of the image folder"):
+        resolve_image(folder, name)
+
+
+def test_absolute_names_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="absolute path"):
+        resolve_image(folder, str(folder / "a.png"))
+
+
+def test_links_out_of_the_folder_are_refused_unless_allowed(folder: Path) -> None:
+    (folder / "link.png").symlink_to(folder.parent / "outside.png")
+    (folder / "linked").symlink_to(folder.parent)
+    (folder / "inner.png").symlink_to(folder / "a.png")
+    for name in ("link.png", "linked/outside.png"):
+        with pytest.raises(DataError, match="through a link"):
+            resolve_image(folder, name)
+        assert resolve_image(folder, name, allow_links=True).exists()
+    assert resolve_image(folder, "inner.png").exists()
+
+
+def test_the_folder_itself_may_be_a_link(folder: Path) -> None:
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    assert resolve_image(link, "a.png").exists()
+
+
+def test_missing_files_and_folders_are_refused(folder: Path) -> None:
+    with pytest.raises(DataError, match="no image 'absent.png'"):
+        resolve_image(folder, "absent.png")
+    with pytest.raises(DataError, match="not a file"):
+        resolve_image(folder, "sub")
