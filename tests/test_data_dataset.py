@@ -1,0 +1,319 @@
+"""The data set and its batches."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import decode_spans, train_sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tove_llava.data import (
+    IGNORE_INDEX,
+    IMAGE_TOKEN_INDEX,
+    Encoded,
+    ImageTransform,
+    LlavaCollator,
+    LlavaDataset,
+    load_tokenizer,
+)
+from tove_llava.data.dataset import truncate
+from tove_llava.errors import ConfigError, DataError
+
+TOKENS = 9  # an image's
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("tokenizer")))
+
+
+def turns(*values: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
+
+
+RECORDS: list[dict[str, Any]] = [
+    {"id": "one", "image": "red.png", "conversations": turns("<image>\nWhat?", "Red.")},
+    {"id": "text", "conversations": turns("Hello", "Hi.", "Well?", "Yes.")},
+    {"id": "two", "image": ["blue.png", "red.png"], "conversations": turns("<image> or <image>?", "Blue.")},
+]
+
+
+@pytest.fixture
+def make(tmp_path: Path, tokenizer: Any) -> Callable[..., LlavaDataset]:
+    (tmp_path / "images").mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
+        Image.new("RGB", (20, 10), colour).save(tmp_path / "images" / f"{name}.png")
+
+    def build(records: list[Any] | None = None, **options: Any) -> LlavaDataset:
+        (tmp_path / "data.json").write_text(json.dumps(RECORDS if records is None else records))
+        settings: dict[str, Any] = {
+            "template": "v1",
+            "image_transform": ImageTransform(12, "square"),
+            "num_image_tokens": TOKENS,
+            "model_max_length": 400,
+            "image_folder": tmp_path / "images",
+        }
+        return LlavaDataset(tmp_path / "data.json", tokenizer=tokenizer, **{**settings, **options})
+
+    return build
+
+
+def test_examples(make: Any, tokenizer: Any) -> None:
+    dataset = make()
+    one, text, two = (dataset[index] for index in range(len(dataset)))
+    assert one["input_ids"].dtype == one["labels"].dtype == torch.long
+    assert one["pixel_values"].shape == (1, 3, 12, 12)
+    assert text["pixel_values"] is None
+    assert decode_spans(tokenizer, text["labels"].tolist()) == [" Hi.</s>", " Yes.</s>"]
+    assert (two["input_ids"] == IMAGE_TOKEN_INDEX).sum() == 2
+    # in the order of the placeholders: blue, then red
+    assert two["pixel_values"][0, 2, 0, 0] > two["pixel_values"][0, 0, 0, 0]
+    assert two["pixel_values"][1, 0, 0, 0] > two["pixel_values"][1, 2, 0, 0]
+    assert torch.equal(two["pixel_values"][1], one["pixel_values"][0])
+    assert str(dataset.report) == "all 3 records are trained on"
+    assert dataset.modality_lengths == [3, -4, 4]
+
+
+def test_batches(make: Any, tokenizer: Any) -> None:
+    dataset = make()
+    examples = [dataset[index] for index in range(3)]
+    collate = LlavaCollator(pad_token_id=0, image_token_id=len(tokenizer), num_image_tokens=TOKENS)
+    batch = collate(examples)
+    lengths = [len(e["input_ids"]) + int((e["input_ids"] < 0).sum()) * (TOKENS - 1) for e in examples]
+    assert batch["input_ids"].shape == (3, max(lengths))  # no needless padding
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert batch["pixel_values"].shape == (3, 3, 12, 12)
+    assert torch.equal(batch["pixel_values"][1:], examples[2]["pixel_values"])
+    image = batch["input_ids"] == len(tokenizer)
+    assert image.sum(1).tolist() == [TOKENS, 0, 2 * TOKENS]
+    assert (batch["labels"][image] == IGNORE_INDEX).all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == IGNORE_INDEX).all()
+    for row, example in enumerate(examples):
+        kept = batch["labels"][row][batch["labels"][row] >= 0]
+        assert torch.equal(kept, example["labels"][example["labels"] >= 0])
+        ids = batch["input_ids"][row, : lengths[row]]
+        assert torch.equal(ids[ids != len(tokenizer)], example["input_ids"][example["input_ids"] >= 0])
+
+
+def test_a_text_batch_has_no_pixels(make: Any) -> None:
+    batch = LlavaCollator(0, 999, TOKENS)([make()[1]])
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_attention_comes_from_lengths_not_from_ids(make: Any) -> None:
+    """LLaVA takes a genuine <unk> (id 0, its padding) out of the text."""
+    dataset = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])
+    example = dataset[0]
+    assert (example["input_ids"] == 0).any()
+    batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1)([example])
+    assert batch["attention_mask"].all()
+
+
+@pytest.mark.parametrize("multiple", [1, 8, 64])
+def test_width_is_rounded_up_on_request(make: Any, multiple: int) -> None:
+    example = make()[1]
+    width = LlavaCollator(0, 999, TOKENS, multiple_of=multiple)([example])["input_ids"].shape[1]
+    assert width % multiple == 0
+    assert 0 <= width - len(example["input_ids"]) < multiple
+
+
+def test_a_collator_refuses_what_would_go_wrong_later() -> None:
+    ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
+    example: Any = {"input_ids": ids, "labels": ids, "pixel_values": None}
+    with pytest.raises(DataError, match="1 image placeholders and 0 images"):
+        LlavaCollator(0, 9, 4)([example])
+    with pytest.raises(DataError, match="contains the image token's id 5"):
+        LlavaCollator(0, 5, 4)([{**example, "pixel_values": torch.zeros(1, 3, 2, 2)}])
+    with pytest.raises(ConfigError, match="num_image_tokens"):
+        LlavaCollator(0, 5, 0)
+    with pytest.raises(ConfigError, match="multiple_of"):
+        LlavaCollator(0, 5, 1, multiple_of=0)
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_loader_workers(make: Any, start: str) -> None:
+    dataset = make()
+    collate = LlavaCollator(0, 999, TOKENS)
+    options = {"batch_size": 2, "collate_fn": collate}
+    if start == "spawn":
+        pickle.loads(pickle.dumps((dataset, collate)))  # all that spawning needs; starting one takes long
+        return
+    alone = list(DataLoader(dataset, **options))
+    workers = list(DataLoader(dataset, **options, num_workers=2, multiprocessing_context=start))
+    for ours, theirs in zip(workers, alone, strict=True):
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# --- length -----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    ids=st.lists(st.sampled_from([IMAGE_TOKEN_INDEX, 3, 4, 5]), max_size=40),
+    limit=st.integers(1, 60),
+    tokens=st.integers(1, 9),
+)
+def test_truncation(ids: list[int], limit: int, tokens: int) -> None:
+    cut = truncate(Encoded(ids, list(ids)), limit, tokens).input_ids
+    cost = [tokens if token == IMAGE_TOKEN_INDEX else 1 for token in ids]
+    assert cut == ids[: len(cut)]
+    assert sum(cost[: len(cut)]) <= limit
+    assert len(cut) == len(ids) or sum(cost[: len(cut) + 1]) > limit  # and no more is cut than must be
+
+
+def test_a_long_answer_is_cut(make: Any) -> None:
+    dataset = make([{"id": "long", "image": "red.png", "conversations": turns("<image>\nTell.", "kite " * 999)}])
+    batch = LlavaCollator(0, 999, TOKENS)([dataset[0]])
+    assert batch["input_ids"].shape == (1, 400)
+    assert (batch["labels"] >= 0).sum() > 50
+    assert dataset.report.counts.total() == 0
+
+
+def test_an_image_beyond_the_cut_is_left_out_with_its_pixels(make: Any) -> None:
+    conversation = turns("Tell.", "kite " * 999, "And this? <image>", "Red.")
+    dataset = make([{"id": "late", "image": "red.png", "conversations": conversation}])
+    example = dataset[0]
+    assert example["pixel_values"] is None
+    assert IMAGE_TOKEN_INDEX not in example["input_ids"]
+    assert len(example["input_ids"]) == 400
+
+
+UNTRAINABLE = [
+    {"id": "cut", "image": "red.png", "conversations": turns("<image>\n" + "stone lantern " * 400, "Lost.")},
+    {"id": "mute", "conversations": turns("Hello?", "")},
+    {"id": "open", "conversations": turns("Hello?")},
+]
+
+
+def test_records_without_supervision_are_left_out_and_counted(make: Any) -> None:
+    dataset = make([*RECORDS, *UNTRAINABLE])
+    assert [record.id for record in dataset.records] == ["one", "text", "two"]
+    assert dataset.report.total == 6
+    assert dataset.report.left_out == {
+        "the answers lie beyond model_max_length 400": ["cut"],
+        "no answer to learn from": ["mute", "open"],
+    }
+    assert str(dataset.report).splitlines()[0] == "3 of 6 records are left out:"
+    assert "2: no answer to learn from (mute, open)" in str(dataset.report)
+
+
+@pytest.mark.parametrize("raw", UNTRAINABLE, ids=lambda raw: raw["id"])
+def test_records_without_supervision_may_be_an_error(make: Any, raw: Any) -> None:
+    with pytest.raises(DataError, match=rf"data.json: record 1 \(id '{raw['id']}'\): .*"):
+        make([RECORDS[0], raw], unsupervised="error")
+
+
+def test_nothing_left_is_an_error(make: Any) -> None:
+    with pytest.raises(DataError, match="nothing is left to train on; 3 of 3 records are left out"):
+        make(UNTRAINABLE)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    question=st.lists(st.sampled_from(["a", " ", "kite ", "這", "🙂", "\n", "  ", "</s>"]), max_size=60).map("".join),
+    limit=st.integers(50, 400),
+    image=st.booleans(),
+)
+def test_what_is_kept_has_something_to_learn(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, question: str, limit: int, image: bool
+) -> None:
+    """Whether an answer survives is decided without tokenising where that is safe; it must be the true answer."""
+    folder = tmp_path_factory.mktemp("data")
+    raw = {"id": "x", "conversations": turns(("<image>\n" if image else "") + question, "Yes.")}
+    raw |= {"image": "x.png"} if image else {}
+    (folder / "data.json").write_text(json.dumps([raw, {"id": "short", "conversations": turns("a", "b")}]))
+
+    def build(length: int) -> LlavaDataset:
+        return LlavaDataset(
+            folder / "data.json",
+            folder,
+            tokenizer,
+            "llava_v1",
+            ImageTransform(12),
+            num_image_tokens=TOKENS,
+            model_max_length=length,
+            check_files=False,
+        )
+
+    whole = build(100_000)
+    kept = truncate(whole.encode(whole.records[0]), limit, TOKENS).num_supervised > 0
+    try:
+        ids = [record.id for record in build(limit).records]
+    except DataError:
+        ids = []
+    assert ("x" in ids) == kept
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _with_image(name: Any) -> list[dict[str, Any]]:
+    return [RECORDS[1], {"id": "bad", "image": name, "conversations": turns("<image>\nWhat?", "Red.")}]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.png", "there is no image 'absent.png'"),
+        ("../data.json", "leads out of the image folder"),
+        ("/etc/hostname", "absolute path"),
+    ],
+)
+def test_images_are_looked_for_at_once(make: Any, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=rf"data.json: record 1 \(id 'bad'\): .*{message}"):
+        make(_with_image(name))
+    lazy = make(_with_image(name), check_files=False)
+    with pytest.raises(DataError, match=message):
+        lazy[1]
+
+
+def test_a_damaged_image_names_its_record(make: Any, tmp_path: Path) -> None:
+    (tmp_path / "images" / "page.png").write_bytes(b"<html>")
+    with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad'\): .*page.png is not a picture"):
+        make(_with_image("page.png"))[1]
+
+
+def test_image_folder_is_asked_for(make: Any) -> None:
+    with pytest.raises(DataError, match="--image_folder"):
+        make(image_folder=None)
+    assert len(make([RECORDS[1]], image_folder=None)) == 1
+
+
+def test_a_placeholder_without_image_is_found_at_once(make: Any) -> None:
+    with pytest.raises(DataError, match=r"record 0 \(id 'x'\): 1 <image> placeholder for 0 images"):
+        make([{"id": "x", "conversations": turns("<image>\nWhat?", "Red.")}])
+
+
+def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    folder = tmp_path / "images"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("P").save(folder / "palette.png")
+    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    picture.save(folder / "turned.jpg", exif=exif)
+    names = ["grey.jpg", "alpha.png", "cmyk.jpg", "palette.png", "deep.png", "turned.jpg"]
+    records = [{"id": n, "image": n, "conversations": turns("<image>\nWhat?", "Noise.")} for n in names]
+    for aspect_ratio in ("square", "pad"):
+        dataset = make(records, image_transform=ImageTransform(12, aspect_ratio))
+        batch = LlavaCollator(0, 999, TOKENS)([dataset[index] for index in range(len(dataset))])
+        assert batch["pixel_values"].shape == (6, 3, 12, 12)
+        assert batch["pixel_values"].isfinite().all()
+        assert (batch["pixel_values"].flatten(1).std(1) > 0.1).all()
+
+
+def test_an_unknown_policy_is_refused(make: Any) -> None:
+    with pytest.raises(ConfigError, match="'ignore'.*drop or error"):
+        make(unsupervised="ignore")

@@ -1,0 +1,202 @@
+"""Reading LLaVA's format, and what it says about records that it cannot use."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tove_llava.data import Turn, get_template, load_records, parse_record, read_records
+from tove_llava.data.records import prepare_turns
+from tove_llava.errors import DataError
+
+V1, PLAIN, MMTAG = get_template("v1"), get_template("plain"), get_template("v1_mmtag")
+
+
+def record(*values: str, image: Any = None, first: str = "human") -> dict[str, Any]:
+    roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    conversations = [{"from": roles[index % 2], "value": value} for index, value in enumerate(values)]
+    return {"id": "r1", "conversations": conversations} | ({"image": image} if image is not None else {})
+
+
+def prepared(raw: dict[str, Any], template: Any = V1) -> list[str | None]:
+    return [turn.text for turn in prepare_turns(parse_record(raw, 7, "data.json"), template)]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_json_and_jsonl_are_the_same(tmp_path: Path) -> None:
+    rows = [record("a", "b"), record("c\u2028d", "é")]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "bom.json").write_text(json.dumps(rows), encoding="utf-8-sig")
+    for name in ("a.json", "a.jsonl", "bom.json"):
+        assert read_records(tmp_path / name) == rows
+    assert [parsed.index for parsed in load_records(tmp_path / "a.json")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no records"),
+        (b"[]", "holds no records"),
+        (b"[{]", "x.json is not valid JSON"),
+        (b'{"id": 1}\n{"id": \n', "x.json, line 2 is not valid JSON"),
+        (b"\xff\xfe[1]", "not UTF-8"),
+    ],
+)
+def test_files_that_cannot_be_read(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / "x.json")
+
+
+def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no data file .*absent.json.*--data_path"):
+        read_records(tmp_path / "absent.json")
+    with pytest.raises(DataError, match="is a folder"):
+        read_records(tmp_path)
+
+
+# --- structure --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("text", "record 7 is a str"),
+        ({"id": "r1"}, "has no 'conversations'"),
+        ({"id": "r1", "conversations": []}, "at least one turn"),
+        ({"id": "r1", "conversations": "hello"}, "at least one turn"),
+        ({"id": "r1", "conversations": ["hello"]}, "turn 1 must be an object"),
+        ({"id": "r1", "conversations": [{"from": "human"}]}, "turn 1 must be an object with 'from' and 'value'"),
+        (
+            {"id": "r1", "conversations": [{"from": "human", "value": None}]},
+            "value of turn 1 must be a string, not None",
+        ),
+        (
+            {"id": "r1", "conversations": [{"from": "Human", "value": "x"}]},
+            "from 'Human'; 'from' must be 'human' or 'gpt'",
+        ),
+        ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "must be 'human' or 'gpt'"),
+        (record("x", image=3), "'image' must be a file name"),
+        (record("x", image=["a.png", 3]), "'image' must be a file name"),
+        (record("x", image=""), "'image' must be a file name"),
+    ],
+)
+def test_malformed_records(raw: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        parse_record(raw, 7, "data.json")
+    assert str(caught.value).startswith("data.json: record 7")
+    if isinstance(raw, dict):
+        assert "(id 'r1')" in str(caught.value)
+
+
+def test_ids_may_be_numbers_absent_or_repeated() -> None:
+    assert parse_record({**record("a", "b"), "id": 12}).id == "12"
+    assert parse_record({"conversations": record("a", "b")["conversations"]}, 3).where == "record 3"
+
+
+@pytest.mark.parametrize("image", [None, []])
+def test_no_image(image: Any) -> None:
+    assert parse_record({**record("a", "b"), "image": image}).images == ()
+
+
+# --- turns ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "message"),
+    [
+        (["only me"], "gpt", "no human turn"),
+        (["a", "b", "c"], "gpt", None),
+    ],
+)
+def test_a_first_turn_of_the_assistant_is_dropped(values: list[str], first: str, message: str | None) -> None:
+    raw = record(*values, first=first)
+    if message:
+        with pytest.raises(DataError, match=f"data.json: record 7 .id 'r1'.: {message}"):
+            prepared(raw)
+    else:
+        assert prepared(raw) == ["b", "c"]
+
+
+def test_wrong_alternation_is_refused() -> None:
+    raw = record("a", "b")
+    raw["conversations"][1]["from"] = "human"
+    with pytest.raises(DataError, match="turn 2 is the user's"):
+        prepared(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<image>\nWhat?", "<image>\nWhat?"),
+        ("What?\n<image>", "<image>\nWhat?"),
+        ("<image>What?", "<image>\nWhat?"),
+        ("  Look <image> here. ", "<image>\nLook  here."),
+        ("<image>\n", "<image>"),
+        ("<image> and <image>", "<image>\nand"),
+    ],
+)
+def test_one_image_moves_to_the_front_of_its_turn(text: str, expected: str) -> None:
+    assert prepared(record(text, "b", image="a.png")) == [expected, "b"]
+    assert prepared(record("hello", "b", text, "d", image=["a.png"])) == ["hello", "b", expected, "d"]
+
+
+def test_several_images_in_one_turn_stay_where_they_are() -> None:
+    text = "First <image>, then <image>: what changed?"
+    assert prepared(record(text, "b", image=["a.png", "b.png"])) == [text, "b"]
+    separate = record("What? <image>", "b", "And <image>?", "d", image=["a.png", "b.png"])
+    assert prepared(separate) == ["<image>\nWhat?", "b", "<image>\nAnd ?", "d"]
+
+
+def test_tags_go_around_each_image() -> None:
+    assert prepared(record("What? <image>", "b", image="a.png"), MMTAG)[0] == "<Image><image></Image>\nWhat?"
+    both = prepared(record("<image> <image>", "b", image=["a.png", "b.png"]), MMTAG)
+    assert both[0] == "<Image><image></Image> <Image><image></Image>"
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (record("What?", "b", image="a.png"), "0 <image> placeholders for 1 image;"),
+        (record("<image> a", "b", "<image> c", "d", image="a.png"), "2 <image> placeholders for 1 image;"),
+        (record("<image> a", "b", image=["a.png", "b.png"]), "1 <image> placeholder for 2 images;"),
+        (record("<image> <image> <image>", "b", image=["a.png", "b.png"]), "3 <image> placeholders for 2 images;"),
+        (record("<image>\nWhat?", "b"), "1 <image> placeholder for 0 images"),
+        (record("What?\n<image>", "b"), "1 <image> placeholder for 0 images"),
+        (record("<image>", "b", "What?", image="a.png", first="gpt"), "0 <image> placeholders for 1 image;"),
+    ],
+)
+def test_placeholders_must_match_images(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"data.json: record 7 .id 'r1'.: {message}.*its own file name"):
+        prepared(raw)
+    assert prepare_turns(parse_record(raw), V1, check_images=False)
+
+
+def test_a_placeholder_that_is_talked_about_is_text() -> None:
+    texts = ["What does <image> mean in a prompt?", "<image> marks the place."]
+    assert prepared(record(*texts)) == texts
+
+
+def test_plain_looks_at_no_roles() -> None:
+    assert prepared(record("<image>", "a kite", image="a.png", first="gpt"), PLAIN) == ["<image>", "a kite"]
+    turns = prepare_turns(parse_record(record("Say. <image>", "a kite", image="a.png")), PLAIN)
+    assert turns == [Turn("user", "<image>\nSay."), Turn("assistant", "a kite")]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (record("<image>", "a", "b", image="a.png"), "one question and one answer, not 3 turns"),
+        (record("hello", "a", image="a.png"), "needs <image> in the first turn"),
+        (record("<image>", "a kite"), "1 <image> placeholder for 0 images"),
+        (record("<image>", "a <image>", image="a.png"), "2 <image> placeholders for 1 image"),
+    ],
+)
+def test_records_that_do_not_suit_plain(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=f"record 7 .id 'r1'.: .*{message}"):
+        prepared(raw, PLAIN)

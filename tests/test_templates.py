@@ -1,0 +1,128 @@
+"""Prompts, and which of their parts are learnt."""
+
+from typing import Any
+
+import pytest
+from data_helpers import SAMPLE, byte_level_tokenizer, jsonl
+
+from tove_llava.data import Turn, get_template, parse_record, template_names
+from tove_llava.data.records import prepare_turns
+from tove_llava.data.templates import Template, register_template
+from tove_llava.errors import ConfigError, DataError
+
+
+class Llama:
+    """As much of a tokenizer as rendering needs."""
+
+    bos_token, eos_token = "<s>", "</s>"
+
+
+TOKENIZER: Any = Llama()
+
+
+@pytest.mark.parametrize("row", jsonl(SAMPLE / "conversations.jsonl"), ids=lambda row: row["record"]["id"])
+def test_own_sample(row: dict[str, Any]) -> None:
+    template = get_template(row["template"])
+    segments = template.render(prepare_turns(parse_record(row["record"]), template), TOKENIZER)
+    prompt = "".join(segment.text for segment in segments)
+    assert prompt == row["prompt"]
+    assert [segment.text for segment in segments if segment.supervised] == row["supervised"]
+    assert ("image" in row["record"]) == (row["images"] > 0)
+    if row["images"]:
+        assert prompt.count("<image>") == row["images"]
+
+
+def test_aliases_are_one_template() -> None:
+    assert get_template("vicuna_v1") is get_template("v1")
+    assert get_template("vicuna_v1").name == "v1"
+    assert {"v1", "vicuna_v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "chat_template"} <= set(
+        template_names()
+    )
+
+
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="unknown conversation template 'vicuna_v2'.*Did you mean 'vicuna_v1'"):
+        get_template("vicuna_v2")
+
+
+def test_a_name_cannot_be_registered_twice() -> None:
+    with pytest.raises(ConfigError, match="registered twice"):
+
+        @register_template("v1")
+        class Another(Template):
+            def render(self, turns: Any, tokenizer: Any) -> Any:
+                return []
+
+
+@pytest.mark.parametrize("name", ["v1", "llava_v1", "v1_mmtag"])
+def test_generation_prompts_end_at_the_colon(name: str) -> None:
+    prompt = get_template(name).prompt([Turn("user", "Hi"), Turn("assistant", None)], TOKENIZER)
+    assert prompt.endswith("USER: Hi ASSISTANT:")
+
+
+def test_generation_prompt_of_plain_is_the_image() -> None:
+    turns = [Turn("user", "Say what you see. <image>"), Turn("assistant", None)]
+    assert get_template("plain").prompt(turns, TOKENIZER) == "<image>\n"
+
+
+def test_a_system_turn_replaces_the_templates_own() -> None:
+    turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes.")]
+    assert get_template("v1").prompt(turns, TOKENIZER) == "Be brief. USER: Hi ASSISTANT: Yes.</s>"
+    assert "<<SYS>>\nBe brief.\n<</SYS>>" in get_template("llava_llama_2").prompt(turns, TOKENIZER)
+
+
+@pytest.mark.parametrize(
+    ("roles", "message"),
+    [
+        (["assistant", "user"], "turn 1 is the assistant's"),
+        (["user", "user"], "turn 2 is the user's"),
+        (["user", "system"], "turn 2 is the system's"),
+    ],
+)
+def test_roles_must_alternate(roles: list[Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        get_template("v1").render([Turn(role, "x") for role in roles], TOKENIZER)
+
+
+def test_only_the_last_turn_may_be_open() -> None:
+    turns = [Turn("user", "a"), Turn("assistant", None), Turn("user", "b")]
+    with pytest.raises(DataError, match="only the last turn"):
+        get_template("v1").render(turns, TOKENIZER)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_plain_takes_one_question_and_one_caption(count: int) -> None:
+    with pytest.raises(DataError, match="one question and one caption"):
+        get_template("plain").render([Turn("user", "<image>")] * count, TOKENIZER)
+
+
+def test_plain_needs_an_image() -> None:
+    with pytest.raises(DataError, match="<image>"):
+        get_template("plain").render([Turn("user", "Describe."), Turn("assistant", "A kite.")], TOKENIZER)
+
+
+def test_chat_template_supervises_what_the_model_must_say() -> None:
+    tokenizer = byte_level_tokenizer()
+    turns = [Turn("user", "a"), Turn("assistant", "\nb<|im_end|>"), Turn("user", "c"), Turn("assistant", "d")]
+    segments = get_template("chat_template").render(turns, tokenizer)
+    assert [segment.text for segment in segments if segment.supervised] == ["\nb<|im_end|><|im_end|>", "d<|im_end|>"]
+    assert "".join(segment.text for segment in segments) == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n\nb<|im_end|><|im_end|>\n"
+        "<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n"
+    )
+    opened = get_template("chat_template").prompt([*turns[:3], Turn("assistant", None)], tokenizer)
+    assert opened.endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_chat_template_that_trims_and_has_no_end_token() -> None:
+    """What is learnt is what the template writes, not what the record says."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    segments = get_template("chat_template").render([Turn("user", "a"), Turn("assistant", "  b ")], tokenizer)
+    assert [(segment.text, segment.supervised) for segment in segments] == [
+        ("[user]a;[assistant]", False),
+        ("b;", True),
+    ]
