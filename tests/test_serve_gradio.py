@@ -1,3 +1,5 @@
+import html
+
 import httpx
 import pytest
 from answer_parts import make_answerer, picture
@@ -31,6 +33,14 @@ def chat(app):
     connection.close()
 
 
+def answer_in(result):
+    """The text of the last message on the page."""
+    (_, page) = result
+    content = page[-1]["content"]
+    text = content if isinstance(content, str) else content[-1]["text"]
+    return html.unescape(text).strip()
+
+
 def save(folder, index=0):
     file = folder / f"{index}.png"
     picture(index).save(file)
@@ -39,19 +49,20 @@ def save(folder, index=0):
 
 def test_answers_stream_and_are_the_engines(chat, engine, tmp_path):
     job = chat.submit(message={"text": QUESTION, "files": [save(tmp_path)]}, api_name="/chat")
-    answer = job.result(timeout=60)
-    assert answer.strip() == engine.answer([Message("user", QUESTION, (picture(),))], max_new_tokens=8)
+    assert answer_in(job.result(timeout=60)) == engine.answer(
+        [Message("user", QUESTION, (picture(),))], max_new_tokens=8
+    )
 
 
 def test_the_second_turn_knows_the_first(chat, engine, tmp_path):
-    first = chat.predict(message={"text": "What is it?", "files": [save(tmp_path)]}, api_name="/chat")
-    second = chat.predict(message={"text": "And?", "files": [save(tmp_path, 1)]}, api_name="/chat")
+    first = answer_in(chat.predict(message={"text": "What is it?", "files": [save(tmp_path)]}, api_name="/chat"))
+    second = answer_in(chat.predict(message={"text": "And?", "files": [save(tmp_path, 1)]}, api_name="/chat"))
     messages = [
         Message("user", "What is it?", (picture(),)),
         Message("assistant", first),
         Message("user", "And?", (picture(1),)),
     ]
-    assert second.strip() == engine.answer(messages, max_new_tokens=8)
+    assert second == engine.answer(messages, max_new_tokens=8)
 
 
 def test_a_file_that_is_no_picture_is_an_explained_error(chat, tmp_path):
@@ -95,45 +106,26 @@ def test_a_taken_port_is_explained(app, engine):
 # -- gradio's messages ------------------------------------------------------------------------------------------------
 
 
-def entry(role, *parts):
-    return {"role": role, "content": list(parts)}
+def test_what_is_written_is_never_html():
+    for role in ("user", "assistant"):
+        (entry,) = gradio_app.shown([gradio_app.Said(role, QUESTION)])
+        assert "<" not in entry["content"] and html.unescape(entry["content"]) == QUESTION
 
 
-def text(value):
-    return {"type": "text", "text": value}
+def test_pictures_are_shown_in_front_of_their_text():
+    entries = gradio_app.shown(
+        [gradio_app.Said("user", "one", ("a.png", "b.png")), gradio_app.Said("assistant", "two")]
+    )
+    assert [entry["content"] for entry in entries] == [{"path": "a.png"}, {"path": "b.png"}, "one", "two"]
 
 
-def test_pictures_join_the_text_that_follows_them(tmp_path):
-    picture(1).save(tmp_path / "a.png")
-    shown = {"type": "file", "file": {"path": str(tmp_path / "a.png")}}
-    history = [entry("user", shown), entry("user", text("one")), entry("assistant", text("two"))]
-    messages = gradio_app.conversation({"text": "three", "files": [str(tmp_path / "a.png")]}, history)
-    assert [(m.role, m.text, len(m.images)) for m in messages] == [
-        ("user", "one", 1),
-        ("assistant", "two", 0),
-        ("user", "three", 1),
-    ]
-
-
-def test_a_question_whose_answer_failed_is_joined_to_the_next():
-    (message,) = gradio_app.conversation({"text": "again", "files": []}, [entry("user", text("first"))])
-    assert message.text == "first\nagain"
-
-
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        ({"text": "x" * 9000, "files": []}, "9000 characters"),
-        ({"text": "x", "files": [{"url": "http://127.0.0.1/x.png"}]}, "neither text nor a picture"),
-    ],
-)
-def test_what_cannot_be_taken_is_explained(message, words):
-    with pytest.raises(DataError, match=words):
-        gradio_app.conversation(message, [])
+def test_long_text_is_refused():
+    with pytest.raises(DataError, match="9000 characters"):
+        gradio_app.question({"text": "x" * 9000, "files": []})
 
 
 def test_pictures_are_limited_in_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(gradio_app, "MAX_PIXELS", 100)
     picture().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="40 x 30 pixels, more than the limit of 100"):
-        gradio_app.conversation({"text": "x", "files": [str(tmp_path / "a.png")]}, [])
+        gradio_app.messages([gradio_app.Said("user", "x", (str(tmp_path / "a.png"),))])

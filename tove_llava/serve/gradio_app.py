@@ -1,7 +1,9 @@
 """The demo in the browser: ``python -m tove_llava.serve.gradio_app [--model DIR]`` (= ``tove-llava serve``)."""
 
+import html
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,20 @@ MAX_TEXT = 8_000  # characters of one question
 WAITING = 20  # people in the queue; more are told to come back
 
 
+@dataclass(frozen=True)
+class Said:
+    """One turn of a conversation, as it was typed or generated."""
+
+    role: str  # "user" or "assistant"
+    text: str
+    files: tuple[str, ...] = ()
+
+
 def build_app(engine: Engine, max_new_tokens: int = 256) -> Any:
     """A chat page over an engine.
 
     Returns:
-        a ``gradio.ChatInterface``; its API endpoint is ``/chat``.
+        a ``gradio.Blocks``; its API endpoint is ``/chat``.
 
     Raises:
         ConfigError: gradio is not installed.
@@ -29,95 +40,88 @@ def build_app(engine: Engine, max_new_tokens: int = 256) -> Any:
     except ImportError as error:
         raise ConfigError("the demo needs gradio; install it: pip install 'tove-llava[demo]'") from error
 
-    def respond(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-        try:
-            answer = ""
-            for piece in engine.stream(conversation(message, history), max_new_tokens=max_new_tokens):
-                answer += piece
-                yield answer
-        except ToveError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+    def box(**changes: Any) -> Any:
+        return gr.MultimodalTextbox(**changes)
 
-    return gr.ChatInterface(
-        respond,
-        multimodal=True,
-        # What people and models write is shown as the text that it is: neither HTML nor Markdown.
-        chatbot=gr.Chatbot(
-            render_markdown=False, sanitize_html=True, allow_tags=False, height="65vh", label=engine.name
-        ),
-        textbox=gr.MultimodalTextbox(
+    def chat(
+        message: Mapping[str, Any], said: Sequence[Said]
+    ) -> Iterator[tuple[Any, list[dict[str, Any]], list[Said]]]:
+        try:
+            asked = [*said, question(message)]
+            # Checks everything first, so that a refused message stays in the box.
+            pieces = engine.stream(messages(asked), max_new_tokens=max_new_tokens)
+            yield box(value=None, submit_btn=False, stop_btn=True), shown(asked), list(said)
+            answer = ""
+            for piece in pieces:
+                answer += piece
+                so_far = [*asked, Said("assistant", answer)]
+                yield box(), shown(so_far), so_far
+        except ToveError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+    def ready() -> Any:
+        return box(submit_btn=True, stop_btn=False)
+
+    with gr.Blocks(title="ToVE-LLaVA", analytics_enabled=False, delete_cache=(3600, 86400)) as app:
+        gr.Markdown("# ToVE-LLaVA")
+        # sanitize_html is a second fence: shown() has escaped everything already.
+        page = gr.Chatbot(
+            label=Path(engine.name).name or "model",
+            render_markdown=False,
+            sanitize_html=True,
+            buttons=["copy"],
+            height="65vh",
+        )
+        said = gr.State([])
+        entry = gr.MultimodalTextbox(
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
             placeholder="Add a picture and ask about it",
+            show_label=False,
             max_plain_text_length=MAX_TEXT,
-        ),
-        title="ToVE-LLaVA",
-        description=None,
-        flagging_mode="never",
-        analytics_enabled=False,
-        concurrency_limit=1,  # one model: answers are generated one after another
-        delete_cache=(3600, 86400),  # uploads go after a day
-        api_name="chat",
-    )
+        )
+        new = gr.Button("New conversation", size="sm")
+
+        # One model: answers are generated one after another.
+        asking = entry.submit(chat, [entry, said], [entry, page, said], api_name="chat", concurrency_limit=1)
+        asking.then(ready, None, entry, api_visibility="private")  # also after an error
+        entry.stop(ready, None, entry, cancels=[asking], api_visibility="private")
+        new.click(lambda: ([], []), None, [page, said], cancels=[asking], api_visibility="private")
+        page.clear(list, None, said, api_visibility="private")
+    return app
 
 
-def conversation(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The chat so far and the new message, as the engine takes it.
-
-    Args:
-        message: ``{"text": str, "files": [path]}``.
-        history: gradio's messages; pictures stand as messages of their own in front of the text, and are joined to it.
+def question(message: Mapping[str, Any]) -> Said:
+    """What gradio's text box gives (``{"text": str, "files": [path]}``).
 
     Raises:
-        DataError: the text is too long, or a file is not a picture of acceptable size.
+        DataError: the text is too long.
     """
-    turns: list[tuple[str, list[str], list[str]]] = []
-    for entry in history:
-        texts, files = _contents(entry["content"])
-        if turns and turns[-1][0] == entry["role"]:
-            turns[-1][1].extend(texts)
-            turns[-1][2].extend(files)
-        else:
-            turns.append((entry["role"], texts, files))
-    new_text, new_files = str(message.get("text") or ""), [_path(file) for file in message.get("files") or []]
-    if turns and turns[-1][0] == "user":  # its answer failed; the new message goes on from it
-        turns[-1][1].append(new_text)
-        turns[-1][2].extend(new_files)
-    else:
-        turns.append(("user", [new_text], new_files))
-    messages = []
-    for role, texts, files in turns:
-        text = "\n".join(part for part in texts if part)
-        if len(text) > MAX_TEXT:
-            raise DataError(f"the message has {len(text)} characters; at most {MAX_TEXT} are taken")
-        messages.append(Message(role, text, [open_image(file, max_pixels=MAX_PIXELS) for file in files]))
-    return messages
+    text = str(message.get("text") or "")
+    if len(text) > MAX_TEXT:
+        raise DataError(f"the message has {len(text)} characters; at most {MAX_TEXT} are taken")
+    return Said("user", text, tuple(str(file) for file in message.get("files") or []))
 
 
-def _contents(content: Any) -> tuple[list[str], list[str]]:
-    """Texts and files of one gradio message, whose content is a text, a file or a list of both."""
-    texts: list[str] = []
-    files: list[str] = []
-    for part in content if isinstance(content, list | tuple) else [content]:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type") == "text":
-            texts.append(str(part.get("text", "")))
-        else:
-            files.append(_path(part))
-    return texts, files
+def messages(said: Sequence[Said]) -> list[Message]:
+    """The conversation as the engine takes it, its pictures opened.
+
+    Raises:
+        DataError: a file is not a picture of acceptable size.
+    """
+    return [
+        Message(turn.role, turn.text, [open_image(file, max_pixels=MAX_PIXELS) for file in turn.files]) for turn in said
+    ]
 
 
-def _path(file: Any) -> str:
-    """The path in a gradio file entry (a path, ``{"path": ...}`` or ``{"type": "file", "file": {"path": ...}}``)."""
-    if isinstance(file, Mapping):
-        file = file.get("file", file)
-        if isinstance(file, Mapping):
-            file = file.get("path")
-    if not isinstance(file, str | Path):
-        raise DataError("the message has something that is neither text nor a picture; remove it")
-    return str(file)
+def shown(said: Sequence[Said]) -> list[dict[str, Any]]:
+    """The conversation as gradio displays it. What people and models write is shown as it is, never as HTML."""
+    entries: list[dict[str, Any]] = []
+    for turn in said:
+        entries += [{"role": turn.role, "content": {"path": file}} for file in turn.files]
+        entries.append({"role": turn.role, "content": html.escape(turn.text)})
+    return entries
 
 
 def launch(engine: Engine, host: str, port: int | None, max_new_tokens: int = 256, block: bool = True) -> Any:
