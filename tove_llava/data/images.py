@@ -53,7 +53,7 @@ def resolve_image(folder: str | Path, name: str, allow_links: bool = False) -> P
         if os.path.commonpath([root, real]) != root:
             raise DataError(
                 f"image {name!r} leads out of the image folder {folder} through a link (to {real}); choose the image "
-                "folder so that the files are inside, or allow links with --allow_image_links"
+                "folder so that the files are inside, or follow such links with --allow_image_links"
             )
     try:
         mode = os.stat(path).st_mode

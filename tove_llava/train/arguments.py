@@ -49,6 +49,7 @@ class RunArguments:
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
+    allow_image_links: bool = field(default=False, metadata={"help": "follow links that lead out of the image folder"})
     self_contained: bool = field(default=False, metadata={"help": "save frozen parts by value instead of by reference"})
 
 
@@ -64,6 +65,7 @@ class Settings:
     output_dir: Path
     pretrained: Path | None
     self_contained: bool
+    allow_image_links: bool
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
     def training_arguments(self) -> TrainingArguments:
@@ -178,6 +180,7 @@ def parse(argv: Sequence[str]) -> Settings:
         output_dir=Path(training.pop("output_dir")),
         pretrained=_existing(run.pretrained, "--pretrained") if run.pretrained else None,
         self_contained=run.self_contained,
+        allow_image_links=run.allow_image_links,
         training=training,
     )
 

@@ -95,6 +95,7 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         transform,
         num_image_tokens=vision.num_patches,
         model_max_length=settings.stage.model_max_length,
+        allow_image_links=settings.allow_image_links,
     )
 
 
