@@ -333,10 +333,16 @@ def test_truncated_weights(key, tmp_path):
 
 def test_another_model_than_the_recorded_one(tmp_path):
     spec = {**CASES["dinov2"].spec(tmp_path), "width": 48, "grid": (4, 4)}
-    expert = build_expert(spec)
-    expert.load()
     with pytest.raises(ConfigError, match="another model than the one this tower was built for"):
-        expert(PIXELS)
+        build_expert(spec).load()
+
+
+def test_an_unknown_resampling_is_named(tmp_path):
+    spec = CASES["depth-segformer"].spec(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(file.read_text().replace('"resample": 2', '"resample": 1'))
+    with pytest.raises(ConfigError, match="'resample=1' resizing"):
+        build_expert(spec)
 
 
 @pytest.mark.parametrize(

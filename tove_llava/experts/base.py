@@ -23,6 +23,7 @@ from tove_llava.experts.spec import ExpertSpec
 from tove_llava.registry import Registry
 from tove_llava.sources import Source
 
+_INTERPOLATIONS = ("bilinear", "bicubic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -192,7 +193,8 @@ class Expert(nn.Module, ABC):
         if self.source.path is not None:
             self.source.require()
         try:
-            self._read_configuration()
+            actual = self.describe()  # of the source itself, where the spec holds what a checkpoint recorded
+            self._check_shape((actual.width, *actual.grid))
             backbone = self.build(pretrained=True)
         except ToveError:
             raise
@@ -231,12 +233,7 @@ class Expert(nn.Module, ABC):
         self.network  # noqa: B018 - refuses to run without weights
         with torch.no_grad():
             out = self.features(self.condition(pixels))
-        expected = (pixels.shape[0], self.spec.width, *self.spec.grid)
-        if tuple(out.shape) != expected:
-            raise ConfigError(
-                f"expert {self.name!r}: {self.source} gives {tuple(out.shape)} where {expected} is recorded; "
-                "the source is another model than the one this tower was built for"
-            )
+        self._check_shape(tuple(out.shape[1:]))
         return out
 
     def condition(self, pixels: Tensor) -> Tensor:
@@ -270,8 +267,21 @@ class Expert(nn.Module, ABC):
         self._dtype, self._device = probe.dtype, probe.device
         return self
 
+    def _check_shape(self, actual: tuple[int, ...]) -> None:
+        recorded = (self.spec.width, *self.spec.grid)
+        if actual != recorded:
+            raise ConfigError(
+                f"expert {self.name!r}: {self.source} gives {actual} (channels, rows, columns) where {recorded} is "
+                "recorded; the source is another model than the one this tower was built for"
+            )
+
     def _read_configuration(self) -> None:
         own_size = self.configure()
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ConfigError(
+                f"expert {self.name!r}: the source asks for {self.interpolation!r} resizing; experts know "
+                f"{' and '.join(_INTERPOLATIONS)}: change it in the source's preprocessing configuration"
+            )
         if self.spec.image_size is None and own_size is not None:
             self.spec = self.spec.replace(image_size=own_size)
 

@@ -52,7 +52,7 @@ class DenseExpert(Expert):
             self.std = tuple(read.get("image_std", self.std))
         else:
             self.mean, self.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-        self.interpolation = _RESAMPLE.get(read.get("resample", 3), "bicubic")
+        self.interpolation = _RESAMPLE.get(read.get("resample", 3), f"resample={read.get('resample')}")
         size = read.get("size")
         if isinstance(size, dict):
             size = size.get("height") or size.get("shortest_edge")

@@ -11,7 +11,6 @@ from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts.base import Expert
 from tove_llava.sources import Source, TimmSource
 
-_INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear"}
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
 
 
@@ -30,7 +29,7 @@ class TimmExpert(Expert):
         self._architecture, self._pretrained_cfg, self._model_args = _read_config(self.source)
         config = self._pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.interpolation = _INTERPOLATIONS.get(config.get("interpolation", "bicubic"), "bicubic")
+        self.interpolation = config.get("interpolation", "bicubic")
         size = self._model_args.get("img_size") or config["input_size"][-1]
         return size[0] if isinstance(size, (list, tuple)) else size
 
