@@ -1,0 +1,56 @@
+"""A new expert is one class: the one of docs/experts.md, taken from there as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.experts import EXPERTS, ExpertHub, base, complete_specs, register_expert
+from tove_llava.experts.cost import expert_cost
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "experts.md"
+
+
+@pytest.fixture
+def examples():
+    """Runs the page's Python blocks; what they register is forgotten afterwards."""
+    before = EXPERTS.names()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S):
+        exec(compile(block, str(DOCS), "exec"), names)
+    yield names
+    for name in set(EXPERTS.names()) - set(before):
+        del EXPERTS._entries[name], base._families[name]
+
+
+def test_the_page_s_expert_works(examples, tmp_path):
+    assert {"convnext", "texture"} <= set(EXPERTS.names())
+    weights = nn.Conv2d(3, 64, 16, stride=16)
+    (tmp_path / "texture").mkdir()
+    save_file(weights.state_dict(), tmp_path / "texture" / "model.safetensors")
+    entry = {"name": "texture", "source": f"hf:{tmp_path / 'texture'}", "image_size": 224}
+    [spec] = complete_specs([entry])
+    assert (spec.width, spec.grid) == (64, (14, 14))
+    hub = ExpertHub([spec])
+    assert expert_cost(hub["texture"]).flops == 2 * 14 * 14 * 64 * 3 * 16 * 16
+    hub.load()
+    pixels = torch.rand(2, 3, 224, 224)
+    out = hub.run(pixels).features["texture"]
+    assert torch.allclose(out, weights((pixels - 0.5) / 0.5), atol=1e-5)
+    again = ExpertHub(hub.save(tmp_path / "checkpoint"), base_dir=tmp_path / "checkpoint")
+    again.load()
+    assert torch.equal(again.run(pixels).features["texture"], out)
+
+
+def test_the_page_s_timm_expert_has_a_shape(examples):
+    [spec] = complete_specs([{"name": "convnext", "image_size": 256}])
+    assert (spec.width, spec.grid) == (1536, (8, 8))
+
+
+def test_a_second_class_for_one_scheme_is_refused():
+    with pytest.raises(ConfigError, match="'dinov2' is registered twice for timm: sources"):
+        register_expert("dinov2")(EXPERTS.get("dinov2")["timm"])
