@@ -3,9 +3,11 @@ import threading
 import time
 
 import pytest
+import torch
 from answer_parts import make_answerer, picture, save_model
 
 from tove_llava import cli
+from tove_llava.data import get_template
 from tove_llava.errors import CheckpointError, DataError
 from tove_llava.serve import models
 from tove_llava.serve.engine import Engine, Message
@@ -47,6 +49,27 @@ def test_several_pictures_in_several_turns_keep_their_order(engine):
     prompt, pixels = engine._prepare(chat)
     assert prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(pixels) == 2
     assert engine.answer(chat, max_new_tokens=12) != engine.answer(swapped, max_new_tokens=12)
+
+
+def test_a_model_of_captions_stops_at_the_end_of_the_line(tmp_path, monkeypatch):
+    captioner = make_answerer(tmp_path)
+    head, generate = captioner.model.lm_head, captioner.model.generate
+    newline = captioner.tokenizer.encode("\n", add_special_tokens=False)[0]
+    always_newline = torch.eye(head.out_features)[newline]
+    monkeypatch.setattr(head, "forward", lambda hidden: always_newline.expand(*hidden.shape[:-1], -1))
+    lengths = []
+
+    def spy(**options):
+        output = generate(**options)
+        lengths.append(output.shape[1] - options["input_ids"].shape[1])
+        return output
+
+    monkeypatch.setattr(captioner.model, "generate", spy)
+    for template in ("plain", "v1"):
+        captioner.template = get_template(template)
+        prompt, pixels = Engine(captioner)._prepare(ask("Describe it", picture()))
+        captioner.generate([prompt], captioner.features(pixels[0][None]), 5)
+    assert lengths == [1, 5], "v1 has an end token of its own"
 
 
 def test_placeholders_go_in_front_unless_the_text_has_them(engine):

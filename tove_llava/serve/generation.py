@@ -84,6 +84,17 @@ def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     return model, processor
 
 
+class _EndOfLine(StoppingCriteria):
+    """Ends an answer at its first line break: what a model says that was trained on captions, without an end token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = self.tokenizer.batch_decode(input_ids[:, -1:])
+        return torch.tensor(["\n" in text for text in last], device=input_ids.device)
+
+
 class Answerer:
     """A model and its processor, ready to answer. Not thread-safe: see :class:`~tove_llava.serve.engine.Engine`.
 
@@ -215,13 +226,16 @@ class Answerer:
             bos_token_id=self.tokenizer.bos_token_id,
             **sampling,
         )
+        stops = [] if stop is None else [stop]
+        if self.template.single_turn:
+            stops.append(_EndOfLine(self.tokenizer))
         images = {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}}
         output = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             generation_config=config,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([] if stop is None else [stop]),
+            stopping_criteria=StoppingCriteriaList(stops),
             **(images if features else {}),
         )
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
