@@ -20,14 +20,23 @@ class ToveLlavaConfig(LlavaConfig):
     """
 
     model_type = "tove_llava"
+    # So that transformers' Trainer collects logits alone when it evaluates.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "lm_loss",
+        "aux_loss",
+        "routing",
+        "gate_inputs",
+    ]
 
     vision_feature_select_strategy: Literal["default", "full"] = "full"
     vision_feature_layer: int | list[int] = -1
 
     def __post_init__(self, **kwargs: Any) -> None:
         vision: Any = self.__dict__["vision_config"]
-        if isinstance(vision, dict) and "model_type" not in vision:
-            self.vision_config = ToveVisionConfig(**vision)
+        if vision is None or (isinstance(vision, dict) and "model_type" not in vision):
+            self.vision_config = ToveVisionConfig(**(vision or {}))
         super().__post_init__(**kwargs)
         if not isinstance(self.vision_config, ToveVisionConfig):
             raise ConfigError(

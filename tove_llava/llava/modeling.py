@@ -106,9 +106,9 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         Args:
             vision_features: what ``tower.encode`` returned, instead of ``pixel_values``.
             gate_noise: ``[images,N,S]`` noise of the gate in training, instead of a fresh draw.
-            dummy_images: the images belong to no placeholder. Tower and projector run on them with weight zero, so that
-                a rank whose batch has no image touches the same parameters as the other ranks. Their gate inputs are
-                not returned and they have no part in the balance loss.
+            dummy_images: the images belong to no placeholder. Tower and projector run on them and get gradients of
+                zero, so that a rank whose batch has no image touches the same parameters as the other ranks. Their gate
+                inputs are not returned and they have no part in the balance loss.
             add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss of this batch to
                 ``loss``. A trainer that accumulates gradients or has several ranks passes False and adds the global
                 batch's balance loss itself, from ``gate_inputs``.
@@ -126,13 +126,9 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if dummy_images:
             if vision is None:
                 raise ConfigError("dummy_images needs at least one image to run")
-            if inputs_embeds is None:
-                inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
-            # Into the embeddings rather than the loss: forward and backward then visit all modules in the same order as
-            # on a rank with images, which ZeRO-3's collectives rely on.
-            unused = torch.stack([tokens.float().mean() for tokens in vision.pooler_output]).mean()
-            inputs_embeds = inputs_embeds + (unused * 0).to(inputs_embeds)
-            vision = None
+            # None of their rows is scattered into the text: the same modules run in the same order, forward and
+            # backward, as on a rank with images, on which ZeRO-3's collectives rely.
+            vision.pooler_output = [tokens[:0] for tokens in vision.pooler_output]
 
         output = super().forward(
             input_ids=input_ids,
@@ -145,7 +141,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             mm_encoder_outputs=None if vision is None else {"image": vision},
             **{**kwargs, "return_dict": True},
         )
-        gate_inputs = None if vision is None else vision.gate_inputs
+        gate_inputs = None if vision is None or dummy_images else vision.gate_inputs
         loss, aux_loss = output.loss, None
         if add_aux_loss and self.training and labels is not None and gate_inputs is not None:
             aux_loss = self.tower.balance_loss(gate_inputs)
@@ -155,7 +151,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             **{**output, "loss": loss},
             lm_loss=output.loss,
             aux_loss=aux_loss,
-            routing=vision.routing if vision is not None and output_routing else None,
+            routing=vision.routing if vision is not None and output_routing and not dummy_images else None,
             gate_inputs=gate_inputs if self.training else None,
         )
         return result if kwargs.get("return_dict") is not False else result.to_tuple()

@@ -1,6 +1,6 @@
 """The token-aware gate: for every vision token, how much of each expert it receives."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from tove_llava.tower.balance import expected_load
 
 
-@dataclass(frozen=True)
-class GateOutput:
+class GateOutput(NamedTuple):
     """What the gate decided; S = K experts, plus one when there is a null slot (the last column).
+
+    A tuple rather than a dataclass because DeepSpeed looks for tensors in tuples.
 
     Args:
         weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 FUSIONS: Registry[type[Fusion]] = Registry("fusion", package="tove_llava.tower.fusion")
 
 
-@dataclass(frozen=True)
-class GateInputs:
+class GateInputs(NamedTuple):
     """All that is needed to compute a gate again: the accumulation window's balance loss does so.
 
     Args:
@@ -33,8 +31,7 @@ class GateInputs:
     usable: torch.Tensor | None = None
 
 
-@dataclass(frozen=True)
-class FusionOutput:
+class FusionOutput(NamedTuple):
     """
     Args:
         tokens: ``[B,N,d]``, in the dtype of CLIP's tokens.
