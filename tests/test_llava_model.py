@@ -449,3 +449,17 @@ def test_experts_of_a_saved_clip_keep_their_order(tmp_path):
     config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries[::-1])
     assert config.expert_names == ["normal", "edge", "depth"]
     assert list(ToveVisionModel(config).fusion.embeddings) == ["normal", "edge", "depth"]
+
+
+@BOTH
+def test_detached_experts_are_saved_with_the_whole_model(tmp_path, cls):
+    model = make_llava(tmp_path / "parts", cls)
+    model.model.vision_tower.detach_experts("edge")
+    model.save_pretrained(tmp_path / "saved")
+    loaded = cls.from_pretrained(tmp_path / "saved")
+    loaded.model.vision_tower.load_backbones()
+    assert loaded.model.vision_tower.active_experts == ["depth", "normal"]
+    assert torch.equal(model(**batch()).logits, loaded(**batch()).logits)
+    loaded.model.vision_tower.load_backbones(["edge"]).attach_experts("edge")
+    loaded.save_pretrained(tmp_path / "again")
+    assert AutoConfig.from_pretrained(tmp_path / "again").vision_config.detached_experts == []
