@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -149,10 +150,23 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--no_local_rank", "--module", module, *arguments,
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout, cwd=ROOT)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-6000:]
+    code, output = run_group(command, timeout)
+    assert code == 0, output[-6000:]
     return output
+
+
+def run_group(command: list[str], timeout: int) -> tuple[int, str]:
+    """Runs a command; a hanging one is ended together with the processes that it started."""
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout} s:\n{output[-6000:]}") from None
+    return process.returncode, output
 
 
 def free_port() -> int:

@@ -237,4 +237,3 @@ def parameter_table(model: ToveLlavaForConditionalGeneration) -> list[tuple[str,
         ("tower (gate and projections)", model.tower.fusion),
     ]
     return [(name, sum(p.numel() for p in part.parameters())) for name, part in parts]
-

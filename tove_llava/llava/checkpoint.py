@@ -71,10 +71,14 @@ class Manifest:
         if not file.is_file():
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
             if pickles:
-                raise CheckpointError(f"{path} holds pickled weights ({pickles[0]}), which are not read; convert to safetensors")
+                raise CheckpointError(
+                    f"{path} holds pickled weights ({pickles[0]}), which are not read; convert to safetensors"
+                )
             if any(path.glob("*checkpoint-*")):
                 raise CheckpointError(f"{path} holds an unfinished run; run its command again, which resumes it")
-            raise CheckpointError(f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last")
+            raise CheckpointError(
+                f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
+            )
         try:
             data = json.loads(file.read_text())
             manifest = cls(**data)
@@ -270,9 +274,7 @@ def _load_full(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGener
     return model
 
 
-def _load_on_language_model(
-    folder: Path, manifest: Manifest, dtype: torch.dtype
-) -> ToveLlavaForConditionalGeneration:
+def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
     config = _read_config(folder)
     source = Source.parse(manifest.language["source"]).resolve(folder)
     language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)

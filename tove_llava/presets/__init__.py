@@ -25,7 +25,9 @@ class VisionPreset:
 
     clip: str
     clip_revision: str | None = None
-    clip_config: dict[str, Any] | None = None  # known architecture of a source that may be out of reach; else it is read
+    clip_config: dict[str, Any] | None = (
+        None  # known architecture of a source that may be out of reach; else it is read
+    )
     clip_layer: int = -2
     image_size: int | None = None
     experts: list[dict[str, Any]] = field(default_factory=list)
@@ -136,7 +138,9 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in preset_names():
-            raise ConfigError(f"unknown preset {name_or_path!r}{_near(name_or_path, preset_names())}; or give a .yaml file")
+            raise ConfigError(
+                f"unknown preset {name_or_path!r}{_near(name_or_path, preset_names())}; or give a .yaml file"
+            )
         path = _HERE / f"{name_or_path}.yaml"
     elif not path.is_file():
         raise ConfigError(f"preset file {name_or_path} does not exist")

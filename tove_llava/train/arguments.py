@@ -31,6 +31,16 @@ OPERATIONAL = frozenset(
 )  # fmt: skip
 
 
+_SCENES = (
+    ". Give your own, or make the playground's: tove-llava scenes --out playground/data/scenes --train 6000 --val 300"
+)
+_HINTS = {
+    "--data_path": _SCENES,
+    "--image_folder": _SCENES,
+    "--pretrained": ". Run stage 1 first (bash scripts/pretrain.sh), or name its folder",
+}
+
+
 @dataclass
 class RunArguments:
     """The flags that are not ``transformers.TrainingArguments``; ``None`` keeps the preset's value."""
@@ -38,14 +48,20 @@ class RunArguments:
     preset: str = field(default="tiny", metadata={"help": "name of a preset or path of a .yaml file"})
     stage: str = field(default="pretrain", metadata={"help": "stage of the preset"})
     data_path: str | None = field(default=None, metadata={"help": "LLaVA records, .json or .jsonl"})
-    image_folder: str | None = field(default=None, metadata={"help": "folder that the records' image paths are relative to"})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "folder that the records' image paths are relative to"}
+    )
     pretrained: str | None = field(default=None, metadata={"help": "folder of the stage that this one starts from"})
     template: str | None = field(default=None, metadata={"help": "conversation template"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "'square' or 'pad'"})
-    group_by_modality_length: bool | None = field(default=None, metadata={"help": "group records by modality and length"})
+    group_by_modality_length: bool | None = field(
+        default=None, metadata={"help": "group records by modality and length"}
+    )
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
-    tower_learning_rate: float | None = field(default=None, metadata={"help": "of the tower's gate and projections alone"})
+    tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "of the tower's gate and projections alone"}
+    )
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
@@ -124,7 +140,9 @@ class Parser(HfArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        self.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override a preset's key")
+        self.add_argument(
+            "--set", action="append", default=[], metavar="key.path=value", help="override a preset's key"
+        )
         for action in self._actions:
             if action.dest not in ("set", "help"):
                 action.default = argparse.SUPPRESS  # so that what is parsed is what was given
@@ -201,7 +219,9 @@ def resolve_deepspeed(name: str | None) -> str | None:
     if path.suffix != ".json":
         names = sorted(p.stem for p in CONFIG_FOLDER.glob("*.json"))
         if name not in names:
-            raise ConfigError(f"unknown DeepSpeed configuration {name!r}; known: {', '.join(names)}, none, or a .json file")
+            raise ConfigError(
+                f"unknown DeepSpeed configuration {name!r}; known: {', '.join(names)}, none, or a .json file"
+            )
         path = CONFIG_FOLDER / f"{name}.json"
     if not path.is_file():
         raise ConfigError(f"DeepSpeed configuration {path} does not exist")
@@ -229,8 +249,7 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
 
 def _existing(path: str, flag: str) -> Path:
     if not Path(path).exists():
-        hint = " (playground scenes: tove-llava scenes --out playground/data/scenes --train 6000 --val 500 --seed 0)"
-        raise ConfigError(f"{flag} {path} does not exist{hint if 'playground' in path else ''}")
+        raise ConfigError(f"{flag} {path} does not exist{_HINTS.get(flag, '')}")
     return Path(path)
 
 

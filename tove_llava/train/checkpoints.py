@@ -52,7 +52,9 @@ def load_weights(file: Path, trainable: Trainable) -> None:
         CheckpointError: the file is missing, or belongs to another stage or tower.
     """
     if not file.is_file():
-        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete. Remove its folder to start without it")
+        raise CheckpointError(
+            f"{file} does not exist; the checkpoint is incomplete. Remove its folder to start without it"
+        )
     tensors = load_file(file)
     parameters = {name: p for part in trainable.parts.values() for name, p in part.items()}
     if tensors.keys() != parameters.keys():
@@ -60,7 +62,9 @@ def load_weights(file: Path, trainable: Trainable) -> None:
         raise CheckpointError(f"{file} belongs to another stage or tower: {len(odd)} names differ, such as {odd[:3]}")
     for name, parameter in parameters.items():
         if tensors[name].shape != parameter.shape:
-            raise CheckpointError(f"{file}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}")
+            raise CheckpointError(
+                f"{file}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+            )
         parameter.data.copy_(tensors[name])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments
+from transformers.utils import logging as transformers_logging
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.errors import CheckpointError, ToveError
@@ -197,7 +198,9 @@ def _save(
 
 def _run_record(settings: Settings) -> dict[str, Any]:
     record = settings.record()
-    record["deepspeed"] = Path(resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed)) or "none").stem
+    record["deepspeed"] = Path(
+        resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed)) or "none"
+    ).stem
     record["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.pretrained is not None:
         record["pretrained_fingerprint"] = Manifest.read(settings.pretrained).fingerprint
@@ -233,6 +236,8 @@ def _say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when the run is finished, 2 for bad input."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         run(parse(sys.argv[1:] if argv is None else argv))
         return 0

@@ -29,7 +29,7 @@ from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.tower import all_reduce_statistics, balance_loss
 from tove_llava.train import checkpoints
 from tove_llava.train.meter import Meter
-from tove_llava.train.progress import TrainingProgress
+from tove_llava.train.progress import TrainingLines, TrainingProgress
 from tove_llava.train.stages import PROJECTOR, TOWER, Trainable
 from tove_llava.train.window import Window, draw_noise, open_window
 
@@ -84,8 +84,8 @@ class ToveTrainer(Trainer):
         self._columns = [*vision.expert_names, *(["null"] if vision.null_slot else [])] if has_gate else []
         self._meter = Meter(self._columns, self.args.device)
         self.remove_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(TrainingProgress())
+        bar = self.pop_callback(ProgressCallback)
+        self.add_callback(TrainingLines() if bar is None else TrainingProgress())
 
     # -- data ---------------------------------------------------------------------------------------------------------
 

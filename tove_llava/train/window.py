@@ -100,4 +100,3 @@ def draw_noise(shape: tuple[int, int, int], seed: int, step: int) -> torch.Tenso
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return torch.randn(shape, generator=generator)
-

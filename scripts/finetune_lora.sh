@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Stage 2, instruction tuning: LoRA on the language model, with projector and gate. Settings: scripts/lib.sh, and
+#   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/lib.sh
+train finetune_lora train_instruct.json --pretrained "${STAGE1_DIR:-outputs/$PRESET_NAME/pretrain}" "$@"
