@@ -314,6 +314,11 @@ def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
         assert (batch["pixel_values"].flatten(1).std(1) > 0.1).all()
 
 
+def test_a_tokenizer_that_does_not_suit_the_template_shows_at_once(make: Any) -> None:
+    with pytest.raises(ConfigError, match="no chat template"):
+        make(template="chat_template")
+
+
 def test_an_unknown_policy_is_refused(make: Any) -> None:
     with pytest.raises(ConfigError, match="'ignore'.*drop or error"):
         make(unsupervised="ignore")

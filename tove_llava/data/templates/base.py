@@ -13,7 +13,7 @@ from tove_llava.registry import Registry
 Role = Literal["system", "user", "assistant"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message. ``text`` is None for the open turn that a generation prompt ends with."""
 
@@ -21,7 +21,7 @@ class Turn:
     text: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Segment:
     """A stretch of the prompt, and whether the model learns to produce it."""
 

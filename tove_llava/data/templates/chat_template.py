@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
@@ -47,4 +48,7 @@ class ChatTemplate(Template):
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str | None]], generation: bool) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
