@@ -225,3 +225,57 @@ def test_chat_goes_on_over_several_turns_and_survives_a_bad_picture(
 def test_chat_refuses_json_without_a_question(capsys):
     assert cli.main(["chat", "--json", "--model", "x"]) == 2
     assert "--json needs --question" in capsys.readouterr().err
+
+
+# -- a LLaVA of transformers' own, as a baseline ----------------------------------------------------------------------
+
+
+def save_stock(folder):
+    from answer_parts import byte_tokenizer
+    from tower_parts import GRID, IMAGE, text_config
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE, patch_size=8
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=600, initializer_range=0.4),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=GRID**2,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": IMAGE}, crop_size={"height": IMAGE, "width": IMAGE})
+    LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default").save_pretrained(folder)
+
+
+def test_a_stock_llava_answers_as_its_own_generate_does(tmp_path):
+    save_stock(tmp_path)
+    stock = Engine.load(tmp_path, device="cpu")
+    answerer = stock.answerer
+    prompt, pixels = stock._prepare(ask("What is it?", picture()))
+    ids = torch.tensor([prompt])
+    output = answerer.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=pixels[0][None],
+        max_new_tokens=8,
+        do_sample=False,
+    )
+    expected = answerer.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+    assert stock.answer(ask("What is it?", picture()), max_new_tokens=8) == expected != ""
+    assert stock.routing(picture()) is None
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        Engine.load(tmp_path)
