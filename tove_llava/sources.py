@@ -71,10 +71,6 @@ class Source(ABC):
         """A source of the same scheme that reads the local folder or file ``path``."""
         return replace(self, target=os.fspath(path))
 
-    def exists(self) -> bool:
-        """False when the source is a local path that is not there."""
-        return self.path is None or self.path.exists()
-
     def require(self) -> Path:
         """The local path of the source.
 
