@@ -110,9 +110,34 @@ def test_an_accumulation_window_is_one_batch(tmp_path):
     parts = [tower(x[p], gate_noise=noise[p]).gate_inputs for p in (slice(0, 2), slice(2, 3), slice(3, 5))]
     window = balance_loss(sum(fused(part) for part in parts) + fused(None))
     torch.testing.assert_close(window, whole)
-    torch.testing.assert_close(gradients(tower.fusion, window), gradients(tower.fusion, whole))
+    expected = gradients(tower.fusion, whole)
+    torch.testing.assert_close(gradients(tower.fusion, window), expected)
+    torch.testing.assert_close(gradients(tower.fusion, balance_loss(fused(parts))), expected)
     mean = torch.stack([balance_loss(fused(part)) for part in parts]).mean()
     assert not torch.isclose(mean, whole, rtol=1e-3)  # what averaging would have given instead
+
+
+def test_a_window_is_one_pass_of_the_gate(tmp_path):
+    tower = make_tower(tmp_path).train()
+    inputs, calls = tower(pixels()).gate_inputs, []
+    tower.fusion.gate.score.register_forward_hook(lambda *_: calls.append(1))
+    for window in ([], [inputs], [inputs, inputs, inputs]):
+        calls.clear()
+        assert tower.fusion.balance_statistics(window).tokens == 32 * len(window) and len(calls) == 1
+    with pytest.raises(ValueError, match="noise"):
+        tower.fusion.balance_statistics([inputs, inputs._replace(noise=None)])
+
+
+def test_joining_keeps_dropped_experts_apart(tmp_path):
+    tower = make_tower(tmp_path, opened=True).train()
+    inputs = tower(pixels()).gate_inputs
+    dropped = inputs._replace(usable=torch.tensor([[True, False, True], [True, True, True]]))
+    joined = tower.fusion.balance_statistics([inputs, dropped])
+    apart = tower.fusion.balance_statistics(inputs) + tower.fusion.balance_statistics(dropped)
+    torch.testing.assert_close(joined.importance, apart.importance)
+    torch.testing.assert_close(joined.load, apart.load)
+    alone = tower.fusion.balance_statistics(inputs)
+    assert not torch.allclose(joined.importance, 2 * alone.importance)
 
 
 def test_no_image_touches_the_same_parameters(tmp_path):

@@ -1,4 +1,4 @@
-"""What may differ on a GPU: kernels for empty rows, dtypes without a CPU path, moves of parts that are no submodules."""
+"""What may differ on a GPU: kernels for empty rows, dtypes without a CPU path, moves of what is no submodule."""
 
 import pytest
 import torch

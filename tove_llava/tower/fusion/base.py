@@ -76,9 +76,11 @@ class Fusion(nn.Module):
         """
         raise NotImplementedError
 
-    def balance_statistics(self, inputs: GateInputs | None) -> BalanceStatistics | None:
+    def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics | None:
         """Statistics of the balance loss, recomputed with gradients from a gate's inputs; None without a gate.
 
-        ``inputs=None`` gives the statistics of no image at all; it touches the same parameters, as every rank must.
+        The inputs of several batches in a list are computed in one pass of the gate, so that ranks whose windows hold
+        different numbers of batches with images still run the gate equally often, as ZeRO-3 needs. ``None`` (or an
+        empty list) gives the statistics of no image at all; it touches the same parameters.
         """
         return None

@@ -154,14 +154,9 @@ class ToveFusion(Fusion):
             gate_inputs=inputs,
         )
 
-    def balance_statistics(self, inputs: GateInputs | None) -> BalanceStatistics:
+    def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics:
         device = self.gate.score.weight.device
-        if inputs is None:
-            width, slots = self.config.hidden_size, self.gate.slots
-            inputs = GateInputs(
-                tokens=torch.zeros(0, self.config.num_patches, width, device=device),
-                noise=torch.zeros(0, self.config.num_patches, slots, device=device) if self._draws_noise else None,
-            )
+        inputs = self._joined(inputs, device)
         names = self.config.expert_names
         attached = torch.tensor([name in self.config.attached_experts for name in names], device=device)
         gate = self._gate(inputs)
@@ -171,6 +166,35 @@ class ToveFusion(Fusion):
             load=None if gate.load is None else gate.load.sum(dim=(0, 1))[: len(names)],
             tokens=torch.tensor(float(batch * tokens), device=device),
             attached=attached,
+        )
+
+    def _joined(self, inputs: GateInputs | list[GateInputs] | None, device: torch.device) -> GateInputs:
+        if isinstance(inputs, GateInputs):
+            return inputs
+        if not inputs:
+            tokens, slots = self.config.num_patches, self.gate.slots
+            return GateInputs(
+                tokens=torch.zeros(0, tokens, self.config.hidden_size, device=device),
+                noise=torch.zeros(0, tokens, slots, device=device) if self._draws_noise else None,
+            )
+        noise = [part.noise for part in inputs if part.noise is not None]
+        if len(noise) not in (0, len(inputs)):
+            raise ValueError("gate inputs with and without noise cannot be joined")
+        usable = None
+        if any(part.usable is not None for part in inputs):
+            experts = len(self.config.experts)
+            usable = torch.cat(
+                [
+                    torch.ones(len(part.tokens), experts, dtype=torch.bool, device=device)
+                    if part.usable is None
+                    else part.usable
+                    for part in inputs
+                ]
+            )
+        return GateInputs(
+            tokens=torch.cat([part.tokens for part in inputs]),
+            noise=torch.cat(noise) if noise else None,
+            usable=usable,
         )
 
     @property
