@@ -165,8 +165,8 @@ class ToveTrainer(Trainer):
         if not self._columns or not window.num_images:
             return None
         fusion = self.model.tower.fusion
-        # One gate pass per window at most: ZeRO-3 gathers the gate's weights for it as for any other.
-        statistics = sum(fusion.balance_statistics(inputs) for inputs in window.gate_inputs or [None])
+        # One pass of the gate on every rank, however many batches have images: ZeRO-3 gathers weights for each pass.
+        statistics = fusion.balance_statistics(window.gate_inputs)
         return balance_loss(all_reduce_statistics(statistics))
 
     def _dummy_image(self, device: torch.device) -> dict[str, Any]:
