@@ -1,0 +1,244 @@
+"""Words for a scene: a caption as people write it, an exact description, and questions with balanced answers.
+
+For every question type the wanted answer is drawn first and a question that has it is looked for afterwards, so that a model that does not
+see the picture stays at chance.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, MAX_RADIUS, MIN_RADIUS, SHAPES, Object, Scene
+
+COLUMNS, ROWS = "ABCDEF", "123456"  # places: column A is at the left, row 1 at the top
+METRES = ("three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen")
+SIZES = ("tiny", "small", "medium", "large", "huge")
+SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's wording for short answers
+
+# How clear a difference must be before it is asked about.
+PLACE_MARGIN = 0.09  # of the picture's side
+DEPTH_RATIO = 1.18
+SIZE_RATIO = 1.3
+
+Asked = tuple[str, str]  # question, answer
+
+
+@dataclass(frozen=True)
+class Question:
+    category: str
+    text: str
+    answer: str
+
+
+def place(item: Object) -> str:
+    """Column and row of the object's visible centroid on a 6 x 6 chessboard, e.g. ``B4``."""
+    column, row = (min(int(x * 6), 5) for x in (item.u, item.v))
+    return COLUMNS[column] + ROWS[row]
+
+
+def metres(item: Object) -> str:
+    """The object's depth in whole metres, as a word."""
+    return METRES[int(np.clip(round(item.depth), 3, 14)) - 3]
+
+
+def size(item: Object) -> str:
+    """One of five words for the object's real size, whatever its size in the picture."""
+    return SIZES[min(int((item.radius - MIN_RADIUS) / (MAX_RADIUS - MIN_RADIUS) * len(SIZES)), len(SIZES) - 1)]
+
+
+def describe(scene: Scene) -> str:
+    """Every object from left to right with its place, depth and size: what alignment teaches the model to say."""
+    return " ".join(f"{o.name} at {place(o)}, {metres(o)} metres, {size(o)}." for o in _left_to_right(scene))
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """One sentence as a person might write it: some objects, loosely placed, nothing measured."""
+    items = list(scene.objects)
+    items = [items[i] for i in rng.permutation(len(items))]
+    phrases = [_phrase(item, rng) for item in items]
+    if len(items) >= 2 and rng.random() < 0.7:
+        relation = _loose_relation(items[0], items[1])
+        first = f"{phrases[0]} {relation} {phrases[1]}"
+        rest = phrases[2:]
+    else:
+        first, rest = phrases[0], phrases[1:]
+    sentence = first if not rest else f"{first}, " + (", ".join(rest[:-1]) + " and " if len(rest) > 1 else "with ") + rest[-1]
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def ask(scene: Scene, rng: np.random.Generator, categories: tuple[str, ...] | None = None) -> list[Question]:
+    """At most one question of each category, in random order; a category that the scene cannot serve is left out."""
+    found = []
+    for category in categories or tuple(CATEGORIES):
+        asked = CATEGORIES[category](scene, rng)
+        if asked is not None:
+            found.append(Question(category, *asked))
+    return [found[i] for i in rng.permutation(len(found))]
+
+
+def with_article(name: str) -> str:
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _left_to_right(scene: Scene) -> list[Object]:
+    return sorted(scene.objects, key=lambda o: o.u)
+
+
+def _phrase(item: Object, rng: np.random.Generator) -> str:
+    words = [item.colour, item.shape]
+    if rng.random() < 0.3:
+        words.insert(0, item.material)
+    if rng.random() < 0.3:
+        words.insert(0, "big" if item.area > 0.03 else "small")
+    return with_article(" ".join(words))
+
+
+def _loose_relation(a: Object, b: Object) -> str:
+    if abs(a.u - b.u) >= abs(a.v - b.v):
+        return "to the left of" if a.u < b.u else "to the right of"
+    return "above" if a.v < b.v else "below"
+
+
+def _yes_no(rng: np.random.Generator) -> tuple[bool, str]:
+    wanted = bool(rng.random() < 0.5)
+    return wanted, "Yes" if wanted else "No"
+
+
+def existence(scene: Scene, rng: np.random.Generator) -> Asked:
+    wanted, answer = _yes_no(rng)
+    if wanted:
+        pair = scene.objects[int(rng.integers(len(scene.objects)))].pair
+    else:
+        pair = absent_pair(scene, rng, near=bool(rng.random() < 0.5))
+    return f"Is there {with_article(' '.join(pair))} in the image?", answer
+
+
+def absent_pair(scene: Scene, rng: np.random.Generator, near: bool) -> tuple[str, str]:
+    """A colour-shape pair that the scene lacks; with ``near``, its colour and its shape both occur if that is possible.
+
+    Held-out pairs are asked about in the "novel" split alone: elsewhere they would always be answered "No".
+    """
+    present = {o.pair for o in scene.objects}
+    pool = [
+        (c, s)
+        for c in COLOURS
+        for s in SHAPES
+        if (c, s) not in present and (scene.split == "novel" or (c, s) not in HELD_OUT_PAIRS)
+    ]
+    if near:
+        colours, shapes = {c for c, _ in present}, {s for _, s in present}
+        pool = [p for p in pool if p[0] in colours and p[1] in shapes] or pool
+    return pool[int(rng.integers(len(pool)))]
+
+
+def counting(scene: Scene, rng: np.random.Generator) -> Asked:
+    counts = {"How many objects are there?": len(scene.objects)}
+    for colour in COLOURS:
+        counts[f"How many {colour} objects are there?"] = sum(o.colour == colour for o in scene.objects)
+    for shape in SHAPES:
+        counts[f"How many {shape}s are there?"] = sum(o.shape == shape for o in scene.objects)
+    answers = sorted(set(counts.values()))
+    wanted = answers[int(rng.integers(len(answers)))]
+    questions = [q for q, n in counts.items() if n == wanted]
+    return questions[int(rng.integers(len(questions)))], str(wanted)
+
+
+def colour(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    unique = [o for o in scene.objects if sum(p.shape == o.shape for p in scene.objects) == 1]
+    if not unique:
+        return None
+    item = unique[int(rng.integers(len(unique)))]
+    return f"What color is the {item.shape}?", item.colour
+
+
+def shape(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    unique = [o for o in scene.objects if sum(p.colour == o.colour for p in scene.objects) == 1]
+    if not unique:
+        return None
+    item = unique[int(rng.integers(len(unique)))]
+    return f"What shape is the {item.colour} object?", item.shape
+
+
+def left_right(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    return _relation(scene, rng, ("to the left of", "to the right of"), lambda o: o.u, lambda a, b: b - a > PLACE_MARGIN)
+
+
+def above_below(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    return _relation(scene, rng, ("above", "below"), lambda o: o.v, lambda a, b: b - a > PLACE_MARGIN)
+
+
+def front_behind(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    return _relation(scene, rng, ("in front of", "behind"), lambda o: o.depth, lambda a, b: b / a > DEPTH_RATIO)
+
+
+def nearer(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    words = ("closer to the camera", "farther from the camera")
+    return _choice(scene, rng, words, lambda o: o.depth, lambda a, b: b / a > DEPTH_RATIO)
+
+
+def bigger(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    return _choice(scene, rng, ("smaller", "bigger"), lambda o: o.radius, lambda a, b: b / a > SIZE_RATIO)
+
+
+def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
+    """A VSR-style statement (Liu et al. 2023) about any of the three directions."""
+    relation = (left_right, above_below, front_behind)[int(rng.integers(3))]
+    asked = relation(scene, rng)
+    if asked is None:
+        return None
+    claim = asked[0].removeprefix("Is the ").removesuffix("?")
+    subject = next(o.name for o in scene.objects if claim.startswith(o.name))
+    claim = f"The {subject} is {claim.removeprefix(subject).strip()}."
+    return f"{claim} Is this true or false?", "True" if asked[1] == "Yes" else "False"
+
+
+CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
+    "existence": existence,
+    "counting": counting,
+    "colour": colour,
+    "shape": shape,
+    "left_right": left_right,
+    "above_below": above_below,
+    "front_behind": front_behind,
+    "nearer": nearer,
+    "bigger": bigger,
+    "statement": statement,
+}
+SPATIAL = ("left_right", "above_below", "statement")
+DEPTH = ("front_behind", "nearer")
+
+Measure = Callable[[Object], float]
+Clear = Callable[[float, float], bool]
+
+
+def _ordered_pair(
+    scene: Scene, rng: np.random.Generator, measure: Measure, clear: Clear
+) -> tuple[Object, Object] | None:
+    """A random pair whose first member's measure is clearly the smaller."""
+    pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b and clear(measure(a), measure(b))]
+    return pairs[int(rng.integers(len(pairs)))] if pairs else None
+
+
+def _relation(
+    scene: Scene, rng: np.random.Generator, words: tuple[str, str], measure: Measure, clear: Clear
+) -> Asked | None:
+    pair = _ordered_pair(scene, rng, measure, clear)
+    if pair is None:
+        return None
+    wanted, answer = _yes_no(rng)
+    smaller_first = bool(rng.random() < 0.5)
+    first, second = pair if smaller_first else pair[::-1]
+    word = words[0] if smaller_first == wanted else words[1]
+    return f"Is the {first.name} {word} the {second.name}?", answer
+
+
+def _choice(
+    scene: Scene, rng: np.random.Generator, words: tuple[str, str], measure: Measure, clear: Clear
+) -> Asked | None:
+    pair = _ordered_pair(scene, rng, measure, clear)
+    if pair is None:
+        return None
+    which = int(rng.integers(2))
+    named = pair if rng.random() < 0.5 else pair[::-1]
+    return f"Which is {words[which]}, the {named[0].name} or the {named[1].name}?", pair[which].name
