@@ -288,6 +288,35 @@ def test_images_in_an_answer_are_not_counted_as_supervised(model_file: Path) -> 
     assert encoded.num_supervised == sum(label >= 0 for label in encoded.labels)
 
 
+@pytest.mark.parametrize("name", ["v1", "vicuna_v1", "plain", "chat_template"])
+def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer: Any, name: str, tmp_path: Path) -> None:
+    """So that what serves an exported model (transformers, vLLM) asks as the model was trained."""
+    from tove_llava.llava.processing import jinja_template
+
+    if name == "chat_template" and not tokenizer.chat_template:
+        pytest.skip("this tokenizer ships no chat template")
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    parts: list[Any] = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+    turns = [Turn("user", "<image>\nWhat is it?")]
+    if name == "plain":
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": "a kite"}]})
+        turns.append(Turn("assistant", "a kite"))
+    else:
+        messages += [{"role": "assistant", "content": "A kite."}, {"role": "user", "content": "Sure?"}]
+        turns += [Turn("assistant", "A kite."), Turn("user", "Sure?"), Turn("assistant", None)]
+    rendered = tokenizer.apply_chat_template(
+        messages, chat_template=jinja_template(name, tokenizer), tokenize=False, add_generation_prompt=True
+    )
+    expected = encode_turns(turns, tokenizer, name, images=True).input_ids
+    add_prefix = get_template(name).adds_bos
+    ids = tokenizer(rendered, add_special_tokens=add_prefix)["input_ids"]
+    assert ids == [image if token == IMAGE_TOKEN_INDEX else token for token in expected]
+
+
 # --- tokenizers that do not suit --------------------------------------------------------------------------------------
 
 

@@ -288,6 +288,8 @@ class TextEncoder:
             raise ConfigError("the tokenizer encodes a text differently with and without special tokens")
         #: ids that the tokenizer puts in front of every sequence (LLaMA: BOS)
         self.prefix_ids: list[int] = with_prefix[: starts[0]]
+        #: what a text of its own has in front of it that a continuation has not (LLaMA: a space)
+        self.text_prefix: str = " " if self.encode("x") != self.continuation("x") else ""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of its own, without BOS or EOS."""

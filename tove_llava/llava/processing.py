@@ -4,6 +4,8 @@ from pathlib import Path
 
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
+from tove_llava.data import IMAGE_PLACEHOLDER, get_template
+from tove_llava.data.tokenizer import text_encoder
 from tove_llava.tower import ToveVisionConfig
 
 _TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -41,12 +43,16 @@ def build_processor(
 
 def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The jinja form of a conversation template, for ``processor.apply_chat_template``; None where there is none."""
+    # In training the text behind an image is encoded as a text of its own, which LLaMA's tokenizer begins with a space.
+    # transformers encodes it as what follows a special token, so there the space has to be written.
+    image = IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix
     if template == "chat_template":
         own = tokenizer.chat_template
         if not isinstance(own, str):
             return None
         # Tokenizers of language models expect strings, LLaVA's messages are lists of parts.
-        return (_TEMPLATES / "flatten.jinja").read_text() + own
-    aliases = {"vicuna_v1": "v1"}
-    file = _TEMPLATES / f"{aliases.get(template, template)}.jinja"
-    return file.read_text().rstrip("\n") if file.is_file() else None
+        return (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image) + own
+    file = _TEMPLATES / f"{get_template(template).name}.jinja"
+    if not file.is_file():
+        return None
+    return file.read_text().rstrip("\n").replace(IMAGE_PLACEHOLDER, image).replace("</s>", tokenizer.eos_token)
