@@ -27,7 +27,7 @@ from tove_llava.data import (
 from tove_llava.data.tokenizer import text_encoder
 from tove_llava.errors import CheckpointError, ConfigError, DataError
 
-SLOW_FIXTURES = settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
+SLOW_FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 
 # Text as people and machines write it, with whatever may confuse a tokenizer or a template.
 FRAGMENTS = st.sampled_from(
