@@ -1,4 +1,4 @@
-"""Small random parts of the true architectures in folders, a preset over them, and records: enough to train through the CLI."""
+"""Small random parts of the true architectures in folders, a preset over them, and records to train on."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", count: int = 16) -> None:
-    """Writes images/, captions.json (one image each) and instruct.json, whose records follow ``pattern`` (image, text)."""
+    """Writes images/, captions.json (one image each) and instruct.json, records by ``pattern``: image, text."""
     (root / "images").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     words = ["red", "blue", "a cone", "two spheres", "left of the box", "near"]
@@ -140,7 +140,12 @@ def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
 def environment(**changes: str) -> dict[str, str]:
     """For child processes: one thread each, no accelerator, this checkout's package."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    fixed = {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
     return {**inherited, **fixed, **changes}
 
 
@@ -158,8 +163,14 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
 def run_group(command: list[str], timeout: int) -> tuple[int, str]:
     """Runs a command; a hanging one is ended together with the processes that it started."""
     process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )  # fmt: skip
+        command,
+        env=environment(),
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlavaProcessor, TrainingArguments
+from transformers import LlavaProcessor, TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
@@ -41,12 +42,15 @@ def run(settings: Settings) -> None:
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
+    unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
+    seed = settings.training.get("seed", 42)
+    set_seed(seed)
     vision = vision_config(settings.preset.vision)
     processor = prepare_processor(settings.preset, vision, settings.stage.template)
     dataset = make_dataset(settings, processor, vision)
     _say(f"data: {dataset.report}")
 
-    model = make_model(settings.preset, processor, vision, seed=settings.training.get("seed", 42))
+    model = make_model(settings.preset, processor, vision, seed=seed)
     if settings.pretrained is not None:
         load_trained(model, settings.pretrained)
         _say(f"projector and tower: from {settings.pretrained}")

@@ -26,7 +26,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.errors import NonFiniteError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
-from tove_llava.tower import all_reduce_statistics, balance_loss
+from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import checkpoints
 from tove_llava.train.meter import Meter
 from tove_llava.train.progress import TrainingLines, TrainingProgress
@@ -114,7 +114,8 @@ class ToveTrainer(Trainer):
         if not batches:
             return [], None
         only_tower = set(self._trainable.parts) <= {PROJECTOR, TOWER}
-        window = open_window(batches, self.args.device, always_tower=only_tower)
+        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
+        window = open_window(batches, self.args.device, always_tower=only_tower, tower_first=zero3)
         vision = self.model.config.vision_config
         if self._columns and vision.noisy_gating and window.num_images:
             shape = (window.num_images, vision.num_patches, len(self._columns))
@@ -170,10 +171,16 @@ class ToveTrainer(Trainer):
         return balance_loss(all_reduce_statistics(statistics))
 
     def _dummy_image(self, device: torch.device) -> dict[str, Any]:
+        """One image of zeros, as the frozen encoders' output: they need not run for it."""
         vision = self.model.config.vision_config
-        gate_noise = torch.zeros(1, vision.num_patches, len(self._columns)) if self._columns else None
-        pixels = torch.zeros(1, 3, vision.image_size, vision.image_size, device=device)
-        return {"pixel_values": self._prepare_input(pixels), "gate_noise": gate_noise, "dummy_images": True}
+        dtype = next(self.model.model.multi_modal_projector.parameters()).dtype
+        specs = [spec for spec in vision.expert_specs if spec.name in self.model.tower.active_experts]
+        features = TowerFeatures(
+            base=torch.zeros(1, vision.num_patches, vision.hidden_size, device=device, dtype=dtype),
+            experts={s.name: torch.zeros(1, s.width, *s.grid, device=device, dtype=dtype) for s in specs},
+        )
+        noise = torch.zeros(1, vision.num_patches, len(self._columns)) if self._columns else None
+        return {"vision_features": features, "gate_noise": noise, "dummy_images": True}
 
     def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
         names = [self._records.records[i].where for i in records.tolist()]

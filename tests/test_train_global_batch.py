@@ -1,0 +1,159 @@
+"""Loss terms and gradients are those of the global batch: the same for any split of it, text-only ranks included."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from train_parts import ROOT, environment, flags, free_port, launch, write_parts, write_records
+
+from tove_llava.train.run import main
+from tove_llava.train.window import Window, draw_noise
+
+# Plain gradient descent: after a few steps the weights differ as soon as any gradient does.
+DESCENT = ["--optim", "sgd", "--learning_rate", "0.3", "--lr_scheduler_type", "constant"]
+TEXT_HEAVY = ["--data_path", "{root}/text_heavy.json", "--group_by_modality_length", "False", "--template", "v1"]
+
+# name -> (stage, further flags, (batch, accumulation) of one rank alone, the same for one of two ranks)
+SCENARIOS = {
+    "pretrain": ("pretrain", ["--max_steps", "3"], (8, 1), (4, 1)),
+    "lora": ("finetune_lora", ["--max_steps", "3", "--group_by_modality_length", "False"], (8, 1), (2, 2)),
+    # Micro-batches of one record: ranks, micro-batches and whole windows without an image.
+    "pretrain-text": ("pretrain", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
+    "lora-text": ("finetune_lora", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
+    "full-text": ("finetune", ["--max_steps", "4", "--gradient_checkpointing", "True", *TEXT_HEAVY], (4, 1), (1, 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("global_batch")
+    write_parts(folder)
+    write_records(folder)
+    (folder / "text").mkdir()
+    write_records(folder / "text", captions=0, pattern="ttittttt")
+    (folder / "text" / "instruct.json").rename(folder / "text_heavy.json")
+    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
+    return folder
+
+
+def command(root, name, output, split, *more):
+    stage, extra, *_ = SCENARIOS[name]
+    extra = [part.format(root=root) for part in extra]
+    if stage != "pretrain":
+        extra += ["--pretrained", str(root / "stage1")]
+    batch, accumulation = split
+    sizes = ["--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", str(accumulation)]
+    return flags(root, stage, output, *DESCENT, *sizes, *extra, *more)
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """One process, the whole batch at once."""
+    outcomes = {}
+    for name, (*_, whole, _split) in SCENARIOS.items():
+        output = root / f"alone-{name}"
+        assert main(command(root, name, output, whole)) == 0
+        outcomes[name] = outcome(output)
+    return outcomes
+
+
+def outcome(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    losses = [(entry["lm_loss"], entry["aux_loss"]) for entry in history if "lm_loss" in entry]
+    weights = {}
+    for file in output.glob("*.safetensors"):
+        weights |= load_file(file)
+    return torch.tensor(losses), weights
+
+
+def assert_same(got, expected):
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=2e-6)
+    assert got[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        torch.testing.assert_close(got[1][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_scenarios_exercise_what_they_should(alone, root):
+    for name, (losses, weights) in alone.items():
+        assert len({round(float(x), 5) for x in losses[:, 0]}) > 1, name
+        assert losses[:, 1].max() > 1e-4, f"{name}: no balance loss"
+        assert weights["model.vision_tower.fusion.output.weight"].abs().max() > 0, name
+    records = json.loads((root / "text_heavy.json").read_text())
+    assert sum("image" in r for r in records) == 2  # of 16: some windows of 4 have no image at all
+
+
+@pytest.mark.parametrize(("name", "split"), [("pretrain", (4, 2)), ("lora", (2, 4)), ("lora-text", (1, 4))])
+def test_accumulation_changes_nothing(alone, root, name, split):
+    output = root / f"accumulated-{name}"
+    assert main(command(root, name, output, split)) == 0
+    assert_same(outcome(output), alone[name])
+
+
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
+def test_ranks_under_deepspeed_change_nothing(alone, root, deepspeed):
+    lines = {
+        name: command(root, name, root / f"{deepspeed}-{name}", split, "--deepspeed", deepspeed)
+        for name, (*_, split) in SCENARIOS.items()
+    }
+    file = root / f"{deepspeed}.json"
+    file.write_text(json.dumps(list(lines.values())))
+    launch([str(file)], module="train_worker")
+    for name in SCENARIOS:
+        assert_same(outcome(root / f"{deepspeed}-{name}"), alone[name])
+
+
+@pytest.mark.slow
+def test_ranks_without_deepspeed_change_nothing(alone, root):
+    lines = [
+        command(root, name, root / f"ddp-{name}", split, "--deepspeed", "none")
+        for name, (*_, split) in SCENARIOS.items()
+    ]
+    file = root / "ddp.json"
+    file.write_text(json.dumps(lines))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*run, "-m", "train_worker", str(file)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for name in SCENARIOS:
+        assert_same(outcome(root / f"ddp-{name}"), alone[name])
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
+def test_every_image_has_its_own_noise_whatever_the_split(images):
+    """Micro-batches in order, ranks in order: together they hold the global draw once."""
+    total = sum(map(sum, images))
+    noise = draw_noise((total, 2, 3), seed=5, step=7)
+    pieces = []
+    windows = [Window(tokens=1, images=images, samples=1, rank=rank, noise=noise) for rank in (0, 1)]
+    for micro in range(len(images)):
+        for window in windows:
+            window.step = micro
+            pieces.append(window.present_noise())
+    assert torch.equal(torch.cat(pieces), noise)
+
+
+def test_noise_depends_on_seed_and_step_alone():
+    assert torch.equal(draw_noise((3, 2, 2), 1, 4), draw_noise((3, 2, 2), 1, 4))
+    assert not torch.equal(draw_noise((3, 2, 2), 1, 4), draw_noise((3, 2, 2), 1, 5))
+    assert not torch.equal(draw_noise((3, 2, 2), 2, 4), draw_noise((3, 2, 2), 1, 4))
+
+
+def test_no_rank_runs_the_tower_when_none_has_an_image():
+    window = Window(tokens=1, images=[[0, 0], [0, 1], [0, 0]], samples=1, rank=0)
+    ran = []
+    for window.step in range(3):
+        ran.append(window.runs_tower)
+    assert ran == [False, True, True]  # the last one carries the balance loss
+    assert not Window(tokens=1, images=[[0, 0]], samples=1, rank=0).runs_tower
+    assert Window(tokens=1, images=[[0, 0]], samples=1, rank=0, always_tower=True).runs_tower

@@ -1,0 +1,13 @@
+"""Runs several command lines of the trainer in one process (or one group of ranks): starting DeepSpeed takes long.
+
+Usage: python -m train_worker FILE, where FILE holds a JSON list of argument lists.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from tove_llava.train.run import main
+
+if __name__ == "__main__":
+    sys.exit(max(main(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())))
