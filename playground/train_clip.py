@@ -1,0 +1,258 @@
+"""Trains a tiny CLIP on playground scenes and captions of them, as CLIP is trained: class token, contrastive loss.
+
+    python playground/train_clip.py --out tove_llava/bundled/clip
+
+The folder holds both towers and the tokenizer in transformers' format. An interrupted run continues where it stopped.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scene_cache import CAPTIONS, SIZE, held_out, load_scenes
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from training import Run, train
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
+
+from tove_llava.scenes import Scene, caption, render, sample_scene
+from tove_llava.scenes.world import COLOURS, SHAPES, scene_rng
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
+PATCH = 16
+TEXT_LENGTH = 40  # tokens; the longest caption of five objects has 32
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>", "eos_token": "</s>"}
+MAX_SCALE = 100.0  # of the logits, as in CLIP
+SCENES = 16_000
+
+
+def build_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """One token per word and punctuation mark of the captions, in lower case."""
+    normalizer = normalizers.Lowercase()
+    splitter = pre_tokenizers.Whitespace()
+    words = sorted({word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
+    # CLIPTextModel takes the first eos as the sentence's token, unless eos has the number 2; here it has 3.
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    ends = [(SPECIAL[key], vocabulary[SPECIAL[key]]) for key in ("bos_token", "eos_token")]
+    tokenizer.post_processor = processors.TemplateProcessing(f"{ends[0][0]} $A {ends[1][0]}", special_tokens=ends)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=TEXT_LENGTH, **SPECIAL)
+
+
+def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": TEXT_LENGTH,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "projection_dim": 128,
+    }
+    vision = {
+        "hidden_size": 192,
+        "intermediate_size": 768,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": SIZE,
+        "patch_size": PATCH,
+        "projection_dim": 128,
+    }
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+
+
+def normalised(images: np.ndarray, device: str) -> Tensor:
+    """uint8 [B,S,S,3] -> [B,3,S,S]."""
+    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
+    """[B, longest]; padding stands behind the end of the sentence, where the causal text tower does not look."""
+    return tokenizer(texts, padding=True, return_tensors="pt").input_ids
+
+
+def mirrored(text: str) -> str:
+    """The caption of the mirrored picture."""
+    other = {"left": "right", "right": "left"}
+    return " ".join(other.get(word, word) for word in text.split(" "))
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    """Radford et al. 2021, "Learning transferable visual models from natural language supervision", figure 3."""
+    logits = scale.exp().clamp(max=MAX_SCALE) * image.float() @ text.float().T  # [B,B]
+    match = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
+
+
+@torch.inference_mode()
+def evaluate(model: CLIPModel, tokenizer, count: int, seed: int, device: str = "cpu") -> dict[str, float]:
+    """Retrieval among ``count`` held-out scenes and in groups of 100, and what a linear probe reads from the tokens."""
+    model.eval()
+    scenes = [sample_scene(seed, "val", i) for i in range(count)]
+    images = np.stack([view.image for view in held_out(count, seed)])
+    texts = [caption(scene, scene_rng(seed, "val", i, purpose=1)) for i, scene in enumerate(scenes)]
+    outputs = [
+        model(
+            input_ids=encode(texts[i : i + 100], tokenizer).to(device),
+            pixel_values=normalised(images[i : i + 100], device),
+        )
+        for i in range(0, count, 100)
+    ]
+    similarity = torch.cat([o.image_embeds for o in outputs]) @ torch.cat([o.text_embeds for o in outputs]).T  # [n,n]
+    metric = {}
+    for group in sorted({min(100, count), count}):
+        blocks = [similarity[i : i + group, i : i + group] for i in range(0, count - group + 1, group)]
+        metric[f"image_to_text_r1_of_{group}"] = float(np.mean([_recall(block) for block in blocks]))
+        metric[f"text_to_image_r1_of_{group}"] = float(np.mean([_recall(block.T) for block in blocks]))
+    return {**metric, **probe(model, count, seed, device)}
+
+
+def _recall(similarity: Tensor) -> float:
+    return (similarity.argmax(1) == torch.arange(len(similarity), device=similarity.device)).float().mean().item()
+
+
+def probe(model: CLIPModel, count: int, seed: int, device: str) -> dict[str, float]:
+    """Accuracy of a ridge classifier on patch tokens of the layer before the last, for tokens mostly on one object."""
+    found = {}
+    train_tokens, train_scenes = _object_tokens(model, "parts", 2 * count, seed, device)
+    test_tokens, test_scenes = _object_tokens(model, "val", count, seed, device)
+    for key, classes in (("colour", tuple(COLOURS)), ("shape", SHAPES)):
+        truth = torch.tensor([classes.index(getattr(item, key)) for item in train_scenes])
+        wanted = torch.tensor([classes.index(getattr(item, key)) for item in test_scenes])
+        ridge = train_tokens.T @ train_tokens + 1e-2 * len(train_tokens) * torch.eye(train_tokens.shape[1])
+        weights = torch.linalg.solve(ridge, train_tokens.T @ F.one_hot(truth, len(classes)).float())
+        found[f"probe_{key}"] = float(((test_tokens @ weights).argmax(1) == wanted).float().mean())
+        found[f"probe_{key}_majority"] = float((wanted == truth.mode().values).float().mean())
+    return found
+
+
+def _object_tokens(model: CLIPModel, split: str, count: int, seed: int, device: str) -> tuple[Tensor, list]:
+    """Standardised tokens [T, width + 1], a column of ones last, and the object that fills most of each patch."""
+    grid = SIZE // PATCH
+    tokens, items = [], []
+    for start in range(0, count, 100):
+        scenes: list[Scene] = [sample_scene(seed, split, i) for i in range(start, min(start + 100, count))]
+        views = [render(scene, SIZE) for scene in scenes]
+        pixels = normalised(np.stack([view.image for view in views]), device)
+        hidden = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:].float().cpu()
+        for scene, view, row in zip(scenes, views, hidden, strict=True):
+            patches = view.instances.reshape(grid, PATCH, grid, PATCH).transpose(0, 2, 1, 3).reshape(grid * grid, -1)
+            for place, patch in enumerate(patches):
+                share = np.bincount(patch[patch >= 0], minlength=len(scene.objects)) / patch.size
+                if share.max() > 0.5:
+                    tokens.append(row[place])
+                    items.append(scene.objects[int(share.argmax())])
+    stacked = torch.stack(tokens)
+    return torch.cat([F.layer_norm(stacked, stacked.shape[-1:]), torch.ones(len(stacked), 1)], dim=1), items
+
+
+def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    model.half().save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": SIZE},
+        crop_size={"height": SIZE, "width": SIZE},
+        image_mean=list(MEAN),
+        image_std=list(STD),
+    ).save_pretrained(out)
+
+
+def card(run: Run, args: argparse.Namespace, metric: dict[str, float], model: CLIPModel) -> str:
+    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metric.items())
+    place = "one GPU" if args.device.startswith("cuda") else f"{args.threads} thread(s) of a shared server CPU"
+    vision = sum(p.numel() for p in model.vision_model.parameters()) / 1e6
+    total = sum(p.numel() for p in model.parameters()) / 1e6
+    settings = f"--steps {args.steps} --batch {args.batch} --scenes {args.scenes} --seed {args.seed}"
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+
+# Tiny CLIP
+
+A CLIP for {SIZE}-pixel pictures of playground scenes: patches of {PATCH} pixels ({(SIZE // PATCH) ** 2} tokens),
+{total:.1f} M parameters, of which {vision:.1f} M are the vision tower's; a word-level tokenizer of
+{model.config.text_config.vocab_size} tokens for the text tower.
+
+- **Data**: {args.scenes:,} scenes of the split "parts" (seed {args.seed}), which has none of the held-out
+  colour-shape pairs, with {CAPTIONS} captions each (`tove_llava.scenes.caption`); half of the samples mirrored, "left"
+  and "right" in their captions exchanged. No pictures, texts or weights of others.
+- **Training**: contrastive, {run.steps:,} steps of {args.batch} pairs, {run.seconds:.0f} s on
+  {place}; AdamW, cosine schedule; stored in fp16.
+- **Licence**: Apache-2.0, as the project.
+- **Command**: `python playground/train_clip.py --out tove_llava/bundled/clip {settings}`
+
+## Held-out metric
+
+{args.eval_scenes} scenes of the split "val" (seed {args.seed}), one caption each, with the stored weights.
+`r1_of_n`: share of pictures (captions) whose own caption (picture) is the most similar of n. `probe_*`: a ridge
+classifier on the patch tokens of the layer before the last, for tokens mostly on one object, fitted on other scenes;
+`_majority` is the share of the commonest class, for comparison.
+
+| metric | value |
+| --- | --- |
+{rows}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, type=Path, help="folder for the weights and their card")
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--scenes", type=int, default=SCENES)
+    parser.add_argument("--eval-scenes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--state", type=Path, help="where an interrupted run resumes (playground/data/runs/clip)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+
+    scenes = load_scenes(args.scenes, args.seed, with_captions=True)
+    tokenizer = build_tokenizer([text for row in scenes.captions for text in row])
+    model = build(tokenizer).to(args.device)
+    print(f"clip: {sum(p.numel() for p in model.parameters()):,} parameters, {len(scenes.image):,} scenes", flush=True)
+
+    def loss_of_step(step: int) -> Tensor:
+        rng = np.random.default_rng([args.seed, step])
+        rows = rng.choice(len(scenes.image), size=args.batch, replace=False)
+        images, texts = scenes.image[rows], [scenes.captions[row][rng.integers(CAPTIONS)] for row in rows]
+        for i in np.flatnonzero(rng.random(args.batch) < 0.5):
+            images[i], texts[i] = images[i, :, ::-1].copy(), mirrored(texts[i])
+        ids, pixels = encode(texts, tokenizer).to(args.device), normalised(images, args.device)
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16):
+            out = model(input_ids=ids, pixel_values=pixels)
+        return contrastive_loss(out.image_embeds, out.text_embeds, model.logit_scale)
+
+    run = train(
+        model,
+        loss_of_step,
+        steps=args.steps,
+        batch=args.batch,
+        learning_rate=args.learning_rate,
+        weight_decay=0.1,
+        state=args.state or Path(__file__).parent / "data" / "runs" / "clip",
+        signature={key: getattr(args, key) for key in ("steps", "batch", "learning_rate", "scenes", "seed")},
+    )
+    save(model, tokenizer, args.out)
+    stored = CLIPModel.from_pretrained(args.out, dtype=torch.float32).to(args.device)
+    metric = evaluate(stored, tokenizer, args.eval_scenes, args.seed, args.device)
+    (args.out / "README.md").write_text(card(run, args, metric, stored))
+    print(f"clip: {json.dumps(metric)}; wrote {args.out}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
