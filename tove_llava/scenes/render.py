@@ -63,6 +63,28 @@ def render(scene: Scene, size: int = 96) -> Rendering:
 
 def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, float]]:
     """Per object: visible share of its silhouette, visible share of the picture, and the visible part's centroid (u, v)."""
+    owner, outlines = _owners(scene, size)
+    found = []
+    for index, outline in enumerate(outlines):
+        mine = np.flatnonzero(owner == index)
+        if len(mine) == 0:
+            found.append((0.0, 0.0, 0.5, 0.5))
+            continue
+        u, v = (mine % size + 0.5).mean() / size, (mine // size + 0.5).mean() / size
+        found.append((len(mine) / outline, len(mine) / size**2, float(u), float(v)))
+    return found
+
+
+def coverage(scene: Scene, grid: int, size: int = 48) -> np.ndarray:
+    """Share of each cell of a grid that each object visibly fills: float32 [grid, grid, objects]."""
+    owner, _ = _owners(scene, size)
+    masks = owner[:, None] == np.arange(len(scene.objects))  # [S*S, objects]
+    cell = size // grid
+    return masks.reshape(grid, cell, grid, cell, -1).mean(axis=(1, 3), dtype=np.float32)
+
+
+def _owners(scene: Scene, size: int) -> tuple[np.ndarray, list[int]]:
+    """The object that each pixel shows [S*S] (``SKY`` for none), and how many pixels each object's silhouette has."""
     directions = _directions(scene, size)
     nearest = np.full(size * size, np.inf, dtype=np.float32)
     owner = np.full(size * size, SKY, dtype=np.int16)
@@ -75,15 +97,7 @@ def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, floa
         closer = depth < nearest[pixels]
         nearest[pixels[closer]] = depth[closer]
         owner[pixels[closer]] = index
-    found = []
-    for index, outline in enumerate(outlines):
-        mine = np.flatnonzero(owner == index)
-        if len(mine) == 0:
-            found.append((0.0, 0.0, 0.5, 0.5))
-            continue
-        u, v = (mine % size + 0.5).mean() / size, (mine // size + 0.5).mean() / size
-        found.append((len(mine) / outline, len(mine) / size**2, float(u), float(v)))
-    return found
+    return owner, outlines
 
 
 def _directions(scene: Scene, size: int) -> np.ndarray:

@@ -1,0 +1,354 @@
+"""Trains the bundled tiny LLaMA and its SentencePiece tokenizer from nothing, on text about playground scenes.
+
+    python playground/train_language.py --out tove_llava/bundled/llm
+
+A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text is scene
+descriptions, and LLaVA-format conversations about them. In half of the conversations the scene is not written out: it is a *word grid*, 36 places in
+reading order, each holding the weighted sum of the embeddings of the words that are true of that place. The model thus learns to read
+several words at one position, which is what a projected vision token is. No picture and no vision feature takes part.
+
+Runs on the CPU or a GPU; re-running the command continues from the last saved state.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from tove_llava.data import encode_record, load_tokenizer
+from tove_llava.data.records import parse_record
+from tove_llava.data.templates import get_template
+from tove_llava.scenes import ask, caption, describe, sample_scene
+from tove_llava.scenes.language import COLUMNS, METRES, ROWS, SHORT_ANSWER, SIZES, metres, size
+from tove_llava.scenes.render import coverage
+from tove_llava.scenes.world import COLOURS, SHAPES, Scene, scene_rng
+
+GRID = 6  # places per side of a word grid: the vision tokens of the tiny CLIP
+LENGTH = 448  # tokens per sequence after a grid is expanded
+DESCRIBE = "Describe the scene."
+SEED = 20250400
+EVALUATION = 20_000_000  # first scene index of the held-out text
+
+# The words that may stand at a place, in the order of a grid's weights.
+GRID_WORDS = (*COLUMNS, *ROWS, *COLOURS, *SHAPES, *METRES, *SIZES, "empty")
+WORD_INDEX = {word: i for i, word in enumerate(GRID_WORDS)}
+
+
+@dataclass
+class Sample:
+    """``ids`` [L] with ``-200`` expanded to 36 zeros, ``weights`` [L] of the loss, ``grid`` [36, words] or None and where it starts."""
+
+    ids: list[int]
+    weights: list[float]
+    answers: list[str]
+    grid: np.ndarray | None
+    start: int
+
+
+def train_tokenizer(folder: Path) -> None:
+    """A LLaMA-style SentencePiece BPE model (byte fallback, split digits) in which every word of the scenes is one piece."""
+    lines = []
+    v1 = get_template("v1")
+    for i in range(6000):
+        scene, rng = sample_scene(SEED, "parts", i), scene_rng(SEED, "parts", i, 1)
+        turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": describe(scene)}]
+        questions = ask(scene, rng)
+        for q in questions:
+            lines += [f"USER: {q.text} ASSISTANT: {q.answer}", f"USER: {q.text}\n{SHORT_ANSWER} ASSISTANT: {q.answer}"]
+        lines += [caption(scene, rng), turns[1]["value"], f"USER: {DESCRIBE} ASSISTANT: {turns[1]['value']}"]
+        if i % 10 == 0:
+            lines += [v1.system]
+    lines += [f"{word} " * 3 for word in GRID_WORDS] * 200
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in lines for line in text.split("\n")),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=768,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        character_coverage=1.0,
+        user_defined_symbols=["<image>"],
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+
+
+def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Weights [36, words]: each place holds its column and row and, as far as they fill it, the words of the objects there.
+
+    Weights are jittered and words dropped now and then, for no vision token is exact.
+    """
+    grid = np.zeros((GRID, GRID, len(GRID_WORDS)), dtype=np.float32)
+    share = np.sqrt(coverage(scene, GRID))  # [6, 6, objects]
+    for row in range(GRID):
+        for column in range(GRID):
+            grid[row, column, [WORD_INDEX[COLUMNS[column]], WORD_INDEX[ROWS[row]]]] = 0.7
+    for item, part in zip(scene.objects, np.moveaxis(share, -1, 0), strict=True):
+        for word in (item.colour, item.shape, metres(item), size(item)):
+            grid[..., WORD_INDEX[word]] += part
+    grid[..., WORD_INDEX["empty"]] = np.maximum(0.0, 1.0 - share.sum(-1))
+    grid *= np.exp(0.15 * rng.standard_normal(grid.shape)) * (rng.random(grid.shape) > 0.04)
+    return grid.reshape(GRID * GRID, -1)
+
+
+def conversation(
+    scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, manner: str, rounds: int = 2
+) -> Sample:
+    """One training sequence. ``manner``: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form)."""
+    template, turns = "v1", []
+    if manner == "caption":
+        template = "plain"
+        turns = [("<image>", describe(scene))]
+    else:
+        questions = [q for _ in range(rounds) for q in ask(scene, rng)]
+        if manner == "described":
+            turns.append((f"<image>\n{DESCRIBE}", describe(scene)))
+        opening = {"text": describe(scene) + "\n", "grid": "<image>\n", "described": ""}[manner]
+        for i, q in enumerate(questions):
+            text = f"{opening}{q.text}\n{SHORT_ANSWER}" if i == 0 else q.text
+            turns.append((text, q.answer))
+    messages = [{"from": who, "value": said} for turn in turns for who, said in zip(("human", "gpt"), turn, strict=True)]
+    raw = {"id": "", "conversations": messages}
+    if manner != "text":
+        raw["image"] = "grid"
+    encoded = encode_record(parse_record(raw), tokenizer, template)
+    background = 0.05 if manner == "text" else 0.02
+    ids, weights, start = [], [], -1
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        if token == -200:
+            start = len(ids)
+            ids += [0] * (GRID * GRID)
+            weights += [0.0] * (GRID * GRID)
+        else:
+            ids.append(token)
+            weights.append(1.0 if label >= 0 else background)
+    grid = word_grid(scene, rng) if manner != "text" else None
+    answers = [] if manner == "caption" else [q.category for q in questions]
+    return Sample(ids, weights, answers, grid, start)
+
+
+MANNERS = {"text": 0.15, "grid": 0.55, "described": 0.2, "caption": 0.1}
+
+
+def stream(tokenizer: PreTrainedTokenizerBase, start: int, easy_until: int) -> Iterator[Sample]:
+    """Endless training samples from scene ``start``; before ``easy_until`` only scenes of at most three objects."""
+    index = start
+    while True:
+        scene, rng = sample_scene(SEED, "parts", index), scene_rng(SEED, "parts", index, 2)
+        index += 1
+        if index < easy_until and len(scene.objects) > 3:
+            continue
+        manner = str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
+        yield conversation(scene, rng, tokenizer, manner)
+
+
+def collate(samples: list[Sample], grid_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Fixed-length tensors: ids and loss weights [B, L], grids [B, 36, words], their first positions [B] (-1: none)."""
+    ids = torch.zeros(len(samples), LENGTH, dtype=torch.long)
+    weights = torch.zeros(len(samples), LENGTH)
+    grids = torch.zeros(len(samples), GRID * GRID, len(grid_ids))
+    starts = torch.tensor([s.start for s in samples])
+    for i, sample in enumerate(samples):
+        n = min(len(sample.ids), LENGTH)
+        ids[i, :n] = torch.tensor(sample.ids[:n])
+        weights[i, :n] = torch.tensor(sample.weights[:n])
+        if sample.grid is not None:
+            grids[i] = torch.from_numpy(sample.grid)
+    return {"ids": ids, "weights": weights, "grids": grids, "starts": starts}
+
+
+def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], grid_ids: torch.Tensor) -> torch.Tensor:
+    table = model.get_input_embeddings().weight
+    embeds = torch.nn.functional.embedding(batch["ids"], table)  # [B, L, D]
+    words = batch["grids"] @ table[grid_ids]  # [B, 36, D]
+    rows = torch.nonzero(batch["starts"] >= 0).squeeze(1)
+    places = batch["starts"][rows, None] + torch.arange(GRID * GRID, device=rows.device)  # [b, 36]
+    return embeds.index_put((rows[:, None], places), words[rows].to(embeds.dtype))
+
+
+def loss_of(model: LlamaForCausalLM, decoder, batch: dict[str, torch.Tensor], grid_ids: torch.Tensor):
+    """Weighted cross-entropy, and which supervised tokens were predicted right [supervised]."""
+    hidden = decoder(inputs_embeds=embed(model, batch, grid_ids), use_cache=False).last_hidden_state[:, :-1]
+    targets, weights = batch["ids"][:, 1:], batch["weights"][:, 1:]
+    kept = weights > 0
+    logits = model.lm_head(hidden[kept]).float()
+    losses = torch.nn.functional.cross_entropy(logits, targets[kept], reduction="none")
+    loss = (losses * weights[kept]).sum() / weights.sum()
+    supervised = weights[kept] == 1.0
+    return loss, losses, supervised, (logits.argmax(-1) == targets[kept])[supervised]
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, decoder, tokenizer, grid_ids: torch.Tensor, device: str, scenes: int = 96) -> dict:
+    """Held-out perplexity of the text and, per question type, the share of answers whose every token is the likeliest."""
+    model.eval()
+    right: dict[str, list[bool]] = {}
+    total, count = 0.0, 0
+    for manner in ("text", "grid"):
+        samples = [
+            conversation(sample_scene(SEED, "parts", i), scene_rng(SEED, "parts", i, 2), tokenizer, manner)
+            for i in range(EVALUATION, EVALUATION + scenes)
+        ]
+        for first in range(0, scenes, 32):
+            chunk = samples[first : first + 32]
+            batch = {k: v.to(device) for k, v in collate(chunk, grid_ids).items()}
+            hidden = decoder(inputs_embeds=embed(model, batch, grid_ids), use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden[:, :-1]).float()
+            losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none")
+            if manner == "text":
+                written = batch["weights"][:, 1:] > 0
+                total, count = total + float(losses[written].sum()), count + int(written.sum())
+            hits = logits.argmax(-1) == batch["ids"][:, 1:]  # [B, L-1]
+            for sample, hit, weight in zip(chunk, hits.tolist(), batch["weights"][:, 1:].tolist(), strict=True):
+                spans, open_span = [], False
+                for h, w in zip(hit, weight, strict=True):
+                    if w == 1.0:
+                        if not open_span:
+                            spans.append(True)
+                        spans[-1] &= h
+                    open_span = w == 1.0
+                for category, ok in zip(sample.answers, spans, strict=False):
+                    right.setdefault(f"{manner}/{category}", []).append(ok)
+    model.train()
+    return {"perplexity": math.exp(total / count), **{k: float(np.mean(v)) for k, v in sorted(right.items())}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("playground/data/language"), help="where the state is kept")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-every", type=int, default=100)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(SEED)
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "tokenizer.model").exists():
+        train_tokenizer(args.out)
+    tokenizer = load_tokenizer(args.out)
+    tokenizer.save_pretrained(args.out)
+    grid_ids = torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS or w in COLUMNS else "▁" + w) for w in GRID_WORDS])
+    unknown = [w for w, i in zip(GRID_WORDS, grid_ids.tolist(), strict=True) if i == tokenizer.unk_token_id]
+    if unknown:
+        raise SystemExit(f"the tokenizer has no piece of its own for {unknown}")
+
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=-(-len(tokenizer) // 64) * 64,
+            hidden_size=args.hidden,
+            intermediate_size=args.hidden * 8 // 3 // 32 * 32,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden // 32,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).to(args.device)
+    decoder = torch.compile(model.model)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    other = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+    )
+    warmup = 60
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.02 + 0.98 * max(0.0, 1 - s / args.steps))
+    )
+    state_file, log_file = args.work / "state.safetensors", args.work / "log.jsonl"
+    step, scene_index, seconds = 0, 0, 0.0
+    if state_file.exists():
+        step, scene_index, seconds = restore(state_file, model, optimizer, scheduler)
+        print(f"continuing at step {step}", flush=True)
+    easy_until = args.steps * args.batch // 5
+    samples = stream(tokenizer, scene_index, easy_until)
+    bf16 = torch.autocast(args.device, torch.bfloat16)
+    model.train()
+    begun, tokens, running = time.time(), 0, None
+    while step < args.steps:
+        batch = {k: v.to(args.device) for k, v in collate([next(samples) for _ in range(args.batch)], grid_ids).items()}
+        with bf16:
+            loss, _, _, hits = loss_of(model, decoder, batch, grid_ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        scene_index = step * args.batch * 2  # room for the scenes that the easy start passes over
+        tokens += int((batch["weights"] > 0).sum())
+        now = (float(loss.detach()), float(hits.float().mean()))
+        running = now if running is None else tuple(0.95 * r + 0.05 * n for r, n in zip(running, now, strict=True))
+        if step % 10 == 0:
+            spent = time.time() - begun
+            rate = spent / max(1, (step % args.save_every) or args.save_every)
+            eta = (args.steps - step) * rate / 60
+            print(f"step {step}/{args.steps}  loss {running[0]:.3f}  answers {running[1]:.3f}  {rate:.2f} s/step  ETA {eta:.0f} min", flush=True)
+        if step % args.save_every == 0 or step == args.steps:
+            seconds += time.time() - begun
+            with bf16:
+                scores = evaluate(model, decoder, tokenizer, grid_ids, args.device)
+            with log_file.open("a") as log:
+                log.write(json.dumps({"step": step, "loss": running[0], "seconds": seconds, **scores}) + "\n")
+            print(" ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            save(state_file, model, optimizer, step, step * args.batch * 2, seconds)
+            export(model, args.out)
+            samples = stream(tokenizer, step * args.batch * 2, easy_until * 2)
+            begun = time.time()
+
+
+def save(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, scene: int, seconds: float) -> None:
+    tensors = {f"model.{k}": v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensors[f"optimizer.{i}.{name}"] = optimizer.state[p][name].cpu().clone()
+    fresh = file.with_suffix(".new")
+    save_file(tensors, fresh, metadata={"step": str(step), "scene": str(scene), "seconds": str(seconds)})
+    fresh.replace(file)
+
+
+def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> tuple[int, int, float]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as handle:
+        about = handle.metadata()
+    tensors = load_file(file)
+    model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    step = int(about["step"])
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        moments = {name: tensors[f"optimizer.{i}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+    for _ in range(step):
+        scheduler.step()
+    return step, int(about["scene"]), float(about["seconds"])
+
+
+def export(model: LlamaForCausalLM, folder: Path) -> None:
+    """Writes the model in half precision."""
+    half = {k: v.detach().to(torch.float16).cpu() for k, v in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=half)
+
+
+if __name__ == "__main__":
+    main()

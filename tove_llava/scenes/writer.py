@@ -1,0 +1,228 @@
+"""Scenes as files: pictures, LLaVA records, evaluation questions, and POPE's layout.
+
+A folder is written beside its destination and renamed when complete, so that an interrupted run leaves nothing that looks finished.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tove_llava.errors import ConfigError, DataError
+from tove_llava.scenes.language import SHORT_ANSWER, Question, absent_pair, ask, describe, with_article
+from tove_llava.scenes.render import Rendering, render
+from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, sample_scene, scene_rng
+
+POPE_QUESTIONS = 3  # of each answer, image and category, as in POPE
+MANIFEST = "scenes.json"
+Progress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be written. ``counts`` maps a split (train, val, novel) to its number of scenes."""
+
+    counts: dict[str, int]
+    seed: int = 0
+    size: int = 96
+    image_format: str = "png"
+    maps: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_format not in ("png", "jpg"):
+            raise ConfigError(f"--format is png or jpg, not {self.image_format!r}")
+        if not 32 <= self.size <= 1024:
+            raise ConfigError(f"--size is {self.size}; pictures may have 32 to 1024 pixels a side")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; it must not be negative")
+        for split, count in self.counts.items():
+            if count < 0:
+                raise ConfigError(f"--{split} is {count}; it must not be negative")
+        if not any(self.counts.values()):
+            raise ConfigError("no scenes were asked for; give --train, --val or --novel a number above 0")
+
+
+def write_scenes(request: Request, folder: Path, progress: Progress | None = None) -> bool:
+    """Writes the scenes of a request to ``folder``.
+
+    Returns:
+        False if the folder already holds exactly this request's scenes, which are then left as they are.
+
+    Raises:
+        DataError: the folder exists and holds something else. Nothing is overwritten.
+    """
+    wanted = asdict(request)
+    if folder.exists() and any(folder.iterdir()):
+        manifest = folder / MANIFEST
+        if not manifest.is_file():
+            raise DataError(f"{folder} exists and holds no scenes; choose another --out")
+        found = json.loads(manifest.read_text())
+        if found == wanted:
+            return False
+        differing = ", ".join(sorted(k for k in wanted if wanted[k] != found.get(k)))
+        raise DataError(f"{folder} holds other scenes (different: {differing}); choose another --out or delete it")
+    fresh = folder.with_name(folder.name + ".part")
+    if fresh.exists():
+        shutil.rmtree(fresh)  # what an interrupted run left; only this function uses that name
+    (fresh / "images").mkdir(parents=True)
+    total, done, begun = sum(request.counts.values()), 0, time.monotonic()
+    for split, count in request.counts.items():
+        scenes = []
+        for scene in _scenes(request, split, count):
+            _write_pictures(request, scene, render(scene, request.size), fresh)
+            scenes.append(scene)
+            done += 1
+            if progress is not None:
+                progress(done, total, time.monotonic() - begun)
+        if scenes:
+            _write_language(request, split, scenes, fresh)
+    _write_json(fresh / MANIFEST, wanted)
+    if folder.exists():
+        folder.rmdir()
+    fresh.rename(folder)
+    return True
+
+
+def image_name(scene: Scene, image_format: str) -> str:
+    return f"{scene.split}_{scene.index:06d}.{image_format}"
+
+
+def caption_record(scene: Scene, image: str) -> dict[str, Any]:
+    """A stage-1 record: the picture and its description."""
+    return _record(scene, image, [("<image>\nDescribe the scene.", describe(scene))])
+
+
+def instruct_record(scene: Scene, image: str, questions: list[Question]) -> dict[str, Any]:
+    """A stage-2 record: all questions about one picture in one conversation, as LLaVA joins VQA data."""
+    first = f"<image>\n{questions[0].text}\n{SHORT_ANSWER}"
+    turns = [(first if i == 0 else q.text, q.answer) for i, q in enumerate(questions)]
+    return _record(scene, image, turns)
+
+
+def _scenes(request: Request, split: str, count: int) -> Iterator[Scene]:
+    for index in range(count):
+        yield sample_scene(request.seed, split, index)
+
+
+def _record(scene: Scene, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    messages = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    return {"id": f"{scene.split}-{scene.index}", "image": image, "conversations": messages}
+
+
+def _write_language(request: Request, split: str, scenes: list[Scene], folder: Path) -> None:
+    images = [image_name(scene, request.image_format) for scene in scenes]
+    asked = [ask(scene, scene_rng(request.seed, split, scene.index, purpose=1)) for scene in scenes]
+    _write_json(folder / f"{split}_captions.json", [caption_record(s, i) for s, i in zip(scenes, images, strict=True)])
+    _write_json(
+        folder / f"{split}_instruct.json",
+        [instruct_record(s, i, q) for s, i, q in zip(scenes, images, asked, strict=True) if q],
+    )
+    _write_jsonl(folder / f"{split}_worlds.jsonl", [scene.to_dict() for scene in scenes])
+    if split == "train":
+        return
+    _write_jsonl(
+        folder / f"{split}_questions.jsonl",
+        [
+            {
+                "question_id": f"{split}-{scene.index}-{q.category}",
+                "image": image,
+                "text": f"{q.text}\n{SHORT_ANSWER}",
+                "answer": q.answer,
+                "category": q.category,
+            }
+            for scene, image, questions in zip(scenes, images, asked, strict=True)
+            for q in questions
+        ],
+    )
+    if split == "val":
+        _write_pope(request, scenes, images, folder)
+
+
+def _write_pope(request: Request, scenes: list[Scene], images: list[str], folder: Path) -> None:
+    """POPE's three categories: absent pairs drawn at random, among the most frequent pairs, and close to what is there."""
+    frequency: dict[tuple[str, str], int] = {}
+    for scene in scenes:
+        for item in scene.objects:
+            frequency[item.pair] = frequency.get(item.pair, 0) + 1
+    popular = sorted(frequency, key=lambda pair: (-frequency[pair], pair))
+    everything = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
+    pope = folder / "pope"
+    (pope / "coco").mkdir(parents=True)
+    (pope / "val2014").mkdir()
+    for image in images:
+        shutil.copyfile(folder / "images" / image, pope / "val2014" / image)
+    rows = []
+    for category in ("random", "popular", "adversarial"):
+        labels = []
+        for scene, image in zip(scenes, images, strict=True):
+            rng = scene_rng(request.seed, scene.split, scene.index, purpose=2)
+            for pair, label in _pope_pairs(scene, rng, category, everything, popular):
+                text = f"Is there {with_article(' '.join(pair))} in the image?"
+                labels.append({"question_id": len(labels) + 1, "image": image, "text": text, "label": label})
+                rows.append(
+                    {"question_id": len(rows), "image": image, "text": f"{text}\n{SHORT_ANSWER}", "category": category}
+                )
+        _write_jsonl(pope / "coco" / f"coco_pope_{category}.json", labels)
+    _write_jsonl(pope / "llava_pope_test.jsonl", rows)
+
+
+def _pope_pairs(
+    scene: Scene,
+    rng: np.random.Generator,
+    category: str,
+    everything: list[tuple[str, str]],
+    popular: list[tuple[str, str]],
+) -> Iterator[tuple[tuple[str, str], str]]:
+    present = {item.pair for item in scene.objects}
+    count = min(POPE_QUESTIONS, len(present))
+    absent: list[tuple[str, str]] = []
+    if category == "random":
+        pool = [pair for pair in everything if pair not in present]
+        absent = [pool[i] for i in rng.permutation(len(pool))[:count]]
+    elif category == "popular":
+        absent = [pair for pair in popular if pair not in present][:count]
+    else:
+        for _ in range(50):
+            pair = absent_pair(scene, rng, near=True)
+            if pair not in absent:
+                absent.append(pair)
+            if len(absent) == count:
+                break
+    there = [scene.objects[i].pair for i in rng.permutation(len(scene.objects))[: len(absent)]]
+    for yes, no in zip(there, absent, strict=True):
+        yield yes, "yes"
+        yield no, "no"
+
+
+def _write_pictures(request: Request, scene: Scene, rendering: Rendering, folder: Path) -> None:
+    name = image_name(scene, request.image_format)
+    # Level 1 costs a third of the time of the default and a tenth more bytes.
+    options: dict[str, Any] = {"compress_level": 1} if request.image_format == "png" else {"quality": 92}
+    Image.fromarray(rendering.image).save(folder / "images" / name, **options)
+    if not request.maps:
+        return
+    stem = Path(name).stem
+    pictures = {
+        "depth": Image.fromarray(np.round(rendering.depth * 1000).astype(np.uint16)),  # millimetres
+        "normals": Image.fromarray(np.round((rendering.normals + 1) * 127.5).astype(np.uint8)),
+        "instances": Image.fromarray((rendering.instances + 2).astype(np.uint8)),  # 0 sky, 1 ground, 2... objects
+        "classes": Image.fromarray(rendering.classes),
+        "edges": Image.fromarray(rendering.edges.astype(np.uint8) * 255),
+    }
+    for kind, picture in pictures.items():
+        (folder / "maps" / kind).mkdir(parents=True, exist_ok=True)
+        picture.save(folder / "maps" / kind / f"{stem}.png", compress_level=1)
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _write_jsonl(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
