@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -17,6 +18,9 @@ _CORPUS = [
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     "There are 12 sheep, 3 boats and 45 kites in the picture.",
     "def area(w, h):    return  w * h",
+    "    if w < 0:",
+    "        return None",
+    "            pass" + " " * 16,
     "[INST] What is it? [/INST] A compass.",
     "a quiet harbour at dusk, two wooden boats on the sand",
 ] * 20
@@ -48,9 +52,14 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_CORPUS), model_writer=model, **{**settings, **options}
     )
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model.getvalue())
+    for piece in proto.pieces:
+        if set(piece.piece) == {"▁"}:
+            piece.score = -1e9  # as in LLaMA's own model, where all runs of spaces share one score
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "tokenizer.model"
-    file.write_bytes(model.getvalue())
+    file.write_bytes(proto.SerializeToString())
     return file
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import decode_spans, train_sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -125,6 +125,12 @@ def test_width_is_rounded_up_on_request(make: Any, multiple: int) -> None:
     assert 0 <= width - len(example["input_ids"]) < multiple
 
 
+def test_an_image_within_an_answer_is_not_learnt() -> None:
+    ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
+    batch = LlavaCollator(0, 9, 2)([{"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(1, 3, 2, 2)}])
+    assert batch["labels"].tolist() == [[1, IGNORE_INDEX, IGNORE_INDEX, 5]]
+
+
 def test_a_collator_refuses_what_would_go_wrong_later() -> None:
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
     example: Any = {"input_ids": ids, "labels": ids, "pixel_values": None}
@@ -222,6 +228,7 @@ def test_nothing_left_is_an_error(make: Any) -> None:
     limit=st.integers(50, 400),
     image=st.booleans(),
 )
+@example(question="🙂" * 60, limit=260, image=False)  # fits in characters, not in bytes
 def test_what_is_kept_has_something_to_learn(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, question: str, limit: int, image: bool
 ) -> None:

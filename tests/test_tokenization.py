@@ -100,6 +100,8 @@ def test_runs_of_spaces_and_leading_spaces(model_file: Path) -> None:
     """Where transformers' own conversion differs from SentencePiece."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     tokenizer = load_tokenizer(model_file)
+    pieces = [processor.id_to_piece(index) for index in range(len(processor))]
+    assert sum(set(piece) == {"▁"} for piece in pieces) > 3  # or the model shows nothing
     for text in ("a  kite", " ASSISTANT:", "   a", " " * 40 + "a" + " " * 40, "a ", "  "):
         assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text), text
 
