@@ -2,10 +2,11 @@
 
     python playground/train_language.py --out tove_llava/bundled/llm
 
-A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text is scene
-descriptions, and LLaVA-format conversations about them. In half of the conversations the scene is not written out: it is a *word grid*, 36 places in
-reading order, each holding the weighted sum of the embeddings of the words that are true of that place. The model thus learns to read
-several words at one position, which is what a projected vision token is. No picture and no vision feature takes part.
+A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text is
+scene descriptions, and LLaVA-format conversations about them. In most conversations the scene is not written out: it is
+a *word grid*, 36 places in reading order, each holding the weighted sum of the embeddings of the words that are true of
+that place. The model thus learns to read several words at one position, which is what a projected vision token is. No
+picture and no vision feature takes part.
 
 Runs on the CPU or a GPU; re-running the command continues from the last saved state.
 """
@@ -45,7 +46,7 @@ WORD_INDEX = {word: i for i, word in enumerate(GRID_WORDS)}
 
 @dataclass
 class Sample:
-    """``ids`` [L] with ``-200`` expanded to 36 zeros, ``weights`` [L] of the loss, ``grid`` [36, words] or None and where it starts."""
+    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] and where it starts."""
 
     ids: list[int]
     weights: list[float]
@@ -55,7 +56,7 @@ class Sample:
 
 
 def train_tokenizer(folder: Path) -> None:
-    """A LLaMA-style SentencePiece BPE model (byte fallback, split digits) in which every word of the scenes is one piece."""
+    """A LLaMA-style SentencePiece BPE model (byte fallback, split digits); each word of the scenes is one piece."""
     lines = []
     v1 = get_template("v1")
     for i in range(6000):
@@ -88,7 +89,7 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Weights [36, words]: each place holds its column and row and, as far as they fill it, the words of the objects there.
+    """Weights [36, words]: each place holds its column and row and, as far as they fill it, its objects' words.
 
     Weights are jittered and words dropped now and then, for no vision token is exact.
     """
@@ -108,7 +109,7 @@ def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 def conversation(
     scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, manner: str, rounds: int = 2
 ) -> Sample:
-    """One training sequence. ``manner``: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form)."""
+    """One training sequence: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form)."""
     template, turns = "v1", []
     if manner == "caption":
         template = "plain"
@@ -121,7 +122,9 @@ def conversation(
         for i, q in enumerate(questions):
             text = f"{opening}{q.text}\n{SHORT_ANSWER}" if i == 0 else q.text
             turns.append((text, q.answer))
-    messages = [{"from": who, "value": said} for turn in turns for who, said in zip(("human", "gpt"), turn, strict=True)]
+    messages = [
+        {"from": who, "value": said} for turn in turns for who, said in zip(("human", "gpt"), turn, strict=True)
+    ]
     raw = {"id": "", "conversations": messages}
     if manner != "text":
         raw["image"] = "grid"
@@ -193,8 +196,10 @@ def loss_of(model: LlamaForCausalLM, decoder, batch: dict[str, torch.Tensor], gr
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, decoder, tokenizer, grid_ids: torch.Tensor, device: str, scenes: int = 96) -> dict:
-    """Held-out perplexity of the text and, per question type, the share of answers whose every token is the likeliest."""
+def evaluate(
+    model: LlamaForCausalLM, decoder, tokenizer, grid_ids: torch.Tensor, device: str, scenes: int = 96
+) -> dict:
+    """Held-out perplexity of the text; per question type, the share of answers whose every token is likeliest."""
     model.eval()
     right: dict[str, list[bool]] = {}
     total, count = 0.0, 0
@@ -248,7 +253,9 @@ def main() -> None:
         train_tokenizer(args.out)
     tokenizer = load_tokenizer(args.out)
     tokenizer.save_pretrained(args.out)
-    grid_ids = torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS or w in COLUMNS else "▁" + w) for w in GRID_WORDS])
+    grid_ids = torch.tensor(
+        [tokenizer.convert_tokens_to_ids(w if w in ROWS or w in COLUMNS else "▁" + w) for w in GRID_WORDS]
+    )
     unknown = [w for w, i in zip(GRID_WORDS, grid_ids.tolist(), strict=True) if i == tokenizer.unk_token_id]
     if unknown:
         raise SystemExit(f"the tokenizer has no piece of its own for {unknown}")
@@ -304,7 +311,11 @@ def main() -> None:
             spent = time.time() - begun
             rate = spent / max(1, (step % args.save_every) or args.save_every)
             eta = (args.steps - step) * rate / 60
-            print(f"step {step}/{args.steps}  loss {running[0]:.3f}  answers {running[1]:.3f}  {rate:.2f} s/step  ETA {eta:.0f} min", flush=True)
+            print(
+                f"step {step}/{args.steps}  loss {running[0]:.3f}  answers {running[1]:.3f}  "
+                f"{rate:.2f} s/step  ETA {eta:.0f} min",
+                flush=True,
+            )
         if step % args.save_every == 0 or step == args.steps:
             seconds += time.time() - begun
             with bf16:
@@ -318,7 +329,9 @@ def main() -> None:
             begun = time.time()
 
 
-def save(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, scene: int, seconds: float) -> None:
+def save(
+    file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, scene: int, seconds: float
+) -> None:
     tensors = {f"model.{k}": v.detach().cpu().clone() for k, v in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name in ("exp_avg", "exp_avg_sq"):

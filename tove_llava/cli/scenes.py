@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder to write; must be new or empty")
     parser.add_argument("--train", type=int, default=0, metavar="N", help="training scenes")
     parser.add_argument("--val", type=int, default=0, metavar="N", help="held-out scenes, with evaluation questions")
-    parser.add_argument("--novel", type=int, default=0, metavar="N", help="scenes with colour-shape pairs never trained on")
+    parser.add_argument(
+        "--novel", type=int, default=0, metavar="N", help="scenes with colour-shape pairs never trained on"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
     parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of a picture (default 96)")
     parser.add_argument("--format", default="png", choices=("png", "jpg"), help="picture format (default png)")

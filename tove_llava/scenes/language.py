@@ -1,7 +1,7 @@
 """Words for a scene: a caption as people write it, an exact description, and questions with balanced answers.
 
-For every question type the wanted answer is drawn first and a question that has it is looked for afterwards, so that a model that does not
-see the picture stays at chance.
+For every question type the wanted answer is drawn first and a question that has it is looked for afterwards, so that a
+model that does not see the picture stays at chance.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,9 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         rest = phrases[2:]
     else:
         first, rest = phrases[0], phrases[1:]
-    sentence = first if not rest else f"{first}, " + (", ".join(rest[:-1]) + " and " if len(rest) > 1 else "with ") + rest[-1]
+    sentence = (
+        first if not rest else f"{first}, " + (", ".join(rest[:-1]) + " and " if len(rest) > 1 else "with ") + rest[-1]
+    )
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -161,7 +163,9 @@ def shape(scene: Scene, rng: np.random.Generator) -> Asked | None:
 
 
 def left_right(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    return _relation(scene, rng, ("to the left of", "to the right of"), lambda o: o.u, lambda a, b: b - a > PLACE_MARGIN)
+    return _relation(
+        scene, rng, ("to the left of", "to the right of"), lambda o: o.u, lambda a, b: b - a > PLACE_MARGIN
+    )
 
 
 def above_below(scene: Scene, rng: np.random.Generator) -> Asked | None:

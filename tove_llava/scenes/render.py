@@ -1,7 +1,7 @@
 """Ray casting of a scene: colour, depth, normals, instance and class masks and edges, all from one set of hits.
 
-Rays are ``origin + t * direction`` with directions scaled so that ``t`` is the depth along the optical axis. Each object is intersected
-only inside the rectangle that its bounding sphere covers.
+Rays are ``origin + t * direction`` with directions scaled so that ``t`` is the depth along the optical axis. Each
+object is intersected only inside the rectangle that its bounding sphere covers.
 """
 
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def render(scene: Scene, size: int = 96) -> Rendering:
 
 
 def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, float]]:
-    """Per object: visible share of its silhouette, visible share of the picture, and the visible part's centroid (u, v)."""
+    """Per object: visible shares of its silhouette and of the picture, and the visible part's centroid (u, v)."""
     owner, outlines = _owners(scene, size)
     found = []
     for index, outline in enumerate(outlines):
@@ -233,7 +233,10 @@ SOLIDS: dict[str, Callable[[np.ndarray, np.ndarray], Hit]] = {
 
 def _edges(instances: np.ndarray, normals: np.ndarray) -> np.ndarray:
     edges = np.zeros(instances.shape, dtype=bool)
-    for first, second in (((slice(1, None),), (slice(None, -1),)), ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))):
+    for first, second in (
+        ((slice(1, None),), (slice(None, -1),)),
+        ((slice(None), slice(1, None)), (slice(None), slice(None, -1))),
+    ):
         other = instances[first] != instances[second]
         object_here = (instances[first] >= 0) | (instances[second] >= 0)
         turn = (normals[first] * normals[second]).sum(-1) < CREASE

@@ -38,7 +38,7 @@ CHECK_SIZE = 48  # pixels per side of the draft on which visibility is judged, w
 
 @dataclass
 class Camera:
-    """A pinhole camera. ``forward``, ``right`` and ``up`` are orthonormal; ``tangent`` is tan(half the field of view)."""
+    """A pinhole camera with orthonormal axes; ``tangent`` is tan(half the field of view)."""
 
     position: tuple[float, float, float]
     forward: tuple[float, float, float]
@@ -186,7 +186,11 @@ def _sample_pairs(rng: np.random.Generator, split: str, count: int) -> list[tupl
         for i in range(1, len(chosen)):
             if rng.random() < 0.5:
                 same_colour = rng.random() < 0.5
-                options = [p for p in pairs if p not in chosen and p[0 if same_colour else 1] == chosen[0][0 if same_colour else 1]]
+                options = [
+                    p
+                    for p in pairs
+                    if p not in chosen and p[0 if same_colour else 1] == chosen[0][0 if same_colour else 1]
+                ]
                 if options:
                     chosen[i] = options[int(rng.integers(len(options)))]
     return chosen

@@ -1,6 +1,7 @@
 """Scenes as files: pictures, LLaVA records, evaluation questions, and POPE's layout.
 
-A folder is written beside its destination and renamed when complete, so that an interrupted run leaves nothing that looks finished.
+A folder is written beside its destination and renamed when complete, so that an interrupted run leaves nothing that
+looks finished.
 """
 
 import json
@@ -111,7 +112,9 @@ def _scenes(request: Request, split: str, count: int) -> Iterator[Scene]:
 
 
 def _record(scene: Scene, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
-    messages = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    messages = [
+        {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+    ]
     return {"id": f"{scene.split}-{scene.index}", "image": image, "conversations": messages}
 
 
@@ -145,7 +148,7 @@ def _write_language(request: Request, split: str, scenes: list[Scene], folder: P
 
 
 def _write_pope(request: Request, scenes: list[Scene], images: list[str], folder: Path) -> None:
-    """POPE's three categories: absent pairs drawn at random, among the most frequent pairs, and close to what is there."""
+    """POPE's categories: absent pairs at random, the most frequent absent pairs, pairs close to what is there."""
     frequency: dict[tuple[str, str], int] = {}
     for scene in scenes:
         for item in scene.objects:
