@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from data_helpers import decode_spans, train_sentencepiece
-from hypothesis import example, given, settings
+from hypothesis import example as also
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -228,7 +229,7 @@ def test_nothing_left_is_an_error(make: Any) -> None:
     limit=st.integers(50, 400),
     image=st.booleans(),
 )
-@example(question="🙂" * 60, limit=260, image=False)  # fits in characters, not in bytes
+@also(question="🙂" * 60, limit=260, image=False)  # fits in characters, not in bytes
 def test_what_is_kept_has_something_to_learn(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, question: str, limit: int, image: bool
 ) -> None:
