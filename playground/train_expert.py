@@ -124,9 +124,9 @@ TASKS = {
         depth_loss,
         measure_depth,
         f"one channel, 2 m * (1/depth - 1/{FAR:.0f} m): linear in inverse depth, larger is nearer, 0 is the sky",
-        f"at 96 px (prediction enlarged bilinearly), pixels nearer than {DEPTH_LIMIT:.0f} m:\nmean absolute "
-        "relative error of depth in metres, without any alignment of scale or shift; share within a factor of\n1.25; and the "
-        "error of the median depth of all pictures, for comparison",
+        f"at 96 px (prediction enlarged bilinearly), pixels nearer than {DEPTH_LIMIT:.0f} m:\n"
+        "mean absolute relative error of depth in metres, without any alignment of scale or shift; share within a\n"
+        "factor of 1.25; and the error of the median depth of all pictures, for comparison",
     ),
     "normal": Task(
         ("right", "up", "towards_viewer"),
