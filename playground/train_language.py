@@ -2,11 +2,11 @@
 
     python playground/train_language.py --out tove_llava/bundled/llm
 
-A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text is
-scene descriptions, and LLaVA-format conversations about them. In most conversations the scene is not written out: it is
-a *word grid*, 36 places in reading order, each holding the weighted sum of the embeddings of the words that are true of
-that place. The model thus learns to read several words at one position, which is what a projected vision token is. No
-picture and no vision feature takes part.
+A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text
+is scene descriptions, and LLaVA-format conversations about them. In most conversations the scene is not written out: it
+is a *word grid*, 36 places in reading order, each holding the weighted sum of the embeddings of the words that are true
+of that place. The model thus learns to read several words at one position, which is what a projected vision token is.
+No picture and no vision feature takes part.
 
 Runs on the CPU or a GPU; re-running the command continues from the last saved state.
 """
@@ -46,7 +46,7 @@ WORD_INDEX = {word: i for i, word in enumerate(GRID_WORDS)}
 
 @dataclass
 class Sample:
-    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] and where it starts."""
+    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] and its start."""
 
     ids: list[int]
     weights: list[float]
