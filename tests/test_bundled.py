@@ -1,0 +1,121 @@
+"""The bundled parts: they are there, they load through the ordinary code paths, and their cards tell the truth."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, SegformerForSemanticSegmentation
+
+from tove_llava.experts import ExpertSpec, build_expert
+from tove_llava.scenes import render, sample_scene
+from tove_llava.sources import Source
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "playground"))
+
+import train_clip  # noqa: E402
+import train_expert  # noqa: E402
+
+BUNDLED = Path(Source.parse("bundled:clip").require()).parent
+CHANNELS = {"depth": 1, "normal": 3, "edge": 1, "segmentation": 6}
+VISION = ("clip", *CHANNELS)
+# The card's first metric, whether less is better, and how far 48 scenes may be from the card's 500.
+HEADLINE = {
+    "depth": ("abs_rel", True, 0.06),
+    "normal": ("mean_degrees", True, 3.0),
+    "edge": ("f1", False, 0.03),
+    "segmentation": ("miou", False, 0.10),
+}
+
+
+def card_metric(part: str, key: str) -> float:
+    (value,) = re.findall(rf"^\| {key} \| ([0-9.]+) \|$", (BUNDLED / part / "README.md").read_text(), re.MULTILINE)
+    return float(value)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """[4,3,96,96] in 0..1."""
+    views = [render(sample_scene(0, "val", i), 96).image for i in range(4)]
+    return torch.stack([torch.from_numpy(view).permute(2, 0, 1).float() / 255 for view in views])
+
+
+def test_everything_bundled_is_smaller_than_25_mb():
+    assert sum(file.stat().st_size for file in BUNDLED.rglob("*") if file.is_file()) < 25e6
+
+
+@pytest.mark.parametrize("part", VISION)
+def test_a_part_has_a_card_with_licence_command_and_metric(part):
+    card = (BUNDLED / part / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert f"tove_llava/bundled/{part}" in card
+    assert "| metric | value |" in card
+
+
+@pytest.mark.parametrize("part", VISION)
+def test_weights_are_half_precision_and_finite(part):
+    for key, tensor in load_file(BUNDLED / part / "model.safetensors").items():
+        if tensor.is_floating_point():
+            assert tensor.dtype == torch.float16, key
+            assert tensor.isfinite().all(), key
+
+
+@pytest.mark.parametrize("task", CHANNELS)
+def test_an_expert_gives_maps_and_features_through_the_hub(task, pictures):
+    maps = build_expert(ExpertSpec(name=task, source=f"bundled:{task}", mode="map"))
+    assert (maps.image_size, maps.spec.width, maps.spec.grid) == (96, CHANNELS[task], (24, 24))
+    maps.load()
+    found = maps(pictures)
+    assert found.shape == (4, CHANNELS[task], 24, 24)
+    assert found.isfinite().all()
+    assert found.flatten(1).std(dim=1).min() > 0.01  # not a constant
+    features = build_expert(ExpertSpec(name=task, source=f"bundled:{task}"))
+    features.load()
+    assert features(pictures).shape == (4, features.spec.width, *features.spec.grid)
+
+
+@pytest.mark.parametrize("task", CHANNELS)
+def test_an_experts_metric_can_be_had_again(task):
+    key, less_is_better, tolerance = HEADLINE[task]
+    model = SegformerForSemanticSegmentation.from_pretrained(BUNDLED / task, dtype=torch.float32)
+    measured = train_expert.evaluate(model, task, 48, seed=0)[key]
+    said = card_metric(task, key)
+    assert measured < said + tolerance if less_is_better else measured > said - tolerance
+
+
+def test_depth_beats_the_best_constant_by_far():
+    assert card_metric("depth", "abs_rel") < 0.5 * card_metric("depth", "abs_rel_of_constant")
+
+
+def test_clip_retrieves_the_captions_of_unseen_scenes():
+    model = CLIPModel.from_pretrained(BUNDLED / "clip", dtype=torch.float32)
+    metric = train_clip.evaluate(model, AutoTokenizer.from_pretrained(BUNDLED / "clip"), 100, seed=0)
+    for direction in ("image_to_text", "text_to_image"):
+        key = f"{direction}_r1_of_100"
+        assert metric[key] > card_metric("clip", key) - 0.15
+        assert metric[key] > 0.05  # chance is 0.01
+    assert metric["probe_colour"] > 2 * metric["probe_colour_majority"]
+
+
+def test_clip_loads_without_its_last_layer():
+    kept = CLIPVisionModel.from_pretrained(BUNDLED / "clip", num_hidden_layers=5, dtype=torch.float32).eval()
+    whole = CLIPVisionModel.from_pretrained(BUNDLED / "clip", dtype=torch.float32).eval()
+    pixels = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = whole(pixels, output_hidden_states=True).hidden_states[-2]
+        assert torch.equal(kept(pixels).last_hidden_state, expected)
+
+
+def test_the_tiny_tower_runs_on_bundled_parts_alone(pictures):
+    entries = [{"name": task, "source": f"bundled:{task}", "mode": "map"} for task in CHANNELS]
+    tower = ToveVisionModel(ToveVisionConfig.from_sources("bundled:clip", entries)).load_backbones().eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (train_clip.MEAN, train_clip.STD))
+    with torch.no_grad():
+        out = tower((pictures - mean) / std)
+        base = tower.encode((pictures - mean) / std).base
+    assert out.last_hidden_state.shape == (4, 36, 192)
+    assert torch.equal(out.last_hidden_state, base)  # an untrained tower is CLIP
+    assert out.routing.shape == (4, 36, 4)
