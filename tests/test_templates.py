@@ -65,6 +65,13 @@ def test_generation_prompt_of_plain_is_the_image() -> None:
     assert get_template("plain").prompt(turns, TOKENIZER) == "<image>\n"
 
 
+def test_empty_turns_are_their_role_alone() -> None:
+    texts = ["", "You said nothing.", "Hello?", ""]
+    turns = [Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
+    prompt = get_template("v1").prompt([Turn("system", "S."), *turns], TOKENIZER)
+    assert prompt == "S. USER:ASSISTANT: You said nothing.</s>USER: Hello? ASSISTANT:"
+
+
 def test_a_system_turn_replaces_the_templates_own() -> None:
     turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes.")]
     assert get_template("v1").prompt(turns, TOKENIZER) == "Be brief. USER: Hi ASSISTANT: Yes.</s>"
