@@ -29,12 +29,12 @@ from tove_llava.data import encode_record, load_tokenizer
 from tove_llava.data.records import parse_record
 from tove_llava.data.templates import get_template
 from tove_llava.scenes import ask, caption, describe, sample_scene
-from tove_llava.scenes.language import COLUMNS, METRES, ROWS, SHORT_ANSWER, SIZES, metres, size
+from tove_llava.scenes.language import COLUMNS, MEASURES, METRES, ROWS, SHORT_ANSWER, SIZES, Question, metres, size
 from tove_llava.scenes.render import coverage
 from tove_llava.scenes.world import COLOURS, SHAPES, Scene, scene_rng
 
 GRID = 6  # places per side of a word grid: the vision tokens of the tiny CLIP
-LENGTH = 448  # tokens per sequence after a grid is expanded
+LENGTHS = {"caption": 112, "conversation": 448}  # tokens per sequence after a grid is expanded
 DESCRIBE = "Describe the scene."
 SEED = 20250400
 EVALUATION = 20_000_000  # first scene index of the held-out text
@@ -115,7 +115,7 @@ def conversation(
         template = "plain"
         turns = [("<image>", describe(scene))]
     else:
-        questions = [q for _ in range(rounds) for q in ask(scene, rng)]
+        questions = [q for _ in range(rounds) for q in [*ask(scene, rng), *measure(scene, rng)]]
         if manner == "described":
             turns.append((f"<image>\n{DESCRIBE}", describe(scene)))
         opening = {"text": describe(scene) + "\n", "grid": "<image>\n", "described": ""}[manner]
@@ -144,29 +144,45 @@ def conversation(
     return Sample(ids, weights, answers, grid, start)
 
 
-MANNERS = {"text": 0.15, "grid": 0.55, "described": 0.2, "caption": 0.1}
+def measure(scene: Scene, rng: np.random.Generator, count: int = 4) -> list[Question]:
+    """Questions for single entries of the description, about random objects."""
+    kinds = [list(MEASURES)[i] for i in rng.integers(len(MEASURES), size=count)]
+    items = [scene.objects[i] for i in rng.integers(len(scene.objects), size=count)]
+    return [Question(kind, *MEASURES[kind](item)) for kind, item in zip(kinds, items, strict=True)]
 
 
-def stream(tokenizer: PreTrainedTokenizerBase, start: int, easy_until: int) -> Iterator[Sample]:
-    """Endless training samples from scene ``start``; before ``easy_until`` only scenes of at most three objects."""
-    index = start
+MANNERS = {"text": 0.12, "grid": 0.68, "described": 0.2}
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerBase, grid_ids: torch.Tensor, step: int, steps: int, size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches from a step on, each step with scenes of its own.
+
+    The curriculum: for the first third mostly descriptions (reading a grid is learned there, every word of an answer
+    being supervised), then mostly conversations. A batch of descriptions has as many tokens as one of conversations.
+    """
     while True:
-        scene, rng = sample_scene(SEED, "parts", index), scene_rng(SEED, "parts", index, 2)
-        index += 1
-        if index < easy_until and len(scene.objects) > 3:
-            continue
-        manner = str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
-        yield conversation(scene, rng, tokenizer, manner)
+        rng = np.random.default_rng([SEED, step])
+        kind = "caption" if rng.random() < (0.8 if step < 0.3 * steps else 0.15) else "conversation"
+        count = size * LENGTHS["conversation"] // LENGTHS[kind]
+        samples = []
+        for index in range(step * size * 4, step * size * 4 + count):
+            scene, rng = sample_scene(SEED, "parts", index), scene_rng(SEED, "parts", index, 2)
+            manner = kind if kind == "caption" else str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
+            samples.append(conversation(scene, rng, tokenizer, manner))
+        yield collate(samples, grid_ids, LENGTHS[kind])
+        step += 1
 
 
-def collate(samples: list[Sample], grid_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def collate(samples: list[Sample], grid_ids: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
     """Fixed-length tensors: ids and loss weights [B, L], grids [B, 36, words], their first positions [B] (-1: none)."""
-    ids = torch.zeros(len(samples), LENGTH, dtype=torch.long)
-    weights = torch.zeros(len(samples), LENGTH)
+    ids = torch.zeros(len(samples), length, dtype=torch.long)
+    weights = torch.zeros(len(samples), length)
     grids = torch.zeros(len(samples), GRID * GRID, len(grid_ids))
     starts = torch.tensor([s.start for s in samples])
     for i, sample in enumerate(samples):
-        n = min(len(sample.ids), LENGTH)
+        n = min(len(sample.ids), length)
         ids[i, :n] = torch.tensor(sample.ids[:n])
         weights[i, :n] = torch.tensor(sample.weights[:n])
         if sample.grid is not None:
@@ -210,7 +226,7 @@ def evaluate(
         ]
         for first in range(0, scenes, 32):
             chunk = samples[first : first + 32]
-            batch = {k: v.to(device) for k, v in collate(chunk, grid_ids).items()}
+            batch = {k: v.to(device) for k, v in collate(chunk, grid_ids, LENGTHS["conversation"]).items()}
             hidden = decoder(inputs_embeds=embed(model, batch, grid_ids), use_cache=False).last_hidden_state
             logits = model.lm_head(hidden[:, :-1]).float()
             losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["ids"][:, 1:], reduction="none")
@@ -273,7 +289,7 @@ def main() -> None:
             eos_token_id=tokenizer.eos_token_id,
         )
     ).to(args.device)
-    decoder = torch.compile(model.model)
+    decoder = torch.compile(model.model, dynamic=False)
     decay = [p for p in model.parameters() if p.ndim > 1]
     other = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -284,17 +300,16 @@ def main() -> None:
         optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.02 + 0.98 * max(0.0, 1 - s / args.steps))
     )
     state_file, log_file = args.work / "state.safetensors", args.work / "log.jsonl"
-    step, scene_index, seconds = 0, 0, 0.0
+    step, seconds = 0, 0.0
     if state_file.exists():
-        step, scene_index, seconds = restore(state_file, model, optimizer, scheduler)
+        step, seconds = restore(state_file, model, optimizer, scheduler)
         print(f"continuing at step {step}", flush=True)
-    easy_until = args.steps * args.batch // 5
-    samples = stream(tokenizer, scene_index, easy_until)
+    source = batches(tokenizer, grid_ids, step, args.steps, args.batch)
     bf16 = torch.autocast(args.device, torch.bfloat16)
     model.train()
-    begun, tokens, running = time.time(), 0, None
+    begun, running = time.time(), None
     while step < args.steps:
-        batch = {k: v.to(args.device) for k, v in collate([next(samples) for _ in range(args.batch)], grid_ids).items()}
+        batch = {k: v.to(args.device) for k, v in next(source).items()}
         with bf16:
             loss, _, _, hits = loss_of(model, decoder, batch, grid_ids)
         loss.backward()
@@ -303,8 +318,6 @@ def main() -> None:
         scheduler.step()
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        scene_index = step * args.batch * 2  # room for the scenes that the easy start passes over
-        tokens += int((batch["weights"] > 0).sum())
         now = (float(loss.detach()), float(hits.float().mean()))
         running = now if running is None else tuple(0.95 * r + 0.05 * n for r, n in zip(running, now, strict=True))
         if step % 10 == 0:
@@ -323,25 +336,22 @@ def main() -> None:
             with log_file.open("a") as log:
                 log.write(json.dumps({"step": step, "loss": running[0], "seconds": seconds, **scores}) + "\n")
             print(" ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
-            save(state_file, model, optimizer, step, step * args.batch * 2, seconds)
+            save(state_file, model, optimizer, step, seconds)
             export(model, args.out)
-            samples = stream(tokenizer, step * args.batch * 2, easy_until * 2)
             begun = time.time()
 
 
-def save(
-    file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, scene: int, seconds: float
-) -> None:
+def save(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
     tensors = {f"model.{k}": v.detach().cpu().clone() for k, v in model.state_dict().items()}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         for name in ("exp_avg", "exp_avg_sq"):
             tensors[f"optimizer.{i}.{name}"] = optimizer.state[p][name].cpu().clone()
     fresh = file.with_suffix(".new")
-    save_file(tensors, fresh, metadata={"step": str(step), "scene": str(scene), "seconds": str(seconds)})
+    save_file(tensors, fresh, metadata={"step": str(step), "seconds": str(seconds)})
     fresh.replace(file)
 
 
-def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> tuple[int, int, float]:
+def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> tuple[int, float]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as handle:
@@ -354,7 +364,7 @@ def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
         optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
     for _ in range(step):
         scheduler.step()
-    return step, int(about["scene"]), float(about["seconds"])
+    return step, float(about["seconds"])
 
 
 def export(model: LlamaForCausalLM, folder: Path) -> None:

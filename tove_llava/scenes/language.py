@@ -209,6 +209,12 @@ CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     "bigger": bigger,
     "statement": statement,
 }
+# Questions that only ask for one object's entry of the description; the language model learns to read with them.
+MEASURES: dict[str, Callable[[Object], Asked]] = {
+    "place": lambda o: (f"Where is the {o.name}?", place(o)),
+    "distance": lambda o: (f"How far is the {o.name}?", f"{metres(o)} metres"),
+    "size": lambda o: (f"How big is the {o.name}?", size(o)),
+}
 SPATIAL = ("left_right", "above_below", "statement")
 DEPTH = ("front_behind", "nearer")
 
