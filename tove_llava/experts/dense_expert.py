@@ -3,7 +3,7 @@
 import json
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class DenseExpert(Expert):
     """
 
     modes = ("features", "map")
-    option_names = ("stage", "map_size")
+    option_names: ClassVar[tuple[str, ...]] = ("stage", "map_size")
+    map_options: ClassVar[tuple[str, ...]] = ("map_size",)  # those that concern the map and not the network
 
     architecture: DenseArchitecture
     preprocessor: dict[str, Any]
@@ -44,7 +45,7 @@ class DenseExpert(Expert):
     def configure(self) -> int | None:
         config, self.preprocessor = read_configuration(self.source, self.spec.revision, self._use_table)
         names = config.architectures or ["(none)"]
-        options = {key: value for key, value in self.spec.options.items() if key != "map_size"}
+        options = {key: value for key, value in self.spec.options.items() if key not in self.map_options}
         self.architecture = DENSE.get(names[0])(config, options, whole=self.spec.mode == "map")
         read = self.preprocessor
         if read.get("do_normalize", True):
