@@ -1,5 +1,6 @@
 """One training run, from its settings to a saved checkpoint. ``python -m tove_llava.train.run --help`` lists the flags."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -69,6 +70,7 @@ def run(settings: Settings) -> None:
         return
 
     # From here on DeepSpeed is configured: under ZeRO-3 a model built later would be partitioned while it is built.
+    _keep_deepspeed_from_compiling()
     args = settings.training_arguments()
     _use_master_weights(args, trainable)
     trainer = make_trainer(settings, args, model, processor, dataset, trainable)
@@ -220,6 +222,17 @@ def _write_record(output_dir: Path, record: dict[str, Any]) -> None:
 def _is_last_step(checkpoint: Path) -> bool:
     state = json.loads((checkpoint / STATE).read_text())
     return state["global_step"] >= state["max_steps"]
+
+
+def _keep_deepspeed_from_compiling() -> None:
+    """On the CPU DeepSpeed compiles a shared-memory kernel when it starts: a minute, and a failure without a compiler.
+
+    Its table of usable kernels may be edited; without this one it uses gloo, which is as good for a few ranks.
+    """
+    if "WORLD_SIZE" in os.environ and importlib.util.find_spec("deepspeed") and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _use_master_weights(args: TrainingArguments, trainable: Trainable) -> None:

@@ -113,15 +113,28 @@ class ToveTrainer(Trainer):
             batches.append(batch)
         if not batches:
             return [], None
-        only_tower = set(self._trainable.parts) <= {PROJECTOR, TOWER}
-        zero3 = self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        window = open_window(batches, self.args.device, always_tower=only_tower, tower_first=zero3)
+        window = open_window(batches, self.args.device, always_tower=self._always_runs_tower())
         vision = self.model.config.vision_config
         if self._columns and vision.noisy_gating and window.num_images:
             shape = (window.num_images, vision.num_patches, len(self._columns))
             window.noise = draw_noise(shape, self.args.seed, self.state.global_step)
         self._window = window
         return batches, max(window.tokens, 1)
+
+    def _always_runs_tower(self) -> bool:
+        """Whether a step without any image has to touch the tower's parameters nevertheless.
+
+        So it is where nothing else is trained. And ZeRO-3 and optimiser offload start a gradient anew in a window's first
+        micro-batch alone and hand it on in the last alone: a parameter that is not touched there is updated by the
+        gradient of an earlier step.
+        """
+        if set(self._trainable.parts) <= {PROJECTOR, TOWER}:
+            return True
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is None:
+            return False
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        return zero.get("stage") == 3 or zero.get("offload_optimizer", {}).get("device", "none") != "none"
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 

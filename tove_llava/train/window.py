@@ -24,9 +24,7 @@ class Window:
         samples: records of the global batch.
         rank: this process.
         noise: ``[G,N,S]`` gate noise for the G images of the global batch, or None.
-        always_tower: run the tower even where no rank has an image (nothing else is trainable).
-        tower_first: run the tower in the first micro-batch whatever it holds. ZeRO-3 starts a parameter's gradient anew
-            in the first micro-batch alone; one that is not touched there keeps the gradient of the step before.
+        always_tower: run the tower's trainable part even where no rank has an image.
     """
 
     tokens: int
@@ -35,7 +33,6 @@ class Window:
     rank: int
     noise: torch.Tensor | None = None
     always_tower: bool = False
-    tower_first: bool = False
     step: int = 0
     gate_inputs: list[GateInputs] = field(default_factory=list)
 
@@ -55,9 +52,7 @@ class Window:
 
         The last micro-batch carries the balance loss of the whole window, and with it the gate's gradients.
         """
-        if self.always_tower or (self.tower_first and self.step == 0):
-            return True
-        return sum(self.images[self.step]) > 0 or (self.is_last and self.num_images > 0)
+        return self.always_tower or sum(self.images[self.step]) > 0 or (self.is_last and self.num_images > 0)
 
     def present_noise(self) -> torch.Tensor | None:
         """``[images of this rank's present micro-batch, N, S]``.
@@ -71,9 +66,7 @@ class Window:
         return self.noise[before : before + self.images[self.step][self.rank]]
 
 
-def open_window(
-    batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False, tower_first: bool = False
-) -> Window:
+def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False) -> Window:
     """Counts this rank's micro-batches and exchanges the counts; every rank calls it with as many micro-batches.
 
     The first label of a row is not counted: no position predicts it.
@@ -97,7 +90,6 @@ def open_window(
         samples=int(every[..., 2].sum()),
         rank=rank,
         always_tower=always_tower,
-        tower_first=tower_first,
     )
 
 

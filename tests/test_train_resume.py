@@ -1,0 +1,131 @@
+"""A run that is killed and started again ends where an uninterrupted one does; a finished one is left alone."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train_parts import ROOT, environment, flags, launch, write_parts, write_records
+
+from tove_llava.errors import CheckpointError
+from tove_llava.train import checkpoints
+from tove_llava.train.arguments import parse
+from tove_llava.train.run import main, run
+
+# Dropout, noise, two epochs, and logs that span checkpoints: all that a resumed run could get wrong.
+SCHEDULE = ["--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "3"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_parts(folder)
+    write_records(folder)
+    return folder
+
+
+def lora(root, output, *more):
+    return flags(root, "finetune_lora", output, "--lora_dropout", "0.2", *SCHEDULE, *more)
+
+
+@pytest.fixture(scope="module")
+def whole(root):
+    assert main(lora(root, root / "whole")) == 0
+    return root / "whole"
+
+
+def history(output):
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [(e["step"], e["lm_loss"], e["aux_loss"], e["learning_rate"]) for e in entries if "lm_loss" in e]
+
+
+def weights(output):
+    tensors = {}
+    for file in output.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return tensors
+
+
+def assert_same_run(output, whole):
+    assert [row[0] for row in history(output)] == [row[0] for row in history(whole)]
+    torch.testing.assert_close(torch.tensor(history(output)), torch.tensor(history(whole)), rtol=0, atol=1e-6)
+    got, expected = weights(output), weights(whole)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("moment", ["between", "publishing", pytest.param("writing", marks=pytest.mark.slow)])
+def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
+    output = root / moment
+    command = [sys.executable, "-m", "train_killed", moment, *lora(root, output)]
+    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    last = {"between": 4, "publishing": 2, "writing": 2}[moment]
+    assert [path.name for path in checkpoints.complete(output)][-1] == f"checkpoint-{last}"
+    assert bool(checkpoints.incomplete(output)) == (moment != "between")
+    assert not (output / "tove_llava.json").exists()
+
+    assert main(lora(root, output)) == 0
+    said = capsys.readouterr().out
+    assert f"resuming from {output / f'checkpoint-{last}'}" in said
+    assert ("its save was interrupted" in said) == (moment != "between")
+    assert_same_run(output, whole)
+    assert not checkpoints.incomplete(output)
+    assert [path.name for path in checkpoints.complete(output)] == ["checkpoint-8"]  # save_total_limit is 1
+
+
+def test_run_killed_before_its_model_is_saved_only_saves(root, whole, capsys):
+    output = root / "saving"
+    command = [sys.executable, "-m", "train_killed", "saving", *lora(root, output)]
+    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert main(lora(root, output)) == 0
+    assert "only saving was left to do" in capsys.readouterr().out
+    assert_same_run(output, whole)
+
+
+def test_finished_run_is_reused(root, whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert main(lora(root, whole)) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_finished_run_is_reused_with_other_logging(root, whole):
+    assert main(lora(root, whole, "--logging_steps", "1")) == 0
+
+
+def test_run_of_other_settings_is_refused_by_key(root, whole):
+    with pytest.raises(CheckpointError, match=r"arguments\.learning_rate: 0\.01 there, 0\.003 now"):
+        run(parse(lora(root, whole, "--learning_rate", "0.003")))
+    with pytest.raises(CheckpointError, match=r"vision\.router_aux_loss_coef"):
+        run(parse(lora(root, whole, "--set", "vision.router_aux_loss_coef=0.1")))
+
+
+def test_stage_two_notices_that_stage_one_was_trained_again(root):
+    stage1, output = root / "stage1", root / "stage2"
+    assert main(flags(root, "pretrain", stage1, "--max_steps", "1")) == 0
+    arguments = flags(root, "finetune_lora", output, "--max_steps", "1", "--pretrained", str(stage1))
+    assert main(arguments) == 0
+    for path in stage1.iterdir():
+        path.unlink()
+    assert main(flags(root, "pretrain", stage1, "--max_steps", "2")) == 0
+    with pytest.raises(CheckpointError, match="pretrained_fingerprint"):
+        run(parse(arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
+def test_killed_ranks_resume_under_deepspeed(root, deepspeed):
+    arguments = ["--per_device_train_batch_size", "2", "--deepspeed", deepspeed]
+    uninterrupted, output = root / f"{deepspeed}-whole", root / f"{deepspeed}-killed"
+    launch(lora(root, uninterrupted, *arguments))
+    with pytest.raises(AssertionError):  # the launcher reports the killed rank
+        launch(["between", *lora(root, output, *arguments)], module="train_killed")
+    assert [path.name for path in checkpoints.complete(output)][-1] == "checkpoint-4"
+    assert "resuming from" in launch(lora(root, output, *arguments))
+    assert_same_run(output, uninterrupted)
