@@ -107,15 +107,24 @@ def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def conversation(
-    scene: Scene, rng: np.random.Generator, tokenizer: PreTrainedTokenizerBase, manner: str, rounds: int = 2
+    scene: Scene,
+    rng: np.random.Generator,
+    tokenizer: PreTrainedTokenizerBase,
+    manner: str,
+    rounds: int = 2,
+    hints: float = 0.0,
 ) -> Sample:
-    """One training sequence: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form)."""
+    """One training sequence: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form).
+
+    ``hints`` is the share of comparisons before which the two things to be compared are asked for.
+    """
     template, turns = "v1", []
     if manner == "caption":
         template = "plain"
         turns = [("<image>", describe(scene))]
     else:
-        questions = [q for _ in range(rounds) for q in [*ask(scene, rng), *measure(scene, rng)]]
+        asked = [q for _ in range(rounds) for q in [*ask(scene, rng), *measure(scene, rng)]]
+        questions = [part for q in asked for part in ([*steps_towards(scene, q), q] if rng.random() < hints else [q])]
         if manner == "described":
             turns.append((f"<image>\n{DESCRIBE}", describe(scene)))
         opening = {"text": describe(scene) + "\n", "grid": "<image>\n", "described": ""}[manner]
@@ -151,6 +160,24 @@ def measure(scene: Scene, rng: np.random.Generator, count: int = 4) -> list[Ques
     return [Question(kind, *MEASURES[kind](item)) for kind, item in zip(kinds, items, strict=True)]
 
 
+COMPARED = {
+    "left_right": "place",
+    "above_below": "place",
+    "front_behind": "distance",
+    "nearer": "distance",
+    "bigger": "size",
+}
+
+
+def steps_towards(scene: Scene, question: Question) -> list[Question]:
+    """What one would look up first to answer a comparison: that measure of both objects, as they are named."""
+    kind = COMPARED.get(question.category)
+    if kind is None:
+        return []
+    named = sorted((o for o in scene.objects if o.name in question.text), key=lambda o: question.text.index(o.name))
+    return [Question(kind, *MEASURES[kind](item)) for item in named]
+
+
 MANNERS = {"text": 0.12, "grid": 0.68, "described": 0.2}
 
 
@@ -160,7 +187,8 @@ def batches(
     """Endless batches from a step on, each step with scenes of its own.
 
     The curriculum: for the first third mostly descriptions (reading a grid is learned there, every word of an answer
-    being supervised), then mostly conversations. A batch of descriptions has as many tokens as one of conversations.
+    being supervised), then mostly conversations, in which comparisons are at first led up to by simpler questions. A
+    batch of descriptions has as many tokens as one of conversations.
     """
     while True:
         rng = np.random.default_rng([SEED, step])
@@ -170,7 +198,9 @@ def batches(
         for index in range(step * size * 4, step * size * 4 + count):
             scene, rng = sample_scene(SEED, "parts", index), scene_rng(SEED, "parts", index, 2)
             manner = kind if kind == "caption" else str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
-            samples.append(conversation(scene, rng, tokenizer, manner))
+            # Half of the comparisons are led up to, fewer and fewer towards the end.
+            hints = 0.5 * max(0.0, 1 - max(0.0, step / steps - 0.6) / 0.3)
+            samples.append(conversation(scene, rng, tokenizer, manner, hints=hints))
         yield collate(samples, grid_ids, LENGTHS[kind])
         step += 1
 
