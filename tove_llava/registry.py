@@ -34,7 +34,8 @@ class Registry(Generic[T]):
 
         def add(component: T) -> T:
             if name in self._entries:
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: {self._entries[name]!r} and {component!r}")
+                both = f"{self._entries[name]!r} and {component!r}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice: {both}")
             self._entries[name] = component
             return component
 

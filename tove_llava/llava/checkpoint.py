@@ -214,7 +214,7 @@ def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[
         for a, b in zip(old["experts"], new["experts"], strict=True):
             odd = [key for key in a if _plain(a[key]) != _plain(b.get(key))]
             phrases += [f"expert {a['name']}: {key} {a[key]!r} against {b.get(key)!r}" for key in odd]
-    keys = ("clip_source", "clip_revision", "clip_layer", "image_size", "fusion", "fusion_options", "projection_dim")
+    keys = ["clip_source", "clip_revision", "clip_layer", "image_size", "fusion", "fusion_options", "projection_dim"]
     keys += ("noisy_gating", "top_k", "null_slot", "image_mean", "image_std")
     phrases += [f"{k} {old[k]!r} against {new[k]!r}" for k in keys if _plain(old[k]) != _plain(new[k])]
     widths = [(c.vision_config.hidden_size, c.text_config.hidden_size) for c in (saved, present)]
@@ -283,8 +283,8 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
     grow_vocabulary(model, config.text_config.vocab_size)
     if model.config.text_config.vocab_size != config.text_config.vocab_size:
         raise CheckpointError(
-            f"{folder}: the language model {source} has {model.config.text_config.vocab_size} tokens, the checkpoint was "
-            f"trained with {config.text_config.vocab_size}; the source has changed"
+            f"{folder}: the language model {source} has {model.config.text_config.vocab_size} tokens, the checkpoint "
+            f"was trained with {config.text_config.vocab_size}; the source has changed"
         )
     for key in ("image_token_index", "pad_token_id", "conversation_template", "image_aspect_ratio"):
         setattr(model.config, key, getattr(config, key, None))
@@ -304,8 +304,8 @@ def _fill(
     if missing or unexpected or shapes:
         example = [f"{n}: {tuple(tensors[n].shape)} against {tuple(parameters[n].shape)}" for n in sorted(shapes)[:2]]
         raise CheckpointError(
-            f"{where} is a checkpoint of another tower: missing {sorted(missing)[:2]}, unexpected {sorted(unexpected)[:2]}, "
-            f"other shapes {example}"
+            f"{where} is a checkpoint of another tower: missing {sorted(missing)[:2]}, "
+            f"unexpected {sorted(unexpected)[:2]}, other shapes {example}"
         )
     with torch.no_grad():
         for name, parameter in parameters.items():

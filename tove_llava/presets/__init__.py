@@ -21,13 +21,11 @@ T = TypeVar("T")
 
 @dataclass
 class VisionPreset:
-    """The tower. Every key but ``clip`` and ``clip_config`` is the argument of the same name of ``ToveVisionConfig``."""
+    """The tower. Every key but ``clip`` and ``clip_config`` is the ``ToveVisionConfig`` argument of that name."""
 
     clip: str
     clip_revision: str | None = None
-    clip_config: dict[str, Any] | None = (
-        None  # known architecture of a source that may be out of reach; else it is read
-    )
+    clip_config: dict[str, Any] | None = None  # known architecture of a source out of reach; else it is read
     clip_layer: int = -2
     image_size: int | None = None
     experts: list[dict[str, Any]] = field(default_factory=list)
@@ -42,7 +40,7 @@ class VisionPreset:
 
 @dataclass
 class LanguagePreset:
-    """The language model: ``source`` gives weights and tokenizer, ``config`` a known architecture for building without them."""
+    """The language model: ``source`` gives weights and tokenizer, ``config`` its architecture without them."""
 
     source: str
     revision: str | None = None
@@ -232,7 +230,7 @@ def _build(cls: type[T], value: Any, where: str) -> T:
 def _check_type(annotation: Any, value: Any, where: str) -> None:
     """Checks the scalar types; YAML reads ``1e-3`` (no dot) as a string, which must not pass for a number."""
     if annotation in (float, float | None) and not (
-        (value is None and annotation != float) or (isinstance(value, int | float) and not isinstance(value, bool))
+        (value is None and annotation is not float) or (isinstance(value, int | float) and not isinstance(value, bool))
     ):
         raise ConfigError(f"{where}: expected a number, got {value!r} (YAML wants a dot in 1.0e-3)")
     for kind in (int, str, bool):

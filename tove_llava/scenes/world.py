@@ -54,7 +54,7 @@ class Camera:
         right = right / np.linalg.norm(right)
         up = np.cross(right, forward)
         as_tuple = [tuple(float(x) for x in vector) for vector in (position, forward, right, up)]
-        return cls(*as_tuple, tangent=float(np.tan(np.radians(fov_degrees) / 2)))  # type: ignore[arg-type]
+        return cls(*as_tuple, tangent=float(np.tan(np.radians(fov_degrees) / 2)))  # type: ignore[arg-type, misc]
 
     def project(self, point: np.ndarray) -> tuple[float, float, float]:
         """(u, v, depth) of a world point."""

@@ -1,7 +1,7 @@
 """A run's settings: a preset's stage, overridden by command-line flags.
 
-``transformers.TrainingArguments`` is not built here but by :meth:`Settings.training_arguments`, because building it starts
-DeepSpeed's configuration, and under ZeRO-3 with bf16 the model has to exist before that.
+``transformers.TrainingArguments`` is not built here but by :meth:`Settings.training_arguments`, because building it
+starts DeepSpeed's configuration, and under ZeRO-3 with bf16 the model has to exist before that.
 """
 
 import argparse
@@ -23,10 +23,10 @@ CONFIG_FOLDER = Path(__file__).parent / "deepspeed"
 # Settings that change neither the data nor the weights: a run may be continued with other values of them.
 OPERATIONAL = frozenset(
     {
-        "output_dir", "logging_steps", "logging_dir", "logging_first_step", "logging_strategy", "save_steps", "report_to",
-        "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers", "dataloader_pin_memory",
-        "dataloader_prefetch_factor", "dataloader_persistent_workers", "run_name", "log_level", "log_level_replica",
-        "ddp_timeout", "project", "include_num_input_tokens_seen",
+        "output_dir", "logging_steps", "logging_dir", "logging_first_step", "logging_strategy", "save_steps",
+        "report_to", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers",
+        "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "run_name",
+        "log_level", "log_level_replica", "ddp_timeout", "project", "include_num_input_tokens_seen",
     }
 )  # fmt: skip
 
@@ -109,7 +109,7 @@ class Settings:
             raise ConfigError(f"training arguments: {error}") from error
 
     def record(self) -> dict[str, Any]:
-        """What decides the outcome of the run, as flat plain data: two runs with equal records may continue each other."""
+        """What decides the outcome of the run, as flat plain data: runs with equal records may continue each other."""
         preset = self.preset.to_dict()
         stage = dataclasses.asdict(self.stage)
         arguments = {**stage.pop("arguments"), **self.training}
@@ -235,10 +235,10 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
-    names = ("template", "image_aspect_ratio", "group_by_modality_length", "model_max_length")
+    names = ["template", "image_aspect_ratio", "group_by_modality_length", "model_max_length"]
     names += ("projector_learning_rate", "tower_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
-    lora = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
+    lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
     lora = {key: value for key, value in lora.items() if value is not None}
     if lora:
         if stage.lora is None:

@@ -18,7 +18,7 @@ _PREFIX = "checkpoint-"
 
 
 def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
-    """The trainable parameters on the CPU, by name; under ZeRO-3 every rank calls this, and only the writer gets them."""
+    """The trainable parameters on the CPU, by name; under ZeRO-3 every rank calls this, only the writer gets them."""
     tensors: dict[str, torch.Tensor] = {}
     for part in trainable.parts.values():
         for name, parameter in part.items():

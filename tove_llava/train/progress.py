@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a line of loss terms and gate weights per log, and a bar with records per second."""
+"""What a run shows while it trains: a line of loss terms and gate weights per log, a bar with records per second."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""One training run, from its settings to a saved checkpoint. ``python -m tove_llava.train.run --help`` lists the flags."""
+"""A training run, from its settings to a saved checkpoint; ``python -m tove_llava.train.run --help`` has the flags."""
 
 import importlib.util
 import json
@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging as transformers_logging
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
+from tove_llava.data.images import AspectRatio
 from tove_llava.errors import CheckpointError, ToveError
 from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, load_trained, save_checkpoint
@@ -92,7 +93,10 @@ def run(settings: Settings) -> None:
 def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig) -> LlavaDataset:
     """The stage's records, checked."""
     transform = ImageTransform(
-        vision.image_size, settings.stage.image_aspect_ratio, mean=vision.image_mean, std=vision.image_std
+        vision.image_size,
+        cast(AspectRatio, settings.stage.image_aspect_ratio),
+        mean=vision.image_mean,
+        std=vision.image_std,
     )
     return LlavaDataset(
         settings.data_path,
@@ -167,8 +171,8 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
         keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
         shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
         raise CheckpointError(
-            f"{output_dir} holds a run with other settings ({shown}). Choose another --output_dir, remove that folder, or "
-            "give the settings it was started with"
+            f"{output_dir} holds a run with other settings ({shown}). Choose another --output_dir, remove that folder, "
+            "or give the settings it was started with"
         )
     return finished
 

@@ -1,4 +1,4 @@
-"""The trainer: transformers' own, with loss terms defined over the global batch and checkpoints that are whole or absent.
+"""The trainer: transformers' own, with loss terms over the global batch and checkpoints that are whole or absent.
 
 Objective, once per optimiser step over the accumulation windows of all ranks together::
 
@@ -124,9 +124,9 @@ class ToveTrainer(Trainer):
     def _always_runs_tower(self) -> bool:
         """Whether a step without any image has to touch the tower's parameters nevertheless.
 
-        So it is where nothing else is trained. And ZeRO-3 and optimiser offload start a gradient anew in a window's first
-        micro-batch alone and hand it on in the last alone: a parameter that is not touched there is updated by the
-        gradient of an earlier step.
+        So it is where nothing else is trained. And ZeRO-3 and optimiser offload start a gradient anew in a window's
+        first micro-batch alone and hand it on in the last alone: a parameter that is not touched there is updated by
+        the gradient of an earlier step.
         """
         if set(self._trainable.parts) <= {PROJECTOR, TOWER}:
             return True
@@ -181,6 +181,7 @@ class ToveTrainer(Trainer):
         fusion = self.model.tower.fusion
         # One pass of the gate on every rank, however many batches have images: ZeRO-3 gathers weights for each pass.
         statistics = fusion.balance_statistics(window.gate_inputs)
+        assert statistics is not None  # a fusion without a gate has no columns
         return balance_loss(all_reduce_statistics(statistics))
 
     def _dummy_image(self, device: torch.device) -> dict[str, Any]:
@@ -198,15 +199,15 @@ class ToveTrainer(Trainer):
     def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
         names = [self._records.records[i].where for i in records.tolist()]
         raise NonFiniteError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; nothing of "
-            f"this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or train in "
-            "bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
+            f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
+            f"nothing of this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or train "
+            "in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )
 
     # -- optimiser and logs -------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
+        if self.optimizer is None:  # type: ignore[has-type]
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(self._groups, **kwargs)
         return self.optimizer

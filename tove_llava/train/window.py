@@ -1,7 +1,7 @@
 """The accumulation window: all micro-batches of all ranks that make up one optimiser step.
 
-Loss terms are defined over this global batch, so what every rank has to know of it (how many supervised tokens, and which
-micro-batch of which rank has how many images) is exchanged once, before the first micro-batch runs.
+Loss terms are defined over this global batch, so what every rank has to know of it (how many supervised tokens,
+and which micro-batch of which rank has how many images) is exchanged once, before the first micro-batch runs.
 """
 
 from collections.abc import Mapping, Sequence
