@@ -200,8 +200,8 @@ class ToveTrainer(Trainer):
         names = [self._records.records[i].where for i in records.tolist()]
         raise NonFiniteError(
             f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
-            f"nothing of this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or train "
-            "in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
+            f"nothing of this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or "
+            "train in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )
 
     # -- optimiser and logs -------------------------------------------------------------------------------------------
