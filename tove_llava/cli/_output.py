@@ -23,6 +23,7 @@ def keep_stdout_clean() -> None:
 
 def quiet_transformers() -> None:
     """No progress bars and reports while weights are loaded: only errors."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers faster kernels at every import
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
