@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
@@ -124,7 +125,8 @@ def save_checkpoint(
 
     adapters = _adapter_names(model) & trained.keys()
     if manifest.kind == "full":
-        model.save_pretrained(folder, state_dict=dict(trained))
+        # Under the model's own names; save_pretrained would write those of an older layout.
+        save_torch_state_dict(dict(trained), folder, metadata={"format": "pt"})
     else:
         save_file({name: value for name, value in trained.items() if name not in adapters}, folder / TRAINED)
     if manifest.kind == "lora":

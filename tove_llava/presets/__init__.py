@@ -229,16 +229,17 @@ def _build(cls: type[T], value: Any, where: str) -> T:
 
 def _check_type(annotation: Any, value: Any, where: str) -> None:
     """Checks the scalar types; YAML reads ``1e-3`` (no dot) as a string, which must not pass for a number."""
-    if annotation in (float, float | None) and not (
-        (value is None and annotation is not float) or (isinstance(value, int | float) and not isinstance(value, bool))
-    ):
-        raise ConfigError(f"{where}: expected a number, got {value!r} (YAML wants a dot in 1.0e-3)")
-    for kind in (int, str, bool):
-        if annotation in (kind, kind | None) and not (
-            (value is None and annotation != kind)
-            or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
-        ):
-            raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    kinds: dict[Any, tuple[type, bool]] = {kind: (kind, False) for kind in (float, int, str, bool)}
+    kinds |= {kind | None: (kind, True) for kind in (float, int, str, bool)}
+    if annotation not in kinds:
+        return
+    kind, optional = kinds[annotation]
+    if value is None and optional:
+        return
+    accepted = isinstance(value, int | float if kind is float else kind)
+    if not accepted or (isinstance(value, bool) and kind is not bool):
+        hint = " (YAML wants a dot in 1.0e-3)" if kind is float else ""
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}{hint}")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -48,20 +48,14 @@ class RunArguments:
     preset: str = field(default="tiny", metadata={"help": "name of a preset or path of a .yaml file"})
     stage: str = field(default="pretrain", metadata={"help": "stage of the preset"})
     data_path: str | None = field(default=None, metadata={"help": "LLaVA records, .json or .jsonl"})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "folder that the records' image paths are relative to"}
-    )
+    image_folder: str | None = field(default=None, metadata={"help": "folder that image paths start from"})
     pretrained: str | None = field(default=None, metadata={"help": "folder of the stage that this one starts from"})
     template: str | None = field(default=None, metadata={"help": "conversation template"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "'square' or 'pad'"})
-    group_by_modality_length: bool | None = field(
-        default=None, metadata={"help": "group records by modality and length"}
-    )
+    group_by_modality_length: bool | None = field(default=None, metadata={"help": "LLaVA's grouped sampling"})
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
-    tower_learning_rate: float | None = field(
-        default=None, metadata={"help": "of the tower's gate and projections alone"}
-    )
+    tower_learning_rate: float | None = field(default=None, metadata={"help": "of the gate and projections alone"})
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})

@@ -1,0 +1,147 @@
+"""Presets are data: all of them are valid, overrides reach every key, mistakes are named."""
+
+import pytest
+import yaml
+
+from tove_llava.errors import ConfigError
+from tove_llava.llava.build import build_on_meta, parameter_table
+from tove_llava.presets import load_preset, preset_names
+from tove_llava.train.arguments import RunArguments, parse
+from tove_llava.train.stages import POLICIES
+
+
+def test_the_four_presets_exist():
+    assert {"tiny", "small", "vicuna-7b", "vicuna-13b"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid(name, tmp_path):
+    preset = load_preset(name)
+    assert preset.name == name and preset.description
+    assert list(preset.stages) == ["pretrain", "finetune_lora", "finetune"]
+    (tmp_path / "records.json").write_text("[]")
+    for stage in preset.stages:
+        settings = parse(
+            ["--preset", name, "--stage", stage, "--data_path", str(tmp_path / "records.json"),
+             "--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")]
+        )  # fmt: skip
+        assert settings.stage.train in POLICIES
+        assert settings.training["learning_rate"] > 0
+
+
+@pytest.mark.parametrize("name", ["vicuna-7b", "vicuna-13b"])
+def test_vicuna_presets_are_llava_1_5s_recipe(name):
+    preset = load_preset(name)
+    rows = {
+        "pretrain": ("plain", "square", False, 1e-3, 32, None, "zero2"),
+        "finetune_lora": ("v1", "pad", True, 2e-4, 16, 2e-5, "zero3"),
+        "finetune": ("v1", "pad", True, 2e-5, 16, None, "zero3"),
+    }
+    for stage_name, row in rows.items():
+        stage = preset.stage(stage_name)
+        a = stage.arguments
+        found = (stage.template, stage.image_aspect_ratio, stage.group_by_modality_length, a["learning_rate"],
+                 a["per_device_train_batch_size"], stage.projector_learning_rate, stage.deepspeed)  # fmt: skip
+        assert found == row
+        assert (a["weight_decay"], a["warmup_steps"], a["lr_scheduler_type"], a["max_grad_norm"]) == (
+            0,
+            0.03,
+            "cosine",
+            0,
+        )
+        assert (a["num_train_epochs"], a["gradient_accumulation_steps"], a["bf16"], a["tf32"]) == (1, 1, True, True)
+        assert a["gradient_checkpointing"] and stage.model_max_length == 2048 and a["seed"] == 42
+    lora = preset.stage("finetune_lora").lora
+    assert (lora.r, lora.alpha, lora.dropout, lora.bias) == (128, 256, 0.05, "none")
+    assert preset.vision.clip == "hf:openai/clip-vit-large-patch14-336" and preset.vision.clip_layer == -2
+    assert [e["name"] for e in preset.vision.experts] == ["eva", "dinov2", "depth", "edge"]
+
+
+def test_unknown_preset_names_a_near_one():
+    with pytest.raises(ConfigError, match="Did you mean 'vicuna-7b'"):
+        load_preset("vicuna7b")
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_preset("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("vision.topk=2", "Did you mean 'top_k'"),
+        ("visoin.top_k=2", "Did you mean 'vision'"),
+        ("vision.experts.dept.mode=map", "Did you mean 'depth'"),
+        ("stages.pretrain.lorra.r=3", "Did you mean 'lora'"),
+        ("stages.finetune_lora.lora.alpa=3", "Did you mean 'alpha'"),
+        ("vision.router_aux_loss_coef=1e-3", "YAML wants a dot"),
+        ("vision.top_k=two", "expected int"),
+        ("vision.noisy_gating=1", "expected bool"),
+        ("vision.top_k", "key.path=value"),
+    ],
+)
+def test_wrong_overrides_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_preset("tiny", [override])
+
+
+def test_overrides_reach_nested_keys():
+    preset = load_preset(
+        "tiny", ["vision.top_k=2", "vision.experts.depth.mode=features", "stages.finetune_lora.lora.r=7"]
+    )
+    assert preset.vision.top_k == 2
+    assert {e["name"]: e["mode"] for e in preset.vision.experts} == {
+        "depth": "features", "normal": "map", "edge": "map", "segmentation": "map",
+    }  # fmt: skip
+    assert preset.stage("finetune_lora").lora.r == 7
+
+
+def test_files_extend_presets(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({"extends": "tiny", "vision": {"top_k": 1}}))
+    mine, tiny = load_preset(str(file)), load_preset("tiny")
+    assert mine.name == "mine" and mine.vision.top_k == 1
+    assert mine.vision.experts == tiny.vision.experts and mine.stages == tiny.stages
+    file.write_text(yaml.safe_dump({"extends": str(file)}))
+    with pytest.raises(ConfigError, match="extends itself"):
+        load_preset(str(file))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max_step", "3"], r"unknown flag '--max_step'\. Did you mean '--max_steps'"),
+        (["--max_steps", "ten"], "max_steps"),
+        (["--stage", "pretrian"], "Did you mean 'pretrain'"),
+        (["--lora_r", "4"], "trains without LoRA"),
+        ([], "--data_path"),
+        (["--data_path", "no.json", "--image_folder", "."], "tove-llava scenes"),
+        (["--set", "stages.pretrain.arguments.learning_rat=1.0"], "Did you mean 'learning_rate'"),
+    ],
+)
+def test_wrong_flags_are_named(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        parse([*argv, "--output_dir", "unused"])
+
+
+def test_flags_override_the_preset_and_nothing_else(tmp_path):
+    (tmp_path / "records.json").write_text("[]")
+    common = ["--data_path", str(tmp_path / "records.json"), "--image_folder", str(tmp_path), "--output_dir", "unused"]
+    plain = parse([*common, "--stage", "finetune_lora"])
+    changed = parse(
+        [*common, "--stage", "finetune_lora", "--learning_rate", "0.5", "--lora_alpha", "9", "--template", "plain"]
+    )
+    differ = {k for k, v in changed.record().items() if plain.record()[k] != v}
+    assert differ == {"arguments.learning_rate", "settings.lora.alpha", "settings.template"}
+    assert RunArguments().preset == "tiny"
+
+
+@pytest.mark.parametrize(("name", "language"), [("vicuna-7b", 6_738_415_616), ("vicuna-13b", 13_015_864_320)])
+def test_vicuna_builds_at_true_size_on_the_meta_device(name, language):
+    model = build_on_meta(name)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    counts = dict(parameter_table(model))
+    hidden = model.config.text_config.hidden_size
+    assert counts["language model"] == language + 2 * 64 * hidden  # 64 more rows, for <image>
+    assert counts["projector"] == 1024 * hidden + hidden + hidden * hidden + hidden
+    assert model.config.image_seq_length == 576
+    assert model.config.vision_config.expert_names == ["eva", "dinov2", "depth", "edge"]
+    assert all(spec.is_complete for spec in model.config.vision_config.expert_specs)
