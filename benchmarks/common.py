@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from transformers.utils import logging as transformers_logging
 
+import tove_llava
 from tove_llava.errors import ConfigError, ToveError
 from tove_llava.experts import Expert, ExpertHub
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -155,7 +156,7 @@ def _processor() -> str:
 
 def versions(device: torch.device) -> dict[str, str]:
     """Versions of Python, this project and the libraries that do the work; ``"none"`` for those not installed."""
-    found = {"python": platform.python_version(), "tove_llava": importlib.metadata.version("tove-llava")}
+    found = {"python": platform.python_version(), "tove_llava": tove_llava.__version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
