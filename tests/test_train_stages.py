@@ -1,0 +1,183 @@
+"""Freezing policies, LoRA targets, optimiser groups, and what stops a run."""
+
+import json
+import re
+
+import pytest
+import torch
+from train_parts import flags, write_parts, write_records
+
+from tove_llava import build_model, load_preset
+from tove_llava.errors import ConfigError, DataError, NonFiniteError
+from tove_llava.presets import StagePreset
+from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.train import checkpoints
+from tove_llava.train.arguments import parse
+from tove_llava.train.meter import Meter
+from tove_llava.train.progress import describe
+from tove_llava.train.run import main, run
+from tove_llava.train.stages import POLICIES, freeze, lora_config, parameter_groups
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    write_parts(folder)
+    write_records(folder, captions=8, count=8)
+    return folder
+
+
+def frozen_model(root, stage):
+    preset = load_preset(str(root / "preset.yaml"))
+    model, _ = build_model(preset, load_backbones=False)
+    return model, freeze(model, preset.stage(stage)), preset.stage(stage)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ("pretrain", ["projector", "tower"]),
+        ("finetune_lora", ["projector", "tower", "lora"]),
+        ("finetune", ["projector", "tower", "language model"]),
+    ],
+)
+def test_what_trains_is_what_the_report_says(root, stage, parts):
+    model, trainable, _ = frozen_model(root, stage)
+    assert list(trainable.parts) == parts
+    assert sorted(trainable.names()) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    report = trainable.report(model)
+    for part in parts:
+        assert re.search(rf"{part}\s+{sum(p.numel() for p in trainable.parts[part].values()):,}", report)
+
+
+def test_lora_is_on_the_language_model_alone(root):
+    model, trainable, stage = frozen_model(root, "finetune_lora")
+    names = list(trainable.parts["lora"])
+    assert all(name.startswith("model.language_model.layers.") for name in names)
+    targets = {name.split(".")[-4] for name in names}
+    assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert len(names) == 2 * 7 * 2  # layers, linear layers, A and B
+    pattern = re.compile(
+        lora_config(build_model(str(root / "preset.yaml"), load_backbones=False)[0], stage).target_modules
+    )
+    tower = [name for name, _ in model.named_modules() if "vision_tower" in name or "projector" in name]
+    assert tower and not any(pattern.fullmatch(name) for name in tower)
+    assert not pattern.fullmatch("lm_head")
+    # Only the start of the adapters' product is zero: the model is unchanged until a step is taken.
+    assert all(not p.any() for name, p in trainable.parts["lora"].items() if "lora_B" in name)
+
+
+def test_unknown_policy_is_named():
+    with pytest.raises(ConfigError, match="Did you mean 'alignment'"):
+        POLICIES.get("alignmnt")
+
+
+def test_lora_policy_needs_its_settings(root):
+    model, _ = build_model(str(root / "preset.yaml"), load_backbones=False)
+    with pytest.raises(ConfigError, match="'lora' settings"):
+        freeze(model, StagePreset(train="lora", template="v1"))
+
+
+LLAVA_NAMES = {
+    "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
+    "lm_head.": "lm_head.",
+    "model.": "model.language_model.",
+}
+
+
+def renamed(name):
+    old = next(prefix for prefix in LLAVA_NAMES if name.startswith(prefix))
+    return LLAVA_NAMES[old] + name.removeprefix(old)
+
+
+def test_groups_of_a_full_stage_are_llavas(root, conformance):
+    """The golden model has one layer, ours two, and the tower's parts come on top."""
+    golden = json.loads((conformance / "llava" / "parameter_names.json").read_text())["stage2_full"]["optimizer_groups"]
+    model, trainable, _ = frozen_model(root, "finetune")
+    groups = parameter_groups(trainable, learning_rate=2e-5, weight_decay=0.1)
+    name_of = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = ({name_of[id(p)] for p in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+    assert {renamed(name) for name in golden[0]["names"]} <= decayed
+    assert {renamed(name) for name in golden[1]["names"]} <= kept
+    assert len(decayed) + len(kept) == len(trainable.names())
+
+
+def test_parts_with_their_own_rate_get_their_own_groups(root):
+    _, trainable, _ = frozen_model(root, "finetune_lora")
+    groups = parameter_groups(
+        trainable, learning_rate=2e-4, weight_decay=0.1, projector_learning_rate=2e-5, tower_learning_rate=3e-5
+    )
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == {
+        (2e-5, 0.1),
+        (2e-5, 0.0),
+        (3e-5, 0.1),
+        (3e-5, 0.0),
+        (2e-4, 0.1),
+    }
+    ids = [id(p) for group in groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in trainable.parameters())
+
+
+def test_all_rates_follow_the_schedule(root):
+    output = root / "rates"
+    arguments = flags(root, "pretrain", output, "--tower_learning_rate", "0.5", "--max_steps", "2", "--optim", "sgd")
+    assert main([*arguments, "--learning_rate", "0.0"]) == 0
+    from safetensors.torch import load_file
+
+    saved = load_file(output / "trained.safetensors")
+    start = dict(build_model(str(root / "preset.yaml"), load_backbones=False)[0].named_parameters())
+    moved = {name for name, value in saved.items() if not torch.equal(value, start[name])}
+    assert moved and all("vision_tower.fusion" in name for name in moved)
+
+
+def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch):
+    """The message names step and records; the weights on disk are those of the last good checkpoint."""
+    output = root / "nan"
+    honest, calls = ToveFusion.forward, []
+
+    def broken(self, base, *args, **kwargs):
+        calls.append(1)
+        return honest(self, base * float("nan") if len(calls) == 2 else base, *args, **kwargs)
+
+    monkeypatch.setattr(ToveFusion, "forward", broken)
+    arguments = flags(root, "pretrain", output, "--save_strategy", "steps", "--save_steps", "1")
+    with pytest.raises(NonFiniteError, match=r"step 2 on rank 0.*[Rr]ecord"):
+        run(parse(arguments))
+    assert [path.name for path in checkpoints.complete(output)] == ["checkpoint-1"]
+    assert not (output / "tove_llava.json").exists()
+    assert main(arguments) == 0  # the third call is whole again: the run resumes and ends
+
+
+def test_bad_record_stops_before_anything_is_written(root, tmp_path):
+    records = json.loads((root / "captions.json").read_text())
+    records[3]["image"] = "missing.png"
+    (tmp_path / "bad.json").write_text(json.dumps(records))
+    arguments = flags(root, "pretrain", tmp_path / "out", "--data_path", str(tmp_path / "bad.json"))
+    with pytest.raises(DataError, match=r"missing\.png"):
+        run(parse(arguments))
+    assert not (tmp_path / "out").exists()
+    assert main(arguments) == 2
+
+
+def test_meter_averages_over_steps_and_survives_a_checkpoint():
+    meter = Meter(["a", "b"], torch.device("cpu"))
+    for lm in (2.0, 4.0):
+        meter.add("lm_loss", torch.tensor(lm))
+        meter.add("aux_loss", 1.0)
+        meter.add("steps", 1)
+        meter.add_routing(torch.tensor([[[0.25, 0.75]]]))
+    resumed = Meter(["a", "b"], torch.device("cpu"))
+    resumed.restore(json.loads(json.dumps(meter.state())), rank=0)
+    for read in (meter.read(0.5), resumed.read(0.5)):
+        assert (read["lm_loss"], read["aux_loss"], read["loss"]) == (3.0, 1.0, 3.5)
+        assert (read["gate/a"], read["gate/b"]) == (0.25, 0.75)
+        assert read["gate/entropy"] == pytest.approx(0.5623, abs=1e-4)
+    assert meter.read(0.5)["lm_loss"] == 0.0
+
+
+def test_progress_line_shows_each_term():
+    line = describe({"loss": 1.5, "lm_loss": 1.4, "aux_loss": 0.2, "gate/depth": 0.6, "gate/entropy": 0.1})
+    assert line == "loss 1.5000, lm_loss 1.4000, aux_loss 0.2000, gate/entropy 0.1000, gate: depth 0.60"
+    assert describe({"train_runtime": 3.0}) == ""
