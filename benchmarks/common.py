@@ -301,6 +301,10 @@ class Samples:
     def median(self) -> float:
         return statistics.median(self.wall)
 
+    @property
+    def cpu_median(self) -> float:
+        return statistics.median(self.cpu)
+
     def to_dict(self) -> dict[str, Any]:
         return {"wall_seconds": spread(self.wall), "cpu_seconds": spread(self.cpu)}
 
@@ -351,7 +355,7 @@ def ratio(numerator: Samples, denominator: Samples) -> dict[str, float]:
         "value": numerator.median / denominator.median,
         "paired_q1": pairs["q1"],
         "paired_q3": pairs["q3"],
-        "cpu_time": statistics.median(numerator.cpu) / statistics.median(denominator.cpu),
+        "cpu_time": numerator.cpu_median / denominator.cpu_median,
     }
 
 

@@ -132,6 +132,7 @@ def benchmark(bench: Bench) -> None:
     }
     modules = {"clip": tower.frozen.clip, **{name: hub[name] for name in names}, "fusion": tower.fusion}
     total = sum(samples[part].median for part in parts)
+    total_cpu = sum(samples[part].cpu_median for part in parts)
     record = bench.record("tower", weights, batch=batch, image_size=size, tokens_per_image=tower.config.num_patches)
     record["contenders"] = {
         name: {
@@ -147,6 +148,7 @@ def benchmark(bench: Bench) -> None:
         name: {
             **samples[f"part/{name}"].to_dict(),
             "share_of_time": samples[f"part/{name}"].median / total,
+            "share_of_cpu_time": samples[f"part/{name}"].cpu_median / total_cpu,
             "gflop_per_image": flops[f"part/{name}"] / 1e9,
             "parameters": count_parameters(module),
             "weight_bytes": weight_bytes(module),
@@ -191,11 +193,20 @@ def render(record: dict[str, Any]) -> str:
         ],
     )
     shares = table(
-        ["part", "share of the time", "ms per image (quartiles)", "GFLOP per image", "parameters M", "weights MB"],
+        [
+            "part",
+            "share of the time",
+            "of CPU time",
+            "ms per image (quartiles)",
+            "GFLOP per image",
+            "parameters M",
+            "weights MB",
+        ],
         [
             [
                 name,
                 f"{row['share_of_time']:.1%}",
+                f"{row['share_of_cpu_time']:.1%}",
                 milliseconds(row["wall_seconds"]["values"], batch),
                 f"{row['gflop_per_image']:.4g}",
                 f"{row['parameters'] / 1e6:.4g}",

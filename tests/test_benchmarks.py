@@ -104,7 +104,8 @@ def test_tower_parts_make_up_the_whole(tower_record):
     record, _ = tower_record
     experts = [entry["name"] for entry in load_preset("tiny").vision.experts]
     assert list(record["parts"]) == ["clip", *experts, "fusion"]
-    assert sum(part["share_of_time"] for part in record["parts"].values()) == pytest.approx(1)
+    for share in ("share_of_time", "share_of_cpu_time"):
+        assert sum(part[share] for part in record["parts"].values()) == pytest.approx(1)
     whole = record["contenders"]["tove"]
     assert sum(part["gflop_per_image"] for part in record["parts"].values()) == pytest.approx(whole["gflop_per_image"])
     assert sum(part["weight_bytes"] for part in record["parts"].values()) == whole["weight_bytes"]
