@@ -282,14 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("playground/data/language"), help="where the state is kept")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=100)
+    parser.add_argument("--save-every", type=int, default=100, help="steps between states")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
@@ -334,6 +334,9 @@ def main() -> None:
     if state_file.exists():
         step, seconds = restore(state_file, model, optimizer, scheduler)
         print(f"continuing at step {step}", flush=True)
+        if step >= args.steps:
+            export(model, args.out)
+            write_card(args.out, log_file, args, model.num_parameters())
     source = batches(tokenizer, grid_ids, step, args.steps, args.batch)
     bf16 = torch.autocast(args.device, torch.bfloat16)
     model.train()
@@ -368,6 +371,7 @@ def main() -> None:
             print(" ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
             save(state_file, model, optimizer, step, seconds)
             export(model, args.out)
+            write_card(args.out, log_file, args, model.num_parameters())
             begun = time.time()
 
 
@@ -401,6 +405,43 @@ def export(model: LlamaForCausalLM, folder: Path) -> None:
     """Writes the model in half precision."""
     half = {k: v.detach().to(torch.float16).cpu() for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
+
+
+def write_card(folder: Path, log: Path, args: argparse.Namespace, parameters: int) -> None:
+    """The model card: data, steps, time and the held-out scores of the last line of the log."""
+    entry = json.loads(log.read_text().splitlines()[-1])
+    kinds = sorted(key[5:] for key in entry if key.startswith("grid/"))
+    rows = "\n".join(f"| {k} | {100 * entry['text/' + k]:.0f} | {100 * entry['grid/' + k]:.0f} |" for k in kinds)
+    (folder / "README.md").write_text(
+        f"""---
+license: apache-2.0
+library_name: transformers
+---
+
+# Tiny LLaMA
+
+A LLaMA of {parameters / 1e6:.1f} M parameters ({args.layers} layers of width {args.hidden}) and its SentencePiece
+tokenizer, trained from nothing on text about playground scenes. It speaks of nothing else.
+
+- **Data**: descriptions of scenes of the split "parts" and LLaVA-format conversations about them, made by
+  `tove_llava.scenes`; no held-out colour-shape pair, no picture. In most conversations the scene stands as a *word
+  grid*: 36 places, each with the weighted sum of the embeddings of the words that are true of it.
+- **Training**: {entry["step"]:,} steps of {args.batch} conversations (or as many tokens of descriptions),
+  {entry["seconds"]:,.0f} s on {args.threads} thread(s) of a shared server CPU; AdamW, linear decay; stored in fp16.
+- **Licence**: Apache-2.0, as the project.
+- **Command**: `python playground/train_language.py --out tove_llava/bundled/llm --steps {args.steps}
+  --batch {args.batch} --lr {args.lr}`
+
+## Held-out metric
+
+Perplexity of unseen text: **{entry["perplexity"]:.2f}** (questions included, which are drawn at random). Share of
+answers whose every token is the likeliest, in percent, on 96 unseen scenes written out as text, and as a word grid:
+
+| question | text | word grid |
+| --- | ---: | ---: |
+{rows}
+"""
+    )
 
 
 if __name__ == "__main__":
