@@ -68,20 +68,25 @@ class MapEmbedding(nn.Module):
     """Expert-specific first layer for a dense prediction: a small convolutional stem with the tower's patch size.
 
     A map's values are used as they are: bringing them to the order of 1 is the expert's business, it knows its units.
-    A 3x3 convolution, GELU, and a patch embedding, GELU.
+    A 3x3 convolution, GELU, and a patch embedding, GELU. A map in which a whole number of cells makes up each token
+    stays at its own resolution (its patch then covers the same part of the picture); any other is brought to the picture's.
     """
 
-    def __init__(self, channels: int, width: int, *, image_size: int, patch_size: int, stem_width: int) -> None:
+    def __init__(
+        self, channels: int, width: int, *, map_size: tuple[int, int], image_size: int, grid: int, stem_width: int
+    ) -> None:
         super().__init__()
-        self.image_size = image_size
-        self.patch_size = patch_size
+        rows, columns = map_size
+        native = rows == columns and rows % grid == 0 and rows <= image_size
+        self.map_size = rows if native else image_size
+        self.patch_size = patch_size = self.map_size // grid
         self.conv = nn.Conv2d(channels, stem_width, kernel_size=3, padding=1)
         # A convolution of kernel and stride p, written on unfolded patches, so that tokens can be left out.
         self.linear = nn.Linear(stem_width * patch_size**2, width)
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
         """``[B,c,h,w]`` -> ``[B*N, stem_width*p*p]``."""
-        maps = resample_grid(features, self.image_size).to(self.conv.weight.dtype)  # [B,c,S,S]
+        maps = resample_grid(features, self.map_size).to(self.conv.weight.dtype)  # [B,c,S,S]
         stem = F.gelu(self.conv(maps))  # [B,s,S,S]
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
         return patches.transpose(1, 2).flatten(0, 1)
@@ -92,7 +97,7 @@ class MapEmbedding(nn.Module):
 
     def empty_rows(self, device: torch.device) -> torch.Tensor:
         # Through the convolution too: its parameters have to be in the graph like all others.
-        empty = torch.empty(0, self.conv.in_channels, self.image_size, self.image_size, device=device)
+        empty = torch.empty(0, self.conv.in_channels, self.map_size, self.map_size, device=device)
         return self.conv(empty.to(self.conv.weight.dtype)).reshape(0, self.linear.in_features)
 
 
@@ -116,8 +121,9 @@ class ToveFusion(Fusion):
                 self.embeddings[spec.name] = MapEmbedding(
                     spec.width,
                     config.projection_dim,
+                    map_size=spec.grid,
                     image_size=config.image_size,
-                    patch_size=config.patch_size,
+                    grid=config.grid,
                     stem_width=options["stem_width"],
                 )
             else:
