@@ -7,6 +7,7 @@ from tove_llava.errors import ConfigError
 from tove_llava.llava.build import build_on_meta, parameter_table
 from tove_llava.presets import load_preset, preset_names
 from tove_llava.train.arguments import RunArguments, parse
+from tove_llava.train.run import main
 from tove_llava.train.stages import POLICIES
 
 
@@ -145,3 +146,14 @@ def test_vicuna_builds_at_true_size_on_the_meta_device(name, language):
     assert model.config.image_seq_length == 576
     assert model.config.vision_config.expert_names == ["eva", "dinov2", "depth", "edge"]
     assert all(spec.is_complete for spec in model.config.vision_config.expert_specs)
+
+
+def test_meta_flag_prints_every_part(capsys):
+    assert main(["--preset", "vicuna-7b", "--meta"]) == 0
+    rows = {line[:30].strip(): line[30:].split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert rows["language model"] == ["6,738,939,904", f"{float(rows['language model'][1].replace(',', '')):,.1f}"]
+    gflops = {part: float(row[1].replace(",", "")) for part, row in rows.items() if len(row) == 2}
+    assert gflops["CLIP"] == pytest.approx(366, rel=0.02)  # its last block is not built
+    assert gflops["expert dinov2"] == pytest.approx(382, rel=0.05)
+    assert gflops["language model"] == pytest.approx(8600, rel=0.03)
+    assert {"expert eva", "expert depth", "expert edge", "projector", "all"} <= set(rows)

@@ -130,13 +130,14 @@ class Parser(HfArgumentParser):
         super().__init__(
             [RunArguments, TrainingArguments],
             prog="tove-llava train",
-            usage="tove-llava train [--preset NAME] [--stage NAME] [--set key.path=value] [any TrainingArguments flag]",
+            usage="tove-llava train [--preset NAME] [--stage NAME] [--set key.path=value] [--meta] [any flag below]",
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         self.add_argument(
             "--set", action="append", default=[], metavar="key.path=value", help="override a preset's key"
         )
+        self.add_argument("--meta", action="store_true", help="print the preset's parameters and GFLOPs, train nothing")
         for action in self._actions:
             if action.dest not in ("set", "help"):
                 action.default = argparse.SUPPRESS  # so that what is parsed is what was given

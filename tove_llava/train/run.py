@@ -20,11 +20,11 @@ from tove_llava.errors import CheckpointError, ToveError
 from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, load_trained, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
-from tove_llava.presets import Preset
+from tove_llava.presets import Preset, load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
-from tove_llava.train.arguments import Settings, parse, resolve_deepspeed
+from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.trainer import ToveTrainer
 
@@ -255,12 +255,24 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
+def print_sizes(argv: Sequence[str]) -> None:
+    """``--meta``: the preset's parameters and GFLOPs at its true size; no weights, no data, no training."""
+    from tove_llava.llava.sizes import format_sizes, preset_sizes
+
+    given = Parser().given([word for word in argv if word != "--meta"])
+    print(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when the run is finished, 2 for bad input."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        run(parse(sys.argv[1:] if argv is None else argv))
+        if "--meta" in arguments:
+            print_sizes(arguments)
+        else:
+            run(parse(arguments))
         return 0
     except ToveError as error:
         # Errors that all ranks meet alike are told once; after the start of communication a rank may be alone with one.
