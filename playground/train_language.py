@@ -299,9 +299,7 @@ def main() -> None:
         train_tokenizer(args.out)
     tokenizer = load_tokenizer(args.out)
     tokenizer.save_pretrained(args.out)
-    grid_ids = torch.tensor(
-        [tokenizer.convert_tokens_to_ids(w if w in ROWS or w in COLUMNS else "▁" + w) for w in GRID_WORDS]
-    )
+    grid_ids = torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS else "▁" + w) for w in GRID_WORDS])
     unknown = [w for w, i in zip(GRID_WORDS, grid_ids.tolist(), strict=True) if i == tokenizer.unk_token_id]
     if unknown:
         raise SystemExit(f"the tokenizer has no piece of its own for {unknown}")
