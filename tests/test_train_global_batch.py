@@ -122,7 +122,7 @@ def test_ranks_without_deepspeed_change_nothing(alone, root):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for name in SCENARIOS:

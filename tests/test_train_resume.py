@@ -62,7 +62,7 @@ def assert_same_run(output, whole):
 def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
     output = root / moment
     command = [sys.executable, "-m", "train_killed", moment, *lora(root, output)]
-    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     last = {"between": 4, "publishing": 2, "writing": 2}[moment]
     assert [path.name for path in checkpoints.complete(output)][-1] == f"checkpoint-{last}"
@@ -81,7 +81,7 @@ def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
 def test_run_killed_before_its_model_is_saved_only_saves(root, whole, capsys):
     output = root / "saving"
     command = [sys.executable, "-m", "train_killed", "saving", *lora(root, output)]
-    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=200)
+    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert main(lora(root, output)) == 0
     assert "only saving was left to do" in capsys.readouterr().out

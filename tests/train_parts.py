@@ -149,7 +149,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**inherited, **fixed, **changes}
 
 
-def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 300) -> str:
+def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 600) -> str:
     """Runs a module under the deepspeed launcher and returns its output; fails with the output when it fails."""
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
