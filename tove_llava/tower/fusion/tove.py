@@ -69,7 +69,8 @@ class MapEmbedding(nn.Module):
 
     A map's values are used as they are: bringing them to the order of 1 is the expert's business, it knows its units.
     A 3x3 convolution, GELU, and a patch embedding, GELU. A map in which a whole number of cells makes up each token
-    stays at its own resolution (its patch then covers the same part of the picture); any other is brought to the picture's.
+    stays at its own resolution (its patch then covers the same part of the picture); any other is brought to the
+    picture's.
     """
 
     def __init__(
