@@ -24,6 +24,10 @@ class Meter:
         self._since = time.perf_counter()
         self._timed_samples = 0.0
 
+    def start_clock(self) -> None:
+        """Begins to time the records per second; what came before was preparation."""
+        self._since, self._timed_samples = time.perf_counter(), 0.0
+
     def add(self, name: str, value: torch.Tensor | float) -> None:
         """Adds this rank's share of a quantity."""
         self._sums[_SCALARS.index(name)] += value.detach() if isinstance(value, torch.Tensor) else value
@@ -57,7 +61,7 @@ class Meter:
             logs |= {f"gate/{name}": total[name] / total["gate_tokens"] for name in self.columns}
             logs["gate/entropy"] = total["gate_entropy"] / total["gate_tokens"]
         self._sums.zero_()
-        self._since, self._timed_samples = time.perf_counter(), 0.0
+        self.start_clock()
         return {key: value if math.isfinite(value) else float("nan") for key, value in logs.items()}
 
     def state(self) -> dict[str, Any]:

@@ -254,6 +254,7 @@ class ToveTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Without the checkpoint: transformers would have DeepSpeed demand the frozen weights of it.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._meter.start_clock()
         if resume_from_checkpoint is not None:
             if self.is_deepspeed_enabled:
                 self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
