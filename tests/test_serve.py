@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 from answer_parts import make_answerer, picture, save_model
+from PIL import Image
 
 from tove_llava import cli
 from tove_llava.data import get_template
@@ -40,6 +41,16 @@ def test_picture_question_and_history_all_matter(engine):
     assert engine.answer(ask("What is it?"), **options) != base
     history = [Message("user", "Hello", (picture(),)), Message("assistant", "Hi")]
     assert engine.answer([*history, *ask("What is it?")], **options) != base
+
+
+def test_a_chat_sees_a_photograph_upright_and_a_benchmark_sees_it_as_stored(engine, tmp_path):
+    upright = picture(1)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees clockwise to view"
+    upright.rotate(90, expand=True).save(tmp_path / "phone.png", exif=exif)
+    answerer = engine.answerer
+    assert torch.equal(engine._prepare(ask("What?", tmp_path / "phone.png"))[1][0], answerer.pixels(upright))
+    assert torch.equal(answerer.pixels(tmp_path / "phone.png"), answerer.pixels(upright.rotate(90, expand=True)))
 
 
 def test_several_pictures_in_several_turns_keep_their_order(engine):

@@ -91,7 +91,7 @@ class Engine:
 
     def routing(self, image: Picture) -> Routing | None:
         """Gate weights of one image, or None for a model without experts."""
-        pixels = self.answerer.pixels(image)[None]  # [1, 3, S, S]
+        pixels = self.answerer.pixels(image, upright=True)[None]  # [1, 3, S, S]
         if not isinstance(self.answerer.tower, ToveVisionModel):
             return None
         tower = self.answerer.tower
@@ -114,7 +114,7 @@ class Engine:
         pictures = [image for message in messages for image in message.images]
         turns = [_turn(message) for message in messages]
         prompt = self.answerer.encode(turns, len(pictures))
-        return prompt, [self.answerer.pixels(image) for image in pictures]
+        return prompt, [self.answerer.pixels(image, upright=True) for image in pictures]
 
     def _stream(
         self, prompt: list[int], images: list[torch.Tensor], max_new_tokens: int, temperature: float, top_p: float

@@ -113,7 +113,10 @@ class Answerer:
         self.template = get_template(template)
         images = processor.image_processor
         side = images.crop_size["height"]
-        self.transform = ImageTransform(side, aspect_ratio, mean=images.image_mean, std=images.image_std)
+        self.transform, self.upright_transform = (
+            ImageTransform(side, aspect_ratio, mean=images.image_mean, std=images.image_std, exif_transpose=upright)
+            for upright in (False, True)
+        )
         self.image_token_id: int = model.config.image_token_id
         self.num_image_tokens: int = getattr(model.config.vision_config, "num_patches", model.config.image_seq_length)
         text_config = model.config.get_text_config()
@@ -167,13 +170,18 @@ class Answerer:
             )
         return expanded
 
-    def pixels(self, image: Image.Image | str | Path) -> Tensor:
+    def pixels(self, image: Image.Image | str | Path, upright: bool = False) -> Tensor:
         """float32 [3, S, S] of a picture or a picture file.
+
+        Args:
+            upright: turn the picture as its EXIF orientation says, as a person sees it. Benchmarks do not (nor does
+                LLaVA); a chat does.
 
         Raises:
             DataError: the file is missing, damaged, not a picture, or too large.
         """
-        return self.transform(image) if isinstance(image, Image.Image) else self.transform.open(image)
+        transform = self.upright_transform if upright else self.transform
+        return transform(image) if isinstance(image, Image.Image) else transform.open(image)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:
