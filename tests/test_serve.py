@@ -59,6 +59,7 @@ def test_several_pictures_in_several_turns_keep_their_order(engine):
     swapped = [Message("user", "One", (second,)), Message("assistant", "ok"), Message("user", "Two", (first,))]
     prompt, pixels = engine._prepare(chat)
     assert prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(pixels) == 2
+    assert all(torch.equal(p, engine.answerer.pixels(i)) for p, i in zip(pixels, (first, second), strict=True))
     assert engine.answer(chat, max_new_tokens=12) != engine.answer(swapped, max_new_tokens=12)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -46,7 +47,7 @@ class FusionOutput(NamedTuple):
     gate_inputs: GateInputs | None = None
 
 
-class Fusion(nn.Module):
+class Fusion(nn.Module, ABC):
     """Base class; a subclass registers itself with ``@FUSIONS.register(name)`` and takes the tower's configuration.
 
     ``config.detached_experts`` may change at any time; a fusion reads it at every call. Layers own their initial
@@ -59,6 +60,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.config = config
 
+    @abstractmethod
     def forward(
         self,
         base: torch.Tensor,
@@ -74,7 +76,6 @@ class Fusion(nn.Module):
             noise: ``[B,N,S]`` standard normal noise for the gate instead of a fresh draw; used in training only.
             usable: ``[B]`` bool by expert, False for images for which its output cannot be used.
         """
-        raise NotImplementedError
 
     def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics | None:
         """Statistics of the balance loss, recomputed with gradients from a gate's inputs; None without a gate.
