@@ -21,8 +21,8 @@ from pathlib import Path
 from types import ModuleType
 
 from tove_llava import __version__
-from tove_llava.cli._output import keep_stdout_clean
 from tove_llava.errors import ToveError
+from tove_llava.logs import keep_stdout_clean
 
 PROGRAM = "tove-llava"
 

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     import json
     import time
 
-    from tove_llava.cli._output import quiet_transformers
     from tove_llava.errors import ConfigError, DataError
+    from tove_llava.logs import quiet_transformers
     from tove_llava.serve.engine import Engine, Message
     from tove_llava.serve.models import find_model
 

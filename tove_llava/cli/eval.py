@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.cli._output import quiet_transformers
     from tove_llava.errors import ConfigError
     from tove_llava.eval.conditions import parse_conditions
     from tove_llava.eval.evaluate import evaluate
+    from tove_llava.logs import quiet_transformers
 
     for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
         if value is not None and value < 1:

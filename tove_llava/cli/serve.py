@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.serve.models import find_model
 
     folder = find_model(args.model)
-    from tove_llava.cli._output import quiet_transformers
+    from tove_llava.logs import quiet_transformers
     from tove_llava.serve.engine import Engine
     from tove_llava.serve.gradio_app import launch
 

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging as transformers_logging
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.data.images import AspectRatio
@@ -20,6 +19,7 @@ from tove_llava.errors import CheckpointError, ToveError
 from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, load_trained, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.logs import quiet_transformers
 from tove_llava.presets import Preset, load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
@@ -265,8 +265,7 @@ def print_sizes(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: 0 when the run is finished, 2 for bad input."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         if "--meta" in arguments:
