@@ -10,6 +10,7 @@ import open_clip
 import timm
 import torch
 import transformers as tf
+from kornia.models.dexined import DexiNed
 from safetensors.torch import save_file
 
 
@@ -87,6 +88,36 @@ def segformer(labels: int) -> Callable[[Path], str]:
         depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=labels
     )
     return transformers_folder(tf.SegformerForSemanticSegmentation, config, 96)
+
+
+def save_large_experts(folder: Path) -> list[dict[str, Any]]:
+    """The large preset's experts: their real architectures at their real widths, two layers of those that have 24."""
+    depth_anything = tf.DepthAnythingConfig(
+        backbone_config=tf.Dinov2Config(
+            hidden_size=384,
+            num_hidden_layers=12,
+            num_attention_heads=6,
+            image_size=518,
+            patch_size=14,
+            out_features=["stage3", "stage6", "stage9", "stage12"],
+            reshape_hidden_states=False,
+            apply_layernorm=True,
+        ),
+        neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64,
+    )
+    makers = {
+        "eva": timm_folder("eva02_large_patch14_clip_336", depth=2),
+        "dinov2": timm_folder("vit_large_patch14_dinov2", depth=2),
+        "depth": transformers_folder(tf.DepthAnythingForDepthEstimation, depth_anything, 518),
+    }
+    entries = []
+    for name, make in makers.items():
+        (folder / name).mkdir()
+        entries.append({"name": name, "source": make(folder / name), "image_size": 336})
+    save_file(DexiNed(pretrained=False).state_dict(), folder / "dexined.safetensors")
+    source = f"kornia:{folder / 'dexined.safetensors'}"
+    return [*entries, {"name": "edge", "source": source, "mode": "map", "image_size": 336}]
 
 
 _DPT = {

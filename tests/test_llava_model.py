@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 import torch
+from experts_zoo import save_large_experts
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tower_parts import (
     GRID,
     DummyExpert,
@@ -107,40 +107,6 @@ def test_clip_uses_the_attention_that_the_model_asks_for(tmp_path, implementatio
     make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
     model = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", attn_implementation=implementation)
     assert model.tower.frozen.clip.config._attn_implementation == implementation
-
-
-def save_large_experts(folder):
-    """The large preset's experts: their real architectures at their real widths, two layers of those that have 24."""
-    import transformers as tf
-    from experts_zoo import timm_folder, transformers_folder
-    from kornia.models.dexined import DexiNed
-
-    depth_anything = tf.DepthAnythingConfig(
-        backbone_config=tf.Dinov2Config(
-            hidden_size=384,
-            num_hidden_layers=12,
-            num_attention_heads=6,
-            image_size=518,
-            patch_size=14,
-            out_features=["stage3", "stage6", "stage9", "stage12"],
-            reshape_hidden_states=False,
-            apply_layernorm=True,
-        ),
-        neck_hidden_sizes=[48, 96, 192, 384],
-        fusion_hidden_size=64,
-    )
-    makers = {
-        "eva": timm_folder("eva02_large_patch14_clip_336", depth=2),
-        "dinov2": timm_folder("vit_large_patch14_dinov2", depth=2),
-        "depth": transformers_folder(tf.DepthAnythingForDepthEstimation, depth_anything, 518),
-    }
-    entries = []
-    for name, make in makers.items():
-        (folder / name).mkdir()
-        entries.append({"name": name, "source": make(folder / name), "image_size": 336})
-    save_file(DexiNed(pretrained=False).state_dict(), folder / "dexined.safetensors")
-    source = f"kornia:{folder / 'dexined.safetensors'}"
-    return [*entries, {"name": "edge", "source": source, "mode": "map", "image_size": 336}]
 
 
 @pytest.mark.slow
