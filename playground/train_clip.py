@@ -7,6 +7,7 @@ The folder holds both towers and the tokenizer in transformers' format. An inter
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -66,7 +67,28 @@ def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
         "patch_size": PATCH,
         "projection_dim": 128,
     }
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
+    place_patches(model)
+    return model
+
+
+@torch.no_grad()
+def place_patches(model: CLIPModel) -> None:
+    """Starts the patches' position embedding as 2-D sines and cosines as large as the patches' own embedding.
+
+    From small random positions, a contrastive loss over a few minutes keeps next to no trace of where a patch is (a
+    linear probe of the tokens explained 8 % of the column), and a LLaVA on top cannot say where things are. A residual
+    stream that starts larger keeps the layers from drowning the positions.
+    """
+    embeddings = model.vision_model.embeddings
+    side, width = SIZE // PATCH, embeddings.embed_dim
+    where = torch.arange(side) * (2 * math.pi / (2 * side))  # half a turn over the picture at the lowest frequency
+    waves = where[:, None] * torch.arange(1, width // 4 + 1).clamp(max=side)[None]  # [side, width/4]
+    axis = torch.cat([waves.sin(), waves.cos()], dim=1)  # [side, width/2]
+    rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).reshape(side * side, width)
+    embeddings.position_embedding.weight[1:] = 0.7 * grid
+    model.vision_model.pre_layrnorm.weight.fill_(3.0)
 
 
 def normalised(images: np.ndarray, device: str) -> Tensor:
@@ -124,11 +146,12 @@ def _recall(similarity: Tensor) -> float:
 def probe(model: CLIPModel, count: int, seed: int, device: str) -> dict[str, float]:
     """Accuracy of a ridge classifier on patch tokens of the layer before the last, for tokens mostly on one object."""
     found = {}
-    train_tokens, train_scenes = _object_tokens(model, "parts", 2 * count, seed, device)
-    test_tokens, test_scenes = _object_tokens(model, "val", count, seed, device)
-    for key, classes in (("colour", tuple(COLOURS)), ("shape", SHAPES)):
-        truth = torch.tensor([classes.index(getattr(item, key)) for item in train_scenes])
-        wanted = torch.tensor([classes.index(getattr(item, key)) for item in test_scenes])
+    train_tokens, train_labels = _object_tokens(model, "parts", 2 * count, seed, device)
+    test_tokens, test_labels = _object_tokens(model, "val", count, seed, device)
+    side = range(SIZE // PATCH)
+    for key, classes in (("colour", tuple(COLOURS)), ("shape", SHAPES), ("column", side), ("row", side)):
+        truth = torch.tensor([classes.index(labels[key]) for labels in train_labels])
+        wanted = torch.tensor([classes.index(labels[key]) for labels in test_labels])
         ridge = train_tokens.T @ train_tokens + 1e-2 * len(train_tokens) * torch.eye(train_tokens.shape[1])
         weights = torch.linalg.solve(ridge, train_tokens.T @ F.one_hot(truth, len(classes)).float())
         found[f"probe_{key}"] = float(((test_tokens @ weights).argmax(1) == wanted).float().mean())
@@ -137,9 +160,9 @@ def probe(model: CLIPModel, count: int, seed: int, device: str) -> dict[str, flo
 
 
 def _object_tokens(model: CLIPModel, split: str, count: int, seed: int, device: str) -> tuple[Tensor, list]:
-    """Standardised tokens [T, width + 1], a column of ones last, and the object that fills most of each patch."""
+    """Standardised tokens [T, width + 1], a column of ones last, and what a probe is to read from each."""
     grid = SIZE // PATCH
-    tokens, items = [], []
+    tokens, labels = [], []
     for start in range(0, count, 100):
         scenes: list[Scene] = [sample_scene(seed, split, i) for i in range(start, min(start + 100, count))]
         views = [render(scene, SIZE) for scene in scenes]
@@ -151,9 +174,28 @@ def _object_tokens(model: CLIPModel, split: str, count: int, seed: int, device: 
                 share = np.bincount(patch[patch >= 0], minlength=len(scene.objects)) / patch.size
                 if share.max() > 0.5:
                     tokens.append(row[place])
-                    items.append(scene.objects[int(share.argmax())])
+                    item = scene.objects[int(share.argmax())]
+                    labels.append(
+                        {"colour": item.colour, "shape": item.shape, "column": place % grid, "row": place // grid}
+                    )
     stacked = torch.stack(tokens)
-    return torch.cat([F.layer_norm(stacked, stacked.shape[-1:]), torch.ones(len(stacked), 1)], dim=1), items
+    return torch.cat([F.layer_norm(stacked, stacked.shape[-1:]), torch.ones(len(stacked), 1)], dim=1), labels
+
+
+@torch.no_grad()
+def rescale_tokens(model: CLIPModel, images: np.ndarray, device: str) -> None:
+    """Scales the vision tower's residual stream so that the patch tokens before the last layer have variance 1.
+
+    Every layer reads the stream through a LayerNorm, so the model computes what it did. Trained fast, its tokens are of
+    the order of 5 in each dimension, which a LLaVA's freshly initialised projector learns from badly.
+    """
+    vision = model.vision_model
+    tokens = vision(normalised(images, device), output_hidden_states=True).hidden_states[-2][:, 1:]
+    scale = 1 / tokens.flatten(0, 1).var(dim=0).mean().sqrt()
+    writers = [part for layer in vision.encoder.layers for part in (layer.self_attn.out_proj, layer.mlp.fc2)]
+    for module in (vision.pre_layrnorm, *writers):
+        module.weight.mul_(scale)
+        module.bias.mul_(scale)
 
 
 def save(model: CLIPModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -247,6 +289,8 @@ def main() -> None:
         state=args.state or Path(__file__).parent / "data" / "runs" / "clip",
         signature={key: getattr(args, key) for key in ("steps", "batch", "learning_rate", "scenes", "seed")},
     )
+    model.eval()
+    rescale_tokens(model, scenes.image[:500], args.device)
     save(model, tokenizer, args.out)
     stored = CLIPModel.from_pretrained(args.out, dtype=torch.float32).to(args.device)
     metric = evaluate(stored, tokenizer, args.eval_scenes, args.seed, args.device)
