@@ -29,7 +29,18 @@ from tove_llava.data import encode_record, load_tokenizer
 from tove_llava.data.records import parse_record
 from tove_llava.data.templates import get_template
 from tove_llava.scenes import ask, caption, describe, sample_scene
-from tove_llava.scenes.language import COLUMNS, MEASURES, METRES, ROWS, SHORT_ANSWER, SIZES, Question, metres, size
+from tove_llava.scenes.language import (
+    COLUMNS,
+    MEASURES,
+    METRES,
+    ROWS,
+    SHORT_ANSWER,
+    SIZES,
+    Question,
+    contrast,
+    metres,
+    size,
+)
 from tove_llava.scenes.render import coverage
 from tove_llava.scenes.world import COLOURS, SHAPES, Scene, scene_rng
 
@@ -37,21 +48,25 @@ GRID = 6  # places per side of a word grid: the vision tokens of the tiny CLIP
 LENGTHS = {"caption": 112, "conversation": 448}  # tokens per sequence after a grid is expanded
 DESCRIBE = "Describe the scene."
 SEED = 20250400
+BLURRED = 0.5  # share of the grids that lack words and are noisy
+NOISE = 0.3  # largest standard deviation of the noise in each dimension; a word's embedding has about 0.1
 EVALUATION = 20_000_000  # first scene index of the held-out text
 
 # The words that may stand at a place, in the order of a grid's weights.
 GRID_WORDS = (*COLUMNS, *ROWS, *COLOURS, *SHAPES, *METRES, *SIZES, "empty")
+Optimizers = list[torch.optim.Optimizer]
 WORD_INDEX = {word: i for i, word in enumerate(GRID_WORDS)}
 
 
 @dataclass
 class Sample:
-    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] and its start."""
+    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] at ``start``."""
 
     ids: list[int]
     weights: list[float]
     answers: list[str]
     grid: np.ndarray | None
+    noise: float
     start: int
 
 
@@ -62,7 +77,7 @@ def train_tokenizer(folder: Path) -> None:
     for i in range(6000):
         scene, rng = sample_scene(SEED, "parts", i), scene_rng(SEED, "parts", i, 1)
         turns = [{"from": "human", "value": ""}, {"from": "gpt", "value": describe(scene)}]
-        questions = ask(scene, rng)
+        questions = [*ask(scene, rng), *drill(scene, rng, 2)]
         for q in questions:
             lines += [f"USER: {q.text} ASSISTANT: {q.answer}", f"USER: {q.text}\n{SHORT_ANSWER} ASSISTANT: {q.answer}"]
         lines += [caption(scene, rng), turns[1]["value"], f"USER: {DESCRIBE} ASSISTANT: {turns[1]['value']}"]
@@ -88,10 +103,11 @@ def train_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
-def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def word_grid(scene: Scene, rng: np.random.Generator, blurred: bool = False) -> np.ndarray:
     """Weights [36, words]: each place holds its column and row and, as far as they fill it, its objects' words.
 
-    Weights are jittered and words dropped now and then, for no vision token is exact.
+    Weights are jittered and words dropped now and then, for no vision token is exact. A blurred grid lacks whole groups
+    of words. A projector that has learned one group only is then already understood, and is rewarded for it.
     """
     grid = np.zeros((GRID, GRID, len(GRID_WORDS)), dtype=np.float32)
     share = np.sqrt(coverage(scene, GRID))  # [6, 6, objects]
@@ -103,6 +119,10 @@ def word_grid(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             grid[..., WORD_INDEX[word]] += part
     grid[..., WORD_INDEX["empty"]] = np.maximum(0.0, 1.0 - share.sum(-1))
     grid *= np.exp(0.15 * rng.standard_normal(grid.shape)) * (rng.random(grid.shape) > 0.04)
+    if blurred:
+        for group in (COLUMNS, ROWS, tuple(COLOURS), SHAPES, METRES, SIZES, ("empty",)):
+            if rng.random() < 0.25:
+                grid[..., [WORD_INDEX[word] for word in group]] = 0.0
     return grid.reshape(GRID * GRID, -1)
 
 
@@ -113,18 +133,22 @@ def conversation(
     manner: str,
     rounds: int = 2,
     hints: float = 0.0,
+    blurred: bool = False,
 ) -> Sample:
     """One training sequence: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form).
 
-    ``hints`` is the share of comparisons before which the two things to be compared are asked for.
+    ``hints`` is the share of comparisons before which the two things to be compared are asked for; ``blurred`` takes
+    words out of the grid and puts noise in.
     """
     template, turns = "v1", []
     if manner == "caption":
         template = "plain"
         turns = [("<image>", describe(scene))]
     else:
-        asked = [q for _ in range(rounds) for q in [*ask(scene, rng), *measure(scene, rng)]]
-        questions = [part for q in asked for part in ([*steps_towards(scene, q), q] if rng.random() < hints else [q])]
+        asked = [q for _ in range(rounds) for q in [*ask(scene, rng), *drill(scene, rng)]]
+        questions = [
+            part for q in asked for part in ([*steps_towards(scene, q, rng), q] if rng.random() < hints else [q])
+        ]
         if manner == "described":
             turns.append((f"<image>\n{DESCRIBE}", describe(scene)))
         opening = {"text": describe(scene) + "\n", "grid": "<image>\n", "described": ""}[manner]
@@ -148,18 +172,35 @@ def conversation(
         else:
             ids.append(token)
             weights.append(1.0 if label >= 0 else background)
-    grid = word_grid(scene, rng) if manner != "text" else None
+    grid = word_grid(scene, rng, blurred) if manner != "text" else None
+    noise = rng.uniform(0.0, NOISE) if blurred else 0.0
     answers = [] if manner == "caption" else [q.category for q in questions]
-    return Sample(ids, weights, answers, grid, start)
+    return Sample(ids, weights, answers, grid, noise, start)
 
 
-def measure(scene: Scene, rng: np.random.Generator, count: int = 4) -> list[Question]:
-    """Questions for single entries of the description, about random objects."""
-    kinds = [list(MEASURES)[i] for i in rng.integers(len(MEASURES), size=count)]
-    items = [scene.objects[i] for i in rng.integers(len(scene.objects), size=count)]
-    return [Question(kind, *MEASURES[kind](item)) for kind, item in zip(kinds, items, strict=True)]
+def drill(scene: Scene, rng: np.random.Generator, count: int = 6) -> list[Question]:
+    """Questions that need one look each: single entries of the description, colours, shapes, and contrasts of two."""
+    questions = []
+    for kind in rng.choice(list(DRILLS), p=list(DRILLS.values()), size=count):
+        first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
+        if kind == "contrast":
+            questions.append(Question(kind, *contrast(first, second)))
+        elif kind in MEASURES:
+            questions.append(Question(kind, *MEASURES[kind](first)))
+        else:
+            questions += ask(scene, rng, (kind,))
+    return questions
 
 
+DRILLS = {
+    "place": 0.12,
+    "distance": 0.12,
+    "size": 0.12,
+    "colour": 0.16,
+    "shape": 0.08,
+    "existence": 0.16,
+    "contrast": 0.24,
+}
 COMPARED = {
     "left_right": "place",
     "above_below": "place",
@@ -169,13 +210,13 @@ COMPARED = {
 }
 
 
-def steps_towards(scene: Scene, question: Question) -> list[Question]:
-    """What one would look up first to answer a comparison: that measure of both objects, as they are named."""
-    kind = COMPARED.get(question.category)
-    if kind is None:
-        return []
+def steps_towards(scene: Scene, question: Question, rng: np.random.Generator) -> list[Question]:
+    """What one would look up first to answer a comparison: the measure of both objects, or how they differ."""
     named = sorted((o for o in scene.objects if o.name in question.text), key=lambda o: question.text.index(o.name))
-    return [Question(kind, *MEASURES[kind](item)) for item in named]
+    if len(named) == 2 and rng.random() < 0.5:
+        return [Question("contrast", *contrast(*named))]
+    kind = COMPARED.get(question.category)
+    return [Question(kind, *MEASURES[kind](item)) for item in named] if kind else []
 
 
 MANNERS = {"text": 0.12, "grid": 0.68, "described": 0.2}
@@ -200,30 +241,33 @@ def batches(
             manner = kind if kind == "caption" else str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
             # Half of the comparisons are led up to, fewer and fewer towards the end.
             hints = 0.5 * max(0.0, 1 - max(0.0, step / steps - 0.6) / 0.3)
-            samples.append(conversation(scene, rng, tokenizer, manner, hints=hints))
+            blurred = bool(rng.random() < BLURRED)
+            samples.append(conversation(scene, rng, tokenizer, manner, hints=hints, blurred=blurred))
         yield collate(samples, grid_ids, LENGTHS[kind])
         step += 1
 
 
 def collate(samples: list[Sample], grid_ids: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-    """Fixed-length tensors: ids and loss weights [B, L], grids [B, 36, words], their first positions [B] (-1: none)."""
+    """Fixed-length tensors: ids and weights [B, L], grids [B, 36, words], their noise and starts [B] (-1: none)."""
     ids = torch.zeros(len(samples), length, dtype=torch.long)
     weights = torch.zeros(len(samples), length)
     grids = torch.zeros(len(samples), GRID * GRID, len(grid_ids))
     starts = torch.tensor([s.start for s in samples])
+    noise = torch.tensor([s.noise for s in samples])
     for i, sample in enumerate(samples):
         n = min(len(sample.ids), length)
         ids[i, :n] = torch.tensor(sample.ids[:n])
         weights[i, :n] = torch.tensor(sample.weights[:n])
         if sample.grid is not None:
             grids[i] = torch.from_numpy(sample.grid)
-    return {"ids": ids, "weights": weights, "grids": grids, "starts": starts}
+    return {"ids": ids, "weights": weights, "grids": grids, "noise": noise, "starts": starts}
 
 
 def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], grid_ids: torch.Tensor) -> torch.Tensor:
     table = model.get_input_embeddings().weight
     embeds = torch.nn.functional.embedding(batch["ids"], table)  # [B, L, D]
     words = batch["grids"] @ table[grid_ids]  # [B, 36, D]
+    words = words + batch["noise"][:, None, None] * torch.randn_like(words)
     rows = torch.nonzero(batch["starts"] >= 0).squeeze(1)
     places = batch["starts"][rows, None] + torch.arange(GRID * GRID, device=rows.device)  # [b, 36]
     return embeds.index_put((rows[:, None], places), words[rows].to(embeds.dtype))
@@ -282,14 +326,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("playground/data/language"), help="where the state is kept")
-    parser.add_argument("--steps", type=int, default=3400)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--hidden", type=int, default=192)
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--save-every", type=int, default=100, help="steps between states")
+    parser.add_argument("--save-every", type=int, default=200, help="steps between states")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(SEED)
@@ -318,19 +362,25 @@ def main() -> None:
         )
     ).to(args.device)
     decoder = torch.compile(model.model, dynamic=False)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    other = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
-    )
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    # Muon (Jordan et al. 2024) with its steps scaled to AdamW's size (Liu et al. 2025, arXiv 2502.16982), so that both
+    # take one learning rate. On these lessons it needs a fraction of AdamW's steps.
+    optimizers = [
+        torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
     warmup = 60
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.02 + 0.98 * max(0.0, 1 - s / args.steps))
-    )
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda s: min(1.0, (s + 1) / warmup) * (0.02 + 0.98 * max(0.0, 1 - s / args.steps))
+        )
+        for optimizer in optimizers
+    ]
     state_file, log_file = args.work / "state.safetensors", args.work / "log.jsonl"
     step, seconds = 0, 0.0
     if state_file.exists():
-        step, seconds = restore(state_file, model, optimizer, scheduler)
+        step, seconds = restore(state_file, model, optimizers, schedulers)
         print(f"continuing at step {step}", flush=True)
         if step >= args.steps:
             export(model, args.out)
@@ -345,9 +395,10 @@ def main() -> None:
             loss, _, _, hits = loss_of(model, decoder, batch, grid_ids)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad(set_to_none=True)
         step += 1
         now = (float(loss.detach()), float(hits.float().mean()))
         running = now if running is None else tuple(0.95 * r + 0.05 * n for r, n in zip(running, now, strict=True))
@@ -367,23 +418,33 @@ def main() -> None:
             with log_file.open("a") as log:
                 log.write(json.dumps({"step": step, "loss": running[0], "seconds": seconds, **scores}) + "\n")
             print(" ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
-            save(state_file, model, optimizer, step, seconds)
+            save(state_file, model, optimizers, step, seconds)
             export(model, args.out)
             write_card(args.out, log_file, args, model.num_parameters())
             begun = time.time()
 
 
-def save(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+def moments(optimizers: Optimizers) -> Iterator[tuple[str, torch.Tensor, dict]]:
+    """Of each trained tensor: its name in the state file, itself, and its optimizer's state."""
+    for i, optimizer in enumerate(optimizers):
+        for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            yield f"optimizer.{i}.{j}.", p, optimizer.state[p]
+
+
+def save(
+    file: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
+) -> None:
     tensors = {f"model.{k}": v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer.{i}.{name}"] = optimizer.state[p][name].cpu().clone()
+    for name, _, state in moments(optimizers):
+        tensors |= {name + key: value.detach().cpu().clone() for key, value in state.items()}
     fresh = file.with_suffix(".new")
     save_file(tensors, fresh, metadata={"step": str(step), "seconds": str(seconds)})
     fresh.replace(file)
 
 
-def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler) -> tuple[int, float]:
+def restore(
+    file: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], schedulers
+) -> tuple[int, float]:
     from safetensors import safe_open
 
     with safe_open(file, "pt") as handle:
@@ -391,11 +452,12 @@ def restore(file: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     tensors = load_file(file)
     model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
     step = int(about["step"])
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        moments = {name: tensors[f"optimizer.{i}.{name}"].to(p.device) for name in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
-    for _ in range(step):
-        scheduler.step()
+    for name, p, state in moments(optimizers):
+        found = {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+        state |= {k: v if k == "step" else v.to(p.device) for k, v in found.items()}
+    for scheduler in schedulers:
+        for _ in range(step):
+            scheduler.step()
     return step, float(about["seconds"])
 
 
@@ -425,7 +487,8 @@ tokenizer, trained from nothing on text about playground scenes. It speaks of no
   `tove_llava.scenes`; no held-out colour-shape pair, no picture. In most conversations the scene stands as a *word
   grid*: 36 places, each with the weighted sum of the embeddings of the words that are true of it.
 - **Training**: {entry["step"]:,} steps of {args.batch} conversations (or as many tokens of descriptions),
-  {entry["seconds"]:,.0f} s on {args.threads} thread(s) of a shared server CPU; AdamW, linear decay; stored in fp16.
+  {entry["seconds"]:,.0f} s on {args.threads} thread(s) of a shared server CPU; Muon for
+  the layers' matrices and AdamW for the rest, linear decay; stored in fp16.
 - **Licence**: Apache-2.0, as the project.
 - **Command**: `python playground/train_language.py --out tove_llava/bundled/llm --steps {args.steps}
   --batch {args.batch} --lr {args.lr}`

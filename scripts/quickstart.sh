@@ -4,7 +4,7 @@
 #
 #   QUICKSTART_DIR        where the models go             (outputs/quickstart)
 #   QUICKSTART_SCENES     where the scenes go             (playground/data/scenes)
-#   QUICKSTART_TRAIN      scenes to train on              (5000)
+#   QUICKSTART_TRAIN      scenes to train on              (8000)
 #   QUICKSTART_VAL        scenes to evaluate on           (300)
 #   QUICKSTART_STEPS      at most so many steps a stage   (one pass over the data)
 #   QUICKSTART_QUESTIONS  questions to evaluate on        (1500)
@@ -20,7 +20,7 @@ STEPS=${QUICKSTART_STEPS:+--max_steps $QUICKSTART_STEPS}
 export PRESET=${PRESET:-tiny} IMAGE_FOLDER=$SCENES/images
 
 echo "1/4 scenes"
-tove-llava scenes --out "$SCENES" --train "${QUICKSTART_TRAIN:-5000}" --val "${QUICKSTART_VAL:-300}" --seed 0
+tove-llava scenes --out "$SCENES" --train "${QUICKSTART_TRAIN:-8000}" --val "${QUICKSTART_VAL:-300}" --seed 0
 echo "2/4 alignment: the projector and the tower's gate learn to describe scenes"
 OUTPUT_DIR=$OUT/pretrain DATA_PATH=$SCENES/train_captions.json bash scripts/pretrain.sh $STEPS
 echo "3/4 instruction tuning: LoRA on the language model"

@@ -215,6 +215,19 @@ MEASURES: dict[str, Callable[[Object], Asked]] = {
     "distance": lambda o: (f"How far is the {o.name}?", f"{metres(o)} metres"),
     "size": lambda o: (f"How big is the {o.name}?", size(o)),
 }
+
+
+def contrast(a: Object, b: Object) -> Asked:
+    """How two objects differ, one word for each respect that is asked about; for the language model too."""
+    words = (
+        "left" if a.u < b.u else "right",
+        "above" if a.v < b.v else "below",
+        "closer" if a.depth < b.depth else "farther",
+        "smaller" if a.radius < b.radius else "bigger",
+    )
+    return f"How does the {a.name} compare with the {b.name}?", ", ".join(words)
+
+
 SPATIAL = ("left_right", "above_below", "statement")
 DEPTH = ("front_behind", "nearer")
 
