@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=3000, help="training scenes, for both stages")
+    parser.add_argument("--train", type=int, default=4000, help="training scenes, for both stages")
     parser.add_argument("--val", type=int, default=500, help="held-out scenes")
     parser.add_argument("--scene-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="runs at a time")
