@@ -103,6 +103,11 @@ def train_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.vocab").unlink()
 
 
+def grid_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """The ids [words] of a grid's words: the pieces that a text uses, where a row follows its column unspaced."""
+    return torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS else "▁" + w) for w in GRID_WORDS])
+
+
 def word_grid(scene: Scene, rng: np.random.Generator, blurred: bool = False) -> np.ndarray:
     """Weights [36, words]: each place holds its column and row and, as far as they fill it, its objects' words.
 
@@ -343,7 +348,7 @@ def main() -> None:
         train_tokenizer(args.out)
     tokenizer = load_tokenizer(args.out)
     tokenizer.save_pretrained(args.out)
-    grid_ids = torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS else "▁" + w) for w in GRID_WORDS])
+    grid_ids = grid_tokens(tokenizer)
     unknown = [w for w, i in zip(GRID_WORDS, grid_ids.tolist(), strict=True) if i == tokenizer.unk_token_id]
     if unknown:
         raise SystemExit(f"the tokenizer has no piece of its own for {unknown}")

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, SegformerForSemanticSegmentation
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionModel,
+    SegformerForSemanticSegmentation,
+)
 
+from tove_llava.data import load_tokenizer
 from tove_llava.experts import ExpertSpec, build_expert
 from tove_llava.scenes import render, sample_scene
 from tove_llava.sources import Source
@@ -18,16 +25,17 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "playground"))
 
 import train_clip  # noqa: E402
 import train_expert  # noqa: E402
+import train_language  # noqa: E402
 
 BUNDLED = Path(Source.parse("bundled:clip").require()).parent
 CHANNELS = {"depth": 1, "normal": 3, "edge": 1, "segmentation": 6}
 VISION = ("clip", *CHANNELS)
-# The card's first metric, whether less is better, and how far 48 scenes may be from the card's 500.
+# The card's first metric, whether less is better, how far 48 scenes may be from its 500, and what is good.
 HEADLINE = {
-    "depth": ("abs_rel", True, 0.06),
-    "normal": ("mean_degrees", True, 3.0),
-    "edge": ("f1", False, 0.03),
-    "segmentation": ("miou", False, 0.10),
+    "depth": ("abs_rel", True, 0.06, 0.2),
+    "normal": ("mean_degrees", True, 3.0, 12.0),
+    "edge": ("f1", False, 0.03, 0.9),
+    "segmentation": ("miou", False, 0.10, 0.7),
 }
 
 
@@ -79,11 +87,11 @@ def test_an_expert_gives_maps_and_features_through_the_hub(task, pictures):
 
 @pytest.mark.parametrize("task", CHANNELS)
 def test_an_experts_metric_can_be_had_again(task):
-    key, less_is_better, tolerance = HEADLINE[task]
+    key, less_is_better, tolerance, good = HEADLINE[task]
     model = SegformerForSemanticSegmentation.from_pretrained(BUNDLED / task, dtype=torch.float32)
     measured = train_expert.evaluate(model, task, 48, seed=0)[key]
     said = card_metric(task, key)
-    assert measured < said + tolerance if less_is_better else measured > said - tolerance
+    assert measured < min(said + tolerance, good) if less_is_better else measured > max(said - tolerance, good)
 
 
 def test_depth_beats_the_best_constant_by_far():
@@ -97,7 +105,36 @@ def test_clip_retrieves_the_captions_of_unseen_scenes():
         key = f"{direction}_r1_of_100"
         assert metric[key] > card_metric("clip", key) - 0.15
         assert metric[key] > 0.05  # chance is 0.01
-    assert metric["probe_colour"] > 2 * metric["probe_colour_majority"]
+    assert metric["probe_colour"] > 0.9
+    # Where a patch is can be read from its token: without that no LLaVA on top could place anything.
+    assert metric["probe_column"] > 0.8 and metric["probe_row"] > 0.8
+
+
+def test_rescaled_tokens_have_variance_one_and_the_model_computes_what_it_did(pictures):
+    model = CLIPModel.from_pretrained(BUNDLED / "clip", dtype=torch.float32).eval()
+    images = (pictures.permute(0, 2, 3, 1) * 255).byte().numpy()
+    pixels = train_clip.normalised(images, "cpu")
+    with torch.no_grad():
+        expected = model.get_image_features(pixel_values=pixels).pooler_output
+        for part in (model.vision_model.pre_layrnorm, *model.vision_model.encoder.layers):
+            for linear in (part,) if isinstance(part, torch.nn.LayerNorm) else (part.self_attn.out_proj, part.mlp.fc2):
+                linear.weight.mul_(7.0)
+                linear.bias.mul_(7.0)
+        train_clip.rescale_tokens(model, images, "cpu")
+        hidden = model.vision_model(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        found = model.get_image_features(pixel_values=pixels).pooler_output
+    assert hidden.flatten(0, 1).var(dim=0).mean().item() == pytest.approx(1.0, rel=1e-3)
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_the_language_model_answers_about_scenes_written_out_and_as_word_grids():
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED / "llm", dtype=torch.float32)
+    tokenizer = load_tokenizer(BUNDLED / "llm")
+    words = train_language.grid_tokens(tokenizer)
+    found = train_language.evaluate(model, model.model, tokenizer, words, "cpu", scenes=24)
+    for kind in ("existence", "colour", "shape", "above_below", "front_behind", "distance", "place"):
+        for manner in ("text", "grid"):
+            assert found[f"{manner}/{kind}"] > 0.75, (manner, kind)
 
 
 def test_clip_loads_without_its_last_layer():
