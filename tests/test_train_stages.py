@@ -1,10 +1,13 @@
 """Freezing policies, LoRA targets, optimiser groups, and what stops a run."""
 
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from train_parts import flags, write_parts, write_records
 
 from tove_llava import build_model, load_preset
@@ -148,6 +151,40 @@ def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch):
     assert [path.name for path in checkpoints.complete(output)] == ["checkpoint-1"]
     assert not (output / "tove_llava.json").exists()
     assert main(arguments) == 0  # the third call is whole again: the run resumes and ends
+
+
+def write_odd_photographs(folder):
+    """Real photographs in every form that a folder of them may hold; returns the files' names."""
+    from sklearn.datasets import load_sample_images
+
+    folder.mkdir()
+    china, flower = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    china.convert("L").save(folder / "grey.jpg")
+    china.convert("RGBA").save(folder / "alpha.png")
+    china.convert("CMYK").save(folder / "cmyk.jpg")
+    flower.convert("P").save(folder / "palette.png")
+    Image.fromarray(np.asarray(flower.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    flower.save(folder / "turned.jpg", exif=turned)
+    china.crop((0, 100, 640, 103)).save(folder / "strip.png")
+    flower.crop((300, 0, 301, 427)).save(folder / "column.jpg")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_both_stages_train_on_photographs_of_odd_kinds(root, tmp_path):
+    names = write_odd_photographs(tmp_path / "photos")
+    turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a photograph"}]
+    records = [{"id": name, "image": name, "conversations": turns} for name in names]
+    (tmp_path / "photos.json").write_text(json.dumps(records))
+    more = ["--data_path", str(tmp_path / "photos.json"), "--image_folder", str(tmp_path / "photos")]
+    stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
+    assert main(flags(root, "pretrain", stage1, *more)) == 0
+    assert main(flags(root, "finetune_lora", stage2, *more, "--pretrained", str(stage1))) == 0
+    for folder in (stage1, stage2):
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        losses = [row["loss"] for row in log if "loss" in row]
+        assert len(losses) == len(names) / 4 and all(map(math.isfinite, losses))
 
 
 def test_bad_record_stops_before_anything_is_written(root, tmp_path):
