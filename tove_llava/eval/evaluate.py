@@ -14,7 +14,7 @@ from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
 from tove_llava.eval.rows import write_atomically
 
-MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 5000 --val 300 --seed 0"
+MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
 
 
 def evaluate(

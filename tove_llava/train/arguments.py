@@ -32,7 +32,7 @@ OPERATIONAL = frozenset(
 
 
 _SCENES = (
-    ". Give your own, or make the playground's: tove-llava scenes --out playground/data/scenes --train 5000 --val 300"
+    ". Give your own, or make the playground's: tove-llava scenes --out playground/data/scenes --train 8000 --val 300"
 )
 _HINTS = {
     "--data_path": _SCENES,
