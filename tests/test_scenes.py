@@ -12,10 +12,10 @@ from PIL import Image
 from tove_llava.data.records import parse_record
 from tove_llava.errors import ConfigError, DataError
 from tove_llava.scenes import Scene, ask, caption, describe, render, sample_scene
-from tove_llava.scenes.language import CATEGORIES
+from tove_llava.scenes.language import CATEGORIES, SHORT_ANSWER, contrast
 from tove_llava.scenes.render import CLASSES, FAR, GROUND, SKY, coverage
 from tove_llava.scenes.world import HELD_OUT_PAIRS, SHAPES, Camera, Object, scene_rng
-from tove_llava.scenes.writer import Request, write_scenes
+from tove_llava.scenes.writer import Request, instruct_record, write_scenes
 
 
 def scenes(count: int, split: str = "train", seed: int = 5) -> list[Scene]:
@@ -202,6 +202,24 @@ def test_files_are_identical_for_one_seed_and_read_by_the_data_path(tmp_path):
         assert np.allclose(np.asarray(picture) / 1000, render(scene, 64).depth, atol=6e-4)
     with Image.open(tmp_path / "a" / "images" / "val_000000.png") as picture:
         assert (np.asarray(picture) == render(scene, 64).image).all()
+
+
+def test_half_of_the_conversations_go_without_the_request_for_a_short_answer():
+    for scene in scenes(6):
+        questions = ask(scene, scene_rng(5, "train", scene.index, 1))
+        opening = instruct_record(scene, "x.png", questions)["conversations"][0]["value"]
+        assert opening.startswith(f"<image>\n{questions[0].text}")
+        assert opening.endswith(SHORT_ANSWER) == (scene.index % 2 == 0)
+
+
+def test_contrasts_agree_with_the_world():
+    for scene in scenes(20):
+        a, b = scene.objects[:2]
+        text, answer = contrast(a, b)
+        assert text == f"How does the {a.name} compare with the {b.name}?"
+        sides = ("left", "right"), ("above", "below"), ("closer", "farther"), ("smaller", "bigger")
+        values = (a.u, b.u), (a.v, b.v), (a.depth, b.depth), (a.radius, b.radius)
+        assert answer.split(", ") == [side[x >= y] for side, (x, y) in zip(sides, values, strict=True)]
 
 
 def test_pope_files_are_balanced_and_true(tmp_path):

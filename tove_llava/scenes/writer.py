@@ -100,8 +100,11 @@ def caption_record(scene: Scene, image: str) -> dict[str, Any]:
 
 
 def instruct_record(scene: Scene, image: str, questions: list[Question]) -> dict[str, Any]:
-    """A stage-2 record: all questions about one picture in one conversation, as LLaVA joins VQA data."""
-    first = f"<image>\n{questions[0].text}\n{SHORT_ANSWER}"
+    """A stage-2 record: all questions about one picture in one conversation, as LLaVA joins VQA data.
+
+    Every other record leaves out the request for a short answer, for people in a chat leave it out.
+    """
+    first = f"<image>\n{questions[0].text}" + (f"\n{SHORT_ANSWER}" if scene.index % 2 == 0 else "")
     turns = [(first if i == 0 else q.text, q.answer) for i, q in enumerate(questions)]
     return _record(scene, image, turns)
 
