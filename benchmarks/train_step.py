@@ -127,8 +127,8 @@ def make_batch(
     device, vision = next(model.parameters()).device, model.config.vision_config
     generator = torch.Generator().manual_seed(seed)
     image = model.config.image_token_index
-    text = torch.randint(3, model.config.text_config.vocab_size, (size, text_tokens), generator=generator)
-    text[text == image] = 3
+    text = torch.randint(3, model.config.text_config.vocab_size - 1, (size, text_tokens), generator=generator)
+    text += text >= image  # any word but the image's
     images = torch.full((size, vision.num_patches), image)
     input_ids = torch.cat([text[:, :1], images, text[:, 1:]], dim=1)  # [B, N + text_tokens]
     labels = input_ids.clone()
