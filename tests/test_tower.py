@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPVisio
 
 from tove_llava.errors import CheckpointError, ConfigError, NonFiniteError
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
-from tove_llava.tower.fusion.tove import resample_grid
+from tove_llava.tower.embedding import resample_grid
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -47,4 +47,4 @@ class ToveLlavaConfig(LlavaConfig):
                 "a ToVE tower returns one hidden state without a class token: set vision_feature_layer=-1 and "
                 "vision_feature_select_strategy='full' (CLIP's layer is the tower's clip_layer)"
             )
-        self.image_seq_length = self.vision_config.num_patches
+        self.image_seq_length = self.vision_config.num_image_tokens

@@ -34,6 +34,7 @@ def build_processor(
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",
+        num_additional_image_tokens=vision.num_image_tokens - vision.num_patches,
         image_token=image_token,
         chat_template=jinja_template(template, tokenizer),
     )

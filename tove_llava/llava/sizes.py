@@ -41,7 +41,7 @@ def preset_sizes(preset: str | Preset) -> list[Size]:
         cost = expert_cost(build_expert(spec))
         sizes.append(Size(f"expert {spec.name}", cost.parameters, cost.flops / 1e9))
     features = TowerFeatures(
-        base=torch.zeros(1, vision.num_patches, vision.hidden_size),
+        base=torch.zeros(1, vision.num_patches, vision.clip_width),
         experts={s.name: torch.zeros(1, s.width, *s.grid) for s in vision.expert_specs},
     )
     tower = ToveVisionModel(vision).eval()  # small enough to be run: the gate's autocast does not know the meta device
@@ -49,7 +49,7 @@ def preset_sizes(preset: str | Preset) -> list[Size]:
     projector = model.model.multi_modal_projector
     tokens = features.base.to("meta", next(projector.parameters()).dtype)
     sizes.append(Size("projector", _count(projector), _gflops(lambda: projector(tokens))))
-    sizes.append(_language(model, vision.num_patches + TEXT_TOKENS))
+    sizes.append(_language(model, vision.num_image_tokens + TEXT_TOKENS))
     return sizes
 
 

@@ -118,7 +118,6 @@ class Answerer:
             for upright in (False, True)
         )
         self.image_token_id: int = model.config.image_token_id
-        self.num_image_tokens: int = getattr(model.config.vision_config, "num_patches", model.config.image_seq_length)
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
 
@@ -141,6 +140,12 @@ class Answerer:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that an image takes; with some fusions it depends on which experts are attached."""
+        config = self.model.config
+        return getattr(config.vision_config, "num_image_tokens", config.image_seq_length)
 
     @property
     def tower(self) -> Any:

@@ -17,6 +17,7 @@ from tove_llava.sources import Source
 
 if TYPE_CHECKING:
     from tove_llava.experts.spec import ExpertSpec
+    from tove_llava.tower.fusion import Fusion
 
 # What transformers itself puts beside a model's own keys in a config.json or passes while loading one.
 _LIBRARY_KEYS = {
@@ -57,7 +58,7 @@ class ToveVisionConfig(PreTrainedConfig):
         router_aux_loss_coef: weight of the balance loss.
         detached_experts: names of experts that are taken out.
 
-    ``hidden_size``, ``grid``, ``num_patches`` and ``patch_size`` are derived and read-only.
+    ``hidden_size``, ``num_image_tokens``, ``grid``, ``num_patches`` and ``patch_size`` are derived and read-only.
 
     Raises:
         ConfigError: an unknown key, or values that contradict each other.
@@ -100,7 +101,7 @@ class ToveVisionConfig(PreTrainedConfig):
         if self.image_size is None:
             self.image_size = self.clip_config.image_size
         if self.projection_dim is None:
-            self.projection_dim = self.hidden_size
+            self.projection_dim = self.clip_width
         self._check()
 
     @classmethod
@@ -200,9 +201,25 @@ class ToveVisionConfig(PreTrainedConfig):
         return self.clip_layer
 
     @property
-    def hidden_size(self) -> int:
-        """Width d of a vision token."""
+    def clip_width(self) -> int:
+        """Width d of CLIP's tokens."""
         return self.clip_config.hidden_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the tower's tokens, which LLaVA's projector takes: d, but for fusions that change it."""
+        return self._fusion.output_width(self)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens that the language model reads of an image: N, but for fusions that add some."""
+        return self._fusion.num_tokens(self)
+
+    @property
+    def _fusion(self) -> type[Fusion]:
+        from tove_llava.tower.fusion import FUSIONS  # fusions take a configuration
+
+        return FUSIONS.get(self.fusion)
 
     @property
     def grid(self) -> int:
@@ -211,7 +228,7 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def num_patches(self) -> int:
-        """Vision tokens per image."""
+        """N, CLIP's patch tokens per image."""
         return self.grid**2
 
     @property

@@ -15,7 +15,8 @@ class GateOutput(NamedTuple):
     A tuple rather than a dataclass because DeepSpeed looks for tensors in tuples.
 
     Args:
-        weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed.
+        weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed (or to the probability of the
+            selected columns, for a gate with ``keep_probability``).
         logits: ``[B,N,S]`` float32, before noise and masks.
         selected: ``[B,N,S]`` bool: allowed, and among the top k.
         load: ``[B,N,S]`` float32, probability of being chosen if the column's noise is drawn again; None without noise.
@@ -77,12 +78,16 @@ class TokenGate(nn.Module):
         slots: S, number of columns.
         noisy: whether there is a trainable noise scale.
         top_k: keep the k largest logits of a token before the softmax; None keeps all.
+        keep_probability: take the softmax over all allowed columns and keep the top k of it, not made to sum to 1.
     """
 
-    def __init__(self, width: int, slots: int, *, noisy: bool, top_k: int | None) -> None:
+    def __init__(
+        self, width: int, slots: int, *, noisy: bool, top_k: int | None, keep_probability: bool = False
+    ) -> None:
         super().__init__()
         self.slots = slots
         self.top_k = top_k
+        self.keep_probability = keep_probability
         self.norm = Float32LayerNorm(width)
         # Nearly even weights at the start. Shazeer et al. use zeros; a tie without noise, though, would send every
         # token to the same top k.
@@ -110,7 +115,10 @@ class TokenGate(nn.Module):
         if self.top_k is not None and self.top_k < self.slots:
             index = noisy.masked_fill(~allowed, float("-inf")).topk(self.top_k, dim=-1).indices
             selected = torch.zeros_like(allowed).scatter(-1, index, True) & allowed
-        return GateOutput(weights=_masked_softmax(noisy, selected), logits=logits, selected=selected, load=load)
+        weights = _masked_softmax(noisy, allowed if self.keep_probability else selected)
+        if self.keep_probability:
+            weights = weights.masked_fill(~selected, 0.0)
+        return GateOutput(weights=weights, logits=logits, selected=selected, load=load)
 
 
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

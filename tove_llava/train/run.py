@@ -104,7 +104,7 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         processor.tokenizer,
         settings.stage.template,
         transform,
-        num_image_tokens=vision.num_patches,
+        num_image_tokens=vision.num_image_tokens,
         model_max_length=settings.stage.model_max_length,
         allow_image_links=settings.allow_image_links,
     )
@@ -138,7 +138,7 @@ def make_trainer(
         collator=LlavaCollator(
             pad_token_id=processor.tokenizer.pad_token_id,
             image_token_id=processor.image_token_id,
-            num_image_tokens=model.config.vision_config.num_patches,
+            num_image_tokens=model.config.vision_config.num_image_tokens,
         ),
         parameter_groups=parameter_groups(
             trainable,

@@ -190,7 +190,7 @@ class ToveTrainer(Trainer):
         dtype = next(self.model.model.multi_modal_projector.parameters()).dtype
         specs = [spec for spec in vision.expert_specs if spec.name in self.model.tower.active_experts]
         features = TowerFeatures(
-            base=torch.zeros(1, vision.num_patches, vision.hidden_size, device=device, dtype=dtype),
+            base=torch.zeros(1, vision.num_patches, vision.clip_width, device=device, dtype=dtype),
             experts={s.name: torch.zeros(1, s.width, *s.grid, device=device, dtype=dtype) for s in specs},
         )
         noise = torch.zeros(1, vision.num_patches, len(self._columns)) if self._columns else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
+from tove_llava.errors import ConfigError
 from tove_llava.registry import Registry
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class GateInputs(NamedTuple):
 class FusionOutput(NamedTuple):
     """
     Args:
-        tokens: ``[B,N,d]``, in the dtype of CLIP's tokens.
+        tokens: ``[B,M,w]``, in the dtype of CLIP's tokens; ``[B,N,d]`` for a fusion that keeps their shape.
         routing: ``[B,N,S]`` float32 gate weights, or None for a fusion without a gate.
         gate_logits: ``[B,N,S]`` float32 before noise and masks, or None.
         gate_inputs: what :meth:`Fusion.balance_statistics` takes, or None for a fusion without a gate.
@@ -60,6 +61,29 @@ class Fusion(nn.Module, ABC):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def output_width(cls, config: ToveVisionConfig) -> int:
+        """Width w of a token that the fusion returns."""
+        return config.clip_width
+
+    @classmethod
+    def num_tokens(cls, config: ToveVisionConfig) -> int:
+        """How many tokens M it returns for an image; may depend on which experts are attached."""
+        return config.num_patches
+
+    def options(self, **defaults: Any) -> dict[str, Any]:
+        """``config.fusion_options`` over ``defaults``.
+
+        Raises:
+            ConfigError: an option that is not among the defaults.
+        """
+        given = self.config.fusion_options or {}
+        unknown = sorted(set(given) - set(defaults))
+        if unknown:
+            known = ", ".join(sorted(defaults)) or "none"
+            raise ConfigError(f"unknown fusion_options {unknown} of {self.config.fusion!r}; it knows: {known}")
+        return {**defaults, **given}
+
     @abstractmethod
     def forward(
         self,
@@ -76,6 +100,19 @@ class Fusion(nn.Module, ABC):
             noise: ``[B,N,S]`` standard normal noise for the gate instead of a fresh draw; used in training only.
             usable: ``[B]`` bool by expert, False for images for which its output cannot be used.
         """
+
+    def transfers(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """What each attached expert adds to the tokens, without noise: ``[B,N,d]`` by expert (``G_k P_k`` for ToVE).
+
+        Empty for a fusion that does not add. Arguments as in :meth:`forward`.
+        """
+        return {}
 
     def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics | None:
         """Statistics of the balance loss, recomputed with gradients from a gate's inputs; None without a gate.

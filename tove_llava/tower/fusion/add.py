@@ -1,0 +1,61 @@
+"""Every expert alike: ``T' = T + W_o( mean_k H_k )``. ToVE without its gate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
+from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+
+
+@FUSIONS.register("add")
+class AddFusion(Fusion):
+    """First layers and output layer as in ``tove``; the mean is over the experts that are usable for an image."""
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ExpertEmbeddings(config, self.options(stem_width=STEM_WIDTH)["stem_width"])
+        self.output = ClosedLinear(config.projection_dim, config.clip_width, bias=False)
+
+    def forward(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        noise: torch.Tensor | None = None,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> FusionOutput:
+        total = torch.zeros(
+            *base.shape[:2], self.config.projection_dim, device=base.device, dtype=self.output.weight.dtype
+        )  # [B,N,m]
+        for hidden in self._weighted(experts, usable).values():
+            total = total + hidden
+        if self.training:
+            for name in set(self.config.expert_names) - set(self.config.attached_experts):
+                total = total + self.embeddings.touched(name, base.device).to(total.dtype)
+        return FusionOutput(tokens=base + self.output(total).to(base.dtype))
+
+    def transfers(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> dict[str, torch.Tensor]:
+        return {name: self.output(hidden) for name, hidden in self._weighted(experts, usable).items()}
+
+    def _weighted(
+        self, experts: Mapping[str, torch.Tensor], usable: Mapping[str, torch.Tensor] | None
+    ) -> dict[str, torch.Tensor]:
+        """``H_k / number of usable experts``, ``[B,N,m]`` by attached expert."""
+        names = self.config.attached_experts
+        hidden = {name: self.embeddings.hidden(name, experts[name], usable) for name in names}
+        count: torch.Tensor | int = len(names)
+        if usable:
+            marks = [usable.get(name) for name in names]
+            present = sum(1 if mark is None else mark.long() for mark in marks)  # [B], or a number
+            count = torch.as_tensor(present).clamp(min=1).view(-1, 1, 1)
+        return {name: x / (count.to(x) if isinstance(count, torch.Tensor) else count) for name, x in hidden.items()}

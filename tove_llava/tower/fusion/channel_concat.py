@@ -1,0 +1,47 @@
+"""Experts beside CLIP along the channels: ``T' = [T, H_1, ..., H_K]``, which the projector mixes.
+
+The way of DeepSeek-VL (arXiv 2403.05525), Eagle (arXiv 2408.15998) and Florence-VL (arXiv 2412.04424). As many tokens
+as CLIP's, each ``d + K m`` wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
+from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+
+
+@FUSIONS.register("channel_concat")
+class ChannelConcatFusion(Fusion):
+    """First layers as in ``tove``. The channels of a detached expert are zero."""
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        super().__init__(config)
+        self.embeddings = ExpertEmbeddings(config, self.options(stem_width=STEM_WIDTH)["stem_width"])
+
+    @classmethod
+    def output_width(cls, config: ToveVisionConfig) -> int:
+        return config.clip_width + len(config.experts) * config.projection_dim
+
+    def forward(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        noise: torch.Tensor | None = None,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> FusionOutput:
+        parts = [base]
+        for name in self.config.expert_names:
+            if name in self.config.attached_experts:
+                hidden = self.embeddings.hidden(name, experts[name], usable)  # [B,N,m]
+            else:
+                hidden = torch.zeros(*base.shape[:2], self.config.projection_dim, device=base.device, dtype=base.dtype)
+                if self.training:
+                    hidden = hidden + self.embeddings.touched(name, base.device).to(hidden.dtype)
+            parts.append(hidden.to(base.dtype))
+        return FusionOutput(tokens=torch.cat(parts, dim=-1))  # [B,N,d+K*m]

@@ -1,0 +1,67 @@
+"""Experts' tokens behind CLIP's in the language model's sequence, as Prismer has them (arXiv 2303.02506).
+
+``T' = [T ; W_o pool(H_1) ; ... ; W_o pool(H_K)]`` along the sequence. Prismer brings the experts to a fixed number of
+tokens with a resampler; here their grid is averaged over ``pool x pool`` cells (``fusion_options: {pool: 2}``; 1 keeps
+every token).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from tove_llava.errors import ConfigError
+from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
+from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+
+POOL = 2
+
+
+@FUSIONS.register("sequence_append")
+class SequenceAppendFusion(Fusion):
+    """First layers as in ``tove``, the output layer from torch's own start. A detached expert has no tokens.
+
+    Raises:
+        ConfigError: ``pool`` does not divide the token grid's side.
+    """
+
+    def __init__(self, config: ToveVisionConfig) -> None:
+        super().__init__(config)
+        options = self.options(stem_width=STEM_WIDTH, pool=POOL)
+        self.pool = options["pool"]
+        self.num_tokens(config)  # refuses a pool that does not fit
+        self.embeddings = ExpertEmbeddings(config, options["stem_width"])
+        self.output = nn.Linear(config.projection_dim, config.clip_width, bias=False)
+
+    @classmethod
+    def num_tokens(cls, config: ToveVisionConfig) -> int:
+        pool = (config.fusion_options or {}).get("pool", POOL)
+        if not isinstance(pool, int) or pool < 1 or config.grid % pool:
+            raise ConfigError(f"fusion_options pool={pool!r} must divide the token grid's side, {config.grid}")
+        return config.num_patches + len(config.attached_experts) * (config.grid // pool) ** 2
+
+    def forward(
+        self,
+        base: torch.Tensor,
+        experts: Mapping[str, torch.Tensor],
+        *,
+        noise: torch.Tensor | None = None,
+        usable: Mapping[str, torch.Tensor] | None = None,
+    ) -> FusionOutput:
+        parts = [base]
+        for name in self.config.attached_experts:
+            hidden = self.embeddings.hidden(name, experts[name], usable)  # [B,N,m]
+            maps = hidden.transpose(1, 2).unflatten(2, (self.config.grid, self.config.grid))  # [B,m,g,g]
+            pooled = F.avg_pool2d(maps, self.pool).flatten(2).transpose(1, 2)  # [B,n,m]
+            parts.append(self.output(pooled).to(base.dtype))  # [B,n,d]
+        if self.training:
+            detached = [name for name in self.config.expert_names if name not in self.config.attached_experts]
+            for name in detached:
+                parts[0] = parts[0] + self.embeddings.touched(name, base.device).to(base.dtype)
+            nothing = torch.zeros(0, self.config.projection_dim, device=base.device, dtype=self.output.weight.dtype)
+            parts[0] = parts[0] + self.output(nothing).sum().to(base.dtype)  # also with every expert detached
+        return FusionOutput(tokens=torch.cat(parts, dim=1))  # [B,N+K*n,d]
