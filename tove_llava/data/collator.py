@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,7 +24,7 @@ class LlavaCollator:
     Returns (from a call):
         ``input_ids`` int64 [B, L], ``attention_mask`` int64 [B, L], ``labels`` int64 [B, L] with -100 on padding and
         images, and, if there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of
-        their placeholders.
+        their placeholders, or ``vision_features`` of as many, or both, as the examples have them.
     """
 
     pad_token_id: int
@@ -37,13 +38,13 @@ class LlavaCollator:
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be positive, not {self.multiple_of}")
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         rows = [self._expand(example) for example in examples]
         width = max(len(ids) for ids, _ in rows)
         if self.multiple_of:
             width = -(-width // self.multiple_of) * self.multiple_of
         shape = (len(rows), width)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
@@ -55,12 +56,16 @@ class LlavaCollator:
         pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]
+        features = [x for example in examples if (x := example.get("vision_features")) is not None]
+        if features:
+            batch["vision_features"] = type(features[0]).cat(features)
         return batch
 
     def _expand(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, labels, pixels = example["input_ids"], example["labels"], example["pixel_values"]
+        ids, labels = example["input_ids"], example["labels"]
         is_image = ids == IMAGE_TOKEN_INDEX
-        found, given = int(is_image.sum()), 0 if pixels is None else len(pixels)
+        images = example["pixel_values"] if example["pixel_values"] is not None else example.get("vision_features")
+        found, given = int(is_image.sum()), 0 if images is None else len(images)
         if found != given:
             raise DataError(f"an example has {found} image placeholders and {given} images; they must be as many")
         if bool((ids[~is_image] == self.image_token_id).any()):

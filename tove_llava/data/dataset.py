@@ -1,9 +1,12 @@
 """The training data set: checked when it is built, read lazily."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
 import torch
 from torch.utils.data import Dataset
@@ -16,16 +19,31 @@ from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_reco
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 from tove_llava.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from tove_llava.tower import TowerFeatures
+
 # More than any template writes around one turn, in bytes; only decides which records are looked at closely.
 _TEMPLATE_BYTES = 2000
 
 
 class Example(TypedDict):
-    """What the collator takes. ``pixel_values`` is float32 [images, 3, S, S], or None without images."""
+    """What the collator takes.
+
+    ``pixel_values`` is float32 [images, 3, S, S], ``vision_features`` what the tower's frozen part gives for the
+    images; either is None where it is not wanted or there are no images.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor | None
+    vision_features: TowerFeatures | None
+
+
+class FeatureSource(Protocol):
+    """Where features computed earlier are read (:class:`tove_llava.train.features.FeatureCache`)."""
+
+    def read(self, images: Sequence[str]) -> TowerFeatures:
+        """Features of images, by the names that records call them."""
 
 
 @dataclass
@@ -73,6 +91,8 @@ class LlavaDataset(Dataset[Example]):
             counts them in :attr:`report`, ``"error"`` raises.
         check_files: look for each image file now rather than when it is needed.
         allow_image_links: see :func:`tove_llava.data.images.resolve_image`.
+        features: read the images' features from here.
+        read_pixels: decode the pictures; False where ``features`` are all that is needed.
 
     Raises:
         DataError: a record, or an image path, cannot be used.
@@ -90,6 +110,8 @@ class LlavaDataset(Dataset[Example]):
         unsupervised: Literal["drop", "error"] = "drop",
         check_files: bool = True,
         allow_image_links: bool = False,
+        features: FeatureSource | None = None,
+        read_pixels: bool = True,
     ) -> None:
         if unsupervised not in ("drop", "error"):
             raise ConfigError(
@@ -102,6 +124,8 @@ class LlavaDataset(Dataset[Example]):
         self.num_image_tokens = num_image_tokens
         self.model_max_length = model_max_length
         self.allow_image_links = allow_image_links
+        self.features = features
+        self.read_pixels = read_pixels
         self.report = DataReport()
         self.records: list[Record] = []
         for record in load_records(data_path):
@@ -127,14 +151,20 @@ class LlavaDataset(Dataset[Example]):
         encoded = self.encode(record)
         if not encoded.num_supervised:
             raise DataError(f"{record.where}: no supervised token is left; take the record out")
-        files = self._image_files(record)[: encoded.num_images]
-        with record.errors():
-            pixels = [self.image_transform.open(file) for file in files]
-        return {
+        example: Example = {
             "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoded.labels, dtype=torch.long),
-            "pixel_values": torch.stack(pixels) if pixels else None,
+            "pixel_values": None,
+            "vision_features": None,
         }
+        if encoded.num_images and self.read_pixels:
+            files = self._image_files(record)[: encoded.num_images]
+            with record.errors():
+                example["pixel_values"] = torch.stack([self.image_transform.open(file) for file in files])
+        if encoded.num_images and self.features is not None:
+            with record.errors():
+                example["vision_features"] = self.features.read(record.images[: encoded.num_images])
+        return example
 
     def encode(self, record: Record) -> Encoded:
         """Ids and labels, cut so that they fit with the images expanded."""

@@ -7,10 +7,11 @@ partition or ``train()`` can reach them, and ``from_pretrained`` cannot fill the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,30 @@ class TowerFeatures:
     base: torch.Tensor
     experts: dict[str, torch.Tensor] = field(default_factory=dict)
     usable: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """B, the number of images."""
+        return len(self.base)
+
+    @classmethod
+    def cat(cls, parts: Sequence[TowerFeatures]) -> TowerFeatures:
+        """The images of several in a row; all must hold the same experts."""
+        everywhere = [torch.ones(len(part), dtype=torch.bool, device=part.base.device) for part in parts]
+        marked = {name for part in parts for name in part.usable}
+        return cls(
+            base=torch.cat([part.base for part in parts]),
+            experts={name: torch.cat([part.experts[name] for part in parts]) for name in parts[0].experts},
+            usable={
+                name: torch.cat([part.usable.get(name, all_) for part, all_ in zip(parts, everywhere, strict=True)])
+                for name in sorted(marked)
+            },
+        )
+
+    def to(self, *args: Any, **kwargs: Any) -> TowerFeatures:
+        """As ``Tensor.to``; a dtype goes to floating-point tensors alone."""
+        others = {key: value for key, value in kwargs.items() if key != "dtype"}
+        places = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        return self.map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(*places, **others))
 
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> TowerFeatures:
         """Applies ``fn`` to every tensor, e.g. ``features.map(lambda x: x[:4])``."""

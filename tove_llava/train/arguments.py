@@ -37,6 +37,7 @@ _SCENES = (
 _HINTS = {
     "--data_path": _SCENES,
     "--image_folder": _SCENES,
+    "--feature_cache": ". Make it first: tove-llava features --help",
     "--pretrained": ". Run stage 1 first (bash scripts/pretrain.sh), or name its folder",
 }
 
@@ -59,6 +60,9 @@ class RunArguments:
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
+    feature_cache: str | None = field(
+        default=None, metadata={"help": "folder that 'tove-llava features' made; no encoder is run then"}
+    )
     allow_image_links: bool = field(default=False, metadata={"help": "follow links that lead out of the image folder"})
     self_contained: bool = field(default=False, metadata={"help": "save frozen parts by value instead of by reference"})
 
@@ -76,6 +80,7 @@ class Settings:
     pretrained: Path | None
     self_contained: bool
     allow_image_links: bool
+    feature_cache: Path | None
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
     def training_arguments(self) -> TrainingArguments:
@@ -194,6 +199,7 @@ def parse(argv: Sequence[str]) -> Settings:
         pretrained=_existing(run.pretrained, "--pretrained") if run.pretrained else None,
         self_contained=run.self_contained,
         allow_image_links=run.allow_image_links,
+        feature_cache=_existing(run.feature_cache, "--feature_cache") if run.feature_cache else None,
         training=training,
     )
 

@@ -25,6 +25,7 @@ from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
+from tove_llava.train.features import FeatureCache
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.trainer import ToveTrainer
 
@@ -98,6 +99,9 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         mean=vision.image_mean,
         std=vision.image_std,
     )
+    cache = None
+    if settings.feature_cache is not None:
+        cache = FeatureCache(settings.feature_cache, vision, settings.stage.image_aspect_ratio)
     return LlavaDataset(
         settings.data_path,
         settings.image_folder,
@@ -107,6 +111,8 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         num_image_tokens=vision.num_image_tokens,
         model_max_length=settings.stage.model_max_length,
         allow_image_links=settings.allow_image_links,
+        features=cache,
+        read_pixels=cache is None,
     )
 
 

@@ -149,7 +149,9 @@ class ToveTrainer(Trainer):
         assert window is not None and num_items_in_batch is not None
         records = inputs.pop(RECORD)
         if window.runs_tower:
-            if "pixel_values" in inputs:
+            if "vision_features" in inputs:
+                inputs["vision_features"] = inputs["vision_features"].to(self.args.device, self.model.tower.dtype)
+            if "pixel_values" in inputs or "vision_features" in inputs:
                 inputs["gate_noise"] = window.present_noise()
             else:
                 inputs |= self._dummy_image(inputs["input_ids"].device)

@@ -74,7 +74,8 @@ def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, a
     counts = torch.zeros(len(batches), 3, dtype=torch.long)
     for row, batch in enumerate(batches):
         counts[row, 0] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        counts[row, 1] = len(batch["pixel_values"]) if batch.get("pixel_values") is not None else 0
+        images = batch.get("pixel_values") if batch.get("pixel_values") is not None else batch.get("vision_features")
+        counts[row, 1] = 0 if images is None else len(images)
         counts[row, 2] = len(batch["labels"])
     every = counts[None]
     rank = 0
