@@ -1,0 +1,136 @@
+"""One run of a study: training stages and an evaluation, each reused when it is there."""
+
+import contextlib
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ARMS = Path(__file__).parent / "arms"
+COMMON = (
+    "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--image_aspect_ratio", "square",
+    "--bf16", "True", "--logging_steps", "50",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs share."""
+
+    out: Path
+    seeds: int
+    train: int
+    val: int
+    scene_seed: int
+
+    @property
+    def scenes(self) -> Path:
+        return self.out / "scenes"
+
+    @property
+    def features(self) -> Path:
+        return self.out / "features"
+
+    def folder(self, job: "Job") -> Path:
+        return self.out / "runs" / job.name / str(job.seed)
+
+    def is_done(self, job: "Job") -> bool:
+        return (self.folder(job) / "done.json").is_file()
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    Attributes:
+        arm: a preset in ``arms/``; for a merge, the arm whose stage-2 model is merged.
+        seed: of initial values, order of the data and noise.
+        fraction: share of the training scenes that are seen; the number of steps stays that of all of them.
+        merge: flags of a merging stage that follows the arm's training.
+        label: distinguishes jobs of one arm.
+    """
+
+    arm: str
+    seed: int
+    fraction: float = 1.0
+    merge: str = ""
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        share = "" if self.fraction == 1 else f"-{100 * self.fraction:g}%"
+        return (self.label or self.arm) + share
+
+    @property
+    def wave(self) -> int:
+        """Jobs of one wave do not need each other."""
+        return int(bool(self.merge))
+
+    def run(self, settings: Settings) -> None:
+        folder = settings.folder(self)
+        folder.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            try:
+                self._merge(settings, folder) if self.merge else self._train(settings, folder)
+                evaluate(folder / "model", settings, folder / "eval")
+            except BaseException as error:
+                raise RuntimeError(f"{self.name}, seed {self.seed}: {error}; see {folder / 'log.txt'}") from error
+        record = {"arm": self.arm, "seed": self.seed, "seconds": round(time.monotonic() - started, 1)}
+        (folder / "done.json").write_text(json.dumps(record) + "\n")
+
+    def _train(self, settings: Settings, folder: Path) -> None:
+        for stage, records, output in (("pretrain", "captions", "pretrain"), ("finetune_lora", "instruct", "model")):
+            more = ["--pretrained", str(folder / "pretrain")] if output == "model" else []
+            self._stage(settings, stage, records, folder / output, *more, "--feature_cache", str(settings.features))
+
+    def _merge(self, settings: Settings, folder: Path) -> None:
+        start = settings.folder(Job(self.arm, self.seed)) / "model"
+        flags = self.merge.split()
+        self._stage(settings, "merge", "instruct", folder / "model", "--pretrained", str(start), *flags)
+
+    def _stage(self, settings: Settings, stage: str, records: str, output: Path, *flags: str) -> None:
+        from tove_llava.train.run import main
+
+        data = settings.scenes / f"train_{records}.json"
+        steps: tuple[str, ...] = ()
+        if self.fraction < 1:
+            data, steps = self._subset(settings, data)
+        code = main(
+            [
+                "--preset", str(ARMS / f"{self.arm}.yaml"), "--stage", stage, "--data_path", str(data),
+                "--image_folder", str(settings.scenes / "images"), "--output_dir", str(output),
+                "--seed", str(self.seed), *COMMON, *steps, *flags,
+            ]
+        )  # fmt: skip
+        if code:
+            raise RuntimeError(f"the stage {stage} failed")
+
+    def _subset(self, settings: Settings, data: Path) -> tuple[Path, tuple[str, ...]]:
+        """The first scenes; as many steps as all of them would take."""
+        records = json.loads(data.read_text())
+        count = max(1, round(self.fraction * len(records)))
+        file = settings.scenes / f"{data.stem}-{count}.json"
+        if not file.exists():
+            part = file.with_suffix(f".{os.getpid()}.part")
+            part.write_text(json.dumps(records[:count]))
+            part.replace(file)
+        return file, ("--max_steps", str(-(-len(records) // 8)))
+
+
+def evaluate(model: Path, settings: Settings, output: Path, detach: str | None = None) -> None:
+    from tove_llava.eval.conditions import parse_conditions
+    from tove_llava.eval.evaluate import evaluate as run
+
+    run(model, "scenes", [settings.scenes], parse_conditions(None, detach=detach), output, batch_size=64)
+
+
+def start_worker(numbers, workers: int, gpus: int) -> None:
+    """In each worker process: its GPU, or its share of the cores."""
+    number = numbers.get()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % gpus)
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))

@@ -1,0 +1,116 @@
+"""The paper's claims in miniature: trains what they need on playground scenes, many seeds, and writes docs/claims.md.
+
+Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the frozen encoders
+run once for all of them. The same command goes on where it was interrupted. Several machines over one file system: --shard 0/4 to
+--shard 3/4 on each, then once more without it for the report.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+from jobs import Job, Settings, start_worker  # noqa: E402
+
+STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--claims", default="a,c,f", help=f"which of {','.join(STUDIES)}, or all (default: a,c,f)")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default: 5)")
+    parser.add_argument("--train", type=int, default=2400, help="training scenes, for every stage (default: 2400)")
+    parser.add_argument("--val", type=int, default=300, help="held-out scenes (default: 300)")
+    parser.add_argument("--scene-seed", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=Path("outputs/claims"))
+    parser.add_argument("--workers", type=int, help="trainings at a time (default: one a GPU, or one a core)")
+    parser.add_argument("--shard", default="0/1", help="this machine's part of the seeds, such as 0/4")
+    parser.add_argument("--report", type=Path, default=Path("docs/claims.md"))
+    parser.add_argument("--no-report", action="store_true")
+    args = parser.parse_args()
+    chosen = list(STUDIES) if args.claims == "all" else args.claims.split(",")
+    unknown = [name for name in chosen if name not in STUDIES]
+    if unknown:
+        parser.error(f"unknown claim {unknown[0]!r}; there are {', '.join(STUDIES)}")
+
+    settings = prepare(args)
+    part, parts = (int(number) for number in args.shard.split("/"))
+    waves: dict[int, list[Job]] = {}
+    for name in chosen:
+        for entry in STUDIES[name]["jobs"]:
+            for seed in range(part, args.seeds, parts):
+                job = Job(seed=seed, **entry)
+                if job not in waves.setdefault(job.wave, []):
+                    waves[job.wave].append(job)
+    workers = args.workers or gpus() or os.cpu_count() or 1
+    for wave in sorted(waves):
+        # Seed by seed, so that an unfinished run has whole seeds.
+        run_wave(settings, sorted(waves[wave], key=lambda job: job.seed), workers)
+    if not args.no_report and parts == 1:
+        from report import write_report
+
+        write_report(settings, chosen, args.report)
+    return 0
+
+
+def prepare(args: argparse.Namespace) -> Settings:
+    """Scenes and cached features, made once."""
+    settings = Settings(args.out.resolve(), args.seeds, args.train, args.val, args.scene_seed)
+    scenes = settings.scenes
+    command(
+        "scenes", "--out", scenes, "--train", args.train, "--val", args.val, "--seed", args.scene_seed,
+    )  # fmt: skip
+    command(
+        "features", "--preset", "tiny", "--data", scenes / "train_captions.json", "--data",
+        scenes / "train_instruct.json", "--image-folder", scenes / "images", "--image-aspect-ratio", "square",
+        "--out", settings.features,
+    )  # fmt: skip
+    return settings
+
+
+def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
+    started, done = time.monotonic(), 0
+    left = [job for job in jobs if not settings.is_done(job)]
+    print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before; {workers} at a time", flush=True)
+    context = multiprocessing.get_context("spawn")
+    numbers = context.Queue()
+    for number in range(workers):
+        numbers.put(number)
+    with ProcessPoolExecutor(workers, context, start_worker, (numbers, workers, gpus())) as pool:
+        futures = {pool.submit(job.run, settings): job for job in left}
+        for future in as_completed(futures):
+            future.result()
+            done += 1
+            each = (time.monotonic() - started) / done
+            print(
+                f"[{done}/{len(left)}] {futures[future].name}, seed {futures[future].seed}: done; "
+                f"{each:.0f} s a run, ETA {(len(left) - done) * each / 60:.0f} min",
+                flush=True,
+            )
+
+
+def gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def command(*words: object) -> None:
+    """A verb of the product, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-m", "tove_llava", *map(str, words)], check=True, cwd=ROOT, env=environment)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
