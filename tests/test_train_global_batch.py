@@ -25,6 +25,7 @@ SCENARIOS = {
     # Micro-batches of one record: ranks, micro-batches and whole windows without an image.
     "pretrain-text": ("pretrain", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
     "lora-text": ("finetune_lora", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
+    "merge-text": ("merge", ["--max_steps", "4", "--learning_rate", "0.05", *TEXT_HEAVY], (4, 1), (1, 2)),
     "full-text": ("finetune", ["--max_steps", "4", "--gradient_checkpointing", "True", *TEXT_HEAVY], (4, 1), (1, 2)),
 }
 
@@ -64,9 +65,10 @@ def alone(root):
 
 def outcome(output):
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    losses = [(entry["lm_loss"], entry["aux_loss"]) for entry in history if "lm_loss" in entry]
+    terms = ("lm_loss", "aux_loss", "merge_loss")
+    losses = [[entry.get(term, 0.0) for term in terms] for entry in history if "lm_loss" in entry]
     weights = {}
-    for file in output.glob("*.safetensors"):
+    for file in (*output.glob("*.safetensors"), *output.glob("clip/*.safetensors")):
         weights |= load_file(file)
     return torch.tensor(losses), weights
 
@@ -81,8 +83,11 @@ def assert_same(got, expected):
 def test_scenarios_exercise_what_they_should(alone, root):
     for name, (losses, weights) in alone.items():
         assert len({round(float(x), 5) for x in losses[:, 0]}) > 1, name
-        assert losses[:, 1].max() > 1e-4, f"{name}: no balance loss"
-        assert weights["model.vision_tower.fusion.output.weight"].abs().max() > 0, name
+        merges = name.startswith("merge")
+        assert losses[:, 1 + merges].max() > 1e-4, f"{name}: no {'merge' if merges else 'balance'} loss"
+        moved = "encoder.layers.0.mlp.fc1.weight" if merges else "model.vision_tower.fusion.output.weight"
+        before = load_file(root / "clip" / "model.safetensors")[moved] if merges else 0.0
+        assert (weights[moved] - before).abs().max() > 0, name
     records = json.loads((root / "text_heavy.json").read_text())
     assert sum("image" in r for r in records) == 2  # of 16: some windows of 4 have no image at all
 

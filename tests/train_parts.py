@@ -76,6 +76,14 @@ def write_parts(root: Path) -> Path:
                 **common,
             },
             "finetune": {"train": "full", "template": "v1", "group_by_modality_length": True, **common},
+            "merge": {
+                "train": "merge",
+                "starts_from": "checkpoint",
+                "template": "v1",
+                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
+                "merge": {"loss": "mse", "coefficient": 0.5},
+                **common,
+            },
         },
     }
     file = root / "preset.yaml"

@@ -1,12 +1,11 @@
 """The paper's claims in miniature: trains what they need on playground scenes, many seeds, and writes docs/claims.md.
 
-Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the frozen encoders
-run once for all of them. The same command goes on where it was interrupted. Several machines over one file system: --shard 0/4 to
---shard 3/4 on each, then once more without it for the report.
+Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the
+frozen encoders run once for all of them. The same command goes on where it was interrupted. Several machines over one
+file system: --shard 0/4 to --shard 3/4 on each, then once more without it for the report.
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import subprocess

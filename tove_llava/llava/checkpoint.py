@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
 from tove_llava.errors import CheckpointError
+from tove_llava.llava.adapters import fold_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -117,11 +118,12 @@ def save_checkpoint(
     config.conversation_template = manifest.template
     config.image_aspect_ratio = manifest.image_aspect_ratio
     language = dict(manifest.language)
-    if self_contained:
-        config.vision_config = model.tower.save_backbones(folder)
-        if manifest.kind != "full":
-            read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
-            language |= {"source": "hf:./language", "revision": None}
+    fingerprint = fingerprint_of(trained)
+    prefix = next(name for name, module in model.named_modules() if module is model.tower) + "."
+    config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
+    if self_contained and manifest.kind != "full":
+        read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
+        language |= {"source": "hf:./language", "revision": None}
 
     adapters = _adapter_names(model) & trained.keys()
     if manifest.kind == "full":
@@ -136,7 +138,6 @@ def save_checkpoint(
         model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
 
-    fingerprint = fingerprint_of(trained)
     final = dataclasses.replace(manifest, language=language, fingerprint=fingerprint)
     _write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
 
@@ -195,7 +196,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
     manifest = Manifest.read(folder)
     if manifest.kind != "trained":
         raise CheckpointError(f"{folder} is a {manifest.kind!r} checkpoint; a stage starts from stage 1's folder")
-    differences = tower_differences(_read_config(folder), model.config)
+    differences = tower_differences(read_config(folder), model.config)
     if differences:
         raise CheckpointError(
             f"{folder} is a checkpoint of another tower: {'; '.join(differences)}. Start from the preset and the --set "
@@ -254,7 +255,12 @@ def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read_config(folder: Path) -> ToveLlavaConfig:
+def read_config(folder: Path) -> ToveLlavaConfig:
+    """A checkpoint's configuration.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
         return ToveLlavaConfig.from_pretrained(folder)
     except OSError as error:
@@ -277,7 +283,7 @@ def _load_full(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGener
 
 
 def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
-    config = _read_config(folder)
+    config = read_config(folder)
     source = Source.parse(manifest.language["source"]).resolve(folder)
     language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)
     projector = ProjectorPreset(hidden_act=config.projector_hidden_act, bias=config.multimodal_projector_bias)
@@ -336,7 +342,6 @@ def _save_adapter(
 
 def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, merge: bool) -> None:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
-    from peft.tuners.lora import LoraLayer
 
     config = LoraConfig.from_pretrained(str(folder))
     inject_adapter_in_model(config, model)
@@ -348,15 +353,8 @@ def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, mer
             f"{folder / ADAPTER} does not fit the language model: missing {missing[:2]}, "
             f"unexpected {outcome.unexpected_keys[:2]}"
         )
-    if not merge:
-        return
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
-            parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.get_base_layer())
-    del model.peft_config
-    model._hf_peft_config_loaded = False
+    if merge:
+        fold_adapters(model)
 
 
 def _plain(value: Any) -> Any:

@@ -24,12 +24,14 @@ class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
         aux_loss: balance loss of this batch before its coefficient; None when it was not asked for.
         routing: ``[images,N,S]`` float32 gate weights, when asked for.
         gate_inputs: what ``tower.fusion.balance_statistics`` takes; None without images or gate.
+        merge_loss: ``[images]`` float32, in training while the tower is merged.
     """
 
     lm_loss: torch.FloatTensor | None = None
     aux_loss: torch.FloatTensor | None = None
     routing: torch.FloatTensor | None = None
     gate_inputs: GateInputs | None = None
+    merge_loss: torch.FloatTensor | None = None
 
 
 class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -110,18 +112,18 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 zero, so that a rank whose batch has no image touches the same parameters as the other ranks. Their gate
                 inputs are not returned and they have no part in the balance loss.
             add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss of this batch to
-                ``loss``. A trainer that accumulates gradients or has several ranks passes False and adds the global
-                batch's balance loss itself, from ``gate_inputs``.
+                ``loss``, and while the tower is merged its coefficient times the mean merge loss. A trainer that
+                accumulates gradients or has several ranks passes False and adds the global batch's terms itself, from
+                ``gate_inputs`` and ``merge_loss``.
             output_routing: return the gate weights.
 
         Raises:
             ConfigError: images are given in more than one way, or dummy images without any.
         """
-        given = [x is not None for x in (pixel_values, vision_features, (mm_encoder_outputs or {}).get("image"))]
-        if sum(given) > 1:
-            raise ConfigError("give images once: as pixel_values, vision_features or mm_encoder_outputs")
         vision: ToveVisionOutput | None = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None or vision_features is not None:
+            if vision is not None:
+                raise ConfigError("give images once: as pixel_values, vision_features or mm_encoder_outputs")
             vision = self.encode_images(pixel_values, vision_features=vision_features, gate_noise=gate_noise)
         if dummy_images:
             if vision is None:
@@ -147,11 +149,15 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             aux_loss = self.tower.balance_loss(gate_inputs)
             if aux_loss is not None:
                 loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)
+        merge_loss = None if vision is None or dummy_images else vision.merge_loss
+        if add_aux_loss and labels is not None and merge_loss is not None:
+            loss = loss + self.tower.merge_coefficient * merge_loss.mean().to(loss)
         result = ToveLlavaOutput(
             **{**output, "loss": loss},
             lm_loss=output.loss,
             aux_loss=aux_loss,
             routing=vision.routing if vision is not None and output_routing and not dummy_images else None,
             gate_inputs=gate_inputs if self.training else None,
+            merge_loss=merge_loss,
         )
         return result if kwargs.get("return_dict") is not False else result.to_tuple()

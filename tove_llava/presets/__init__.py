@@ -70,6 +70,17 @@ class LoraPreset:
 
 
 @dataclass
+class MergePreset:
+    """How a copy of CLIP learns to predict the tower's tokens (:mod:`tove_llava.merge`)."""
+
+    loss: str = "mse"  # a registered merge loss: mse, smooth_l1, cosine
+    coefficient: float = 1.0  # of the merge loss beside the language model's
+    token_weights: str = "uniform"  # or transfer: tokens count by how much was transferred to them
+    layers: list[int] | None = None  # blocks of CLIP that learn; None: all of them, and the embeddings
+    lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights
+
+
+@dataclass
 class StagePreset:
     """One training stage."""
 
@@ -80,7 +91,10 @@ class StagePreset:
     model_max_length: int = 2048
     projector_learning_rate: float | None = None  # None: the stage's learning rate
     tower_learning_rate: float | None = None
+    encoder_learning_rate: float | None = None  # of the student, when merging
+    starts_from: str = "parts"  # or checkpoint: the model that --pretrained names, whatever the preset's parts are
     lora: LoraPreset | None = None
+    merge: MergePreset | None = None
     deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
     arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
 
@@ -198,6 +212,11 @@ def _preset(data: dict[str, Any], where: str) -> Preset:
         settings = dict(_mapping(settings, place))
         if settings.get("lora") is not None:
             settings["lora"] = _build(LoraPreset, settings["lora"], f"{place}.lora")
+        if settings.get("merge") is not None:
+            merge = dict(_mapping(settings["merge"], f"{place}.merge"))
+            if merge.get("lora") is not None:
+                merge["lora"] = _build(LoraPreset, merge["lora"], f"{place}.merge.lora")
+            settings["merge"] = _build(MergePreset, merge, f"{place}.merge")
         built[name] = _build(StagePreset, settings, place)
     parts = {
         "vision": _build(VisionPreset, data.get("vision"), f"preset {where}: vision"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class ToveVisionOutput(ModelOutput):
         routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
         gate_logits: ``[B,N,S]`` float32, before noise and masks.
         gate_inputs: what ``tower.fusion.balance_statistics`` takes.
+        merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.merge`).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -39,6 +40,7 @@ class ToveVisionOutput(ModelOutput):
     routing: torch.FloatTensor | None = None
     gate_logits: torch.FloatTensor | None = None
     gate_inputs: GateInputs | None = None
+    merge_loss: torch.FloatTensor | None = None
 
 
 class ToveVisionModel(PreTrainedModel):
@@ -153,6 +155,34 @@ class ToveVisionModel(PreTrainedModel):
         config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
         config.experts = [spec.to_dict() for spec in self.frozen.hub.save(Path(folder), prefix="backbones/experts")]
         return config
+
+    def save_parts(
+        self, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor], prefix: str, self_contained: bool
+    ) -> tuple[ToveVisionConfig, dict[str, torch.Tensor]]:
+        """What a checkpoint in ``folder`` holds of the tower beside its trained tensors.
+
+        Args:
+            trained: trained tensors of the whole model by name.
+            prefix: of this tower's names among them.
+            self_contained: write the backbones.
+
+        Returns:
+            the configuration to save, and the tensors that are left to be saved.
+        """
+        return self.save_backbones(folder) if self_contained else self.config, dict(trained)
+
+    def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+        """One image of zeros, as arguments of the model's ``forward``.
+
+        Given as the frozen encoders' output: they need not run for it.
+        """
+        config = self.config
+        specs = [spec for spec in config.expert_specs if spec.name in self.active_experts]
+        features = TowerFeatures(
+            base=torch.zeros(1, config.num_patches, config.clip_width, device=device, dtype=dtype),
+            experts={s.name: torch.zeros(1, s.width, *s.grid, device=device, dtype=dtype) for s in specs},
+        )
+        return {"vision_features": features}
 
     def detach_experts(self, names: str | Iterable[str], *, free: bool = False) -> None:
         """Takes experts out: they are not computed any more, and the gate renormalises over the rest.

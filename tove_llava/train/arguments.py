@@ -57,6 +57,16 @@ class RunArguments:
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
     tower_learning_rate: float | None = field(default=None, metadata={"help": "of the gate and projections alone"})
+    encoder_learning_rate: float | None = field(default=None, metadata={"help": "of the merged encoder alone"})
+    merge_loss: str | None = field(default=None, metadata={"help": "mse, smooth_l1 or cosine"})
+    merge_coefficient: float | None = field(default=None, metadata={"help": "weight of the merge loss"})
+    merge_token_weights: str | None = field(default=None, metadata={"help": "uniform, or transfer"})
+    merge_layers: list[int] | None = field(
+        default=None, metadata={"help": "blocks of CLIP that learn, such as 8 9 10; all without it", "nargs": "+"}
+    )
+    merge_lora_r: int | None = field(
+        default=None, metadata={"help": "merge into adapters of this rank; 0 merges into the encoder's own weights"}
+    )
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
@@ -237,7 +247,7 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
     names = ["template", "image_aspect_ratio", "group_by_modality_length", "model_max_length"]
-    names += ("projector_learning_rate", "tower_learning_rate")
+    names += ("projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
     lora = {key: value for key, value in lora.items() if value is not None}
@@ -245,6 +255,18 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
         if stage.lora is None:
             raise ConfigError(f"--lora_{next(iter(lora))}: stage {run.stage!r} trains without LoRA")
         changes["lora"] = dataclasses.replace(stage.lora or LoraPreset(), **lora)
+    merge: dict[str, Any] = {
+        name: getattr(run, f"merge_{name}")
+        for name in ("loss", "coefficient", "token_weights", "layers")
+        if getattr(run, f"merge_{name}") is not None
+    }
+    if run.merge_lora_r is not None:
+        merge["lora"] = LoraPreset(r=run.merge_lora_r, alpha=2 * run.merge_lora_r, dropout=0.0)
+        merge["lora"] = merge["lora"] if run.merge_lora_r > 0 else None
+    if merge:
+        if stage.merge is None:
+            raise ConfigError(f"--merge_{next(iter(merge))}: stage {run.stage!r} merges nothing; use --stage merge")
+        changes["merge"] = dataclasses.replace(stage.merge, **merge)
     return dataclasses.replace(stage, **changes)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SCALARS = ("lm_loss", "aux_loss", "steps", "samples", "gate_tokens", "gate_entropy")
+_SCALARS = ("lm_loss", "aux_loss", "merge_loss", "steps", "samples", "gate_tokens", "gate_entropy")
 
 
 class Meter:
@@ -43,7 +43,7 @@ class Meter:
         self.add("gate_tokens", routing.shape[0] * routing.shape[1])
         self.add("gate_entropy", torch.special.entr(routing).sum())
 
-    def read(self, coefficient: float) -> dict[str, float]:
+    def read(self, aux_coefficient: float, merge_coefficient: float = 0.0) -> dict[str, float]:
         """The averages since the last reading, summed over ranks (all ranks call this), and starts anew."""
         total = dict(zip((*_SCALARS, *self.columns), self._reduced(), strict=True))
         # Local samples over local time: the sums restart with a resumed run's clock.
@@ -52,11 +52,14 @@ class Meter:
         rate = self._timed_samples * world / elapsed if elapsed > 0 else 0.0
         steps = max(total["steps"], 1.0)
         logs = {
-            "loss": (total["lm_loss"] + coefficient * total["aux_loss"]) / steps,
+            "loss": (total["lm_loss"] + aux_coefficient * total["aux_loss"] + merge_coefficient * total["merge_loss"])
+            / steps,
             "lm_loss": total["lm_loss"] / steps,
             "aux_loss": total["aux_loss"] / steps,
             "samples_per_second": rate,
         }
+        if merge_coefficient:
+            logs["merge_loss"] = total["merge_loss"] / steps
         if self.columns and total["gate_tokens"] > 0:
             logs |= {f"gate/{name}": total[name] / total["gate_tokens"] for name in self.columns}
             logs["gate/entropy"] = total["gate_entropy"] / total["gate_tokens"]

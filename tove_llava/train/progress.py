@@ -4,7 +4,17 @@ from typing import Any
 
 from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
-_SHOWN = ("loss", "lm_loss", "aux_loss", "grad_norm", "learning_rate", "samples_per_second", "gate/entropy", "epoch")
+_SHOWN = (
+    "loss",
+    "lm_loss",
+    "aux_loss",
+    "merge_loss",
+    "grad_norm",
+    "learning_rate",
+    "samples_per_second",
+    "gate/entropy",
+    "epoch",
+)
 
 
 class TrainingProgress(ProgressCallback):

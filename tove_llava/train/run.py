@@ -16,17 +16,17 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.data.images import AspectRatio
 from tove_llava.errors import CheckpointError, ToveError
-from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
-from tove_llava.llava.checkpoint import MANIFEST, Manifest, load_trained, save_checkpoint
+from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.llava.processing import build_processor
 from tove_llava.logs import quiet_transformers
-from tove_llava.presets import Preset, load_preset
-from tove_llava.sources import Source
+from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
+from tove_llava.train.start import STARTS, Start
 from tove_llava.train.trainer import ToveTrainer
 
 RUN_RECORD = "run.json"
@@ -48,16 +48,15 @@ def run(settings: Settings) -> None:
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
     seed = settings.training.get("seed", 42)
     set_seed(seed)
-    vision = vision_config(settings.preset.vision)
-    processor = prepare_processor(settings.preset, vision, settings.stage.template)
-    dataset = make_dataset(settings, processor, vision)
+    start: Start = STARTS.get(settings.stage.starts_from)(settings.preset, settings.stage, settings.pretrained)
+    processor = start.processor
+    dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
 
-    model = make_model(settings.preset, processor, vision, seed=seed)
+    model = start.model(seed)
     if settings.pretrained is not None:
-        load_trained(model, settings.pretrained)
-        _say(f"projector and tower: from {settings.pretrained}")
-    trainable = freeze(model, settings.stage)
+        _say(f"starts from {settings.pretrained}")
+    trainable = freeze(model, start.stage)
     _say(trainable.report(model))
 
     resume = last_checkpoint(settings.output_dir)
@@ -67,7 +66,7 @@ def run(settings: Settings) -> None:
         checkpoints.load_weights(resume / checkpoints.WEIGHTS, trainable)
         if _is_main():
             history = (resume / STATE).read_text()
-            _save(settings, model, processor, trainable, checkpoints.gather(trainable, True))
+            _save(settings, start, model, trainable, checkpoints.gather(trainable, True))
             (settings.output_dir / STATE).write_text(history)
         return
 
@@ -83,7 +82,7 @@ def run(settings: Settings) -> None:
     tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
         trainer.save_state()
-        _save(settings, model, processor, trainable, tensors)
+        _save(settings, start, model, trainable, tensors)
         final = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
         ending = f", last lm_loss {final[-1]['lm_loss']:.6f}" if final else ""
         _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
@@ -112,18 +111,8 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         model_max_length=settings.stage.model_max_length,
         allow_image_links=settings.allow_image_links,
         features=cache,
-        read_pixels=cache is None,
+        read_pixels=cache is None or settings.stage.merge is not None,  # a student sees the pictures themselves
     )
-
-
-def make_model(
-    preset: Preset, processor: LlavaProcessor, vision: ToveVisionConfig, *, seed: int
-) -> ToveLlavaForConditionalGeneration:
-    """The preset's model with its frozen backbones, on the CPU."""
-    model = assemble(read_language_model(preset.language), vision, preset.projector, seed=seed)
-    fit_to_processor(model, processor)
-    model.tower.load_backbones()
-    return model
 
 
 def make_trainer(
@@ -152,6 +141,7 @@ def make_trainer(
             weight_decay=args.weight_decay,
             projector_learning_rate=stage.projector_learning_rate,
             tower_learning_rate=stage.tower_learning_rate,
+            encoder_learning_rate=stage.encoder_learning_rate,
         ),
         group_by_modality_length=stage.group_by_modality_length,
     )
@@ -193,13 +183,18 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 def _save(
     settings: Settings,
+    start: Start,
     model: ToveLlavaForConditionalGeneration,
-    processor: LlavaProcessor,
     trainable: Trainable,
     tensors: dict[str, torch.Tensor],
 ) -> None:
     kinds = {LORA: "lora", LANGUAGE: "full"}
-    language = settings.preset.to_dict()["language"]
+    processor = build_processor(
+        start.processor.tokenizer,
+        model.config.vision_config,
+        image_token=start.processor.image_token,
+        template=settings.stage.template,
+    )
     manifest = Manifest(
         kind=next((kind for part, kind in kinds.items() if part in trainable.parts), "trained"),
         stage=settings.stage_name,
@@ -207,7 +202,7 @@ def _save(
         template=settings.stage.template,
         image_aspect_ratio=settings.stage.image_aspect_ratio,
         model_max_length=settings.stage.model_max_length,
-        language=language | {"source": str(Source.parse(language["source"]).absolute())},
+        language=start.language,
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 

@@ -17,7 +17,7 @@ from tove_llava.registry import Registry
 Policy = Callable[[ToveLlavaForConditionalGeneration, StagePreset], "Trainable"]
 POLICIES: Registry[Policy] = Registry("freezing policy")
 
-PROJECTOR, TOWER, LANGUAGE, LORA = "projector", "tower", "language model", "lora"
+PROJECTOR, TOWER, LANGUAGE, LORA, ENCODER = "projector", "tower", "language model", "lora", "encoder"
 
 
 @dataclass
@@ -77,11 +77,44 @@ def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
     """Stage 2: as stage 1, and low-rank adapters on every linear layer of the language model but its head."""
     if stage.lora is None:
         raise ConfigError("freezing policy 'lora' needs the stage's 'lora' settings: {r, alpha, dropout}")
-    add_lora(model, lora_config(model, stage))
     trainable = alignment(model, stage)
-    adapters = {id(p) for p in _adapter_parameters(model.model.language_model, stage.lora.bias)}
-    trainable.parts[LORA] = {name: p for name, p in model.named_parameters() if id(p) in adapters}
+    trainable.parts |= _adapters(model, stage).parts
     return trainable
+
+
+@POLICIES.register("merge")
+def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """A copy of CLIP learns the tower's tokens (:mod:`tove_llava.merge`), with projector and language model.
+
+    The language model's adapters are continued where the model has some, else made by the stage's ``lora`` settings; a
+    stage without these trains the whole language model.
+    """
+    from tove_llava.merge import MergingTower
+
+    if stage.merge is None:
+        raise ConfigError("freezing policy 'merge' needs the stage's 'merge' settings: {loss, coefficient, ...}")
+    tower = MergingTower(model.tower, stage.merge)
+    model.model.vision_tower = tower
+    model.config.vision_config = tower.config
+    learning = {id(p) for p in tower.learning()}
+    encoder = {name: p for name, p in model.named_parameters() if id(p) in learning}
+    trainable = Trainable({ENCODER: encoder} | _select(model, {PROJECTOR: [model.model.multi_modal_projector]}).parts)
+    if stage.lora is not None:
+        trainable.parts |= _adapters(model, stage).parts
+    else:
+        trainable.parts |= _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]}).parts
+    return trainable
+
+
+def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
+    """The language model's adapters: those that it has, or new ones."""
+    assert stage.lora is not None
+    config = (getattr(model, "peft_config", None) or {}).get("default")
+    if config is None:
+        config = lora_config(model, stage)
+        add_lora(model, config)
+    adapters = {id(p) for p in _adapter_parameters(model.model.language_model, config.bias)}
+    return Trainable({LORA: {name: p for name, p in model.named_parameters() if id(p) in adapters}})
 
 
 def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Any:
@@ -141,13 +174,14 @@ def parameter_groups(
     weight_decay: float,
     projector_learning_rate: float | None = None,
     tower_learning_rate: float | None = None,
+    encoder_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
     """Optimiser groups by learning rate and decay, as LLaVA-1.5 makes them.
 
     Matrices decay; biases and the one-dimensional weights of normalisation layers do not. A part without a rate of its
     own shares the groups of the stage's rate.
     """
-    own_rates = {PROJECTOR: projector_learning_rate, TOWER: tower_learning_rate}
+    own_rates = {PROJECTOR: projector_learning_rate, TOWER: tower_learning_rate, ENCODER: encoder_learning_rate}
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for part, named in trainable.parts.items():
         own = own_rates.get(part)

@@ -2,11 +2,12 @@
 
 Objective, once per optimiser step over the accumulation windows of all ranks together::
 
-    L = sum of token cross-entropies / number of supervised tokens  +  c_aux * L_aux(gate statistics of all images)
+    L = sum of token cross-entropies / number of supervised tokens
+        + c_aux * L_aux(gate statistics of all images)  +  c_merge * sum of L_merge / number of images
 
-Gradients are averaged over ranks by DDP and DeepSpeed, therefore each rank's share of the first term is multiplied by
-the number of ranks, and the second term, whose statistics are summed over ranks, is added as it is on every rank
-(:func:`tove_llava.tower.all_reduce_statistics`). Nothing is divided by the number of accumulation steps.
+Gradients are averaged over ranks by DDP and DeepSpeed, therefore each rank's share of the first and third terms is
+multiplied by the number of ranks, and the second, whose statistics are summed over ranks, is added as it is on every
+rank (:func:`tove_llava.tower.all_reduce_statistics`). Nothing is divided by the number of accumulation steps.
 """
 
 import json
@@ -26,11 +27,11 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.errors import NonFiniteError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
-from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
+from tove_llava.tower import all_reduce_statistics, balance_loss
 from tove_llava.train import checkpoints
 from tove_llava.train.meter import Meter
 from tove_llava.train.progress import TrainingLines, TrainingProgress
-from tove_llava.train.stages import PROJECTOR, TOWER, Trainable
+from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable
 from tove_llava.train.window import Window, draw_noise, open_window
 
 RECORD = "record_index"  # batch key: which records of the data set a micro-batch holds; for error messages
@@ -82,6 +83,7 @@ class ToveTrainer(Trainer):
         self._coefficient = vision.router_aux_loss_coef
         has_gate = model.tower.fusion.balance_statistics(None) is not None
         self._columns = [*vision.expert_names, *(["null"] if vision.null_slot else [])] if has_gate else []
+        self._merge_coefficient = getattr(model.tower, "merge_coefficient", 0.0)
         self._meter = Meter(self._columns, self.args.device)
         self.remove_callback(PrinterCallback)
         bar = self.pop_callback(ProgressCallback)
@@ -128,7 +130,7 @@ class ToveTrainer(Trainer):
         first micro-batch alone and hand it on in the last alone: a parameter that is not touched there is updated by
         the gradient of an earlier step.
         """
-        if set(self._trainable.parts) <= {PROJECTOR, TOWER}:
+        if set(self._trainable.parts) <= {PROJECTOR, TOWER, ENCODER}:
             return True
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         if plugin is None:
@@ -161,6 +163,10 @@ class ToveTrainer(Trainer):
         lm_loss = outputs.lm_loss
         loss = lm_loss * self.accelerator.num_processes
         self._meter.add("lm_loss", lm_loss)
+        if outputs.merge_loss is not None:
+            merge_loss = outputs.merge_loss.sum() / window.num_images
+            loss = loss + self._merge_coefficient * merge_loss.to(loss) * self.accelerator.num_processes
+            self._meter.add("merge_loss", merge_loss)
         if outputs.gate_inputs is not None:
             window.gate_inputs.append(outputs.gate_inputs)
             self._meter.add_routing(outputs.routing)
@@ -187,16 +193,11 @@ class ToveTrainer(Trainer):
         return balance_loss(all_reduce_statistics(statistics))
 
     def _dummy_image(self, device: torch.device) -> dict[str, Any]:
-        """One image of zeros, as the frozen encoders' output: they need not run for it."""
-        vision = self.model.config.vision_config
+        """One image of zeros, for a rank without images beside one with some."""
         dtype = next(self.model.model.multi_modal_projector.parameters()).dtype
-        specs = [spec for spec in vision.expert_specs if spec.name in self.model.tower.active_experts]
-        features = TowerFeatures(
-            base=torch.zeros(1, vision.num_patches, vision.clip_width, device=device, dtype=dtype),
-            experts={s.name: torch.zeros(1, s.width, *s.grid, device=device, dtype=dtype) for s in specs},
-        )
-        noise = torch.zeros(1, vision.num_patches, len(self._columns)) if self._columns else None
-        return {"vision_features": features, "gate_noise": noise, "dummy_images": True}
+        tokens = self.model.config.vision_config.num_patches
+        noise = torch.zeros(1, tokens, len(self._columns)) if self._columns else None
+        return {**self.model.tower.blank_inputs(device, dtype), "gate_noise": noise, "dummy_images": True}
 
     def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
         names = [self._records.records[i].where for i in records.tolist()]
@@ -216,7 +217,7 @@ class ToveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self._meter.read(self._coefficient)
+            logs |= self._meter.read(self._coefficient, self._merge_coefficient)
         super().log(logs, start_time)
 
     # -- checkpoints of a run -----------------------------------------------------------------------------------------

@@ -1,0 +1,308 @@
+"""Merging: the losses, what learns and what does not, and that the result is plain CLIP."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from tower_parts import make_tower, open_output, pixels
+from train_parts import ROOT, environment, flags, write_parts, write_records
+from transformers import CLIPVisionModel
+
+import tove_llava
+from tove_llava.cli import main as cli
+from tove_llava.errors import ConfigError
+from tove_llava.merge import MERGE_LOSSES, MergingTower, merge_loss, merged_encoder
+from tove_llava.presets import LoraPreset, MergePreset
+from tove_llava.train.run import main
+
+# -- losses ----------------------------------------------------------------------------------------------------------
+
+
+def tokens(seed, shape=(3, 5, 4)):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 100), st.floats(1e-2, 1e3), st.sampled_from(["uniform", "transfer"]))
+def test_unlearned_mse_is_one_whatever_the_scale(seed, scale, weights):
+    base, target = tokens(seed) * scale, tokens(seed + 1) * scale
+    loss = merge_loss(base, base, target, token_weights="uniform")
+    torch.testing.assert_close(loss, torch.ones(3))
+    assert (merge_loss(base, base, target, token_weights=weights) > 0.5).all()
+
+
+@pytest.mark.parametrize("loss", MERGE_LOSSES.names())
+@pytest.mark.parametrize("weights", ["uniform", "transfer"])
+def test_loss_is_zero_at_the_target_and_falls_towards_it(loss, weights):
+    base, target = tokens(0), tokens(1)
+    values = [
+        merge_loss(base + share * (target - base), base, target, loss=loss, token_weights=weights).mean().item()
+        for share in (0.0, 0.5, 0.9, 1.0)
+    ]
+    assert values == sorted(values, reverse=True)
+    assert values[-1] == pytest.approx(0, abs=1e-6)
+
+
+def test_token_weights_count_what_was_transferred():
+    base, target, student = tokens(0), tokens(1), tokens(0)
+    target[:, 1:] = base[:, 1:]  # one token alone has received something
+    student[:, 1:] += 1  # and the student is wrong in the others
+    student[:, 0] = target[:, 0]
+    assert merge_loss(student, base, target, token_weights="transfer").abs().max() == 0
+    assert merge_loss(student, base, target).min() > 0
+
+
+def test_images_do_not_influence_each_other_and_no_gradient_reaches_the_target():
+    base, target, student = tokens(0), tokens(1).requires_grad_(), tokens(2).requires_grad_()
+    whole = merge_loss(student, base, target)
+    alone = torch.cat([merge_loss(student[i : i + 1], base[i : i + 1], target[i : i + 1]) for i in range(3)])
+    assert torch.equal(whole, alone)
+    whole.sum().backward()
+    assert target.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_tower_that_transfers_nothing_gives_a_finite_loss():
+    base = tokens(0)
+    for loss in MERGE_LOSSES.names():
+        student = base.clone().requires_grad_()
+        value = merge_loss(student, base, base, loss=loss, token_weights="transfer")
+        value.sum().backward()
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(student.grad).all()
+
+
+# -- the tower while it is merged ------------------------------------------------------------------------------------
+
+
+def merging(folder, **settings):
+    keys = settings.pop("keys", {})
+    return MergingTower(make_tower(folder, opened="fusion" not in keys, **keys), MergePreset(**settings))
+
+
+def test_student_starts_as_clip_and_the_teacher_is_nowhere_to_be_trained(tmp_path):
+    tower = merging(tmp_path).train()
+    features = tower.teacher.encode(pixels(2))
+    output = tower(pixels(2))
+    assert torch.equal(output.last_hidden_state, features.base)
+    torch.testing.assert_close(output.merge_loss, torch.ones(2))
+    before = {name: value.clone() for name, value in tower.teacher.state_dict().items()}
+    clip = {name: value.clone() for name, value in tower.teacher.frozen.clip.state_dict().items()}
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    output.merge_loss.sum().backward()
+    optimizer.step()
+    names = [name for name, _ in tower.named_parameters()]
+    assert names and all(name.startswith("student.") for name in names)
+    assert all(torch.equal(value, before[name]) for name, value in tower.teacher.state_dict().items())
+    assert all(torch.equal(value, clip[name]) for name, value in tower.teacher.frozen.clip.state_dict().items())
+    assert not tower.teacher.training
+    assert not torch.equal(tower(pixels(2)).last_hidden_state, features.base)
+
+
+def test_target_is_the_teachers_tokens_without_noise(tmp_path):
+    tower = merging(tmp_path).train()
+    target = tower.teacher.fuse(tower.teacher.encode(pixels(2))).last_hidden_state
+    expected = merge_loss(tower(pixels(2)).last_hidden_state, tower.teacher.encode(pixels(2)).base, target)
+    torch.testing.assert_close(tower(pixels(2)).merge_loss, expected)
+    features = tower.teacher.encode(pixels(2))
+    torch.testing.assert_close(tower(pixels(2), features=features).merge_loss, expected)
+    assert tower.eval()(pixels(2)).merge_loss is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({}, "everything"),
+        ({"layers": [1]}, "encoder.layers.1."),
+        ({"layers": [-1]}, "encoder.layers.1."),
+        ({"layers": [0], "lora": LoraPreset(r=2, alpha=4, dropout=0.0)}, "encoder.layers.0."),
+        ({"lora": LoraPreset(r=2, alpha=4, dropout=0.0)}, "encoder.layers."),
+    ],
+)
+def test_merged_encoder_is_plain_clip_that_gives_the_students_tokens(tmp_path, settings, learns):
+    tower = merging(tmp_path, **settings).train()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in tower.learning():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    learned = {id(p) for p in tower.learning()}
+    tensors = {name: p.detach() for name, p in tower.student.named_parameters() if id(p) in learned}
+    clip = tower.teacher.frozen.clip
+    encoder = merged_encoder(clip, tower.settings, tensors)
+    assert type(encoder) is CLIPVisionModel
+    assert encoder.state_dict().keys() == clip.state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            encoder(pixels(2)).last_hidden_state[:, 1:], tower(pixels(2)).last_hidden_state, rtol=1e-5, atol=1e-5
+        )
+    changed = {n for n, value in encoder.state_dict().items() if not torch.equal(value, clip.state_dict()[n])}
+    assert changed
+    assert learns == "everything" or all(name.startswith(learns) for name in changed)
+    if learns == "everything":
+        assert changed == set(clip.state_dict())
+
+
+def test_what_cannot_be_merged_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no experts to merge"):
+        merging(tmp_path / "none", keys={"fusion": "none"})
+    with pytest.raises(ConfigError, match="another shape"):
+        merging(tmp_path / "wide", keys={"fusion": "channel_concat"})
+    with pytest.raises(ConfigError, match="numbered 0 to 1"):
+        merging(tmp_path / "layers", layers=[2])
+    with pytest.raises(ConfigError, match="merge loss 'msee'"):
+        merging(tmp_path / "loss", loss="msee")
+    with pytest.raises(ConfigError, match="negative"):
+        merging(tmp_path / "negative", coefficient=-1.0)
+    tuned = merging(tmp_path / "tuned", coefficient=0.0, keys={"fusion": "none"}).train()
+    assert tuned(pixels(1)).merge_loss is None
+
+
+def test_model_adds_the_merge_loss_itself_in_a_plain_loop(tmp_path):
+    from tower_parts import text_config
+    from transformers import LlamaForCausalLM
+
+    from tove_llava.llava.build import assemble
+    from tove_llava.presets import ProjectorPreset
+
+    tower = make_tower(tmp_path, opened=True)
+    model = assemble(LlamaForCausalLM(text_config()), tower.config, ProjectorPreset())
+    model.config.image_token_index = 63
+    model.tower.load_backbones()
+    open_output(model.tower)
+    model.model.vision_tower = MergingTower(model.tower, MergePreset(coefficient=2.0))
+    ids = torch.tensor([[1, *[63] * tower.config.num_patches, 5, 6, 7]])
+    output = model.train()(input_ids=ids, pixel_values=pixels(1), labels=torch.where(ids == 63, -100, ids))
+    torch.testing.assert_close(output.loss, output.lm_loss + 2 * output.merge_loss.mean())
+
+
+# -- the stage -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge")
+    write_parts(folder)
+    write_records(folder)
+    start = ("--max_steps", "8", "--num_train_epochs", "2", "--learning_rate", "0.05")
+    assert main(flags(folder, "pretrain", folder / "trained", *start)) == 0
+    for stage, name in (("finetune_lora", "lora"), ("finetune", "full")):
+        assert main(flags(folder, stage, folder / name, *start, "--pretrained", str(folder / "trained"))) == 0
+    return folder
+
+
+def merge(root, start, output, *more):
+    return flags(
+        root, "merge", output, "--pretrained", str(root / start), "--max_steps", "3", "--learning_rate", "2e-4", *more
+    )
+
+
+def history(output, key):
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in log if key in entry]
+
+
+@pytest.mark.parametrize(("start", "kind"), [("trained", "lora"), ("lora", "lora"), ("full", "full")])
+def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, start, kind):
+    """Merged during stage 2 (from stage 1), after LoRA, and after full tuning."""
+    copy = tmp_path / "parts"  # an own copy, whose experts can be taken away
+    shutil.copytree(root, copy)
+    for file in copy.rglob("*.json"):
+        file.write_text(file.read_text().replace(str(root), str(copy)))
+    (copy / "preset.yaml").write_text((copy / "preset.yaml").read_text().replace(str(root), str(copy)))
+    before = load_file(copy / start / "adapter_model.safetensors") if start == "lora" else {}
+    assert main(merge(copy, start, copy / "merged")) == 0
+    losses = history(copy / "merged", "merge_loss")
+    assert losses[0] == pytest.approx(1, abs=1e-3)
+    assert losses[-1] < losses[0]
+    for gone in ("normal", "segmentation", "clip", start):
+        shutil.rmtree(copy / gone)
+    model, processor = tove_llava.load_model(copy / "merged")
+    assert model.config.vision_config.expert_names == []
+    assert type(model.tower.frozen.clip) is CLIPVisionModel
+    assert json.loads((copy / "merged" / "tove_llava.json").read_text())["kind"] == kind
+    assert processor.conversation_template == "v1"
+    saved = {p.name for p in (copy / "merged").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == (kind == "lora")
+    if start == "lora":  # the adapters were continued, not begun anew
+        after = load_file(copy / "merged" / "adapter_model.safetensors")
+        assert after.keys() == before.keys()
+        distance = sum(float((after[n] - before[n]).abs().sum()) for n in before)
+        assert 0 < distance < 0.5 * sum(float(value.abs().sum()) for value in before.values())
+
+
+def test_stage_keeps_what_it_started_from(root, tmp_path):
+    files = {path: path.read_bytes() for path in (root / "lora").rglob("*") if path.is_file()}
+    assert main(merge(root, "lora", tmp_path / "out")) == 0
+    assert {path: path.read_bytes() for path in (root / "lora").rglob("*") if path.is_file()} == files
+
+
+def test_merge_on_cached_features_equals_the_merge_on_pictures(root, tmp_path):
+    data = ["--data", str(root / "instruct.json"), "--image-folder", str(root / "images")]
+    where = ["--preset", str(root / "preset.yaml"), "--out", str(root / "cache")]
+    assert cli(["features", *where, *data, "--image-aspect-ratio", "pad"]) == 0
+    assert main(merge(root, "lora", tmp_path / "pictures")) == 0
+    assert main(merge(root, "lora", tmp_path / "cached", "--feature_cache", str(root / "cache"))) == 0
+    for term in ("lm_loss", "merge_loss"):
+        assert history(tmp_path / "cached", term) == pytest.approx(history(tmp_path / "pictures", term), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [["--merge_lora_r", "2"], ["--merge_layers", "1"], ["--merge_loss", "cosine"]], ids=lambda o: o[0]
+)
+def test_options_of_the_command_line(root, tmp_path, options):
+    words = ["merge", "--model", str(root / "lora"), *merge(root, "lora", tmp_path / "out")]
+    for flag in ("--stage", "--pretrained"):
+        at = words.index(flag)
+        del words[at : at + 2]
+    assert cli([*words, *options]) == 0
+    before, after = (load_file(f / "model.safetensors") for f in (root / "clip", tmp_path / "out" / "clip"))
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    if "layers" in options[0]:
+        assert changed and all(name.startswith("encoder.layers.1.") for name in changed)
+    elif "lora" in options[0]:
+        assert changed and all(name.startswith("encoder.layers.") for name in changed)
+    else:
+        assert any(name.startswith("embeddings.") for name in changed)
+
+
+def test_interrupted_merge_resumes(root, tmp_path, capsys):
+    def command(output):
+        steps = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "8", "--num_train_epochs", "2"]
+        return flags(root, "merge", output, "--pretrained", str(root / "lora"), *steps, "--merge_lora_r", "2")
+
+    assert main(command(tmp_path / "whole")) == 0
+    killed = subprocess.run(
+        [sys.executable, "-m", "train_killed", "between", *command(tmp_path / "killed")],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert main(command(tmp_path / "killed")) == 0
+    assert "resuming from" in capsys.readouterr().out
+    for name in ("trained.safetensors", "adapter_model.safetensors", "clip/model.safetensors"):
+        whole, resumed = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
+        for key, value in whole.items():
+            torch.testing.assert_close(resumed[key], value, rtol=0, atol=1e-6)
+
+
+def test_bad_input_of_the_verb(root, tmp_path, capsys):
+    assert cli(["merge"]) == 0
+    assert cli(["merge", "--data_path", "x"]) == 2
+    assert "--model DIR is needed" in capsys.readouterr().err
+    assert cli(["merge", "--model", str(tmp_path)]) == 2
+    assert "not a complete" in capsys.readouterr().err
+    assert main(merge(root, "lora", tmp_path / "a", "--merge_loss", "msee")) == 2
+    assert "msee" in capsys.readouterr().err
+    assert main(flags(root, "pretrain", tmp_path / "b", "--merge_loss", "mse")) == 2
+    assert "--stage merge" in capsys.readouterr().err
+    assert main(flags(root, "merge", tmp_path / "c")) == 2
+    assert "--pretrained" in capsys.readouterr().err

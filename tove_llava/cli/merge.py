@@ -1,0 +1,42 @@
+"""Merge a model's experts into one CLIP: a copy of CLIP learns to give the tower's tokens (ToVE-lite).
+
+usage: tove-llava merge --model DIR --data_path JSON --image_folder DIR --output_dir DIR [flags of 'tove-llava train']
+
+The stage's settings are those of the preset that the model was trained with; --preset names another. The model may be
+stage 2's (the merge follows) or stage 1's (the merge takes stage 2's place). Under DeepSpeed: bash scripts/merge.sh.
+"""
+
+import argparse
+
+HELP = "merge a model's experts into one CLIP, which then needs none of them (ToVE-lite)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # All words but --model belong to the trainer's parser.
+    parser.prefix_chars = "\0"
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+
+
+def run(args: argparse.Namespace) -> int:
+    words = list(args.arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    from tove_llava.errors import ConfigError
+    from tove_llava.llava.checkpoint import Manifest
+    from tove_llava.presets import preset_names
+    from tove_llava.train.run import main
+
+    if "--model" not in words or words.index("--model") + 1 == len(words):
+        raise ConfigError("--model DIR is needed: the folder of the model to merge")
+    at = words.index("--model")
+    folder = words[at + 1]
+    words[at : at + 2] = ["--pretrained", folder]
+    if "--preset" not in words:
+        preset = Manifest.read(folder).preset
+        if preset not in preset_names():
+            raise ConfigError(
+                f"{folder} was trained with the preset {preset!r}, which is a file; name it with --preset"
+            )
+        words += ["--preset", preset]
+    return main([*words, "--stage", "merge"])
