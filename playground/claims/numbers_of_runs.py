@@ -1,0 +1,130 @@
+"""Reads the runs' results; means and confidence intervals over seeds."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from jobs import Settings
+
+from tove_llava.eval.benchmarks.scenes import normalise
+from tove_llava.scenes.language import CATEGORIES, DEPTH, SPATIAL
+
+BOTH = "spatial and depth"
+ROWS = (*CATEGORIES, BOTH, "overall")
+
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal distribution's.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and the half-width of its 95 % confidence interval (Student's t)."""
+
+    mean: float
+    half: float
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Interval":
+        count = len(values)
+        if count < 2:
+            return cls(statistics.mean(values), math.nan, count)
+        t = _T[count - 2] if count - 2 < len(_T) else 1.96
+        return cls(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count), count)
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f} ± {self.half:.1f}"
+
+    @property
+    def signed(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half:.1f}"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """All seeds of one arm."""
+
+    settings: Settings
+    name: str
+
+    def seeds(self) -> list[int]:
+        """Seeds whose run is finished."""
+        root = self.settings.out / "runs" / self.name
+        return [seed for seed in range(self.settings.seeds) if (root / str(seed) / "done.json").is_file()]
+
+    def folder(self, seed: int) -> Path:
+        return self.settings.out / "runs" / self.name / str(seed)
+
+    def accuracy(self, row: str) -> list[float]:
+        """Percent right, by seed: of a question type, of spatial and depth questions (mean over types), or overall."""
+        return [self._scores(seed)[row] for seed in self.seeds()]
+
+    def interval(self, row: str) -> Interval:
+        return Interval.of(self.accuracy(row))
+
+    def gain(self, over: "Runs", row: str) -> Interval:
+        """Difference to another arm, paired by seed."""
+        return Interval.of([a - b for a, b in zip(self.accuracy(row), over.accuracy(row), strict=True)])
+
+    def seconds(self) -> float:
+        """Median duration of a run."""
+        return statistics.median(
+            json.loads((self.folder(s) / "done.json").read_text())["seconds"] for s in self.seeds()
+        )
+
+    def right(self, seed: int) -> dict[str, bool]:
+        """Question id -> answered right."""
+        truth = _truth(self.settings.scenes)
+        rows = [json.loads(line) for line in self._file(seed, "answers.jsonl").read_text().splitlines()]
+        return {row["question_id"]: normalise(row["text"]) == truth[row["question_id"]] for row in rows}
+
+    def logged(self, key: str, stage: str = "model") -> list[float]:
+        """The last logged value of a training quantity, by seed."""
+        values = []
+        for seed in self.seeds():
+            log = json.loads((self.folder(seed) / stage / "trainer_state.json").read_text())["log_history"]
+            values.append([entry[key] for entry in log if key in entry][-1])
+        return values
+
+    def _file(self, seed: int, name: str) -> Path:
+        return self.folder(seed) / "eval" / "scenes" / "full" / name
+
+    def _scores(self, seed: int) -> dict[str, float]:
+        file = self.folder(seed) / "eval" / "results.json"
+        found = json.loads(file.read_text())["benchmarks"]["scenes"]["full"]["scores"]
+        percent = {name: 100 * entry["accuracy"] for name, entry in found.items()}
+        return {**percent, BOTH: statistics.mean(percent[name] for name in (*SPATIAL, *DEPTH))}
+
+
+@cache
+def _truth(scenes: Path) -> dict[str, str]:
+    rows = [json.loads(line) for line in (scenes / "val_questions.jsonl").read_text().splitlines()]
+    return {row["question_id"]: normalise(str(row["answer"])) for row in rows}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown, numbers to the right."""
+    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def by_type(arms: Sequence[Runs], base: Runs | None = None, cell: Callable[[Interval], str] = str) -> str:
+    """Question types down, arms across; with ``base`` the last column is the first arm's gain over it."""
+    header = ["accuracy, %", *(arm.name for arm in arms), *(["gain"] if base else [])]
+    rows = []
+    for row in ROWS:
+        gain = [arms[0].gain(base, row).signed] if base else []
+        rows.append([row, *(cell(arm.interval(row)) for arm in arms), *gain])
+    return table(header, rows)

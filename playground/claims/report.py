@@ -1,0 +1,295 @@
+"""docs/claims.md: for each claim a table, a plot, and whether it holds here, worked out from the runs' results."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+from jobs import Settings
+from numbers_of_runs import BOTH, Interval, Runs, by_type, table
+
+STUDIES = yaml.safe_load((Path(__file__).parent / "studies.yaml").read_text())
+HOLDS, PART, NOT = "**Holds here.**", "**Holds in part.**", "**Does not hold here.**"
+Section = Callable[[Settings, Path], str]
+SECTIONS: dict[str, Section] = {}
+
+
+def section(name: str) -> Callable[[Section], Section]:
+    def add(function: Section) -> Section:
+        SECTIONS[name] = function
+        return function
+
+    return add
+
+
+def write_report(settings: Settings, report: Path) -> None:
+    """Writes the page and its plots (``assets/claims-*.png`` beside it); claims that were not run say so."""
+    assets = report.parent / "assets"
+    assets.mkdir(parents=True, exist_ok=True)
+    parts = [_head(settings)]
+    for name, study in STUDIES.items():
+        parts.append(f"## ({name}) {study['title']}\n\n{study['claim']}\n")
+        missing = _missing(settings, name)
+        if missing:
+            parts.append(f"Not run yet ({missing}): `bash playground/claims.sh --claims {name}`.\n")
+        else:
+            parts.append(SECTIONS[name](settings, assets))
+    report.write_text("\n".join(parts))
+    print(f"{report}: written")
+
+
+def _head(settings: Settings) -> str:
+    return f"""# The paper's claims in miniature
+
+Written by `bash playground/claims.sh`; every number is of its last run. Preset `tiny`: CLIP, four experts and a language model that this
+project trained on playground scenes. {settings.train:,} training scenes for each stage (one pass of 8 records a step), {settings.val} held-out
+scenes of a seed that nothing was chosen by, {settings.seeds} seeds (initial values, order of the data, noise). Every arm has the same data, steps,
+batch, learning rates and seeds; the frozen encoders' output is computed once for all.
+
+*±* is the half-width of a 95 % confidence interval over seeds (Student's t); differences are paired by seed. *spatial and depth* is
+the mean over left_right, above_below, statement, front_behind and nearer. A claim **holds** when the interval of the difference lies on
+the claimed side of zero. This is a miniature: a CLIP that hardly tells shapes apart, experts that know exactly what is asked about. It shows
+what the method does, not how much it would gain beside a CLIP trained on the web.
+"""
+
+
+def _missing(settings: Settings, name: str) -> str:
+    lacking = []
+    for entry in STUDIES[name]["jobs"]:
+        share = "" if entry.get("fraction", 1) == 1 else f"-{100 * entry['fraction']:g}%"
+        runs = Runs(settings, entry.get("label", entry["arm"]) + share)
+        if len(runs.seeds()) < settings.seeds:
+            lacking.append(f"{runs.name}: {len(runs.seeds())} of {settings.seeds} seeds")
+    if not lacking and (file := STUDIES[name].get("measured")) and not (settings.out / file).is_file():
+        lacking.append(file)
+    return "; ".join(lacking)
+
+
+def verdict(gains: Sequence[Interval]) -> str:
+    """All clearly above zero: holds; some: in part; none: does not hold."""
+    clear = sum(gain.low > 0 for gain in gains)
+    return HOLDS if clear == len(gains) else PART if clear else NOT
+
+
+@section("a")
+def fusions(settings: Settings, assets: Path) -> str:
+    names = ("tove", "clip", "add", "top1", "channel_concat", "sequence_append")
+    arms = [Runs(settings, name) for name in names]
+    tove, others = arms[0], arms[1:]
+    rows = []
+    for other in others:
+        rows.append([other.name, *(tove.gain(other, row).signed for row in (BOTH, "shape", "counting", "overall"))])
+    bars(assets / "claims-fusions.png", arms, (BOTH, "overall"))
+    clip = [tove.gain(others[0], row) for row in (BOTH, "overall")]
+    rest = {other.name: tove.gain(other, "overall") for other in others[1:]}
+    better = [name for name, gain in rest.items() if gain.low > 0]
+    worse = [name for name, gain in rest.items() if gain.high < 0]
+    equal = [name for name in rest if name not in better and name not in worse]
+    said = [
+        f"against {_list(names)}: {how}"
+        for names, how in ((better, "better"), (equal, "no clear difference"), (worse, "worse"))
+        if names
+    ]
+    seconds = ", ".join(f"{arm.name} {arm.seconds():.0f}" for arm in arms)
+    return f"""{by_type(arms)}
+
+ToVE's gain, in points, over each:
+
+{table(["over", BOTH, "shape", "counting", "overall"], rows)}
+
+![Accuracy of each fusion](assets/claims-fusions.png)
+
+Median seconds a run (both stages and evaluation, one core): {seconds}.
+
+Against CLIP alone: {verdict(clip)} Overall, {"; ".join(said)}.
+"""
+
+
+@section("b")
+def data_efficiency(settings: Settings, assets: Path) -> str:
+    shares = (1, 3, 10, 30, 100)
+    rows, gains, points = [], [], {"clip": [], "tove": []}
+    for share in shares:
+        suffix = "" if share == 100 else f"-{share}%"
+        clip, tove = (Runs(settings, name + suffix) for name in ("clip", "tove"))
+        gain = tove.gain(clip, "overall")
+        gains.append(gain)
+        count = max(1, round(share / 100 * settings.train))
+        rows.append([f"{share} % ({count})", str(clip.interval("overall")), str(tove.interval("overall")), gain.signed])
+        for name, runs in (("clip", clip), ("tove", tove)):
+            points[name].append((count, runs.interval("overall")))
+    lines(assets / "claims-data.png", points, "training scenes")
+    whole = points["clip"][-1][1].mean
+    reached = next((share for share, row in zip(shares, points["tove"], strict=True) if row[1].mean >= whole), None)
+    less = f"ToVE passes CLIP alone's accuracy on all scenes with {reached} % of them. " if reached else ""
+    return f"""The first scenes of the training set, in both stages; always as many steps as one pass over all of them.
+
+{table(["scenes", "clip", "tove", "gain"], rows)}
+
+![Accuracy against training scenes](assets/claims-data.png)
+
+{less}{verdict(gains)}
+"""
+
+
+@section("c")
+def lite(settings: Settings, assets: Path) -> str:
+    clip, tove, merged, tuned = (Runs(settings, name) for name in ("clip", "tove", "lite", "clip_tuned"))
+    kept = {}
+    for row in (BOTH, "overall"):
+        whole, part = tove.gain(clip, row).mean, merged.gain(clip, row).mean
+        kept[row] = 100 * part / whole
+    speed = json.loads((settings.out / "speed.json").read_text())
+    bars(assets / "claims-lite.png", [clip, tuned, merged, tove], (BOTH, "overall"))
+    over = merged.gain(tuned, BOTH)
+    goal = "met" if kept[BOTH] >= 80 else "missed"
+    fair = [merged.gain(tuned, row) for row in (BOTH, "overall")]
+    return f"""`lite` is ToVE's model after merging: {STUDIES["c"]["about"]} `clip_tuned` is the fair
+baseline: CLIP alone's model, its CLIP tuned in the same stage with the same data and steps, by the language model's loss alone.
+
+{by_type([merged, clip, tuned, tove])}
+
+Of ToVE's gain over CLIP alone ToVE-lite keeps **{kept[BOTH]:.0f} %** on spatial and depth questions (goal: 80 %, {goal}) and {kept["overall"]:.0f} %
+overall. Over `clip_tuned`: {over.signed} on spatial and depth questions, {merged.gain(tuned, "overall").signed} overall.
+
+![Accuracy of ToVE-lite](assets/claims-lite.png)
+
+Tower alone, batch of {speed["batch"]}, {speed["threads"]} thread(s), median of {speed["rounds"]} alternating rounds:
+
+{table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
+
+{verdict(fair)}
+"""
+
+
+@section("d")
+def detach_curve(settings: Settings, assets: Path) -> str:
+    curves = [json.loads(path.read_text()) for path in sorted(settings.out.glob("curves/*/curve.json"))]
+    steps = len(curves[0]["steps"])
+    rows, points = [], []
+    for step in range(steps):
+        entries = [curve["steps"][step] for curve in curves]
+        score = Interval.of([100 * entry["accuracy"] for entry in entries])
+        rate = Interval.of([entry["images_per_second"] for entry in entries])
+        left = {", ".join(entry["experts"]) or "CLIP" for entry in entries}
+        rows.append([str(steps - 1 - step), " / ".join(sorted(left)), str(score), f"{rate.mean:.0f}"])
+        points.append((steps - 1 - step, score))
+    lines(assets / "claims-detach.png", {"tove": points}, "experts left", logarithmic=False)
+    return f"""From each seed's ToVE, experts removed one by one, least contribution first, without training again.
+
+{table(["experts left", "which", "accuracy, %", "images/s"], rows)}
+
+![Accuracy against experts left](assets/claims-detach.png)
+"""
+
+
+@section("e")
+def balance(settings: Settings, assets: Path) -> str:
+    names = ("tove", "no_balance", "no_noise", "no_balance_no_noise")
+    arms = [Runs(settings, name) for name in names]
+    experts = ("depth", "normal", "edge", "segmentation")
+    rows = []
+    for arm in arms:
+        usage = [Interval.of([100 * v for v in arm.logged(f"gate/{name}")]) for name in experts]
+        entropy = Interval.of(arm.logged("gate/entropy"))
+        rows.append(
+            [arm.name, f"{entropy.mean:.2f} ± {entropy.half:.2f}", *map(str, usage), str(arm.interval("overall"))]
+        )
+    gains = [arms[0].gain(arm, "overall") for arm in arms[1:]]
+    return f"""Entropy of the gate (at most {1.386:.2f} nats for four experts) and mean weight of each expert, over the last training steps.
+
+{table(["arm", "entropy", *(f"{name}, %" for name in experts), "accuracy, %"], rows)}
+
+That both help accuracy: {verdict(gains)}
+"""
+
+
+@section("f")
+def residual(settings: Settings, assets: Path) -> str:
+    clip, tove, replace = (Runs(settings, name) for name in ("clip", "tove", "replace"))
+    sets = [clip.right(seed) for seed in clip.seeds()]
+    sure = [key for key in sets[0] if sum(found[key] for found in sets) >= 0.8 * len(sets)]
+    shares = {
+        arm.name: [100 * sum(arm.right(seed)[key] for key in sure) / len(sure) for seed in arm.seeds()]
+        for arm in (tove, replace)
+    }
+    difference = Interval.of([a - b for a, b in zip(shares["tove"], shares["replace"], strict=True)])
+    kept = {name: Interval.of(values) for name, values in shares.items()}
+    return f"""{by_type([tove, replace, clip], None)}
+
+Questions that CLIP alone answers well, {len(sure):,} of {len(sets[0]):,} (right with at least four of five seeds): ToVE still answers
+{kept["tove"]} % of them, replacement {kept["replace"]} %; difference {difference.signed}. Overall: {tove.gain(replace, "overall").signed}.
+
+That keeping CLIP's tokens protects what CLIP knows: {verdict([difference])}
+"""
+
+
+@section("g")
+def singles(settings: Settings, assets: Path) -> str:
+    experts = ("depth", "normal", "edge", "segmentation")
+    tove, clip = Runs(settings, "tove"), Runs(settings, "clip")
+    beside = [Runs(settings, f"clip_{name}") for name in experts]
+    instead = [Runs(settings, f"{name}_without_clip") for name in experts]
+    rows = []
+    for runs in (clip, *beside, *instead, tove):
+        cells = [str(runs.interval(row)) for row in (BOTH, "shape", "overall")]
+        rows.append([runs.name, *cells, tove.gain(runs, "overall").signed])
+    best = max(instead, key=lambda runs: runs.interval("overall").mean)
+    gains = [tove.gain(runs, "overall") for runs in (*beside, best)]
+    bars(assets / "claims-singles.png", [clip, *beside, *instead, tove], ("overall",))
+    return f"""{table(["", BOTH, "shape", "overall", "ToVE's gain"], rows)}
+
+![Accuracy of single experts](assets/claims-singles.png)
+
+The strongest expert without CLIP is {best.name.removesuffix("_without_clip")}. That several experts beside CLIP beat each one beside CLIP, and the
+strongest without it: {verdict(gains)}
+"""
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def bars(file: Path, arms: Sequence[Runs], rows: Sequence[str]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(1.6 + 1.1 * len(arms), 3.4))
+    width = 0.8 / len(rows)
+    for index, row in enumerate(rows):
+        found = [arm.interval(row) for arm in arms]
+        places = [place + index * width for place in range(len(arms))]
+        axes.bar(places, [x.mean for x in found], width * 0.95, yerr=[x.half for x in found], capsize=3, label=row)
+    axes.set_xticks(
+        [place + 0.4 - width / 2 for place in range(len(arms))], [arm.name.replace("_", "\n") for arm in arms]
+    )
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(40, 100)
+    axes.legend(loc="upper left", ncols=2, frameon=False)
+    _finish(plt, figure, file)
+
+
+def lines(file: Path, points: dict[str, list[tuple[int, Interval]]], label: str, *, logarithmic: bool = True) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+    for name, row in points.items():
+        xs, ys = [x for x, _ in row], [y.mean for _, y in row]
+        axes.errorbar(xs, ys, [y.half for _, y in row], marker="o", capsize=3, label=name)
+    if logarithmic:
+        axes.set_xscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("accuracy, %")
+    axes.legend(frameon=False)
+    _finish(plt, figure, file)
+
+
+def _finish(plt, figure, file: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
