@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# CLIP alone against ToVE: the same parts, data, steps and seeds; mean and spread per question type. Resumable.
-#   bash playground/compare.sh [--seeds 0 1 2] [--train 4000] [--out outputs/compare]
+# CLIP alone against ToVE: the same parts, data, steps and seeds; mean and spread per question type. Resumable, and shares its
+# runs with playground/claims.sh.
+#   bash playground/compare.sh [--seeds 5] [--train 2400] [--workers N] [--out outputs/claims]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"
-exec python playground/compare.py "$@"
+exec python playground/claims/run.py --arms clip tove --report playground/compare.md "$@"

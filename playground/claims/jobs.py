@@ -3,11 +3,14 @@
 import contextlib
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 CAPTION_PASSES = 8
+ROOT = Path(__file__).resolve().parents[2]
 ARMS = Path(__file__).parent / "arms"
 COMMON = (
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--image_aspect_ratio", "square",
@@ -152,3 +155,9 @@ def start_worker(numbers, workers: int, gpus: int) -> None:
     import torch
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def command(*words: object) -> None:
+    """A verb of the product, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    subprocess.run([sys.executable, "-m", "tove_llava", *map(str, words)], check=True, cwd=ROOT, env=environment)

@@ -8,7 +8,6 @@ file system: --shard 0/4 to --shard 3/4 on each, then once more without it for t
 import argparse
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +19,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-from jobs import Job, Settings, start_worker  # noqa: E402
+from jobs import Job, Settings, command, start_worker  # noqa: E402
 
 STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
 
@@ -28,6 +27,9 @@ STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", default="a,c,f", help=f"which of {','.join(STUDIES)}, or all (default: a,c,f)")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", help="compare these arms instead; a table, no page of claims"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default: 5)")
     parser.add_argument("--train", type=int, default=2400, help="training scenes, for every stage (default: 2400)")
     parser.add_argument("--val", type=int, default=300, help="held-out scenes (default: 300)")
@@ -35,7 +37,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/claims"))
     parser.add_argument("--workers", type=int, help="trainings at a time (default: one a GPU, or one a core)")
     parser.add_argument("--shard", default="0/1", help="this machine's part of the seeds, such as 0/4")
-    parser.add_argument("--report", type=Path, default=Path("docs/claims.md"))
+    parser.add_argument("--report", type=Path, help="the page, or the table of --arms (default: docs/claims.md)")
     parser.add_argument("--no-report", action="store_true")
     args = parser.parse_args()
     chosen = list(STUDIES) if args.claims == "all" else args.claims.split(",")
@@ -46,21 +48,41 @@ def main() -> int:
     settings = prepare(args)
     part, parts = (int(number) for number in args.shard.split("/"))
     waves: dict[int, list[Job]] = {}
-    for name in chosen:
-        for entry in STUDIES[name]["jobs"]:
-            for seed in range(part, args.seeds, parts):
-                job = Job(seed=seed, **entry)
-                if job not in waves.setdefault(job.wave, []):
-                    waves[job.wave].append(job)
+    entries = [{"arm": arm} for arm in args.arms or ()] or [job for name in chosen for job in STUDIES[name]["jobs"]]
+    for entry in entries:
+        for seed in range(part, args.seeds, parts):
+            job = Job(seed=seed, **entry)
+            if job not in waves.setdefault(job.wave, []):
+                waves[job.wave].append(job)
     workers = args.workers or gpus() or os.cpu_count() or 1
     for wave in sorted(waves):
         # Seed by seed, so that an unfinished run has whole seeds.
         run_wave(settings, sorted(waves[wave], key=lambda job: job.seed), workers)
-    if not args.no_report and parts == 1:
-        from report import write_report
+    if args.no_report or parts > 1:
+        return 0
+    if args.arms:
+        text = comparison(settings, args.arms)
+        print(text)
+        if args.report:
+            args.report.write_text(text + "\n")
+        return 0
+    from measures import MEASURES
+    from report import write_report
 
-        write_report(settings, chosen, args.report)
+    for name in chosen:
+        if name in MEASURES:
+            MEASURES[name](settings)
+    write_report(settings, args.report or ROOT / "docs" / "claims.md")
     return 0
+
+
+def comparison(settings: Settings, arms: list[str]) -> str:
+    """Question types down, arms across; the last column is the last arm's gain over the first, paired by seed."""
+    from numbers_of_runs import ROWS, Runs, table
+
+    runs = [Runs(settings, arm) for arm in arms]
+    rows = [[row, *(str(arm.interval(row)) for arm in runs), runs[-1].gain(runs[0], row).signed] for row in ROWS]
+    return table(["accuracy, %", *arms, "gain"], rows)
 
 
 def prepare(args: argparse.Namespace) -> Settings:
@@ -104,12 +126,6 @@ def gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
-
-
-def command(*words: object) -> None:
-    """A verb of the product, in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    subprocess.run([sys.executable, "-m", "tove_llava", *map(str, words)], check=True, cwd=ROOT, env=environment)
 
 
 if __name__ == "__main__":

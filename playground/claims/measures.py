@@ -1,0 +1,72 @@
+"""What is measured on finished runs, in one process: the towers' speed, and the detach curves."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jobs import Job, Settings, command
+
+MEASURES: dict[str, Callable[[Settings], None]] = {}
+BATCH, ROUNDS = 32, 31
+
+
+def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
+    def add(function: Callable[[Settings], None]) -> Callable[[Settings], None]:
+        MEASURES[name] = function
+        return function
+
+    return add
+
+
+@measure("c")
+def speed(settings: Settings) -> None:
+    """Tower times of CLIP alone, ToVE-lite and ToVE, in alternation: ``speed.json``."""
+    import tove_llava
+
+    jobs = {"clip": Job("clip", 0), "lite": Job("tove", 0, label="lite", merge="-"), "tove": Job("tove", 0)}
+    towers = {name: tove_llava.load_model(settings.folder(job) / "model")[0].tower for name, job in jobs.items()}
+    pixels = torch.randn(BATCH, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    times: dict[str, list[float]] = {name: [] for name in towers}
+    with torch.inference_mode():
+        for round_ in range(ROUNDS + 2):
+            names = list(towers) if round_ % 2 else list(towers)[::-1]
+            for name in names:
+                started = time.perf_counter()
+                towers[name](pixels)
+                if round_ > 1:  # the first two warm up
+                    times[name].append(1000 * (time.perf_counter() - started) / BATCH)
+    rows = []
+    for name, tower in towers.items():
+        # Paired: each round's time over the same round's time of CLIP.
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["clip"], strict=True))
+        kind = type(tower.frozen.clip).__name__ + (" and experts" if tower.active_experts else "")
+        rows.append(
+            [name, kind, f"{_gflop(tower, pixels[:1]):.3f}", f"{statistics.median(times[name]):.2f}", f"{ratio:.2f}"]
+        )
+    found = {"batch": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads(), "rows": rows}
+    (settings.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _gflop(tower: Any, pixels: torch.Tensor) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(pixels)
+    return counter.get_total_flops() / 1e9
+
+
+@measure("d")
+def curves(settings: Settings) -> None:
+    """``tove-llava detach --curve`` on every seed's ToVE: ``curves/SEED/detach_curve.json``."""
+    for seed in range(settings.seeds):
+        out = settings.out / "curves" / str(seed)
+        if not (out / "detach_curve.json").is_file():
+            model = settings.folder(Job("tove", seed)) / "model"
+            data = settings.scenes / "val_questions.jsonl"
+            command(
+                "detach", "--model", model, "--curve", "--data", data, "--image-folder", settings.scenes / "images",
+                "--out", out,
+            )  # fmt: skip
