@@ -18,9 +18,11 @@ from transformers import CLIPVisionModel
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError
-from tove_llava.merge import MERGE_LOSSES, MergingTower, merge_loss, merged_encoder
+from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
-from tove_llava.train.run import main
+from tove_llava.train.arguments import parse
+from tove_llava.train.run import main, make_dataset
+from tove_llava.train.start import STARTS
 
 # -- losses ----------------------------------------------------------------------------------------------------------
 
@@ -269,6 +271,26 @@ def test_options_of_the_command_line(root, tmp_path, options):
         assert changed and all(name.startswith("encoder.layers.") for name in changed)
     else:
         assert any(name.startswith("embeddings.") for name in changed)
+
+
+def test_further_images_are_dealt_out_evenly_and_change_the_merge_loss_alone(root, tmp_path):
+    assert main(merge(root, "lora", tmp_path / "none", "--max_steps", "1")) == 0
+    assert main(merge(root, "lora", tmp_path / "two", "--max_steps", "1", "--merge_images_per_record", "2")) == 0
+    for term, changed in (("lm_loss", False), ("merge_loss", True)):
+        values = [history(tmp_path / run, term)[0] for run in ("none", "two")]
+        assert (values[0] != values[1]) == changed, term
+    settings = parse(merge(root, "lora", tmp_path / "x"))
+    start = STARTS.get("checkpoint")(settings.preset, settings.stage, settings.pretrained)
+    dataset = make_dataset(settings, start.processor, start.vision)
+    further = FurtherImages(dataset, 3, seed=0)
+    images = torch.cat([further.of(i)[0] for i in range(len(dataset))])
+    own = torch.cat([x for i in range(len(dataset)) if (x := dataset[i]["pixel_values"]) is not None])
+    counts = [sum(torch.equal(a, b) for b in images) for a in own]
+    assert len(images) == 3 * len(dataset)
+    assert min(counts) >= len(images) // len(own) and max(counts) <= len(images) // len(own) + 1
+    assert FurtherImages(dataset, 0, seed=0).of(0) is None
+    with pytest.raises(ConfigError, match="negative"):
+        FurtherImages(dataset, -1, seed=0)
 
 
 def test_interrupted_merge_resumes(root, tmp_path, capsys):

@@ -26,6 +26,12 @@ SCENARIOS = {
     "pretrain-text": ("pretrain", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
     "lora-text": ("finetune_lora", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
     "merge-text": ("merge", ["--max_steps", "4", "--learning_rate", "0.05", *TEXT_HEAVY], (4, 1), (1, 2)),
+    "merge-further": (
+        "merge",
+        ["--max_steps", "3", "--learning_rate", "0.05", "--merge_images_per_record", "2", *TEXT_HEAVY],
+        (4, 1),
+        (1, 2),
+    ),
     "full-text": ("finetune", ["--max_steps", "4", "--gradient_checkpointing", "True", *TEXT_HEAVY], (4, 1), (1, 2)),
 }
 

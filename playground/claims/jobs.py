@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-CAPTION_PASSES = 8
 ROOT = Path(__file__).resolve().parents[2]
 ARMS = Path(__file__).parent / "arms"
 COMMON = (
@@ -31,23 +30,6 @@ class Settings:
     @property
     def scenes(self) -> Path:
         return self.out / "scenes"
-
-    def mix_for_merging(self) -> None:
-        """``train_merge.json``: each scene's questions once and its description eight times.
-
-        An encoder learns from many pictures; a description costs the language model a third of what ten questions do.
-        """
-        target = self.scenes / "train_merge.json"
-        if target.exists():
-            return
-        captions, records = (
-            json.loads((self.scenes / f"train_{name}.json").read_text()) for name in ("captions", "instruct")
-        )
-        for turn in range(CAPTION_PASSES):
-            records += [{**record, "id": f"{record['id']}-description-{turn}"} for record in captions]
-        part = target.with_suffix(".part")
-        part.write_text(json.dumps(records))
-        part.replace(target)
 
     @property
     def features(self) -> Path:
@@ -108,7 +90,7 @@ class Job:
     def _merge(self, settings: Settings, folder: Path) -> None:
         start = settings.folder(Job(self.arm, self.seed)) / "model"
         flags = ["--pretrained", str(start), "--feature_cache", str(settings.features), *self.merge.split()]
-        self._stage(settings, "merge", "merge", folder / "model", *flags)
+        self._stage(settings, "merge", "instruct", folder / "model", *flags)
 
     def _stage(self, settings: Settings, stage: str, records: str, output: Path, *flags: str) -> None:
         from tove_llava.train.run import main

@@ -92,7 +92,6 @@ def prepare(args: argparse.Namespace) -> Settings:
     command(
         "scenes", "--out", scenes, "--train", args.train, "--val", args.val, "--seed", args.scene_seed,
     )  # fmt: skip
-    settings.mix_for_merging()
     command(
         "features", "--preset", "tiny", "--data", scenes / "train_captions.json", "--data",
         scenes / "train_instruct.json", "--image-folder", scenes / "images", "--image-aspect-ratio", "square",

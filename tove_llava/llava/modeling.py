@@ -99,6 +99,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         vision_features: TowerFeatures | None = None,
         gate_noise: torch.Tensor | None = None,
         dummy_images: bool = False,
+        further_images: int = 0,
         add_aux_loss: bool = True,
         output_routing: bool = False,
         **kwargs: Any,
@@ -111,6 +112,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             dummy_images: the images belong to no placeholder. Tower and projector run on them and get gradients of
                 zero, so that a rank whose batch has no image touches the same parameters as the other ranks. Their gate
                 inputs are not returned and they have no part in the balance loss.
+            further_images: the last so many images belong to no placeholder either, but have part in the merge loss.
             add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss of this batch to
                 ``loss``, and while the tower is merged its coefficient times the mean merge loss. A trainer that
                 accumulates gradients or has several ranks passes False and adds the global batch's terms itself, from
@@ -128,9 +130,14 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if dummy_images:
             if vision is None:
                 raise ConfigError("dummy_images needs at least one image to run")
+            further_images = len(vision.pooler_output)
+        if further_images and vision is not None:
             # None of their rows is scattered into the text: the same modules run in the same order, forward and
             # backward, as on a rank with images, on which ZeRO-3's collectives rely.
-            vision.pooler_output = [tokens[:0] for tokens in vision.pooler_output]
+            kept = len(vision.pooler_output) - further_images
+            vision.pooler_output = [
+                tokens if place < kept else tokens[:0] for place, tokens in enumerate(vision.pooler_output)
+            ]
 
         output = super().forward(
             input_ids=input_ids,

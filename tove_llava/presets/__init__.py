@@ -75,6 +75,7 @@ class MergePreset:
 
     loss: str = "mse"  # a registered merge loss: mse, smooth_l1, cosine
     coefficient: float = 1.0  # of the merge loss beside the language model's
+    images_per_record: int = 0  # further images that each record brings, for the merge loss alone: it needs no text
     token_weights: str = "uniform"  # or transfer: tokens count by how much was transferred to them
     layers: list[int] | None = None  # blocks of CLIP that learn; None: all of them, and the embeddings
     lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights

@@ -60,6 +60,10 @@ class RunArguments:
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "of the merged encoder alone"})
     merge_loss: str | None = field(default=None, metadata={"help": "mse, smooth_l1 or cosine"})
     merge_coefficient: float | None = field(default=None, metadata={"help": "weight of the merge loss"})
+    merge_images_per_record: int | None = field(
+        default=None,
+        metadata={"help": "further images of the data set that each record brings, for the merge loss alone"},
+    )
     merge_token_weights: str | None = field(default=None, metadata={"help": "uniform, or transfer"})
     merge_layers: list[int] | None = field(
         default=None, metadata={"help": "blocks of CLIP that learn, such as 8 9 10; all without it", "nargs": "+"}
@@ -257,7 +261,7 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
         changes["lora"] = dataclasses.replace(stage.lora or LoraPreset(), **lora)
     merge: dict[str, Any] = {
         name: getattr(run, f"merge_{name}")
-        for name in ("loss", "coefficient", "token_weights", "layers")
+        for name in ("loss", "coefficient", "images_per_record", "token_weights", "layers")
         if getattr(run, f"merge_{name}") is not None
     }
     if run.merge_lora_r is not None:

@@ -20,6 +20,7 @@ from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.logs import quiet_transformers
+from tove_llava.merge import FurtherImages
 from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
@@ -144,6 +145,7 @@ def make_trainer(
             encoder_learning_rate=stage.encoder_learning_rate,
         ),
         group_by_modality_length=stage.group_by_modality_length,
+        further_images=FurtherImages(dataset, stage.merge.images_per_record, args.seed) if stage.merge else None,
     )
 
 

@@ -27,13 +27,15 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.errors import NonFiniteError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
-from tove_llava.tower import all_reduce_statistics, balance_loss
+from tove_llava.merge import FurtherImages
+from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import checkpoints
 from tove_llava.train.meter import Meter
 from tove_llava.train.progress import TrainingLines, TrainingProgress
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable
 from tove_llava.train.window import Window, draw_noise, open_window
 
+FURTHER = "further_images"  # batch key: how many of its images are for the merge loss alone
 RECORD = "record_index"  # batch key: which records of the data set a micro-batch holds; for error messages
 
 
@@ -47,6 +49,7 @@ class ToveTrainer(Trainer):
         collator: makes batches of them.
         parameter_groups: of the optimiser.
         group_by_modality_length: LLaVA's grouped sampling; otherwise a plain random order.
+        further_images: images for the merge loss that each record brings.
     """
 
     model: ToveLlavaForConditionalGeneration
@@ -61,6 +64,7 @@ class ToveTrainer(Trainer):
         collator: LlavaCollator,
         parameter_groups: list[dict[str, Any]],
         group_by_modality_length: bool = False,
+        further_images: FurtherImages | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._trainable = trainable
@@ -72,7 +76,7 @@ class ToveTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Numbered(dataset),
+            train_dataset=_Numbered(dataset, further_images),
             data_collator=_NumberedCollator(collator),
             callbacks=[_SetEpoch(self._sampler), *(callbacks or [])],
         )
@@ -150,6 +154,7 @@ class ToveTrainer(Trainer):
         window = self._window
         assert window is not None and num_items_in_batch is not None
         records = inputs.pop(RECORD)
+        inputs["further_images"] = inputs.pop(FURTHER, 0)
         if window.runs_tower:
             if "vision_features" in inputs:
                 inputs["vision_features"] = inputs["vision_features"].to(self.args.device, self.model.tower.dtype)
@@ -301,20 +306,31 @@ class _SetEpoch(TrainerCallback):
 class _Numbered(Dataset[Any]):
     """Examples with their record's index."""
 
-    def __init__(self, dataset: LlavaDataset) -> None:
+    def __init__(self, dataset: LlavaDataset, further: FurtherImages | None) -> None:
         self.dataset = dataset
+        self.further = further
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return index, self.dataset[index]
+        return index, self.dataset[index], None if self.further is None else self.further.of(index)
 
 
 class _NumberedCollator:
     def __init__(self, collator: LlavaCollator) -> None:
         self.collator = collator
 
-    def __call__(self, numbered: list[Any]) -> dict[str, torch.Tensor]:
-        indices, examples = zip(*numbered, strict=True)
-        return {**self.collator(examples), RECORD: torch.tensor(indices)}
+    def __call__(self, numbered: list[Any]) -> dict[str, Any]:
+        indices, examples, further = zip(*numbered, strict=True)
+        batch = {**self.collator(examples), RECORD: torch.tensor(indices)}
+        more = [entry for entry in further if entry is not None]
+        if more:  # behind the images that have placeholders
+            pixels = [pixels for pixels, _ in more]
+            batch["pixel_values"] = torch.cat([x for x in (batch.get("pixel_values"),) if x is not None] + pixels)
+            features = [features for _, features in more if features is not None]
+            if features:
+                own = [x for x in (batch.get("vision_features"),) if x is not None]
+                batch["vision_features"] = TowerFeatures.cat(own + features)
+            batch[FURTHER] = sum(map(len, pixels))
+        return batch
