@@ -98,7 +98,18 @@ def test_every_study_is_written_about_and_names_arms_that_exist():
 def test_claims_from_nothing_at_a_tiny_size(tmp_path):
     """Trainings of two arms and a merge, in worker processes; again, nothing is trained twice."""
     command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,f", "--seeds", "2"]
-    command += ["--train", "48", "--val", "8", "--out", str(tmp_path / "out"), "--report", str(tmp_path / "claims.md")]
+    command += [
+        "--train",
+        "48",
+        "--val",
+        "8",
+        "--pictures",
+        "64",
+        "--out",
+        str(tmp_path / "out"),
+        "--report",
+        str(tmp_path / "claims.md"),
+    ]
     first = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert first.returncode == 0, first.stderr[-3000:]
     page = (tmp_path / "claims.md").read_text()

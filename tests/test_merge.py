@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError
-from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, merge_loss, merged_encoder
+from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, make_dataset
@@ -282,15 +282,17 @@ def test_further_images_are_dealt_out_evenly_and_change_the_merge_loss_alone(roo
     settings = parse(merge(root, "lora", tmp_path / "x"))
     start = STARTS.get("checkpoint")(settings.preset, settings.stage, settings.pretrained)
     dataset = make_dataset(settings, start.processor, start.vision)
-    further = FurtherImages(dataset, 3, seed=0)
+    pictures = Pictures(root / "instruct.json", root / "images", dataset.image_transform)
+    further = FurtherImages(pictures, 3, seed=0)
     images = torch.cat([further.of(i)[0] for i in range(len(dataset))])
     own = torch.cat([x for i in range(len(dataset)) if (x := dataset[i]["pixel_values"]) is not None])
     counts = [sum(torch.equal(a, b) for b in images) for a in own]
     assert len(images) == 3 * len(dataset)
     assert min(counts) >= len(images) // len(own) and max(counts) <= len(images) // len(own) + 1
-    assert FurtherImages(dataset, 0, seed=0).of(0) is None
-    with pytest.raises(ConfigError, match="negative"):
-        FurtherImages(dataset, -1, seed=0)
+    assert main(merge(root, "lora", tmp_path / "y", "--merge_images_per_record", "-1")) == 2
+    others = ["--merge_images_per_record", "2", "--merge_data_path", str(root / "captions.json")]
+    assert main(merge(root, "lora", tmp_path / "z", *others)) == 0
+    assert history(tmp_path / "z", "merge_loss")[0] != history(tmp_path / "two", "merge_loss")[0]
 
 
 def test_interrupted_merge_resumes(root, tmp_path, capsys):

@@ -28,7 +28,7 @@ SCENARIOS = {
     "merge-text": ("merge", ["--max_steps", "4", "--learning_rate", "0.05", *TEXT_HEAVY], (4, 1), (1, 2)),
     "merge-further": (
         "merge",
-        ["--max_steps", "3", "--learning_rate", "0.05", "--merge_images_per_record", "2", *TEXT_HEAVY],
+        ["--max_steps", "3", "--learning_rate", "0.001", "--merge_images_per_record", "2", *TEXT_HEAVY],
         (4, 1),
         (1, 2),
     ),

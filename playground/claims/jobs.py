@@ -32,6 +32,11 @@ class Settings:
         return self.out / "scenes"
 
     @property
+    def pictures(self) -> Path:
+        """Further scenes, of which only the pictures are used."""
+        return self.out / "pictures"
+
+    @property
     def features(self) -> Path:
         return self.out / "features"
 
@@ -51,6 +56,7 @@ class Job:
         fraction: share of the training scenes that are seen; the number of steps stays that of all of them.
         merge: flags of a merging stage that follows the arm's training.
         label: distinguishes jobs of one arm.
+        pictures: whether the merge also learns from further pictures.
     """
 
     arm: str
@@ -58,6 +64,7 @@ class Job:
     fraction: float = 1.0
     merge: str = ""
     label: str = ""
+    pictures: bool = False
 
     @property
     def name(self) -> str:
@@ -90,6 +97,10 @@ class Job:
     def _merge(self, settings: Settings, folder: Path) -> None:
         start = settings.folder(Job(self.arm, self.seed)) / "model"
         flags = ["--pretrained", str(start), "--feature_cache", str(settings.features), *self.merge.split()]
+        if self.pictures:
+            flags += ["--merge_data_path", str(settings.pictures / "train_captions.json")]
+            flags += ["--merge_image_folder", str(settings.pictures / "images")]
+            flags += ["--merge_feature_cache", str(settings.pictures / "features")]
         self._stage(settings, "merge", "instruct", folder / "model", *flags)
 
     def _stage(self, settings: Settings, stage: str, records: str, output: Path, *flags: str) -> None:

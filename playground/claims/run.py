@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 to N-1 (default: 5)")
     parser.add_argument("--train", type=int, default=2400, help="training scenes, for every stage (default: 2400)")
     parser.add_argument("--val", type=int, default=300, help="held-out scenes (default: 300)")
+    parser.add_argument("--pictures", type=int, default=8000, help="further pictures to merge on (default: 8000)")
     parser.add_argument("--scene-seed", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("outputs/claims"))
     parser.add_argument("--workers", type=int, help="trainings at a time (default: one a GPU, or one a core)")
@@ -46,6 +47,8 @@ def main() -> int:
         parser.error(f"unknown claim {unknown[0]!r}; there are {', '.join(STUDIES)}")
 
     settings = prepare(args)
+    if any(entry.get("pictures") for name in chosen for entry in STUDIES[name]["jobs"]) and not args.arms:
+        further_pictures(settings, args.pictures)
     part, parts = (int(number) for number in args.shard.split("/"))
     waves: dict[int, list[Job]] = {}
     entries = [{"arm": arm} for arm in args.arms or ()] or [job for name in chosen for job in STUDIES[name]["jobs"]]
@@ -98,6 +101,16 @@ def prepare(args: argparse.Namespace) -> Settings:
         "--out", settings.features,
     )  # fmt: skip
     return settings
+
+
+def further_pictures(settings: Settings, count: int) -> None:
+    """Pictures of other scenes and their cached features, for merging."""
+    folder = settings.pictures
+    command("scenes", "--out", folder, "--train", count, "--val", 1, "--seed", settings.scene_seed + 1)
+    command(
+        "features", "--preset", "tiny", "--data", folder / "train_captions.json", "--image-folder", folder / "images",
+        "--image-aspect-ratio", "square", "--out", folder / "features",
+    )  # fmt: skip
 
 
 def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:

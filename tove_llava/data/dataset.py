@@ -166,15 +166,6 @@ class LlavaDataset(Dataset[Example]):
                 example["vision_features"] = self.features.read(record.images[: encoded.num_images])
         return example
 
-    def open_image(self, record: Record, name: str) -> torch.Tensor:
-        """``[3,S,S]`` of one of a record's images.
-
-        Raises:
-            DataError: the file is missing or damaged; the record is named.
-        """
-        with record.errors():
-            return self.image_transform.open(resolve_image(self.image_folder or "", name, self.allow_image_links))
-
     def encode(self, record: Record) -> Encoded:
         """Ids and labels, cut so that they fit with the images expanded."""
         encoded = encode_record(record, self.tokenizer, self.template)

@@ -62,7 +62,16 @@ class RunArguments:
     merge_coefficient: float | None = field(default=None, metadata={"help": "weight of the merge loss"})
     merge_images_per_record: int | None = field(
         default=None,
-        metadata={"help": "further images of the data set that each record brings, for the merge loss alone"},
+        metadata={"help": "further images that each record brings, for the merge loss alone"},
+    )
+    merge_data_path: str | None = field(
+        default=None, metadata={"help": "records that name the further images (default: --data_path)"}
+    )
+    merge_image_folder: str | None = field(
+        default=None, metadata={"help": "folder of the further images (default: --image_folder)"}
+    )
+    merge_feature_cache: str | None = field(
+        default=None, metadata={"help": "their features; without --merge_data_path, --feature_cache"}
     )
     merge_token_weights: str | None = field(default=None, metadata={"help": "uniform, or transfer"})
     merge_layers: list[int] | None = field(
@@ -95,6 +104,9 @@ class Settings:
     self_contained: bool
     allow_image_links: bool
     feature_cache: Path | None
+    merge_data_path: Path
+    merge_image_folder: Path
+    merge_feature_cache: Path | None
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
     def training_arguments(self) -> TrainingArguments:
@@ -138,6 +150,7 @@ class Settings:
             "data_bytes": self.data_path.stat().st_size,
             "image_folder": str(self.image_folder.resolve()),
             "pretrained": str(self.pretrained.resolve()) if self.pretrained else None,
+            "merge_data_path": str(self.merge_data_path.resolve()) if self.stage.merge else None,
         }
         return dict(_flatten(parts))
 
@@ -203,6 +216,7 @@ def parse(argv: Sequence[str]) -> Settings:
         raise ConfigError("--data_path and --image_folder are needed: LLaVA records and the folder of their images")
     if not training.get("output_dir"):
         raise ConfigError("--output_dir is needed: the folder that the run writes")
+    cache = run.merge_feature_cache or (None if run.merge_data_path else run.feature_cache)
     return Settings(
         preset=preset,
         stage_name=run.stage,
@@ -214,6 +228,9 @@ def parse(argv: Sequence[str]) -> Settings:
         self_contained=run.self_contained,
         allow_image_links=run.allow_image_links,
         feature_cache=_existing(run.feature_cache, "--feature_cache") if run.feature_cache else None,
+        merge_data_path=_existing(run.merge_data_path or run.data_path, "--merge_data_path"),
+        merge_image_folder=_existing(run.merge_image_folder or run.image_folder, "--merge_image_folder"),
+        merge_feature_cache=_existing(cache, "--merge_feature_cache") if cache else None,
         training=training,
     )
 

@@ -20,7 +20,7 @@ from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.logs import quiet_transformers
-from tove_llava.merge import FurtherImages
+from tove_llava.merge import FurtherImages, Pictures
 from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
@@ -116,6 +116,25 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
     )
 
 
+def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, seed: int) -> FurtherImages | None:
+    """Images for the merge loss alone, where the stage wants some."""
+    merge = settings.stage.merge
+    if merge is None or merge.images_per_record == 0:
+        return None
+    cache = None
+    if settings.merge_feature_cache is not None:
+        aspect_ratio = settings.stage.image_aspect_ratio
+        cache = FeatureCache(settings.merge_feature_cache, tower.teacher.config, aspect_ratio)
+    pictures = Pictures(
+        settings.merge_data_path,
+        settings.merge_image_folder,
+        dataset.image_transform,
+        cache,
+        settings.allow_image_links,
+    )
+    return FurtherImages(pictures, merge.images_per_record, seed)
+
+
 def make_trainer(
     settings: Settings,
     args: TrainingArguments,
@@ -145,7 +164,7 @@ def make_trainer(
             encoder_learning_rate=stage.encoder_learning_rate,
         ),
         group_by_modality_length=stage.group_by_modality_length,
-        further_images=FurtherImages(dataset, stage.merge.images_per_record, args.seed) if stage.merge else None,
+        further_images=make_further_images(settings, dataset, model.tower, args.seed),
     )
 
 
