@@ -176,6 +176,7 @@ def image_statistics(tower: ToveVisionModel, features: TowerFeatures) -> tuple[d
         name: fused.routing[..., names.index(name)].mean(dim=1) for name in tower.config.attached_experts
     }  # fmt: skip
     parts: Mapping[str, Tensor] = tower.fusion.transfers(features.base, features.experts, usable=features.usable)
+    assert fused.last_hidden_state is not None
     length = fused.last_hidden_state.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)  # [B,N]
     return weights, {name: (part.float().norm(dim=-1) / length).mean(dim=1) for name, part in parts.items()}
 
