@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tove_llava.errors import ConfigError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from tove_llava.analysis.contributions import Contributions
     from tove_llava.analysis.curve import Step
 
 DPI = 100
+ROUTING_SIZE = (6.4, 5.2)  # inches
 
 
 def figure(width: float, height: float) -> Any:
@@ -107,3 +110,49 @@ def _grouped(axes: Any, groups: Sequence[str], bars: Mapping[str, Sequence[float
 
 def _points(share: float | None) -> float | None:
     return None if share is None else 100 * share
+
+
+def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float], file: str | Path) -> None:
+    """The column with the largest gate weight at each token, over the picture, with a legend (640 x 520 pixels).
+
+    Args:
+        picture: what the model sees.
+        columns: int ``[g,g]``.
+        shares: by column's name, the share of the tokens that chose it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = [colormaps["tab10"](index % 10) for index in range(len(shares))]
+    drawn = figure(*ROUTING_SIZE)
+    axes = drawn.subplots()
+    _over(axes, picture, columns, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.55)
+    axes.set_title("largest gate weight", fontsize=9)
+    legend = [
+        Patch(color=colour, label=f"{name} ({100 * share:.0f}%)")
+        for colour, (name, share) in zip(colours, shares.items(), strict=True)
+    ]
+    drawn.legend(handles=legend, loc="outside right upper", fontsize=9, title="tokens")
+    save(drawn, file)
+
+
+def plot_routing_weight(picture: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
+    """One column's gate weight ``[g,g]`` as a heat map over the picture (640 x 520 pixels).
+
+    Args:
+        largest: the end of the colour scale, shared by the maps of one picture.
+    """
+    drawn = figure(*ROUTING_SIZE)
+    axes = drawn.subplots()
+    heat = _over(axes, picture, weights, cmap="viridis", vmin=0.0, vmax=largest, alpha=0.6)
+    axes.set_title(f"gate weight of {title}", fontsize=9)
+    drawn.colorbar(heat, ax=axes)
+    save(drawn, file)
+
+
+def _over(axes: Any, picture: Image, values: Any, **style: Any) -> Any:
+    extent = (0, picture.width, picture.height, 0)
+    axes.imshow(picture, extent=extent)
+    axes.set_axis_off()
+    return axes.imshow(values, extent=extent, interpolation="nearest", **style)
