@@ -150,3 +150,19 @@ def test_opening_the_output_changes_tokens_by_the_weighted_sum(tmp_path):
     assert torch.equal(tower.fuse(features).last_hidden_state, features.base)
     open_output(tower)
     assert not torch.equal(tower.fuse(features).last_hidden_state, features.base)
+
+
+@pytest.mark.parametrize("width", [16, 192, 768])
+@pytest.mark.parametrize("top_k", [None, 1])
+def test_a_gate_with_fewer_columns_gives_the_others_the_same_bits(width, top_k):
+    torch.manual_seed(width)
+    whole = TokenGate(width, 5, noisy=False, top_k=top_k)
+    torch.nn.init.normal_(whole.score.weight)
+    kept = [0, 3, 4]
+    part = TokenGate(width, len(kept), noisy=False, top_k=top_k)
+    part.load_state_dict({**whole.state_dict(), "score.weight": whole.score.weight[kept]})
+    tokens = torch.randn(2, 36, width)
+    allowed = torch.tensor([[column in kept for column in range(5)]]).expand(2, -1)
+    masked, sliced = whole(tokens, allowed), part(tokens, torch.ones(2, len(kept), dtype=torch.bool))
+    assert torch.equal(masked.logits[..., kept], sliced.logits)
+    assert torch.equal(masked.weights[..., kept], sliced.weights)

@@ -1,6 +1,6 @@
 """Tables of scores for the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tove_llava.eval.benchmarks import Score
 
@@ -18,7 +18,12 @@ def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
         counts = {cell[1] for cell in cells if cell is not None}
         shown = ["-" if cell is None else f"{cell[0]:.1f}" for cell in cells]
         lines.append([label, *shown, "/".join(str(count) for count in sorted(counts))])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a text table: a heading first, the first column on the left, others on the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = [
         "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
         for line in lines

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -27,6 +27,8 @@ from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.rows import AppendFile, Row, by_question, read_jsonl, write_atomically
 from tove_llava.serve.generation import Answerer
+
+T = TypeVar("T")
 
 # Questions are taken in file order, where those about one image are neighbours, and sorted by length within a window of
 # this many batches: little padding, and an image's features are still at hand for its next question.
@@ -127,7 +129,7 @@ def run_benchmark(
     return rows
 
 
-def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+def spread(questions: Sequence[T], limit: int | None) -> list[T]:
     """``limit`` of the questions at even distances (all, without a limit), so that every category has its share."""
     if limit is None or limit >= len(questions):
         return list(questions)

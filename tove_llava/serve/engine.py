@@ -1,6 +1,5 @@
 """The engine of the chat: one model, conversations with pictures, answers as they are generated."""
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteria, TextIteratorStreamer
 
+from tove_llava.analysis.routing import routing_map
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.errors import DataError
 from tove_llava.serve.generation import Answerer
@@ -91,21 +91,15 @@ class Engine:
 
     def routing(self, image: Picture) -> Routing | None:
         """Gate weights of one image, or None for a model without experts."""
-        pixels = self.answerer.pixels(image, upright=True)[None]  # [1, 3, S, S]
+        pixels = self.answerer.pixels(image, upright=True)  # [3, S, S]
         if not isinstance(self.answerer.tower, ToveVisionModel):
             return None
-        tower = self.answerer.tower
-        with self._lock, torch.inference_mode():
-            weights = tower(pixels.to(self.answerer.device, self.answerer.model.dtype)).routing  # [1, N, S]
-        if weights is None:
+        with self._lock:
+            found = routing_map(self.answerer.tower, pixels)
+        if found is None:
             return None
-        columns = weights[0].float().cpu().T  # [S, N]; a last column beyond the experts is the null slot
-        names = [*tower.config.expert_names, "none"][: len(columns)]
-        side = math.isqrt(columns.shape[1])
-        return Routing(
-            {name: float(column.mean()) for name, column in zip(names, columns, strict=True)},
-            {name: column.reshape(side, side).tolist() for name, column in zip(names, columns, strict=True)},
-        )
+        grids = {name: found.weights[..., column].tolist() for column, name in enumerate(found.names)}
+        return Routing(found.means, grids)
 
     def _prepare(self, messages: Sequence[Message]) -> tuple[list[int], list[torch.Tensor]]:
         """Prompt ids and the pixels of all pictures, in order."""

@@ -49,7 +49,7 @@ class TokenEmbedding(nn.Module):
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
         """``[B,c,h,w]`` -> ``[B*N,c]``: what :meth:`forward` takes, one row per token."""
-        return resample_grid(features, self.grid).flatten(2).transpose(1, 2).flatten(0, 1)
+        return _as_rows(resample_grid(features, self.grid).flatten(2))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[R,c]`` -> ``[R,m]``."""
@@ -85,7 +85,7 @@ class MapEmbedding(nn.Module):
         maps = resample_grid(features, self.map_size).to(self.conv.weight.dtype)  # [B,c,S,S]
         stem = F.gelu(self.conv(maps))  # [B,s,S,S]
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
-        return patches.transpose(1, 2).flatten(0, 1)
+        return _as_rows(patches)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """``[R, stem_width*p*p]`` -> ``[R,m]``."""
@@ -151,3 +151,8 @@ class ExpertEmbeddings(nn.ModuleDict):
         """
         embedding = self[name]
         return embedding(embedding.empty_rows(device)).sum()
+
+
+def _as_rows(columns: torch.Tensor) -> torch.Tensor:
+    """``[B,c,N]`` -> ``[B*N,c]``, laid out row by row also for one image: all rows picked out give the same bits."""
+    return columns.transpose(1, 2).flatten(0, 1).contiguous()

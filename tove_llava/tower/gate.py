@@ -46,7 +46,11 @@ class Float32Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
+            x = x.float()
+            # One product a column: a matrix product's last bits depend on how many columns it has, and a gate from
+            # which columns were removed has to give the others exactly what they were. Not by F.linear: DeepSpeed
+            # replaces it under ZeRO-3 by one whose backward pass takes matrices only.
+            return torch.stack([x @ column for column in self.weight.float()], dim=-1)
 
 
 class Float32LayerNorm(nn.Module):

@@ -1,0 +1,293 @@
+"""How much each expert contributes: gate weight, norm share, and what is lost when it is left out.
+
+For the tokens ``T' = T + sum_k G_k P_k`` with ``P_k = W_o H_k``: the mean gate weight ``G_k``, the mean norm share
+``|G_k P_k| / |T'|``, and the change of the language model's loss and of the task accuracy when expert k is detached
+and the gate renormalises over the others (leave-one-out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tove_llava.analysis.measure import Measurement, Subset, measure, tower_with_experts
+from tove_llava.analysis.samples import COUNTED, Sample, Samples
+from tove_llava.errors import ConfigError, DataError
+from tove_llava.eval.evaluate import versions
+from tove_llava.eval.report import aligned
+from tove_llava.eval.rows import write_atomically
+from tove_llava.eval.runner import fingerprint
+from tove_llava.llava.checkpoint import MANIFEST, Manifest
+from tove_llava.serve.generation import Answerer
+
+FILE = "contributions.json"
+_KIND = "contributions"
+
+
+@dataclass(frozen=True)
+class ExpertContribution:
+    """One expert within one group of records.
+
+    Attributes:
+        gate_weight: mean over the tokens of the group's images; None for a fusion without a gate.
+        norm_share: mean of ``|G_k P_k| / |T'|`` over the same tokens.
+        loss_change: LM loss without it minus LM loss with all (positive: it helps).
+        accuracy_change: accuracy without it minus accuracy with all (negative: it helps); None without counted answers.
+    """
+
+    gate_weight: float | None
+    norm_share: float
+    loss_change: float
+    accuracy_change: float | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """All records, or those of one question type.
+
+    Attributes:
+        records, images: how many.
+        tokens: supervised tokens, over which the loss is averaged.
+        answers: replies that count for the accuracy.
+        loss, accuracy: with all attached experts.
+        loss_without_experts, accuracy_without_experts: with every expert detached.
+        experts: by name.
+    """
+
+    records: int
+    images: int
+    tokens: int
+    answers: int
+    loss: float
+    accuracy: float | None
+    loss_without_experts: float
+    accuracy_without_experts: float | None
+    experts: dict[str, ExpertContribution]
+
+
+@dataclass(frozen=True)
+class Contributions:
+    """What :func:`measure_contributions` found; ``types`` by question type."""
+
+    overall: Group
+    types: dict[str, Group]
+
+    @property
+    def ranking(self) -> list[str]:
+        """Experts by leave-one-out loss, the one contributing least first; ties by gate weight, then by column."""
+        found = self.overall.experts
+        return sorted(found, key=lambda name: (found[name].loss_change, found[name].gate_weight or 0.0))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "experts": list(self.overall.experts),
+            "ranking_least_first": self.ranking,
+            "counted_answers": COUNTED,
+            "overall": dataclasses.asdict(self.overall),
+            "types": {name: dataclasses.asdict(group) for name, group in self.types.items()},
+        }
+
+    def __str__(self) -> str:
+        return "\n\n".join([_overall_table(self), *_type_tables(self)])
+
+
+def measure_contributions(answerer: Answerer, samples: Samples, batch_size: int = 16) -> Contributions:
+    """Measures every attached expert of a model; the model's set of detached experts is afterwards what it was.
+
+    Raises:
+        ConfigError: the model has no experts, or its fusion does not add one part per expert.
+        DataError: a picture cannot be read.
+    """
+    names = tower_with_experts(answerer).config.attached_experts
+    subsets: list[Subset] = [(), *((name,) for name in names), tuple(names)]
+    found = measure(answerer, samples.rows, subsets, batch_size=batch_size, label="contributions")
+    kinds = sorted({row.category for row in samples.rows if row.category is not None})
+    return Contributions(
+        overall=_group(names, samples.rows, found, range(len(samples.rows))),
+        types={
+            kind: _group(names, samples.rows, found, [i for i, row in enumerate(samples.rows) if row.category == kind])
+            for kind in kinds
+        },
+    )
+
+
+def loss_and_accuracy(found: Measurement, subset: Subset, rows: Sequence[int]) -> tuple[float, float | None]:
+    """Token-weighted loss, and accuracy over the counted answers (None without any), of some of the samples."""
+    loss = math.fsum(found.losses[subset][i] for i in rows) / sum(found.tokens[i] for i in rows)
+    marks = [mark for i in rows if (mark := found.right[subset][i]) is not None]
+    return loss, sum(marks) / len(marks) if marks else None
+
+
+def _group(names: list[str], samples: Sequence[Sample], found: Measurement, rows: Sequence[int]) -> Group:
+    images = list(dict.fromkeys(file for i in rows for file in samples[i].images))  # each image counts once
+    loss, accuracy = loss_and_accuracy(found, (), rows)
+    loss_none, accuracy_none = loss_and_accuracy(found, tuple(names), rows)
+    experts = {}
+    for name in names:
+        loss_without, accuracy_without = loss_and_accuracy(found, (name,), rows)
+        weights = [found.gate_weights[file][name] for file in images if name in found.gate_weights[file]]
+        experts[name] = ExpertContribution(
+            gate_weight=math.fsum(weights) / len(weights) if weights else None,
+            norm_share=math.fsum(found.norm_shares[file][name] for file in images) / len(images),
+            loss_change=loss_without - loss,
+            accuracy_change=None if accuracy is None or accuracy_without is None else accuracy_without - accuracy,
+        )
+    return Group(
+        records=len(rows),
+        images=len(images),
+        tokens=sum(found.tokens[i] for i in rows),
+        answers=sum(found.right[()][i] is not None for i in rows),
+        loss=loss,
+        accuracy=accuracy,
+        loss_without_experts=loss_none,
+        accuracy_without_experts=accuracy_none,
+        experts=experts,
+    )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def provenance(answerer: Answerer, model: str | Path) -> dict[str, Any]:
+    """What a result belongs to: the model and its fingerprint, versions, the command, device and dtype."""
+    return {
+        "model": os.fspath(model),
+        "fingerprint": model_fingerprint(answerer, model),
+        "versions": versions(),
+        "command": sys.argv,
+        "device": str(answerer.device),
+        "dtype": str(answerer.model.dtype).removeprefix("torch."),
+    }
+
+
+def model_fingerprint(answerer: Answerer, model: str | Path) -> str:
+    """That of the checkpoint's trained weights; for a stock LLaVA folder, of the loaded weights."""
+    if (Path(model) / MANIFEST).exists():
+        return Manifest.read(model).fingerprint
+    return fingerprint(answerer.model)
+
+
+def save_contributions(
+    found: Contributions, folder: str | Path, answerer: Answerer, model: str | Path, samples: Samples, data: str | Path
+) -> dict[str, Any]:
+    """Writes ``contributions.json`` and the bar plots; returns what the JSON file holds."""
+    from tove_llava.analysis.plots import plot_contributions, plot_types
+
+    record = {
+        "kind": _KIND,
+        **provenance(answerer, model),
+        "data": os.fspath(data),
+        "records_in_file": samples.total,
+        "left_out": samples.left_out,
+        **found.to_json(),
+    }
+    folder = Path(folder)
+    write_atomically(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    plot_contributions(found, folder / "contributions.png")
+    if found.types:
+        plot_types(found, folder / "contributions_by_type.png")
+    return record
+
+
+def read_ranking(file: str | Path, experts: Sequence[str], model_print: str) -> list[str]:
+    """The ranking, least contributing expert first, of a ``contributions.json`` of this very model.
+
+    Args:
+        experts: the model's attached experts.
+        model_print: see :func:`model_fingerprint`.
+
+    Raises:
+        DataError: the file is missing or is none of ``tove-llava contributions``.
+        ConfigError: it was measured on another model, or with other experts attached.
+    """
+    try:
+        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        ranking, measured = record["ranking_least_first"], record["fingerprint"]
+        if record["kind"] != _KIND or not isinstance(ranking, list):
+            raise KeyError("kind")
+    except FileNotFoundError:
+        raise DataError(f"there is no file {file}; make it with 'tove-llava contributions'") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not what 'tove-llava contributions' writes ({error!r})") from error
+    if measured != model_print:
+        raise ConfigError(
+            f"{file} was measured on another model (its fingerprint differs); measure this one, or --data"
+        )
+    if sorted(ranking) != sorted(experts):
+        raise ConfigError(
+            f"{file} was measured with the experts {', '.join(sorted(ranking))}, attached are "
+            f"{', '.join(sorted(experts))}; measure again"
+        )
+    return ranking
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _overall_table(found: Contributions) -> str:
+    group = found.overall
+    lines = [["expert", "gate weight", "norm share", "loss without it", "accuracy without it"]]
+    for name, expert in group.experts.items():
+        lines.append(
+            [
+                name,
+                number(expert.gate_weight, ".3f"),
+                number(expert.norm_share, ".3f"),
+                f"{group.loss + expert.loss_change:.4f} ({expert.loss_change:+.4f})",
+                _accuracy(group.accuracy, expert.accuracy_change),
+            ]
+        )
+    change = group.loss_without_experts - group.loss
+    gap = None if group.accuracy is None else (group.accuracy_without_experts or 0.0) - group.accuracy
+    lines.append(
+        ["no expert", "", "", f"{group.loss_without_experts:.4f} ({change:+.4f})", _accuracy(group.accuracy, gap)]
+    )
+    lines.append(["all experts", "", "", f"{group.loss:.4f}", _accuracy(group.accuracy, None)])
+    counts = (
+        f"{group.records} records, {group.images} images; loss over {group.tokens} tokens, accuracy (%) over "
+        f"{group.answers} answers ({COUNTED})"
+    )
+    return f"{aligned(lines)}\n{counts}\nleast contributing first: {', '.join(found.ranking)}"
+
+
+def _type_tables(found: Contributions) -> list[str]:
+    if not found.types:
+        return []
+    names = list(found.overall.experts)
+    loss = [["loss change by type", *(f"-{name}" for name in names), "no expert", "all", "tokens"]]
+    accuracy = [["accuracy change by type", *(f"-{name}" for name in names), "no expert", "all", "answers"]]
+    weights = [["gate weight by type", *names, "images"]]
+    shares = [["norm share by type", *names, "images"]]
+    for kind, group in found.types.items():
+        experts = group.experts.values()
+        drop = f"{group.loss_without_experts - group.loss:+.4f}"
+        loss.append([kind, *(f"{e.loss_change:+.4f}" for e in experts), drop, f"{group.loss:.4f}", str(group.tokens)])
+        gap = None if group.accuracy is None else (group.accuracy_without_experts or 0.0) - group.accuracy
+        points = [percent(change, "+.1f") for change in (*(e.accuracy_change for e in experts), gap)]
+        accuracy.append([kind, *points, percent(group.accuracy, ".1f"), str(group.answers)])
+        weights.append([kind, *(number(e.gate_weight, ".3f") for e in experts), str(group.images)])
+        shares.append([kind, *(number(e.norm_share, ".3f") for e in experts), str(group.images)])
+    return [aligned(table) for table in (loss, accuracy, weights, shares)]
+
+
+def number(value: float | None, form: str) -> str:
+    """A number for a table; a dash for None."""
+    return "-" if value is None else format(value, form)
+
+
+def percent(value: float | None, form: str) -> str:
+    """A share as a percentage for a table; a dash for None."""
+    return number(None if value is None else 100 * value, form)
+
+
+def _accuracy(all_experts: float | None, change: float | None) -> str:
+    if all_experts is None or change is None:
+        return percent(all_experts, ".1f")
+    return f"{100 * (all_experts + change):.1f} ({100 * change:+.1f})"

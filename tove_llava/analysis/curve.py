@@ -1,0 +1,99 @@
+"""The detach curve: experts are removed one by one, the least contributing first, down to CLIP alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tove_llava.analysis.contributions import loss_and_accuracy, number, percent, provenance
+from tove_llava.analysis.measure import measure, tower_with_experts
+from tove_llava.analysis.plots import plot_curve
+from tove_llava.analysis.samples import COUNTED, Samples
+from tove_llava.analysis.speed import seconds
+from tove_llava.eval.report import aligned
+from tove_llava.eval.rows import write_atomically
+from tove_llava.serve.generation import Answerer
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Step:
+    """One point of the curve.
+
+    Attributes:
+        removed: the expert that this step took out; None at the first.
+        experts: those that are left.
+        loss: token-weighted LM loss.
+        accuracy: over the counted answers; None without any.
+        images_per_second: of the tower; median of several batches.
+    """
+
+    removed: str | None
+    experts: tuple[str, ...]
+    loss: float
+    accuracy: float | None
+    images_per_second: float
+
+
+def detach_curve(answerer: Answerer, samples: Samples, ranking: Sequence[str], batch_size: int = 16) -> list[Step]:
+    """Removes experts in the order of ``ranking``, which is not computed anew at each step.
+
+    Thereby a checkpoint made with ``--keep N`` is a point of the curve.
+
+    Raises:
+        ConfigError: the model has no experts, or not these.
+        DataError: a picture cannot be read.
+    """
+    tower = tower_with_experts(answerer)
+    subsets = [tuple(ranking[:count]) for count in range(len(ranking) + 1)]
+    found = measure(answerer, samples.rows, subsets, batch_size=batch_size, label="curve")
+    times = seconds(tower, subsets, batch=batch_size, rounds=ROUNDS)
+    steps = []
+    for subset, taken in zip(subsets, times, strict=True):
+        loss, accuracy = loss_and_accuracy(found, subset, range(len(samples.rows)))
+        left = tuple(name for name in tower.config.attached_experts if name not in subset)
+        steps.append(Step(subset[-1] if subset else None, left, loss, accuracy, batch_size / taken))
+    return steps
+
+
+def curve_table(steps: Sequence[Step]) -> str:
+    lines = [["experts left", "removed", "loss", "accuracy (%)", "tower images/s"]]
+    for step in steps:
+        names = ", ".join(step.experts) or "none (CLIP alone)"
+        speed = number(step.images_per_second, ".1f")
+        lines.append([names, step.removed or "-", number(step.loss, ".4f"), percent(step.accuracy, ".1f"), speed])
+    return aligned(lines)
+
+
+def save_curve(
+    steps: Sequence[Step],
+    folder: str | Path,
+    answerer: Answerer,
+    model: str | Path,
+    samples: Samples,
+    data: str | Path,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Writes ``detach_curve.json`` and ``detach_curve.png``; returns what the JSON file holds."""
+    record = {
+        "kind": "detach_curve",
+        **provenance(answerer, model),
+        "data": os.fspath(data),
+        "records": len(samples.rows),
+        "records_in_file": samples.total,
+        "left_out": samples.left_out,
+        "counted_answers": COUNTED,
+        "batch_size": batch_size,
+        "timed_batches": ROUNDS,
+        "steps": [dataclasses.asdict(step) for step in steps],
+    }
+    folder = Path(folder)
+    write_atomically(folder / "detach_curve.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    plot_curve(steps, folder / "detach_curve.png")
+    return record

@@ -1,0 +1,272 @@
+"""Taking experts out of a checkpoint: a smaller one that knows nothing of them any more.
+
+The stored tensors are cut, not the loaded model: what is kept keeps its bits and its dtype, and no expert's weights are
+needed. The smaller tower computes exactly what the larger one does with these experts masked; that is checked before
+anything is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tove_llava.analysis.measure import check_fusion
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.eval.rows import write_atomically
+from tove_llava.llava import ToveLlavaConfig
+from tove_llava.llava.checkpoint import (
+    ADAPTER,
+    ADAPTER_PREFIX,
+    MANIFEST,
+    TRAINED,
+    Manifest,
+    fingerprint_of,
+    load_processor,
+    read_tensors,
+)
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
+
+FUSION = "model.vision_tower.fusion."
+_WHOLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_GATE_ROWS = ("gate.score.weight", "gate.noise.weight")  # one row per column of the gate
+
+
+@dataclass(frozen=True)
+class Detached:
+    """What :func:`detach_checkpoint` wrote.
+
+    Attributes:
+        kept, removed: names of experts; no expert kept means CLIP alone.
+        parameters: of the tower's own parts, before and after.
+    """
+
+    folder: Path
+    kept: tuple[str, ...]
+    removed: tuple[str, ...]
+    parameters: tuple[int, int]
+
+    def __str__(self) -> str:
+        left = f"left: {', '.join(self.kept)}" if self.kept else "left: none; this is CLIP alone (fusion 'none')"
+        before, after = self.parameters
+        return (
+            f"{self.folder}: removed {', '.join(self.removed) or 'nothing'}; {left}; "
+            f"tower parameters {before:,} -> {after:,}"
+        )
+
+
+def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str], experts: Iterable[str]) -> Detached:
+    """Writes a checkpoint of the same kind without some experts. Those that ``model`` has masked already go as well.
+
+    Args:
+        model: a folder that training wrote.
+        out: must not exist; it appears when it is complete.
+        experts: names of those to take out.
+
+    Raises:
+        ConfigError: an unknown expert, a model without experts, a fusion that cannot be cut, or a ``top_k`` above the
+            number of gate columns that are left.
+        CheckpointError: ``model`` is incomplete or damaged, or ``out`` exists.
+    """
+    folder, out = Path(model), Path(out)
+    manifest = Manifest.read(folder)
+    check_out(out)
+    try:
+        config = ToveLlavaConfig.from_pretrained(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
+    large = config.vision_config
+    small = reduced_config(large, experts)
+    files = _weight_files(folder, manifest.kind)
+    state: dict[str, Tensor] = {}
+    for file in files:
+        state |= {name: value for name, value in read_tensors(file).items() if name.startswith(FUSION)}
+    cut = cut_state(large, small, {name.removeprefix(FUSION): value for name, value in state.items()}, folder)
+    kept = {FUSION + name: value for name, value in cut.items()}
+
+    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        staging.mkdir(parents=True)
+        tensors = _write_weights(files, staging, kept)
+        _copy_parts(folder, staging, large, small)
+        config.vision_config = small
+        config.save_pretrained(staging)
+        load_processor(folder).save_pretrained(staging)
+        final = dataclasses.replace(manifest, fingerprint=fingerprint_of(_by_model_names(folder, manifest, tensors)))
+        write_atomically(staging / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
+        os.rename(staging, out)
+    except OSError as error:
+        raise CheckpointError(f"{out} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return Detached(
+        folder=out,
+        kept=tuple(small.expert_names),
+        removed=tuple(name for name in large.expert_names if name not in small.expert_names),
+        parameters=(sum(x.numel() for x in state.values()), sum(x.numel() for x in kept.values())),
+    )
+
+
+def check_out(out: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError when the folder to be written exists."""
+    if os.path.lexists(out):
+        raise CheckpointError(f"{out} exists already; choose another --out, or move it away")
+
+
+def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisionConfig:
+    """The configuration without some experts, and without those that are masked; fusion ``none`` when none is left.
+
+    Raises:
+        ConfigError: an unknown expert, no experts at all, a fusion that cannot be cut, or too large a ``top_k``.
+    """
+    if config.fusion == "none" or not config.experts:
+        raise ConfigError("this model has no experts: its vision tower is CLIP alone, and nothing can be taken out")
+    check_fusion(config)
+    experts = list(experts)
+    config.check_expert_names(experts)
+    gone = {*experts, *config.detached_experts}
+    keys = config.to_dict()
+    keys |= {"experts": [entry for entry in keys["experts"] if entry["name"] not in gone], "detached_experts": []}
+    left = len(keys["experts"])
+    if not left:
+        keys |= {"fusion": "none", "fusion_options": {}, "top_k": None, "null_slot": False}
+    elif config.top_k is not None and config.top_k > left + config.null_slot:
+        raise ConfigError(
+            f"top_k={config.top_k}, but {left + config.null_slot} gate column(s) would be left; keep more experts, or "
+            "take all of them out"
+        )
+    return ToveVisionConfig.from_dict(keys)
+
+
+def cut_state(
+    large: ToveVisionConfig, small: ToveVisionConfig, state: Mapping[str, Tensor], where: str | os.PathLike[str] = ""
+) -> dict[str, Tensor]:
+    """The smaller fusion's tensors out of the larger one's, names relative to the fusion.
+
+    Gate columns of removed experts go (a null slot's stays last), and so do their embeddings.
+
+    Raises:
+        CheckpointError: ``state`` is not of ``large``.
+        ConfigError: the smaller fusion does not compute exactly what the larger one does with the experts masked.
+    """
+    columns = [large.expert_names.index(name) for name in small.expert_names]
+    columns += [len(large.experts)] if large.null_slot else []
+    with torch.device("meta"):
+        before, after = (ToveVisionModel(config).fusion.state_dict() for config in (large, small))
+    odd = [name for name, x in before.items() if name not in state or state[name].shape != x.shape]
+    if odd or state.keys() - before.keys():
+        raise CheckpointError(f"{where}: weights and config.json do not belong together ({(odd or ['extra'])[:3]})")
+    cut = {}
+    for name, target in after.items():
+        value = state[name][columns] if name in _GATE_ROWS else state[name]
+        if value.shape != target.shape:
+            raise ConfigError(f"fusion {large.fusion!r}: {name} cannot be cut to fewer experts")
+        cut[name] = value.contiguous()
+    _check_same_function(large, small, state, cut)
+    return cut
+
+
+@torch.inference_mode()
+def _check_same_function(
+    large: ToveVisionConfig, small: ToveVisionConfig, state: Mapping[str, Tensor], cut: Mapping[str, Tensor]
+) -> None:
+    masked = ToveVisionConfig.from_dict(large.to_dict())
+    masked.detached_experts = [name for name in large.expert_names if name not in small.expert_names]
+    generator = torch.Generator().manual_seed(0)
+    features = TowerFeatures(
+        base=torch.randn(1, large.num_patches, large.clip_width, generator=generator),
+        experts={s.name: torch.randn(1, s.width, *s.grid, generator=generator) for s in large.expert_specs},
+    )
+    tokens = []
+    for config, tensors in ((masked, state), (small, cut)):
+        tower = ToveVisionModel(config).eval()
+        tower.fusion.load_state_dict({name: value.float() for name, value in tensors.items()})
+        tokens.append(tower.fuse(features).last_hidden_state)
+    if not torch.equal(*tokens):
+        raise ConfigError(
+            f"fusion {large.fusion!r} without {', '.join(masked.detached_experts)} is not what it is with them masked, "
+            "so these experts cannot be taken out of the checkpoint; use detach_experts on the loaded model"
+        )
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def _weight_files(folder: Path, kind: str) -> list[Path]:
+    """The safetensors files that may hold tensors of the tower."""
+    if kind != "full":
+        return [folder / TRAINED]
+    if (folder / _INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{folder / _INDEX} is damaged: {error!r}") from error
+        return [folder / name for name in names]
+    return [folder / _WHOLE]
+
+
+def _write_weights(files: list[Path], staging: Path, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Writes each file without the tensors that go; returns all that are left, mapped from the source files."""
+    left: dict[str, Tensor] = {}
+    for file in files:
+        before = read_tensors(file)
+        after = {name: kept.get(name, value) for name, value in before.items() if _stays(name, kept)}
+        left |= after
+        if not any(name.startswith(FUSION) for name in before):
+            shutil.copyfile(file, staging / file.name)
+        elif after:
+            save_file(after, staging / file.name, metadata=None if file.name == TRAINED else {"format": "pt"})
+    index = files[0].with_name(_INDEX)
+    if files[0].name != TRAINED and index.is_file():
+        record = json.loads(index.read_text(encoding="utf-8"))
+        record["weight_map"] = {name: file for name, file in record["weight_map"].items() if _stays(name, kept)}
+        record.setdefault("metadata", {})["total_size"] = sum(x.numel() * x.element_size() for x in left.values())
+        write_atomically(staging / _INDEX, json.dumps(record, indent=2) + "\n")
+    return left
+
+
+def _stays(name: str, kept: Mapping[str, Tensor]) -> bool:
+    return not name.startswith(FUSION) or name in kept
+
+
+def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: ToveVisionConfig) -> None:
+    """Adapters, generation settings, and what a self-contained folder has by value, but for the removed experts."""
+    for name in ("generation_config.json", "adapter_config.json", ADAPTER):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, staging / name)
+    if (folder / "language").is_dir():
+        shutil.copytree(folder / "language", staging / "language")
+    if (folder / "backbones").is_dir():
+        used, every = _own_folders(folder, small), _own_folders(folder, large)
+        shutil.copytree(folder / "backbones", staging / "backbones", ignore=_ignoring(every - used))
+
+
+def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:
+    """Folders inside the checkpoint that experts are read from."""
+    from tove_llava.sources import Source
+
+    paths = [Source.parse(spec.source).resolve(folder).path for spec in config.expert_specs if spec.source]
+    return {path.resolve() for path in paths if path is not None and folder.resolve() in path.resolve().parents}
+
+
+def _ignoring(paths: set[Path]) -> Callable[[str, list[str]], set[str]]:
+    return lambda where, names: {name for name in names if (Path(where) / name).resolve() in paths}
+
+
+def _by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained tensors as the model calls them, of which the manifest's fingerprint is taken."""
+    named = dict(tensors)
+    if manifest.kind == "lora":
+        for name, value in read_tensors(folder / ADAPTER).items():
+            stem, _, last = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
+            named[f"{stem}.default.{last}"] = value
+    return named

@@ -1,0 +1,158 @@
+"""Figures as PNG files. They are drawn without pyplot, so no display and no global state is needed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tove_llava.errors import ConfigError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from tove_llava.analysis.contributions import Contributions
+    from tove_llava.analysis.curve import Step
+
+DPI = 100
+ROUTING_SIZE = (6.4, 5.2)  # inches
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty matplotlib figure of ``width * DPI`` by ``height * DPI`` pixels, on the Agg backend.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError(f"plots need matplotlib: pip install 'tove-llava[analysis]' ({error})") from error
+    drawn = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(drawn)
+    return drawn
+
+
+def save(drawn: Any, file: str | Path) -> None:
+    """Writes a PNG; the file is there whole or not at all."""
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    drawn.savefig(staged, format="png", dpi=DPI)
+    os.replace(staged, path)
+
+
+def plot_contributions(found: Contributions, file: str | Path) -> None:
+    """Four bar charts over the experts: gate weight, norm share, changes of loss and accuracy without them."""
+    experts = found.overall.experts
+    panels: list[tuple[str, list[float | None]]] = [
+        ("mean gate weight", [e.gate_weight for e in experts.values()]),
+        ("norm share  |G P| / |T'|", [e.norm_share for e in experts.values()]),
+        ("loss change without it", [e.loss_change for e in experts.values()]),
+        ("accuracy change without it (points)", [_points(e.accuracy_change) for e in experts.values()]),
+    ]
+    shown = [(title, values) for title, values in panels if any(value is not None for value in values)]
+    drawn = figure(3.4 * len(shown), 1.6 + 0.35 * len(experts))
+    for axes, (title, values) in zip(drawn.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        axes.barh(list(experts), [value or 0.0 for value in values], color="tab:blue")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(labelsize=8)
+    save(drawn, file)
+
+
+def plot_types(found: Contributions, file: str | Path) -> None:
+    """Grouped bars over the question types: changes of loss and accuracy without each expert."""
+    names, kinds = list(found.overall.experts), list(found.types)
+    drawn = figure(max(6.0, 1.5 + 0.25 * len(kinds) * (len(names) + 1)), 6.5)
+    upper, lower = drawn.subplots(2, 1, sharex=True)
+    loss = {name: [found.types[kind].experts[name].loss_change for kind in kinds] for name in names}
+    accuracy = {
+        name: [_points(found.types[kind].experts[name].accuracy_change) or 0.0 for kind in kinds] for name in names
+    }
+    _grouped(upper, kinds, loss, "loss change without it")
+    _grouped(lower, kinds, accuracy, "accuracy change without it (points)")
+    upper.legend(fontsize=8, ncols=len(names))
+    save(drawn, file)
+
+
+def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
+    """Accuracy, loss and images per second against the number of experts that are left."""
+    labels = [f"{len(step.experts)}" + (f"\n-{step.removed}" if step.removed else "\nall") for step in steps]
+    lines: list[tuple[str, list[float | None]]] = [
+        ("accuracy (%)", [_points(step.accuracy) for step in steps]),
+        ("LM loss", [step.loss for step in steps]),
+        ("tower, images/s", [step.images_per_second for step in steps]),
+    ]
+    shown = [(title, values) for title, values in lines if all(value is not None for value in values)]
+    drawn = figure(max(5.0, 1.0 * len(steps) + 1.5), 2.2 * len(shown))
+    for axes, (title, values) in zip(drawn.subplots(len(shown), 1, squeeze=False)[:, 0], shown, strict=True):
+        axes.plot(range(len(steps)), values, marker="o")
+        axes.set_ylabel(title, fontsize=9)
+        axes.set_xticks(range(len(steps)), labels, fontsize=8)
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("experts left, and the one removed last", fontsize=9)
+    save(drawn, file)
+
+
+def _grouped(axes: Any, groups: Sequence[str], bars: Mapping[str, Sequence[float]], title: str) -> None:
+    width = 0.8 / len(bars)
+    for index, (name, values) in enumerate(bars.items()):
+        places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(places, values, width, label=name)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=8)
+    axes.set_ylabel(title, fontsize=9)
+
+
+def _points(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float], file: str | Path) -> None:
+    """The column with the largest gate weight at each token, over the picture, with a legend (640 x 520 pixels).
+
+    Args:
+        picture: what the model sees.
+        columns: int ``[g,g]``.
+        shares: by column's name, the share of the tokens that chose it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = [colormaps["tab10"](index % 10) for index in range(len(shares))]
+    drawn = figure(*ROUTING_SIZE)
+    axes = drawn.subplots()
+    _over(axes, picture, columns, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.55)
+    axes.set_title("largest gate weight", fontsize=9)
+    legend = [
+        Patch(color=colour, label=f"{name} ({100 * share:.0f}%)")
+        for colour, (name, share) in zip(colours, shares.items(), strict=True)
+    ]
+    drawn.legend(handles=legend, loc="outside right upper", fontsize=9, title="tokens")
+    save(drawn, file)
+
+
+def plot_routing_weight(picture: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
+    """One column's gate weight ``[g,g]`` as a heat map over the picture (640 x 520 pixels).
+
+    Args:
+        largest: the end of the colour scale, shared by the maps of one picture.
+    """
+    drawn = figure(*ROUTING_SIZE)
+    axes = drawn.subplots()
+    heat = _over(axes, picture, weights, cmap="viridis", vmin=0.0, vmax=largest, alpha=0.6)
+    axes.set_title(f"gate weight of {title}", fontsize=9)
+    drawn.colorbar(heat, ax=axes)
+    save(drawn, file)
+
+
+def _over(axes: Any, picture: Image, values: Any, **style: Any) -> Any:
+    extent = (0, picture.width, picture.height, 0)
+    axes.imshow(picture, extent=extent)
+    axes.set_axis_off()
+    return axes.imshow(values, extent=extent, interpolation="nearest", **style)

@@ -1,0 +1,140 @@
+"""The routing of one image made visible: which expert each vision token listens to.
+
+``g * g = N`` vision tokens, ``S`` gate columns: the experts, and a null slot (called "none") where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tove_llava.errors import ConfigError
+from tove_llava.eval.report import aligned
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+
+NULL_SLOT = "none"
+
+
+@dataclass(frozen=True)
+class RoutingMap:
+    """Gate weights of one image.
+
+    Attributes:
+        names: one per column.
+        weights: float32 ``[g,g,S]`` on the CPU; each token's sum to 1 (to less where the fusion keeps probabilities,
+            and to 0 where no column is allowed).
+    """
+
+    names: tuple[str, ...]
+    weights: torch.Tensor
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean over the tokens, by column."""
+        return dict(zip(self.names, self.weights.mean(dim=(0, 1)).tolist(), strict=True))
+
+    @property
+    def argmax(self) -> torch.Tensor:
+        """int64 ``[g,g]``: the column with the largest weight."""
+        return self.weights.argmax(dim=-1)
+
+    @property
+    def chosen(self) -> dict[str, float]:
+        """Share of the tokens for which a column has the largest weight."""
+        return {name: (self.argmax == column).float().mean().item() for column, name in enumerate(self.names)}
+
+
+@torch.inference_mode()
+def routing_map(tower: ToveVisionModel, pixels: torch.Tensor) -> RoutingMap | None:
+    """The routing of one image; None for a tower without a gate.
+
+    Args:
+        pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device.
+
+    Raises:
+        ConfigError: pixels of another size. CheckpointError: the tower's backbones are not loaded.
+    """
+    batch = pixels if pixels.ndim == 4 else pixels[None]
+    weights = tower(batch.to(tower.device, tower.dtype)).routing  # [1,N,S]
+    if weights is None:
+        return None
+    columns = weights.shape[-1]
+    names = (*tower.config.expert_names, NULL_SLOT)[:columns]
+    side = tower.config.grid
+    return RoutingMap(names, weights[0].float().cpu().reshape(side, side, columns))
+
+
+def seen_picture(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
+    """The picture as the model sees it, cropped or padded: ``[3,S,S]`` CLIP-normalised -> RGB of S x S pixels."""
+    mean = torch.tensor(config.image_mean).view(3, 1, 1)
+    std = torch.tensor(config.image_std).view(3, 1, 1)
+    values = (pixels.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return Image.fromarray(values.permute(1, 2, 0).numpy())
+
+
+def save_routing(found: RoutingMap, picture: Image.Image, folder: str | Path, name: str) -> list[Path]:
+    """Writes ``NAME_argmax.png``, ``NAME_weight_COLUMN.png`` for each column in use, and ``NAME.npz``.
+
+    The archive holds ``routing`` (float32 ``[g,g,S]``) and ``names`` (S strings).
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    from tove_llava.analysis.plots import plot_routing_argmax, plot_routing_weight
+
+    folder = Path(folder)
+    weights = found.weights.numpy()
+    files = [folder / f"{name}_argmax.png"]
+    plot_routing_argmax(picture, found.argmax.numpy(), found.chosen, files[0])
+    for column, title in enumerate(found.names):
+        if weights[..., column].any():  # a detached expert has no map
+            files.append(folder / f"{name}_weight_{title}.png")
+            plot_routing_weight(picture, weights[..., column], title, float(weights.max()), files[-1])
+    files.append(folder / f"{name}.npz")
+    np.savez(files[-1], routing=weights, names=np.array(found.names))
+    return files
+
+
+def show_routing(
+    answerer: Any, images: Sequence[str | Path], folder: str | Path
+) -> list[tuple[Path, RoutingMap, list[Path]]]:
+    """Draws the routing of picture files; returns for each (picture, its routing, files written).
+
+    Pictures are turned upright as their EXIF orientation says, as in a chat. Files are called after the picture; where
+    two have the same name, after its place in ``images`` too.
+
+    Args:
+        answerer: a loaded :class:`~tove_llava.serve.generation.Answerer`.
+
+    Raises:
+        ConfigError: the model has no gate, or all its experts are detached. DataError: a picture cannot be read.
+    """
+    tower = answerer.tower
+    if not isinstance(tower, ToveVisionModel) or not tower.active_experts:
+        raise ConfigError("this model has no experts to route to: its vision tower is CLIP alone")
+    pixels = [answerer.pixels(image, upright=True) for image in images]  # a picture that cannot be read shows first
+    stems = [Path(image).stem for image in images]
+    shown = []
+    for place, (image, values) in enumerate(zip(images, pixels, strict=True), start=1):
+        found = routing_map(tower, values)
+        if found is None:
+            raise ConfigError(f"fusion {tower.config.fusion!r} has no gate, so there is no routing to show")
+        name = stems[place - 1] if stems.count(stems[place - 1]) == 1 else f"{stems[place - 1]}_{place}"
+        files = save_routing(found, seen_picture(values, tower.config), folder, name)
+        shown.append((Path(image), found, files))
+    return shown
+
+
+def routing_table(shown: Sequence[tuple[Path, RoutingMap, list[Path]]]) -> str:
+    """Mean gate weight by column, and in brackets the percentage of tokens for which it is the largest."""
+    lines = [["picture", *shown[0][1].names]]
+    for image, found, _ in shown:
+        cells = [f"{found.means[name]:.3f} ({100 * found.chosen[name]:.0f}%)" for name in found.names]
+        lines.append([image.name, *cells])
+    return aligned(lines)

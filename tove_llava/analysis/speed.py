@@ -1,0 +1,63 @@
+"""How fast a tower is: measured on this machine, with detached experts really skipped."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from tove_llava.analysis.measure import Subset, without
+from tove_llava.errors import ConfigError
+from tove_llava.tower import ToveVisionModel
+
+
+@torch.inference_mode()
+def seconds(tower: ToveVisionModel, subsets: Sequence[Subset], batch: int, rounds: int) -> list[float]:
+    """Median seconds of the whole tower (CLIP, attached experts, fusion) for one batch, by subset left out.
+
+    The subsets take turns within each round, so that whatever else the machine does falls on all of them alike.
+
+    Args:
+        batch: images in a batch. Their content does not matter: noise is used.
+        rounds: timed batches of each subset; one more, the first, is not counted.
+    """
+    size = tower.config.image_size
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    pixels = pixels.to(tower.device, tower.dtype)
+    times: list[list[float]] = [[] for _ in subsets]
+    for _ in range(rounds + 1):
+        for subset, taken in zip(subsets, times, strict=True):
+            with without(tower, subset):
+                _wait(tower.device)
+                started = time.perf_counter()
+                tower(pixels)
+                _wait(tower.device)
+                taken.append(time.perf_counter() - started)
+    return [statistics.median(taken[1:]) for taken in times]
+
+
+def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> tuple[str, ...]:
+    """Experts to leave out so that the tower takes at most ``limit_ms`` for one image on its device.
+
+    Args:
+        ranking: attached experts, those to be dropped first in front.
+
+    Raises:
+        ConfigError: CLIP alone takes longer.
+    """
+    subsets = [tuple(ranking[:count]) for count in range(len(ranking) + 1)]
+    times = [1000 * value for value in seconds(tower, subsets, batch=1, rounds=rounds)]
+    for subset, taken in zip(subsets, times, strict=True):
+        if taken <= limit_ms:
+            return subset
+    raise ConfigError(
+        f"--max-latency-ms {limit_ms:g}: with all experts the tower takes {times[0]:.2f} ms for one image on "
+        f"{tower.device}, and CLIP alone still {times[-1]:.2f} ms; allow more time, or use a faster device or dtype"
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
