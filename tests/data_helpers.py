@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
+from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -119,3 +121,16 @@ def decode_spans(tokenizer: Any, labels: list[int]) -> list[str]:
 
 def jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def save_odd_kinds(picture: Image.Image, folder: Path) -> list[str]:
+    """Writes a picture as grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; the files' names."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    picture.convert("L").save(folder / "grey.jpg")
+    picture.convert("RGBA").save(folder / "alpha.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("P").save(folder / "palette.png")
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    picture.save(folder / "turned.jpg", exif=turned)
+    return ["grey.jpg", "alpha.png", "cmyk.jpg", "palette.png", "deep.png", "turned.jpg"]

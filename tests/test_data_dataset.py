@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from data_helpers import decode_spans, train_sentencepiece
+from data_helpers import decode_spans, save_odd_kinds, train_sentencepiece
 from hypothesis import example as also
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -302,17 +302,7 @@ def test_a_placeholder_without_image_is_found_at_once(make: Any) -> None:
 
 def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise)
-    folder = tmp_path / "images"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.convert("L").save(folder / "grey.jpg")
-    picture.convert("RGBA").save(folder / "alpha.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("P").save(folder / "palette.png")
-    Image.fromarray(noise[..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
-    picture.save(folder / "turned.jpg", exif=exif)
-    names = ["grey.jpg", "alpha.png", "cmyk.jpg", "palette.png", "deep.png", "turned.jpg"]
+    names = save_odd_kinds(Image.fromarray(noise), tmp_path / "images")
     records = [{"id": n, "image": n, "conversations": turns("<image>\nWhat?", "Noise.")} for n in names]
     for aspect_ratio in ("square", "pad"):
         dataset = make(records, image_transform=ImageTransform(12, aspect_ratio))

@@ -4,9 +4,9 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
 import torch
+from data_helpers import save_odd_kinds
 from PIL import Image
 from train_parts import flags, write_parts, write_records
 
@@ -159,14 +159,7 @@ def write_odd_photographs(folder):
 
     folder.mkdir()
     china, flower = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    china.convert("L").save(folder / "grey.jpg")
-    china.convert("RGBA").save(folder / "alpha.png")
-    china.convert("CMYK").save(folder / "cmyk.jpg")
-    flower.convert("P").save(folder / "palette.png")
-    Image.fromarray(np.asarray(flower.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
-    flower.save(folder / "turned.jpg", exif=turned)
+    save_odd_kinds(flower, folder)
     china.crop((0, 100, 640, 103)).save(folder / "strip.png")
     flower.crop((300, 0, 301, 427)).save(folder / "column.jpg")
     return sorted(path.name for path in folder.iterdir())
