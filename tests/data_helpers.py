@@ -124,7 +124,7 @@ def jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def save_odd_kinds(picture: Image.Image, folder: Path) -> list[str]:
-    """Writes a picture as grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; the files' names."""
+    """Writes a picture grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; the files' names."""
     turned = Image.Exif()
     turned[0x0112] = 6
     picture.convert("L").save(folder / "grey.jpg")
