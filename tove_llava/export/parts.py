@@ -237,14 +237,18 @@ library_name: transformers
 
 ## Prompt
 
-Conversation template `{source.template}`, in `chat_template.jinja`. Pictures stand in front of the text. A question becomes
+Conversation template `{source.template}`, in `chat_template.jinja`. Pictures stand in front of the text. A question
+becomes
 
 ```
 {prompt}
 ```
 
-Pictures: RGB, {"padded to a square with the mean colour, then resized" if source.image_aspect_ratio == "pad" else
-"the shortest side resized, the middle cut out"}; the image processor here does that.
+Pictures: RGB, {
+        "padded to a square with the mean colour, then resized"
+        if source.image_aspect_ratio == "pad"
+        else "the shortest side resized, the middle cut out"
+    }; the image processor here does that.
 
 ## Parts
 

@@ -74,7 +74,8 @@ def staged(out: Path) -> Iterator[Path]:
         yield stage
         mask = _umask()
         for path in (*sorted(stage.rglob("*"), reverse=True), stage):
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)  # mkdtemp and safetensors give the owner alone rights
+            # mkdtemp and safetensors give the owner alone rights.
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
             _sync(path)
         os.replace(stage, out)
         _sync(out.parent)

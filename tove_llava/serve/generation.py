@@ -138,7 +138,7 @@ class Answerer:
         if is_stock_llava(folder):
             model, processor = _load_stock(folder, kind)
             template = getattr(model.config, "conversation_template", None) or "v1"
-            ratio = getattr(model.config, "image_aspect_ratio", None) or "pad"
+            ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
             return cls(model.to(where), processor, template, ratio)
         model, processor = load_model(folder, dtype=kind, device=where, merge_lora=True)
         return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
