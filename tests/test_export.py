@@ -126,8 +126,9 @@ HEAD = "language_model.lm_head.weight"
 CLIP_NAMES = ("embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
               "pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.mlp.fc1.bias",
               "encoder.layers.1.layer_norm2.bias", "post_layernorm.weight")  # fmt: skip
-LLAMA_NAMES = ("embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.weight", "layers.1.mlp.down_proj.weight",
-               "layers.0.input_layernorm.weight", "layers.1.post_attention_layernorm.weight")  # fmt: skip
+LLAMA_NAMES = ("embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.weight",
+               "layers.1.mlp.down_proj.weight", "layers.0.input_layernorm.weight",
+               "layers.1.post_attention_layernorm.weight")  # fmt: skip
 
 
 def test_weights_have_the_names_that_servers_read(detached):
@@ -159,7 +160,7 @@ def test_higher_resolution_is_said_to_differ(tmp_path):
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
 
 
-# -- prompts and token ids ------------------------------------------------------------------------------------------------
+# -- prompts and token ids ---------------------------------------------------------------------------------------------
 
 
 def sentencepiece_llama(conformance):
@@ -249,7 +250,7 @@ def test_prompt_begins_with_bos_also_without_special_tokens(llama, tmp_path):
     assert exported(text, add_special_tokens=False).input_ids == expected
 
 
-# -- what is refused, and what is left behind ---------------------------------------------------------------------------
+# -- what is refused, and what is left behind --------------------------------------------------------------------------
 
 
 def test_attached_experts_are_refused(tmp_path):
@@ -324,7 +325,7 @@ def test_full_disk_leaves_nothing(detached, tmp_path, kilobytes):
         subprocess.run(["umount", str(disk)], check=True)
 
 
-# -- elsewhere ----------------------------------------------------------------------------------------------------------
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
 
 
 def test_loads_without_this_package(detached, tmp_path):

@@ -71,8 +71,8 @@ def ask(port, model, file, question):
 
 def chat(model, file, question):
     done = subprocess.run(
-        [sys.executable, "-m", "tove_llava", "chat", "--model", str(model), "--image", str(file), "--question", question,
-         "--max-new-tokens", "24", "--json", "--device", "cpu"],
+        [sys.executable, "-m", "tove_llava", "chat", "--model", str(model), "--image", str(file),
+         "--question", question, "--max-new-tokens", "24", "--json", "--device", "cpu"],
         env=environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

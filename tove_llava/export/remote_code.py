@@ -154,7 +154,7 @@ from transformers import AutoModel
 # These register the parts that this model is made of.
 {others}
 
-# By this class, not by name: an installed tove_llava, or another such folder, has a tower of its own.
+# By this class, not by name: another such folder has a tower of its own.
 AutoModel.register(ToveVisionConfig, ToveVisionModel, exist_ok=True)
 
 __all__ = ["ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "ToveVisionConfig", "ToveVisionModel"]
