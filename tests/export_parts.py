@@ -30,7 +30,7 @@ folder, picture, question, out = sys.argv[1:5]
 trust = {"trust_remote_code": True} if json.loads(sys.argv[6]) else {}
 config = AutoConfig.from_pretrained(folder, **trust)
 model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", **trust).eval()
-processor = AutoProcessor.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
 chat = [{"role": "user", "content": [{"type": "image", "image": Image.open(picture)},
                                      {"type": "text", "text": question}]}]
 inputs = processor.apply_chat_template(
@@ -46,14 +46,17 @@ torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixe
 """
 
 
-def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, **tower):
-    """A checkpoint folder as full training writes it; the tower's gate and output layer are random, not closed."""
+def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, vision=None, **tower):
+    """A checkpoint folder as full training writes it; the tower's gate and output layer are random, not closed.
+
+    ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own.
+    """
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     if "<image>" not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     torch.manual_seed(seed)
     config = ToveLlavaConfig(
-        vision_config=tower_config(folder / "parts", **tower),
+        vision_config=tower_config(folder / "parts", **tower) if vision is None else vision,
         text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=800, initializer_range=0.4),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from answer_parts import picture
+from experts_zoo import CASES
 from export_parts import ask_elsewhere, checkpoint
+from tower_parts import save_clip
 from train_parts import environment
 
 from tove_llava.data import Turn
@@ -19,6 +21,7 @@ from tove_llava.export import export_model
 from tove_llava.export.flatten import flatten_modules, third_party_imports
 from tove_llava.serve.engine import Engine, Message
 from tove_llava.serve.generation import Answerer
+from tove_llava.tower import ToveVisionConfig
 
 QUESTION = "What is it?"
 
@@ -59,6 +62,30 @@ def test_same_model_without_this_package(tmp_path, tower):
         with torch.no_grad():
             bare = answerer.model(input_ids=seen["ids"], pixel_values=seen["pixels"]).logits
         assert not torch.allclose(bare, with_experts, atol=1e-2)
+
+
+def test_experts_of_every_library_go_along(tmp_path):
+    """By value open_clip's tower is timm's to read, so timm is the only library needed beside transformers."""
+    wanted = {"dinov2", "eva", "depth", "segmentation"}
+    entries = []
+    for key, case in CASES.items():
+        if case.expert in wanted | {"normal"} and case.mode == "features":
+            entries.append(case.spec(tmp_path / key, name=f"e{len(entries)}"))
+    assert {entry["expert"] for entry in entries} >= wanted
+    vision = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
+    model = checkpoint(tmp_path, vision=vision)
+    [remark] = export_model(model, tmp_path / "out", "remote-code")
+    assert "timm" in remark and "kornia" not in remark and "open_clip" not in remark
+    picture(5, (40, 24)).save(tmp_path / "wide.png")
+    seen = ask_elsewhere(
+        tmp_path / "out",
+        tmp_path / "wide.png",
+        QUESTION,
+        tmp_path,
+        trust=True,
+        hidden=("tove_llava", "kornia", "open_clip"),
+    )
+    compare(model, seen, tmp_path / "wide.png")
 
 
 @pytest.fixture(scope="module")

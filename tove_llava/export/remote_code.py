@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava import __version__
+from tove_llava.experts import ExpertHub
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.export.parts import (
@@ -21,6 +22,7 @@ from tove_llava.export.parts import (
     without_paths,
 )
 from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.tower import Fusion
 
 ENTRY = "modeling_tove_llava"
 _CONFIG = ("tove_llava.llava.configuration", "ToveLlavaConfig")
@@ -51,13 +53,14 @@ class RemoteCode(ExportFormat):
 
     def write(self, source: ExportSource, folder: Path) -> list[str]:
         model = source.model
-        files = code_files(model)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
         config = ToveLlavaConfig.from_dict(model.config.to_dict())
         # Every expert of the configuration, detached ones included: the fusion has a column for each.
         model.tower.load_backbones(config.vision_config.expert_names, base_dir=source.folder)
         config.vision_config = model.tower.save_backbones(folder)
+        # Saved by value an expert may be read by another class than the one that loaded it (open_clip's, by timm's).
+        files = code_files(model.tower.fusion, ExpertHub(config.vision_config.experts, base_dir=folder))
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         config.conversation_template = source.template
         config.image_aspect_ratio = source.image_aspect_ratio
         config.auto_map = {
@@ -111,27 +114,18 @@ _EXCEPTIONS = (
 )
 
 
-def code_files(model: Any) -> dict[str, str]:
-    """Sources that a model needs, by file name; the entry module among them.
-
-    Args:
-        model: a ``ToveLlavaForConditionalGeneration`` whose tower's hub exists.
-    """
+def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
+    """Sources that a tower of this fusion and these experts needs, by file name; the entry module among them."""
     core = flatten_modules([home for home, _ in _CORE])
-    parts = {module: name for module, name in _components(model).items() if f"{flat_name(module)}.py" not in core}
+    parts = {module: name for module, name in _components(fusion, hub).items() if f"{flat_name(module)}.py" not in core}
     return {**core, **flatten_modules(parts), f"{ENTRY}.py": _entry(parts)}
 
 
-def _components(model: Any) -> dict[str, str]:
-    """What this model is made of: its fusion, its experts, and the parts of this package that those hold.
-
-    Returns:
-        module -> the class in it.
-    """
-    tower = model.tower
-    found = [type(tower.fusion)]
-    experts = tower.frozen.hub.experts.values() if tower.frozen.hub is not None else ()
-    for expert in experts:
+def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
+    """The fusion, the experts, and the parts of this package that those hold: module -> the class in it."""
+    found: list[type] = [type(fusion)]
+    for name in hub.names:
+        expert = hub[name].meta_twin()  # with its configuration read
         found.append(type(expert))
         # For instance a dense network's architecture.
         found += [type(value) for value in vars(expert).values() if type(value).__module__.startswith("tove_llava.")]
