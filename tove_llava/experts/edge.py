@@ -1,4 +1,4 @@
-"""Edges: kornia's DexiNed, or a dense network such as the bundled tiny expert."""
+"""Edges: kornia's DexiNed. Dense networks are in a file of their own, which needs no kornia."""
 
 from pathlib import Path
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from tove_llava.errors import ConfigError
 from tove_llava.experts.base import Expert, register_expert
-from tove_llava.experts.dense_expert import DenseExpert
 from tove_llava.sources import Source
 
 _WEIGHTS = "DexiNed_BIPED_10.pth"
@@ -77,16 +76,6 @@ class DexiNedEdge(Expert):
         file = folder / "model.safetensors"
         save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, file)
         return self.source.at(file)
-
-
-@register_expert("edge", "hf", "bundled")
-class DenseEdge(DenseExpert):
-    """An edge logit per pixel from a dense network with one label; the map is its probability."""
-
-    default_source = "bundled:edge"
-
-    def to_map(self, prediction: Tensor) -> Tensor:
-        return prediction[:, :1].sigmoid()
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import timm
 from torch import nn
 
 from tove_llava.errors import ConfigError
-from tove_llava.experts.base import register_expert
+from tove_llava.experts.base import Expert, register_expert
 from tove_llava.experts.timm_expert import TimmExpert
 from tove_llava.sources import OpenClipSource, Source
 
@@ -52,7 +52,7 @@ class EvaOpenClip(TimmExpert):
         return (self._hub, "open_clip_model.safetensors") if self.source.path is None and self._hub else None
 
     def licence(self) -> str:
-        return "MIT" if self.source.path is None else super().licence()  # the licence of EVA-CLIP's weights
+        return "MIT" if self.source.path is None else Expert.licence(self)  # the licence of EVA-CLIP's weights
 
 
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

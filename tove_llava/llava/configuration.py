@@ -35,7 +35,8 @@ class ToveLlavaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         vision: Any = self.__dict__["vision_config"]
-        if vision is None or (isinstance(vision, dict) and "model_type" not in vision):
+        # By the class and not through AutoConfig, which does not know the class that this module is as remote code.
+        if vision is None or (isinstance(vision, dict) and vision.get("model_type", "tove_vision") == "tove_vision"):
             self.vision_config = ToveVisionConfig(**(vision or {}))
         super().__post_init__(**kwargs)
         if not isinstance(self.vision_config, ToveVisionConfig):

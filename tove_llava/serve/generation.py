@@ -123,7 +123,10 @@ class Answerer:
 
     @classmethod
     def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Answerer":
-        """Load any folder that training writes, or a stock transformers LLaVA (then with LLaVA-1.5's prompt).
+        """Load any folder that training or ``tove-llava export`` writes, or a stock transformers LLaVA.
+
+        A stock folder is read with the template and aspect ratio that its config.json records, as exported ones do, and
+        else with LLaVA-1.5's.
 
         Raises:
             CheckpointError: the folder holds no model.
@@ -133,7 +136,9 @@ class Answerer:
         kind = choose_dtype(dtype, where)
         if is_stock_llava(folder):
             model, processor = _load_stock(folder, kind)
-            return cls(model.to(where), processor)
+            template = getattr(model.config, "conversation_template", None) or "v1"
+            ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
+            return cls(model.to(where), processor, template, ratio)
         model, processor = load_model(folder, dtype=kind, device=where, merge_lora=True)
         return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
 

@@ -1,0 +1,83 @@
+"""Small checkpoints to export, and a child process that cannot import this package or an expert's library."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from answer_parts import byte_tokenizer
+from tower_parts import open_output, text_config, tower_config
+from train_parts import environment
+
+from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+from tove_llava.llava.checkpoint import Manifest, save_checkpoint
+from tove_llava.llava.processing import build_processor
+
+HIDDEN = ("tove_llava", "timm", "open_clip", "peft", "kornia", "torchvision")
+
+# Loads an exported folder with stock classes, asks one question about one picture, and saves what it saw.
+CHILD = """
+import json, sys
+
+hidden = set(json.loads(sys.argv[5]))
+sys.modules.update(dict.fromkeys(hidden))  # None: cannot be found, cannot be imported
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+folder, picture, question, out = sys.argv[1:5]
+trust = {"trust_remote_code": True} if json.loads(sys.argv[6]) else {}
+config = AutoConfig.from_pretrained(folder, **trust)
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype="float32", **trust).eval()
+processor = AutoProcessor.from_pretrained(folder, backend="pil")
+chat = [{"role": "user", "content": [{"type": "image", "image": Image.open(picture)},
+                                     {"type": "text", "text": question}]}]
+inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+with torch.no_grad():
+    logits = model(**inputs).logits
+output = model.generate(**inputs, max_new_tokens=16)
+text = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
+torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "text": text,
+            "module": type(model).__module__, "config": type(config).__name__,
+            "hidden": [name for name in sys.modules if name.split(".")[0] in hidden and sys.modules[name]]}, out)
+"""
+
+
+def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, vision=None, **tower):
+    """A checkpoint folder as full training writes it; the tower's gate and output layer are random, not closed.
+
+    ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own.
+    """
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
+    if "<image>" not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+    torch.manual_seed(seed)
+    config = ToveLlavaConfig(
+        vision_config=tower_config(folder / "parts", **tower) if vision is None else vision,
+        text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=800, initializer_range=0.4),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = ToveLlavaForConditionalGeneration(config).eval()
+    model.tower.load_backbones()
+    if model.tower.fusion.uses_experts:
+        open_output(model.tower, scale=2.0)
+    model.tower.detach_experts(detached)
+    processor = build_processor(tokenizer, config.vision_config, image_token="<image>", template=template)
+    manifest = Manifest("full", "finetune", "tiny", template, ratio, 512, {"source": "bundled:llm", "dtype": "float32"})
+    save_checkpoint(folder / "model", model, processor, manifest, dict(model.state_dict()))
+    return folder / "model"
+
+
+def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, hidden=HIDDEN):
+    """What a process without this package makes of a folder: logits, ids, pixels, text."""
+    out = Path(work) / "seen.pt"
+    settings = environment(HF_MODULES_CACHE=str(Path(work) / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
+    command = [python or sys.executable, "-c", CHILD, str(folder), str(picture), question, str(out)]
+    done = subprocess.run(
+        [*command, json.dumps(hidden), json.dumps(trust)], env=settings, cwd=work, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out)

@@ -1,0 +1,359 @@
+"""``tove-llava export --format hf-llava``: what is written, that it is the same model, and what is refused."""
+
+import errno
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+from answer_parts import byte_tokenizer, picture
+from export_parts import HIDDEN, ask_elsewhere, checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file
+from train_parts import flags, write_parts, write_records
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+
+from tove_llava import load_model
+from tove_llava.cli import main
+from tove_llava.data import Turn, encode_prompt, get_template, load_tokenizer
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.export import export_model, format_names
+from tove_llava.serve.engine import Engine, Message
+from tove_llava.serve.generation import Answerer
+from tove_llava.train.run import main as train
+
+ALL = ("depth", "edge", "normal")
+QUESTION = "What is it?"
+
+
+@pytest.fixture(scope="module")
+def detached(tmp_path_factory):
+    """A ToVE checkpoint with all experts detached, and its export."""
+    root = tmp_path_factory.mktemp("detached")
+    model = checkpoint(root, detached=ALL)
+    export_model(model, root / "out")
+    picture(3, (40, 24)).save(root / "wide.png")
+    return root
+
+
+def both_logits(own_folder, seen, file):
+    """The original's ids, pixels and logits for the question that ``seen`` was asked."""
+    answerer = Answerer.load(own_folder, "cpu", "float32")
+    ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{QUESTION}")], 1)])
+    pixels = answerer.pixels(file)[None]
+    assert ids.tolist() == seen["ids"].tolist()
+    assert torch.equal(pixels, seen["pixels"])
+    with torch.no_grad():
+        return answerer.model(input_ids=ids, pixel_values=pixels).logits, Engine(answerer)
+
+
+def stock(folder, file):
+    """What stock classes in this process make of the question: as :func:`export_parts.ask_elsewhere`."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    content = [{"type": "image", "url": str(file)}, {"type": "text", "text": QUESTION}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    output = model.generate(**inputs, max_new_tokens=16)
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return {"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "text": text}
+
+
+@pytest.mark.parametrize("ratio", ["pad", "square"])
+@pytest.mark.parametrize("tower", [{"detached": ALL}, {"fusion": "none"}, {"fusion": "none", "names": ()}])
+def test_stock_classes_compute_the_same(tmp_path, tower, ratio):
+    model = checkpoint(tmp_path, ratio=ratio, **tower)
+    assert export_model(model, tmp_path / "out") == []
+    picture(3, (40, 24)).save(tmp_path / "wide.png")
+    seen = stock(tmp_path / "out", tmp_path / "wide.png")
+    logits, engine = both_logits(model, seen, tmp_path / "wide.png")
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    message = Message("user", QUESTION, [tmp_path / "wide.png"])
+    assert engine.answer([message], max_new_tokens=16) == seen["text"]
+
+
+def test_our_own_answers_from_the_exported_folder_are_the_same(tmp_path):
+    model = checkpoint(tmp_path, detached=ALL, template="llava_v1", ratio="square")
+    export_model(model, tmp_path / "out")
+    message = Message("user", QUESTION, [picture(3, (40, 24))])
+    own, exported = Engine.load(model, "cpu"), Engine.load(tmp_path / "out", "cpu")
+    assert exported.answerer.template is get_template("llava_v1")
+    assert exported.answerer.transform.aspect_ratio == "square"
+    assert own.answer([message], max_new_tokens=12) == exported.answer([message], max_new_tokens=12)
+
+
+def test_adapters_are_merged(tmp_path):
+    write_parts(tmp_path)
+    write_records(tmp_path, captions=4, count=4)
+    options = ["--max_steps", "2", "--set", "vision.fusion=none", "--set", "vision.experts=[]"]
+    assert train(flags(tmp_path, "finetune_lora", tmp_path / "lora", *options)) == 0
+    export_model(tmp_path / "lora", tmp_path / "out")
+    assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "lora" in name]
+    seen = stock(tmp_path / "out", tmp_path / "images" / "0.png")
+    logits, _ = both_logits(tmp_path / "lora", seen, tmp_path / "images" / "0.png")
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_folder_says_what_it_is(detached):
+    out = detached / "out"
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlavaForConditionalGeneration"] and config["model_type"] == "llava"
+    assert config["vision_config"]["model_type"] == "clip_vision_model"
+    assert config["vision_config"]["num_hidden_layers"] == 2  # the parts' CLIP has three; layer -2 is used
+    assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-1, "default")
+    assert (config["conversation_template"], config["image_aspect_ratio"]) == ("v1", "pad")
+    assert "auto_map" not in config
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == 2 and generation["do_sample"] is False
+    card = (out / "README.md").read_text()
+    assert "ASSISTANT:" in card and "bundled:llm" in card and "Apache-2.0" in card
+    for file in out.iterdir():
+        assert os.stat(file).st_mode & 0o044 == 0o044, file
+        if file.suffix != ".safetensors":
+            assert str(detached) not in file.read_text(), file
+
+
+# What vLLM's LlavaForConditionalGeneration and SGLang's read: docs/export.md has the sources.
+PREFIXES = ("language_model.model.", "multi_modal_projector.linear_", "vision_tower.vision_model.")
+HEAD = "language_model.lm_head.weight"
+CLIP_NAMES = ("embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",
+              "pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight", "encoder.layers.0.mlp.fc1.bias",
+              "encoder.layers.1.layer_norm2.bias", "post_layernorm.weight")  # fmt: skip
+LLAMA_NAMES = ("embed_tokens.weight", "norm.weight", "layers.0.self_attn.q_proj.weight",
+               "layers.1.mlp.down_proj.weight", "layers.0.input_layernorm.weight",
+               "layers.1.post_attention_layernorm.weight")  # fmt: skip
+
+
+def test_weights_have_the_names_that_servers_read(detached):
+    with safe_open(detached / "out" / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+        assert file.metadata()["format"] == "pt"
+    assert [name for name in names if not name.startswith(PREFIXES) and name != HEAD] == []
+    expected = {PREFIXES[2] + name for name in CLIP_NAMES} | {PREFIXES[0] + name for name in LLAMA_NAMES}
+    expected |= {f"{PREFIXES[1]}{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} | {HEAD}
+    assert expected - names == set()
+    assert not [name for name in names if name.startswith("vision_tower.vision_model.encoder.layers.2.")]
+
+
+def test_every_weight_is_found_and_none_is_left(detached):
+    _, info = LlavaForConditionalGeneration.from_pretrained(detached / "out", output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+
+
+def test_dtype(detached, tmp_path):
+    export_model(detached / "model", tmp_path / "half", dtype="bfloat16")
+    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_higher_resolution_is_said_to_differ(tmp_path):
+    model = checkpoint(tmp_path, detached=ALL, image_size=64)
+    [remark] = export_model(model, tmp_path / "out")
+    assert "64 pixels" in remark and remark in (tmp_path / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
+
+
+# -- prompts and token ids ---------------------------------------------------------------------------------------------
+
+
+def sentencepiece_llama(conformance):
+    return load_tokenizer(conformance / "llava" / "llama_tokenizer.model")
+
+
+@pytest.fixture(scope="module", params=["bundled", "llama"])
+def llama(request, tmp_path_factory):
+    """A LLaMA tokenizer as training uses it, and the exported one as stock transformers reads it."""
+    if request.param == "bundled":
+        tokenizer = load_tokenizer("bundled:llm")
+    else:
+        tokenizer = sentencepiece_llama(request.getfixturevalue("conformance"))
+    root = tmp_path_factory.mktemp(request.param)
+    model = checkpoint(root, tokenizer=tokenizer, fusion="none", names=())
+    export_model(model, root / "out")
+    _, processor = load_model(model, load_backbones=False)
+    return processor.tokenizer, AutoTokenizer.from_pretrained(root / "out")
+
+
+TEXTS = st.lists(
+    st.one_of(
+        st.text(max_size=12),
+        st.sampled_from([" ", "  ", "     ", "\n", "<image>", "<s>", "</s>", "<unk>", "▁", "A cone", " two", "USER: "]),
+    ),
+    max_size=8,
+).map("".join)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS)
+def test_token_ids_are_the_trainings_own(llama, text):
+    own, exported = llama
+    assert exported(text).input_ids == own(text).input_ids
+    assert exported(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
+
+
+def test_golden_rows(llama, conformance):
+    own, exported = llama
+    rows = [json.loads(line) for line in (conformance / "llava" / "tokenization.jsonl").read_text().splitlines()]
+    texts = [
+        turn["value"]
+        for row in rows
+        for turn in row.get("conversations", row.get("record", {}).get("conversations", []))
+    ]
+    assert len(texts) > 100
+    for text in texts:
+        assert exported(text).input_ids == own(text).input_ids, text
+
+
+PLAIN_TEXT = st.text(min_size=1, max_size=20).filter(
+    lambda text: text == text.strip() and not any(mark in text for mark in "<>[]▁")
+)
+
+
+@pytest.mark.parametrize("template", ["v1", "llava_v1", "v1_mmtag", "llava_llama_2", "llama_2", "plain"])
+def test_chat_template_is_the_training_prompt(tmp_path, template):
+    tokenizer = load_tokenizer("bundled:llm")
+    model = checkpoint(tmp_path, tokenizer=tokenizer, template=template, fusion="none", names=())
+    export_model(model, tmp_path / "out")
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    image, own = processor.image_token_id, load_model(model, load_backbones=False)[1].tokenizer
+    before, after = get_template(template).image_wrapper
+    single = get_template(template).single_turn
+
+    @settings(max_examples=25, deadline=None)
+    @given(texts=st.lists(PLAIN_TEXT, min_size=3, max_size=3))
+    def check(texts):
+        roles = ["user", "assistant", "user"][: 1 if single else 3]
+        turns = [Turn(role, text) for role, text in zip(roles, texts, strict=False)]
+        turns[0] = Turn("user", f"{before}<image>{after}\n{texts[0]}")
+        chat = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in zip(roles, texts, strict=False)]
+        chat[0]["content"].insert(0, {"type": "image", "image": picture()})
+        got = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+        expected = [16 * [image] if token == -200 else [token] for token in encode_prompt(turns, own, template)]
+        assert got["input_ids"][0] == sum(expected, [])
+
+    check()
+
+
+def test_prompt_begins_with_bos_also_without_special_tokens(llama, tmp_path):
+    """Servers encode a rendered chat without adding any."""
+    own, exported = llama
+    chat = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    text = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    expected = encode_prompt([Turn("user", "Hi")], own, "v1", images=False)
+    assert exported(text, add_special_tokens=False).input_ids == expected
+
+
+# -- what is refused, and what is left behind --------------------------------------------------------------------------
+
+
+def test_attached_experts_are_refused(tmp_path):
+    model = checkpoint(tmp_path, detached=("edge",))
+    with pytest.raises(ConfigError, match="depth, normal") as error:
+        export_model(model, tmp_path / "out")
+    for way in ("tove-llava merge", "tove-llava detach", "remote-code"):
+        assert way in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tower_that_is_more_than_clip_is_refused(detached, tmp_path, monkeypatch):
+    """Whatever a fusion says of itself, the tokens decide."""
+    from tove_llava.tower.fusion.tove import ToveFusion
+
+    whole = ToveFusion.forward
+    monkeypatch.setattr(
+        ToveFusion, "forward", lambda self, base, *a, **k: whole(self, base, *a, **k)._replace(tokens=base * 1.01)
+    )
+    with pytest.raises(CheckpointError, match="not its CLIP's"):
+        export_model(detached / "model", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_used_targets_and_unknown_formats_are_refused(detached, tmp_path, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("used", "file"):
+        assert main(["export", "--model", str(detached / "model"), "--out", str(tmp_path / name)]) == 2
+        assert name in capsys.readouterr().err
+    assert (tmp_path / "used" / "mine.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="hf-llava, remote-code"):
+        export_model(detached / "model", tmp_path / "new", "gguf")
+    assert format_names() == ["hf-llava", "remote-code"]
+
+
+def test_empty_target_is_filled(detached, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["export", "--model", str(detached / "model"), "--out", str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_interrupted_export_leaves_nothing(detached, tmp_path, monkeypatch, error):
+    def fail(processor, folder, **kwargs):
+        assert (folder / "model.safetensors").is_file()  # in the middle: the weights are written already
+        raise error
+
+    monkeypatch.setattr("transformers.LlavaProcessor.save_pretrained", fail)
+    expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        export_model(detached / "model", tmp_path / "out")
+    if expected is CheckpointError:
+        assert "No space left" in str(caught.value) and "nothing was left behind" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [4, 60, 150])
+def test_full_disk_leaves_nothing(detached, tmp_path, kilobytes):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk")
+    try:
+        with pytest.raises(CheckpointError, match="nothing was left behind"):
+            export_model(detached / "model", disk / "out")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -- elsewhere ---------------------------------------------------------------------------------------------------------
+
+
+def test_loads_without_this_package(detached, tmp_path):
+    file = detached / "wide.png"
+    seen = ask_elsewhere(detached / "out", file, QUESTION, tmp_path)
+    assert seen["hidden"] == [] and seen["module"] == "transformers.models.llava.modeling_llava"
+    logits, engine = both_logits(detached / "model", seen, file)
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    assert engine.answer([Message("user", QUESTION, [file])], max_new_tokens=16) == seen["text"]
+
+
+@pytest.mark.slow
+def test_loads_in_an_environment_of_its_own(detached, tmp_path):
+    """TOVE_CLEAN_PYTHON: an interpreter with torch, transformers and pillow alone; docs/export.md makes one."""
+    python = os.environ.get("TOVE_CLEAN_PYTHON")
+    if not python:
+        pytest.skip("TOVE_CLEAN_PYTHON names no interpreter")
+    for name in HIDDEN:
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
+        assert subprocess.run([python, "-c", probe], cwd=tmp_path).returncode == 0, f"{name} is installed there"
+    seen = ask_elsewhere(detached / "out", detached / "wide.png", QUESTION, tmp_path, python=python, hidden=())
+    logits, _ = both_logits(detached / "model", seen, detached / "wide.png")
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_survive_a_tokenizer_without_sentencepiece_rules(tmp_path):
+    """Also a tokenizer that writes no BOS and no space of its own."""
+    model = checkpoint(tmp_path, tokenizer=byte_tokenizer(), fusion="none", names=())
+    export_model(model, tmp_path / "out")
+    template = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert "<s>" not in template

@@ -1,0 +1,204 @@
+"""``tove-llava export --format remote-code``: a model with experts, in a process that has no tove_llava."""
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from answer_parts import picture
+from experts_zoo import CASES
+from export_parts import ask_elsewhere, checkpoint
+from tower_parts import save_clip
+from train_parts import environment
+
+from tove_llava.data import Turn
+from tove_llava.errors import ConfigError
+from tove_llava.export import export_model
+from tove_llava.export.flatten import flatten_modules, third_party_imports
+from tove_llava.serve.engine import Engine, Message
+from tove_llava.serve.generation import Answerer
+from tove_llava.tower import ToveVisionConfig
+
+QUESTION = "What is it?"
+
+
+def compare(model, seen, file):
+    answerer = Answerer.load(model, "cpu", "float32")
+    ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{QUESTION}")], 1)])
+    pixels = answerer.pixels(file)[None]
+    assert ids.tolist() == seen["ids"].tolist() and torch.equal(pixels, seen["pixels"])
+    with torch.no_grad():
+        logits = answerer.model(input_ids=ids, pixel_values=pixels).logits
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    answer = Engine(answerer).answer([Message("user", QUESTION, [file])], max_new_tokens=16)
+    assert answer == seen["text"]
+    return logits
+
+
+@pytest.mark.parametrize(
+    "tower", [{}, {"detached": ("edge",), "top_k": 1, "null_slot": True}, {"fusion": "none", "names": ()}]
+)
+def test_same_model_without_this_package(tmp_path, tower):
+    """Experts of a file outside the package, copied elsewhere, offline, the originals gone."""
+    model = checkpoint(tmp_path, **tower)
+    export_model(model, tmp_path / "out", "remote-code")
+    picture(5, (40, 24)).save(tmp_path / "wide.png")
+    moved = tmp_path / "elsewhere" / "model"
+    moved.parent.mkdir()
+    (tmp_path / "out").rename(moved)
+    (tmp_path / "parts").rename(tmp_path / "hidden")
+    seen = ask_elsewhere(moved, tmp_path / "wide.png", QUESTION, tmp_path, trust=True)
+    assert seen["hidden"] == [] and seen["config"] == "ToveLlavaConfig"
+    assert seen["module"].startswith("transformers_modules.")
+    (tmp_path / "hidden").rename(tmp_path / "parts")
+    with_experts = compare(model, seen, tmp_path / "wide.png")
+    if "fusion" not in tower:  # the experts take part at all
+        answerer = Answerer.load(model, "cpu", "float32")
+        answerer.tower.detach_experts(answerer.tower.config.expert_names)
+        with torch.no_grad():
+            bare = answerer.model(input_ids=seen["ids"], pixel_values=seen["pixels"]).logits
+        assert not torch.allclose(bare, with_experts, atol=1e-2)
+
+
+def test_experts_of_every_library_go_along(tmp_path):
+    """By value open_clip's tower is timm's to read, so timm is the only library needed beside transformers."""
+    wanted = {"dinov2", "eva", "depth", "segmentation"}
+    entries = []
+    for key, case in CASES.items():
+        if case.expert in wanted | {"normal"} and case.mode == "features":
+            entries.append(case.spec(tmp_path / key, name=f"e{len(entries)}"))
+    assert {entry["expert"] for entry in entries} >= wanted
+    vision = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
+    model = checkpoint(tmp_path, vision=vision)
+    [remark] = export_model(model, tmp_path / "out", "remote-code")
+    assert "timm" in remark and "kornia" not in remark and "open_clip" not in remark
+    picture(5, (40, 24)).save(tmp_path / "wide.png")
+    seen = ask_elsewhere(
+        tmp_path / "out",
+        tmp_path / "wide.png",
+        QUESTION,
+        tmp_path,
+        trust=True,
+        hidden=("tove_llava", "kornia", "open_clip"),
+    )
+    compare(model, seen, tmp_path / "wide.png")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    root = tmp_path_factory.mktemp("remote")
+    model = checkpoint(root)
+    export_model(model, root / "out", "remote-code")
+    return root / "out"
+
+
+def test_only_what_the_model_needs_goes_along(out):
+    files = {file.name: file.read_text() for file in out.glob("*.py")}
+    assert third_party_imports(files.values()) - {"tove_llava"} == {
+        "huggingface_hub", "numpy", "safetensors", "torch", "transformers", "yaml"
+    } & third_party_imports(files.values())  # fmt: skip
+    assert "tower_parts.py" in files and "tove_llava_tower_fusion_tove.py" in files
+    assert not [name for name in files if "edge" in name or "timm" in name or "none" in name or "train" in name]
+    for name, text in files.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                assert not node.module.startswith("tove_llava"), name
+    config = json.loads((out / "config.json").read_text())
+    assert config["auto_map"]["AutoConfig"] == "modeling_tove_llava.ToveLlavaConfig"
+    assert {entry["source"] for entry in config["vision_config"]["experts"]} == {
+        f"hf:./backbones/experts/{name}" for name in ("depth", "edge", "normal")
+    }
+    assert str(out.parent) not in (out / "config.json").read_text() + (out / "README.md").read_text()
+
+
+def test_code_is_the_packages_own_text(out):
+    """Line by line but for imports and the registries' packages."""
+    from tove_llava.tower import gate
+
+    own, exported = Path(gate.__file__).read_text(), (out / "tove_llava_tower_gate.py").read_text()
+    assert [line for line in own.splitlines() if "tove_llava" not in line] == [
+        line for line in exported.splitlines() if "tove_llava" not in line
+    ]
+
+
+def test_two_folders_in_one_process(out, tmp_path):
+    shutil.copytree(out, tmp_path / "second")
+    code = f"""
+from transformers import AutoModelForImageTextToText as Auto
+models = [Auto.from_pretrained(d, trust_remote_code=True) for d in ({str(out)!r}, {str(tmp_path / "second")!r})]
+assert len({{type(m) for m in models}}) == len({{type(m.tower) for m in models}}) == 2
+assert all(m.tower.is_loaded for m in models)
+"""
+    settings = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
+    done = subprocess.run([sys.executable, "-c", code], env=settings, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+# -- flatten -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    def write(**files):
+        for name, text in files.items():
+            file = tmp_path / "zoo" / f"{name.replace('__', '/') if name != '__init__' else name}.py"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        (tmp_path / "zoo" / "__init__.py").touch()
+        (tmp_path / "zoo" / "cats").mkdir(exist_ok=True)
+        (tmp_path / "zoo" / "cats" / "__init__.py").write_text("from zoo.cats.lion import Lion as King, roar\n")
+        for name in [name for name in sys.modules if name.split(".")[0] == "zoo"]:
+            del sys.modules[name]
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield write
+    for name in [name for name in sys.modules if name.split(".")[0] == "zoo"]:
+        del sys.modules[name]
+
+
+def test_reexported_names_come_from_where_they_are_defined(package):
+    package(
+        cats__lion="roar = 'é'\n\n\nclass Lion: ...\n",
+        keeper="import os\n\nfrom zoo.cats import (\n    King,  # with a comment\n    roar as noise,\n)\n\n\n"
+        "def feed():\n    from zoo.cats.lion import Lion\n\n    return Lion  # ünïcode\n",
+    )
+    files = flatten_modules(["zoo.keeper"], "zoo")
+    assert set(files) == {"zoo_keeper.py", "zoo_cats_lion.py"}
+    assert files["zoo_keeper.py"] == (
+        "import os\n\nfrom .zoo_cats_lion import Lion as King, roar as noise\n\n\n"
+        "def feed():\n    from .zoo_cats_lion import Lion\n\n    return Lion  # ünïcode\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from . import cats\n", "relative"),
+        ("import zoo.cats\n", "from zoo"),
+        ("from zoo.cats import tiger\n", "tiger"),
+    ],
+)
+def test_imports_that_cannot_be_flat_are_refused(package, text, message):
+    package(cats__lion="roar = 1\n", keeper=text)
+    with pytest.raises(ConfigError, match=message):
+        flatten_modules(["zoo.keeper"], "zoo")
+
+
+def test_every_module_of_tower_and_experts_can_be_flat():
+    """Also those that no test model uses: a new fusion or expert must not make the export fail."""
+    import tove_llava
+
+    root = Path(tove_llava.__file__).parent
+    modules = [
+        ".".join(("tove_llava", *file.relative_to(root).with_suffix("").parts))
+        for folder in ("tower", "experts")
+        for file in (root / folder).rglob("*.py")
+        if file.name != "__init__.py"
+    ]
+    files = flatten_modules(modules)
+    for name, text in files.items():
+        compile(text, name, "exec")

@@ -1,0 +1,16 @@
+"""Edges from a dense network, such as the bundled tiny expert."""
+
+from torch import Tensor
+
+from tove_llava.experts.base import register_expert
+from tove_llava.experts.dense_expert import DenseExpert
+
+
+@register_expert("edge", "hf", "bundled")
+class DenseEdge(DenseExpert):
+    """An edge logit per pixel from a dense network with one label; the map is its probability."""
+
+    default_source = "bundled:edge"
+
+    def to_map(self, prediction: Tensor) -> Tensor:
+        return prediction[:, :1].sigmoid()
