@@ -163,6 +163,23 @@ def test_by_reference_folder_names_what_is_gone(root, tmp_path):
 ONE_EXPERT = "[{name: segmentation, source: 'hf:%s', mode: features}]"
 
 
+def test_language_model_that_has_changed_is_noticed(root, tmp_path):
+    folder = tmp_path / "lora"
+    shutil.copytree(root / "lora", folder)
+    shutil.copytree(root / "llm", tmp_path / "llm")
+    manifest = json.loads((folder / "tove_llava.json").read_text())
+    assert manifest["language_fingerprint"]
+    manifest["language"]["source"] = f"hf:{tmp_path / 'llm'}"
+    (folder / "tove_llava.json").write_text(json.dumps(manifest))
+    load_model(folder)
+    weights = load_file(tmp_path / "llm" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    weights[name] = weights[name] + 0.01
+    save_file(weights, tmp_path / "llm" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="its weights have changed"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -23,8 +23,8 @@ from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.evaluate import versions
 from tove_llava.eval.report import aligned
 from tove_llava.eval.rows import write_atomically
-from tove_llava.eval.runner import fingerprint
 from tove_llava.llava.checkpoint import MANIFEST, Manifest
+from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.serve.generation import Answerer
 
 FILE = "contributions.json"

@@ -26,6 +26,7 @@ from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.rows import AppendFile, Row, by_question, read_jsonl, write_atomically
+from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.serve.generation import Answerer
 
 T = TypeVar("T")
@@ -245,17 +246,6 @@ def _identity(
         "blank_image": condition.blank_image,
         "detach": list(condition.detach),
     }
-
-
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short digest of a model's weights: names, shapes and a few values of each tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().flatten()
-        step = max(1, len(flat) // 64)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check_same_run(folder: Path, identity: Row) -> None:

@@ -33,6 +33,7 @@ from tove_llava.errors import CheckpointError
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.fingerprints import fingerprint as sampled_fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import LanguagePreset, ProjectorPreset
 from tove_llava.sources import Source
@@ -57,6 +58,7 @@ class Manifest:
     model_max_length: int
     language: dict[str, Any]  # LanguagePreset
     fingerprint: str = ""  # SHA-256 of the trained weights
+    language_fingerprint: str = ""  # of the language model named by its source, in its dtype; "" if not recorded
     format_version: int = _VERSION
 
     @classmethod
@@ -286,6 +288,12 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
     config = read_config(folder)
     source = Source.parse(manifest.language["source"]).resolve(folder)
     language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)
+    comparable = manifest.language_fingerprint and dtype == torch_dtype(manifest.language["dtype"])
+    if comparable and sampled_fingerprint(language) != manifest.language_fingerprint:
+        raise CheckpointError(
+            f"{folder}: the language model {source} is not the one that this checkpoint was trained on: "
+            "its weights have changed since. Bring back that version, name its revision, or train again"
+        )
     projector = ProjectorPreset(hidden_act=config.projector_hidden_act, bias=config.multimodal_projector_bias)
     model = assemble(language, config.vision_config, projector)
     grow_vocabulary(model, config.text_config.vocab_size)

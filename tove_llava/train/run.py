@@ -224,6 +224,7 @@ def _save(
         image_aspect_ratio=settings.stage.image_aspect_ratio,
         model_max_length=settings.stage.model_max_length,
         language=start.language,
+        language_fingerprint=start.language_fingerprint,
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 

@@ -12,6 +12,7 @@ from transformers import LlavaProcessor
 from tove_llava.errors import ConfigError
 from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
 from tove_llava.llava.checkpoint import Manifest, load_model, load_processor, load_trained, read_config
+from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.presets import Preset, StagePreset
@@ -27,12 +28,14 @@ class Start(Protocol):
         vision: the tower's configuration.
         processor: with the stage's template.
         language: the language model's entry in the checkpoint that the stage will write.
+        language_fingerprint: of its weights before any training; known once the model is made.
     """
 
     stage: StagePreset
     vision: ToveVisionConfig
     processor: LlavaProcessor
     language: dict[str, Any]
+    language_fingerprint: str
 
     def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
         """The model with its frozen backbones, on the CPU."""
@@ -56,9 +59,12 @@ class FromParts:
         self.processor = prepare_processor(self.preset, self.vision, self.stage.template)
         language = self.preset.to_dict()["language"]
         self.language = language | {"source": str(Source.parse(language["source"]).absolute())}
+        self.language_fingerprint = ""
 
     def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
-        model = assemble(read_language_model(self.preset.language), self.vision, self.preset.projector, seed=seed)
+        language = read_language_model(self.preset.language)
+        self.language_fingerprint = fingerprint(language)
+        model = assemble(language, self.vision, self.preset.projector, seed=seed)
         fit_to_processor(model, self.processor)
         model.tower.load_backbones()
         if self.folder is not None:
@@ -90,6 +96,7 @@ class FromCheckpoint:
         self.processor = build_processor(tokenizer, self.vision, image_token=image_token, template=self.stage.template)
         source = Source.parse(manifest.language["source"]).resolve(self.folder)
         self.language = manifest.language | {"source": str(source.absolute())}
+        self.language_fingerprint = manifest.language_fingerprint
         if manifest.kind == "full":  # its language model has no source of its own that adapters could refer to
             self.stage = dataclasses.replace(self.stage, lora=None)
 
