@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from data_helpers import CHATML
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -236,6 +237,18 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
         assert after.keys() == before.keys()
         distance = sum(float((after[n] - before[n]).abs().sum()) for n in before)
         assert 0 < distance < 0.5 * sum(float(value.abs().sum()) for value in before.values())
+
+
+def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
+    """Stage 1's folder holds the plain template's form where the tokenizer's own chat template was."""
+    write_parts(tmp_path)
+    write_records(tmp_path)
+    (tmp_path / "llm" / "chat_template.jinja").write_text(CHATML)
+    assert main(flags(tmp_path, "pretrain", tmp_path / "trained", "--max_steps", "8", "--learning_rate", "0.05")) == 0
+    assert main(merge(tmp_path, "trained", tmp_path / "merged", "--template", "chat_template")) == 0
+    _, processor = tove_llava.load_model(tmp_path / "merged")
+    assert processor.conversation_template == "chat_template"
+    assert "<|im_start|>" in processor.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
 def test_stage_keeps_what_it_started_from(root, tmp_path):

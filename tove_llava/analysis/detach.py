@@ -33,6 +33,7 @@ from tove_llava.llava.checkpoint import (
     load_processor,
     read_tensors,
 )
+from tove_llava.staging import staged
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
 FUSION = "model.vision_tower.fusion."
@@ -93,9 +94,7 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
     cut = cut_state(large, small, {name.removeprefix(FUSION): value for name, value in state.items()}, folder)
     kept = {FUSION + name: value for name, value in cut.items()}
 
-    staging = out.with_name(f".{out.name}.{os.getpid()}.part")
-    try:
-        staging.mkdir(parents=True)
+    with staged(out) as staging:
         tensors = _write_weights(files, staging, kept)
         _copy_parts(folder, staging, large, small)
         config.vision_config = small
@@ -103,11 +102,6 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
         load_processor(folder).save_pretrained(staging)
         final = dataclasses.replace(manifest, fingerprint=fingerprint_of(_by_model_names(folder, manifest, tensors)))
         write_atomically(staging / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
-        os.rename(staging, out)
-    except OSError as error:
-        raise CheckpointError(f"{out} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return Detached(
         folder=out,
         kept=tuple(small.expert_names),

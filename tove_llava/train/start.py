@@ -9,13 +9,20 @@ from typing import Any, Protocol
 
 from transformers import LlavaProcessor
 
-from tove_llava.errors import ConfigError
-from tove_llava.llava.build import assemble, fit_to_processor, prepare_processor, read_language_model, vision_config
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.llava.build import (
+    assemble,
+    fit_to_processor,
+    prepare_processor,
+    read_language_model,
+    read_tokenizer,
+    vision_config,
+)
 from tove_llava.llava.checkpoint import Manifest, load_model, load_processor, load_trained, read_config
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
-from tove_llava.presets import Preset, StagePreset
+from tove_llava.presets import LanguagePreset, Preset, StagePreset
 from tove_llava.registry import Registry
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
@@ -91,14 +98,23 @@ class FromCheckpoint:
         manifest = Manifest.read(self.folder)
         config = read_config(self.folder)
         self.vision = config.vision_config
-        tokenizer = load_processor(self.folder).tokenizer
-        image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
-        self.processor = build_processor(tokenizer, self.vision, image_token=image_token, template=self.stage.template)
         source = Source.parse(manifest.language["source"]).resolve(self.folder)
         self.language = manifest.language | {"source": str(source.absolute())}
+        tokenizer = load_processor(self.folder).tokenizer
+        if manifest.template != self.stage.template:
+            tokenizer.chat_template = self._own_chat_template()  # the folder has the other template's form
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
+        self.processor = build_processor(tokenizer, self.vision, image_token=image_token, template=self.stage.template)
         self.language_fingerprint = manifest.language_fingerprint
         if manifest.kind == "full":  # its language model has no source of its own that adapters could refer to
             self.stage = dataclasses.replace(self.stage, lora=None)
+
+    def _own_chat_template(self) -> str | None:
+        """What the language model's own tokenizer ships; None where its source has no tokenizer."""
+        try:
+            return read_tokenizer(LanguagePreset(**self.language)).chat_template
+        except CheckpointError:
+            return None
 
     def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
         assert self.folder is not None
