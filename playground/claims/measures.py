@@ -11,6 +11,7 @@ from jobs import Job, Settings, command
 
 MEASURES: dict[str, Callable[[Settings], None]] = {}
 BATCH, ROUNDS = 32, 31
+CURVE_QUESTIONS = 800
 
 
 def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
@@ -68,5 +69,5 @@ def curves(settings: Settings) -> None:
             data = settings.scenes / "val_questions.jsonl"
             command(
                 "detach", "--model", model, "--curve", "--data", data, "--image-folder", settings.scenes / "images",
-                "--out", out,
+                "--limit", CURVE_QUESTIONS, "--out", out,
             )  # fmt: skip
