@@ -264,7 +264,7 @@ def test_precomputed_features_give_the_same_logits(tmp_path):
     assert torch.equal(model(**data, vision_features=features).logits, expected)
     vision = model.encode_images(images)
     assert torch.equal(model(**data, mm_encoder_outputs={"image": vision}).logits, expected)
-    with pytest.raises(ConfigError, match="once"):
+    with pytest.raises(ConfigError, match="exactly one"):
         model(**data, vision_features=features, pixel_values=images)
 
 
