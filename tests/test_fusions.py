@@ -127,6 +127,8 @@ def test_add_is_the_mean_of_the_experts(tmp_path):
     hidden = [tower.fusion.embeddings.hidden(name, features.experts[name], None) for name in NAMES]
     expected = features.base + F.linear(sum(hidden) / 3, tower.fusion.output.weight)
     torch.testing.assert_close(tower.fuse(features).last_hidden_state, expected)
+    features.usable = {}  # as in training, where an expert that fails stops the run
+    torch.testing.assert_close(tower.fuse(features).last_hidden_state, expected)
     features.usable = {"depth": torch.tensor([False, True])}
     expected[0] = features.base[0] + F.linear((hidden[1][0] + hidden[2][0]) / 2, tower.fusion.output.weight)
     torch.testing.assert_close(tower.fuse(features).last_hidden_state, expected)
