@@ -334,6 +334,13 @@ def test_interrupted_merge_resumes(root, tmp_path, capsys):
             torch.testing.assert_close(resumed[key], value, rtol=0, atol=1e-6)
 
 
+def test_zero3_is_refused_before_anything_is_loaded(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(merge(root, "lora", tmp_path / "out", "--deepspeed", "zero3")) == 2
+    assert "--deepspeed zero2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_bad_input_of_the_verb(root, tmp_path, capsys):
     assert cli(["merge"]) == 0
     assert cli(["merge", "--data_path", "x"]) == 2

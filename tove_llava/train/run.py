@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.data.images import AspectRatio
-from tove_llava.errors import CheckpointError, ToveError
+from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
@@ -46,6 +46,7 @@ def run(settings: Settings) -> None:
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
+    _check_zero_stage(settings)
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
     seed = settings.training.get("seed", 42)
     set_seed(seed)
@@ -227,6 +228,15 @@ def _save(
         language_fingerprint=start.language_fingerprint,
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
+
+
+def _check_zero_stage(settings: Settings) -> None:
+    """Refuses a merge under ZeRO-3, in which ranks with and without images fall out of step and wait for ever."""
+    file = resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed))
+    if settings.stage.merge is None or file is None:
+        return
+    if json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError("merging does not run under ZeRO-3; give --deepspeed zero2 (DEEPSPEED_CONFIG=zero2)")
 
 
 def _run_record(settings: Settings) -> dict[str, Any]:
