@@ -27,6 +27,28 @@ _CORPUS = [
     "a quiet harbour at dusk, two wooden boats on the sand",
 ] * 20
 
+# What the golden rows' answers are where the original masks the whole row, or its tail, because its count went wrong.
+MENDED = {
+    "question-empty-text": [" Nothing was asked.</s>"],
+    "question-empty-second": [" Hi.</s>", " You said nothing.</s>"],
+    "answer-has-assistant-spaced": [" The log says ASSISTANT: hello there</s>"],
+    "answer-has-assistant-second-turn": [" Nothing yet.</s>", " It reads ASSISTANT: ready</s>"],
+    "question-has-assistant": [" I am finished.</s>"],
+    "answer-has-eos": [" first</s>second</s>"],
+    "answer-has-eos-end": [" done</s></s>"],
+    "answer-has-eos-end-multi": [" done</s></s>", " done</s>"],
+    "question-has-eos": [" It ends a sequence.</s>"],
+    "answer-has-unk": [" It is <unk> here.</s>"],
+    "answer-has-unk-image": [" <unk></s>"],
+    "question-has-unk": [" Yes.</s>", " Yes.</s>"],
+    "answer-empty": [],
+    "answer-empty-last": [" Hi.</s>"],
+    "ends-with-human": [" Hi.</s>"],
+    "human-only": [],
+    "l2-inst-in-answer": [" It shows [/INST] twice. </s>"],
+    "l2-empty-answer": [],
+}
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

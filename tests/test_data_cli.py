@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_helpers import byte_level_tokenizer, decode_spans, train_sentencepiece
+from data_helpers import byte_level_tokenizer, decode_spans, jsonl, train_sentencepiece
 from PIL import Image
+from tower_parts import tower_config
+from transformers import AutoTokenizer
 
 from tove_llava.cli import main
 from tove_llava.data import load_tokenizer
+from tove_llava.llava.processing import build_processor
 
 
 def turns(*values: str) -> list[dict[str, str]]:
@@ -153,24 +156,93 @@ def test_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing is supervised" in rows[9]["warning"]
 
 
-def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from data_helpers import jsonl
+def _hub_folder(model: Path, folder: Path) -> None:
+    """As a LLaMA of the hub is laid out."""
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "pad_token": None}
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
 
-    rows = [row for row in jsonl(conformance / "llava" / "tokenization.jsonl") if row.get("record")]
+
+def _resaved_folder(model: Path, folder: Path) -> None:
+    """As transformers saves it again: its own conversion, without the SentencePiece model."""
+    _hub_folder(model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.model").unlink()
+    tokenizer.save_pretrained(folder)
+    assert tokenizer("a  kite")["input_ids"] != load_tokenizer(model)("a  kite")["input_ids"]
+
+
+def _checkpoint_folder(model: Path, folder: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    (folder / "parts").mkdir()
+    vision = tower_config(folder / "parts", names=(), fusion="none")
+    build_processor(tokenizer, vision, image_token="<image>", template="v1").save_pretrained(folder)
+
+
+FOLDERS = {
+    "bare": lambda model, folder: (folder / "tokenizer.model").write_bytes(model.read_bytes()),
+    "hub": _hub_folder,
+    "resaved": _resaved_folder,
+    "checkpoint": _checkpoint_folder,
+}
+
+
+def _through_the_command(tokenizer: Path, records: list[Any], folder: Path, capsys: Any, *flags: str) -> list[Any]:
+    (folder / "rows.json").write_text(json.dumps(records))
+    command = ["tokenize", "--tokenizer", str(tokenizer), "--records", str(folder / "rows.json"), "--json", *flags]
+    assert main(command) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, capsys: Any, kind: str) -> None:
+    """Every id and label, whatever the folder that the tokenizer comes from."""
+    FOLDERS[kind](conformance / "llava" / "llama_tokenizer.model", tmp_path)
+    rows = jsonl(conformance / "llava" / "tokenization.jsonl")
+    equal = {"train": 0, "generate": 0}
     for template in sorted({row["template"] for row in rows} - {"some_unknown_name"}):
-        chosen = [row for row in rows if row["template"] == template]
-        (tmp_path / "rows.json").write_text(json.dumps([row["record"] for row in chosen]))
-        model = str(conformance / "llava" / "llama_tokenizer.model")
-        flags = ["--tokenizer", model, "--template", template, "--records", str(tmp_path / "rows.json"), "--json"]
-        assert main(["tokenize", *flags]) == 0
-        for row, line in zip(chosen, capsys.readouterr().out.splitlines(), strict=True):
-            ours = json.loads(line)
+        trained = [row for row in rows if row["template"] == template and row["kind"] == "train"]
+        records = [row["record"] for row in trained]
+        printed = _through_the_command(tmp_path, records, tmp_path, capsys, "--template", template)
+        for row, ours in zip(trained, printed, strict=True):
+            assert ours["id"] == row["record"].get("id")
             if row["error"] or row["id"] == "gpt-only":
-                assert ours["error"]
+                assert row["id"] in ours["error"] and ours["input_ids"] is None
                 continue
-            assert ours["input_ids"][: len(row["input_ids"])] == row["input_ids"], row["id"]
-            if not row["mismatch"] and row["id"] != "long-image-mismatch-hidden":
-                assert ours["labels"][: len(row["labels"])] == row["labels"], row["id"]
+            assert ours["input_ids"] == row["input_ids"], row["id"]
+            assert ours["error"] is None and len(ours["labels"]) == len(ours["input_ids"])
+            if not row["mismatch"]:  # 2048: what follows is never fed, and one row's labels differ there
+                assert ours["labels"][:2048] == row["labels"][:2048], row["id"]
+                equal["train"] += 1
+        asked = [row for row in rows if row["template"] == template and row["kind"] == "generate"]
+        prompts = [{"id": row["id"], "image": "x.png", "conversations": turns(*row["turns"][:-1])} for row in asked]
+        if prompts:
+            flags = ["--template", template, "--generate"]
+            printed = _through_the_command(tmp_path, prompts, tmp_path, capsys, *flags)
+            assert [ours["input_ids"] for ours in printed] == [row["input_ids"] for row in asked]
+            equal["generate"] += len(asked)
+    assert equal == {"train": 111, "generate": 24}
+
+
+def test_rows_are_cut_as_training_cuts_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = [BAD[6], GOOD[0]]
+    assert tokenize(folder, records, "--json", "--model-max-length", "90") == 0
+    long, image = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(long["input_ids"]) == len(long["labels"]) == 90
+    assert "to 90" in long["warning"] and "nothing is supervised" in long["warning"]
+    whole = len(image["input_ids"])
+    assert image["labels"][-1] >= 0 and image["warning"] is None
+    assert tokenize(folder, records, "--json", "--model-max-length", str(whole + 5), "--num-image-tokens", "9") == 0
+    image = json.loads(capsys.readouterr().out.splitlines()[1])
+    assert len(image["input_ids"]) == whole - 3  # 8 more positions than ids
+
+
+def test_a_placeholder_without_an_image_is_said_to_be_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize(folder, [{"id": "q", "conversations": turns("<image>\nWhat?")}], "--generate", "--json") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert "no 'image'" in row["warning"] and -200 not in row["input_ids"]
 
 
 def test_text_marks_what_is_learnt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

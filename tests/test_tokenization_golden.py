@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_helpers import jsonl
+from data_helpers import MENDED, decode_spans, jsonl
 
 from tove_llava.data import (
     IGNORE_INDEX,
@@ -23,28 +23,6 @@ from tove_llava.data.dataset import truncate
 from tove_llava.data.records import prepare_turns
 from tove_llava.data.tokenization import Encoded
 from tove_llava.errors import ConfigError, DataError
-
-# What the answers' spans are where the original masks the whole row, or its tail, because its count went wrong.
-MENDED = {
-    "question-empty-text": [" Nothing was asked.</s>"],
-    "question-empty-second": [" Hi.</s>", " You said nothing.</s>"],
-    "answer-has-assistant-spaced": [" The log says ASSISTANT: hello there</s>"],
-    "answer-has-assistant-second-turn": [" Nothing yet.</s>", " It reads ASSISTANT: ready</s>"],
-    "question-has-assistant": [" I am finished.</s>"],
-    "answer-has-eos": [" first</s>second</s>"],
-    "answer-has-eos-end": [" done</s></s>"],
-    "answer-has-eos-end-multi": [" done</s></s>", " done</s>"],
-    "question-has-eos": [" It ends a sequence.</s>"],
-    "answer-has-unk": [" It is <unk> here.</s>"],
-    "answer-has-unk-image": [" <unk></s>"],
-    "question-has-unk": [" Yes.</s>", " Yes.</s>"],
-    "answer-empty": [],
-    "answer-empty-last": [" Hi.</s>"],
-    "ends-with-human": [" Hi.</s>"],
-    "human-only": [],
-    "l2-inst-in-answer": [" It shows [/INST] twice. </s>"],
-    "l2-empty-answer": [],
-}
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +74,13 @@ def test_training_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
 
 
 def test_rows_that_the_original_masks_are_supervised_correctly(rows: list[dict[str, Any]], tokenizer: Any) -> None:
-    seen = set()
-    for row in rows:
-        if row["kind"] != "train" or not row["mismatch"] or row["id"] not in MENDED:
-            continue
-        labels = _encode(row, tokenizer).labels
-        spans = "".join(tokenizer.decode([2, label])[4:] if label >= 0 else "|" for label in labels)
-        assert [span for span in spans.split("|") if span] == MENDED[row["id"]], row["id"]
-        seen.add(row["id"])
-    assert seen == set(MENDED)
+    masked = {row["id"]: row for row in rows if row.get("mismatch")}
+    assert set(masked) == {*MENDED, "gpt-only", "long-text-mismatch-early"}
+    for name, spans in MENDED.items():
+        assert decode_spans(tokenizer, _encode(masked[name], tokenizer).labels) == spans, name
+    long = masked["long-text-mismatch-early"]
+    (span,) = decode_spans(tokenizer, _encode(long, tokenizer).labels)
+    assert span == f" {long['record']['conversations'][1]['value']}</s>"
 
 
 def test_the_tail_that_an_early_stop_masks_is_supervised(rows: list[dict[str, Any]], tokenizer: Any) -> None:

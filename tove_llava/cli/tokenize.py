@@ -3,7 +3,8 @@
 Supervised text is printed in colour (or between the marks ⟦ and ⟧), an image as <image>. With --json each record
 gives a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that
 cannot be encoded has an error there and does not stop the others; for a verdict on a whole data set use
-"tove-llava data check".
+"tove-llava data check". Rows are cut as training cuts them; those with images only when --num-image-tokens tells how
+many positions a picture takes.
 """
 
 import argparse
@@ -21,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
     parser.add_argument("--records", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
+    parser.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
+    parser.add_argument("--num-image-tokens", type=int, metavar="N", help="positions of a picture, such as 576")
     parser.add_argument(
         "--generate",
         action="store_true",
@@ -45,8 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
-    from tove_llava.data.records import parse_record, prepare_turns
-    from tove_llava.data.tokenization import IGNORE_INDEX, encode_prompt, encode_record
+    from tove_llava.data.records import parse_record
     from tove_llava.errors import DataError
 
     row: dict[str, Any] = {
@@ -58,24 +60,47 @@ def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, token
     }
     try:
         record = parse_record(raw, index, args.records)
-        if args.generate:
-            with record.errors():
-                images = bool(record.images) or template.single_turn
-                row["input_ids"] = encode_prompt(record.turns, tokenizer, template, images=images)
-            row["labels"] = [IGNORE_INDEX] * len(row["input_ids"])
-            return row
-        encoded = encode_record(record, tokenizer, template, check_images=False)
-        row.update(input_ids=encoded.input_ids, labels=encoded.labels)
+        encoded, warnings = (_prompt if args.generate else _example)(record, args, template, tokenizer)
+        row.update(input_ids=encoded.input_ids, labels=encoded.labels, warning="; ".join(warnings) or None)
     except DataError as error:
         row["error"] = str(error)
-        return row
+    return row
+
+
+def _example(record: Any, args: argparse.Namespace, template: Any, tokenizer: Any) -> tuple[Any, list[str]]:
+    """A record as training feeds it, and what is to be said of it."""
+    from tove_llava.data.dataset import truncate
+    from tove_llava.data.records import prepare_turns
+    from tove_llava.data.tokenization import encode_record
+    from tove_llava.errors import DataError
+
+    warnings = []
+    whole = encoded = encode_record(record, tokenizer, template, check_images=False)
+    if args.num_image_tokens or not whole.num_images:
+        encoded = truncate(whole, args.model_max_length, args.num_image_tokens or 1)
+        if len(encoded.input_ids) < len(whole.input_ids):
+            warnings.append(f"{record.where}: cut from {len(whole.input_ids)} ids to {len(encoded.input_ids)}")
     try:
         prepare_turns(record, template)
         if not encoded.num_supervised:
-            row["warning"] = f"{record.where}: nothing is supervised"
+            warnings.append(f"{record.where}: nothing is supervised")
     except DataError as error:
-        row["warning"] = str(error)
-    return row
+        warnings.append(str(error))
+    return encoded, warnings
+
+
+def _prompt(record: Any, args: argparse.Namespace, template: Any, tokenizer: Any) -> tuple[Any, list[str]]:
+    """A record as a generation prompt, and what is to be said of it."""
+    from tove_llava.data.tokenization import IGNORE_INDEX, Encoded, encode_prompt
+    from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
+
+    images = bool(record.images) or template.single_turn
+    with record.errors():
+        ids = encode_prompt(record.turns, tokenizer, template, images=images)
+    warnings = []
+    if not images and any(IMAGE_PLACEHOLDER in (turn.text or "") for turn in record.turns):
+        warnings.append(f"{record.where} has no 'image', so {IMAGE_PLACEHOLDER} is ordinary text")
+    return Encoded(ids, [IGNORE_INDEX] * len(ids)), warnings
 
 
 def _text(row: dict[str, Any], index: int, tokenizer: Any, colour: bool) -> str:
