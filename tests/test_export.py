@@ -198,17 +198,78 @@ def test_token_ids_are_the_trainings_own(llama, text):
     assert exported(text, add_special_tokens=False).input_ids == own(text, add_special_tokens=False).input_ids
 
 
-def test_golden_rows(llama, conformance):
-    own, exported = llama
+def golden_rows(conformance):
     rows = [json.loads(line) for line in (conformance / "llava" / "tokenization.jsonl").read_text().splitlines()]
-    texts = [
-        turn["value"]
-        for row in rows
-        for turn in row.get("conversations", row.get("record", {}).get("conversations", []))
-    ]
-    assert len(texts) > 100
-    for text in texts:
-        assert exported(text).input_ids == own(text).input_ids, text
+    return [row for row in rows if row["prompt"] is not None]
+
+
+def test_golden_rows(llama, conformance):
+    """The exported tokenizer on every golden text, as training encodes them."""
+    own, exported = llama
+    rows = golden_rows(conformance)
+    for row in rows:
+        with_images = "image" in row.get("record", {"image": 0}) or row["template"] == "plain"
+        texts = row["prompt"].split("<image>") if with_images else [row["prompt"].replace("<image>", "")]
+        for text in texts:
+            assert exported(text).input_ids == own(text).input_ids, row["id"]
+        if own.vocab_size < 32000:  # the bundled vocabulary
+            continue
+        if not with_images and "<image>" in row["prompt"]:  # listed in the card
+            continue
+        ids = exported(texts[0]).input_ids
+        for text in texts[1:]:
+            ids += [-200, *exported(text, add_special_tokens=False).input_ids]
+        assert ids[: len(row["input_ids"])] == row["input_ids"], row["id"]
+    assert len(rows) == 156
+
+
+def test_golden_prompts_through_the_chat_template(llama, conformance):
+    """What a server makes of a request: the golden ids, the picture first."""
+    _, exported = llama
+    if exported.vocab_size < 32000:
+        pytest.skip("the golden ids are LLaMA's")
+    image, compared = exported.convert_tokens_to_ids("<image>"), set()
+    for row in golden_rows(conformance):
+        if row["kind"] != "generate" or row["template"] != "vicuna_v1":
+            continue
+        chat = []
+        for index, text in enumerate(row["turns"][:-1]):
+            pictures = [{"type": "image"}] * text.startswith("<image>\n")
+            parts = [*pictures, {"type": "text", "text": text.removeprefix("<image>\n")}]
+            chat.append({"role": ("user", "assistant")[index % 2], "content": parts})
+        if "<image>" in "".join(part.get("text", "") for message in chat for part in message["content"]):
+            continue  # a picture elsewhere than in front: listed in the card
+        text = exported.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = exported(text, add_special_tokens=False).input_ids
+        assert [-200 if token == image else token for token in ids] == row["input_ids"], row["id"]
+        compared.add(row["id"])
+    assert {"gen-vqa", "gen-image-only", "gen-multi-turn-3", "gen-text-only", "gen-empty-question"} <= compared
+    assert len(compared) == 15
+
+
+def test_a_stock_llavas_prompts_are_the_golden_ones(conformance, tmp_path):
+    """A folder as the hub's LLaVAs are: the evaluation and the chat use SentencePiece's ids, not transformers' own."""
+    model_file = conformance / "llava" / "llama_tokenizer.model"
+    model = checkpoint(tmp_path, tokenizer=load_tokenizer(model_file), fusion="none", names=())
+    folder = tmp_path / "out"
+    export_model(model, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(model_file.read_bytes())
+    (folder / "added_tokens.json").write_text('{"<image>": 32000}')
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    answerer = Answerer.load(folder, "cpu", "float32")
+    stock_tokenizer = AutoTokenizer.from_pretrained(folder)
+    differs = 0
+    for row in golden_rows(conformance):
+        turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(row.get("turns", [])[:-1])]
+        if row["template"] != "vicuna_v1" or not turns:
+            continue
+        ids = answerer.encode(turns, row["num_image_placeholders"])
+        expected = [[32000] * answerer.num_image_tokens if token == -200 else [token] for token in row["input_ids"]]
+        assert ids == sum(expected, []), row["id"]
+        differs += stock_tokenizer(row["prompt"]).input_ids != row["input_ids"]
+    assert differs
 
 
 PLAIN_TEXT = st.text(min_size=1, max_size=20).filter(

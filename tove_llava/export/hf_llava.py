@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaFo
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.parts import (
+    PROMPT_EXCEPTIONS,
     check_prompts,
     display_source,
     export_processor,
@@ -86,9 +87,9 @@ class HfLlava(ExportFormat):
 
 
 _EXCEPTIONS = (
+    *PROMPT_EXCEPTIONS,
     'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
     "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
-    "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
     "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it.",
 )
 

@@ -40,6 +40,16 @@ PROBES = (
     "\n",
 )
 
+# Where the same text gives other ids than in training; lines of every model card.
+PROMPT_EXCEPTIONS = (
+    "Ids are those of training, of SentencePiece for LLaMA's vocabulary, in `tokenizer.json` and through the chat "
+    "template. By hand, without the template, one thing has to be minded: in training the text behind a picture is "
+    "encoded as a text of its own, so in LLaMA's vocabularies a space stands between `<image>` and what follows it, "
+    "which the template writes.",
+    "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
+    "Pictures stand in front of their message's text, as in training, wherever the request has them.",
+)
+
 
 def export_processor(
     source: ExportSource, *, image_size: int, patch_size: int, strategy: str, additional_tokens: int

@@ -12,6 +12,7 @@ from tove_llava.experts import ExpertHub
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.export.parts import (
+    PROMPT_EXCEPTIONS,
     check_prompts,
     display_source,
     export_processor,
@@ -108,9 +109,9 @@ class RemoteCode(ExportFormat):
 
 
 _EXCEPTIONS = (
+    *PROMPT_EXCEPTIONS,
     'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
     "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
-    "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
 )
 
 

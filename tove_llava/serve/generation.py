@@ -20,7 +20,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ImageTransform, Turn, encode_prompt, get_template
+from tove_llava.data import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+    ImageTransform,
+    Turn,
+    encode_prompt,
+    get_template,
+    load_tokenizer,
+)
 from tove_llava.data.images import AspectRatio
 from tove_llava.errors import CheckpointError, ConfigError, DataError
 from tove_llava.llava.checkpoint import MANIFEST, load_model
@@ -78,6 +86,7 @@ def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
         processor = LlavaProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
+    processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
     tower = model.model.vision_tower
     if isinstance(tower, ToveVisionModel):
         tower.load_backbones(base_dir=folder)
