@@ -40,6 +40,13 @@ PROBES = (
     "\n",
 )
 
+# What every exported folder does otherwise than training.
+EXCEPTIONS = (
+    'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
+    "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
+    "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
+)
+
 
 def export_processor(
     source: ExportSource, *, image_size: int, patch_size: int, strategy: str, additional_tokens: int
@@ -176,6 +183,22 @@ def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]
             [user("No picture.", image=False)],
         ]
     return [([turn for turn, _ in talk], [message for _, message in talk]) for talk in talks]
+
+
+def usage(trust_remote_code: bool = False) -> str:
+    """Code that loads an exported folder ``DIR`` and asks it one question, for its card."""
+    trust = ", trust_remote_code=True" if trust_remote_code else ""
+    return f"""from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(DIR{trust})
+processor = AutoProcessor.from_pretrained(DIR, backend="pil")
+content = [{{"type": "image", "url": "picture.jpg"}}, {{"type": "text", "text": "What is it?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
 def without_paths(config: Any) -> None:
