@@ -241,7 +241,7 @@ def _save(
 
 
 def _check_merge(settings: Settings) -> None:
-    """Refuses Muon under DeepSpeed, and ZeRO-3, in which ranks with and without images fall out of step for ever."""
+    """Refuses Muon under DeepSpeed."""
     file = resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed))
     if settings.stage.merge is None or file is None:
         return
@@ -250,8 +250,6 @@ def _check_merge(settings: Settings) -> None:
             f"merge optimizer {settings.stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
             "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
         )
-    if json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage") == 3:
-        raise ConfigError("merging does not run under ZeRO-3; give --deepspeed zero2 (DEEPSPEED_CONFIG=zero2)")
 
 
 def _run_record(settings: Settings) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class ToveTrainer(Trainer):
         loss = lm_loss * self.accelerator.num_processes
         self._meter.add("lm_loss", lm_loss)
         if outputs.merge_loss is not None:
-            merge_loss = outputs.merge_loss.sum() / window.num_images
+            merge_loss = outputs.merge_loss.sum() / max(window.num_images, 1)
             loss = loss + self._merge_coefficient * merge_loss.to(loss) * self.accelerator.num_processes
             self._meter.add("merge_loss", merge_loss)
         if outputs.gate_inputs is not None:
