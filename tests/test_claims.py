@@ -84,6 +84,19 @@ def test_page_says_what_was_not_run_and_works_the_rest_out(settings, tmp_path):
     assert report.HOLDS in residual
 
 
+@pytest.mark.parametrize(("half", "said"), [(0.79, report.HOLDS), (0.70, report.NOT)])
+def test_curve_is_slow_when_half_of_the_experts_are_cheap(settings, tmp_path, half, said):
+    for seed in range(3):
+        folder = settings.out / "curves" / str(seed)
+        folder.mkdir(parents=True)
+        scores = zip(("abcd", "abc", "ab", "a", ""), (0.8, 0.8, half + 0.001 * seed, 0.6, 0.5), strict=True)
+        steps = [{"experts": list(left), "accuracy": score, "images_per_second": 10} for left, score in scores]
+        (folder / "detach_curve.json").write_text(json.dumps({"steps": steps}))
+    text = report.SECTIONS["d"](settings, tmp_path)
+    assert said in text
+    assert f"{100 * (0.799 - half):+.1f} ± 0.2" in text
+
+
 def test_every_study_is_written_about_and_names_arms_that_exist():
     assert report.SECTIONS.keys() == report.STUDIES.keys()
     for study in report.STUDIES.values():

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from answer_parts import byte_tokenizer, picture
-from export_parts import HIDDEN, ask_elsewhere, checkpoint
+from export_parts import HIDDEN, ask_elsewhere, checkpoint, run_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -118,6 +118,10 @@ def test_folder_says_what_it_is(detached):
         assert os.stat(file).st_mode & 0o044 == 0o044, file
         if file.suffix != ".safetensors":
             assert str(detached) not in file.read_text(), file
+
+
+def test_code_of_the_card_runs(detached, tmp_path):
+    assert run_card(detached / "out", detached / "wide.png", tmp_path)
 
 
 # What vLLM's LlavaForConditionalGeneration and SGLang's read: docs/export.md has the sources.

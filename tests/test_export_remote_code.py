@@ -11,14 +11,14 @@ import pytest
 import torch
 from answer_parts import picture
 from experts_zoo import CASES
-from export_parts import ask_elsewhere, checkpoint
+from export_parts import ask_elsewhere, checkpoint, run_card
 from tower_parts import save_clip
 from train_parts import environment
 
 from tove_llava.data import Turn
 from tove_llava.errors import ConfigError
 from tove_llava.export import export_model
-from tove_llava.export.flatten import flatten_modules, third_party_imports
+from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.serve.engine import Engine, Message
 from tove_llava.serve.generation import Answerer
 from tove_llava.tower import ToveVisionConfig
@@ -115,6 +115,11 @@ def test_only_what_the_model_needs_goes_along(out):
     assert str(out.parent) not in (out / "config.json").read_text() + (out / "README.md").read_text()
 
 
+def test_code_of_the_card_runs(out, tmp_path):
+    picture(5, (40, 24)).save(tmp_path / "wide.png")
+    assert run_card(out, tmp_path / "wide.png", tmp_path)
+
+
 def test_code_is_the_packages_own_text(out):
     """Line by line but for imports and the registries' packages."""
     from tove_llava.tower import gate
@@ -200,5 +205,12 @@ def test_every_module_of_tower_and_experts_can_be_flat():
         if file.name != "__init__.py"
     ]
     files = flatten_modules(modules)
+    assert {f"{flat_name(module)}.py" for module in modules} <= set(files)
     for name, text in files.items():
-        compile(text, name, "exec")
+        imported = [
+            alias.name if isinstance(node, ast.Import) else node.module or ""
+            for node in ast.walk(ast.parse(text, name))
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+            for alias in node.names
+        ]
+        assert not [module for module in imported if module.split(".")[0] == "tove_llava"], name

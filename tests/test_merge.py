@@ -1,5 +1,6 @@
 """Merging: the losses, what learns and what does not, and that the result is plain CLIP."""
 
+import copy
 import json
 import shutil
 import signal
@@ -22,7 +23,9 @@ from tove_llava.errors import ConfigError
 from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
 from tove_llava.train.arguments import parse
+from tove_llava.train.optimizer import MERGE_OPTIMIZERS, make_optimizer
 from tove_llava.train.run import main, make_dataset
+from tove_llava.train.stages import Trainable, parameter_groups
 from tove_llava.train.start import STARTS
 
 # -- losses ----------------------------------------------------------------------------------------------------------
@@ -311,10 +314,11 @@ def test_further_images_are_dealt_out_evenly_and_change_the_merge_loss_alone(roo
     assert main(merge(root, "lora", tmp_path / "y", "--merge_images_per_record", "-1")) == 2
 
 
-def test_interrupted_merge_resumes(root, tmp_path, capsys):
+@pytest.mark.parametrize("options", [("--merge_lora_r", "2"), ("--merge_optimizer", "muon")], ids=["lora", "muon"])
+def test_interrupted_merge_resumes(root, tmp_path, capsys, options):
     def command(output):
         steps = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "8", "--num_train_epochs", "2"]
-        return flags(root, "merge", output, "--pretrained", str(root / "lora"), *steps, "--merge_lora_r", "2")
+        return flags(root, "merge", output, "--pretrained", str(root / "lora"), *steps, *options)
 
     assert main(command(tmp_path / "whole")) == 0
     killed = subprocess.run(
@@ -334,10 +338,43 @@ def test_interrupted_merge_resumes(root, tmp_path, capsys):
             torch.testing.assert_close(resumed[key], value, rtol=0, atol=1e-6)
 
 
-def test_zero3_is_refused_before_anything_is_loaded(root, tmp_path, monkeypatch, capsys):
+def test_muon_steps_of_matrices_are_orthogonal_and_others_are_adamws(tmp_path):
+    torch.manual_seed(0)
+    tower = MergingTower(make_tower(tmp_path), MergePreset(optimizer="muon"))
+    matrices = MERGE_OPTIMIZERS.get("muon")(tower)
+    assert {p.ndim for p in matrices} == {2}
+    names = {name for name, p in tower.named_parameters() if id(p) in set(map(id, matrices))}
+    assert "student.encoder.layers.0.mlp.fc1.weight" in names
+    assert not any("embedding" in name or "norm" in name or "bias" in name for name in names)
+    everything = Trainable({"encoder": dict(tower.named_parameters())})
+    twin = copy.deepcopy(tower)
+    copies = Trainable({"encoder": dict(twin.named_parameters())})
+    options = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
+    groups = parameter_groups(everything, learning_rate=0.01, weight_decay=0.1, muon=matrices)
+    optimizer = make_optimizer(groups, torch.optim.AdamW, options)
+    plain = make_optimizer(parameter_groups(copies, learning_rate=0.01, weight_decay=0.1), torch.optim.AdamW, options)
+    assert isinstance(plain, torch.optim.AdamW)
+    before = {name: p.detach().clone() for name, p in tower.named_parameters()}
+    for p, q in zip(tower.parameters(), twin.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    optimizer.step()
+    plain.step()
+    for (name, p), q in zip(tower.named_parameters(), twin.parameters(), strict=True):
+        if name in names:
+            step = (1 - 0.01 * 0.1) * before[name] - p.detach()
+            sizes = torch.linalg.svdvals(step.float())
+            # Newton and Schulz's five steps bring singular values near to one, not to one.
+            assert sizes.max() < 1.5 * sizes.median(), name
+            assert step.pow(2).mean().sqrt() == pytest.approx(0.2 * 0.01, rel=0.3), name
+        else:
+            torch.testing.assert_close(p, q, msg=name)
+
+
+def test_muon_under_deepspeed_is_refused_before_anything_is_loaded(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert main(merge(root, "lora", tmp_path / "out", "--deepspeed", "zero3")) == 2
-    assert "--deepspeed zero2" in capsys.readouterr().err
+    assert main(merge(root, "lora", tmp_path / "out", "--deepspeed", "zero2", "--merge_optimizer", "muon")) == 2
+    assert "--deepspeed none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -349,6 +386,8 @@ def test_bad_input_of_the_verb(root, tmp_path, capsys):
     assert "not a complete" in capsys.readouterr().err
     assert main(merge(root, "lora", tmp_path / "a", "--merge_loss", "msee")) == 2
     assert "msee" in capsys.readouterr().err
+    assert main(merge(root, "lora", tmp_path / "a", "--merge_optimizer", "muo")) == 2
+    assert "muon" in capsys.readouterr().err
     assert main(flags(root, "pretrain", tmp_path / "b", "--merge_loss", "mse")) == 2
     assert "--stage merge" in capsys.readouterr().err
     assert main(flags(root, "merge", tmp_path / "c")) == 2

@@ -17,7 +17,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaFo
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.parts import (
-    PROMPT_EXCEPTIONS,
+    EXCEPTIONS,
     check_prompts,
     display_source,
     export_processor,
@@ -25,19 +25,10 @@ from tove_llava.export.parts import (
     licence_of,
     model_card,
     save_processor,
+    usage,
     without_paths,
 )
 from tove_llava.tower import FUSIONS
-
-_HOW = """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(DIR)
-processor = AutoProcessor.from_pretrained(DIR, backend="pil")
-chat = [{"role": "user", "content": [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]}]
-inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                       return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
 @register_format("hf-llava")
@@ -81,17 +72,12 @@ class HfLlava(ExportFormat):
             "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
             "adapters merged. No code beyond transformers is needed."
         )
-        card = model_card(source, what=what, how=_HOW, parts=parts, remarks=[*remarks, *_EXCEPTIONS])
+        card = model_card(source, what=what, how=usage(), parts=parts, remarks=[*remarks, *EXCEPTIONS, _NEUTRAL_NORM])
         (folder / "README.md").write_text(card, encoding="utf-8")
         return remarks
 
 
-_EXCEPTIONS = (
-    *PROMPT_EXCEPTIONS,
-    'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
-    "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
-    "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it.",
-)
+_NEUTRAL_NORM = "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it."
 
 
 def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:

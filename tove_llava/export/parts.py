@@ -40,14 +40,16 @@ PROBES = (
     "\n",
 )
 
-# Where the same text gives other ids than in training; lines of every model card.
-PROMPT_EXCEPTIONS = (
-    "Ids are those of training, of SentencePiece for LLaMA's vocabulary, in `tokenizer.json` and through the chat "
-    "template. By hand, without the template, one thing has to be minded: in training the text behind a picture is "
-    "encoded as a text of its own, so in LLaMA's vocabularies a space stands between `<image>` and what follows it, "
-    "which the template writes.",
+# What every exported folder does otherwise than training.
+EXCEPTIONS = (
+    'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
+    "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
+    "Ids are those of training, which for LLaMA's vocabulary are SentencePiece's, in `tokenizer.json` and through the "
+    "chat template. Without the template one thing has to be minded: training encodes the text behind a picture as a "
+    "text of its own, so with LLaMA's vocabulary a space stands between `<image>` and what follows; the template "
+    "writes it.",
     "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
-    "Pictures stand in front of their message's text, as in training, wherever the request has them.",
+    "Pictures go in front of their message's text, as in training, wherever the request has them.",
 )
 
 
@@ -186,6 +188,22 @@ def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]
             [user("No picture.", image=False)],
         ]
     return [([turn for turn, _ in talk], [message for _, message in talk]) for talk in talks]
+
+
+def usage(trust_remote_code: bool = False) -> str:
+    """Code that loads an exported folder ``DIR`` and asks it one question, for its card."""
+    trust = ", trust_remote_code=True" if trust_remote_code else ""
+    return f"""from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(DIR{trust})
+processor = AutoProcessor.from_pretrained(DIR, backend="pil")
+content = [{{"type": "image", "url": "picture.jpg"}}, {{"type": "text", "text": "What is it?"}}]
+inputs = processor.apply_chat_template(
+    [{{"role": "user", "content": content}}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
 def without_paths(config: Any) -> None:

@@ -12,7 +12,7 @@ from tove_llava.experts import ExpertHub
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.export.parts import (
-    PROMPT_EXCEPTIONS,
+    EXCEPTIONS,
     check_prompts,
     display_source,
     export_processor,
@@ -20,6 +20,7 @@ from tove_llava.export.parts import (
     licence_of,
     model_card,
     save_processor,
+    usage,
     without_paths,
 )
 from tove_llava.llava.configuration import ToveLlavaConfig
@@ -31,16 +32,6 @@ _MODEL = ("tove_llava.llava.modeling", "ToveLlavaForConditionalGeneration")
 _TOWER_CONFIG = ("tove_llava.tower.configuration", "ToveVisionConfig")
 _TOWER = ("tove_llava.tower.modeling", "ToveVisionModel")
 _CORE = (_CONFIG, _MODEL, _TOWER_CONFIG, _TOWER)
-
-_HOW = """from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(DIR, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(DIR, backend="pil")
-chat = [{"role": "user", "content": [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]}]
-inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                       return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
 @register_format("remote-code")
@@ -103,16 +94,11 @@ class RemoteCode(ExportFormat):
             "transformers asks for `trust_remote_code=True`; the backbones are in `backbones/`. Download or copy the "
             "whole folder and load it from there."
         )
-        card = model_card(source, what=what, how=_HOW, parts=parts, remarks=[*remarks, *_EXCEPTIONS])
+        card = model_card(
+            source, what=what, how=usage(trust_remote_code=True), parts=parts, remarks=[*remarks, *EXCEPTIONS]
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         return remarks
-
-
-_EXCEPTIONS = (
-    *PROMPT_EXCEPTIONS,
-    'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
-    "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
-)
 
 
 def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:

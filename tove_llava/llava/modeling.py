@@ -24,7 +24,7 @@ class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
         aux_loss: balance loss of this batch before its coefficient; None when it was not asked for.
         routing: ``[images,N,S]`` float32 gate weights, when asked for.
         gate_inputs: what ``tower.fusion.balance_statistics`` takes; None without images or gate.
-        merge_loss: ``[images]`` float32, in training while the tower is merged.
+        merge_loss: ``[images]`` float32, in training while the tower is merged; ``[0]`` for dummy images.
     """
 
     lm_loss: torch.FloatTensor | None = None
@@ -156,8 +156,11 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             aux_loss = self.tower.balance_loss(gate_inputs)
             if aux_loss is not None:
                 loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)
-        merge_loss = None if vision is None or dummy_images else vision.merge_loss
-        if add_aux_loss and labels is not None and merge_loss is not None:
+        merge_loss = None if vision is None else vision.merge_loss
+        if dummy_images and merge_loss is not None:
+            # Of no image, but an output with a graph as on other ranks: ZeRO-3 counts backward passes by outputs.
+            merge_loss = merge_loss[:0]
+        if add_aux_loss and labels is not None and merge_loss is not None and len(merge_loss):
             loss = loss + self.tower.merge_coefficient * merge_loss.mean().to(loss)
         result = ToveLlavaOutput(
             **{**output, "loss": loss},

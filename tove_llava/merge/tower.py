@@ -89,6 +89,12 @@ class MergingTower(PreTrainedModel):
         """The student's parameters that train."""
         return self._learning
 
+    def matrices(self) -> list[nn.Parameter]:
+        """Those of them that are weights of linear layers."""
+        learning = {id(p) for p in self._learning}
+        linear = (module.weight for module in self.student.modules() if isinstance(module, nn.Linear))
+        return [weight for weight in linear if id(weight) in learning]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MergingTower:
         super()._apply(fn, recurse)
         self.teacher._apply(fn)

@@ -78,6 +78,7 @@ class MergePreset:
     images_per_record: int = 0  # further images that each record brings, for the merge loss alone: it needs no text
     token_weights: str = "uniform"  # or transfer: tokens count by how much was transferred to them
     layers: list[int] | None = None  # blocks of CLIP that learn; None: all of them, and the embeddings
+    optimizer: str = "adamw"  # of the student's matrices: adamw or muon (tove_llava.train.optimizer)
     lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights
 
 

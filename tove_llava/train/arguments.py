@@ -73,6 +73,9 @@ class RunArguments:
     merge_feature_cache: str | None = field(
         default=None, metadata={"help": "their features; without --merge_data_path, --feature_cache"}
     )
+    merge_optimizer: str | None = field(
+        default=None, metadata={"help": "of the encoder's matrices: adamw, or muon (not under DeepSpeed)"}
+    )
     merge_token_weights: str | None = field(default=None, metadata={"help": "uniform, or transfer"})
     merge_layers: list[int] | None = field(
         default=None, metadata={"help": "blocks of CLIP that learn, such as 8 9 10; all without it", "nargs": "+"}
@@ -278,7 +281,7 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
         changes["lora"] = dataclasses.replace(stage.lora or LoraPreset(), **lora)
     merge: dict[str, Any] = {
         name: getattr(run, f"merge_{name}")
-        for name in ("loss", "coefficient", "images_per_record", "token_weights", "layers")
+        for name in ("loss", "coefficient", "images_per_record", "optimizer", "token_weights", "layers")
         if getattr(run, f"merge_{name}") is not None
     }
     if run.merge_lora_r is not None:

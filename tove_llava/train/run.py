@@ -20,12 +20,13 @@ from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.logs import quiet_transformers
-from tove_llava.merge import FurtherImages, Pictures
-from tove_llava.presets import load_preset
+from tove_llava.merge import FurtherImages, MergingTower, Pictures
+from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.features import FeatureCache
+from tove_llava.train.optimizer import MERGE_OPTIMIZERS
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.start import STARTS, Start
 from tove_llava.train.trainer import ToveTrainer
@@ -46,7 +47,7 @@ def run(settings: Settings) -> None:
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
-    _check_zero_stage(settings)
+    _check_merge(settings)
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
     seed = settings.training.get("seed", 42)
     set_seed(seed)
@@ -163,10 +164,19 @@ def make_trainer(
             projector_learning_rate=stage.projector_learning_rate,
             tower_learning_rate=stage.tower_learning_rate,
             encoder_learning_rate=stage.encoder_learning_rate,
+            muon=()
+            if stage.merge is None
+            else MERGE_OPTIMIZERS.get(stage.merge.optimizer)(cast(MergingTower, model.tower)),
         ),
         group_by_modality_length=stage.group_by_modality_length,
         further_images=make_further_images(settings, dataset, model.tower, args.seed),
     )
+
+
+def _muon_matrices(stage: StagePreset, model: ToveLlavaForConditionalGeneration) -> list[torch.nn.Parameter]:
+    if stage.merge is None:
+        return []
+    return MERGE_OPTIMIZERS.get(stage.merge.optimizer)(cast(MergingTower, model.tower))
 
 
 def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
@@ -230,13 +240,16 @@ def _save(
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 
 
-def _check_zero_stage(settings: Settings) -> None:
-    """Refuses a merge under ZeRO-3, in which ranks with and without images fall out of step and wait for ever."""
+def _check_merge(settings: Settings) -> None:
+    """Refuses Muon under DeepSpeed."""
     file = resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed))
     if settings.stage.merge is None or file is None:
         return
-    if json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage") == 3:
-        raise ConfigError("merging does not run under ZeRO-3; give --deepspeed zero2 (DEEPSPEED_CONFIG=zero2)")
+    if settings.stage.merge.optimizer != "adamw":
+        raise ConfigError(
+            f"merge optimizer {settings.stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
+            "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
+        )
 
 
 def _run_record(settings: Settings) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Parameters are chosen by the module they belong to, never by a fragment of their names.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,25 +175,29 @@ def parameter_groups(
     projector_learning_rate: float | None = None,
     tower_learning_rate: float | None = None,
     encoder_learning_rate: float | None = None,
+    muon: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
     """Optimiser groups by learning rate and decay, as LLaVA-1.5 makes them.
 
     Matrices decay; biases and the one-dimensional weights of normalisation layers do not. A part without a rate of its
-    own shares the groups of the stage's rate.
+    own shares the groups of the stage's rate. Parameters in ``muon`` are in groups with ``muon: True``
+    (:mod:`tove_llava.train.optimizer`).
     """
+    orthogonal = {id(p) for p in muon}
     own_rates = {PROJECTOR: projector_learning_rate, TOWER: tower_learning_rate, ENCODER: encoder_learning_rate}
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     for part, named in trainable.parts.items():
         own = own_rates.get(part)
         for name, parameter in named.items():
             decays = parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
-            key = (part if own is not None else "", decays)
+            key = (part if own is not None else "", decays, id(parameter) in orthogonal)
             group = groups.setdefault(
                 key,
                 {
                     "params": [],
                     "weight_decay": weight_decay if decays else 0.0,
                     "lr": learning_rate if own is None else own,
+                    **({"muon": True} if id(parameter) in orthogonal else {}),
                 },
             )
             group["params"].append(parameter)

@@ -31,6 +31,7 @@ from tove_llava.merge import FurtherImages
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import checkpoints
 from tove_llava.train.meter import Meter
+from tove_llava.train.optimizer import make_optimizer
 from tove_llava.train.progress import TrainingLines, TrainingProgress
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable
 from tove_llava.train.window import Window, draw_noise, open_window
@@ -169,7 +170,7 @@ class ToveTrainer(Trainer):
         loss = lm_loss * self.accelerator.num_processes
         self._meter.add("lm_loss", lm_loss)
         if outputs.merge_loss is not None:
-            merge_loss = outputs.merge_loss.sum() / window.num_images
+            merge_loss = outputs.merge_loss.sum() / max(window.num_images, 1)
             loss = loss + self._merge_coefficient * merge_loss.to(loss) * self.accelerator.num_processes
             self._meter.add("merge_loss", merge_loss)
         if outputs.gate_inputs is not None:
@@ -217,7 +218,7 @@ class ToveTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = cls(self._groups, **kwargs)
+            self.optimizer = make_optimizer(self._groups, cls, kwargs)
         return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
