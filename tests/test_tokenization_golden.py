@@ -146,15 +146,37 @@ def test_saved_tokenizer_gives_the_same_ids(rows: list[dict[str, Any]], tokenize
                 assert ids[: len(row["input_ids"])] == row["input_ids"], row["id"]
 
 
+def _example(row: dict[str, Any], tokenizer: Any, tokens: int) -> Any:
+    encoded = truncate(_encode(row, tokenizer), 2048, tokens)
+    ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
+    pixels = torch.zeros(encoded.num_images, 3, 2, 2) if encoded.num_images else None
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+
+
+def _spans(labels: torch.Tensor) -> list[list[int]]:
+    """Half-open ranges of a row's supervised positions."""
+    edges = torch.diff((labels != IGNORE_INDEX).int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()
+    return edges.view(-1, 2).tolist()
+
+
+def test_every_row_once_its_image_is_in_place(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Length and supervised positions with 576 positions an image, cut at 2048."""
+    collate = LlavaCollator(pad_token_id=0, image_token_id=32000, num_image_tokens=576)
+    compared = 0
+    for row in rows:
+        if row["kind"] != "train" or row["error"] or row["mismatch"]:
+            continue
+        golden, collated = row["after_image_expansion"], collate([_example(row, tokenizer, 576)])
+        assert _spans(collated["labels"][0]) == golden["supervised_spans"], row["id"]
+        if row["id"] != "long-image-placeholder-late":  # see test_an_image_that_does_not_fit_whole_is_left_out
+            assert collated["attention_mask"].sum() == golden["length"], row["id"]
+        compared += 1
+    assert compared == 112
+
+
 def _batch(batch: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, tokens: int) -> dict[str, torch.Tensor]:
     by_id = {row["id"]: row for row in rows if row["kind"] == "train"}
-    examples = []
-    for name in batch["members"]:
-        encoded = _encode(by_id[name], tokenizer)
-        encoded = truncate(encoded, 2048, tokens)
-        ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
-        pixels = torch.zeros(encoded.num_images, 3, 2, 2) if encoded.num_images else None
-        examples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    examples = [_example(by_id[name], tokenizer, tokens) for name in batch["members"]]
     image_id = -200 if tokens == 1 else 32000
     return LlavaCollator(pad_token_id=0, image_token_id=image_id, num_image_tokens=tokens)(examples)
 
@@ -163,22 +185,24 @@ def _sha(matrix: torch.Tensor) -> str:
     return hashlib.sha256(matrix.numpy().astype("<i8").tobytes()).hexdigest()
 
 
+# Its first row has a genuine <unk>: the original masks it, takes the <unk> for padding and drops it.
+MENDED_BATCH = "batch-unk-token"
+
+
 def test_collated_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
-    mended = {row["id"] for row in rows if row.get("mismatch")}
     for batch in jsonl(golden / "batches.jsonl"):
         collated = _batch(batch, rows, tokenizer, tokens=1)
         assert collated["input_ids"].shape[1] == batch["padded_length"], batch["id"]
         assert _sha(collated["input_ids"]) == batch["input_ids_sha256"], batch["id"]
-        if not mended & set(batch["members"]):
+        if batch["id"] != MENDED_BATCH:
             assert _sha(collated["labels"]) == batch["labels_sha256"], batch["id"]
 
 
 def test_merged_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
     compared = 0
-    mended = {row["id"] for row in rows if row.get("mismatch")}
     for batch in jsonl(golden / "batches.jsonl"):
         merged = batch["merged"]
-        if merged["error"] or mended & set(batch["members"]):
+        if merged["error"] or batch["id"] == MENDED_BATCH:
             continue  # the original runs out of images, or masks what is supervised here
         if batch["id"] == "batch-placeholder-late":
             continue  # the original cuts through an image; see the next test
@@ -191,7 +215,7 @@ def test_merged_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any
             assert torch.equal(row == 32000, expected), batch["id"]
         assert _sha(collated["labels"]) == merged["labels_sha256"], batch["id"]
         compared += 1
-    assert compared >= 6
+    assert compared == 7
 
 
 def test_an_image_that_does_not_fit_whole_is_left_out(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
@@ -200,9 +224,16 @@ def test_an_image_that_does_not_fit_whole_is_left_out(golden: Path, rows: list[d
     (block,) = batch["merged"]["image_blocks_per_row"][0]
     assert collated["attention_mask"].sum(1).tolist() == [block["start"], 631]
     assert collated["pixel_values"].shape[0] == 1  # the second row's
-    kept = [[span for span in spans if span[1] <= block["start"]] for spans in batch["merged"]["label_spans_per_row"]]
-    expected = torch.zeros_like(collated["labels"], dtype=torch.bool)
-    for row, spans in enumerate(kept):
-        for start, end in spans:
-            expected[row, start:end] = True
-    assert torch.equal(collated["labels"] != IGNORE_INDEX, expected)
+    # Nothing follows a cut image, so what is learnt is the same.
+    assert [_spans(labels) for labels in collated["labels"]] == batch["merged"]["label_spans_per_row"]
+
+
+def test_a_genuine_unk_stays_and_what_follows_it_is_supervised(
+    golden: Path, rows: list[dict[str, Any]], tokenizer: Any
+) -> None:
+    (batch,) = [row for row in jsonl(golden / "batches.jsonl") if row["id"] == MENDED_BATCH]
+    collated = _batch(batch, rows, tokenizer, tokens=576)
+    dropped, whole = collated["attention_mask"].sum(1).tolist()
+    assert [dropped - 1, whole] == batch["merged"]["valid_lengths"]
+    first, second = [_spans(labels) for labels in collated["labels"]]
+    assert first and second == batch["merged"]["label_spans_per_row"][1]
