@@ -30,34 +30,6 @@ def test_every_preset_is_valid(name, tmp_path):
         assert settings.training["learning_rate"] > 0
 
 
-@pytest.mark.parametrize("name", ["vicuna-7b", "vicuna-13b"])
-def test_vicuna_presets_are_llava_1_5s_recipe(name):
-    preset = load_preset(name)
-    rows = {
-        "pretrain": ("plain", "square", False, 1e-3, 32, None, "zero2"),
-        "finetune_lora": ("v1", "pad", True, 2e-4, 16, 2e-5, "zero3"),
-        "finetune": ("v1", "pad", True, 2e-5, 16, None, "zero3"),
-    }
-    for stage_name, row in rows.items():
-        stage = preset.stage(stage_name)
-        a = stage.arguments
-        found = (stage.template, stage.image_aspect_ratio, stage.group_by_modality_length, a["learning_rate"],
-                 a["per_device_train_batch_size"], stage.projector_learning_rate, stage.deepspeed)  # fmt: skip
-        assert found == row
-        assert (a["weight_decay"], a["warmup_steps"], a["lr_scheduler_type"], a["max_grad_norm"]) == (
-            0,
-            0.03,
-            "cosine",
-            0,
-        )
-        assert (a["num_train_epochs"], a["gradient_accumulation_steps"], a["bf16"], a["tf32"]) == (1, 1, True, True)
-        assert a["gradient_checkpointing"] and stage.model_max_length == 2048 and a["seed"] == 42
-    lora = preset.stage("finetune_lora").lora
-    assert (lora.r, lora.alpha, lora.dropout, lora.bias) == (128, 256, 0.05, "none")
-    assert preset.vision.clip == "hf:openai/clip-vit-large-patch14-336" and preset.vision.clip_layer == -2
-    assert [e["name"] for e in preset.vision.experts] == ["eva", "dinov2", "depth", "edge"]
-
-
 def test_unknown_preset_names_a_near_one():
     with pytest.raises(ConfigError, match="Did you mean 'vicuna-7b'"):
         load_preset("vicuna7b")
