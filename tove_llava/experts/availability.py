@@ -21,12 +21,17 @@ def availability(expert: Expert) -> tuple[bool, str]:
     place = expert.hub_file()
     if place is None:
         return False, "the library names no place to fetch these weights from"
+    return downloadable(place[0])
+
+
+def downloadable(repository: str) -> tuple[bool, str]:
+    """Whether a repository of the hub that is not in the cache could be fetched, or why not. Nothing is downloaded."""
     if constants.HF_HUB_OFFLINE:
         return False, "not in the cache, and HF_HUB_OFFLINE is set"
     unreachable = _hub_problem(constants.ENDPOINT)
     if unreachable:
         return False, f"not in the cache, and the hub cannot be reached ({unreachable})"
-    return _repository(constants.ENDPOINT, place[0])
+    return _repository(constants.ENDPOINT, repository)
 
 
 @cache

@@ -213,17 +213,41 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def build_on_meta(preset: str | Preset) -> ToveLlavaForConditionalGeneration:
-    """A preset at its true size on the meta device: shapes without memory and without any download."""
+def language_config(language: LanguagePreset) -> Any:
+    """The language model's architecture: read from a local source, else what the preset knows of it, else the hub's.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    source = Source.parse(language.source)
+    if language.config is not None and source.path is None:
+        return AutoConfig.for_model(**language.config)
+    try:
+        return AutoConfig.from_pretrained(**source.pretrained())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the language model's configuration from {source}: {error}") from error
+
+
+def build_on_meta(
+    preset: str | Preset, *, layers: int | None = None, vision: ToveVisionConfig | None = None
+) -> ToveLlavaForConditionalGeneration:
+    """A preset at its true size on the meta device: shapes without memory and without any download.
+
+    Args:
+        layers: of the language model, where fewer are enough.
+        vision: the tower's configuration, where it has been made already.
+    """
     if isinstance(preset, str):
         preset = load_preset(preset)
-    if preset.language.config is not None:
-        config = AutoConfig.for_model(**preset.language.config)
-    else:
-        config = AutoConfig.from_pretrained(**Source.parse(preset.language.source).pretrained())
+    config = language_config(preset.language)
+    if layers is not None:
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(preset.language.dtype))
-    model = assemble(language, vision_config(preset.vision, offline=True), preset.projector)
+    vision = vision_config(preset.vision, offline=True) if vision is None else vision
+    model = assemble(language, vision, preset.projector)
     rows = math.ceil((config.vocab_size + 1) / EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
     model.resize_token_embeddings(rows, mean_resizing=False)
     return model

@@ -1,0 +1,51 @@
+"""The weights that ship inside the package."""
+
+import json
+from pathlib import Path
+
+from tove_llava.doctor.finding import Finding
+from tove_llava.sources import BundledSource
+
+
+def bundled_weights(root: Path | None = None) -> list[Finding]:
+    """Whether the weights that ship inside the package are whole.
+
+    Every safetensors file's header is read and compared with the file's size, so a truncated file or a pointer left by
+    a version control system's large-file extension is found.
+    """
+    root = BundledSource.root if root is None else root
+    parts = (
+        sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("_"))
+        if root.is_dir()
+        else []
+    )
+    if not parts:
+        return [
+            Finding("bundled weights", "all", f"none in {root}", "git checkout -- tove_llava/bundled", required=True)
+        ]
+    findings = []
+    for part in parts:
+        files = sorted(part.rglob("*.safetensors"))
+        faults = [f"{file.name}: {fault}" for file in files if (fault := _damage(file))]
+        if not files:
+            faults.append("no .safetensors file")
+        size = sum(file.stat().st_size for file in files) / 2**20
+        state = "; ".join(faults) if faults else f"whole, {size:.1f} MiB"
+        remedy = f"git checkout -- {part}" if faults else ""
+        findings.append(Finding("bundled weights", part.name, state, remedy, required=True))
+    return findings
+
+
+def _damage(file: Path) -> str:
+    """What is wrong with a safetensors file, or an empty string."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > size - 8:
+            return "not a safetensors file, or cut off in its header"
+        try:
+            header = json.loads(handle.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            return "not a safetensors file"
+    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+    return "" if 8 + length + end == size else f"{size} bytes where its header says {8 + length + end}"

@@ -1,0 +1,174 @@
+"""How much memory a preset's stage needs on each device. The formulas are explained in docs/memory.md.
+
+With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (records times their length):
+
+* Weights: ``b`` a parameter; ZeRO-3 holds an n-th, and what it has gathered. CLIP and the experts are whole everywhere.
+* Gradients and AdamW: ``b + 12`` bytes a trained parameter under DeepSpeed (the gradient; master copy and two moments
+  in float32), of which ZeRO-2 and ZeRO-3 hold an n-th. Without DeepSpeed ``4 + 8``, beside weights of 4 bytes.
+* Activations: what the language model's layers keep for the backward pass (with checkpointing the input of each, and
+  one layer whole), what projector and tower keep, and the working memory of the loss, of one layer, or of the
+  encoders, whichever is largest.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import ConfigError
+from tove_llava.llava.build import torch_dtype
+from tove_llava.presets import Preset
+from tove_llava.train.arguments import CONFIG_FOLDER
+from tove_llava.train.shapes import Shape
+
+GIB = 2**30
+PROCESS = GIB  # Python and the libraries; on a GPU the driver's context and the kernels
+GATHERED = 10**9  # parameters that ZeRO-3 may hold whole at a time (stage3_max_live_parameters)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device; ``host`` on the machine's own memory for all processes together."""
+
+    weights: int
+    backbones: int
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """On each device, the process's own gigabyte included."""
+        parts = (self.weights, self.backbones, self.gradients, self.optimizer, self.activations)
+        return sum(parts) + PROCESS
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a stage is run.
+
+    Attributes:
+        devices: that share it.
+        deepspeed: name or file of the DeepSpeed configuration; None without DeepSpeed.
+        batch: records on a device.
+        length: positions of the longest record, pictures included.
+    """
+
+    devices: int
+    deepspeed: str | None
+    batch: int
+    length: int
+
+    @classmethod
+    def of(
+        cls,
+        preset: Preset,
+        stage_name: str,
+        *,
+        devices: int = 1,
+        deepspeed: str | None = None,
+        batch: int | None = None,
+        length: int | None = None,
+    ) -> "Run":
+        """The stage's own settings where none is given. ``deepspeed="none"``: without DeepSpeed."""
+        stage = preset.stage(stage_name)
+        name = deepspeed or stage.deepspeed
+        return cls(
+            devices=devices,
+            deepspeed=None if name in (None, "none") else name,
+            batch=batch or stage.arguments.get("per_device_train_batch_size", 8),
+            length=min(length or stage.model_max_length, stage.model_max_length),
+        )
+
+
+def training_memory(preset: Preset, stage_name: str, shape: Shape, run: Run) -> Memory:
+    """What a stage needs.
+
+    Args:
+        shape: :func:`tove_llava.train.shapes.stage_shape` of the same stage.
+
+    Raises:
+        ConfigError: no such DeepSpeed configuration.
+    """
+    size = _bytes(preset)
+    backbones = size * shape.backbones
+    loaded = run.devices * (size * shape.registered + backbones + PROCESS)  # each process makes the model on the host
+    activations = _activations(preset, stage_name, shape, run)
+    if run.deepspeed is None:
+        weights = size * (shape.registered - shape.trained) + 4 * shape.trained
+        return Memory(weights, backbones, 4 * shape.trained, 8 * shape.trained, activations, loaded)
+    zero = _zero(run.deepspeed)
+    level, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
+    weights = size * shape.registered
+    if level == 3 and (run.devices > 1 or offloaded):
+        own = 0 if "offload_param" in zero else weights // run.devices
+        weights = own + size * min(GATHERED, shape.registered)
+    optimizer = 12 * shape.trained // (run.devices if level >= 1 else 1)
+    return Memory(
+        weights=weights,
+        backbones=backbones,
+        gradients=size * shape.trained // (run.devices if level >= 2 else 1),
+        optimizer=0 if offloaded else optimizer,
+        activations=activations,
+        host=loaded + (run.devices * (optimizer + size * shape.trained // run.devices) if offloaded else 0),
+    )
+
+
+def answering_memory(preset: Preset, shape: Shape, length: int = 2048) -> Memory:
+    """What answering one question at a time needs, in the dtype of the preset's language model.
+
+    Args:
+        shape: of any stage.
+        length: positions of the conversation, pictures included.
+    """
+    size = _bytes(preset)
+    weights, backbones = size * shape.registered, size * shape.backbones
+    cache = 2 * shape.layers * shape.hidden * length  # keys and values, unless the model shares them among heads
+    work = max(shape.encoder_work, length * shape.layer_kept)
+    return Memory(weights, backbones, 0, 0, size * (cache + work), weights + backbones + PROCESS)
+
+
+def stage_disk(preset: Preset, stage_name: str, shape: Shape) -> int:
+    """Bytes of a run's folder at most: the result, and the checkpoints to resume from, one more while it is written."""
+    kept = 1 + int(preset.stage(stage_name).arguments.get("save_total_limit") or 1)
+    return shape.trained * (_bytes(preset) + kept * (_bytes(preset) + 12))
+
+
+def download_size(preset: Preset, shape: Shape) -> int:
+    """Bytes of the published weights: the language model in 16 bits, encoders in 32."""
+    return 2 * shape.registered + 4 * shape.backbones
+
+
+def largest_batch(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> int:
+    """The largest power of two of records, at most the stage's own, with which a stage fits; 0 where none does."""
+    batch = run.batch
+    while batch:
+        needed = training_memory(preset, stage_name, shape, Run(run.devices, run.deepspeed, batch, run.length))
+        if needed.total <= available:
+            return batch
+        batch //= 2
+    return 0
+
+
+def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int:
+    size, positions = _bytes(preset), run.batch * run.length
+    layer = positions * shape.layer_kept
+    checkpointed = preset.stage(stage_name).arguments.get("gradient_checkpointing", False)
+    kept = shape.layers * positions * shape.hidden if checkpointed else shape.layers * layer
+    # Projector: its two layers' inputs and the activation between them.
+    kept += run.batch * (shape.fusion_kept + shape.encoder_kept + 3 * shape.image_tokens * shape.hidden)
+    loss = positions * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
+    return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
+
+
+def _zero(name: str) -> dict[str, Any]:
+    file = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed configuration {name!r} cannot be read: {error}") from error
+
+
+def _bytes(preset: Preset) -> int:
+    return torch_dtype(preset.language.dtype).itemsize

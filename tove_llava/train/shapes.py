@@ -1,0 +1,182 @@
+"""The counts that memory depends on, of a preset's stage, from its architectures: nothing is loaded or downloaded."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from tove_llava.experts import build_expert
+from tove_llava.llava.build import build_on_meta, language_config, torch_dtype, vision_config
+from tove_llava.presets import Preset, StagePreset, VisionPreset
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
+from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, freeze
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What :mod:`tove_llava.train.memory` reads of a stage. Counts are numbers, not bytes.
+
+    Attributes:
+        backbones: parameters of CLIP and the experts.
+        registered: parameters of language model, projector and tower, with what the stage adds.
+        trained: those of them that train.
+        layers, hidden, vocabulary: of the language model.
+        image_tokens: positions of a picture.
+        layer_kept: numbers that a layer of the language model keeps for the backward pass, a position.
+        fusion_kept: numbers that the tower's fusion keeps, a picture.
+        encoder_kept: numbers that a CLIP which trains keeps, a picture.
+        encoder_work: numbers into and out of the largest layer of CLIP and the experts, a picture.
+    """
+
+    backbones: int
+    registered: int
+    trained: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    image_tokens: int
+    layer_kept: int
+    fusion_kept: int
+    encoder_kept: int
+    encoder_work: int
+
+
+def stage_shape(preset: Preset, stage_name: str) -> Shape:
+    """The counts of a stage.
+
+    The model is built on the meta device with one and with two layers of the language model, and the stage's own
+    freezing policy applied to it; all further layers are as the second.
+
+    Raises:
+        ConfigError: a setting of the preset is wrong.
+        CheckpointError: a local source that an architecture is read from is not there.
+        ImportError: the stage needs peft, which is not installed.
+    """
+    stage = preset.stage(stage_name)
+    vision = _vision_shape(json.dumps(asdict(preset.vision)))
+    layers = language_config(preset.language).num_hidden_layers
+    shallow, deeper = (_counts(preset, stage, vision, depth) for depth in (1, 2))
+    registered, trained = (
+        one + (layers - 1) * (two - one) for one, two in zip(shallow.parameters, deeper.parameters, strict=True)
+    )
+    config, clip = deeper.model.config.get_text_config(), vision.config.clip_config
+    encoder_kept = 16 * clip.hidden_size * vision.config.num_clip_layers * vision.config.num_patches
+    return Shape(
+        backbones=vision.backbones,
+        registered=registered,
+        trained=trained,
+        layers=layers,
+        hidden=config.hidden_size,
+        vocabulary=deeper.model.lm_head.weight.shape[0],
+        image_tokens=vision.config.num_image_tokens,
+        layer_kept=_layer_kept(preset, stage, config, whole=LANGUAGE in deeper.parts, adapters=LORA in deeper.parts),
+        fusion_kept=vision.fusion_kept,
+        encoder_kept=encoder_kept if ENCODER in deeper.parts else 0,
+        encoder_work=vision.encoder_work,
+    )
+
+
+@dataclass(frozen=True)
+class _VisionShape:
+    config: ToveVisionConfig
+    backbones: int
+    fusion_kept: int
+    encoder_work: int
+
+
+@lru_cache
+def _vision_shape(preset: str) -> _VisionShape:
+    """Of a ``VisionPreset`` as JSON: stages and presets share it, and it takes longest."""
+    config = vision_config(VisionPreset(**json.loads(preset)), offline=True)
+    backbones = [_empty_clip(config), *(build_expert(spec).meta_twin() for spec in config.expert_specs)]
+    return _VisionShape(
+        config=config,
+        backbones=sum(p.numel() for module in backbones for p in module.parameters()),
+        fusion_kept=_fusion_kept(config),
+        encoder_work=max(_largest_layer(module) for module in backbones),
+    )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    model: Any
+    parts: frozenset[str]
+    parameters: tuple[int, int]  # registered, trained
+
+
+def _counts(preset: Preset, stage: StagePreset, vision: _VisionShape, layers: int) -> _Counts:
+    model = build_on_meta(preset, layers=layers, vision=copy.deepcopy(vision.config))
+    model.tower.frozen.clip = _empty_clip(vision.config)  # the stage that merges trains a copy of it
+    trainable = freeze(model, stage)
+    registered = sum(p.numel() for p in model.parameters())
+    return _Counts(model, frozenset(trainable.parts), (registered, sum(p.numel() for p in trainable.parameters())))
+
+
+def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
+    """CLIP up to the layer whose tokens are used, on the meta device."""
+    config = CLIPVisionConfig(**{**vision.clip_config.to_dict(), "num_hidden_layers": vision.num_clip_layers})
+    with torch.device("meta"):
+        return CLIPVisionModel(config).eval()
+
+
+def _layer_kept(preset: Preset, stage: StagePreset, config: Any, *, whole: bool, adapters: bool) -> int:
+    """Of a LLaMA layer with torch's fused attention; counted with torch's record of allocations.
+
+    Norms, queries, keys, values, attention and residuals keep 6 times the width, the gated MLP 3 times its own. Norms
+    compute in float32, which in 16 bits is worth 2 widths more. A weight that trains keeps its input too; an adapter
+    that, its rank, and behind dropout the dropped-out input.
+    """
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    norms = 0 if torch_dtype(preset.language.dtype) == torch.float32 else 2
+    if whole:
+        return (10 + norms) * hidden + 4 * intermediate
+    kept = (6 + norms) * hidden + 3 * intermediate
+    if adapters and stage.lora is not None:
+        kept += 2 * hidden + intermediate + 7 * stage.lora.r
+        kept += (10 * hidden + intermediate) if stage.lora.dropout else 0
+    return kept
+
+
+def _fusion_kept(vision: ToveVisionConfig) -> int:
+    """Counted on the CPU: the fusion is small enough to be run for one picture."""
+    tower = ToveVisionModel(vision).train()
+    features = TowerFeatures(
+        base=torch.zeros(1, vision.num_patches, vision.clip_width),
+        experts={s.name: torch.zeros(1, s.width, *s.grid) for s in vision.expert_specs},
+    )
+    parameters = {p.untyped_storage().data_ptr() for p in tower.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = tower.fuse(features)
+    del output
+    return sum(kept.values())
+
+
+def _largest_layer(module: Any) -> int:
+    """Numbers into and out of a module's largest layer for one picture, on the meta device."""
+    size = getattr(module, "image_size", None) or module.config.image_size
+    sizes = [0]
+
+    def record(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in (*inputs, output) if isinstance(x, torch.Tensor)]
+        sizes.append(sum(x.numel() for x in tensors))
+
+    handles = [m.register_forward_hook(record) for m in module.modules() if not list(m.children())]
+    run: Callable[..., Any] = getattr(module, "features", module)
+    with torch.no_grad():
+        run(torch.empty(1, 3, size, size, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return max(sizes)
