@@ -34,3 +34,20 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def _align(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def notes(score: Score, shown: int = 10) -> list[str]:
+    """Lines for under the table: the rule, what is unavailable, and the first of the ids that need a look."""
+    lines = [f"rule: {score.rule}"] if score.rule else []
+    lines += [f"{name}: unavailable ({reason})" for name, reason in score.unavailable.items()]
+    meanings = {
+        "unanswered": "questions without an answer (wrong)",
+        "duplicated": "questions answered more than once (the last answer counts)",
+        "unknown": "answers to other questions (left out)",
+    }
+    for key, meaning in meanings.items():
+        ids = score.extras.get(key) or []
+        if ids:
+            more = ", ..." if len(ids) > shown else ""
+            lines.append(f"{len(ids)} {meaning}: {', '.join(str(name) for name in ids[:shown])}{more}")
+    return lines
