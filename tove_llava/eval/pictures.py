@@ -36,7 +36,4 @@ class EmbeddedPicture:
             content = base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError) as error:
             raise DataError(f"picture {self.name} is not base64 text ({error}); is the file whole?") from error
-        try:
-            return open_image(io.BytesIO(content))
-        except DataError as error:
-            raise DataError(f"picture {self.name}: {error}") from error
+        return open_image(io.BytesIO(content), name=f"picture {self.name}")

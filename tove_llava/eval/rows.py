@@ -108,8 +108,11 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
     return rows
 
 
-def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, type | tuple[type, ...]]) -> list[Row]:
+def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> list[Row]:
     """The rows of a ground-truth file, each of which must have these keys, of these types.
+
+    Args:
+        keys: key -> type, or tuple of types, of its value.
 
     Raises:
         DataError: there is no row, or one is not an object, lacks a key, or has a value of another type there.
