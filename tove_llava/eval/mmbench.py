@@ -147,7 +147,7 @@ class MmBenchmark(Benchmark):
             options = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
             # An option such as "N/A" reads as missing, and its letter can then not be told: so it is officially too.
             if row["answer"] not in tuple(LETTERS):
-                raise DataError(f"{file}, row {row['index']}: the answer must be one of {LETTERS}, not {row['answer']!r}")
+                raise DataError(f"{file}, row {row['index']}: the answer must be A to D, not {row['answer']!r}")
             labels = {key: row.get(key) for key in ("category", "l2-category", "split")}
             truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
         return truth
