@@ -4,6 +4,7 @@ Answers are read and scored as by VLMEvalKit without a judge model ("exact match
 ``multiple_choice.py``. The question files are LLaVA's and MMBench's own: tab-separated, with the picture inside.
 """
 
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.submission import Submission, Submitting
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # added to a question's index once for each turn of its options
@@ -39,6 +41,10 @@ _SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _LAST_TOKENS = 4
 # There is no word boundary after the letter: "answer is between" reads as B. So does the reference.
 _SENTENCE = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+
+_NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
+_PREDICTION_COLUMN = 6  # after index, question and four options
+_CELL = 32767
 
 
 def parse_answer(text: str, options: Mapping[str, str]) -> str | bool:
@@ -103,10 +109,36 @@ def read_table(file: str | Path) -> Any:
     return sheet
 
 
-class MmBenchmark(Benchmark):
+def workbook(sheet: Any) -> bytes:
+    """An Excel workbook of a data frame, every text as text.
+
+    Raises:
+        ConfigError: openpyxl is not installed.
+        DataError: a text holds a character that Excel's format cannot.
+    """
+    try:
+        import pandas
+        from openpyxl.utils.exceptions import IllegalCharacterError
+    except ImportError as error:
+        raise ConfigError("MMBench's submission needs openpyxl: pip install 'tove-llava[eval]'") from error
+    buffer = io.BytesIO()
+    try:
+        with pandas.ExcelWriter(buffer, engine="openpyxl") as writer:
+            sheet.to_excel(writer, index=False)
+            for row in writer.book.active.iter_rows():
+                for cell in row:
+                    if cell.data_type == "f":  # an answer that starts with "=" is no formula
+                        cell.data_type = "s"
+    except IllegalCharacterError as error:
+        raise DataError(f"a text holds a control character, which Excel cannot take: {str(error)[:200]!r}") from error
+    return buffer.getvalue()
+
+
+class MmBenchmark(Benchmark, Submitting):
     """Circular evaluation: a question counts when every rotation of its options is answered rightly."""
 
     max_new_tokens = 1024
+    submission_suffix = ".xlsx"
     folder: ClassVar[str]
     sheet: ClassVar[str]
     request: ClassVar[str]  # for an answer by letter
@@ -182,3 +214,14 @@ class MmBenchmark(Benchmark):
         extras = {"count_questions": len(hits), "count_rows": len(right), "extra": extra, **matched.notes()}
         details = {"per_question_hit": hits, "per_row_parsed": parsed}
         return Score(scores, len(hits), rows, extras, details, hits)
+
+    def submission_questions(self, root: Path) -> Path:
+        return self.question_file(root)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+        sheet = read_table(questions)
+        matched = self.match(predictions, [{"question_id": int(index)} for index in sheet["index"]])
+        sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
+        sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)
+        cut = [row["question_id"] for row in matched.answers if row is not None and len(row["text"]) > _CELL]
+        return Submission(workbook(sheet), {**matched.notes(), f"cut to Excel's {_CELL} characters": cut})

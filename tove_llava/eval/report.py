@@ -36,7 +36,12 @@ def _align(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
-def notes(score: Score, shown: int = 10) -> list[str]:
+def first_ids(ids: Sequence[object], shown: int = 10) -> str:
+    """The first ids of a list, and three dots where there are more."""
+    return ", ".join(map(str, ids[:shown])) + (", ..." if len(ids) > shown else "")
+
+
+def notes(score: Score) -> list[str]:
     """Lines for under the table: the rule, what is unavailable, and the first of the ids that need a look."""
     lines = [f"rule: {score.rule}"] if score.rule else []
     lines += [f"{name}: unavailable ({reason})" for name, reason in score.unavailable.items()]
@@ -48,6 +53,5 @@ def notes(score: Score, shown: int = 10) -> list[str]:
     for key, meaning in meanings.items():
         ids = score.extras.get(key) or []
         if ids:
-            more = ", ..." if len(ids) > shown else ""
-            lines.append(f"{len(ids)} {meaning}: {', '.join(str(name) for name in ids[:shown])}{more}")
+            lines.append(f"{len(ids)} {meaning}: {first_ids(ids)}")
     return lines

@@ -164,10 +164,10 @@ class AppendFile:
         self._handle.close()
 
 
-def write_atomically(file: str | Path, text: str) -> None:
+def write_atomically(file: str | Path, content: str | bytes) -> None:
     """Replace a file's content; a reader sees the old or the new content, never a part."""
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)

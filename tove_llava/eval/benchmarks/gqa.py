@@ -6,6 +6,7 @@ Answers are converted as by LLaVA's ``convert_gqa_for_eval.py``; scores follow G
 and plausibility need a file of choices that the release lacks.
 """
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import first_of, read_questions
 from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.submission import Submission, Submitting
 
 # Operations that put the final question and are no step of reasoning.
 _QUERIES = ("exist", "query: name", "choose name")
@@ -34,7 +36,7 @@ def steps(program: Sequence[Mapping[str, Any]]) -> int:
 
 
 @register_benchmark("gqa")
-class Gqa(Benchmark):
+class Gqa(Benchmark, Submitting):
     """Exact match over the balanced questions, with GQA's breakdowns and its distribution score."""
 
     max_new_tokens = 128
@@ -46,8 +48,16 @@ class Gqa(Benchmark):
         return read_questions(self.question_file(root), root / "gqa" / "data" / "images")
 
     def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(self.submission_questions(root))
+
+    def submission_questions(self, root: Path) -> Path:
         data, name = root / "gqa" / "data", "testdev_balanced_questions.json"
-        return self.read_ground_truth(first_of(data / name, data / "questions1.2" / name))
+        return first_of(data / name, data / "questions1.2" / name)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+        matched = self.match(predictions, self.read_ground_truth(questions))
+        rows = [{"questionId": row["question_id"], "prediction": convert(row["text"])} for row in predictions]
+        return Submission(json.dumps(rows).encode(), matched.notes())
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         content = read_json(file)

@@ -13,6 +13,7 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import read_questions
 from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.submission import Submission, Submitting, json_lines, require_all
 
 
 def answer_id(key: str | int) -> str | int:
@@ -24,10 +25,11 @@ def answer_id(key: str | int) -> str | int:
 
 
 @register_benchmark("seed")
-class Seed(Benchmark):
+class Seed(Benchmark, Submitting):
     """Share of answers that are exactly the right letter: overall, pictures, videos, and per type."""
 
     max_new_tokens = 128
+    submission_suffix = ".jsonl"
 
     def question_file(self, root: Path) -> Path:
         return root / "seed_bench" / "llava-seed-bench.jsonl"
@@ -56,19 +58,20 @@ class Seed(Benchmark):
                 "answer": row["answer"],
                 "data_type": row["data_type"],
                 "type": names[row["question_type_id"]],
+                "type_id": row["question_type_id"],
             }
-            for row in sorted(rows, key=lambda row: row["question_type_id"])
+            for row in rows
         ]
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks: dict[Any, float] = {}
         kinds: dict[str, list[float]] = {}
-        types: dict[str, list[float]] = {}
+        types: dict[str, list[float]] = {row["type"]: [] for row in sorted(truth, key=lambda row: row["type_id"])}
         for row, text in zip(truth, matched.texts, strict=True):
             marks[row["record_id"]] = mark = float(text == row["answer"])
             kinds.setdefault(row["data_type"], []).append(mark)
-            types.setdefault(row["type"], []).append(mark)
+            types[row["type"]].append(mark)
         scores: dict[str, Any] = {"total_percent": round(100 * mean(list(marks.values())), 2)}
         unavailable = {}
         for kind in ("image", "video"):
@@ -86,3 +89,15 @@ class Seed(Benchmark):
         rows |= {kind: (100 * mean(values), len(values)) for kind, values in sorted(kinds.items())}
         rows |= {name: (100 * mean(values), len(values)) for name, values in types.items()}
         return Score(scores, len(marks), rows, extras, {"per_item": marks}, marks, unavailable)
+
+    def submission_questions(self, root: Path) -> Path:
+        return root / "seed_bench" / "SEED-Bench.json"
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+        matched = self.match(predictions, truth := self.read_ground_truth(questions))
+        require_all(matched.unanswered)
+        rows = [
+            {"question_id": row["record_id"], "prediction": text}
+            for row, text in zip(truth, matched.texts, strict=True)
+        ]
+        return Submission(json_lines(rows), matched.notes())

@@ -20,12 +20,13 @@ from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benc
 from tove_llava.eval.layout import read_questions
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
 from tove_llava.eval.rows import Row, read_json, read_jsonl, require
+from tove_llava.eval.submission import Submission, Submitting, normalised_answers
 
 M4C, API = "m4c", "api"
 
 
 @register_benchmark("vizwiz")
-class VizWiz(Benchmark):
+class VizWiz(Benchmark, Submitting):
     """Consensus accuracy, overall, per type of answer, and for answerable and unanswerable questions."""
 
     max_new_tokens = 128
@@ -87,6 +88,12 @@ class VizWiz(Benchmark):
             **matched.notes(),
         }
         return Score(scores, len(marks), rows, extras, {"per_item": marks}, marks, unavailable, self.rule)
+
+    def submission_questions(self, root: Path) -> Path:
+        return self.question_file(root)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+        return normalised_answers(predictions, questions, "image", complete=True)
 
 
 def _number(image: str, file: str | Path) -> int:

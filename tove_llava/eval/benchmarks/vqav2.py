@@ -5,16 +5,19 @@ LLaVA's layout: ``vqav2/llava_vqav2_mscoco_test-dev2015.jsonl`` (questions with 
 ``tove-llava score`` reads the official annotation file.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tove_llava.eval.benchmarks import Question, register_benchmark
 from tove_llava.eval.layout import read_questions
 from tove_llava.eval.rows import Row
+from tove_llava.eval.submission import Submission, Submitting, normalised_answers
 from tove_llava.eval.vqa import VqaBenchmark
 
 
 @register_benchmark("vqav2")
-class Vqav2(VqaBenchmark):
+class Vqav2(VqaBenchmark, Submitting):
     """Consensus accuracy, overall and per type of answer and question."""
 
     def question_file(self, root: Path) -> Path:
@@ -25,3 +28,10 @@ class Vqav2(VqaBenchmark):
 
     def ground_truth(self, root: Path) -> list[Row] | None:
         return None
+
+    def submission_questions(self, root: Path) -> Path:
+        # The server wants the whole test set, with empty answers outside test-dev.
+        return root / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl"
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+        return normalised_answers(predictions, questions, "question_id")
