@@ -11,6 +11,7 @@ HELP = "score a predictions file without a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tove_llava.eval import judge
     from tove_llava.eval.benchmarks import BENCHMARKS
 
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}")
@@ -21,19 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object with benchmark, scores and count")
     parser.add_argument("--per-item", action="store_true", help="with --json: also what was read from each answer")
+    judge.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from tove_llava.errors import DataError
+    from tove_llava.errors import ConfigError, DataError
     from tove_llava.eval.benchmarks import get_benchmark
+    from tove_llava.eval.judge import judge_from
+    from tove_llava.eval.judged import JudgedBenchmark
     from tove_llava.eval.report import notes, score_table
     from tove_llava.eval.rows import read_answers
 
     benchmark = get_benchmark(args.benchmark, args.rule)
     benchmark.check_requirements()
+    if isinstance(benchmark, JudgedBenchmark):
+        benchmark.judge = judge_from(args)
+    elif args.judge_url or args.judge_model:
+        raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     place = Path(args.ground_truth)
     truth = benchmark.ground_truth(place) if place.is_dir() else benchmark.read_ground_truth(place)
     if truth is None:

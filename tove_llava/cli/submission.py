@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--predictions", required=True, metavar="FILE", help="answers, JSONL")
     parser.add_argument(
         "--questions",
-        required=True,
         metavar="FILE",
-        help="the benchmark's file of questions, or the folder that holds all benchmarks' data",
+        help="the benchmark's file of questions, or the folder that holds all benchmarks' data (gqa and mmvet can do "
+        "without)",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
@@ -38,15 +38,17 @@ def run(args: argparse.Namespace) -> int:
     benchmark = get_benchmark(args.benchmark)
     if not isinstance(benchmark, Submitting):
         raise ConfigError(f"benchmark {args.benchmark!r} has no submission format; 'tove-llava score' scores it")
-    out, questions = Path(args.out), Path(args.questions)
+    out = Path(args.out)
+    questions = Path(args.questions) if args.questions else None
     if out.suffix != benchmark.submission_suffix:
         raise ConfigError(f"--out must end in {benchmark.submission_suffix} for {args.benchmark}, not {out.name!r}")
     if out.exists() and not args.overwrite:
         raise DataError(f"{out} exists; give --overwrite to replace it, or another --out")
     broken: list[int] = []
     answers = read_answers(args.predictions, broken)
-    place = benchmark.submission_questions(questions) if questions.is_dir() else questions
-    submission = benchmark.submission(answers, place)
+    if questions is not None and questions.is_dir():
+        questions = benchmark.submission_questions(questions)
+    submission = benchmark.submission(answers, questions)
     write_atomically(out, submission.content)
     for number in broken:
         print(f"{args.predictions}, line {number}: not valid JSON; left out", file=sys.stderr)

@@ -15,7 +15,7 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl, require
-from tove_llava.eval.submission import Submission, Submitting
+from tove_llava.eval.submission import Submission, Submitting, known
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # added to a question's index once for each turn of its options
@@ -218,8 +218,8 @@ class MmBenchmark(Benchmark, Submitting):
     def submission_questions(self, root: Path) -> Path:
         return self.question_file(root)
 
-    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
-        sheet = read_table(questions)
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        sheet = read_table(known(questions))
         matched = self.match(predictions, [{"question_id": int(index)} for index in sheet["index"]])
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
         sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)

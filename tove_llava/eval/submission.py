@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tove_llava.errors import DataError
+from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.matching import match
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row, read_jsonl
@@ -37,19 +37,20 @@ class Submitting(ABC):
         """The file that says which answers belong into the submission."""
 
     @abstractmethod
-    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         """The submission of these answers.
 
         Args:
-            questions: the benchmark's file of questions.
+            questions: the benchmark's file of questions; None where it is not at hand.
 
         Raises:
+            ConfigError: the format needs the questions.
             DataError: the questions cannot be read, no answer belongs to them, or the format cannot do without one.
         """
 
 
 def normalised_answers(
-    predictions: Sequence[Mapping[str, Any]], questions: Path, name: str, complete: bool = False
+    predictions: Sequence[Mapping[str, Any]], questions: Path | None, name: str, complete: bool = False
 ) -> Submission:
     """A JSON list of ``{NAME: ..., "answer": ...}`` in the questions' order, answers in the EvalAI form.
 
@@ -60,7 +61,7 @@ def normalised_answers(
     Raises:
         DataError: an answer is missing that must not be, or none belongs to the questions.
     """
-    rows = read_jsonl(questions, required=("question_id", name))
+    rows = read_jsonl(known(questions), required=("question_id", name))
     matched = match(predictions, rows)
     if complete:
         require_all(matched.unanswered)
@@ -69,6 +70,17 @@ def normalised_answers(
         for row, text in zip(rows, matched.texts, strict=True)
     ]
     return Submission(json.dumps(answers).encode(), matched.notes())
+
+
+def known(questions: Path | None) -> Path:
+    """The file of questions.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if questions is None:
+        raise ConfigError("this benchmark's submission needs its file of questions; give --questions")
+    return questions
 
 
 def require_all(unanswered: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import read_questions
 from tove_llava.eval.rows import Row, read_json, require
-from tove_llava.eval.submission import Submission, Submitting, json_lines, require_all
+from tove_llava.eval.submission import Submission, Submitting, json_lines, known, require_all
 
 
 def answer_id(key: str | int) -> str | int:
@@ -93,8 +93,8 @@ class Seed(Benchmark, Submitting):
     def submission_questions(self, root: Path) -> Path:
         return root / "seed_bench" / "SEED-Bench.json"
 
-    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
-        matched = self.match(predictions, truth := self.read_ground_truth(questions))
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        matched = self.match(predictions, truth := self.read_ground_truth(known(questions)))
         require_all(matched.unanswered)
         rows = [
             {"question_id": row["record_id"], "prediction": text}

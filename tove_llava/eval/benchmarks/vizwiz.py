@@ -92,7 +92,7 @@ class VizWiz(Benchmark, Submitting):
     def submission_questions(self, root: Path) -> Path:
         return self.question_file(root)
 
-    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         return normalised_answers(predictions, questions, "image", complete=True)
 
 

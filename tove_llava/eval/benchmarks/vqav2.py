@@ -33,5 +33,5 @@ class Vqav2(VqaBenchmark, Submitting):
         # The server wants the whole test set, with empty answers outside test-dev.
         return root / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl"
 
-    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path) -> Submission:
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         return normalised_answers(predictions, questions, "question_id")
