@@ -52,6 +52,9 @@ def match(
     """
     if not truth:
         raise DataError("the ground truth holds no questions")
+    for row in truth:
+        if not isinstance(row.get("question_id"), int | str):
+            raise DataError(f"the ground truth has a question_id that is no number and no string: {row!r:.200}")
     keys = [truth_key(row) for row in truth]
     known = set(keys)
     if len(known) != len(keys):
@@ -72,7 +75,7 @@ def match(
     if not answers:
         raise DataError(
             "none of the predictions answers a question of this ground truth: is it another benchmark's? "
-            f"(first ids: {next(iter(unknown), None)!r} and {truth[0].get('question_id', keys[0])!r})"
+            f"(first ids: {next(iter(unknown), None)!r} and {truth[0]['question_id']!r})"
         )
     unanswered = [row["question_id"] for row, key in zip(truth, keys, strict=True) if key not in answers]
     return Matched([answers.get(key) for key in keys], unanswered, list(duplicated), list(unknown))

@@ -203,7 +203,7 @@ class MmBenchmark(Benchmark, Submitting):
         for level in ("l2-category", "category"):
             names = sorted({str(row[level]) for row in first.values() if row[level] is not None})
             for name in names:
-                values = [hits[index] for index, row in first.items() if row[level] == name]
+                values = [hits[index] for index, row in first.items() if str(row[level]) == name]
                 label = ABBREVIATIONS.get(name, name)
                 scores[label] = mean(values)
                 rows[label] = (100 * scores[label], len(values))

@@ -73,6 +73,12 @@ class LlavaBench(JudgedBenchmark):
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         keys = {"question_id": (int, str), "image": str, "text": str, "category": str}
         rows = require(read_jsonl(file), file, keys)
+        for row in rows:
+            if row["category"] not in table("llava_bench")["prompts"]:
+                raise DataError(
+                    f"{file}, question {row['question_id']!r}: unknown category {row['category']!r}; is it another "
+                    "benchmark's file?"
+                )
         contexts, references = Path(file).with_name("context.jsonl"), Path(file).with_name("answers_gpt4.jsonl")
         captions = {
             row["image"]: row["caption"]
@@ -84,8 +90,6 @@ class LlavaBench(JudgedBenchmark):
         }
         truth = []
         for row in rows:
-            if row["category"] not in table("llava_bench")["prompts"]:
-                raise DataError(f"{file}, question {row['question_id']!r}: unknown category {row['category']!r}")
             if row["image"] not in captions:
                 raise DataError(f"{contexts} has no caption of {row['image']!r}")
             if row["question_id"] not in answers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -88,7 +88,8 @@ class Pope(Benchmark):
         return truth
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        return read_jsonl(file, required=("question_id", "label", "category"))
+        rows = read_jsonl(file, required=("question_id", "label", "category"))
+        return require(rows, file, {"label": str, "category": str})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         for row in truth:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 
 def normalise(text: str) -> str:
@@ -41,7 +41,8 @@ class Scenes(Benchmark):
         return self.read_ground_truth(self.question_file(root))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        return read_jsonl(file, required=("question_id", "answer", "category"))
+        rows = read_jsonl(file, required=("question_id", "answer", "category"))
+        return require(rows, file, {"category": str})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)

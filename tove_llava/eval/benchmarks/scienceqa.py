@@ -67,18 +67,21 @@ class ScienceQa(Benchmark):
         return self.read_ground_truth(root / "scienceqa" / "problems.json")
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        problems, splits = read_json(file), None
-        if isinstance(problems, dict) and isinstance(problems.get("problems"), dict):
-            problems, splits = problems["problems"], problems.get("pid_splits")
-        elif isinstance(problems, dict):
-            splits = read_json(Path(file).with_name("pid_splits.json"))
+        content = read_json(file)
+        combined = isinstance(content, dict) and isinstance(content.get("problems"), dict)
+        problems = content["problems"] if combined else content
+        if not isinstance(problems, dict):
+            raise DataError(f"{file} is no dictionary of problems by id; give ScienceQA's problems.json")
+        require(problems.values(), file, {"choices": list, "answer": int})
+        beside = Path(file).with_name("pid_splits.json")
+        splits = content.get("pid_splits") if combined else read_json(beside)
         ids = splits.get("test") if isinstance(splits, dict) else None
-        if not isinstance(problems, dict) or not isinstance(ids, list):
-            raise DataError(f"{file} has no problems with a test split; give ScienceQA's problems.json")
-        missing = [key for key in ids if key not in problems]
+        if not isinstance(ids, list):
+            raise DataError(f"{file if combined else beside} has no list of the test split's ids")
+        missing = [key for key in ids if not isinstance(key, str) or key not in problems]
         if missing:
             raise DataError(f"{file}: problem {missing[0]!r} of the test split is missing")
-        rows = require((problems[key] for key in ids), file, {"choices": list, "answer": int})
+        rows = [problems[key] for key in ids]
         for key, row in zip(ids, rows, strict=True):
             if not 0 <= row["answer"] < len(LETTERS):
                 raise DataError(f"{file}, problem {key!r}: the answer must be 0 to {len(LETTERS) - 1}")

@@ -43,7 +43,11 @@ class Seed(Benchmark, Submitting):
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         content = read_json(file)
         types = content.get("question_type") if isinstance(content, dict) else None
-        if not isinstance(types, dict) or not isinstance(content.get("questions"), list):
+        if (
+            not isinstance(types, dict)
+            or not all(isinstance(number, int) for number in types.values())
+            or not isinstance(content.get("questions"), list)
+        ):
             raise DataError(f"{file} has no 'question_type' and 'questions'; give SEED-Bench.json")
         names = {number: name for name, number in types.items()}
         keys = {"question_id": (str, int), "answer": str, "data_type": str, "question_type_id": int}
