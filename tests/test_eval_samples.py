@@ -58,7 +58,6 @@ def test_order_of_answers_does_not_matter_and_the_last_of_two_counts(capsys, tmp
     for seed in range(5):
         shuffled = list(last.values())
         random.Random(seed).shuffle(shuffled)
-        # MME pairs lines by position when the files run in parallel, which the additional ones prevent.
         file = tmp_path / "predictions.jsonl"
         file.write_text("\n".join([*early, *shuffled]) + "\n")
         got = score(capsys, name, file, truth_file(folder))
@@ -212,6 +211,20 @@ def test_golden_mme_real_answers_in_any_order(capsys, conformance, tmp_path):
         (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
         got = score(capsys, "mme", tmp_path / "answers.jsonl", tmp_path / "truth.jsonl")
         assert not differences(got, {key: expected[key] for key in ("scores", "count")}, 1e-6)
+
+
+def test_mme_pairs_by_position_where_prompts_do_not_tell(capsys, tmp_path):
+    folder = SAMPLES / "mme"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows))
+    got = score(capsys, "mme", file, truth_file(folder))
+    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+    swapped = [rows[1], rows[0], *rows[2:]]  # by position this would exchange two answers
+    file.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    assert score(capsys, "mme", file, truth_file(folder))["scores"] == got["scores"]
+    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows[:-1]))
+    assert "another benchmark's" in refuse(capsys, "mme", file, truth_file(folder))
 
 
 def test_golden_other_rules(capsys, conformance):

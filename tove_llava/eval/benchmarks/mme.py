@@ -4,8 +4,8 @@ LLaVA's layout: ``MME/llava_mme.jsonl`` (questions with the whole prompt; the tw
 ``category/picture``) and ``MME/MME_Benchmark_release_version/``, whose text files have the answers. Scores follow
 MME's ``calculation.py``. Ground truth for ``tove-llava score`` is JSONL with ``category, image, question, answer``.
 
-Lines are paired by position, as the reference does. Where the two files do not run in parallel (questions missing, or
-another order), answers are paired by id and the question in their prompt.
+Answers are paired by id and the question in their prompt. Where the prompts do not tell the two questions of a picture
+apart, lines are paired by position, as the reference does; the files must then run in parallel.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -98,9 +98,17 @@ class Mme(Benchmark):
         return row["question_id"], core(row["question"])
 
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
-        if truth and [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]:
+        parallel = [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]
+        if truth and parallel and not self._told_apart(predictions, truth):
             return Matched(list(predictions), [], [], [])
         return super().match(predictions, truth)
+
+    def _told_apart(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether each prompt names one question, and each question has one."""
+        if not all(isinstance(row.get("prompt"), str) for row in predictions):
+            return False
+        asked = {self.answer_key(row) for row in predictions}
+        return len(asked) == len(predictions) and asked == {self.truth_key(row) for row in truth}
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         for row in truth:
