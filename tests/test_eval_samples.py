@@ -145,6 +145,25 @@ def test_an_unknown_rule_is_refused(capsys):
     assert "it has only one" in message
 
 
+def test_vsr_missing_answers_are_not_unparsed_ones(capsys, tmp_path):
+    folder = SAMPLES / "vsr"
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:3]))
+    got = score(capsys, "vsr", file, truth_file(folder))
+    assert got["unanswered"] == [0, 3] and got["unparsed"] == 1
+
+
+def test_mme_takes_the_lines_of_a_picture_two_by_two(capsys, tmp_path):
+    answers = ["yes", "yes", "yes", "no"]  # all right but the last
+    rows = [{"question_id": "count/1.jpg", "prompt": f"{i}", "text": text} for i, text in enumerate(answers)]
+    truth = [{"category": "count", "image": "1.jpg", "question": f"{i}", "answer": "Yes"} for i in range(4)]
+    for name, lines in (("p.jsonl", rows), ("t.jsonl", truth)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    got = score(capsys, "mme", tmp_path / "p.jsonl", tmp_path / "t.jsonl")
+    assert got["scores"]["subtasks"]["count"]["score"] == 75 + 50
+    assert "perception" in got["unavailable"] and "perception" not in got["scores"]
+
+
 # The golden sets: benchmark, folder, tolerance, and the entries of expected.json that must be met.
 GOLDEN = [
     ("vqav2", "vqav2", 1e-6, ("scores", "count", "per_item")),
