@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 import signal
@@ -12,8 +13,9 @@ from answer_parts import make_answerer, make_scenes, save_model
 
 from tove_llava import cli
 from tove_llava.errors import ConfigError, DataError
-from tove_llava.eval.benchmarks import get_benchmark
+from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
+from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import AppendFile
 from tove_llava.eval.runner import run_benchmark, spread
 
@@ -54,7 +56,6 @@ def test_answer_lines_are_llavas(answerer, data, tmp_path):
 
 
 def test_the_prompt_is_llavas(answerer):
-    from tove_llava.eval.benchmarks import Question
     from tove_llava.eval.runner import _prompt
 
     ids = _prompt(answerer, Question(1, "Is it red?", Path("x.png")))
@@ -316,3 +317,45 @@ def test_two_processes_give_the_answers_of_one(model_folder, data, tmp_path):
         lines = (tmp_path / str(world) / "scenes" / "full" / "answers.jsonl").read_text().splitlines()
         texts[world] = {row["question_id"]: row["text"] for row in map(json.loads, lines)}
     assert texts[1] == texts[2]
+
+
+def test_two_questions_of_one_id_get_an_answer_each(answerer, data, tmp_path):
+    benchmark = get_benchmark("mme")
+    image = data / "images" / "val_000000.png"
+    questions = [Question("existence/1.png", text, image) for text in ("Is there a cat?", "Is there a dog, too?")]
+    for _ in range(2):  # the second time all is answered already
+        rows = run_benchmark(answerer, benchmark, questions, tmp_path, FULL, limit=None)
+        assert [row["prompt"] for row in rows] == [question.text for question in questions]
+        assert len({row["answer_id"] for row in rows}) == 2
+
+
+def test_pictures_inside_the_question_file(answerer, data, tmp_path):
+    content = base64.b64encode((data / "images" / "val_000000.png").read_bytes()).decode()
+    benchmark = get_benchmark("mmbench")
+    texts = {}
+    for name, image in (
+        ("file", data / "images" / "val_000000.png"),
+        ("embedded", EmbeddedPicture("row 1", content)),
+    ):
+        (row,) = run_benchmark(answerer, benchmark, [Question(1, "Which?", image)], tmp_path / name, FULL)
+        texts[name] = row["text"]
+    assert texts["embedded"] == texts["file"]
+    with pytest.raises(DataError, match="question 1: picture row 2 is not base64"):
+        run_benchmark(
+            answerer, benchmark, [Question(1, "Which?", EmbeddedPicture("row 2", "?"))], tmp_path / "bad", FULL
+        )
+
+
+def test_answers_without_public_truth_are_kept_and_not_scored(tmp_path):
+    folder = save_model(tmp_path)
+    data = tmp_path / "data"
+    make_scenes(data / "vqav2" / "rows")
+    (data / "vqav2" / "rows" / "images").rename(data / "vqav2" / "test2015")
+    rows = [{"question_id": 1, "image": "val_000000.png", "text": "What?", "category": "default"}]
+    file = data / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--benchmark", "vqav2", "--data-root", str(data), "--device", "cpu"]
+    assert cli.main(["eval", "--model", str(folder), *flags]) == 0
+    results = json.loads((folder / "eval" / "results.json").read_text())["benchmarks"]["vqav2"]["full"]
+    assert results["scores"] == {} and "submission" in results["unavailable"]["all"]
+    assert len((folder / "eval" / "vqav2" / "full" / "answers.jsonl").read_text().splitlines()) == 1

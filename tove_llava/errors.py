@@ -23,3 +23,7 @@ class CheckpointError(ToveError, RuntimeError):
 
 class NonFiniteError(ToveError, RuntimeError):
     """A loss or an expert's output is NaN or infinite."""
+
+
+class ServiceError(ToveError, RuntimeError):
+    """A service on the network refuses, fails, or answers with something that is no answer."""

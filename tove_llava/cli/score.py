@@ -1,7 +1,8 @@
 """Score a predictions file against a ground-truth file, without any model.
 
 Predictions are LLaVA's answer files (JSONL with question_id and text); where an id occurs twice, the last line counts.
-Unanswered questions are reported and count as wrong.
+Unanswered questions are reported and count as wrong. The ground truth is the benchmark's own file, or the folder that
+holds all benchmarks' data (LLaVA's playground/data/eval).
 """
 
 import argparse
@@ -10,25 +11,48 @@ HELP = "score a predictions file without a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tove_llava.eval import judge
     from tove_llava.eval.benchmarks import BENCHMARKS
 
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="answers, JSONL")
     parser.add_argument("--ground-truth", required=True, metavar="FILE", help="the benchmark's ground truth")
+    parser.add_argument(
+        "--rule", metavar="NAME", help="another published reading of the scoring rule, where there are several"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object with benchmark, scores and count")
+    parser.add_argument("--per-item", action="store_true", help="with --json: also what was read from each answer")
+    judge.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     import json
+    from pathlib import Path
 
+    from tove_llava.errors import ConfigError, DataError
     from tove_llava.eval.benchmarks import get_benchmark
-    from tove_llava.eval.report import score_table
+    from tove_llava.eval.judge import judge_from
+    from tove_llava.eval.judged import JudgedBenchmark
+    from tove_llava.eval.report import notes, score_table
     from tove_llava.eval.rows import read_answers
 
-    benchmark = get_benchmark(args.benchmark)
-    score = benchmark.score(read_answers(args.predictions), benchmark.read_ground_truth(args.ground_truth))
+    benchmark = get_benchmark(args.benchmark, args.rule)
+    benchmark.check_requirements()
+    if isinstance(benchmark, JudgedBenchmark):
+        benchmark.judge = judge_from(args)
+    elif args.judge_url or args.judge_model:
+        raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
+    place = Path(args.ground_truth)
+    truth = benchmark.ground_truth(place) if place.is_dir() else benchmark.read_ground_truth(place)
+    if truth is None:
+        raise DataError(
+            f"{place} has no answers to {args.benchmark}'s questions: only its server scores them. "
+            "'tove-llava submission' writes the file to send"
+        )
+    score = benchmark.score(read_answers(args.predictions), truth)
     if args.json:
-        print(json.dumps(score.to_json(args.benchmark), ensure_ascii=False))
+        # ASCII, because an answer may hold half a surrogate pair, which no encoding takes.
+        print(json.dumps(score.to_json(args.benchmark, args.per_item)))
     else:
-        print(score_table({args.benchmark: score}))
+        print("\n".join([score_table({args.benchmark: score}), *notes(score)]))
     return 0

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import torch
@@ -69,32 +69,37 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """Open and fully decode a picture file (of an animation, the first frame), in the file's own mode.
+
+    Args:
+        file: its path, or its content.
+        name: what messages call it; the path by default.
 
     Raises:
         DataError: not a picture, damaged, or too large to be decoded safely.
     """
+    name = str(file) if name is None else name
     try:
         with Image.open(file, formats=_available_formats()) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(
-                    f"{file} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; "
+                    f"{name} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; "
                     "shrink it, or raise max_pixels"
                 )
             image.load()
             return image.copy() if getattr(image, "is_animated", False) else image
     except FileNotFoundError:
-        raise DataError(f"there is no image file {file}") from None
+        raise DataError(f"there is no image file {name}") from None
     except UnidentifiedImageError:
-        raise DataError(f"{file} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
+        raise DataError(f"{name} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
     except Image.DecompressionBombError as error:
-        raise DataError(f"{file} is too large to be decoded safely: {error}") from error
+        raise DataError(f"{name} is too large to be decoded safely: {error}") from error
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, struct.error) as error:
         # All of these are Pillow's ways of reporting damage.
-        raise DataError(f"{file} is damaged ({error}); replace the file or take the record out") from error
+        raise DataError(f"{name} is damaged ({error}); replace the file or take the record out") from error
 
 
 @lru_cache(maxsize=1)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.errors import CheckpointError, DataError
-from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Score, get_benchmark
+from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
-from tove_llava.eval.rows import write_atomically
+from tove_llava.eval.rows import Row, write_atomically
 
 MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
 
@@ -49,7 +49,9 @@ def evaluate(
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; give the folder that training wrote")
     jobs = find_data(benchmarks, data_roots)
-    # All questions are read before the model is loaded: a missing file shows at once.
+    # All questions are read before the model is loaded: a missing file or program shows at once.
+    for _, benchmark, _ in jobs:
+        benchmark.check_requirements()
     questions = {name: benchmark.questions(root) for name, benchmark, root in jobs}
     truths = {name: benchmark.ground_truth(root) for name, benchmark, root in jobs}
 
@@ -66,8 +68,7 @@ def evaluate(
     for name, benchmark, root in jobs:
         columns: dict[str, Score] = {}
         results[name] = {}
-        asked = {question.question_id for question in spread(questions[name], limit)}
-        truth = [row for row in truths[name] if row["question_id"] in asked]
+        truth = _asked(benchmark, truths[name], spread(questions[name], limit))
         for condition in conditions:
             place = target / name / condition.name
             if overwrite and share.rank == 0:
@@ -80,7 +81,7 @@ def evaluate(
             )
             if share.rank != 0:
                 continue
-            columns[condition.title] = score = benchmark.score(rows, truth)
+            columns[condition.title] = score = _score(benchmark, rows, truth)
             seconds = time.monotonic() - started
             results[name][condition.name] = {
                 **score.to_json(name),
@@ -126,6 +127,22 @@ def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[s
     if not jobs:
         raise DataError(f"no benchmark's data is under {', '.join(map(str, data_roots))}; give --data-root")
     return jobs
+
+
+def _asked(benchmark: Benchmark, truth: list[Row] | None, questions: Sequence[Question]) -> list[Row] | None:
+    """The rows of the ground truth that belong to the questions asked."""
+    if truth is None:
+        return None
+    rows = [{"question_id": question.question_id, "prompt": question.text} for question in questions]
+    keys = {benchmark.answer_key(row) for row in rows}
+    return [row for row in truth if benchmark.truth_key(row) in keys]
+
+
+def _score(benchmark: Benchmark, rows: Sequence[Row], truth: list[Row] | None) -> Score:
+    if truth is not None:
+        return benchmark.score(rows, truth)
+    reason = "the answers are not public; 'tove-llava submission' writes the file for the benchmark's server"
+    return Score({}, len(rows), {}, unavailable={"all": reason})
 
 
 def local_device() -> str:

@@ -34,3 +34,24 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def _align(cell: str, width: int, column: int) -> str:
     return cell.ljust(width) if column == 0 else cell.rjust(width)
+
+
+def first_ids(ids: Sequence[object], shown: int = 10) -> str:
+    """The first ids of a list, and three dots where there are more."""
+    return ", ".join(map(str, ids[:shown])) + (", ..." if len(ids) > shown else "")
+
+
+def notes(score: Score) -> list[str]:
+    """Lines for under the table: the rule, what is unavailable, and the first of the ids that need a look."""
+    lines = [f"rule: {score.rule}"] if score.rule else []
+    lines += [f"{name}: unavailable ({reason})" for name, reason in score.unavailable.items()]
+    meanings = {
+        "unanswered": "questions without an answer (wrong)",
+        "duplicated": "questions answered more than once (the last answer counts)",
+        "unknown": "answers to other questions (left out)",
+    }
+    for key, meaning in meanings.items():
+        ids = score.extras.get(key) or []
+        if ids:
+            lines.append(f"{len(ids)} {meaning}: {first_ids(ids)}")
+    return lines

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -25,11 +25,14 @@ from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.rows import AppendFile, Row, by_question, read_jsonl, write_atomically
+from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.rows import AppendFile, Row, read_jsonl, write_atomically
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.serve.generation import Answerer
 
 T = TypeVar("T")
+Picture = Path | EmbeddedPicture
+Key = tuple[int | str, str]  # see Question.key
 
 # Questions are taken in file order, where those about one image are neighbours, and sorted by length within a window of
 # this many batches: little padding, and an image's features are still at hand for its next question.
@@ -96,7 +99,7 @@ def run_benchmark(
     questions = spread(questions, limit)
     answered = _answered(folder, questions)
     share.wait()  # all have read what is there before anyone writes more
-    left = [question for question in questions if question.question_id not in answered]
+    left = [question for question in questions if question.key not in answered]
     mine = left[share.rank :: share.world]
     interval = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file does not need every update
     with AppendFile(folder / f"answers.part{share.rank}.jsonl") as out, condition.applied(answerer.model):
@@ -122,7 +125,7 @@ def run_benchmark(
         share.wait()
         return []
     answers = _answered(folder, questions)
-    rows = [answers[question.question_id] for question in questions]
+    rows = [answers[question.key] for question in questions]
     write_atomically(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for part in folder.glob("answers.part*.jsonl"):
         part.unlink()
@@ -141,7 +144,7 @@ def _answer(
     answerer: Answerer, benchmark: Benchmark, questions: Sequence[Question], condition: Condition, batch_size: int
 ) -> Iterator[tuple[list[Question], list[str], list[str]]]:
     """Batches with their answers. The next batch's pictures are opened while the model answers this one."""
-    prompts = {question.question_id: _prompt(answerer, question) for question in questions}
+    prompts = {question.key: _prompt(answerer, question) for question in questions}
     batches = _batches(questions, {key: len(ids) for key, ids in prompts.items()}, batch_size)
     features = _Features(answerer, condition.blank_image, capacity=WINDOW * batch_size)
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -150,7 +153,7 @@ def _answer(
             pixels = opened.result() if opened is not None else features.open(batch)
             opened = pool.submit(features.open, batches[index + 1]) if index + 1 < len(batches) else None
             texts = answerer.generate(
-                [prompts[question.question_id] for question in batch],
+                [prompts[question.key] for question in batch],
                 features.of(batch, pixels),
                 benchmark.max_new_tokens,
             )
@@ -166,12 +169,10 @@ def _prompt(answerer: Answerer, question: Question) -> list[int]:
         raise DataError(f"question {question.question_id!r}: {error}") from error
 
 
-def _batches(questions: Sequence[Question], lengths: dict[Any, int], batch_size: int) -> list[list[Question]]:
+def _batches(questions: Sequence[Question], lengths: dict[Key, int], batch_size: int) -> list[list[Question]]:
     batches = []
     for start in range(0, len(questions), WINDOW * batch_size):
-        window = sorted(
-            questions[start : start + WINDOW * batch_size], key=lambda question: -lengths[question.question_id]
-        )
+        window = sorted(questions[start : start + WINDOW * batch_size], key=lambda question: -lengths[question.key])
         batches += [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
     return batches
 
@@ -183,27 +184,30 @@ class _Features:
         self.answerer = answerer
         self.blank = blank
         self.capacity = capacity
-        self.known: OrderedDict[Path, Tensor] = OrderedDict()  # the least recently used comes first
+        self.known: OrderedDict[Picture, Tensor] = OrderedDict()  # the least recently used comes first
 
-    def open(self, batch: Sequence[Question]) -> dict[Path, Tensor]:
+    def open(self, batch: Sequence[Question]) -> dict[Picture, Tensor]:
         """float32 [3, S, S] of the batch's images that are not known (from another thread: opens files only)."""
-        pixels: dict[Path, Tensor] = {}
+        pixels: dict[Picture, Tensor] = {}
         for question in batch:
             if question.image is None or question.image in pixels or question.image in self.known:
                 continue
             try:
-                pixels[question.image] = self.answerer.pixels(question.image)
+                pixels[question.image] = self._pixels(question.image)
             except DataError as error:
                 raise DataError(f"question {question.question_id!r}: {error}") from error
         return pixels
 
-    def of(self, batch: Sequence[Question], pixels: dict[Path, Tensor]) -> list[Tensor]:
+    def _pixels(self, image: Picture) -> Tensor:
+        return self.answerer.pixels(image.open() if isinstance(image, EmbeddedPicture) else image)
+
+    def of(self, batch: Sequence[Question], pixels: dict[Picture, Tensor]) -> list[Tensor]:
         """[N, D] of every image of the batch, in order."""
         wanted = [question.image for question in batch if question.image is not None]
         # An image that was known when the batch was opened may have been dropped since.
         new = [image for image in dict.fromkeys(wanted) if image not in self.known]
         if new:
-            stack = torch.stack([pixels[image] if image in pixels else self.answerer.pixels(image) for image in new])
+            stack = torch.stack([pixels[image] if image in pixels else self._pixels(image) for image in new])
             stack = torch.zeros_like(stack) if self.blank else stack
             self.known.update(zip(new, self.answerer.features(stack), strict=True))
         for image in wanted:
@@ -214,17 +218,18 @@ class _Features:
         return result
 
 
-def _answered(folder: Path, questions: Sequence[Question]) -> dict[Any, Row]:
+def _answered(folder: Path, questions: Sequence[Question]) -> dict[Key, Row]:
     """Answers on disk to any of the questions; a last line that was cut off is not an answer."""
-    asked = {question.question_id for question in questions}
+    asked = {question.key for question in questions}
     rows: list[Row] = []
     for file in sorted(folder.glob("answers*.jsonl")):
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) != len(content):
             os.truncate(file, len(whole))
-        rows += read_jsonl(file, required=("question_id", "text"))
-    return {key: dict(row) for key, row in by_question(rows).items() if key in asked}
+        rows += read_jsonl(file, required=("question_id", "prompt", "text"))
+    answers = {(row["question_id"], row["prompt"]): row for row in rows}  # the last of several counts
+    return {key: row for key, row in answers.items() if key in asked}
 
 
 def _identity(
@@ -232,7 +237,7 @@ def _identity(
 ) -> Row:
     """What must agree before answers of an earlier run are used."""
     digest = hashlib.sha256()
-    for question in sorted(questions, key=lambda question: str(question.question_id)):
+    for question in sorted(questions, key=lambda question: str(question.key)):
         image = question.image.name if question.image else None
         digest.update(json.dumps([question.question_id, question.text, image]).encode())
     return {

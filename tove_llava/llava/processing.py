@@ -11,6 +11,17 @@ from tove_llava.tower import ToveVisionConfig
 _TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
+def build_image_processor(vision: ToveVisionConfig) -> CLIPImageProcessorPil:
+    """CLIP's image processor at the tower's size and normalisation."""
+    size = vision.image_size
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(vision.image_mean),
+        image_std=list(vision.image_std),
+    )
+
+
 def build_processor(
     tokenizer: PreTrainedTokenizerBase, vision: ToveVisionConfig, *, image_token: str, template: str
 ) -> LlavaProcessor:
@@ -22,15 +33,8 @@ def build_processor(
         template: registered name of the conversation template the model is trained with; the processor's
             ``conversation_template``.
     """
-    size = vision.image_size
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(vision.image_mean),
-        image_std=list(vision.image_std),
-    )
     processor = LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=build_image_processor(vision),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",

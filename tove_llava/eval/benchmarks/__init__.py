@@ -5,19 +5,26 @@ A newcomer adds a file like this (see ``scenes.py``)::
     @register_benchmark("mine")
     class Mine(Benchmark):
         max_new_tokens = 16
+        def question_file(self, root): ...
         def questions(self, root): ...
         def ground_truth(self, root): ...
         def score(self, predictions, truth): ...
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from tove_llava.errors import ConfigError
+from tove_llava.eval.matching import Matched, match
+from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl
 from tove_llava.registry import Registry
+
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,13 @@ class Question:
 
     question_id: int | str
     text: str
-    image: Path | None
+    image: Path | EmbeddedPicture | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int | str, str]:
+        """What no other question of the benchmark has: in some of them two questions share an id."""
+        return self.question_id, self.text
 
 
 @dataclass(frozen=True)
@@ -39,25 +51,53 @@ class Score:
         count: questions scored; unanswered ones are among them.
         rows: the report's table, label -> (percent, questions).
         extras: further entries of the JSON output (means, ids that were not answered, ...).
+        details: entries of the JSON output that are as long as the files (``per_item`` and the like), on request.
+        marks: what each question earned, 0 to 1, by a name that no other question has; empty where the score is no
+            mean over questions.
+        unavailable: metrics that cannot be computed here, with the reason. They have no number anywhere.
+        rule: which of several published readings of the rule was used, where there are several.
     """
 
     scores: Mapping[str, Any]
     count: int
     rows: Mapping[str, tuple[float, int]]
     extras: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    marks: Mapping[Any, float] = field(default_factory=dict)
+    unavailable: Mapping[str, str] = field(default_factory=dict)
+    rule: str | None = None
 
-    def to_json(self, benchmark: str) -> dict[str, Any]:
-        """``{"benchmark", "scores", "count", ...extras}``."""
-        return {"benchmark": benchmark, "scores": dict(self.scores), "count": self.count, **self.extras}
+    def to_json(self, benchmark: str, details: bool = False) -> dict[str, Any]:
+        """``{"benchmark", "scores", "count", ...}``; keys of the inner objects become strings, as JSON has it."""
+        value: dict[str, Any] = {"benchmark": benchmark, "scores": dict(self.scores), "count": self.count}
+        if self.rule is not None:
+            value["rule"] = self.rule
+        if self.unavailable:
+            value["unavailable"] = dict(self.unavailable)
+        return {**value, **self.extras, **(self.details if details else {})}
 
 
 class Benchmark(ABC):
     """Where a benchmark's files are, what the model is asked, and how its answers are scored.
 
     ``root`` is the evaluation data root, LLaVA's ``playground/data/eval`` or a folder of playground scenes.
+
+    Args:
+        rule: one of :attr:`rules`; the first by default.
+
+    Raises:
+        ConfigError: the benchmark has no such rule.
     """
 
     max_new_tokens: ClassVar[int]
+    #: name -> description of the readings of the scoring rule, the default first; empty where there is only one
+    rules: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, rule: str | None = None) -> None:
+        if rule is not None and rule not in self.rules:
+            known = ", ".join(self.rules) or "it has only one"
+            raise ConfigError(f"this benchmark has no rule {rule!r}; rules: {known}")
+        self.rule = rule if rule is not None else next(iter(self.rules), None)
 
     @abstractmethod
     def question_file(self, root: Path) -> Path:
@@ -72,16 +112,40 @@ class Benchmark(ABC):
         """
 
     @abstractmethod
-    def ground_truth(self, root: Path) -> list[Row]:
-        """Rows for :meth:`score`, in the form that :meth:`read_ground_truth` reads from one file."""
+    def ground_truth(self, root: Path) -> list[Row] | None:
+        """Rows for :meth:`score`, in the form that :meth:`read_ground_truth` reads from one file.
+
+        None where the answers are not public: only the benchmark's server can score.
+        """
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         """Ground truth from a single file, for scoring without a model."""
         return read_jsonl(file, required=("question_id",))
 
+    def answer_key(self, row: Mapping[str, Any]) -> Hashable:
+        """What pairs an answer line (``question_id`` and ``prompt``) with its question."""
+        key: Hashable = row["question_id"]
+        return key
+
+    def truth_key(self, row: Mapping[str, Any]) -> Hashable:
+        """What pairs a row of the ground truth with its answer."""
+        key: Hashable = row["question_id"]
+        return key
+
+    def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
+        """Pair answers with questions; see :func:`tove_llava.eval.matching.match`."""
+        return match(predictions, truth, self.answer_key, self.truth_key)
+
+    def check_requirements(self) -> None:  # noqa: B027  (most need nothing beyond the base)
+        """Refuse before any work is done when :meth:`score` would lack a program or package.
+
+        Raises:
+            ConfigError: something is missing; the message says how to get it.
+        """
+
     @abstractmethod
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        """Score answers; a pure function of its arguments.
+        """Score answers; a pure function of its arguments and the rule.
 
         Raises:
             DataError: a row lacks a key, or no prediction belongs to this ground truth.
@@ -92,10 +156,13 @@ BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "tove_llava.eval.b
 register_benchmark = BENCHMARKS.register
 
 
-def get_benchmark(name: str) -> Benchmark:
+def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
     """The benchmark called ``name``.
 
+    Args:
+        rule: which reading of its scoring rule; the default by default.
+
     Raises:
-        ConfigError: there is none; the message lists those that exist.
+        ConfigError: there is none, or it has no such rule; the message lists those that exist.
     """
-    return BENCHMARKS.get(name)()
+    return BENCHMARKS.get(name)(rule)

@@ -11,7 +11,7 @@ from typing import Any
 
 from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, duplicated, pair, read_jsonl
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 CATEGORIES = ("random", "popular", "adversarial")
 
@@ -88,7 +88,8 @@ class Pope(Benchmark):
         return truth
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        return read_jsonl(file, required=("question_id", "label", "category"))
+        rows = read_jsonl(file, required=("question_id", "label", "category"))
+        return require(rows, file, {"label": str, "category": str})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         for row in truth:
@@ -96,23 +97,19 @@ class Pope(Benchmark):
                 raise DataError(
                     f"question {row['question_id']!r}: the label must be yes or no, not {row.get('label')!r}"
                 )
-        if not truth:
-            raise DataError("the ground truth holds no questions")
-        unanswered: list[Any] = []
-
-        def judge(row: Mapping[str, Any], answer: str | None) -> tuple[str, str, str]:
-            if answer is None:  # an unanswered question stays in the count and is wrong
-                unanswered.append(row["question_id"])
-                return row["category"], row["label"], "no" if row["label"] == "yes" else "yes"
-            return row["category"], row["label"], parse_answer(answer)
-
-        judged = pair(truth, predictions, judge)
-        found = dict.fromkeys(category for category, _, _ in judged)
-        ordered = [name for name in CATEGORIES if name in found] + [name for name in found if name not in CATEGORIES]
-        scores = {
-            name: _rates([(label, answer) for category, label, answer in judged if category == name])
-            for name in ordered
-        }
+        matched = self.match(predictions, truth)
+        pairs: dict[str, list[tuple[str, str]]] = {}
+        per_item: dict[Any, str | None] = {}
+        marks: dict[Any, float] = {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            answer = None if text is None else parse_answer(text)
+            per_item[row["question_id"]] = answer
+            marks[row["question_id"]] = float(answer == row["label"])
+            # An unanswered question stays in the count and is wrong.
+            counted = answer or ("no" if row["label"] == "yes" else "yes")
+            pairs.setdefault(row["category"], []).append((row["label"], counted))
+        ordered = [name for name in CATEGORIES if name in pairs] + [name for name in pairs if name not in CATEGORIES]
+        scores = {name: _rates(pairs[name]) for name in ordered}
         keys = ("accuracy", "precision", "recall", "f1", "yes_ratio")
         mean = {key: sum(rates[key] for rates in scores.values()) / len(scores) for key in keys}
         rows = {
@@ -121,6 +118,5 @@ class Pope(Benchmark):
             for key in ("accuracy", "f1")
         }
         rows |= {f"mean {key}": (100 * value, len(truth)) for key, value in mean.items()}
-        extras: dict[str, Any] = {"mean_of_categories": mean}
-        extras |= {"unanswered": unanswered, "duplicated": duplicated(predictions)}
-        return Score(scores, len(truth), rows, extras)
+        extras = {"mean_of_categories": mean, **matched.notes()}
+        return Score(scores, len(truth), rows, extras, {"per_item": per_item}, marks)

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, duplicated, pair, read_jsonl
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 
 def normalise(text: str) -> str:
@@ -42,26 +41,22 @@ class Scenes(Benchmark):
         return self.read_ground_truth(self.question_file(root))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        return read_jsonl(file, required=("question_id", "answer", "category"))
+        rows = read_jsonl(file, required=("question_id", "answer", "category"))
+        return require(rows, file, {"category": str})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        if not truth:
-            raise DataError("the ground truth holds no questions")
-        unanswered: list[Any] = []
-
-        def judge(row: Mapping[str, Any], answer: str | None) -> tuple[str, bool]:
-            if answer is None:
-                unanswered.append(row["question_id"])
-                return row["category"], False
-            return row["category"], normalise(answer) == normalise(str(row["answer"]))
-
-        judged = pair(truth, predictions, judge)
-        scores: dict[str, Any] = {}
-        for category in sorted({name for name, _ in judged}):
-            marks = [right for name, right in judged if name == category]
-            scores[category] = {"accuracy": sum(marks) / len(marks), "samples": len(marks)}
-        overall = sum(right for _, right in judged) / len(judged)
+        matched = self.match(predictions, truth)
+        marks = {
+            row["question_id"]: float(text is not None and normalise(text) == normalise(str(row["answer"])))
+            for row, text in zip(truth, matched.texts, strict=True)
+        }
+        groups: dict[str, list[float]] = {}
+        for row in truth:
+            groups.setdefault(row["category"], []).append(marks[row["question_id"]])
+        scores: dict[str, Any] = {
+            name: {"accuracy": sum(groups[name]) / len(groups[name]), "samples": len(groups[name])}
+            for name in sorted(groups)
+        }
+        scores["overall"] = {"accuracy": sum(marks.values()) / len(marks), "samples": len(marks)}
         rows = {name: (100 * entry["accuracy"], entry["samples"]) for name, entry in scores.items()}
-        rows["overall"] = (100 * overall, len(judged))
-        scores["overall"] = {"accuracy": overall, "samples": len(judged)}
-        return Score(scores, len(judged), rows, {"unanswered": unanswered, "duplicated": duplicated(predictions)})
+        return Score(scores, len(marks), rows, matched.notes(), {"per_item": marks}, marks)

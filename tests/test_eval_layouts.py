@@ -1,0 +1,253 @@
+"""Every benchmark in LLaVA's folders: what the model is asked, about which picture, and what scores the answers."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+from score_parts import SAMPLES, score
+
+from tove_llava.data import IMAGE_PLACEHOLDER
+from tove_llava.errors import DataError
+from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, get_benchmark
+from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
+from tove_llava.eval.pictures import EmbeddedPicture
+
+SHORT = f"\n{SHORT_ANSWER}"
+LETTER = f"\n{OPTION_LETTER}"
+
+
+def jsonl(path, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+def ask(key, image, text):
+    return {"question_id": key, "image": image, "text": text, "category": "default"}
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def vqa_record(key):
+    answers = [{"answer": "red", "answer_confidence": "yes", "answer_id": i} for i in range(10)]
+    return {"question_id": key, "question_type": "what", "answer_type": "other", "answers": answers}
+
+
+def vqav2(root):
+    jsonl(root / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", ask(1, "COCO_1.jpg", "What?" + SHORT))
+    return "vqav2/test2015/COCO_1.jpg", "What?" + SHORT, None
+
+
+def okvqa(root):
+    question = {"question_id": 7, "image_id": 42, "question": "What?"}
+    write(root / "okvqa" / "OpenEnded_mscoco_val2014_questions.json", {"questions": [question]})
+    write(root / "okvqa" / "mscoco_val2014_annotations.json", {"annotations": [vqa_record(7)]})
+    return "okvqa/val2014/COCO_val2014_000000000042.jpg", "What?" + SHORT, "red"
+
+
+def gqa(root):
+    jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", ask("1", "n1.jpg", "What color is the car?" + SHORT))
+    truth = json.loads((SAMPLES / "gqa" / "ground_truth.json").read_text())
+    write(root / "gqa" / "data" / "questions1.2" / "testdev_balanced_questions.json", {"1": truth["1"]})
+    return "gqa/data/images/n1.jpg", "What color is the car?" + SHORT, "red"
+
+
+def vizwiz(root):
+    jsonl(root / "vizwiz" / "llava_test.jsonl", ask(0, "VizWiz_test_00000000.jpg", "What?" + SHORT))
+    return "vizwiz/test/VizWiz_test_00000000.jpg", "What?" + SHORT, None
+
+
+def scienceqa(root):
+    turns = [{"from": "human", "value": "Which?\nA. x\nB. y\n<image>"}, {"from": "gpt", "value": "A"}]
+    folder = root / "scienceqa"
+    records = [{"id": "5", "image": "5/image.png", "conversations": turns}]
+    write(folder / "llava_test_CQM-A.json", records)
+    write(folder / "problems.json", {"5": {"choices": ["x", "y"], "answer": 1}, "6": {"choices": ["x"], "answer": 0}})
+    write(folder / "pid_splits.json", {"test": ["5"], "train": ["6"]})
+    return "scienceqa/images/test/5/image.png", "<image>\nWhich?\nA. x\nB. y" + LETTER, "B"
+
+
+def textvqa(root):
+    text = "What does it say?\nReference OCR token: STOP" + SHORT
+    jsonl(root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", ask("i1", "i1.jpg", text))
+    record = {"image_id": "i1", "question_id": 3, "question": "What does it say?", "answers": ["stop"] * 10}
+    write(root / "textvqa" / "TextVQA_0.5.1_val.json", {"data": [record]})
+    return "textvqa/train_images/i1.jpg", text, "Stop"
+
+
+def pope(root):
+    question = {**ask(0, "1.jpg", "Is there a cat?" + SHORT), "category": "random"}
+    jsonl(root / "pope" / "llava_pope_test.jsonl", question)
+    jsonl(root / "pope" / "coco" / "coco_pope_random.json", {"question_id": 1, "image": "1.jpg", "label": "yes"})
+    return "pope/val2014/1.jpg", "Is there a cat?" + SHORT, "Yes"
+
+
+def mme(root):
+    texts = ("Is there a cat? Please answer yes or no.", "Is there a dog?  Please answer yes or no.")
+    rows = [ask("existence/1.jpg", "existence/1.jpg", text + SHORT) for text in texts]
+    jsonl(root / "MME" / "llava_mme.jsonl", *rows)
+    answers = "Is there a dog? Please answer yes or no.\tYes\nIs there a cat? Please answer yes or no.\tYes\n"
+    write(root / "MME" / "MME_Benchmark_release_version" / "existence" / "1.txt", answers)
+    return "MME/MME_Benchmark_release_version/existence/1.jpg", texts[0] + SHORT, "Yes"
+
+
+def sheet(root, folder, name):
+    cells = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tl2-category\tsplit\n"
+    write(root / folder / name, f"{cells}1\tWhich?\tLook.\tN/A's\tno\t\tlast\tB\tx\t{png()}\tl\tdev\n")
+
+
+def mmbench(root):
+    sheet(root, "mmbench", "mmbench_dev_20230712.tsv")
+    return None, "Look.\nWhich?\nA. N/A's\nB. no" + LETTER, "B"
+
+
+def mmbench_cn(root):
+    sheet(root, "mmbench_cn", "mmbench_dev_cn_20231003.tsv")
+    return None, "Look.\nWhich?\nA. N/A's\nB. no\n请直接回答选项字母。", "B"
+
+
+def seed(root):
+    text = "What?\nA. a\nB. b\nC. c\nD. d" + LETTER
+    jsonl(root / "seed_bench" / "llava-seed-bench.jsonl", ask(4, "SEED-Bench-image/4", text))
+    question = {"question_id": "4", "answer": "D", "data_type": "image", "question_type_id": 2}
+    write(root / "seed_bench" / "SEED-Bench.json", {"question_type": {"Instance Identity": 2}, "questions": [question]})
+    return "seed_bench/SEED-Bench-image/4", text, "D"
+
+
+def llava_bench(root):
+    folder = root / "llava-bench-in-the-wild"
+    for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"):
+        write(folder / name, (SAMPLES / "llava_bench" / name).read_text())
+    return "llava-bench-in-the-wild/images/000.jpg", "Question 0?", ""
+
+
+def mmvet(root):
+    jsonl(root / "mm-vet" / "llava-mm-vet.jsonl", ask(0, "v1_0.png", "Question 0?"))
+    write(root / "mm-vet" / "mm-vet.json", (SAMPLES / "mmvet" / "ground_truth.json").read_text())
+    return "mm-vet/images/v1_0.png", "Question 0?", ""
+
+
+CAPTION = "Provide a one-sentence caption for the provided image."
+
+
+def coco_caption(root):
+    record = {"image": "val2014/COCO_val2014_000000000042.jpg", "caption": ["a cat", "a small cat"]}
+    write(root / "coco_caption" / "coco_karpathy_test.json", [record])
+    return "coco_caption/val2014/COCO_val2014_000000000042.jpg", CAPTION, "a cat"
+
+
+def nocaps(root):
+    images = [{"id": 0, "file_name": "a.jpg", "domain": "near-domain"}]
+    captions = [{"id": i, "image_id": 0, "caption": text} for i, text in enumerate(("a cat", "one cat"))]
+    write(root / "nocaps" / "nocaps_val_4500_captions.json", {"images": images, "annotations": captions})
+    return "nocaps/images/a.jpg", CAPTION, "a cat"
+
+
+def vsr(root):
+    jsonl(root / "vsr" / "test.jsonl", {"image": "1.jpg", "caption": "The cat is on it.", "label": 1, "relation": "on"})
+    return (
+        "vsr/images/1.jpg",
+        "Is the following statement about the image true or false? The cat is on it." + SHORT,
+        "True",
+    )
+
+
+def scenes(root):
+    jsonl(root / "val_questions.jsonl", {**ask("a", "1.png", "What colour?"), "answer": "red"})
+    return "images/1.png", "What colour?", "red"
+
+
+LAYOUTS = {
+    make.__name__: make
+    for make in (coco_caption, gqa, llava_bench, mmbench, mmbench_cn, mme, mmvet, nocaps, okvqa, pope, scenes)
+} | {make.__name__: make for make in (scienceqa, seed, textvqa, vizwiz, vqav2, vsr)}
+
+LENGTHS = {"mmbench": 1024, "mmbench_cn": 1024, "scienceqa": 1024, "llava_bench": 1024, "mmvet": 1024, "scenes": 16}
+
+
+def test_every_benchmark_has_a_layout():
+    assert sorted(LAYOUTS) == list(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_prompts_pictures_and_lengths(tmp_path, name):
+    image, text, _ = LAYOUTS[name](tmp_path)
+    benchmark = get_benchmark(name)
+    assert benchmark.question_file(tmp_path).is_file()
+    question = benchmark.questions(tmp_path)[0]
+    assert question.text == text
+    assert benchmark.max_new_tokens == LENGTHS.get(name, 128)
+    if image is None:
+        assert isinstance(question.image, EmbeddedPicture) and question.image.open().size == (4, 3)
+    else:
+        assert question.image == tmp_path / image
+
+
+NEEDING_MORE = ("coco_caption", "nocaps", "llava_bench", "mmvet")  # Java or a judge
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in NEEDING_MORE])
+def test_right_answers_score_full_marks_against_the_data_root(capsys, tmp_path, name):
+    _, _, right = LAYOUTS[name](tmp_path)
+    questions = get_benchmark(name).questions(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    jsonl(answers, *({"question_id": q.question_id, "prompt": q.text, "text": right or ""} for q in questions))
+    if right is None:  # the answers are the server's secret
+        from tove_llava import cli
+
+        files = ["--predictions", str(answers), "--ground-truth", str(tmp_path)]
+        assert cli.main(["score", "--benchmark", name, *files]) == 2
+        assert "only its server scores them" in capsys.readouterr().err
+        return
+    got = score(capsys, name, answers, tmp_path)
+    assert not got["unanswered"] and not got["unknown"] and got["count"] == (2 if name == "mme" else 1)
+    from tove_llava.eval.rows import read_answers
+
+    result = get_benchmark(name).score(read_answers(answers), get_benchmark(name).ground_truth(tmp_path))
+    assert result.marks and all(mark == 1 for mark in result.marks.values())
+
+
+@pytest.mark.parametrize("name", NEEDING_MORE)
+def test_ground_truth_answers_the_questions(tmp_path, name):
+    LAYOUTS[name](tmp_path)
+    benchmark = get_benchmark(name)
+    truth = {benchmark.truth_key(row) for row in benchmark.ground_truth(tmp_path)}
+    rows = [{"question_id": q.question_id, "prompt": q.text} for q in benchmark.questions(tmp_path)]
+    assert {benchmark.answer_key(row) for row in rows} <= truth
+    if name == "coco_caption":
+        assert benchmark.ground_truth(tmp_path)[0]["references"] == ["a cat", "a small cat"]
+        assert benchmark.read_ground_truth(benchmark.question_file(tmp_path)) == benchmark.ground_truth(tmp_path)
+    if name == "nocaps":
+        assert benchmark.ground_truth(tmp_path)[0]["references"] == ["a cat", "one cat"]
+
+
+def test_placeholder_is_the_package_s():
+    assert PLACEHOLDER == IMAGE_PLACEHOLDER
+
+
+def test_a_damaged_embedded_picture_is_named():
+    with pytest.raises(DataError, match="picture row 3 is not base64"):
+        EmbeddedPicture("row 3", "not base64!").open()
+    with pytest.raises(DataError, match="picture row 3 is not a picture"):
+        EmbeddedPicture("row 3", base64.b64encode(b"text").decode()).open()
+
+
+def test_mme_names_a_question_without_an_answer(tmp_path):
+    mme(tmp_path)
+    file = tmp_path / "MME" / "MME_Benchmark_release_version" / "existence" / "1.txt"
+    file.write_text("Is there a dog? Please answer yes or no.\tYes\n")
+    with pytest.raises(DataError, match="no answer to 'existence/1.jpg': 'Is there a cat"):
+        get_benchmark("mme").ground_truth(tmp_path)
+    file.write_text("Is there a dog? Yes\n")
+    with pytest.raises(DataError, match="line 1: a question and an answer"):
+        get_benchmark("mme").ground_truth(tmp_path)

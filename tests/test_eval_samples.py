@@ -1,0 +1,290 @@
+"""Small samples of our own, whose numbers follow from each rule by hand; and the golden sets beside the repository."""
+
+import importlib.util
+import json
+import random
+import shutil
+
+import pytest
+from score_parts import SAMPLES, differences, refuse, score, truth_file
+
+from tove_llava.eval.benchmarks import BENCHMARKS, get_benchmark
+from tove_llava.eval.benchmarks.scienceqa import option_index
+from tove_llava.eval.benchmarks.scienceqa import parse_answer as parse_scienceqa
+from tove_llava.eval.normalisation import flatten, normalise_evalai, normalise_vqa, strip_punctuation
+
+CAPTIONS = ("coco_caption", "nocaps")
+JUDGED = ("llava_bench", "mmvet")
+PLAIN = [name for name in BENCHMARKS if name not in CAPTIONS + JUDGED]
+
+needs_java = pytest.mark.skipif(
+    importlib.util.find_spec("pycocoevalcap") is None or shutil.which("java") is None,
+    reason="caption metrics need pycocoevalcap and Java",
+)
+
+
+def test_every_benchmark_has_a_sample():
+    assert sorted(folder.name for folder in SAMPLES.iterdir()) == list(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_sample(capsys, name):
+    folder = SAMPLES / name
+    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
+    assert got["benchmark"] == name
+    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+
+
+@needs_java
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_caption_sample(capsys, name):
+    folder = SAMPLES / name
+    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
+    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-6)
+    assert "SPICE" in got["unavailable"] and "SPICE" not in got["scores"]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_order_of_answers_does_not_matter_and_the_last_of_two_counts(capsys, tmp_path, name):
+    folder = SAMPLES / name
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    want = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
+    last = {}  # the last line of each question, in any order
+    for line in lines:
+        row = json.loads(line)
+        last[row["question_id"], row["prompt"]] = line
+    early = [json.dumps({**json.loads(line), "text": "nonsense"}) for line in last.values()]
+    for seed in range(5):
+        shuffled = list(last.values())
+        random.Random(seed).shuffle(shuffled)
+        file = tmp_path / "predictions.jsonl"
+        file.write_text("\n".join([*early, *shuffled]) + "\n")
+        got = score(capsys, name, file, truth_file(folder))
+        assert not differences(got["scores"], want["scores"], 1e-12) and got["count"] == want["count"]
+        assert len(got["duplicated"]) >= 1 and set(got["unanswered"]) == set(want["unanswered"])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_missing_answer_stays_in_the_count(capsys, tmp_path, name):
+    folder = SAMPLES / name
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    want = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
+    file = tmp_path / "predictions.jsonl"
+    file.write_text(lines[-2] + "\n")
+    got = score(capsys, name, file, truth_file(folder))
+    assert got["count"] == want["count"] and got["unanswered"]
+    assert get_benchmark(name)  # and the human-readable form names them
+    from tove_llava import cli
+
+    files = ["--predictions", str(file), "--ground-truth", str(truth_file(folder))]
+    assert cli.main(["score", "--benchmark", name, *files]) == 0
+    assert f"{len(got['unanswered'])} questions without an answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *JUDGED])
+def test_ground_truth_of_another_benchmark_is_refused(capsys, name):
+    same = {"vqav2", "okvqa"}, {"mmbench", "mmbench_cn"}
+    for other in BENCHMARKS:
+        if other == name or any({name, other} <= pair for pair in same):
+            continue
+        message = refuse(capsys, name, SAMPLES / name / "predictions.jsonl", truth_file(SAMPLES / other))
+        assert truth_file(SAMPLES / other).name in message or "another benchmark's" in message, (other, message)
+
+
+@pytest.mark.parametrize("name", [*PLAIN, *JUDGED])
+def test_bad_files_are_refused(capsys, tmp_path, name):
+    folder = SAMPLES / name
+    truth = truth_file(folder)
+    empty, cut = tmp_path / "empty.jsonl", tmp_path / "cut.jsonl"
+    empty.write_text("\n")
+    assert "holds no answers" in refuse(capsys, name, empty, truth)
+    lines = (folder / "predictions.jsonl").read_bytes().split(b"\n")
+    cut.write_bytes(b"\n".join([*lines[:-1], lines[0][:30]]))
+    assert f"cut.jsonl, line {len(lines)}: not valid JSON" in refuse(capsys, name, cut, truth)
+    cut.write_bytes(b"\n".join([*lines[:-1], '{"question_id": 1, "text": "é'.encode()[:-1]]))
+    assert f"cut.jsonl, line {len(lines)}: not UTF-8" in refuse(capsys, name, cut, truth)
+    nothing = tmp_path / f"nothing{truth.suffix}"
+    nothing.write_text("" if truth.suffix == ".jsonl" else "{}")
+    assert str(nothing) in refuse(capsys, name, folder / "predictions.jsonl", nothing)
+
+
+def test_texts_with_other_line_ends_and_half_surrogates(capsys, tmp_path):
+    folder = SAMPLES / "textvqa"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    rows[0]["text"] = "a\u2028b\x85c \ud83d"
+    file = tmp_path / "predictions.jsonl"
+    lines = [json.dumps(rows[0]).replace("\\u2028", "\u2028").replace("\\u0085", "\x85"), json.dumps(rows[1])]
+    file.write_text("\n".join(lines))
+    got = score(capsys, "textvqa", file, truth_file(folder))
+    assert got["per_item"][0]["normalized_prediction"] == "b c \ud83d"  # the article went
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "values"),
+    [
+        # LLaVA's conversion drops the comma and lower-cases before the official program sees the answer.
+        ("vqav2", "llava", {"overall": 30.0}),
+        ("vizwiz", "api", {"accuracy": 1.0 / 3, "unanswerability": {"f1_percent": 100.0}}),
+    ],
+)
+def test_other_rules_are_named(capsys, name, rule, values):
+    folder = SAMPLES / name
+    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder), "--rule", rule)
+    assert got["rule"] == rule and not differences(got["scores"], values, 1e-9)
+    assert score(capsys, name, folder / "predictions.jsonl", truth_file(folder))["rule"] == next(
+        iter(get_benchmark(name).rules)
+    )
+
+
+def test_an_unknown_rule_is_refused(capsys):
+    folder = SAMPLES / "vqav2"
+    message = refuse(capsys, "vqav2", folder / "predictions.jsonl", truth_file(folder), "--rule", "mine")
+    assert "no rule 'mine'; rules: official, llava" in message
+    message = refuse(capsys, "gqa", folder / "predictions.jsonl", truth_file(folder), "--rule", "mine")
+    assert "it has only one" in message
+
+
+def test_vsr_missing_answers_are_not_unparsed_ones(capsys, tmp_path):
+    folder = SAMPLES / "vsr"
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:3]))
+    got = score(capsys, "vsr", file, truth_file(folder))
+    assert got["unanswered"] == [0, 3] and got["unparsed"] == 1
+
+
+def test_mme_takes_the_lines_of_a_picture_two_by_two(capsys, tmp_path):
+    answers = ["yes", "yes", "yes", "no"]  # all right but the last
+    rows = [{"question_id": "count/1.jpg", "prompt": f"{i}", "text": text} for i, text in enumerate(answers)]
+    truth = [{"category": "count", "image": "1.jpg", "question": f"{i}", "answer": "Yes"} for i in range(4)]
+    for name, lines in (("p.jsonl", rows), ("t.jsonl", truth)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    got = score(capsys, "mme", tmp_path / "p.jsonl", tmp_path / "t.jsonl")
+    assert got["scores"]["subtasks"]["count"]["score"] == 75 + 50
+    assert "perception" in got["unavailable"] and "perception" not in got["scores"]
+
+
+# The golden sets: benchmark, folder, tolerance, and the entries of expected.json that must be met.
+GOLDEN = [
+    ("vqav2", "vqav2", 1e-6, ("scores", "count", "per_item")),
+    ("gqa", "gqa", 1e-6, ("scores", "detailed", "per_item", "count_balanced", "count_all")),
+    ("vizwiz", "vizwiz", 1e-9, ("scores", "count", "count_per_answer_type", "per_item")),
+    ("textvqa", "textvqa", 1e-9, ("scores", "count", "per_item")),
+    ("pope", "pope", 1e-9, ("scores", "count", "mean_of_categories", "per_item")),
+    ("mme", "mme", 1e-6, ("scores", "count", "per_item")),
+    ("mmbench", "mmbench", 1e-9, ("scores", "count_questions", "count_rows", "per_question_hit", "per_row_parsed")),
+    ("mmbench", "mmbench", 1e-9, ("extra",)),
+    ("mmbench_cn", "mmbench", 1e-9, ("scores",)),
+    ("seed", "seed_bench", 0.005, ("scores", "count", "count_per_type", "correct", "per_item")),
+    ("vsr", "vsr", 5e-5, ("scores", "rows_without_meta_category", "unparsed", "per_item")),
+]
+
+
+@pytest.mark.parametrize(("name", "folder", "tolerance", "entries"), GOLDEN)
+def test_golden(capsys, conformance, name, folder, tolerance, entries):
+    place = conformance / "eval" / folder
+    expected = json.loads((place / "expected.json").read_text())
+    got = score(capsys, name, place / "predictions.jsonl", truth_file(place))
+    for entry in entries:
+        assert not differences(got[entry], expected[entry], tolerance)
+
+
+def test_golden_scienceqa(capsys, conformance):
+    place = conformance / "eval" / "scienceqa"
+    expected = json.loads((place / "expected.json").read_text())
+    got = score(capsys, "scienceqa", place / "predictions.jsonl", truth_file(place))
+    image = expected["scores"].pop("img_accuracy_percent")
+    assert abs(got["scores"]["img_accuracy_percent"] - image) <= 0.005
+    assert not differences(got, {key: expected[key] for key in ("scores", "per_item")}, 1e-9)
+    real = json.loads((place / "real_model_expected.json").read_text())["per_item"]
+    rows = [json.loads(line) for line in (place / "real_model_outputs.jsonl").read_text().split("\n") if line]
+    assert len(rows) == len(real)
+    for row in rows:
+        letter, want = parse_scienceqa(row["text"]), real[row["question_id"]]
+        assert (letter, option_index(letter, 5)) == (want["parsed"], want["index_with_5_options"])
+
+
+def test_golden_seed_with_missing_answers(capsys, conformance):
+    place = conformance / "eval" / "seed_bench"
+    expected = json.loads((place / "expected.json").read_text())["scores_incomplete_predictions"]
+    got = score(capsys, "seed", place / "predictions_incomplete.jsonl", truth_file(place))
+    types = got["scores"]["per_type_percent"]
+    assert not differences(types, {key: value for key, value in expected.items() if key in types}, 0.005)
+    assert abs(got["scores"]["total_percent"] - expected["Total accuracy"]) <= 0.005
+    assert got["count"] == 215 and got["unanswered"]
+
+
+def test_golden_mme_real_answers_in_any_order(capsys, conformance, tmp_path):
+    place = conformance / "eval" / "mme"
+    rows = [json.loads(line) for line in (place / "real_lavin_rows.jsonl").read_text().split("\n") if line]
+    expected = json.loads((place / "real_lavin_expected.json").read_text())
+    answers = [
+        {"question_id": f"{row['category']}/{row['image']}", "prompt": f"q{row['pair_position']}", "text": row["text"]}
+        for row in rows
+    ]
+    truth = [{**row, "question": f"q{row['pair_position']} Please answer yes or no."} for row in rows]
+    (tmp_path / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    for order in (0, 1):
+        if order:
+            random.Random(order).shuffle(answers)
+        (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+        got = score(capsys, "mme", tmp_path / "answers.jsonl", tmp_path / "truth.jsonl")
+        assert not differences(got, {key: expected[key] for key in ("scores", "count")}, 1e-6)
+
+
+def test_mme_pairs_by_position_where_prompts_do_not_tell(capsys, tmp_path):
+    folder = SAMPLES / "mme"
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    file = tmp_path / "predictions.jsonl"
+    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows))
+    got = score(capsys, "mme", file, truth_file(folder))
+    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+    swapped = [rows[1], rows[0], *rows[2:]]  # by position this would exchange two answers
+    file.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    assert score(capsys, "mme", file, truth_file(folder))["scores"] == got["scores"]
+    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows[:-1]))
+    assert "another benchmark's" in refuse(capsys, "mme", file, truth_file(folder))
+
+
+def test_golden_other_rules(capsys, conformance):
+    place = conformance / "eval" / "vqav2"
+    other = json.loads((place / "expected.json").read_text())["alternatives"]
+    got = score(capsys, "vqav2", place / "predictions.jsonl", truth_file(place), "--rule", "llava")
+    assert not differences(got["scores"], other["official_after_llava_submission_conversion"], 0.005)
+    place = conformance / "eval" / "vizwiz"
+    other = json.loads((place / "expected.json").read_text())["alternatives"]["vizwiz_api_raw_text"]
+    got = score(capsys, "vizwiz", place / "predictions.jsonl", truth_file(place), "--rule", "api")
+    assert abs(100 * got["scores"]["accuracy"] - other["accuracy_percent"]["overall"]) <= 0.005
+    detection = got["scores"]["unanswerability"]
+    assert abs(detection["average_precision_percent"] - other["unanswerability"]["average_precision"]) <= 0.005
+    assert abs(detection["f1_percent"] - other["unanswerability"]["f1_score"]) <= 0.005
+    per_item = {key: 100 * value for key, value in got["per_item"].items()}
+    assert not differences(per_item, other["per_item"], 0.005)
+
+
+@needs_java
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTIONS)
+def test_golden_captions(capsys, conformance, name):
+    place = conformance / "eval" / name
+    expected = json.loads((place / "expected.json").read_text())
+    alternatives = expected.pop("alternatives", None)
+    got = score(capsys, name, place / "predictions.jsonl", truth_file(place))
+    assert not differences(got, expected, 1e-6)
+    assert not differences(got["tokenized"], json.loads((place / "tokenized.json").read_text()), 0)
+    if alternatives:
+        other = score(capsys, name, place / "predictions.jsonl", truth_file(place), "--rule", "means")
+        means = alternatives["mean_of_per_image_scores_from_the_full_run"]
+        assert other["rule"] == "means" and not differences(other["domains"], means, 1e-6)
+
+
+def test_golden_normalisation(conformance):
+    def rows(name):
+        text = (conformance / "eval" / name / "normalization.jsonl").read_text()
+        return [json.loads(line) for line in text.split("\n") if line]
+
+    for row in rows("vqav2"):
+        assert strip_punctuation(flatten(row["input"])) == row["after_punctuation"]
+        assert normalise_vqa(flatten(row["input"])) == row["normalized"]
+    for row in rows("textvqa"):
+        assert normalise_evalai(row["input"]) == row["normalized"]

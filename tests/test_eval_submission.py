@@ -1,0 +1,154 @@
+"""Submission files: exact formats, and what the format cannot do without."""
+
+import json
+
+import pytest
+
+from tove_llava import cli
+
+
+def submit(tmp_path, benchmark, answers, questions=None, *flags, out="out.json"):
+    file = tmp_path / "answers.jsonl"
+    if not isinstance(answers, list):
+        file = answers
+    else:
+        file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in answers))
+    arguments = ["submission", "--benchmark", benchmark, "--predictions", str(file), "--out", str(tmp_path / out)]
+    arguments += ["--questions", str(questions)] if questions else []
+    return cli.main([*arguments, *flags])
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answer(key, text):
+    return {"question_id": key, "prompt": "p", "text": text}
+
+
+def test_vqav2_fills_gaps_and_names_what_it_left_out(tmp_path, capsys):
+    questions = jsonl(tmp_path / "q.jsonl", [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (5, 6, 7)])
+    rows = [answer(7, "first"), '{"question_id": 5, "te', answer(99, "x"), answer(7, "A")]
+    rows.append(answer(5, "The 2 dogs, two."))
+    assert submit(tmp_path, "vqav2", rows, questions) == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == [
+        {"question_id": 5, "answer": "2 dogs 2"},
+        {"question_id": 6, "answer": ""},
+        {"question_id": 7, "answer": ""},
+    ]
+    said = capsys.readouterr().err
+    assert "answers.jsonl, line 2: not valid JSON; left out" in said
+    assert "1 unanswered: 6" in said and "1 duplicated: 7" in said and "1 unknown: 99" in said
+
+
+def test_vizwiz_wants_every_answer(tmp_path, capsys):
+    rows = [{"question_id": key, "image": f"{key}.jpg", "text": "?"} for key in (0, 1)]
+    questions = jsonl(tmp_path / "q.jsonl", rows)
+    assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable")], questions) == 2
+    assert "1 questions have no answer" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
+    assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable"), answer(0, "it's")], questions) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written == [{"image": "0.jpg", "answer": "it 's"}, {"image": "1.jpg", "answer": "unanswerable"}]
+
+
+def test_nothing_is_overwritten_or_misnamed(tmp_path, capsys):
+    questions = jsonl(tmp_path / "q.jsonl", [{"question_id": 1, "image": "i.jpg", "text": "?"}])
+    (tmp_path / "out.json").write_text("mine")
+    assert submit(tmp_path, "vqav2", [answer(1, "a")], questions) == 2
+    assert "--overwrite" in capsys.readouterr().err and (tmp_path / "out.json").read_text() == "mine"
+    assert submit(tmp_path, "vqav2", [answer(1, "red")], questions, "--overwrite") == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == [{"question_id": 1, "answer": "red"}]
+    assert submit(tmp_path, "vqav2", [answer(1, "a")], questions, out="out.txt") == 2
+    assert "must end in .json" in capsys.readouterr().err
+    assert submit(tmp_path, "vqav2", [answer(1, "a")], out="new.json") == 2
+    assert "give --questions" in capsys.readouterr().err
+    assert submit(tmp_path, "pope", [answer(1, "a")], questions, out="new.json") == 2
+    assert "no submission format" in capsys.readouterr().err
+    assert submit(tmp_path, "vqav2", [answer(2, "a")], questions, out="new.json") == 2
+    assert "another benchmark's" in capsys.readouterr().err
+
+
+def test_questions_may_be_the_data_root(tmp_path):
+    (tmp_path / "vqav2").mkdir()
+    # The server wants the whole test set, not the test-dev questions that were asked.
+    rows = [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (1, 2)]
+    jsonl(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", rows)
+    assert submit(tmp_path, "vqav2", [answer(1, "red")], tmp_path) == 0
+    assert len(json.loads((tmp_path / "out.json").read_text())) == 2
+
+
+def cells(path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.load_workbook(path)
+    assert book.sheetnames == ["Sheet1"]
+    return [list(row) for row in book.active.iter_rows(values_only=True)]
+
+
+SHEET = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsource\tl2-category\tcomment\tsplit\n"
+
+
+def test_mmbench_sheet(tmp_path, capsys):
+    pytest.importorskip("openpyxl")
+    sheet = tmp_path / "mmbench.tsv"
+    row = "\tWhich?\t\tN/A\tno\t\t\tB\tx\t/9j/\ts\tl\tc\tdev\n"
+    sheet.write_text(SHEET + f"1{row}2{row}3{row}")
+    long = "x" * 40000
+    rows = [answer(2, "=1+1"), answer(1, "B"), answer(3, long)]
+    assert submit(tmp_path, "mmbench", rows, sheet, out="out.xlsx") == 0
+    header, *body = cells(tmp_path / "out.xlsx")
+    assert header == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert body[0] == [1, "Which?", None, "no", None, None, "B", "B", "dev"]
+    assert body[1][6] == "=1+1" and len(body[2][6]) == 32767
+    assert "cut to Excel's 32767 characters: 3" in capsys.readouterr().err
+    import openpyxl
+
+    cell = openpyxl.load_workbook(tmp_path / "out.xlsx").active["G3"]
+    assert cell.data_type == "s", "a formula would lose the answer"
+    assert submit(tmp_path, "mmbench", [answer(1, "a\x00b")], sheet, out="bad.xlsx") == 2
+    assert "control character" in capsys.readouterr().err and not (tmp_path / "bad.xlsx").exists()
+
+
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+def test_golden_json(tmp_path, conformance, name):
+    place = conformance / "eval" / "submission" / name
+    assert submit(tmp_path, name, place / "predictions.jsonl", place / "questions.jsonl") == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(
+        (place / "expected_submission.json").read_text()
+    )
+
+
+def test_golden_mmvet_and_gqa_need_no_questions(tmp_path, conformance):
+    place = conformance / "eval" / "submission" / "mmvet"
+    assert submit(tmp_path, "mmvet", place / "predictions.jsonl") == 0
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(
+        (place / "expected_submission.json").read_text()
+    )
+    place = conformance / "eval" / "gqa"
+    for questions in (None, place / "ground_truth.json"):
+        assert submit(tmp_path, "gqa", place / "predictions.jsonl", questions, "--overwrite") == 0
+        expected = json.loads((place / "converted_predictions.json").read_text())
+        assert json.loads((tmp_path / "out.json").read_text()) == expected
+
+
+def test_golden_seed(tmp_path, conformance, capsys):
+    place = conformance / "eval" / "seed_bench"
+    assert submit(tmp_path, "seed", place / "predictions.jsonl", place / "ground_truth.json", out="out.jsonl") == 0
+    rows, expected = (
+        [json.loads(line) for line in file.read_text().split("\n") if line]
+        for file in (tmp_path / "out.jsonl", place / "converted_submission.jsonl")
+    )
+    assert rows == expected
+    incomplete = place / "predictions_incomplete.jsonl"
+    assert submit(tmp_path, "seed", incomplete, place / "ground_truth.json", out="new.jsonl") == 2
+    assert "have no answer" in capsys.readouterr().err
+
+
+def test_golden_mmbench(tmp_path, conformance):
+    pytest.importorskip("openpyxl")
+    place = conformance / "eval" / "submission" / "mmbench"
+    expected = json.loads((place / "expected_submission.json").read_text())
+    assert submit(tmp_path, "mmbench", place / "predictions.jsonl", place / "annotation.tsv", out="out.xlsx") == 0
+    header, *rows = cells(tmp_path / "out.xlsx")
+    assert header == expected["header"] and rows == expected["rows"]
+    assert [list(map(type, row)) for row in rows] == [list(map(type, row)) for row in expected["rows"]]

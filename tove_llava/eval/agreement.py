@@ -1,0 +1,41 @@
+"""Scoring a short answer by how many people gave it (Antol et al. 2015, arXiv 1505.00468)."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from decimal import ROUND_HALF_UP, Decimal
+
+
+def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence[int] | None = None) -> float:
+    """Mean over the references of min(1, matches among the *others* / 3): 0 to 1.
+
+    With ten references, 0, 1, 2, 3, 4 or more matches give 0, 0.3, 0.6, 0.9, 1.
+
+    Args:
+        copies: for each reference the number of records that equal it as a whole, itself included: none of them
+            counts among the others. 1 for each by default.
+    """
+    matches = sum(reference == answer for reference in references)
+    if not matches:
+        return 0.0
+    total = 0.0
+    for index, reference in enumerate(references):
+        own = (1 if copies is None else copies[index]) if reference == answer else 0
+        total += min(1.0, (matches - own) / 3)
+    return total / len(references)
+
+
+def record_copies(records: Sequence[Mapping[str, object]]) -> list[int] | None:
+    """How often each record occurs; None where ids make every record different."""
+    ids = {repr(record.get("answer_id")) for record in records}
+    if len(ids) == len(records):
+        return None
+    return [sum(record == other for other in records) for record in records]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def rounded(value: float, digits: int) -> float:
+    """Round with ties away from zero, as Python 2 does, in which the official VQA numbers are printed."""
+    return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP))

@@ -1,0 +1,67 @@
+"""COCO Caption, Karpathy's test split (Chen et al. 2015, arXiv 1504.00325): BLEU, METEOR, ROUGE-L, CIDEr.
+
+Layout: ``coco_caption/coco_karpathy_test.json`` (a list of ``image`` and ``caption``, as BLIP and LAVIS publish it) and
+the pictures under ``coco_caption/`` by the names it gives (``val2014/...``). An answer's id is the picture's, which is
+the number at the end of its name.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.benchmarks import Question, Score, register_benchmark
+from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, table_rows
+from tove_llava.eval.rows import Row, read_json, require
+
+_NUMBER = re.compile(r"(\d+)\.\w+$")
+
+
+@register_benchmark("coco_caption")
+class CocoCaption(CaptionBenchmark):
+    """Captions of everyday pictures."""
+
+    def question_file(self, root: Path) -> Path:
+        return root / "coco_caption" / "coco_karpathy_test.json"
+
+    def questions(self, root: Path) -> list[Question]:
+        rows = karpathy_references(self.question_file(root))
+        return [Question(row["question_id"], PROMPT, root / "coco_caption" / row["image"]) for row in rows]
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return karpathy_references(self.question_file(root))
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        if Path(file).suffix == ".json" and isinstance(read_json(file), list):
+            return karpathy_references(file)
+        rows = super().read_ground_truth(file)
+        if any("domain" in row for row in rows):
+            raise DataError(f"{file} has domains: it is NoCaps' ground truth; give --benchmark nocaps")
+        return rows
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        tokens = self.tokens(truth, matched)
+        (result,) = caption_scores(tokens, [list(tokens.candidates)])
+        details = {"per_item": result.per_image, "tokenized": vars(tokens)}
+        rows = table_rows(result.total, len(truth))
+        return Score(result.total, len(truth), rows, matched.notes(), details, unavailable=UNAVAILABLE)
+
+
+def karpathy_references(file: str | Path) -> list[Row]:
+    """Rows of Karpathy's split as a list of pictures with their captions.
+
+    Raises:
+        DataError: it is no such list, or a picture's name has no number.
+    """
+    rows = []
+    content = read_json(file)
+    if not isinstance(content, list):
+        raise DataError(f"{file} is no list of pictures with captions")
+    for row in require(content, file, {"image": str, "caption": list}):
+        found = _NUMBER.search(row["image"])
+        if not found or not row["caption"] or not all(isinstance(text, str) for text in row["caption"]):
+            raise DataError(f"{file}: {row['image']!r} must end in its number and have captions")
+        rows.append({"question_id": int(found.group(1)), "image": row["image"], "references": row["caption"]})
+    return rows

@@ -1,0 +1,135 @@
+"""GQA (Hudson and Manning 2019, arXiv 1902.09506): compositional questions about real pictures.
+
+LLaVA's layout: ``gqa/llava_gqa_testdev_balanced.jsonl`` (questions with the whole prompt), ``gqa/data/images/`` and
+``gqa/data/testdev_balanced_questions.json`` (also found under ``gqa/data/questions1.2/``, as GQA's archive unpacks).
+Answers are converted as by LLaVA's ``convert_gqa_for_eval.py``; scores follow GQA's evaluation program. Its validity
+and plausibility need a file of choices that the release lacks.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.agreement import mean
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.layout import first_of, read_questions
+from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.submission import Submission, Submitting
+
+# Operations that put the final question and are no step of reasoning.
+_QUERIES = ("exist", "query: name", "choose name")
+_NO_CHOICES = "it needs GQA's choices file, which the release lacks"
+
+
+def convert(text: str) -> str:
+    """The answer that is compared: full stops at the end dropped, lower case, nothing else trimmed."""
+    return text.rstrip(".").lower()
+
+
+def steps(program: Sequence[Mapping[str, Any]]) -> int:
+    """Reasoning steps of a question's functional program."""
+    operations = [f"{entry['operation']}: {entry['argument']}" for entry in program]
+    return sum(not any(query in operation for query in _QUERIES) for operation in operations)
+
+
+@register_benchmark("gqa")
+class Gqa(Benchmark, Submitting):
+    """Exact match over the balanced questions, with GQA's breakdowns and its distribution score."""
+
+    max_new_tokens = 128
+
+    def question_file(self, root: Path) -> Path:
+        return root / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        return read_questions(self.question_file(root), root / "gqa" / "data" / "images")
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(self.submission_questions(root))
+
+    def submission_questions(self, root: Path) -> Path:
+        data, name = root / "gqa" / "data", "testdev_balanced_questions.json"
+        return first_of(data / name, data / "questions1.2" / name)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        notes = self.match(predictions, self.read_ground_truth(questions)).notes() if questions else {}
+        rows = [{"questionId": row["question_id"], "prediction": convert(row["text"])} for row in predictions]
+        return Submission(json.dumps(rows).encode(), notes)
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise DataError(f"{file} is no dictionary of questions by id; give GQA's question file")
+        keys = {"question": str, "answer": str, "isBalanced": bool, "types": dict, "semantic": list, "groups": dict}
+        for row in require(content.values(), file, keys):
+            require([row["types"]], file, {"structural": str, "semantic": str})
+            if row["semantic"]:
+                require(row["semantic"], file, {"operation": str, "argument": str})
+        return [{**row, "question_id": key} for key, row in content.items()]
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        balanced = [(row, text) for row, text in zip(truth, matched.texts, strict=True) if row["isBalanced"]]
+        if not balanced:
+            raise DataError("the ground truth has no balanced question, over which GQA's scores are taken")
+        marks: dict[Any, float] = {}
+        groups: dict[str, dict[str, list[float]]] = {name: {} for name in _BREAKDOWNS}
+        kinds: dict[str, list[float]] = {}
+        golds: dict[str, Counter[str]] = {}
+        answers: dict[str, Counter[str]] = {}
+        for row, text in balanced:
+            answer = None if text is None else convert(text)
+            mark = float(answer == row["answer"])
+            marks[row["question_id"]] = mark
+            kinds.setdefault("open" if row["types"]["structural"] == "query" else "binary", []).append(mark)
+            for name, key in _BREAKDOWNS.items():
+                groups[name].setdefault(key(row), []).append(mark)
+            group = row["groups"].get("global")
+            if group is not None:
+                golds.setdefault(group, Counter())[row["answer"]] += 1
+                if answer is not None:
+                    answers.setdefault(group, Counter())[answer] += 1
+        scores = {"accuracy": 100 * mean(list(marks.values()))}
+        unavailable = {"validity": _NO_CHOICES, "plausibility": _NO_CHOICES}
+        for kind in ("binary", "open"):
+            if kind in kinds:
+                scores[kind] = 100 * mean(kinds[kind])
+            else:
+                unavailable[kind] = "the ground truth has no such question"
+        if golds:
+            scores["distribution"] = _distribution(golds, answers)
+        else:
+            unavailable["distribution"] = "no question of the ground truth belongs to a group"
+        detailed = {
+            name: {key: {"percent": 100 * mean(group[key]), "count": len(group[key])} for key in sorted(group)}
+            for name, group in groups.items()
+        }
+        rows = {"accuracy": (scores["accuracy"], len(balanced))}
+        rows |= {kind: (100 * mean(values), len(values)) for kind, values in sorted(kinds.items())}
+        rows |= {name: (100 * mean(v), len(v)) for name, v in sorted(groups["accuracyPerStructuralType"].items())}
+        asked = set(marks)
+        notes = matched.notes() | {"unanswered": [key for key in matched.unanswered if key in asked]}
+        extras = {"count_balanced": len(balanced), "count_all": len(truth), "detailed": detailed, **notes}
+        return Score(scores, len(balanced), rows, extras, {"per_item": marks}, marks, unavailable)
+
+
+_BREAKDOWNS = {
+    "accuracyPerStructuralType": lambda row: str(row["types"]["structural"]),
+    "accuracyPerSemanticType": lambda row: str(row["types"]["semantic"]),
+    "accuracyPerSteps": lambda row: str(steps(row["semantic"])),
+    "accuracyPerLength": lambda row: str(len(row["question"].split())),
+}
+
+
+def _distribution(golds: Mapping[str, Counter[str]], answers: Mapping[str, Counter[str]]) -> float:
+    """Chi-square distance between right and given answers, per group, weighted by size, / 100. Lower is better."""
+    total = weighted = 0.0
+    for group, gold in golds.items():
+        given = answers.get(group, Counter())
+        distance = sum((given[answer] - count) ** 2 / count for answer, count in gold.items())
+        weighted += distance * gold.total()
+        total += gold.total()
+    return weighted / total / 100

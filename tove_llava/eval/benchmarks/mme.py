@@ -1,0 +1,184 @@
+"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions about each picture, in fourteen subtasks.
+
+LLaVA's layout: ``MME/llava_mme.jsonl`` (questions with the whole prompt; the two questions of a picture share the id
+``category/picture``) and ``MME/MME_Benchmark_release_version/``, whose text files have the answers. Scores follow
+MME's ``calculation.py``. Ground truth for ``tove-llava score`` is JSONL with ``category, image, question, answer``.
+
+Answers are paired by id and the question in their prompt. Where the prompts do not tell the two questions of a picture
+apart, lines are paired by position, as the reference does; the files must then run in parallel.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.layout import read_questions
+from tove_llava.eval.matching import Matched
+from tove_llava.eval.rows import Row, read_jsonl, read_text, require
+
+SUBTASKS = {
+    "Perception": (
+        "existence",
+        "count",
+        "position",
+        "color",
+        "posters",
+        "celebrity",
+        "scene",
+        "landmark",
+        "artwork",
+        "OCR",
+    ),
+    "Cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+}
+_TYPE = {name: kind for kind, names in SUBTASKS.items() for name in names}
+_YES_OR_NO = "Please answer yes or no."
+_PREFIX = 4  # characters of an answer that are looked at
+
+
+def parse_answer(text: str) -> str:
+    """ "yes", "no" or "other", from the first four characters, untrimmed, in any case."""
+    prefix = text.lower()[:_PREFIX]
+    return next((word for word in ("yes", "no") if word in prefix), "other")
+
+
+def core(text: str) -> str:
+    """A question without the requests for a form of answer, with single spaces."""
+    return " ".join(text.replace(SHORT_ANSWER, " ").replace(_YES_OR_NO, " ").split())
+
+
+@register_benchmark("mme")
+class Mme(Benchmark):
+    """Points: per subtask the percent of right answers plus that of pictures with both right, and their sums."""
+
+    max_new_tokens = 128
+
+    def question_file(self, root: Path) -> Path:
+        return root / "MME" / "llava_mme.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        return read_questions(self.question_file(root), root / "MME" / "MME_Benchmark_release_version")
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        release = root / "MME" / "MME_Benchmark_release_version"
+        known: dict[Path, dict[str, str]] = {}
+        truth = []
+        for question in read_jsonl(self.question_file(root), required=("question_id", "text")):
+            key = PurePosixPath(str(question["question_id"]))
+            category, stem = key.parts[0], key.name.split(".")[0]
+            folder = release / category / "questions_answers_YN"
+            file = (folder if folder.is_dir() else release / category) / f"{stem}.txt"
+            if file not in known:
+                known[file] = _read_answers(file)
+            text = core(question["text"])
+            if text not in known[file]:
+                raise DataError(f"{file} has no answer to {question['question_id']!r}: {text!r}")
+            truth.append(
+                {
+                    "question_id": question["question_id"],
+                    "category": category,
+                    "question": question["text"],
+                    "answer": known[file][text],
+                }
+            )
+        return truth
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        rows = require(read_jsonl(file), file, {"category": str, "image": str, "question": str, "answer": str})
+        return [{"question_id": f"{row['category']}/{row['image']}", **row} for row in rows]
+
+    def answer_key(self, row: Mapping[str, Any]) -> Hashable:
+        if not isinstance(row.get("prompt"), str):
+            raise DataError(f"the answer to {row['question_id']!r} has no prompt, which tells the two questions apart")
+        return row["question_id"], core(row["prompt"])
+
+    def truth_key(self, row: Mapping[str, Any]) -> Hashable:
+        return row["question_id"], core(row["question"])
+
+    def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
+        parallel = [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]
+        if truth and parallel and not self._told_apart(predictions, truth):
+            return Matched(list(predictions), [], [], [])
+        return super().match(predictions, truth)
+
+    def _told_apart(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether each prompt names one question, and each question has one."""
+        if not all(isinstance(row.get("prompt"), str) for row in predictions):
+            return False
+        asked = {self.answer_key(row) for row in predictions}
+        return len(asked) == len(predictions) and asked == {self.truth_key(row) for row in truth}
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        for row in truth:
+            if row["category"] not in _TYPE:
+                raise DataError(f"{row['question_id']!r}: MME has no subtask {row['category']!r}")
+            if row["answer"].lower() not in ("yes", "no"):
+                raise DataError(f"{row['question_id']!r}: the answer must be Yes or No, not {row['answer']!r}")
+        matched = self.match(predictions, truth)
+        items: dict[str, list[tuple[Any, str, str]]] = {}
+        per_item, marks = [], {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            # A missing answer is what the reference calls "other": always wrong.
+            label, answer = row["answer"].lower(), "other" if text is None else parse_answer(text)
+            items.setdefault(row["category"], []).append((row["question_id"], label, answer))
+            per_item.append({"question_id": row["question_id"], "text": text, "label": answer})
+            marks[f"{row['question_id']}: {row['question']}"] = float(label == answer)
+        subtasks = {name: _subtask(name, items[name]) for name in _TYPE if name in items}
+        scores: dict[str, Any] = {}
+        unavailable = {}
+        for kind, names in SUBTASKS.items():
+            missing = [name for name in names if name not in subtasks]
+            if missing:
+                unavailable[kind.lower()] = f"the ground truth lacks {', '.join(missing)}"
+            else:
+                scores[kind.lower()] = sum(subtasks[name]["score"] for name in names)
+        if unavailable:
+            unavailable["total"] = "it needs perception and cognition"
+        else:
+            scores["total"] = scores["perception"] + scores["cognition"]
+        rows = {f"{name} (points)": (value, len(truth)) for name, value in scores.items()}
+        rows |= {f"{name} (points)": (entry["score"], len(items[name])) for name, entry in subtasks.items()}
+        scores["subtasks"] = subtasks
+        return Score(scores, len(truth), rows, matched.notes(), {"per_item": per_item}, marks, unavailable)
+
+
+def _read_answers(file: Path) -> dict[str, str]:
+    """Question -> answer of one of MME's text files (a tab between them)."""
+    answers = {}
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = line.strip().split("\t")
+        if len(parts) != 2:
+            raise DataError(f"{file}, line {number}: a question and an answer with a tab between them are needed")
+        answers[core(parts[0])] = parts[1]
+    return answers
+
+
+def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]:
+    """One subtask's numbers from (picture, label, answer) triples; the two questions of a picture are neighbours."""
+    pairs: list[tuple[Any, list[bool]]] = []
+    for picture, label, answer in items:
+        if pairs and pairs[-1][0] == picture and len(pairs[-1][1]) == 1:
+            pairs[-1][1].append(label == answer)
+        else:
+            pairs.append((picture, [label == answer]))
+    counts = {"TP": ("yes", "yes"), "FN": ("yes", "no"), "TN": ("no", "no"), "FP": ("no", "yes")}
+    judged = [(label, answer) for _, label, answer in items]
+    found = {key: judged.count(value) for key, value in counts.items()}
+    right = found["TP"] + found["TN"]
+    accuracy = 100 * right / len(items)
+    accuracy_plus = 100 * sum(all(both) for _, both in pairs) / len(pairs)
+    said, real = found["TP"] + found["FP"], found["TP"] + found["FN"]
+    return {
+        "type": _TYPE[name],
+        "score": accuracy + accuracy_plus,
+        "acc": accuracy,
+        "acc_plus": accuracy_plus,
+        **found,
+        "other": len(items) - sum(found.values()),
+        "precision": found["TP"] / said if said else 0.0,
+        "recall": found["TP"] / real if real else 0.0,
+    }

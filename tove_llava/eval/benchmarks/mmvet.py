@@ -1,0 +1,112 @@
+"""MM-Vet (Yu et al. 2023, arXiv 2308.02490): a judge rates free answers from 0 to 1; scores per capability.
+
+LLaVA's layout: ``mm-vet/llava-mm-vet.jsonl`` (questions), ``mm-vet/images/`` and MM-Vet's own ``mm-vet/mm-vet.json``,
+which is also the ground truth for ``tove-llava score``. Requests, repeated requests and sums follow
+``mm-vet_evaluator.ipynb`` with one run (the paper takes the mean of five).
+"""
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.agreement import mean
+from tove_llava.eval.benchmarks import Question, Score, register_benchmark
+from tove_llava.eval.judge import Conversation, Judge, Request
+from tove_llava.eval.judged import JudgedBenchmark
+from tove_llava.eval.layout import read_questions
+from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.submission import Submission, Submitting
+from tove_llava.eval.tables import table
+
+_PREFIX = "v1_"  # MM-Vet's ids are LLaVA's with this in front
+_MAX_TOKENS = 3
+_TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # of the repeated requests; after them the score is 0
+
+
+def parse_grade(reply: str) -> float | None:
+    """The number in front of the first space, if it is one from 0 to 1."""
+    try:
+        grade = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return grade if 0.0 <= grade <= 1.0 else None
+
+
+def conversation(row: Mapping[str, Any], answer: str) -> Conversation[float]:
+    """Ask for a grade, and ask again, less and less coldly, while the reply is none."""
+    fixed = table("mmvet")
+    truth = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    text = fixed["prompt"] + "\n" + " | ".join([row["question"], truth, answer, ""])
+    grade = parse_grade((yield _request(text, 0.0)))
+    for temperature in _TEMPERATURES:
+        if grade is not None:
+            return grade
+        grade = parse_grade((yield _request(text + fixed["again"], temperature)))
+    return 0.0 if grade is None else grade
+
+
+def _request(text: str, temperature: float) -> Request:
+    return Request(({"role": "user", "content": text},), temperature, _MAX_TOKENS)
+
+
+@register_benchmark("mmvet")
+class MmVet(JudgedBenchmark, Submitting):
+    """Mean grade, percent: over all, per capability and per combination of capabilities."""
+
+    def question_file(self, root: Path) -> Path:
+        return root / "mm-vet" / "llava-mm-vet.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        return read_questions(self.question_file(root), root / "mm-vet" / "images")
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(root / "mm-vet" / "mm-vet.json")
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        content = read_json(file)
+        if not isinstance(content, dict):
+            raise DataError(f"{file} is no dictionary of questions by id; give mm-vet.json")
+        rows = require(content.values(), file, {"question": str, "answer": str, "capability": list})
+        return [{**row, "question_id": key} for key, row in zip(content, rows, strict=True)]
+
+    def answer_key(self, row: Mapping[str, Any]) -> Hashable:
+        return str(row["question_id"]).removeprefix(_PREFIX)
+
+    def truth_key(self, row: Mapping[str, Any]) -> Hashable:
+        return str(row["question_id"]).removeprefix(_PREFIX)
+
+    def verdicts(self, judge: Judge, truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> Score:
+        asked = [(row, text) for row, text in zip(truth, texts, strict=True) if text is not None]
+        grades = judge.hold([conversation(row, text) for row, text in asked])
+        marks: dict[Any, float] = {row["question_id"]: 0.0 for row in truth}  # a missing answer is wrong
+        marks |= {row["question_id"]: grade for (row, _), grade in zip(asked, grades, strict=True)}
+        capabilities: dict[str, list[float]] = {}
+        combinations: dict[str, list[float]] = {}
+        for row in truth:
+            names = sorted({str(name) for name in row["capability"]})
+            for name in names:
+                capabilities.setdefault(name, []).append(marks[row["question_id"]])
+            combinations.setdefault("_".join(names), []).append(marks[row["question_id"]])
+        scores = {
+            "total": _percent(list(marks.values())),
+            "capabilities": {name: _percent(values) for name, values in sorted(capabilities.items())},
+            "combinations": {name: _percent(values) for name, values in sorted(combinations.items())},
+        }
+        rows = {"total": (100 * mean(list(marks.values())), len(marks))}
+        rows |= {name: (100 * mean(values), len(values)) for name, values in sorted(capabilities.items())}
+        return Score(scores, len(truth), rows, {}, {"per_item": marks}, marks)
+
+    def submission_questions(self, root: Path) -> Path:
+        return root / "mm-vet" / "mm-vet.json"
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        notes = self.match(predictions, self.read_ground_truth(questions)).notes() if questions else {}
+        answers = {f"{_PREFIX}{self.answer_key(row)}": row["text"] for row in predictions}
+        return Submission(json.dumps(answers, indent=2).encode(), notes)
+
+
+def _percent(values: Sequence[float]) -> float:
+    """Rounded as MM-Vet reports."""
+    return round(100 * mean(values), 1)

@@ -1,0 +1,100 @@
+"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions about text in the picture, ten human answers each.
+
+LLaVA's layout: ``textvqa/llava_textvqa_val_v051_ocr.jsonl`` (questions with the whole prompt; the id is the picture's),
+``textvqa/TextVQA_0.5.1_val.json`` and ``textvqa/train_images/``. Scores follow LLaVA's ``eval_textvqa.py``: the
+question is read back from the prompt, and with the picture's id it finds the record.
+"""
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.agreement import agreement, mean
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.layout import read_questions
+from tove_llava.eval.normalisation import normalise_evalai
+from tove_llava.eval.rows import Row, read_json, require
+
+_OCR_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
+_SHOWN = 400  # characters of a normalised answer in the details
+
+
+def question_of(prompt: str) -> str:
+    """The question in one of the four forms of prompt that LLaVA's programs write.
+
+    Raises:
+        DataError: the prompt has another form.
+    """
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        found = _OCR_FIRST.search(prompt)
+        if found:
+            return found.group(1)
+    elif "Reference OCR token: " in prompt and len(lines) == 3:
+        return lines[1] if prompt.startswith("Reference OCR token:") else lines[0]
+    elif len(lines) == 2:
+        return lines[0]
+    raise DataError(
+        f"the question cannot be read back from the prompt {prompt!r:.200}; answers to TextVQA need LLaVA's prompts: "
+        "the question, optionally a line of OCR tokens, and the request for a short answer"
+    )
+
+
+@register_benchmark("textvqa")
+class TextVqa(Benchmark):
+    """Consensus accuracy."""
+
+    max_new_tokens = 128
+
+    def question_file(self, root: Path) -> Path:
+        return root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        return read_questions(self.question_file(root), root / "textvqa" / "train_images")
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(root / "textvqa" / "TextVQA_0.5.1_val.json")
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        content = read_json(file)
+        if not isinstance(content, dict) or not isinstance(content.get("data"), list):
+            raise DataError(f"{file} has no list 'data'; give TextVQA's annotation file")
+        rows = require(content["data"], file, {"image_id": (str, int), "question": str, "answers": list})
+        for row in rows:
+            if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+                raise DataError(f"{file}, image {row['image_id']!r}: 'answers' must be a list of strings")
+        # Answers carry the picture's id as their question_id.
+        return [{**row, "record_id": row.get("question_id"), "question_id": row["image_id"]} for row in rows]
+
+    def answer_key(self, row: Mapping[str, Any]) -> Hashable:
+        if not isinstance(row.get("prompt"), str):
+            raise DataError(f"the answer for image {row['question_id']!r} has no prompt, which names the question")
+        return row["question_id"], question_of(row["prompt"]).lower()
+
+    def truth_key(self, row: Mapping[str, Any]) -> Hashable:
+        return row["question_id"], row["question"].lower()
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        marks: dict[Any, float] = {}
+        items: dict[Hashable, Row] = {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            answer = None if text is None else normalise_evalai(text)
+            mark = 0.0 if answer is None else agreement(answer, [normalise_evalai(given) for given in row["answers"]])
+            key = self.truth_key(row)
+            marks[f"{row['question_id']}: {row['question']}"] = mark
+            items[key] = {
+                "question_id": row["record_id"],
+                "image_id": row["question_id"],
+                "parsed_question": row["question"].lower(),
+                "normalized_prediction": None if answer is None else answer[:_SHOWN],
+                "score": mark,
+            }
+        accuracy = mean(list(marks.values()))
+        # In the order of the answers, as the reference goes through them.
+        asked = dict.fromkeys(self.answer_key(row) for row in predictions)
+        per_item = [items[key] for key in asked if key in items]
+        rows = {"accuracy": (100 * accuracy, len(truth))}
+        return Score({"accuracy": accuracy}, len(truth), rows, matched.notes(), {"per_item": per_item}, marks)

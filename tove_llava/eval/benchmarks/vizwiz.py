@@ -1,0 +1,126 @@
+"""VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218): questions that blind people asked about their own photographs.
+
+LLaVA's layout: ``vizwiz/llava_test.jsonl`` (questions with the whole prompt) and ``vizwiz/test/``. The test answers are
+not public: the server scores them. For the validation split, ``tove-llava score`` reads the official annotation file,
+or JSONL with one of its records a line.
+
+Two public programs disagree. LLaVA's text evaluator normalises both sides and takes "unanswerable" as an answer like
+any other; the challenge's own API leaves the references as they are, and also rates the detection of unanswerable
+questions.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import DataError
+from tove_llava.eval.agreement import agreement, mean
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.layout import read_questions
+from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
+from tove_llava.eval.rows import Row, read_json, read_jsonl, require
+from tove_llava.eval.submission import Submission, Submitting, normalised_answers
+
+M4C, API = "m4c", "api"
+
+
+@register_benchmark("vizwiz")
+class VizWiz(Benchmark, Submitting):
+    """Consensus accuracy, overall, per type of answer, and for answerable and unanswerable questions."""
+
+    max_new_tokens = 128
+    rules = {
+        M4C: "LLaVA's text evaluator: answers and references normalised",
+        API: "the VizWiz challenge API: only answers normalised; with average precision and F1 of 'unanswerable'",
+    }
+
+    def question_file(self, root: Path) -> Path:
+        return root / "vizwiz" / "llava_test.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        return read_questions(self.question_file(root), root / "vizwiz" / "test")
+
+    def ground_truth(self, root: Path) -> list[Row] | None:
+        return None
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        content = read_jsonl(file) if Path(file).suffix == ".jsonl" else read_json(file)
+        if not isinstance(content, list):
+            raise DataError(f"{file} is no list of records; give VizWiz's annotation file")
+        keys = {"image": str, "answers": list, "answer_type": str, "answerable": int}
+        rows = require(content, file, keys)
+        for row in rows:
+            row.setdefault("question_id", _number(row["image"], file))
+            if not row["answers"] or not all(
+                isinstance(record, dict) and isinstance(record.get("answer"), str) for record in row["answers"]
+            ):
+                raise DataError(f"{file}, {row['image']}: 'answers' must be a list of objects with an 'answer'")
+        return rows
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        judge = {M4C: _by_m4c, API: _by_api}[self.rule or M4C]
+        marks: dict[Any, float] = {}
+        types: dict[str, list[float]] = {}
+        halves: dict[bool, list[float]] = {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            references = [record["answer"] for record in row["answers"]]
+            mark = 0.0 if text is None else judge(text, references)
+            marks[row["question_id"]] = mark
+            types.setdefault(row["answer_type"], []).append(mark)
+            halves.setdefault(bool(row["answerable"]), []).append(mark)
+        accuracy = mean(list(marks.values()))
+        scores: dict[str, Any] = {"accuracy": accuracy}
+        scores["per_answer_type"] = {name: mean(types[name]) for name in sorted(types)}
+        unavailable = {}
+        for name, answerable in (("answerable_only", True), ("unanswerable_only", False)):
+            if answerable in halves:
+                scores[name] = mean(halves[answerable])
+            else:
+                unavailable[name] = "the ground truth has no such question"
+        if self.rule == API:
+            scores["unanswerability"] = _unanswerability(truth, matched.texts)
+        rows = {"accuracy": (100 * accuracy, len(marks))}
+        rows |= {name: (100 * mean(values), len(values)) for name, values in sorted(types.items())}
+        extras = {
+            "count_per_answer_type": {name: len(types[name]) for name in sorted(types)},
+            **matched.notes(),
+        }
+        return Score(scores, len(marks), rows, extras, {"per_item": marks}, marks, unavailable, self.rule)
+
+    def submission_questions(self, root: Path) -> Path:
+        return self.question_file(root)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        return normalised_answers(predictions, questions, "image", complete=True)
+
+
+def _number(image: str, file: str | Path) -> int:
+    """The question's id where the file has none: LLaVA numbers the questions as the pictures are numbered."""
+    found = re.search(r"(\d+)\.\w+$", image)
+    if not found:
+        raise DataError(f"{file}: a record without question_id needs a number in its picture's name, not {image!r}")
+    return int(found.group(1))
+
+
+def _by_m4c(text: str, references: Sequence[str]) -> float:
+    return agreement(normalise_evalai(text), [normalise_evalai(reference) for reference in references])
+
+
+def _by_api(text: str, references: Sequence[str]) -> float:
+    return agreement(normalise_vizwiz(text), references)
+
+
+def _unanswerability(truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> dict[str, float]:
+    """How well "unanswerable" is told from the rest: average precision and F1, percent."""
+    told = [text is not None and normalise_vizwiz(text) == "unanswerable" for text in texts]
+    real = [not row["answerable"] for row in truth]
+    hits = sum(a and b for a, b in zip(told, real, strict=True))
+    positives, share = sum(real), sum(real) / len(real)
+    precision = hits / sum(told) if any(told) else 0.0
+    recall = hits / positives if positives else 0.0
+    # Area under the steps of the precision-recall curve; a yes/no answer gives two thresholds.
+    average_precision = recall * precision + (1 - recall) * share if positives else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return {"average_precision_percent": 100 * average_precision, "f1_percent": 100 * f1}

@@ -1,0 +1,92 @@
+"""Visual Spatial Reasoning (Liu et al. 2023, arXiv 2205.00363): is a statement about where things are true?
+
+Layout: ``vsr/test.jsonl`` (the official records; without ids a record's number from 0 is its id) and ``vsr/images/``.
+There is no official reading of free text. The rule here: the first whole word out of yes, true, no, false, in any
+case, counts; an answer without one is wrong. Breakdowns by relation and by category of relations follow the authors'
+``analysis_scripts``.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.eval.agreement import mean
+from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.tables import table
+
+_WORD = re.compile(r"\b(?:(yes|true)|(no|false))\b", re.IGNORECASE)
+
+
+def parse_answer(text: str) -> bool | None:
+    """True, False, or None where the text holds none of the four words."""
+    found = _WORD.search(text)
+    return None if found is None else found.group(1) is not None
+
+
+@register_benchmark("vsr")
+class Vsr(Benchmark):
+    """Accuracy, overall, per relation and per category of relations."""
+
+    max_new_tokens = 128
+
+    def question_file(self, root: Path) -> Path:
+        return root / "vsr" / "test.jsonl"
+
+    def questions(self, root: Path) -> list[Question]:
+        file = self.question_file(root)
+        return [
+            Question(
+                row["question_id"],
+                f"Is the following statement about the image true or false? {row['caption']}\n{SHORT_ANSWER}",
+                root / "vsr" / "images" / row["image"],
+                {"relation": row["relation"]},
+            )
+            for row in require(self.read_ground_truth(file), file, {"caption": str, "image": str})
+        ]
+
+    def ground_truth(self, root: Path) -> list[Row]:
+        return self.read_ground_truth(self.question_file(root))
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        rows = require(read_jsonl(file), file, {"label": int, "relation": str})
+        return [{"question_id": number, **row} for number, row in enumerate(rows)]
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        categories_of = table("vsr_relations")
+        per_item: dict[Any, bool | None] = {}
+        marks: dict[Any, float] = {}
+        relations: dict[str, list[float]] = {}
+        categories: dict[str, list[float]] = {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            answer = None if text is None else parse_answer(text)
+            mark = float(answer is not None and answer == bool(row["label"]))
+            per_item[row["question_id"]] = answer
+            marks[row["question_id"]] = mark
+            relations.setdefault(row["relation"], []).append(mark)
+            if row["relation"] in categories_of:
+                categories.setdefault(categories_of[row["relation"]], []).append(mark)
+        accuracy = mean(list(marks.values()))
+        scores = {
+            "accuracy": round(accuracy, 4),
+            "correct": int(sum(marks.values())),
+            "count": len(marks),
+            "per_meta_category": _entries(categories),
+            "per_relation": _entries(relations),
+        }
+        rows = {"accuracy": (100 * accuracy, len(marks))}
+        rows |= {name: (100 * mean(values), len(values)) for name, values in sorted(categories.items())}
+        extras = {
+            "rows_without_meta_category": len(marks) - sum(len(values) for values in categories.values()),
+            "unparsed": sum(answer is None for answer in per_item.values()) - len(matched.unanswered),
+            **matched.notes(),
+        }
+        return Score(scores, len(marks), rows, extras, {"per_item": per_item}, marks)
+
+
+def _entries(groups: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Accuracy (4 digits, as printed by the authors) and size of each group, the largest group first."""
+    ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return {name: {"accuracy": round(mean(values), 4), "count": len(values)} for name, values in ordered}

@@ -1,0 +1,232 @@
+"""A language model that judges answers, behind any endpoint that speaks OpenAI's chat protocol.
+
+Every reply is kept in a file before it is used, under a digest of the model and the whole request: a run that stops is
+taken up where it stopped, and a second run costs nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tove_llava.errors import ConfigError, ServiceError, ToveError
+from tove_llava.eval.rows import AppendFile, read_jsonl
+
+T = TypeVar("T")
+
+URL, MODEL, KEY = "TOVE_JUDGE_URL", "TOVE_JUDGE_MODEL", "TOVE_JUDGE_KEY"
+HOW = f"give --judge-url and --judge-model, or set {URL} and {MODEL}"
+_TIMEOUT = 180.0  # seconds
+_CHARACTERS_PER_TOKEN = 4  # for the estimate
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question to the judge."""
+
+    messages: tuple[Mapping[str, str], ...]
+    temperature: float
+    max_tokens: int
+
+    @property
+    def characters(self) -> int:
+        return sum(len(message["content"]) for message in self.messages)
+
+
+#: Sends requests, is sent the replies, and returns a verdict.
+Conversation = Generator[Request, str, T]
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an endpoint asks for a million tokens, read and written, in any currency."""
+
+    read: float
+    written: float
+
+
+class OnlyEstimated(ToveError):
+    """The calls were counted, as asked, and none was made."""
+
+
+class _Stopped(Exception):
+    """Another conversation has failed."""
+
+
+@dataclass
+class Judge:
+    """A model behind an endpoint, with a file of its replies.
+
+    Args:
+        url: the endpoint's base address: what comes before ``/chat/completions``.
+        model: the model's name there.
+        cache: JSONL file of replies; made when the first call is.
+        price: for the estimate.
+        estimate_only: say what the calls would cost, and make none.
+        workers: requests at a time.
+        retries: repetitions of a call that the endpoint puts off or fails at; the client waits longer each time, or
+            as long as the server says.
+    """
+
+    url: str
+    model: str
+    cache: Path
+    price: Price | None = None
+    estimate_only: bool = False
+    workers: int = 4
+    retries: int = 6
+    calls: int = field(default=0, init=False)
+    cached: int = field(default=0, init=False)
+
+    def hold(self, conversations: Sequence[Conversation[T]]) -> list[T]:
+        """Hold all conversations, several at a time, and return their verdicts in order.
+
+        Raises:
+            ConfigError: the client is not installed.
+            DataError: the file of replies is damaged.
+            OnlyEstimated: instead of the first call, if that was asked for.
+            ServiceError: the endpoint refuses or fails; the replies so far are kept.
+        """
+        known = self._known()
+        opened = [(conversation, next(conversation)) for conversation in conversations]
+        self._announce([request for _, request in opened if _digest(self.model, request) not in known])
+        client = self._client()
+        lock, stop = threading.Lock(), threading.Event()
+        with AppendFile(self.cache) as file, ThreadPoolExecutor(self.workers) as pool:
+
+            def ask(request: Request) -> str:
+                key = _digest(self.model, request)
+                with lock:
+                    if key in known:
+                        self.cached += 1
+                        return known[key]
+                if stop.is_set():
+                    raise _Stopped
+                reply = self._call(client, request)
+                with lock:
+                    file.append([{"key": key, "model": self.model, "reply": reply}])
+                    known[key] = reply
+                    self.calls += 1
+                return reply
+
+            def finish(conversation: Conversation[T], request: Request) -> T:
+                try:
+                    while True:
+                        request = conversation.send(ask(request))
+                except StopIteration as end:
+                    verdict: T = end.value
+                    return verdict
+                except ServiceError:
+                    stop.set()
+                    raise
+
+            running = [pool.submit(finish, conversation, request) for conversation, request in opened]
+            try:
+                return [future.result() for future in running]
+            except _Stopped:
+                failures = (future.exception() for future in running)
+                raise next(error for error in failures if isinstance(error, ServiceError)) from None
+            finally:
+                stop.set()  # also when interrupted: calls not yet made are not made
+
+    def _known(self) -> dict[str, str]:
+        if not self.cache.exists():
+            return {}
+        with AppendFile(self.cache):
+            pass  # cuts off a last line that a killed run did not finish
+        return {row["key"]: row["reply"] for row in read_jsonl(self.cache, required=("key", "reply"))}
+
+    def _announce(self, requests: Sequence[Request]) -> None:
+        """Say what the calls will cost, before the first one."""
+        read = sum(request.characters for request in requests) // _CHARACTERS_PER_TOKEN
+        written = sum(request.max_tokens for request in requests)
+        cost = ""
+        if self.price is not None:
+            cost = f", {(read * self.price.read + written * self.price.written) / 1e6:.2f} at most by the given prices"
+        text = (
+            f"judge {self.model}: {len(requests)} calls to make, about {read} tokens to read (at "
+            f"{_CHARACTERS_PER_TOKEN} characters a token), at most {written} to write{cost}; replies in {self.cache}"
+        )
+        if self.estimate_only:
+            raise OnlyEstimated(text)
+        print(text, file=sys.stderr)
+
+    def _client(self) -> Any:
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ConfigError("a judge needs the package openai: pip install 'tove-llava[eval]'") from error
+        key = os.environ.get(KEY) or os.environ.get("OPENAI_API_KEY") or "none"  # a local server wants none
+        return OpenAI(base_url=self.url, api_key=key, max_retries=self.retries, timeout=_TIMEOUT)
+
+    def _call(self, client: Any, request: Request) -> str:
+        from openai import OpenAIError
+
+        try:
+            response = client.chat.completions.create(model=self.model, **asdict(request))
+            reply = response.choices[0].message.content
+        except OpenAIError as error:
+            raise ServiceError(
+                f"the judge at {self.url} failed: {error}. Replies so far are in {self.cache}, and the same command "
+                f"goes on from there. A key is read from {KEY} or OPENAI_API_KEY"
+            ) from error
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
+            raise ServiceError(f"the judge at {self.url} sent no chat completion; is the address right?") from error
+        if not isinstance(reply, str):
+            raise ServiceError(f"the judge at {self.url} sent an empty reply; try again, or choose another model")
+        return reply
+
+
+def _digest(model: str, request: Request) -> str:
+    return hashlib.sha256(json.dumps([model, asdict(request)], sort_keys=True).encode()).hexdigest()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags for :func:`judge_from`."""
+    group = parser.add_argument_group("judged benchmarks")
+    group.add_argument("--judge-url", metavar="URL", help=f"base address of a chat endpoint (default: ${URL})")
+    group.add_argument("--judge-model", metavar="NAME", help=f"the judge's name there (default: ${MODEL})")
+    group.add_argument(
+        "--judge-cache", metavar="FILE", help="its replies (default: beside the predictions, with the model's name)"
+    )
+    group.add_argument(
+        "--judge-price", metavar="READ,WRITTEN", help="price of a million tokens, for the estimate of the cost"
+    )
+    group.add_argument("--judge-estimate", action="store_true", help="print the estimate and stop")
+
+
+def judge_from(args: argparse.Namespace) -> Judge | None:
+    """The judge of a command line and the environment; None where neither names one.
+
+    Raises:
+        ConfigError: only one of address and model is given, or the price is none.
+    """
+    url = args.judge_url or os.environ.get(URL)
+    model = args.judge_model or os.environ.get(MODEL)
+    if not url and not model:
+        return None
+    if not url or not model:
+        raise ConfigError(f"a judge needs an address and a model; {HOW}")
+    if args.judge_cache:
+        cache = Path(args.judge_cache)
+    else:
+        name = "".join(c if c.isalnum() or c in "-_." else "_" for c in model)
+        cache = Path(f"{args.predictions}.judge-{name}.jsonl")
+    return Judge(url, model, cache, _price(args.judge_price), args.judge_estimate)
+
+
+def _price(text: str | None) -> Price | None:
+    if text is None:
+        return None
+    try:
+        read, written = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--judge-price wants two numbers with a comma between them, not {text!r}") from None
+    return Price(read, written)

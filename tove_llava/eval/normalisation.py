@@ -1,0 +1,87 @@
+"""Bringing short answers to one form before they are compared.
+
+Three published programs do nearly the same; each is a function here, since their differences change scores:
+
+* :func:`normalise_vqa`: the official VQA evaluation (GT-Vision-Lab/VQA, ``vqaEval.py``, under Python 2);
+* :func:`normalise_evalai`: the "EvalAI" processor that TextVQA, LLaVA's conversions and its VizWiz numbers use
+  (LLaVA, ``m4c_evaluator.py``), which first drops commas and question marks and splits off ``'s``;
+* :func:`normalise_vizwiz`: the VizWiz challenge API, whose contractions carry back-ticks.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from tove_llava.eval.tables import table
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+ARTICLES = frozenset({"a", "an", "the"})
+NUMBERS = {
+    "none": "0",
+    "zero": "0",
+    "one": "1",
+    "two": "2",
+    "three": "3",
+    "four": "4",
+    "five": "5",
+    "six": "6",
+    "seven": "7",
+    "eight": "8",
+    "nine": "9",
+    "ten": "10",
+}
+
+# A period goes when no digit follows. The reference passes a flag where re.sub takes a count, so only the first 32 go.
+_PERIODS = 32
+
+# The two readings of "digit": Python 2's patterns know ASCII digits, Python 3's those of all scripts.
+_ASCII = re.compile(r"\d,\d", re.ASCII), re.compile(r"\.(?!\d)", re.ASCII)
+_UNICODE = re.compile(r"\d,\d"), re.compile(r"\.(?!\d)")
+
+_CACHE = 1 << 16  # answers repeat: ten people answer each of 200,000 questions
+
+
+def flatten(text: str) -> str:
+    """Newlines and tabs become spaces; the ends are trimmed."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def strip_punctuation(text: str, unicode_digits: bool = False) -> str:
+    """Delete punctuation, or put a space in its place.
+
+    A mark is deleted everywhere if it touches a space anywhere in the text, or if the text has a comma between digits;
+    else each one becomes a space. Of periods that no digit follows, the first 32 are deleted.
+    """
+    comma, period = _UNICODE if unicode_digits else _ASCII
+    delete_all = comma.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        if mark in text:
+            delete = delete_all or f"{mark} " in text or f" {mark}" in text
+            result = result.replace(mark, "" if delete else " ")
+    return period.sub("", result, count=_PERIODS)
+
+
+def canonical_words(text: str, contractions: Mapping[str, str]) -> str:
+    """Lower case, number words as digits, no articles, apostrophes in contractions, single spaces."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
+
+
+@lru_cache(_CACHE)
+def normalise_vqa(text: str) -> str:
+    """The official VQA form of a text that :func:`flatten` has seen."""
+    return canonical_words(strip_punctuation(text), table("contractions"))
+
+
+@lru_cache(_CACHE)
+def normalise_evalai(text: str) -> str:
+    """The EvalAI form of a raw text, as LLaVA writes it into submission files."""
+    text = flatten(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
+    return canonical_words(strip_punctuation(text, unicode_digits=True), table("contractions"))
+
+
+@lru_cache(_CACHE)
+def normalise_vizwiz(text: str) -> str:
+    """The VizWiz API's form of a raw text."""
+    return canonical_words(strip_punctuation(flatten(text), unicode_digits=True), table("contractions_vizwiz"))

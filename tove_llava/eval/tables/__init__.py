@@ -1,0 +1,14 @@
+"""Fixed data that scoring rules need. Each file names its source."""
+
+import json
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+
+@lru_cache
+def table(name: str) -> dict[str, Any]:
+    """The table of ``NAME.json`` in this folder."""
+    text = resources.files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8")
+    value: dict[str, Any] = json.loads(text)["table"]
+    return value

@@ -1,0 +1,1 @@
+"""The tower in other people's code; one package a host."""

@@ -1,0 +1,32 @@
+"""The balance loss, where the original adds up its loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from tove_llava.integrations.llava.tower import ToveVisionTower
+
+
+class BalancedLoss:
+    """transformers' own loss function of a language model, plus the tower's balance loss.
+
+    A term of the loss itself, and not a gradient injected behind the tower, because whatever a trainer does to the loss
+    (division by accumulation steps, loss scaling in fp16) then happens to both terms alike.
+
+    Args:
+        language: the loss function that the model has.
+        llava: LLaVA's model, which knows its vision tower (or a list of it, or none).
+    """
+
+    def __init__(self, language: Any, llava: nn.Module) -> None:
+        self.language = language
+        self.llava = llava
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = self.language(*args, **kwargs)
+        tower = self.llava.get_vision_tower()
+        term = tower.balance_loss() if isinstance(tower, ToveVisionTower) else None
+        return loss if term is None else loss + term.to(loss)

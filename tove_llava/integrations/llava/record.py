@@ -1,0 +1,51 @@
+"""The tower's configuration in LLaVA's own ``config.json``, which every stage saves beside its weights.
+
+A checkpoint is thereby read as it was trained, whatever became of the preset that ``mm_vision_tower`` names.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import CheckpointError
+from tove_llava.tower import ToveVisionConfig
+
+RECORD = "tove_vision_config"  # key of LLaVA's config.json
+# Which experts are used, and how evenly, may change between stages; CLIP's architecture is told by its source.
+_FREE = {"detached_experts", "router_aux_loss_coef", "clip_config"}
+_COMPARED = sorted(set(ToveVisionConfig.__annotations__) - _FREE)
+
+
+def recorded_config(args: Any) -> ToveVisionConfig | None:
+    """What LLaVA's configuration ``args`` records of its tower, or None."""
+    record = getattr(args, RECORD, None)
+    return ToveVisionConfig.from_dict(dict(record)) if isinstance(record, Mapping) else record
+
+
+def check_first_stage(adapter: str | None, config: ToveVisionConfig) -> None:
+    """Compares the tower with the one recorded beside ``--pretrain_mm_mlp_adapter``, where there is a record.
+
+    Raises:
+        CheckpointError: they differ in more than experts that are taken out, or the record is damaged.
+    """
+    file = None if adapter is None else Path(adapter).with_name("config.json")
+    if file is None or not file.is_file():
+        return
+    try:
+        record = json.loads(file.read_text(encoding="utf-8")).get(RECORD)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if record is None:
+        return
+    saved, present = ToveVisionConfig.from_dict(record).to_dict(), config.to_dict()
+    differences = [key for key in _COMPARED if _plain(saved[key]) != _plain(present[key])]
+    if differences:
+        raise CheckpointError(
+            f"{adapter} was trained with another tower than --vision_tower names: they differ in "
+            f"{', '.join(differences)}. Name the tower that {file} records, or train stage 1 again"
+        )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
