@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -224,7 +225,7 @@ def language_config(language: LanguagePreset) -> Any:
         return AutoConfig.for_model(**language.config)
     try:
         return AutoConfig.from_pretrained(**source.pretrained())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"cannot read the language model's configuration from {source}: {error}") from error
 
 

