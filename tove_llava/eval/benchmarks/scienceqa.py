@@ -111,7 +111,7 @@ class ScienceQa(Benchmark):
         scores: dict[str, Any] = {"accuracy_percent": 100 * correct / len(truth)}
         unavailable = {}
         if seen:
-            scores["img_accuracy_percent"] = 100 * sum(seen) / len(seen)
+            scores["img_accuracy_percent"] = round(100 * sum(seen) / len(seen), 2)  # the reference only prints it
         else:
             unavailable["img_accuracy_percent"] = "no answer's prompt has an image placeholder"
         scores |= {"correct": correct, "total": len(truth), "img_correct": sum(seen), "img_total": len(seen)}
