@@ -270,10 +270,10 @@ QUESTIONS = [
     ("What is it?", 1),
     ("How many red spheres are there in the picture, and where are they?", 1),
     ("Hello", 0),
-    ("Is there a cone in it, or not?", 1),
+    ("Is there a cone in it, or is there a cube, or neither of them?", 1),
     ("Which of these two pictures has more objects in it? Answer with one word.", 2),
     ("Name a colour.", 0),
-    ("Describe the scene.", 1),
+    ("Describe the whole scene, please.", 1),
     ("What is the capital of France, and which river runs through it? Say it in one short sentence, please.", 0),
 ]
 
