@@ -207,6 +207,7 @@ def test_adapters_on_a_merged_folder_can_be_merged_again(root, tmp_path):
 def test_a_changed_base_is_noticed(root, tmp_path):
     copy = shutil.copytree(root / "plain", tmp_path / "base")
     assert main(flags(root, "finetune_lora", tmp_path / "more", "--pretrained", str(copy), "--max_steps", "1")) == 0
+    load_model(tmp_path / "more")
     other = shutil.copytree(root / "lora", tmp_path / "other")
     shutil.rmtree(copy)
     tensors = load_file(other / "adapter_model.safetensors")

@@ -328,6 +328,20 @@ def test_experts_of_a_qlora_model_can_be_merged(root, tmp_path, bits):
         run(parse(flags(root, "merge", tmp_path / "x", "--pretrained", str(root / "q4"), "--bits", "8")))
 
 
+def test_qlora_on_a_whole_model(root, tmp_path):
+    """As on a language model of a source: quantised anew at each load, and noticed when it has changed."""
+    merge_lora(root / "q4", tmp_path / "base")
+    words = ["--pretrained", str(tmp_path / "base"), "--max_steps", "2", "--bits", "4", "--quant_type", "fp4", *HARD]
+    assert main(flags(root, "finetune_lora", tmp_path / "more", *words)) == 0
+    assert Manifest.read(tmp_path / "more").quantization == {"bits": 4, "quant_type": "fp4", "double_quant": True}
+    held, whole = (load_model(tmp_path / "more", quantization=q)[0] for q in (QuantizationPreset(4), None))
+    layers = [layer for layer in held.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert len(layers) == 2 * 7 and {layer.weight.quant_type for layer in layers} == {"fp4"}
+    close(logits(held), logits(whole))
+    settings = parse(flags(root, "finetune_lora", tmp_path / "more", *words))
+    assert loaded_bits(make_start(settings.preset, settings.stage, settings.pretrained).model(42)) == 4
+
+
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
