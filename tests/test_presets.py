@@ -19,7 +19,7 @@ def test_the_four_presets_exist():
 def test_every_preset_is_valid(name, tmp_path):
     preset = load_preset(name)
     assert preset.name == name and preset.description
-    assert list(preset.stages) == ["pretrain", "finetune_lora", "merge", "finetune"]
+    assert list(preset.stages) == ["pretrain", "finetune_lora", "finetune_qlora", "merge", "finetune"]
     (tmp_path / "records.json").write_text("[]")
     for stage in preset.stages:
         settings = parse(

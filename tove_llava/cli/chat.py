@@ -7,6 +7,8 @@ starts over, an empty line or Ctrl-D ends).
 import argparse
 import sys
 
+from tove_llava.cli._loading import add_loading_arguments, loading_options
+
 HELP = "chat with a model in the terminal"
 
 
@@ -17,8 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--json", action="store_true", help="print one JSON object; needs --question")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
+    add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and args.question is None:
         raise ConfigError("--json needs --question")
     quiet_transformers()
-    engine = Engine.load(find_model(args.model), args.device, args.dtype)
+    engine = Engine.load(find_model(args.model), **loading_options(args))
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     if args.json:
         started = time.monotonic()

@@ -7,6 +7,8 @@ question type.
 
 import argparse
 
+from tove_llava.cli._loading import add_loading_arguments, loading_options
+
 HELP = "say how much each expert contributes, overall and by question type"
 
 
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="folder that training wrote")
     add_data_arguments(parser, required=True)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for contributions.json and the plots")
-    add_device_arguments(parser)
+    add_loading_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object instead of tables")
 
 
@@ -31,11 +33,6 @@ def add_data_arguments(parser: argparse.ArgumentParser, *, required: bool) -> No
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (default: 16)")
 
 
-def add_device_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
-
-
 def run(args: argparse.Namespace) -> int:
     import json
 
@@ -50,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     check_counts(args)
     quiet_transformers()
     figure(1, 1)  # says now, not at the end, that matplotlib is missing
-    answerer = Answerer.load(find_model(args.model), args.device, args.dtype)
+    answerer = Answerer.load(find_model(args.model), **loading_options(args))
     tower_with_experts(answerer)
     samples = load_samples(args.data, args.image_folder, answerer, args.model, args.limit)
     found = measure_contributions(answerer, samples, args.batch_size)

@@ -9,7 +9,8 @@ CLIP alone.
 import argparse
 from typing import Any
 
-from tove_llava.cli.contributions import add_data_arguments, add_device_arguments
+from tove_llava.cli._loading import add_loading_arguments, loading_options
+from tove_llava.cli.contributions import add_data_arguments
 
 HELP = "take experts out: the detach curve, or a smaller checkpoint"
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--contributions", metavar="FILE", help="contributions.json of this model, instead of measuring with --data"
     )
     add_data_arguments(parser, required=False)
-    add_device_arguments(parser)
+    add_loading_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
@@ -115,7 +116,7 @@ def _ranked(args: argparse.Namespace) -> Any:
     from tove_llava.analysis.samples import load_samples
     from tove_llava.serve.generation import Answerer
 
-    answerer = Answerer.load(args.model, args.device, args.dtype)
+    answerer = Answerer.load(args.model, **loading_options(args))
     attached = tower_with_experts(answerer).config.attached_experts
     samples: Any = None
     if args.data is not None:

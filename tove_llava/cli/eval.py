@@ -6,6 +6,8 @@ torchrun --nproc-per-node 8 -m tove_llava eval ...
 
 import argparse
 
+from tove_llava.cli._loading import add_loading_arguments, loading_options
+
 HELP = "answer benchmarks with a model and score the answers"
 
 # Where LLaVA keeps its evaluation data, and where `tove-llava scenes` writes.
@@ -34,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--conditions", metavar="A,B", help=f"answer once under each of: {', '.join(CONDITIONS)}; one table"
     )
     parser.add_argument("--overwrite", action="store_true", help="throw away the answers of an earlier run")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
+    add_loading_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of tables")
 
 
@@ -58,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         limit=args.limit,
         overwrite=args.overwrite,
-        device=args.device,
-        dtype=args.dtype,
+        **loading_options(args),
         as_json=args.json,
     )
     if text is not None:

@@ -6,7 +6,7 @@ model sees it (cropped or padded), and the weights themselves as .npz (routing [
 
 import argparse
 
-from tove_llava.cli.contributions import add_device_arguments
+from tove_llava.cli._loading import add_loading_arguments, loading_options
 
 HELP = "draw which expert each part of a picture listens to"
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more pictures"
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG and .npz files")
-    add_device_arguments(parser)
+    add_loading_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.serve.models import find_model
 
     quiet_transformers()
-    answerer = Answerer.load(find_model(args.model), args.device, args.dtype)
+    answerer = Answerer.load(find_model(args.model), **loading_options(args))
     shown = show_routing(answerer, args.image, args.out)
     if args.json:
         rows = [

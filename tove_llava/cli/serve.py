@@ -2,6 +2,8 @@
 
 import argparse
 
+from tove_llava.cli._loading import add_loading_arguments, loading_options
+
 HELP = "chat with a model in the browser"
 
 
@@ -12,8 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
+    add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,5 +26,5 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.serve.gradio_app import launch
 
     quiet_transformers()
-    launch(Engine.load(folder, args.device, args.dtype), args.host, args.port, args.max_new_tokens)
+    launch(Engine.load(folder, **loading_options(args)), args.host, args.port, args.max_new_tokens)
     return 0

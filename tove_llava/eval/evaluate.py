@@ -13,6 +13,7 @@ from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, g
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
 from tove_llava.eval.rows import Row, write_atomically
+from tove_llava.presets import QuantizationPreset
 
 MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
 
@@ -28,6 +29,7 @@ def evaluate(
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,
+    quantization: QuantizationPreset | None = None,
     as_json: bool = False,
 ) -> str | None:
     """Run and score benchmarks; write ``OUTPUT/results.json`` and the answers under ``OUTPUT/BENCHMARK/CONDITION``.
@@ -36,6 +38,7 @@ def evaluate(
         benchmarks: comma-separated names, or ``all`` for those whose data is there.
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
+        quantization: see :meth:`tove_llava.serve.generation.Answerer.load`.
 
     Returns:
         the report's text (tables, or JSON); None on processes other than the first.
@@ -56,13 +59,14 @@ def evaluate(
     truths = {name: benchmark.ground_truth(root) for name, benchmark, root in jobs}
 
     from tove_llava.eval.runner import Share, forget, run_benchmark, spread
+    from tove_llava.llava.quantization import loaded_bits
     from tove_llava.serve.generation import Answerer
 
     share = Share.from_environment()
     if share.world > 1 and device is None:
         device = local_device()
     target = Path(output) if output is not None else folder / "eval"
-    answerer = Answerer.load(folder, device, dtype)
+    answerer = Answerer.load(folder, device, dtype, quantization)
     results: dict[str, dict[str, Any]] = {}
     tables = []
     for name, benchmark, root in jobs:
@@ -96,6 +100,7 @@ def evaluate(
         return None
     record = {"model": os.fspath(folder), "versions": versions(), "command": sys.argv, "benchmarks": results}
     record |= {"device": str(answerer.device), "dtype": str(answerer.model.dtype).removeprefix("torch.")}
+    record |= {"language_model_bits": str(loaded_bits(answerer.model))}
     text = json.dumps(record, indent=1, ensure_ascii=False)
     write_atomically(target / "results.json", text + "\n")
     return json.dumps(record, ensure_ascii=False) if as_json else "\n\n".join(tables)

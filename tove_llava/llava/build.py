@@ -24,6 +24,7 @@ from tove_llava.experts import complete_specs
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
+from tove_llava.llava.whole import is_whole_model, language_model_of, load_whole
 from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPreset, load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
@@ -111,13 +112,15 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
 
 
 def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
-    """Loads a causal language model from its source.
+    """Loads a causal language model from its source, which may also be a whole model's folder.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     source = Source.parse(language.source)
     wanted = torch_dtype(dtype or language.dtype)
+    if source.path is not None and is_whole_model(source.path):
+        return language_model_of(load_whole(source.path, wanted))
     try:
         return AutoModelForCausalLM.from_pretrained(
             **source.pretrained(),

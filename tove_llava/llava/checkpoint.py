@@ -29,13 +29,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
-from tove_llava.errors import CheckpointError
+from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.fingerprints import fingerprint as sampled_fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
-from tove_llava.presets import LanguagePreset, ProjectorPreset
+from tove_llava.llava.quantization import quantize, round_weights
+from tove_llava.llava.whole import load_whole
+from tove_llava.presets import LanguagePreset, ProjectorPreset, QuantizationPreset
 from tove_llava.sources import Source
 
 MANIFEST = "tove_llava.json"
@@ -59,6 +61,7 @@ class Manifest:
     language: dict[str, Any]  # LanguagePreset
     fingerprint: str = ""  # SHA-256 of the trained weights
     language_fingerprint: str = ""  # of the language model named by its source, in its dtype; "" if not recorded
+    quantization: dict[str, Any] | None = None  # QuantizationPreset that the language model was trained under
     format_version: int = _VERSION
 
     @classmethod
@@ -86,11 +89,17 @@ class Manifest:
         try:
             data = json.loads(file.read_text())
             manifest = cls(**data)
-        except (json.JSONDecodeError, TypeError) as error:
+            _ = manifest.trained_quantization
+        except (json.JSONDecodeError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         if manifest.format_version > _VERSION or manifest.kind not in KINDS:
             raise CheckpointError(f"{file} is of a newer version of tove_llava; update the package")
         return manifest
+
+    @property
+    def trained_quantization(self) -> QuantizationPreset | None:
+        """What was done to the language model's weights before this checkpoint's parts were trained upon them."""
+        return None if self.quantization is None else QuantizationPreset(**self.quantization)
 
 
 def save_checkpoint(
@@ -151,8 +160,12 @@ def load_model(
     device: str | torch.device | None = None,
     merge_lora: bool = False,
     load_backbones: bool = True,
+    quantization: QuantizationPreset | None = None,
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
     """Loads any folder that training writes, in eval mode.
+
+    A model that was trained over a quantised language model has the weights that quantisation left of it, in whatever
+    form they are held.
 
     Args:
         folder: a finished run's output folder.
@@ -160,20 +173,26 @@ def load_model(
         device: the CPU by default.
         merge_lora: fold adapters into the language model's weights.
         load_backbones: False leaves out CLIP and the experts.
+        quantization: hold the language model's linear layers in so many bits, adapters beside them. If it was trained
+            in as many, then as in training.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
+        ConfigError: adapters are to be folded into quantised weights, or bitsandbytes is not installed.
     """
+    if quantization is not None and merge_lora:
+        raise ConfigError("adapters cannot be folded into weights of 4 or 8 bits; ask for one of the two")
     folder = Path(folder)
     manifest = Manifest.read(folder)
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     if manifest.kind == "full":
-        model = _load_full(folder, wanted)
+        model = load_whole(folder, wanted)
     else:
         model = _load_on_language_model(folder, manifest, wanted)
         _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
-        if manifest.kind == "lora":
-            _load_adapter(folder, model, merge=merge_lora)
+    _quantize(model, manifest.trained_quantization, quantization, wanted, device)
+    if manifest.kind == "lora":
+        _load_adapter(folder, model, merge=merge_lora)
     model = model.to(wanted)
     if load_backbones:
         model.tower.load_backbones(base_dir=folder)
@@ -197,7 +216,10 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
     folder = Path(folder)
     manifest = Manifest.read(folder)
     if manifest.kind != "trained":
-        raise CheckpointError(f"{folder} is a {manifest.kind!r} checkpoint; a stage starts from stage 1's folder")
+        raise CheckpointError(
+            f"{folder} is a {manifest.kind!r} checkpoint; a stage starts from stage 1's folder, or from a model whose "
+            "adapters are merged (tove-llava merge-lora)"
+        )
     differences = tower_differences(read_config(folder), model.config)
     if differences:
         raise CheckpointError(
@@ -269,23 +291,27 @@ def read_config(folder: Path) -> ToveLlavaConfig:
         raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
 
 
-def _load_full(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
-    try:
-        model, info = ToveLlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise CheckpointError(
-            f"{folder}: weights and config.json do not belong together: missing {sorted(info['missing_keys'])[:3]}, "
-            f"unexpected {sorted(info['unexpected_keys'])[:3]}, other shapes {sorted(info['mismatched_keys'])[:3]}"
-        )
-    return model
+def _quantize(
+    model: ToveLlavaForConditionalGeneration,
+    trained: QuantizationPreset | None,
+    wanted: QuantizationPreset | None,
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+) -> None:
+    """Brings the language model's weights into the state that they were trained in, and then into the wanted form."""
+    if trained is not None and wanted is not None and trained.bits == wanted.bits:
+        quantize(model, trained, compute_dtype=dtype, device=device)
+        return
+    if trained is not None:
+        round_weights(model, trained, device=device)
+    if wanted is not None:
+        quantize(model, wanted, compute_dtype=dtype, device=device)
 
 
 def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
     config = read_config(folder)
+    if manifest.quantization is not None:
+        dtype = torch_dtype(manifest.language["dtype"])  # quantisation starts from the values that it had in training
     source = Source.parse(manifest.language["source"]).resolve(folder)
     language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)
     comparable = manifest.language_fingerprint and dtype == torch_dtype(manifest.language["dtype"])

@@ -69,6 +69,34 @@ class LoraPreset:
     bias: str = "none"
 
 
+@dataclass(frozen=True)
+class QuantizationPreset:
+    """How the language model's frozen linear layers are held (:mod:`tove_llava.llava.quantization`); LLaVA's names.
+
+    Raises:
+        ConfigError: another number of bits or type.
+    """
+
+    bits: int = 4  # or 8: LLM.int8(), for which the other keys mean nothing
+    quant_type: str = "nf4"  # or fp4
+    double_quant: bool = True  # the scales are quantised as well
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"quantization: bits must be 4 or 8, not {self.bits!r}; leave it out for full precision")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f"quantization: quant_type must be nf4 or fp4, not {self.quant_type!r}")
+
+    def __str__(self) -> str:
+        if self.bits == 8:
+            return "8 bits"
+        return f"4 bits ({self.quant_type}{', double quantisation' if self.double_quant else ''})"
+
+    def same_weights(self, other: "QuantizationPreset") -> bool:
+        """Whether both give the same values."""
+        return self == other or self.bits == other.bits == 8
+
+
 @dataclass
 class MergePreset:
     """How a copy of CLIP learns to predict the tower's tokens (:mod:`tove_llava.merge`)."""
@@ -96,6 +124,7 @@ class StagePreset:
     encoder_learning_rate: float | None = None  # of the student, when merging
     starts_from: str = "parts"  # or checkpoint: the model that --pretrained names, whatever the preset's parts are
     lora: LoraPreset | None = None
+    quantization: QuantizationPreset | None = None  # of the language model, where it is frozen but for adapters
     merge: MergePreset | None = None
     deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
     arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
@@ -214,6 +243,8 @@ def _preset(data: dict[str, Any], where: str) -> Preset:
         settings = dict(_mapping(settings, place))
         if settings.get("lora") is not None:
             settings["lora"] = _build(LoraPreset, settings["lora"], f"{place}.lora")
+        if settings.get("quantization") is not None:
+            settings["quantization"] = _build(QuantizationPreset, settings["quantization"], f"{place}.quantization")
         if settings.get("merge") is not None:
             merge = dict(_mapping(settings["merge"], f"{place}.merge"))
             if merge.get("lora") is not None:

@@ -64,9 +64,9 @@ class Engine:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Engine":
-        """Load a model folder; see :meth:`Answerer.load`."""
-        return cls(Answerer.load(folder, device, dtype), name=str(folder))
+    def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None, **options: Any) -> "Engine":
+        """Load a model folder; see :meth:`Answerer.load`, which has the options."""
+        return cls(Answerer.load(folder, device, dtype, **options), name=str(folder))
 
     def stream(
         self,

@@ -32,6 +32,8 @@ from tove_llava.data import (
 from tove_llava.data.images import AspectRatio
 from tove_llava.errors import CheckpointError, ConfigError, DataError
 from tove_llava.llava.checkpoint import MANIFEST, load_model
+from tove_llava.llava.quantization import quantize
+from tove_llava.presets import QuantizationPreset
 from tove_llava.tower import ToveVisionModel, ToveVisionOutput
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -131,24 +133,38 @@ class Answerer:
         self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | None = None, dtype: str | None = None) -> "Answerer":
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: QuantizationPreset | None = None,
+    ) -> "Answerer":
         """Load any folder that training or ``tove-llava export`` writes, or a stock transformers LLaVA.
 
         A stock folder is read with the template and aspect ratio that its config.json records, as exported ones do, and
         else with LLaVA-1.5's.
 
+        Args:
+            quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay beside them; else
+                they are folded in.
+
         Raises:
             CheckpointError: the folder holds no model.
-            ConfigError: an unknown device or dtype.
+            ConfigError: an unknown device or dtype, or bitsandbytes is not installed.
         """
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         if is_stock_llava(folder):
             model, processor = _load_stock(folder, kind)
+            if quantization is not None:
+                quantize(model, quantization, compute_dtype=kind, device=where)
             template = getattr(model.config, "conversation_template", None) or "v1"
             ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
             return cls(model.to(where), processor, template, ratio)
-        model, processor = load_model(folder, dtype=kind, device=where, merge_lora=True)
+        model, processor = load_model(
+            folder, dtype=kind, device=where, merge_lora=quantization is None, quantization=quantization
+        )
         return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
 
     @property

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from tove_llava.errors import ConfigError
-from tove_llava.presets import LoraPreset, Preset, StagePreset, load_preset
+from tove_llava.presets import LoraPreset, Preset, QuantizationPreset, StagePreset, load_preset
 
 CONFIG_FOLDER = Path(__file__).parent / "deepspeed"
 
@@ -86,6 +87,11 @@ class RunArguments:
     lora_r: int | None = field(default=None, metadata={"help": "rank of the adapters"})
     lora_alpha: int | None = field(default=None, metadata={"help": "scale of the adapters"})
     lora_dropout: float | None = field(default=None, metadata={"help": "dropout in front of the adapters"})
+    bits: int | None = field(
+        default=None, metadata={"help": "bits of the language model's frozen weights: 4, 8, or 16 (not quantised)"}
+    )
+    quant_type: str | None = field(default=None, metadata={"help": "of 4 bits: nf4 or fp4"})
+    double_quant: bool | None = field(default=None, metadata={"help": "of 4 bits: quantise the scales as well"})
     feature_cache: str | None = field(
         default=None, metadata={"help": "folder that 'tove-llava features' made; no encoder is run then"}
     )
@@ -135,6 +141,17 @@ class Settings:
             return TrainingArguments(**{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": deepspeed})
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+
+    def device(self) -> torch.device:
+        """Where this process trains."""
+        if self.training.get("use_cpu") or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+    def compute_dtype(self) -> torch.dtype | None:
+        """Of mixed precision, where the run uses it."""
+        names = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return next((dtype for name, dtype in names.items() if self.training.get(name)), None)
 
     def record(self) -> dict[str, Any]:
         """What decides the outcome of the run, as flat plain data: runs with equal records may continue each other."""
@@ -279,6 +296,7 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
         if stage.lora is None:
             raise ConfigError(f"--lora_{next(iter(lora))}: stage {run.stage!r} trains without LoRA")
         changes["lora"] = dataclasses.replace(stage.lora or LoraPreset(), **lora)
+    changes["quantization"] = _quantization(stage, run)
     merge: dict[str, Any] = {
         name: getattr(run, f"merge_{name}")
         for name in ("loss", "coefficient", "images_per_record", "optimizer", "token_weights", "layers")
@@ -294,6 +312,17 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
     return dataclasses.replace(stage, **changes)
 
 
+def _quantization(stage: StagePreset, run: RunArguments) -> QuantizationPreset | None:
+    bits = run.bits if run.bits is not None else stage.quantization.bits if stage.quantization else 16
+    kind: dict[str, Any] = {"quant_type": run.quant_type, "double_quant": run.double_quant}
+    kind = {key: value for key, value in kind.items() if value is not None}
+    if kind and bits != 4:
+        raise ConfigError(f"--{next(iter(kind))} is of 4 bits, and stage {run.stage!r} has {bits}; give --bits 4")
+    if bits == 16:
+        return None
+    return dataclasses.replace(stage.quantization or QuantizationPreset(), bits=bits, **kind)
+
+
 def _existing(path: str, flag: str) -> Path:
     if not Path(path).exists():
         raise ConfigError(f"{flag} {path} does not exist{_HINTS.get(flag, '')}")
@@ -301,8 +330,6 @@ def _existing(path: str, flag: str) -> Path:
 
 
 def _has_accelerator() -> bool:
-    import torch
-
     return torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
 
 

@@ -19,6 +19,7 @@ from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
+from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.logs import quiet_transformers
 from tove_llava.merge import FurtherImages, MergingTower, Pictures
 from tove_llava.presets import StagePreset, load_preset
@@ -28,7 +29,7 @@ from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspee
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
-from tove_llava.train.start import STARTS, Start
+from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
 
 RUN_RECORD = "run.json"
@@ -47,18 +48,21 @@ def run(settings: Settings) -> None:
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
-    _check_merge(settings)
+    _check_deepspeed(settings)
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
     seed = settings.training.get("seed", 42)
     set_seed(seed)
-    start: Start = STARTS.get(settings.stage.starts_from)(settings.preset, settings.stage, settings.pretrained)
+    start = make_start(settings.preset, settings.stage, settings.pretrained)
     processor = start.processor
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
 
-    model = start.model(seed)
+    model = start.model(seed, settings.device())
+    set_compute_dtype(model, settings.compute_dtype() or model.dtype)
     if settings.pretrained is not None:
         _say(f"starts from {settings.pretrained}")
+    if start.stage.quantization is not None:
+        _say(f"language model in {start.stage.quantization}")
     trainable = freeze(model, start.stage)
     _say(trainable.report(model))
 
@@ -195,8 +199,8 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
     new = json.loads(json.dumps(record))
     if finished or not checkpoints.complete(output_dir):  # nothing to resume: the number of processes is free
         old, new = ({k: v for k, v in r.items() if k != "world_size"} for r in (old, new))
-    if old != new and (finished or checkpoints.complete(output_dir)):
-        keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))  # a new setting's None is no change
+    if keys and (finished or checkpoints.complete(output_dir)):
         shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in keys)
         raise CheckpointError(
             f"{output_dir} holds a run with other settings ({shown}). Choose another --output_dir, remove that folder, "
@@ -236,19 +240,27 @@ def _save(
         model_max_length=settings.stage.model_max_length,
         language=start.language,
         language_fingerprint=start.language_fingerprint,
+        quantization=recorded(start.quantization),
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 
 
-def _check_merge(settings: Settings) -> None:
-    """Refuses Muon under DeepSpeed."""
+def _check_deepspeed(settings: Settings) -> None:
+    """Refuses what a DeepSpeed configuration cannot do: Muon, and ZeRO-3 over packed, quantised weights."""
     file = resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed))
-    if settings.stage.merge is None or file is None:
+    stage = settings.stage
+    if file is None:
         return
-    if settings.stage.merge.optimizer != "adamw":
+    if stage.merge is not None and stage.merge.optimizer != "adamw":
         raise ConfigError(
-            f"merge optimizer {settings.stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
+            f"merge optimizer {stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
             "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
+        )
+    zero = json.loads(Path(file).read_text()).get("zero_optimization", {})
+    if stage.quantization is not None and zero.get("stage") == 3:
+        raise ConfigError(
+            f"a language model in {stage.quantization} does not run under ZeRO-3; give --deepspeed zero2 "
+            "(DEEPSPEED_CONFIG=zero2)"
         )
 
 

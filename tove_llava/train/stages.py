@@ -11,6 +11,7 @@ from torch import nn
 
 from tove_llava.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.llava.quantization import loaded_bits, parameter_count
 from tove_llava.presets import StagePreset
 from tove_llava.registry import Registry
 
@@ -36,7 +37,7 @@ class Trainable:
     def report(self, model: nn.Module) -> str:
         """A few lines that say what trains and how many parameters that is."""
         counts = {part: sum(p.numel() for p in named.values()) for part, named in self.parts.items()}
-        total = sum(p.numel() for p in model.parameters())
+        total = sum(parameter_count(p) for p in model.parameters())
         lines = [f"  {part:<15} {count:>14,} in {len(self.parts[part])} tensors" for part, count in counts.items()]
         trained = sum(counts.values())
         lines.append(f"  {'frozen':<15} {total - trained:>14,} (CLIP and the experts not counted)")
@@ -68,7 +69,7 @@ def alignment(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> T
 def full(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
     """Stage 2: as stage 1, and the whole language model with its embeddings and head."""
     trainable = alignment(model, stage)
-    trainable.parts |= _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]}).parts
+    trainable.parts |= _language(model).parts
     return trainable
 
 
@@ -102,8 +103,22 @@ def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Train
     if stage.lora is not None:
         trainable.parts |= _adapters(model, stage).parts
     else:
-        trainable.parts |= _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]}).parts
+        trainable.parts |= _language(model).parts
     return trainable
+
+
+def _language(model: ToveLlavaForConditionalGeneration) -> Trainable:
+    """The language model's own weights.
+
+    Raises:
+        ConfigError: they are quantised.
+    """
+    if loaded_bits(model) != 16:
+        raise ConfigError(
+            f"this stage trains the language model's own weights, which cannot be in {loaded_bits(model)} bits; give "
+            "--bits 16, or train adapters beside them (--stage finetune_qlora)"
+        )
+    return _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]})
 
 
 def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from transformers import LlavaProcessor
 
 from tove_llava.errors import CheckpointError, ConfigError
@@ -22,7 +23,9 @@ from tove_llava.llava.checkpoint import Manifest, load_model, load_processor, lo
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
-from tove_llava.presets import LanguagePreset, Preset, StagePreset
+from tove_llava.llava.quantization import quantize
+from tove_llava.llava.whole import language_model_of
+from tove_llava.presets import LanguagePreset, Preset, QuantizationPreset, StagePreset
 from tove_llava.registry import Registry
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
@@ -35,7 +38,8 @@ class Start(Protocol):
         vision: the tower's configuration.
         processor: with the stage's template.
         language: the language model's entry in the checkpoint that the stage will write.
-        language_fingerprint: of its weights before any training; known once the model is made.
+        language_fingerprint: of its weights before any training and quantisation; known once the model is made.
+        quantization: what was done to its frozen weights, here or in an earlier stage.
     """
 
     stage: StagePreset
@@ -43,9 +47,10 @@ class Start(Protocol):
     processor: LlavaProcessor
     language: dict[str, Any]
     language_fingerprint: str
+    quantization: QuantizationPreset | None
 
-    def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
-        """The model with its frozen backbones, on the CPU."""
+    def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
+        """The model with its frozen backbones, on the CPU; but what is quantised is on ``device``, if given."""
 
 
 MakeStart = Any  # callable: (preset, stage, folder of --pretrained or None) -> Start
@@ -67,12 +72,15 @@ class FromParts:
         language = self.preset.to_dict()["language"]
         self.language = language | {"source": str(Source.parse(language["source"]).absolute())}
         self.language_fingerprint = ""
+        self.quantization = self.stage.quantization
 
-    def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
+    def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
         language = read_language_model(self.preset.language)
         self.language_fingerprint = fingerprint(language)
         model = assemble(language, self.vision, self.preset.projector, seed=seed)
         fit_to_processor(model, self.processor)
+        if self.quantization is not None:
+            quantize(model, self.quantization, compute_dtype=model.dtype, device=device)
         model.tower.load_backbones()
         if self.folder is not None:
             load_trained(model, self.folder)
@@ -85,7 +93,8 @@ class FromCheckpoint:
     """Whatever model a folder holds, adapters included; of the preset only the stage's settings are used.
 
     Raises:
-        ConfigError: no folder is given. CheckpointError: it is not a checkpoint.
+        ConfigError: no folder is given, or its language model was quantised in another way than the stage wants.
+        CheckpointError: it is not a checkpoint.
     """
 
     preset: Preset
@@ -100,12 +109,13 @@ class FromCheckpoint:
         self.vision = config.vision_config
         source = Source.parse(manifest.language["source"]).resolve(self.folder)
         self.language = manifest.language | {"source": str(source.absolute())}
+        self.language_fingerprint = manifest.language_fingerprint
+        self.quantization = self._agreed(manifest.trained_quantization)
         tokenizer = load_processor(self.folder).tokenizer
         if manifest.template != self.stage.template:
             tokenizer.chat_template = self._own_chat_template()  # the folder has the other template's form
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
         self.processor = build_processor(tokenizer, self.vision, image_token=image_token, template=self.stage.template)
-        self.language_fingerprint = manifest.language_fingerprint
         if manifest.kind == "full":  # its language model has no source of its own that adapters could refer to
             self.stage = dataclasses.replace(self.stage, lora=None)
 
@@ -116,8 +126,67 @@ class FromCheckpoint:
         except CheckpointError:
             return None
 
-    def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
+    def _agreed(self, there: QuantizationPreset | None) -> QuantizationPreset | None:
+        """The quantisation that the folder's parts were trained under, or else the stage's."""
+        wanted = self.stage.quantization
+        if there is not None and wanted is not None and not there.same_weights(wanted):
+            raise ConfigError(
+                f"{self.folder} was trained over a language model in {there}; in {wanted} its weights would be others. "
+                "Give --bits, --quant_type and --double_quant as there, or --bits 16: it keeps these weights and holds "
+                "them in full precision"
+            )
+        return there or wanted
+
+    def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
+        assert self.folder is not None
+        quantized = self.stage.quantization
+        model, _ = load_model(self.folder, quantization=quantized, device=None if quantized is None else device)
+        return self._continued(model)
+
+    def _continued(self, model: ToveLlavaForConditionalGeneration) -> ToveLlavaForConditionalGeneration:
+        """The loaded model with the stage's template, and with sources that hold outside its folder too."""
+        vision = model.config.vision_config
+        model.config.conversation_template = self.processor.conversation_template
+        vision.clip_source = self._outside(vision.clip_source)
+        vision.experts = [entry | {"source": self._outside(entry["source"])} for entry in vision.experts]
+        return model
+
+    def _outside(self, source: str) -> str:
+        return str(Source.parse(source).resolve(self.folder).absolute()) if source else source
+
+
+@STARTS.register("model")
+@dataclass
+class FromModel(FromCheckpoint):
+    """A whole model in the place of the preset's parts; of the preset only the stage's settings are used.
+
+    Its language model is named by the folder itself, so that it can carry adapters.
+    """
+
+    def __post_init__(self) -> None:
+        stage = self.stage
+        super().__post_init__()
+        assert self.folder is not None
+        self.stage = stage
+        self.language |= {"source": f"hf:{self.folder.resolve()}", "revision": None}
+        self.quantization = stage.quantization
+
+    def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
         assert self.folder is not None
         model, _ = load_model(self.folder)
-        model.config.conversation_template = self.processor.conversation_template
-        return model
+        self.language_fingerprint = fingerprint(language_model_of(model))
+        if self.quantization is not None:
+            quantize(model, self.quantization, compute_dtype=model.dtype, device=device)
+        return self._continued(model)
+
+
+def make_start(preset: Preset, stage: StagePreset, folder: Path | None) -> Start:
+    """What a stage starts from, by its ``starts_from``; a whole model that ``folder`` holds replaces the parts.
+
+    Raises:
+        ConfigError: the stage needs a folder. CheckpointError: the folder is not a checkpoint.
+    """
+    kind = stage.starts_from
+    if kind == "parts" and folder is not None and Manifest.read(folder).kind == "full":
+        kind = "model"
+    return STARTS.get(kind)(preset, stage, folder)

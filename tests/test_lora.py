@@ -1,0 +1,328 @@
+"""Which layers adapters are on, what merging them gives, and what can be done with the result."""
+
+import shutil
+
+import pytest
+import torch
+import yaml
+from impostors import NAMES, impostors
+from safetensors.torch import load_file
+from train_parts import flags, write_parts, write_records
+from transformers import AutoModelForImageTextToText
+
+from tove_llava import build_model, load_model, load_preset
+from tove_llava.cli import main as cli
+from tove_llava.data import Turn
+from tove_llava.errors import CheckpointError
+from tove_llava.llava import merge_lora as merging
+from tove_llava.llava.checkpoint import Manifest
+from tove_llava.llava.merge_lora import merge_lora
+from tove_llava.serve.generation import Answerer
+from tove_llava.train.arguments import parse
+from tove_llava.train.run import main, run
+from tove_llava.train.stages import freeze
+
+LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+HARD = ["--learning_rate", "0.05", "--lora_r", "8"]  # so that the adapters do a lot
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    write_parts(folder)
+    write_records(folder, captions=8, count=8)
+    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
+    start = ["--max_steps", "4", "--pretrained", str(folder / "stage1"), *HARD]
+    assert main(flags(folder, "finetune_lora", folder / "lora", *start)) == 0
+    merge_lora(folder / "lora", folder / "plain")
+    return folder
+
+
+def logits(model):
+    """Of one picture and a few bytes; and of a row without a picture."""
+    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_image_tokens, 40, 50, 60]
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+        return torch.cat([seen[0], model(input_ids=torch.tensor([[1, 70, 80]])).logits[0]])
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# -- where adapters go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 4, 8])
+def test_adapters_are_on_the_language_model_alone_whatever_a_tower_s_layers_are_called(tmp_path, bits):
+    file = write_parts(tmp_path)
+    write_records(tmp_path, captions=4, count=4)
+    with impostors(tmp_path / "impostor") as vision:
+        preset = yaml.safe_load(file.read_text())
+        preset["vision"] |= vision
+        file.write_text(yaml.safe_dump(preset))
+        assert_adapters_are_on_the_language_model_alone(tmp_path, bits)
+
+
+def assert_adapters_are_on_the_language_model_alone(folder, bits):
+    model, _ = build_model(str(folder / "preset.yaml"))
+    expert = {name: value.clone() for name, value in model.tower.frozen.hub.state_dict().items()}
+    assert {name.split(".")[-2] for name in expert} >= set(NAMES)
+
+    arguments = ["--max_steps", "2", "--bits", str(bits), "--learning_rate", "0.05"]
+    assert main(flags(folder, "finetune_lora", folder / "out", *arguments)) == 0
+    adapters = [name.removeprefix("base_model.model.") for name in load_file(folder / "out/adapter_model.safetensors")]
+    assert {tuple(name.split(".")[:3]) for name in adapters} == {("model", "language_model", "layers")}
+    assert {name.split(".")[-3] for name in adapters} == LAYERS
+    trained = load_file(folder / "out" / "trained.safetensors")
+    fusion = [name for name in trained if ".fusion.language_model." in name]
+    assert {name.split(".")[-2] for name in fusion} == set(NAMES)  # whole and trained, not adapted
+    untrained = dict(model.named_parameters())
+    assert any(not torch.equal(trained[name], untrained[name]) for name in fusion)
+
+    loaded, _ = load_model(folder / "out")
+    assert all(torch.equal(value, expert[name]) for name, value in loaded.tower.frozen.hub.state_dict().items())
+    merge_lora(folder / "out", folder / "plain")
+    close(logits(load_model(folder / "plain")[0]), logits(loaded))
+
+
+def test_adapters_miss_the_student_of_a_merge(root):
+    """The student is a CLIP inside the model, with layers that are called q_proj, k_proj and v_proj."""
+    preset = load_preset(str(root / "preset.yaml"))
+    model, _ = build_model(preset)
+    trainable = freeze(model, preset.stage("merge"))
+    student = [name for name, _ in model.named_modules() if ".student." in name and name.endswith("q_proj")]
+    assert student
+    assert all(name.startswith("model.language_model.layers.") for name in trainable.parts["lora"])
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_merged_folder_computes_base_and_adapters(root):
+    plain, processor = load_model(root / "plain")
+    adapted, own = load_model(root / "lora")
+    base, _ = load_model(root / "stage1")
+    close(logits(plain), logits(adapted))
+    assert not torch.allclose(logits(plain), logits(base), atol=0.05)
+    assert not [name for name, _ in plain.named_parameters() if "lora" in name]
+    manifest = Manifest.read(root / "plain")
+    assert (manifest.kind, manifest.stage, manifest.template) == ("full", "finetune_lora", "v1")
+    assert processor.tokenizer.get_vocab() == own.tokenizer.get_vocab()
+
+
+def test_weights_of_the_merged_folder_are_the_formula_s(root):
+    """W + alpha / r B A, from the files alone; all else is what it was."""
+    saved, adapter = load_file(root / "plain/model.safetensors"), load_file(root / "lora/adapter_model.safetensors")
+    base = load_file(root / "llm" / "model.safetensors")
+    layer = "layers.1.mlp.down_proj"
+    a, b = (adapter[f"base_model.model.model.language_model.{layer}.lora_{x}.weight"] for x in "AB")
+    expected = base[f"model.{layer}.weight"] + 8 / 8 * b @ a
+    close(saved[f"model.language_model.{layer}.weight"], expected)
+    assert not torch.allclose(expected, base[f"model.{layer}.weight"], atol=1e-3)
+    norm = "layers.1.input_layernorm.weight"
+    assert torch.equal(saved[f"model.language_model.{norm}"], base[f"model.{norm}"])
+    for name, value in load_file(root / "lora" / "trained.safetensors").items():
+        assert torch.equal(saved[name], value)
+
+
+def test_merged_folder_is_plain(root):
+    names = {path.name for path in (root / "plain").iterdir()}
+    assert not {name for name in names if "adapter" in name} and "model.safetensors" in names
+    expected = logits(load_model(root / "plain")[0])
+    close(logits(AutoModelForImageTextToText.from_pretrained(root / "plain").eval()), expected)
+    close(logits(Answerer.load(root / "plain", "cpu").model), expected)
+
+
+def test_merged_in_another_dtype(root, tmp_path):
+    merge_lora(root / "lora", tmp_path / "half", dtype="bfloat16")
+    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
+    model, _ = load_model(tmp_path / "half")
+    assert model.dtype == torch.bfloat16 and model.tower.frozen.clip.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        logits(load_model(tmp_path / "half", dtype="float32")[0]),
+        logits(load_model(root / "lora")[0]),
+        atol=0.1,
+        rtol=0.1,
+    )
+
+
+def test_merged_folder_takes_along_what_lies_in_the_checkpoint(root, tmp_path):
+    """A self-contained checkpoint, and one whose experts were merged into a CLIP of its own."""
+    source = tmp_path / "parts"
+    source.mkdir()
+    write_parts(source)
+    write_records(source, captions=4, count=4)
+    words = ["--max_steps", "2", "--self_contained", "True"]
+    assert main(flags(source, "finetune_lora", tmp_path / "own", *words)) == 0
+    words = ["--max_steps", "2", "--pretrained", str(tmp_path / "own")]
+    assert main(flags(source, "merge", tmp_path / "lite", *words)) == 0
+    before = {name: logits(load_model(tmp_path / name)[0]) for name in ("own", "lite")}
+    for name in before:
+        merge_lora(tmp_path / name, tmp_path / f"{name}-plain")
+    for gone in (source, tmp_path / "own", tmp_path / "lite"):
+        shutil.rmtree(gone)
+    for name, expected in before.items():
+        close(logits(load_model(tmp_path / f"{name}-plain")[0]), expected)
+
+
+def test_export_takes_the_merged_folder(root, tmp_path):
+    out = tmp_path / "remote"
+    assert cli(["export", "--model", str(root / "plain"), "--out", str(out), "--format", "remote-code"]) == 0
+    assert (out / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_lora", "finetune", "merge"])
+def test_every_stage_starts_from_the_merged_folder(root, tmp_path, stage):
+    start = logits(load_model(root / "plain")[0])
+    still = flags(root, stage, tmp_path / "still", "--pretrained", str(root / "plain"), "--max_steps", "1")
+    assert main([*still, "--learning_rate", "0", "--merge_coefficient", "0"] if stage == "merge" else
+                [*still, "--learning_rate", "0"]) == 0  # fmt: skip
+    if stage != "merge":  # whose tower becomes CLIP
+        close(logits(load_model(tmp_path / "still")[0]), start)
+    moved = flags(root, stage, tmp_path / "out", "--pretrained", str(root / "plain"), "--max_steps", "2")
+    assert main(moved) == 0
+    assert not torch.allclose(logits(load_model(tmp_path / "out")[0]), start, atol=1e-4)
+    kinds = {"pretrain": "trained", "finetune_lora": "lora", "finetune": "full", "merge": "full"}
+    assert Manifest.read(tmp_path / "out").kind == kinds[stage]
+
+
+def test_adapters_on_a_merged_folder_can_be_merged_again(root, tmp_path):
+    copy = shutil.copytree(root / "plain", tmp_path / "base")
+    words = ["--pretrained", str(copy), "--max_steps", "2", "--self_contained", "True", *HARD]
+    assert main(flags(root, "finetune_lora", tmp_path / "more", *words)) == 0
+    merge_lora(tmp_path / "more", tmp_path / "plain")
+    expected = logits(load_model(tmp_path / "more")[0])
+    close(logits(load_model(tmp_path / "plain")[0]), expected)
+    words = ["--pretrained", str(copy), "--max_steps", "2", *HARD]
+    assert main(flags(root, "finetune_lora", tmp_path / "named", *words)) == 0
+    close(logits(load_model(tmp_path / "named")[0]), expected)
+    shutil.rmtree(copy)
+    close(logits(load_model(tmp_path / "more")[0]), expected)  # its language model lies in it
+    with pytest.raises(CheckpointError, match=str(copy)):
+        load_model(tmp_path / "named")
+
+
+def test_a_changed_base_is_noticed(root, tmp_path):
+    copy = shutil.copytree(root / "plain", tmp_path / "base")
+    assert main(flags(root, "finetune_lora", tmp_path / "more", "--pretrained", str(copy), "--max_steps", "1")) == 0
+    load_model(tmp_path / "more")
+    other = shutil.copytree(root / "lora", tmp_path / "other")
+    shutil.rmtree(copy)
+    tensors = load_file(other / "adapter_model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({name: value * 1.5 for name, value in tensors.items()}, other / "adapter_model.safetensors")
+    merge_lora(other, copy)
+    with pytest.raises(CheckpointError, match="changed since"):
+        load_model(tmp_path / "more")
+
+
+def test_the_verb(root, tmp_path, capsys):
+    assert cli(["merge-lora", "--model", str(root / "lora"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    written, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", root / "plain"))
+    assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("stage1", "no LoRA adapters to merge: it is a checkpoint of kind 'trained'"),
+        ("plain", "kind 'full'"),
+        ("llm", "not a complete ToVE-LLaVA checkpoint"),
+        ("nowhere", "is not a folder"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(root, tmp_path, capsys, model, message):
+    assert cli(["merge-lora", "--model", str(root / model), "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(root, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert cli(["merge-lora", "--model", str(root / "lora"), "--out", str(tmp_path / "out")]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_nothing_is_left_of_a_merge_that_failed(root, tmp_path, monkeypatch):
+    def full_disk(folder, *args, **kwargs):
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "save_checkpoint", full_disk)
+    with pytest.raises(CheckpointError, match="No space left"):
+        merge_lora(root / "lora", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_stage_two_sends_a_lora_folder_to_merge_lora(root, tmp_path):
+    with pytest.raises(CheckpointError, match="merge-lora"):
+        run(parse(flags(root, "finetune_lora", tmp_path / "x", "--pretrained", str(root / "lora"))))
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    ("What is it?", 1),
+    ("How many red spheres are there in the picture, and where are they?", 1),
+    ("Hello", 0),
+    ("Is there a cone in it, or is there a cube, or neither of them?", 1),
+    ("Which of these two pictures has more objects in it? Answer with one word.", 2),
+    ("Name a colour.", 0),
+    ("Describe the whole scene, please.", 1),
+    ("What is the capital of France, and which river runs through it? Say it in one short sentence, please.", 0),
+]
+
+
+def assert_batch_is_eight_times_one(model, processor, template, new_tokens):
+    """Through our own answering, and through transformers' processor and ``generate``."""
+    answerer = Answerer(model, processor, template)
+    generator = torch.Generator().manual_seed(0)
+    size = processor.image_processor.crop_size["height"]
+    pictures = [torch.randn(count, 3, size, size, generator=generator) for _, count in QUESTIONS]
+    turns = [[Turn("user", "<image>\n" * count + text)] for text, count in QUESTIONS]
+    prompts = [answerer.encode(turn, count) for turn, (_, count) in zip(turns, QUESTIONS, strict=True)]
+    assert len({len(prompt) for prompt in prompts}) == 8
+    features = [answerer.features(p) if len(p) else [] for p in pictures]
+    single = [answerer.generate([p], f, new_tokens)[0] for p, f in zip(prompts, features, strict=True)]
+    together = answerer.generate(prompts, [f for row in features for f in row], new_tokens)
+    assert together == single
+    assert len(set(single)) > 4 and max(map(len, single)) > 8
+
+    pad = processor.tokenizer.pad_token_id
+
+    def generate(rows, images):
+        padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        found = {"pixel_values": images} if len(images) else {}
+        keys = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad}
+        output = model.generate(**padded, **found, **keys)[:, padded["input_ids"].shape[1] :]
+        return processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+
+    alone = [generate([prompt], images)[0] for prompt, images in zip(prompts, pictures, strict=True)]
+    assert generate(prompts, torch.cat(pictures)) == alone
+    for stock, own in zip(alone, single, strict=True):
+        assert stock.strip() == own
+
+
+def opened(preset, **keys):
+    """A preset's model whose tower and projector do something."""
+    model, processor = build_model(preset, **keys)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in (*model.tower.fusion.parameters(), *model.model.multi_modal_projector.parameters()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model.eval(), processor
+
+
+def test_batch_of_prompts_of_different_lengths_answers_as_one_by_one():
+    assert_batch_is_eight_times_one(*opened("tiny", template="v1"), "v1", new_tokens=24)
+
+
+@pytest.mark.slow
+def test_batch_answers_as_one_by_one_with_a_real_chat_model():
+    assert_batch_is_eight_times_one(*opened("small", template="chat_template"), "chat_template", new_tokens=24)

@@ -1,0 +1,523 @@
+"""A language model in 4 or 8 bits: what is quantised, what trains beside it, and what the saved model then is."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from train_parts import ROOT, environment, flags, launch, run_group, write_parts, write_records
+
+from tove_llava import build_model, load_model
+from tove_llava.cli import main as cli
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.llava.checkpoint import Manifest
+from tove_llava.llava.merge_lora import merge_lora
+from tove_llava.llava.quantization import loaded_bits, parameter_count, quantize, round_weights
+from tove_llava.presets import QuantizationPreset
+from tove_llava.train import checkpoints
+from tove_llava.train.arguments import parse
+from tove_llava.train.run import main, run
+from tove_llava.train.stages import freeze
+from tove_llava.train.start import make_start
+
+bnb = pytest.importorskip("bitsandbytes")
+
+KINDS = [
+    QuantizationPreset(4, "nf4", True),
+    QuantizationPreset(4, "fp4", False),
+    QuantizationPreset(8),
+]
+IDS = ["nf4", "fp4", "int8"]
+HARD = ["--learning_rate", "0.05", "--lora_r", "8"]  # so that the adapters do a lot
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qlora")
+    write_parts(folder)
+    write_records(folder, captions=8, count=8)
+    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
+    for name, words in {
+        "q4": ["4"],
+        "fp4": ["4", "--quant_type", "fp4", "--double_quant", "False"],
+        "q8": ["8"],
+    }.items():
+        assert main(stage_two(folder, folder / name, "--bits", *words)) == 0
+    return folder
+
+
+def stage_two(root, output, *more):
+    start = ["--pretrained", str(root / "stage1"), "--max_steps", "4", *HARD]
+    return flags(root, "finetune_lora", output, *start, *more)
+
+
+def inputs(model):
+    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_image_tokens, 40, 50, 60]
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**inputs(model)).logits.float()
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def build(root):
+    return build_model(str(root / "preset.yaml"))[0]
+
+
+def linear(module, kind=nn.Linear):
+    return {name for name, layer in module.named_modules() if isinstance(layer, kind)}
+
+
+def history(output, key="lm_loss"):
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [entry[key] for entry in log if key in entry]
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=IDS)
+def test_the_language_model_s_linear_layers_are_quantised_and_nothing_else(root, settings):
+    before, model = build(root), build(root)
+    quantize(model, settings, compute_dtype=torch.float32)
+    kind = bnb.nn.Linear8bitLt if settings.bits == 8 else bnb.nn.Linear4bit
+    assert linear(model, kind) == {f"model.language_model.{name}" for name in linear(before.model.language_model)}
+    assert loaded_bits(model) == settings.bits and loaded_bits(before) == 16
+    now = dict(model.named_parameters())
+    for name, value in before.named_parameters():
+        assert parameter_count(now[name]) == value.numel()
+        if name.rpartition(".")[0] not in linear(model, kind):
+            assert torch.equal(now[name], value) and now[name].dtype == value.dtype, name
+        else:
+            assert now[name].nbytes * (8 // settings.bits) * 4 == value.nbytes and not now[name].requires_grad
+    frozen = [model.tower.frozen.clip, model.tower.frozen.hub]
+    assert linear(nn.ModuleList(frozen)) and not linear(nn.ModuleList(frozen), kind)
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=IDS)
+def test_rounded_weights_compute_what_quantised_layers_compute(root, settings):
+    whole, model, rounded = build(root), build(root), build(root)
+    quantize(model, settings, compute_dtype=torch.float32)
+    round_weights(rounded, settings)
+    for mode in (True, False, True):  # training again after an evaluation, too
+        if settings.bits == 4 or mode:
+            close(logits(model.train(mode)), logits(rounded.train(mode)))
+        else:  # LLM.int8() rounds activations as well
+            torch.testing.assert_close(logits(model.eval()), logits(rounded.eval()), rtol=0.05, atol=0.05)
+    difference = (logits(rounded.eval()) - logits(whole.eval())).abs().max()
+    assert difference > (1e-2 if settings.bits == 4 else 1e-4)
+    assert linear(rounded) == linear(whole) and loaded_bits(rounded) == 16
+
+
+@pytest.mark.parametrize("settings", KINDS, ids=IDS)
+def test_gradients_pass_through_quantised_layers_also_after_an_evaluation(root, settings):
+    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in eval mode, and loses their gradients then."""
+    gradients = []
+    for change in (quantize, round_weights):
+        model = build(root)
+        change(model, settings, **({"compute_dtype": torch.float32} if change is quantize else {}))
+        logits(model.eval())
+        model.train()
+        model.model.language_model.requires_grad_(False)
+        batch = inputs(model)
+        model(**batch, labels=batch["input_ids"], add_aux_loss=False).loss.backward()
+        gradients.append(model.model.multi_modal_projector.linear_1.weight.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-7)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q4", "fp4", "q8"])
+def test_saved_model_is_the_trained_one_in_every_form(root, name):
+    """Held as in training, in full precision, and merged: one function. And not that of the unquantised base."""
+    bits = 8 if name == "q8" else 4
+    whole, _ = load_model(root / name)
+    held, _ = load_model(root / name, quantization=QuantizationPreset(bits))
+    assert loaded_bits(held) == bits and loaded_bits(whole) == 16
+    merge_lora(root / name, root / f"{name}-plain")
+    plain, _ = load_model(root / f"{name}-plain")
+    close(logits(plain), logits(whole))
+    if bits == 4:
+        close(logits(held), logits(whole))
+    else:
+        held.model.language_model.train()
+        close(logits(held), logits(whole))
+        torch.testing.assert_close(logits(held.eval()), logits(whole), rtol=0.05, atol=0.05)
+
+    copy = shutil.copytree(root / name, root / f"{name}-other")
+    manifest = json.loads((copy / "tove_llava.json").read_text())
+    (copy / "tove_llava.json").write_text(json.dumps(manifest | {"quantization": None}))
+    other = logits(load_model(copy)[0])
+    assert (other - logits(whole)).abs().max() > (1e-2 if bits == 4 else 1e-4)
+
+
+def test_loaded_model_is_the_one_that_was_trained(root, tmp_path):
+    """Against the training's own model, rebuilt with the run's last checkpoint."""
+    settings = parse(stage_two(root, tmp_path / "out", "--bits", "4", "--save_strategy", "steps", "--save_steps", "4"))
+    run(settings)
+    start = make_start(settings.preset, settings.stage, settings.pretrained)
+    model = start.model(42)
+    checkpoints.load_weights(tmp_path / "out" / "checkpoint-4" / checkpoints.WEIGHTS, freeze(model, start.stage))
+    close(logits(load_model(tmp_path / "out")[0]), logits(model.eval()))
+    assert loaded_bits(model) == 4
+
+
+def test_what_trains_and_what_is_recorded(root, capsys):
+    for name, recorded in (
+        ("q4", {"bits": 4, "quant_type": "nf4", "double_quant": True}),
+        ("fp4", {"bits": 4, "quant_type": "fp4", "double_quant": False}),
+    ):
+        manifest = Manifest.read(root / name)
+        assert manifest.quantization == recorded and manifest.language_fingerprint
+        assert manifest.language_fingerprint == Manifest.read(root / "stage1").language_fingerprint
+    start, end = load_file(root / "stage1" / "trained.safetensors"), load_file(root / "q4" / "trained.safetensors")
+    assert start.keys() == end.keys()
+    for part in ("vision_tower.fusion.gate", "vision_tower.fusion.output", "multi_modal_projector"):
+        assert any(part in name and not torch.equal(start[name], end[name]) for name in start), part
+    assert {value.dtype for value in end.values()} == {torch.float32}
+    assert not json.loads((root / "q4" / "config.json").read_text()).get("quantization_config")
+
+    settings = parse(stage_two(root, root / "x", "--bits", "4"))
+    start = make_start(settings.preset, settings.stage, settings.pretrained)
+    model = start.model(42)
+    report = freeze(model, start.stage).report(model)
+    unquantised = parse(stage_two(root, root / "x"))
+    model = make_start(unquantised.preset, unquantised.stage, unquantised.pretrained).model(42)
+    assert report == freeze(model, unquantised.stage).report(model)
+
+
+def test_qlora_learns_on_the_tiny_preset(root, tmp_path):
+    """The preset's own stage, bundled parts: the loss falls, and the merged model has the loss that was reached."""
+    words = ["--preset", "tiny", "--data_path", str(root / "instruct.json"), "--image_folder", str(root / "images")]
+    words += ["--num_train_epochs", "12", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
+    words += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True", "--learning_rate", "3e-3"]
+    assert main([*words, "--stage", "finetune_qlora", "--output_dir", str(tmp_path / "q")]) == 0
+    losses = history(tmp_path / "q")
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    merge_lora(tmp_path / "q", tmp_path / "plain")
+    assert Manifest.read(tmp_path / "q").quantization["bits"] == 4
+    still = ["--stage", "finetune", "--pretrained", str(tmp_path / "plain"), "--learning_rate", "0", "--max_steps", "1"]
+    assert main([*words, *still, "--output_dir", str(tmp_path / "after")]) == 0
+    assert history(tmp_path / "after")[0] < 1.2 * losses[-1]
+
+
+def test_stage_one_over_a_quantised_language_model(root, tmp_path):
+    """Its folder is of that base; a stage that follows may take the whole one."""
+    assert main(flags(root, "pretrain", tmp_path / "one", "--max_steps", "2", "--bits", "4")) == 0
+    manifest = Manifest.read(tmp_path / "one")
+    assert (manifest.kind, manifest.quantization["bits"]) == ("trained", 4)
+    whole, held = (load_model(tmp_path / "one", quantization=q)[0] for q in (None, QuantizationPreset(4)))
+    close(logits(whole), logits(held))
+    assert (logits(whole) - logits(load_model(root / "stage1")[0])).abs().max() > 1e-2
+    two = flags(root, "finetune_lora", tmp_path / "two", "--max_steps", "1", "--pretrained", str(tmp_path / "one"))
+    assert main(two) == 0
+    assert Manifest.read(tmp_path / "two").quantization is None
+
+
+def test_gradient_checkpointing_changes_nothing(root, tmp_path):
+    """With a text-only record in the batch, whose embeddings have no gradient of their own."""
+    results = []
+    for checkpointing in ("True", "False"):
+        output = tmp_path / checkpointing
+        words = ["--bits", "4", "--gradient_checkpointing", checkpointing, "--per_device_train_batch_size", "1"]
+        assert main(stage_two(root, output, *words)) == 0
+        results.append(load_file(output / "adapter_model.safetensors"))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_killed_run_resumes(root, tmp_path):
+    def command(output, bits="4"):
+        words = ["--save_strategy", "steps", "--save_steps", "2", "--max_steps", "8", "--lora_dropout", "0.2"]
+        return stage_two(root, output, *words, "--bits", bits)
+
+    assert main(command(tmp_path / "whole")) == 0
+    killed = [sys.executable, "-m", "train_killed", "between", *command(tmp_path / "killed")]
+    done = subprocess.run(killed, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert [path.name for path in checkpoints.complete(tmp_path / "killed")] == ["checkpoint-4"]
+    with pytest.raises(CheckpointError, match=r"settings\.quantization"):
+        run(parse(command(tmp_path / "killed", bits="16")))
+    with pytest.raises(CheckpointError, match=r"settings\.quantization\.bits: 4 there, 8 now"):
+        run(parse(command(tmp_path / "killed", bits="8")))
+    assert main(command(tmp_path / "killed")) == 0
+    for file in ("adapter_model.safetensors", "trained.safetensors"):
+        whole, resumed = (load_file(tmp_path / name / file) for name in ("whole", "killed"))
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+
+
+def test_a_finished_run_of_before_quantisation_is_still_recognised(root, tmp_path, capsys):
+    """Its record has no such key, which means the same as none."""
+    command = flags(root, "finetune_lora", tmp_path / "out", "--max_steps", "1")
+    assert main(command) == 0
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record.pop("settings.quantization") is None
+    (tmp_path / "out" / "run.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_base_of_another_dtype_is_quantised_as_in_training(root, tmp_path):
+    """float32 weights of a model that was trained in bfloat16 are those that bfloat16 gave."""
+    copy = shutil.copytree(root, tmp_path / "parts", ignore=shutil.ignore_patterns("q*", "fp4*"))
+    preset = (copy / "preset.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
+    (copy / "preset.yaml").write_text(preset)
+    assert (
+        main(flags(copy, "finetune_lora", tmp_path / "out", "--max_steps", "2", "--bits", "4", "--bf16", "True")) == 0
+    )
+    as_trained, _ = load_model(tmp_path / "out")
+    loaded, _ = load_model(tmp_path / "out", dtype="float32")
+    assert as_trained.dtype == torch.bfloat16 and loaded.dtype == torch.float32
+    for name in ("q_proj", "down_proj"):
+        half, whole = (
+            next(p for n, p in m.named_parameters() if f"{name}.base_layer.weight" in n) for m in (as_trained, loaded)
+        )
+        assert torch.equal(half.float(), whole)
+
+
+def test_a_base_that_changed_is_noticed(root, tmp_path):
+    copy = shutil.copytree(root / "q4", tmp_path / "q4")
+    llm = shutil.copytree(root / "llm", tmp_path / "llm")
+    manifest = json.loads((copy / "tove_llava.json").read_text())
+    manifest["language"]["source"] = f"hf:{llm}"
+    (copy / "tove_llava.json").write_text(json.dumps(manifest))
+    close(logits(load_model(copy)[0]), logits(load_model(root / "q4")[0]))
+    from safetensors.torch import save_file
+
+    weights = load_file(llm / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
+    for dtype in (None, "bfloat16"):
+        with pytest.raises(CheckpointError, match="changed since"):
+            load_model(copy, dtype=dtype)
+
+
+def test_a_self_contained_run_carries_the_whole_base(root, tmp_path):
+    assert main(stage_two(root, tmp_path / "own", "--bits", "4", "--self_contained", "True")) == 0
+    moved = (tmp_path / "own").rename(tmp_path / "moved")
+    close(logits(load_model(moved)[0]), logits(load_model(root / "q4")[0]))
+
+
+@pytest.mark.parametrize("bits", ["4", "16"])
+def test_experts_of_a_qlora_model_can_be_merged(root, tmp_path, bits):
+    """The merge continues its adapters over the same base, in 4 bits or in full precision."""
+    words = ["--pretrained", str(root / "q4"), "--max_steps", "1", "--learning_rate", "0", "--bits", bits]
+    assert main(flags(root, "merge", tmp_path / "lite", *words)) == 0
+    assert Manifest.read(tmp_path / "lite").quantization == Manifest.read(root / "q4").quantization
+    [before, after] = [
+        dict(load_model(folder)[0].model.language_model.named_parameters())
+        for folder in (root / "q4", tmp_path / "lite")
+    ]
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    with pytest.raises(ConfigError, match="in 8 bits its weights would be others"):
+        run(parse(flags(root, "merge", tmp_path / "x", "--pretrained", str(root / "q4"), "--bits", "8")))
+
+
+def test_qlora_on_a_whole_model(root, tmp_path):
+    """As on a language model of a source: quantised anew at each load, and noticed when it has changed."""
+    merge_lora(root / "q4", tmp_path / "base")
+    words = ["--pretrained", str(tmp_path / "base"), "--max_steps", "2", "--bits", "4", "--quant_type", "fp4", *HARD]
+    assert main(flags(root, "finetune_lora", tmp_path / "more", *words)) == 0
+    assert Manifest.read(tmp_path / "more").quantization == {"bits": 4, "quant_type": "fp4", "double_quant": True}
+    held, whole = (load_model(tmp_path / "more", quantization=q)[0] for q in (QuantizationPreset(4), None))
+    layers = [layer for layer in held.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert len(layers) == 2 * 7 and {layer.weight.quant_type for layer in layers} == {"fp4"}
+    close(logits(held), logits(whole))
+    settings = parse(flags(root, "finetune_lora", tmp_path / "more", *words))
+    assert loaded_bits(make_start(settings.preset, settings.stage, settings.pretrained).model(42)) == 4
+
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["q4", "q8", "q4-plain", "stage1"])
+def test_every_folder_loads_in_4_and_8_bits(root, name, bits):
+    """Near what it is in full precision, and with nothing but the language model's layers quantised."""
+    if name == "q4-plain" and not (root / name).exists():
+        merge_lora(root / "q4", root / name)
+    whole, _ = load_model(root / name)
+    model, _ = load_model(root / name, quantization=QuantizationPreset(bits))
+    kind = bnb.nn.Linear8bitLt if bits == 8 else bnb.nn.Linear4bit
+    quantised = linear(model, kind)
+    assert quantised and all(layer.startswith("model.language_model.layers.") for layer in quantised)
+    assert len(quantised) == 2 * 7
+    assert torch.nn.functional.cosine_similarity(logits(model).flatten(), logits(whole).flatten(), dim=0) > 0.95
+
+
+def test_folding_into_quantised_weights_is_refused(root):
+    with pytest.raises(ConfigError, match="cannot be folded"):
+        load_model(root / "q4", merge_lora=True, quantization=QuantizationPreset(4))
+
+
+@pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
+def test_verbs_load_in_few_bits(root, tmp_path, flag, monkeypatch, capsys):
+    """chat and eval, a checkpoint and a stock LLaVA; serve takes the same way."""
+    from tove_llava.serve import gradio_app
+    from tove_llava.serve.generation import Answerer
+
+    seen = []
+    load = Answerer.load.__func__
+    monkeypatch.setattr(Answerer, "load", classmethod(lambda cls, *a, **k: seen.append(load(cls, *a, **k)) or seen[-1]))
+    image = str(root / "images" / "0.png")
+    bare = ["--set", "vision.fusion=none", "--set", "vision.experts=[]", "--max_steps", "1"]
+    assert main(flags(root, "finetune_lora", tmp_path / "bare", *bare)) == 0
+    assert cli(["export", "--model", str(tmp_path / "bare"), "--out", str(tmp_path / "stock")]) == 0
+    for folder in (root / "q4", tmp_path / "stock"):
+        question = ["--image", image, "--question", "What is it?", "--max-new-tokens", "3", "--json"]
+        assert cli(["chat", "--model", str(folder), *question, flag]) == 0
+    rows = [
+        {"question_id": i, "image": f"{i}.png", "text": "What?", "answer": "red", "category": "colour"} for i in (0, 1)
+    ]
+    data = tmp_path / "scenes"
+    shutil.copytree(root / "images", data / "images")
+    (data / "val_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--benchmark", "scenes", "--data-root", str(data), "--output", str(tmp_path / "eval"), "--json"]
+    capsys.readouterr()
+    assert cli(["eval", "--model", str(root / "q4"), *words, flag]) == 0
+    bits = 4 if flag == "--load-4bit" else 8
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["language_model_bits"] == str(bits)
+    assert cli(["eval", "--model", str(root / "q4"), *words]) == 2  # other weights, other answers
+    assert "weights differ" in capsys.readouterr().err
+    monkeypatch.setattr(gradio_app, "launch", lambda *args: None)
+    assert cli(["serve", "--model", str(root / "q4"), flag]) == 0
+    assert [loaded_bits(answerer.model) for answerer in seen] == [bits, bits, bits, 16, bits]
+
+
+def test_both_flags_at_once_are_refused(root, capsys):
+    with pytest.raises(SystemExit):
+        cli(["chat", "--model", str(root / "q4"), "--load-4bit", "--load-8bit"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["zero3", "zero3_offload"])
+def test_zero3_is_refused_before_anything_is_loaded(root, tmp_path, monkeypatch, capsys, config):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert main(stage_two(root, tmp_path / "out", "--bits", "4", "--deepspeed", config)) == 2
+    error = capsys.readouterr().err
+    assert "in 4 bits (nf4, double quantisation) does not run under ZeRO-3; give --deepspeed zero2" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "message"),
+    [
+        ("finetune_lora", ["--bits", "5"], "bits must be 4 or 8, not 5"),
+        ("finetune_lora", ["--bits", "4", "--quant_type", "nf5"], "quant_type must be nf4 or fp4, not 'nf5'"),
+        ("finetune_lora", ["--bits", "8", "--quant_type", "nf4"], "--quant_type is of 4 bits"),
+        ("finetune_lora", ["--double_quant", "False"], "--double_quant is of 4 bits"),
+        ("finetune", ["--bits", "4"], "trains the language model's own weights, which cannot be in 4 bits"),
+        ("finetune_lora", ["--set", "stages.finetune_lora.quantization={bits: 3}"], "bits must be 4 or 8, not 3"),
+        ("finetune_lora", ["--set", "stages.finetune_lora.quantization={bit: 4}"], "Did you mean 'bits'"),
+    ],
+)
+def test_wrong_settings_are_named(root, tmp_path, capsys, stage, words, message):
+    assert main(flags(root, stage, tmp_path / "out", *words)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bits_16_turns_a_preset_s_quantisation_off(root):
+    given = ["--set", "stages.finetune_lora.quantization={bits: 4, quant_type: fp4}"]
+    assert parse(stage_two(root, root / "x", *given)).stage.quantization == QuantizationPreset(4, "fp4")
+    assert parse(stage_two(root, root / "x", *given, "--bits", "16")).stage.quantization is None
+
+
+def test_without_bitsandbytes_the_message_says_what_to_install(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert main(stage_two(root, tmp_path / "out", "--bits", "4")) == 2
+    assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+def test_a_damaged_record_of_the_quantisation_is_refused(root, tmp_path):
+    copy = shutil.copytree(root / "q4", tmp_path / "copy")
+    manifest = json.loads((copy / "tove_llava.json").read_text())
+    for bad in ({"bits": 3}, {"bits": 4, "code": "x"}, "nf4"):
+        (copy / "tove_llava.json").write_text(json.dumps(manifest | {"quantization": bad}))
+        with pytest.raises(CheckpointError, match="damaged"):
+            load_model(copy)
+
+
+# -- several processes, real scripts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_two_ranks_train_and_resume_under_deepspeed(root, tmp_path, bits):
+    """As one process does."""
+    words = ["--bits", bits, "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "8"]
+    two = [*words, "--per_device_train_batch_size", "2", "--gradient_checkpointing", "True"]
+    assert main(stage_two(root, tmp_path / "one", *words)) == 0
+    launch(stage_two(root, tmp_path / "two", *two))
+    with pytest.raises(AssertionError):  # the launcher reports the killed rank
+        launch(["between", *stage_two(root, tmp_path / "killed", *two)], module="train_killed")
+    assert "resuming from" in launch(stage_two(root, tmp_path / "killed", *two))
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "killed"))
+    for name, value in whole.items():
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+    assert history(tmp_path / "two") == pytest.approx(history(tmp_path / "one"), rel=2e-3)
+    assert history(tmp_path / "two")[-1] < history(tmp_path / "two")[0] - 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_preset_through_the_script(tmp_path, bits):
+    """SmolLM2-135M: the loss falls; the model saves, merges, and gives the same in every form."""
+    scenes = tmp_path / "scenes"
+    assert cli(["scenes", "--out", str(scenes), "--train", "40", "--val", "4", "--seed", "0"]) == 0
+    settings = {
+        "PRESET": "small", "OUTPUT_DIR": tmp_path / "model", "NUM_GPUS": "1", "IMAGE_FOLDER": scenes / "images",
+        "DATA_PATH": scenes / "train_instruct.json", "STAGE1_DIR": tmp_path / "stage1",
+    }  # fmt: skip
+    words = ["--report_to", "none", "--logging_steps", "1", "--per_device_train_batch_size", "4"]
+
+    def script(name, *more, **changes):
+        given = [f"{key}={value}" for key, value in {**settings, **changes}.items()]
+        code, text = run_group(["env", *given, "bash", str(ROOT / "scripts" / name), *words, *more], timeout=1800)
+        assert code == 0, text[-6000:]
+        return text
+
+    captions = {"OUTPUT_DIR": tmp_path / "stage1", "DATA_PATH": scenes / "train_captions.json"}
+    script("pretrain.sh", "--max_steps", "2", **captions)
+    text = script("finetune_qlora.sh", "--max_steps", "16", "--bits", str(bits), "--learning_rate", "1e-3")
+    assert f"language model in {bits} bits" in text
+    losses = history(tmp_path / "model")
+    assert sum(losses[-4:]) < 0.6 * sum(losses[:2]) * 2
+    assert Manifest.read(tmp_path / "model").quantization["bits"] == bits
+
+    command = ["merge-lora", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "plain")]
+    code, text = run_group([sys.executable, "-m", "tove_llava", *command], timeout=600)
+    assert code == 0, text[-6000:]
+    models = [load_model(tmp_path / name, load_backbones=False)[0] for name in ("plain", "model")]
+    models.append(load_model(tmp_path / "model", load_backbones=False, quantization=QuantizationPreset(bits))[0])
+    ids = torch.randint(10, 40_000, (1, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, adapted, held = (model(input_ids=ids).logits for model in models)
+    torch.testing.assert_close(plain, adapted, rtol=1e-3, atol=1e-3)
+    if bits == 4:
+        torch.testing.assert_close(held, adapted, rtol=1e-3, atol=1e-3)
+    else:
+        assert torch.nn.functional.cosine_similarity(held.flatten(), adapted.flatten(), dim=0) > 0.99
+    question = ["--image", str(scenes / "images" / "val_000000.png"), "--question", "What is there?", "--json"]
+    for load in ([], [f"--load-{bits}bit"]):
+        chat = ["chat", "--model", str(tmp_path / "plain"), *question, "--max-new-tokens", "8", *load]
+        code, text = run_group([sys.executable, "-m", "tove_llava", *chat], timeout=600)
+        assert code == 0 and json.loads(text.splitlines()[-1])["answer"], text[-6000:]

@@ -1,0 +1,125 @@
+"""The language model's linear layers in 4 or 8 bits, by bitsandbytes.
+
+Only the module that is handed in is touched, so tower, projector and head stay as they are whatever their layers are
+called. What is quantised is frozen; adapters beside it train.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tove_llava.errors import ConfigError
+from tove_llava.presets import QuantizationPreset
+
+INT8_THRESHOLD = 6.0  # activations beyond it are multiplied in 16 bits (Dettmers et al. 2022, and LLaVA's setting)
+
+
+def quantize(
+    model: nn.Module,
+    settings: QuantizationPreset,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> None:
+    """Puts quantised layers in the place of a LLaVA's linear ones, in its language model alone.
+
+    Args:
+        model: a ``LlavaForConditionalGeneration``; its adapters are to be added afterwards.
+        compute_dtype: of the matrix products.
+        device: where the model will run; weights are quantised there, one layer at a time, and stay there. The CPU by
+            default.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    language = model.model.language_model
+    for name, layer in _linear(language):
+        parent, _, attribute = name.rpartition(".")
+        setattr(language.get_submodule(parent), attribute, _quantized(layer, settings, compute_dtype, device))
+    setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # by this peft knows which kind of adapter to add
+
+
+def round_weights(model: nn.Module, settings: QuantizationPreset, *, device: torch.device | str | None = None) -> None:
+    """Gives the language model's linear layers the values that quantisation leaves of theirs, in their own dtype.
+
+    Args:
+        device: where it is computed.
+    """
+    for _, layer in _linear(model.model.language_model):
+        quantized = _quantized(layer, settings, layer.weight.dtype, device)
+        layer.weight.data.copy_(_values(quantized.weight))
+
+
+def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Lets quantised layers multiply in another dtype: autocast does not know them. 8-bit layers choose their own."""
+    if loaded_bits(model) == 4:
+        bnb = _bitsandbytes()
+        for layer in model.modules():
+            if isinstance(layer, bnb.nn.Linear4bit):
+                layer.compute_dtype = dtype
+
+
+def loaded_bits(model: nn.Module) -> int:
+    """4 or 8 for a model that :func:`quantize` changed, else 16, which stands for no quantisation."""
+    return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), 16)
+
+
+def parameter_count(parameter: torch.Tensor) -> int:
+    """Weights in a parameter; 4-bit ones are stored two to a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+def recorded(settings: QuantizationPreset | None) -> dict[str, Any] | None:
+    """Plain data for a manifest; ``QuantizationPreset(**data)`` reads it."""
+    return None if settings is None else dataclasses.asdict(settings)
+
+
+def _linear(language: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    for name, layer in list(language.named_modules()):
+        if type(layer) is nn.Linear:
+            yield name, layer
+
+
+def _quantized(
+    layer: nn.Linear, settings: QuantizationPreset, compute_dtype: torch.dtype, device: torch.device | str | None
+) -> Any:
+    bnb = _bitsandbytes()
+    device = torch.device(device or "cpu")
+    keys: dict[str, Any] = {"bias": layer.bias is not None, "device": "meta"}
+    weight = layer.weight.detach()
+    if settings.bits == 4:
+        kind = {"compress_statistics": settings.double_quant, "quant_type": settings.quant_type}
+        new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=compute_dtype, **kind, **keys)
+        new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **kind).to(device)
+        # On CPUs with AVX512-BF16 the first product in eval mode would repack the weights for a kernel of its own: it
+        # rounds to bfloat16, and has no gradient in a training that follows.
+        new.support_avx512bf16_for_cpu = False
+    else:
+        kind = {"has_fp16_weights": False, "threshold": INT8_THRESHOLD}
+        new = bnb.nn.Linear8bitLt(layer.in_features, layer.out_features, **kind, **keys)
+        new.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    if layer.bias is not None:
+        new.bias = nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
+    return new.train(layer.training)
+
+
+def _values(weight: Any) -> torch.Tensor:
+    """The values that a quantised weight stands for."""
+    functional = _bitsandbytes().functional
+    if getattr(weight, "quant_state", None) is not None:
+        return functional.dequantize_4bit(weight.data, weight.quant_state)
+    return functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError(
+            "4 and 8 bits need bitsandbytes, which is not installed: pip install bitsandbytes, or use 16 bits"
+        ) from error
+    return bitsandbytes
