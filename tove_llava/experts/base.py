@@ -122,7 +122,10 @@ class Expert(nn.Module, ABC):
 
     def licence(self) -> str:
         """Licence of the weights, as far as their source says."""
-        return "not stated by the source"
+        return self.source.stated_licence() or "not stated by the source"
+
+    def set_attention(self, implementation: str) -> None:  # noqa: B027 - a network may have one implementation alone
+        """Uses transformers' attention implementation of that name (``"eager"``, ``"sdpa"``, ...), if it knows it."""
 
     def save_backbone(self, folder: Path) -> Source:
         """Writes the loaded network to ``folder`` (safetensors) and returns the source that reads it there."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.experts.base import Expert, build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
+from tove_llava.sources import write_origin
 
 
 @dataclass
@@ -82,6 +83,12 @@ class ExpertHub(nn.Module):
         for expert in self._all(names):
             expert.load()
 
+    def set_attention(self, implementation: str) -> None:
+        """Has loaded experts use an attention implementation, those that know it."""
+        for expert in self._all():
+            if expert.is_loaded:
+                expert.set_attention(implementation)
+
     def unload(self, names: Iterable[str] | None = None) -> None:
         """Frees the weights of the named experts, or of all."""
         for expert in self._all(names):
@@ -145,6 +152,7 @@ class ExpertHub(nn.Module):
             if target.exists():
                 shutil.rmtree(target)  # never a mixture of two experts' files
             source = expert.save(target)
+            write_origin(target, str(expert.source), expert.licence())
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs

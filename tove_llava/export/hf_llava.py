@@ -18,14 +18,14 @@ from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.parts import (
     check_prompts,
-    display_source,
     export_processor,
     generation_config,
-    licence_of,
     model_card,
     save_processor,
     without_paths,
 )
+from tove_llava.licences import licence_of
+from tove_llava.sources import display_source
 from tove_llava.tower import FUSIONS
 
 _HOW = """from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from tove_llava.data import IMAGE_PLACEHOLDER, get_template
 from tove_llava.data.tokenizer import text_encoder
@@ -12,18 +12,28 @@ _TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerBase, vision: ToveVisionConfig, *, image_token: str, template: str
+    tokenizer: PreTrainedTokenizerBase,
+    vision: ToveVisionConfig,
+    *,
+    image_token: str,
+    template: str,
+    image_aspect_ratio: str = "square",
 ) -> LlavaProcessor:
-    """Bundles tokenizer, CLIP image processor and the conversation template's jinja form.
+    """Bundles tokenizer, image processor and the conversation template's jinja form.
+
+    Batches of prompts are padded on the left, as generation needs it.
 
     Args:
         tokenizer: knows ``image_token`` as one token.
         vision: gives image size, normalisation and patch size, by which placeholders are counted.
         template: registered name of the conversation template the model is trained with; the processor's
             ``conversation_template``.
+        image_aspect_ratio: how the model is shown pictures in training: ``"pad"`` or ``"square"``.
     """
     size = vision.image_size
-    image_processor = CLIPImageProcessorPil(
+    tokenizer.padding_side = "left"
+    image_processor = LlavaImageProcessorPil(
+        do_pad=image_aspect_ratio == "pad",  # to a square, with the mean colour, before anything else
         size={"shortest_edge": size},
         crop_size={"height": size, "width": size},
         image_mean=list(vision.image_mean),

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.sources import Source
+from tove_llava.licences import licence_of
+from tove_llava.sources import Source, write_origin
 from tove_llava.tower.balance import BalanceStatistics, balance_loss
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
@@ -55,6 +56,7 @@ class ToveVisionModel(PreTrainedModel):
     base_model_prefix = "tove_vision"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _no_split_modules = ["ToveVisionModel"]  # CLIP and the experts run where the tower's own parts are
     # All of it is CLIP's own; the fusion has no attention.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -102,9 +104,19 @@ class ToveVisionModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
         if load_backbones:
-            folder = os.fspath(pretrained_model_name_or_path)
-            model.load_backbones(base_dir=folder if os.path.isdir(folder) else None)
+            model.load_backbones(base_dir=local_folder(pretrained_model_name_or_path))
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the trainable part and the configuration; the backbones as :meth:`save_parts` says."""
+        own, state = self.config, dict(kwargs.pop("state_dict", None) or self.state_dict())
+        self.config, state = self.save_parts(save_directory, state, "", self_contained)
+        try:
+            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        finally:
+            self.config = own
 
     # -- backbones ----------------------------------------------------------------------------------------------------
 
@@ -152,6 +164,7 @@ class ToveVisionModel(PreTrainedModel):
         target = Path(folder) / "backbones"
         config = ToveVisionConfig.from_dict(self.config.to_dict())
         self.frozen.clip.save_pretrained(target / "clip")
+        write_origin(target / "clip", self.config.clip_source, licence_of(self.config.clip_source))
         config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
         config.experts = [spec.to_dict() for spec in self.frozen.hub.save(Path(folder), prefix="backbones/experts")]
         return config
@@ -164,12 +177,17 @@ class ToveVisionModel(PreTrainedModel):
         Args:
             trained: trained tensors of the whole model by name.
             prefix: of this tower's names among them.
-            self_contained: write the backbones.
+            self_contained: write the backbones. They are written in any case when they came with the checkpoint that
+                this tower was loaded from: its configuration names them by paths inside a folder.
 
         Returns:
             the configuration to save, and the tensors that are left to be saved.
+
+        Raises:
+            CheckpointError: backbones have to be written that are not in memory.
         """
-        return self.save_backbones(folder) if self_contained else self.config, dict(trained)
+        by_value = self_contained or self.config.lies_in_checkpoint
+        return self.save_backbones(folder) if by_value else self.config, dict(trained)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """One image of zeros, as arguments of the model's ``forward``.
@@ -287,6 +305,11 @@ class ToveVisionModel(PreTrainedModel):
         """
         statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
         return None if statistics is None else balance_loss(statistics)
+
+
+def local_folder(place: str | os.PathLike[str] | None) -> str | None:
+    """What ``from_pretrained`` was given, where it is a folder."""
+    return None if place is None or not os.path.isdir(place) else os.fspath(place)
 
 
 def _check_layers(selection: bool | int | list[int] | tuple[int, ...] | None) -> None:
