@@ -2,7 +2,7 @@
 
 from tove_llava.sources import BundledSource, Source
 
-NOT_STATED = "not stated here; see the source"
+NOT_STATED = "not stated by the source"
 
 # Of the presets' CLIP and language models, as their publishers state them: github.com/openai/CLIP, and the cards of
 # Vicuna v1.5 and SmolLM2. An expert's is known to its class.
@@ -20,3 +20,8 @@ def licence_of(source: str) -> str:
     if isinstance(parsed, BundledSource):
         return "Apache-2.0"
     return _PUBLISHED.get(source) or parsed.stated_licence() or NOT_STATED
+
+
+def known(licence: str) -> str | None:
+    """None where nothing is stated."""
+    return None if licence == NOT_STATED else licence

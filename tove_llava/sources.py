@@ -334,11 +334,12 @@ def display_source(source: str) -> str:
     return f"a local folder ({os.path.basename(os.path.normpath(parsed.path))})"
 
 
-def write_origin(folder: Path, source: str, licence: str) -> None:
-    """Writes beside a copy of weights where they came from and under which licence, as :meth:`stated_licence` reads it.
+def write_origin(folder: Path, source: str, licence: str | None) -> None:
+    """Writes beside a copy of weights where they came from, and their licence as :meth:`stated_licence` reads it.
 
     A card that lies there already is left alone.
     """
     card = folder / "README.md"
     if not card.exists():
-        card.write_text(f"---\nlicense: {licence}\n---\n\nA copy of {display_source(source)}.\n", encoding="utf-8")
+        stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""
+        card.write_text(f"{stated}A copy of {display_source(source)}.\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.experts.base import Expert, build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
+from tove_llava.licences import known
 from tove_llava.sources import write_origin
 
 
@@ -152,7 +153,7 @@ class ExpertHub(nn.Module):
             if target.exists():
                 shutil.rmtree(target)  # never a mixture of two experts' files
             source = expert.save(target)
-            write_origin(target, str(expert.source), expert.licence())
+            write_origin(target, str(expert.source), known(expert.licence()))
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
 from tove_llava.errors import CheckpointError
-from tove_llava.licences import licence_of
+from tove_llava.licences import known, licence_of
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.card import write_card
@@ -134,7 +134,7 @@ def save_checkpoint(
     config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
     if self_contained and manifest.kind != "full":
         read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
-        write_origin(folder / "language", language["source"], licence_of(language["source"]))
+        write_origin(folder / "language", language["source"], known(licence_of(language["source"])))
         language |= {"source": "hf:./language", "revision": None}
 
     adapters = _adapter_names(model) & trained.keys()
@@ -180,6 +180,19 @@ def load_model(
         CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
     """
     folder = checkpoint_folder(folder)
+    model = read_model(folder, dtype=dtype, device=device, merge_lora=merge_lora, load_backbones=load_backbones)
+    return model, load_processor(folder)
+
+
+def read_model(
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    merge_lora: bool = False,
+    load_backbones: bool = True,
+) -> ToveLlavaForConditionalGeneration:
+    """:func:`load_model` without the processor, which a folder need not have."""
     manifest = Manifest.read(folder)
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     if manifest.kind == "full":
@@ -189,11 +202,11 @@ def load_model(
         _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
         if manifest.kind == "lora":
             _load_adapter(folder, model, merge=merge_lora)
-    model = model.to(wanted)
+    _cast(model, wanted)
     if load_backbones:
         model.tower.load_backbones(base_dir=folder)
     model.origin = Origin.of(model, folder, manifest)
-    return model.to(device or "cpu").eval(), load_processor(folder)
+    return model.to(device or "cpu").eval()
 
 
 def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
@@ -204,7 +217,7 @@ def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
     """
     manifest = Manifest.read(folder)
     try:
-        processor = LlavaProcessor.from_pretrained(folder)
+        processor = LlavaProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training
     except OSError as error:
         raise CheckpointError(
             f"{folder} has no processor beside the model; save it there (processor.save_pretrained): {error}"
@@ -333,6 +346,14 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
     if model.generation_config is not None:
         model.generation_config.pad_token_id = config.text_config.pad_token_id
     return model
+
+
+def _cast(model: ToveLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
+    """Weights alone: buffers, such as the frequencies of rotary positions, keep the precision that they are made in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.tower.to(dtype)  # and with it the backbones
 
 
 def _fill(

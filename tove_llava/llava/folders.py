@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -24,8 +25,8 @@ from tove_llava.llava.checkpoint import (
     TRAINED,
     Manifest,
     fingerprint_of,
-    load_model,
     read_config,
+    read_model,
     save_checkpoint,
     trained_names,
     write_manifest,
@@ -83,7 +84,7 @@ def open_folder(
 
 
 def _read_parts(folder: Path, options: dict[str, Any]) -> Any:
-    """A model whose language model comes from elsewhere: :func:`load_model` first, then what else was asked for."""
+    """A model whose language model comes from elsewhere: first as it was trained, then what else was asked for."""
     dtype = next((options.pop(key) for key in ("dtype", "torch_dtype") if options.get(key) is not None), "auto")
     given, info = options.pop("config", None), options.pop("output_loading_info", False)
     attention = options.pop("attn_implementation", None)
@@ -97,7 +98,7 @@ def _read_parts(folder: Path, options: dict[str, Any]) -> Any:
     if isinstance(given, PreTrainedConfig):
         attention = attention or given._attn_implementation_internal
         options |= _changes(given, folder)
-    model, _ = load_model(folder, dtype=None if dtype == "auto" else dtype, load_backbones=False)
+    model = read_model(folder, dtype=None if dtype == "auto" else dtype, load_backbones=False)
     model.config.name_or_path = str(folder)
     for key, value in options.items():
         if not hasattr(model.config, key):
@@ -137,7 +138,7 @@ def _put(
         model.to(device_map)
         return
     from accelerate import dispatch_model, infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
+    from accelerate.utils import extract_submodules_state_dict, get_balanced_memory, offload_state_dict
 
     if isinstance(device_map, str):
         whole = sorted(model._no_split_modules)
@@ -145,6 +146,10 @@ def _put(
             low = device_map == "balanced_low_0"
             max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=whole, low_zero=low)
         device_map = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
+    on_disk = [name for name, place in device_map.items() if place == "disk"]
+    if on_disk and offload_folder is not None:
+        # By itself dispatch_model takes whatever the folder holds already, of another model too.
+        offload_state_dict(offload_folder, extract_submodules_state_dict(model.state_dict(), on_disk))
     dispatch_model(model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers)
 
 
@@ -340,4 +345,13 @@ def push(
         save_options = {"max_shard_size": max_shard_size}
         write = super(ToveLlavaForConditionalGeneration, model).save_pretrained
         save_folder(model, write, folder, save_options, self_contained=contained, tags=tags or ())
+        _forget_paths(folder / "config.json")
         return upload(folder, repo_id, **options)
+
+
+def _forget_paths(file: Path) -> None:
+    """Takes the folders of this machine that parts were read from out of a configuration."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

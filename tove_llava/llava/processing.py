@@ -31,7 +31,7 @@ def build_processor(
         image_aspect_ratio: how the model is shown pictures in training: ``"pad"`` or ``"square"``.
     """
     size = vision.image_size
-    tokenizer.padding_side = "left"
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # of the latter are the saved settings
     image_processor = LlavaImageProcessorPil(
         do_pad=image_aspect_ratio == "pad",  # to a square, with the mean colour, before anything else
         size={"shortest_edge": size},

@@ -102,7 +102,8 @@ class FrozenBackbones:
                 self.clip = load_clip(self.config, base_dir)
             if self.hub is None:
                 self.hub = ExpertHub(self.config.experts, base_dir=None if base_dir is None else Path(base_dir))
-            self.hub.load(names)
+            with _quiet():
+                self.hub.load(names)
             self.hub.eval()
         self._attention = None
         self._follow_attention()
@@ -198,7 +199,7 @@ def load_clip(config: ToveVisionConfig, base_dir: str | os.PathLike[str] | None 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report that CLIP's upper layers and its text encoder are not used; what is missing is an error."""
+    """Without reports of weights that are not used, such as CLIP's upper layers; what is missing is an error."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.licences import licence_of
+from tove_llava.licences import known, licence_of
 from tove_llava.sources import Source, write_origin
 from tove_llava.tower.balance import BalanceStatistics, balance_loss
 from tove_llava.tower.configuration import ToveVisionConfig
@@ -164,7 +164,7 @@ class ToveVisionModel(PreTrainedModel):
         target = Path(folder) / "backbones"
         config = ToveVisionConfig.from_dict(self.config.to_dict())
         self.frozen.clip.save_pretrained(target / "clip")
-        write_origin(target / "clip", self.config.clip_source, licence_of(self.config.clip_source))
+        write_origin(target / "clip", self.config.clip_source, known(licence_of(self.config.clip_source)))
         config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
         config.experts = [spec.to_dict() for spec in self.frozen.hub.save(Path(folder), prefix="backbones/experts")]
         return config
