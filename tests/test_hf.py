@@ -141,6 +141,11 @@ def test_a_tower_from_a_self_contained_folder_is_saved_with_its_backbones(tmp_pa
     assert torch.equal(loaded(pixels()).last_hidden_state, tower(pixels()).last_hidden_state)
 
 
+def test_a_tower_of_this_machine_alone_is_not_pushed(tmp_path):
+    with pytest.raises(CheckpointError, match="folders of this machine"):
+        make_tower(tmp_path).push_to_hub("me/tower")
+
+
 # -- generating -------------------------------------------------------------------------------------------------------
 
 
@@ -202,7 +207,7 @@ def test_dtype(root, kind, options):
 
 
 @pytest.mark.parametrize(("kind", "implementation"), [("stage1", "eager"), ("lora", "sdpa"), ("full", "eager")])
-def test_attention_reaches_language_model_and_encoders(root, kind, implementation):
+def test_attention_reaches_language_model_and_encoders(root, kind, implementation, caplog):
     model = opened(root / kind, attn_implementation=implementation)
     parts = (model, model.model.language_model, model.tower, model.tower.frozen.clip)
     assert {part.config._attn_implementation for part in parts} == {implementation}
@@ -211,6 +216,7 @@ def test_attention_reaches_language_model_and_encoders(root, kind, implementatio
     model.set_attn_implementation(other)
     logits(model)
     assert {part.config._attn_implementation for part in parts} == {other}
+    assert "without finding the associated sub-model" not in caplog.text
 
 
 @EVERY_KIND
@@ -521,6 +527,15 @@ def test_training_writes_a_card(root):
     assert "|  | pretrain | finetune_lora |" in text and "| data | captions.json | instruct.json |" in text
     assert "| learning rate | 0.01 | 0.01 |" in text and "| LoRA rank |  | 4 |" in text
     assert "Not evaluated" in text and str(root) not in text
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_code_in_a_card_runs(root, tmp_path, kind, monkeypatch, capsys):
+    shutil.copy(root / "wide.png", tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    code = card(root / kind).split("```python\n")[1].split("```")[0]
+    exec(code, {"FOLDER": str(root / kind)})
+    assert capsys.readouterr().out
 
 
 def test_card_names_repositories_and_licences(root, tmp_path):

@@ -23,6 +23,23 @@ SCORES = Path("eval") / "results.json"  # where `tove-llava eval` reports, insid
 _MARK = "Card written by tove_llava"
 
 
+_LOAD = """import tove_llava  # registers the classes with transformers
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")"""
+_LOAD_ADAPTED = """import tove_llava
+
+model, processor = tove_llava.load_model(FOLDER)  # or "hf:owner/name\""""
+_ASK = """content = [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]
+chat = [{"role": "user", "content": content}]
+inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                       return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+"""
+
+
 def write_card(
     folder: Path,
     model: ToveLlavaForConditionalGeneration,
@@ -116,21 +133,9 @@ def _is_repository(source: str) -> bool:
 
 
 def _use(manifest: Manifest | None) -> str:
-    load = "AutoModelForImageTextToText.from_pretrained(folder)"
-    text = f"""## Use
-
-```python
-import tove_llava  # registers the classes with transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model, processor = {load}, AutoProcessor.from_pretrained(folder)
-content = [{{"type": "image", "url": "picture.jpg"}}, {{"type": "text", "text": "What is it?"}}]
-chat = [{{"role": "user", "content": content}}]
-inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
-                                       return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-```"""
+    adapted = manifest is not None and manifest.kind == "lora"
+    load = _LOAD_ADAPTED if adapted else _LOAD
+    text = f"## Use\n\n```python\n{load}\n{_ASK}```"
     if manifest is not None:
         text += f"\n\nConversation template `{manifest.template}`; pictures: `{manifest.image_aspect_ratio}`."
     return text

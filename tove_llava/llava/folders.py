@@ -332,13 +332,9 @@ def push(
     **options: Any,
 ) -> Any:
     """``push_to_hub``; ``options`` are those of :func:`tove_llava.llava.hub.upload`."""
-    vision = model.config.vision_config
-    sources = [vision.clip_source, *(spec.source for spec in vision.expert_specs)]
-    here_alone = not all(Source.parse(source).is_portable for source in sources)
-    origin = model.origin
-    if origin is not None:
-        language = Source.parse(origin.manifest.language["source"])
-        here_alone |= not language.is_portable
+    here_alone = not model.config.vision_config.is_portable
+    if model.origin is not None:
+        here_alone |= not Source.parse(model.origin.manifest.language["source"]).is_portable
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
         contained = self_contained or here_alone

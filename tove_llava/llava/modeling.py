@@ -16,7 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from tove_llava.errors import ConfigError
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
-from tove_llava.tower.modeling import local_folder
+from tove_llava.tower.modeling import clip_follows, local_folder
 
 
 @dataclass
@@ -56,6 +56,11 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def tower(self) -> ToveVisionModel:
         """The vision tower."""
         return self.model.vision_tower
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As transformers'; see :meth:`ToveVisionModel.set_attn_implementation`."""
+        with clip_follows(self.config.vision_config, attn_implementation):
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def from_pretrained(

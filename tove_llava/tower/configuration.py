@@ -68,9 +68,9 @@ class ToveVisionConfig(PreTrainedConfig):
 
     model_type = "tove_vision"
     base_config_key = "vision_config"
+    sub_configs_defaults = {"clip_config": CLIPVisionConfig}
 
-    # A dict or None becomes a CLIPVisionConfig. Not one of ``sub_configs``: those are of submodules, and CLIP is none.
-    clip_config: Any = None
+    clip_config: Any = None  # a dict or None becomes a CLIPVisionConfig
     clip_source: str = ""
     clip_revision: str | None = None
     clip_layer: int = -2
@@ -203,8 +203,15 @@ class ToveVisionConfig(PreTrainedConfig):
     @property
     def lies_in_checkpoint(self) -> bool:
         """Whether sources are relative to the checkpoint's folder, which then holds those backbones."""
-        sources = [self.clip_source, *(entry.get("source", "") for entry in self.experts)]
-        return any(Source.parse(source).is_relative for source in sources if source)
+        return any(source.is_relative for source in self._sources())
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether the sources mean the same on another machine: none is a folder of this one."""
+        return all(source.is_portable for source in self._sources())
+
+    def _sources(self) -> list[Source]:
+        return [Source.parse(s) for s in (self.clip_source, *(e.get("source", "") for e in self.experts)) if s]
 
     @property
     def num_clip_layers(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class ToveVisionOutput(ModelOutput):
         hidden_states: ``(last_hidden_state,)``, which ``vision_feature_layer=-1`` indexes.
         routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
         gate_logits: ``[B,N,S]`` float32, before noise and masks.
-        gate_inputs: what ``tower.fusion.balance_statistics`` takes.
+        gate_inputs: what ``tower.fusion.balance_statistics`` takes; in training alone.
         merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.merge`).
     """
 
@@ -88,6 +89,11 @@ class ToveVisionModel(PreTrainedModel):
         self.frozen.apply(fn)
         return self
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As transformers'. CLIP and the experts follow with the next image."""
+        with clip_follows(self.config, attn_implementation):
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -117,6 +123,19 @@ class ToveVisionModel(PreTrainedModel):
             super().save_pretrained(save_directory, state_dict=state, **kwargs)
         finally:
             self.config = own
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers'. A repository of the tower alone names its backbones by their sources.
+
+        Raises:
+            CheckpointError: a source is a folder of this machine.
+        """
+        if not self.config.is_portable:
+            raise CheckpointError(
+                "the tower's backbones are folders of this machine, which others do not have. Push the LLaVA that it "
+                "belongs to, which takes them along, or upload a folder written by save_pretrained(self_contained=True)"
+            )
+        return super().push_to_hub(repo_id, **kwargs)
 
     # -- backbones ----------------------------------------------------------------------------------------------------
 
@@ -268,7 +287,7 @@ class ToveVisionModel(PreTrainedModel):
             hidden_states=(fused.tokens,),
             routing=fused.routing,
             gate_logits=fused.gate_logits,
-            gate_inputs=fused.gate_inputs,
+            gate_inputs=fused.gate_inputs if self.training else None,
         )
 
     def forward(
@@ -305,6 +324,23 @@ class ToveVisionModel(PreTrainedModel):
         """
         statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
         return None if statistics is None else balance_loss(statistics)
+
+
+@contextmanager
+def clip_follows(config: ToveVisionConfig, attn_implementation: str | dict[str, Any]) -> Iterator[None]:
+    """While transformers sets an attention implementation: CLIP's configuration has it already.
+
+    Else transformers would look for CLIP among the submodules, and warn that it finds none.
+    """
+    clip = config.clip_config
+    before = clip._attn_implementation
+    if isinstance(attn_implementation, str):
+        clip._attn_implementation = attn_implementation
+    try:
+        yield
+    except (ImportError, ValueError):  # refused
+        clip._attn_implementation = before
+        raise
 
 
 def local_folder(place: str | os.PathLike[str] | None) -> str | None:
