@@ -1,10 +1,22 @@
 """Shared fixtures. Golden data lies beside the repository; tests that need it skip where it is absent."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Marks that transformers' common tests carry (test_transformers_common.py).
+_MARKS_OF_TRANSFORMERS = (
+    "accelerate_tests", "all_flash_attn_test", "executorch_export_test", "flash_attn_3_test", "flash_attn_4_test",
+    "flash_attn_test", "generate", "onnx_export_test", "timeout", "torch_compile_test", "torch_export_test",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in _MARKS_OF_TRANSFORMERS if os.environ.get("TRANSFORMERS_SRC") else ():
+        config.addinivalue_line("markers", f"{name}: of transformers' tests")
 
 
 @pytest.fixture(scope="session")

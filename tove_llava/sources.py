@@ -6,6 +6,7 @@ names it: :meth:`Source.resolve` anchors it there, which is how a self-contained
 
 import importlib.util
 import os
+import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,29 @@ class Source(ABC):
         if base_dir is None or path is None or not _is_relative(str(path)):
             return self
         return self.at((Path(base_dir) / path).resolve())
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether :meth:`resolve` anchors it: it lies in the checkpoint that names it."""
+        return self.resolve(os.sep) != self
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it means the same on another machine."""
+        return self.path is None
+
+    def stated_licence(self) -> str | None:
+        """The licence that the card (README.md) beside local weights states, if there is one."""
+        if self.path is None:
+            return None
+        card = (self.path.parent if self.path.is_file() else self.path) / "README.md"
+        try:
+            found = re.search(
+                r"^license:[ \t]*(\S.*)$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+            )
+        except OSError:
+            return None
+        return found.group(1).strip() if found else None
 
     def absolute(self) -> "Source":
         """The same source with a path relative to the working directory written out, as a checkpoint records it."""
@@ -281,6 +305,10 @@ class BundledSource(Source):
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> Source:
         return self
 
+    @property
+    def is_portable(self) -> bool:
+        return True
+
     def absolute(self) -> Source:
         return self  # where the package lies differs between machines
 
@@ -296,3 +324,22 @@ class BundledSource(Source):
 
     def pretrained(self) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(self.require())}
+
+
+def display_source(source: str) -> str:
+    """A source as others see it: of a path on this machine only the last part."""
+    parsed = Source.parse(source)
+    if parsed.path is None or parsed.is_portable:
+        return str(parsed)
+    return f"a local folder ({os.path.basename(os.path.normpath(parsed.path))})"
+
+
+def write_origin(folder: Path, source: str, licence: str | None) -> None:
+    """Writes beside a copy of weights where they came from, and their licence as :meth:`stated_licence` reads it.
+
+    A card that lies there already is left alone.
+    """
+    card = folder / "README.md"
+    if not card.exists():
+        stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""
+        card.write_text(f"{stated}A copy of {display_source(source)}.\n", encoding="utf-8")

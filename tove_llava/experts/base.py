@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.experts.spec import ExpertSpec
+from tove_llava.licences import NOT_STATED
 from tove_llava.registry import Registry
 from tove_llava.sources import Source
 
@@ -122,7 +123,10 @@ class Expert(nn.Module, ABC):
 
     def licence(self) -> str:
         """Licence of the weights, as far as their source says."""
-        return "not stated by the source"
+        return self.source.stated_licence() or NOT_STATED
+
+    def set_attention(self, implementation: str) -> None:  # noqa: B027 - a network may have one implementation alone
+        """Uses transformers' attention implementation of that name (``"eager"``, ``"sdpa"``, ...), if it knows it."""
 
     def save_backbone(self, folder: Path) -> Source:
         """Writes the loaded network to ``folder`` (safetensors) and returns the source that reads it there."""

@@ -2,6 +2,7 @@
 
 import json
 from abc import abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -97,6 +98,10 @@ class DenseExpert(Expert):
             return "Apache-2.0 (this project's own)"
         known = known_architecture(str(self.source))
         return known["licence"] if known else super().licence()
+
+    def set_attention(self, implementation: str) -> None:
+        with suppress(ValueError):  # an architecture that lacks it keeps its own
+            self.network.set_attn_implementation(implementation)
 
     def save_backbone(self, folder: Path) -> Source:
         self.network.save_pretrained(folder)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.experts.base import Expert, build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
+from tove_llava.licences import known
+from tove_llava.sources import write_origin
 
 
 @dataclass
@@ -82,6 +84,12 @@ class ExpertHub(nn.Module):
         for expert in self._all(names):
             expert.load()
 
+    def set_attention(self, implementation: str) -> None:
+        """Has loaded experts use an attention implementation, those that know it."""
+        for expert in self._all():
+            if expert.is_loaded:
+                expert.set_attention(implementation)
+
     def unload(self, names: Iterable[str] | None = None) -> None:
         """Frees the weights of the named experts, or of all."""
         for expert in self._all(names):
@@ -103,6 +111,8 @@ class ExpertHub(nn.Module):
             self[name]  # a typo must not pass as "nothing to skip"
         features = {expert.name: expert(pixels) for expert in self._all() if expert.name not in skip}
         valid = {name: torch.isfinite(x).flatten(1).all(1) for name, x in features.items()}  # [B]
+        if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops without a word, in training too
+            return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
         # One synchronisation with the device for all experts together.
         if valid and not bool(torch.stack(list(valid.values())).all()):
             for name, ok in valid.items():
@@ -119,7 +129,7 @@ class ExpertHub(nn.Module):
                 "or detach the expert"
             )
         warnings.warn(f"{message}; it is left out for these images", RuntimeWarning, stacklevel=3)
-        return torch.where(ok.view(-1, 1, 1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))
+        return _without(x, ok)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of each loaded expert."""
@@ -145,6 +155,12 @@ class ExpertHub(nn.Module):
             if target.exists():
                 shutil.rmtree(target)  # never a mixture of two experts' files
             source = expert.save(target)
+            write_origin(target, str(expert.source), known(expert.licence()))
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs
+
+
+def _without(x: Tensor, ok: Tensor) -> Tensor:
+    """Zeros for the images [B] that are not ok."""
+    return torch.where(ok.view(-1, 1, 1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))

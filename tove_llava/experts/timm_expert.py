@@ -69,6 +69,11 @@ class TimmExpert(Expert):
         licence = self._pretrained_cfg.get("license") or super().licence()
         return _SPDX.get(licence, licence)
 
+    def set_attention(self, implementation: str) -> None:
+        for module in self.network.modules():
+            if hasattr(module, "fused_attn"):  # timm's name for torch's scaled dot product attention
+                module.fused_attn = implementation != "eager"
+
     def save_backbone(self, folder: Path) -> Source:
         read = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
         self.network.pretrained_cfg = {**self.network.pretrained_cfg, **read, "num_classes": 0}

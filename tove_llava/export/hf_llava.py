@@ -19,15 +19,15 @@ from tove_llava.export.base import ExportFormat, ExportSource, register_format
 from tove_llava.export.parts import (
     EXCEPTIONS,
     check_prompts,
-    display_source,
     export_processor,
     generation_config,
-    licence_of,
     model_card,
     save_processor,
     usage,
     without_paths,
 )
+from tove_llava.licences import licence_of
+from tove_llava.sources import display_source
 from tove_llava.tower import FUSIONS
 
 

@@ -1,8 +1,6 @@
 """What every exported folder shares: the processor, the tokenizer's files, the prompt, the model card."""
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ from tove_llava.data.tokenizer import text_encoder
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.export.base import ExportSource
 from tove_llava.llava.processing import jinja_template
-from tove_llava.sources import BundledSource, Source
 
 # Strings on which conversions of SentencePiece models have been seen to differ.
 PROBES = (
@@ -210,27 +207,6 @@ def without_paths(config: Any) -> None:
     """Takes the folder that a configuration was read from out of it and of its parts."""
     for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs_defaults", {}))):
         part._name_or_path = ""
-
-
-def licence_of(source_text: str) -> str:
-    """Licence of a part, as far as its source says so on this machine."""
-    source = Source.parse(source_text)
-    if isinstance(source, BundledSource):
-        return "Apache-2.0"
-    card = source.path / "README.md" if source.path is not None else None
-    if card is not None and card.is_file():
-        found = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
-        if found:
-            return found.group(1)
-    return "not stated here; see the source"
-
-
-def display_source(source_text: str) -> str:
-    """A source as a card shows it: of a path on this machine only the last part."""
-    source = Source.parse(source_text)
-    if source.path is None or isinstance(source, BundledSource):
-        return str(source)
-    return f"a local folder ({os.path.basename(os.path.normpath(source.path))})"
 
 
 def model_card(

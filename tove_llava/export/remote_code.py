@@ -7,6 +7,8 @@ experts need, and one entry module, to which ``auto_map`` points. The processor 
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from tove_llava import __version__
 from tove_llava.experts import ExpertHub
 from tove_llava.export.base import ExportFormat, ExportSource, register_format
@@ -14,16 +16,17 @@ from tove_llava.export.flatten import flat_name, flatten_modules, third_party_im
 from tove_llava.export.parts import (
     EXCEPTIONS,
     check_prompts,
-    display_source,
     export_processor,
     generation_config,
-    licence_of,
     model_card,
     save_processor,
     usage,
     without_paths,
 )
+from tove_llava.licences import licence_of
+from tove_llava.llava.card import expert_licence
 from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.sources import display_source
 from tove_llava.tower import Fusion
 
 ENTRY = "modeling_tove_llava"
@@ -64,7 +67,7 @@ class RemoteCode(ExportFormat):
         own = model.config
         model.config = config
         try:
-            model.save_pretrained(folder)
+            PreTrainedModel.save_pretrained(model, folder)  # weights and configuration alone
         finally:
             model.config = own
         generation_config(source).save_pretrained(folder)
@@ -143,6 +146,4 @@ __all__ = ["ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "ToveVisionCo
 
 
 def _expert_part(entry: dict[str, Any], model: Any) -> tuple[str, str, str]:
-    hub = model.tower.frozen.hub
-    licence = hub[entry["name"]].licence() if hub is not None else licence_of(entry["source"])
-    return f"expert {entry['name']}", display_source(entry["source"]), licence
+    return f"expert {entry['name']}", display_source(entry["source"]), expert_licence(model, entry["name"])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tove_llava.llava.build import build_model
     from tove_llava.llava.checkpoint import load_model
 
+ToveLlavaForConditionalGeneration.folders = "tove_llava.llava.folders"
 AutoConfig.register("tove_llava", ToveLlavaConfig)
 AutoModelForImageTextToText.register(ToveLlavaConfig, ToveLlavaForConditionalGeneration)
 

@@ -72,12 +72,15 @@ def build_model(
 
 def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | None = None) -> LlavaProcessor:
     """The processor of a preset, image token included; needs no weights."""
+    last = list(preset.stages.values())[-1]
     if template is None:
-        template = list(preset.stages.values())[-1].template
+        template = last.template
     tokenizer = read_tokenizer(preset.language)
     image_token = preset.language.image_token
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
-    return build_processor(tokenizer, vision, image_token=image_token, template=template)
+    return build_processor(
+        tokenizer, vision, image_token=image_token, template=template, image_aspect_ratio=last.image_aspect_ratio
+    )
 
 
 def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionConfig:

@@ -18,8 +18,8 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,19 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaProcessor
 
 from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.licences import known, licence_of
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
+from tove_llava.llava.card import write_card
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.fingerprints import fingerprint as sampled_fingerprint
+from tove_llava.llava.hub import checkpoint_folder
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+from tove_llava.llava.origin import Origin
 from tove_llava.llava.quantization import quantize, round_weights
 from tove_llava.llava.whole import load_whole
 from tove_llava.presets import LanguagePreset, ProjectorPreset, QuantizationPreset
-from tove_llava.sources import Source
+from tove_llava.sources import Source, write_origin
 
 MANIFEST = "tove_llava.json"
 TRAINED = "trained.safetensors"
@@ -62,6 +66,7 @@ class Manifest:
     fingerprint: str = ""  # SHA-256 of the trained weights
     language_fingerprint: str = ""  # of the language model named by its source, in its dtype; "" if not recorded
     quantization: dict[str, Any] | None = None  # QuantizationPreset that the language model was trained under
+    history: list[dict[str, Any]] = field(default_factory=list)  # data and recipe of each stage, for the model card
     format_version: int = _VERSION
 
     @classmethod
@@ -105,19 +110,23 @@ class Manifest:
 def save_checkpoint(
     folder: str | os.PathLike[str],
     model: ToveLlavaForConditionalGeneration,
-    processor: LlavaProcessor,
+    processor: LlavaProcessor | None,
     manifest: Manifest,
     trained: Mapping[str, torch.Tensor],
     *,
     self_contained: bool = False,
+    scores: Mapping[str, Any] | None = None,
+    tags: Iterable[str] = (),
 ) -> None:
     """Writes a checkpoint folder; the manifest last, so that an interrupted save is seen as incomplete.
 
     Args:
         folder: may hold other files, which are left alone.
+        processor: None leaves it to the caller to save one.
         manifest: its fingerprint is filled in.
         trained: the stage's trained parameters by their name in ``model``, gathered on the CPU.
         self_contained: also write CLIP, the experts and the language model.
+        scores, tags: for the model card; see :func:`tove_llava.llava.card.write_card`.
 
     Raises:
         CheckpointError: a backbone cannot be saved by value.
@@ -134,6 +143,7 @@ def save_checkpoint(
     config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
     if self_contained and manifest.kind != "full":
         read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
+        write_origin(folder / "language", language["source"], known(licence_of(language["source"])))
         language |= {"source": "hf:./language", "revision": None}
 
     adapters = _adapter_names(model) & trained.keys()
@@ -147,10 +157,15 @@ def save_checkpoint(
     config.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    write_card(folder, model, manifest, scores=scores, tags=tags)  # of the sources, wherever copies lie
+    write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
 
-    final = dataclasses.replace(manifest, language=language, fingerprint=fingerprint)
-    _write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Makes a folder a complete checkpoint; to be done last."""
+    _write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
 def load_model(
@@ -168,7 +183,7 @@ def load_model(
     form they are held.
 
     Args:
-        folder: a finished run's output folder.
+        folder: a finished run's output folder; or ``hf:owner/name``, a repository of the hub that holds one.
         dtype: of the whole model; that of the language model in training by default.
         device: the CPU by default.
         merge_lora: fold adapters into the language model's weights.
@@ -180,9 +195,30 @@ def load_model(
         CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
         ConfigError: adapters are to be folded into quantised weights, or bitsandbytes is not installed.
     """
+    folder = checkpoint_folder(folder)
+    model = read_model(
+        folder,
+        dtype=dtype,
+        device=device,
+        merge_lora=merge_lora,
+        load_backbones=load_backbones,
+        quantization=quantization,
+    )
+    return model, load_processor(folder)
+
+
+def read_model(
+    folder: Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    merge_lora: bool = False,
+    load_backbones: bool = True,
+    quantization: QuantizationPreset | None = None,
+) -> ToveLlavaForConditionalGeneration:
+    """:func:`load_model` without the processor, which a folder need not have."""
     if quantization is not None and merge_lora:
         raise ConfigError("adapters cannot be folded into weights of 4 or 8 bits; ask for one of the two")
-    folder = Path(folder)
     manifest = Manifest.read(folder)
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     if manifest.kind == "full":
@@ -193,16 +229,26 @@ def load_model(
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
     if manifest.kind == "lora":
         _load_adapter(folder, model, merge=merge_lora)
-    model = model.to(wanted)
+    _cast(model, wanted)
     if load_backbones:
         model.tower.load_backbones(base_dir=folder)
-    return model.to(device or "cpu").eval(), load_processor(folder)
+    model.origin = Origin.of(model, folder, manifest)
+    return model.to(device or "cpu").eval()
 
 
 def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
-    """The processor of a checkpoint folder; ``processor.conversation_template`` is the template's registered name."""
+    """The processor of a checkpoint folder; ``processor.conversation_template`` is the template's registered name.
+
+    Raises:
+        CheckpointError: the folder is incomplete.
+    """
     manifest = Manifest.read(folder)
-    processor = LlavaProcessor.from_pretrained(folder)
+    try:
+        processor = LlavaProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} has no processor beside the model; save it there (processor.save_pretrained): {error}"
+        ) from error
     processor.conversation_template = manifest.template
     return processor
 
@@ -334,6 +380,14 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
     if model.generation_config is not None:
         model.generation_config.pad_token_id = config.text_config.pad_token_id
     return model
+
+
+def _cast(model: ToveLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
+    """Weights alone: buffers, such as the frequencies of rotary positions, keep the precision that they are made in."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.tower.to(dtype)  # and with it the backbones
 
 
 def _fill(

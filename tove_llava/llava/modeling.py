@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from transformers import LlavaForConditionalGeneration
@@ -13,6 +16,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from tove_llava.errors import ConfigError
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
+from tove_llava.tower.modeling import clip_follows, local_folder
 
 
 @dataclass
@@ -35,33 +39,91 @@ class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
 
 
 class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """transformers' LLaVA with a :class:`~tove_llava.tower.ToveVisionModel` as its vision tower.
+
+    Attributes:
+        origin: the checkpoint that the model was loaded from (:class:`~tove_llava.llava.origin.Origin`), if any.
+    """
+
     config: ToveLlavaConfig
     config_class = ToveLlavaConfig
+    origin: Any = None
+    # The module that knows training's checkpoint folders. Named, not imported: this file also serves as remote code,
+    # without the rest of the package, and then knows plain transformers folders alone.
+    folders: ClassVar[str | None] = None
 
     @property
     def tower(self) -> ToveVisionModel:
         """The vision tower."""
         return self.model.vision_tower
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As transformers'; see :meth:`ToveVisionModel.set_attn_implementation`."""
+        with clip_follows(self.config.vision_config, attn_implementation):
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Loads a checkpoint, then CLIP and the experts from the sources it records.
 
+        Every kind of folder that training writes is opened, and a repository that holds one.
+
         Args:
             load_backbones: False leaves them out; the tower then refuses to run until ``model.tower.load_backbones()``.
+
+        Raises:
+            CheckpointError: a folder of this package's is damaged, or names a source that is not there.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        place, read = pretrained_model_name_or_path, partial(_read, super().from_pretrained, args)
+        if cls.folders is None or place is None:
+            loaded = read(place, **kwargs)
+        else:
+            loaded, place = importlib.import_module(cls.folders).open_folder(read, place, kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
         if load_backbones:
-            folder = os.fspath(pretrained_model_name_or_path)
-            model.tower.load_backbones(base_dir=folder if os.path.isdir(folder) else None)
+            model.tower.load_backbones(base_dir=local_folder(place))
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes a folder that :meth:`from_pretrained` and ``tove_llava.load_model`` open as this model.
+
+        Weights go by value. A model with LoRA adapters is written as training writes it: adapters, projector and the
+        tower's parts, with the language model named by its source. CLIP and the experts are named by their sources,
+        unless they came with the folder that this model was loaded from. A model card is written with it.
+
+        Args:
+            self_contained: also write CLIP and the experts, and the language model that adapters belong to.
+
+        Raises:
+            CheckpointError: the folder would not be this model again; the message says why.
+        """
+        write = super().save_pretrained
+        if self.folders is None:
+            write(save_directory, **kwargs)
+        else:
+            folders = importlib.import_module(self.folders)
+            folders.save_folder(self, write, save_directory, kwargs, self_contained=self_contained)
+
+    def push_to_hub(self, repo_id: str, *, self_contained: bool = False, **kwargs: Any) -> Any:
+        """As transformers', with this model's card.
+
+        Whatever a source on this machine alone stands for is uploaded by value.
+
+        Args:
+            self_contained: upload every backbone by value.
+            kwargs: those of transformers' ``push_to_hub``.
+        """
+        if self.folders is None:
+            return super().push_to_hub(repo_id, **kwargs)
+        return importlib.import_module(self.folders).push(self, repo_id, self_contained=self_contained, **kwargs)
 
     def encode_images(
         self,
@@ -171,3 +233,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             merge_loss=merge_loss,
         )
         return result if kwargs.get("return_dict") is not False else result.to_tuple()
+
+
+def _read(from_pretrained: Callable[..., Any], args: tuple[Any, ...], place: Any, **kwargs: Any) -> Any:
+    return from_pretrained(place, *args, **kwargs)

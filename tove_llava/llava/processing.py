@@ -1,8 +1,9 @@
 """The processor of a ToVE-LLaVA: transformers' own LlavaProcessor, so that a saved folder is like any LLaVA's."""
 
 from pathlib import Path
+from typing import Any
 
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from tove_llava.data import IMAGE_PLACEHOLDER, get_template
 from tove_llava.data.tokenizer import text_encoder
@@ -13,28 +14,43 @@ _TEMPLATES = Path(__file__).parent / "chat_templates"
 
 def build_image_processor(vision: ToveVisionConfig) -> CLIPImageProcessorPil:
     """CLIP's image processor at the tower's size and normalisation."""
+    return CLIPImageProcessorPil(**_image_settings(vision))
+
+
+def _image_settings(vision: ToveVisionConfig) -> dict[str, Any]:
     size = vision.image_size
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(vision.image_mean),
-        image_std=list(vision.image_std),
-    )
+    return {
+        "size": {"shortest_edge": size},
+        "crop_size": {"height": size, "width": size},
+        "image_mean": list(vision.image_mean),
+        "image_std": list(vision.image_std),
+    }
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerBase, vision: ToveVisionConfig, *, image_token: str, template: str
+    tokenizer: PreTrainedTokenizerBase,
+    vision: ToveVisionConfig,
+    *,
+    image_token: str,
+    template: str,
+    image_aspect_ratio: str = "square",
 ) -> LlavaProcessor:
-    """Bundles tokenizer, CLIP image processor and the conversation template's jinja form.
+    """Bundles tokenizer, image processor and the conversation template's jinja form.
+
+    Batches of prompts are padded on the left, as generation needs it.
 
     Args:
         tokenizer: knows ``image_token`` as one token.
         vision: gives image size, normalisation and patch size, by which placeholders are counted.
         template: registered name of the conversation template the model is trained with; the processor's
             ``conversation_template``.
+        image_aspect_ratio: how the model is shown pictures in training: ``"pad"`` or ``"square"``.
     """
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # of the latter are the saved settings
+    # To a square, with the mean colour, before anything else.
+    images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **_image_settings(vision))
     processor = LlavaProcessor(
-        image_processor=build_image_processor(vision),
+        image_processor=images,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",

@@ -34,7 +34,9 @@ _LIBRARY_KEYS = {
     "output_attentions",
     "per_layer_config",
     "quantization_config",
+    "tie_word_embeddings",
     "torch_dtype",
+    "transformers_version",
 }
 
 
@@ -86,7 +88,7 @@ class ToveVisionConfig(PreTrainedConfig):
     detached_experts: list[str] | tuple[str, ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
-        unknown = set(kwargs) - _LIBRARY_KEYS - set(GenerationConfig._get_default_generation_params())
+        unknown = set(kwargs) - _library_keys()
         if unknown:
             raise ConfigError(
                 f"unknown key(s) in the vision tower's configuration: {', '.join(sorted(unknown))}. "
@@ -139,6 +141,11 @@ class ToveVisionConfig(PreTrainedConfig):
             experts=complete_specs(list(experts), None if base_dir is None else Path(base_dir)),
             **keys,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its keys alone: any other attribute that it was given would be an unknown key when it is read again."""
+        known = {field.name for field in dataclasses.fields(self)} | _library_keys()
+        return {key: value for key, value in super().to_dict().items() if key in known}
 
     def _check(self) -> None:
         clip = self.clip_config
@@ -194,6 +201,19 @@ class ToveVisionConfig(PreTrainedConfig):
         return [ExpertSpec.from_dict(entry) for entry in self.experts]
 
     @property
+    def lies_in_checkpoint(self) -> bool:
+        """Whether sources are relative to the checkpoint's folder, which then holds those backbones."""
+        return any(source.is_relative for source in self._sources())
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether the sources mean the same on another machine: none is a folder of this one."""
+        return all(source.is_portable for source in self._sources())
+
+    def _sources(self) -> list[Source]:
+        return [Source.parse(s) for s in (self.clip_source, *(e.get("source", "") for e in self.experts)) if s]
+
+    @property
     def num_clip_layers(self) -> int:
         """How many of CLIP's layers lie below the tokens that are used, and hence are built."""
         if self.clip_layer < 0:
@@ -239,6 +259,10 @@ class ToveVisionConfig(PreTrainedConfig):
     @property
     def num_channels(self) -> int:
         return self.clip_config.num_channels
+
+
+def _library_keys() -> set[str]:
+    return _LIBRARY_KEYS | set(GenerationConfig._get_default_generation_params())
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:

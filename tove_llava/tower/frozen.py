@@ -80,6 +80,7 @@ class FrozenBackbones:
         self.config = config
         self.clip: CLIPVisionModel | None = None
         self.hub: ExpertHub | None = None
+        self._attention: str | None = None  # implementation that the loaded encoders use
 
     def is_loaded(self, names: list[str]) -> bool:
         """Whether CLIP and the named experts are in memory."""
@@ -101,8 +102,11 @@ class FrozenBackbones:
                 self.clip = load_clip(self.config, base_dir)
             if self.hub is None:
                 self.hub = ExpertHub(self.config.experts, base_dir=None if base_dir is None else Path(base_dir))
-            self.hub.load(names)
+            with _quiet():
+                self.hub.load(names)
             self.hub.eval()
+        self._attention = None
+        self._follow_attention()
         self.apply(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -132,12 +136,25 @@ class FrozenBackbones:
             clip_pixels = F.interpolate(
                 pixel_values.float(), (clip_size, clip_size), mode="bicubic", align_corners=False, antialias=True
             )
+        self._follow_attention()
         base = self.clip(clip_pixels).last_hidden_state[:, 1:]  # [B,N,d], without the class token
         if not names:
             return TowerFeatures(base=base)
         assert self.hub is not None
         seen = self.hub.run(self._pixels(pixel_values), skip=set(self.hub.names) - set(names), strict=strict)
         return TowerFeatures(base=base, experts=seen.features, usable={} if strict else seen.valid)
+
+    def _follow_attention(self) -> None:
+        """Gives the encoders the attention implementation that the tower has, also when it is changed later."""
+        wanted = self.config._attn_implementation
+        if wanted is None or wanted == self._attention:
+            return
+        with _quiet():  # about networks that let none be chosen
+            if self.clip is not None:
+                self.clip.set_attn_implementation(wanted)
+            if self.hub is not None:
+                self.hub.set_attention(wanted)
+        self._attention = wanted
 
     def _pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """CLIP-normalised ``[B,3,S,S]`` -> float32 in 0..1, once for all experts."""
@@ -182,7 +199,7 @@ def load_clip(config: ToveVisionConfig, base_dir: str | os.PathLike[str] | None 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the report that CLIP's upper layers and its text encoder are not used; what is missing is an error."""
+    """Without reports of weights that are not used, such as CLIP's upper layers; what is missing is an error."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.sources import Source
+from tove_llava.licences import known, licence_of
+from tove_llava.sources import Source, write_origin
 from tove_llava.tower.balance import BalanceStatistics, balance_loss
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
@@ -30,7 +32,7 @@ class ToveVisionOutput(ModelOutput):
         hidden_states: ``(last_hidden_state,)``, which ``vision_feature_layer=-1`` indexes.
         routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
         gate_logits: ``[B,N,S]`` float32, before noise and masks.
-        gate_inputs: what ``tower.fusion.balance_statistics`` takes.
+        gate_inputs: what ``tower.fusion.balance_statistics`` takes; in training alone.
         merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.merge`).
     """
 
@@ -55,6 +57,7 @@ class ToveVisionModel(PreTrainedModel):
     base_model_prefix = "tove_vision"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _no_split_modules = ["ToveVisionModel"]  # CLIP and the experts run where the tower's own parts are
     # All of it is CLIP's own; the fusion has no attention.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -86,6 +89,11 @@ class ToveVisionModel(PreTrainedModel):
         self.frozen.apply(fn)
         return self
 
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """As transformers'. CLIP and the experts follow with the next image."""
+        with clip_follows(self.config, attn_implementation):
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -102,9 +110,32 @@ class ToveVisionModel(PreTrainedModel):
         loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
         if load_backbones:
-            folder = os.fspath(pretrained_model_name_or_path)
-            model.load_backbones(base_dir=folder if os.path.isdir(folder) else None)
+            model.load_backbones(base_dir=local_folder(pretrained_model_name_or_path))
         return loaded
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
+    ) -> None:
+        """Saves the trainable part and the configuration; the backbones as :meth:`save_parts` says."""
+        own, state = self.config, dict(kwargs.pop("state_dict", None) or self.state_dict())
+        self.config, state = self.save_parts(save_directory, state, "", self_contained)
+        try:
+            super().save_pretrained(save_directory, state_dict=state, **kwargs)
+        finally:
+            self.config = own
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """As transformers'. A repository of the tower alone names its backbones by their sources.
+
+        Raises:
+            CheckpointError: a source is a folder of this machine.
+        """
+        if not self.config.is_portable:
+            raise CheckpointError(
+                "the tower's backbones are folders of this machine, which others do not have. Push the LLaVA that it "
+                "belongs to, which takes them along, or upload a folder written by save_pretrained(self_contained=True)"
+            )
+        return super().push_to_hub(repo_id, **kwargs)
 
     # -- backbones ----------------------------------------------------------------------------------------------------
 
@@ -152,6 +183,7 @@ class ToveVisionModel(PreTrainedModel):
         target = Path(folder) / "backbones"
         config = ToveVisionConfig.from_dict(self.config.to_dict())
         self.frozen.clip.save_pretrained(target / "clip")
+        write_origin(target / "clip", self.config.clip_source, known(licence_of(self.config.clip_source)))
         config.clip_source, config.clip_revision = str(Source.parse("hf:./backbones/clip")), None
         config.experts = [spec.to_dict() for spec in self.frozen.hub.save(Path(folder), prefix="backbones/experts")]
         return config
@@ -164,12 +196,17 @@ class ToveVisionModel(PreTrainedModel):
         Args:
             trained: trained tensors of the whole model by name.
             prefix: of this tower's names among them.
-            self_contained: write the backbones.
+            self_contained: write the backbones. They are written in any case when they came with the checkpoint that
+                this tower was loaded from: its configuration names them by paths inside a folder.
 
         Returns:
             the configuration to save, and the tensors that are left to be saved.
+
+        Raises:
+            CheckpointError: backbones have to be written that are not in memory.
         """
-        return self.save_backbones(folder) if self_contained else self.config, dict(trained)
+        by_value = self_contained or self.config.lies_in_checkpoint
+        return self.save_backbones(folder) if by_value else self.config, dict(trained)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         """One image of zeros, as arguments of the model's ``forward``.
@@ -250,7 +287,7 @@ class ToveVisionModel(PreTrainedModel):
             hidden_states=(fused.tokens,),
             routing=fused.routing,
             gate_logits=fused.gate_logits,
-            gate_inputs=fused.gate_inputs,
+            gate_inputs=fused.gate_inputs if self.training else None,
         )
 
     def forward(
@@ -287,6 +324,28 @@ class ToveVisionModel(PreTrainedModel):
         """
         statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
         return None if statistics is None else balance_loss(statistics)
+
+
+@contextmanager
+def clip_follows(config: ToveVisionConfig, attn_implementation: str | dict[str, Any]) -> Iterator[None]:
+    """While transformers sets an attention implementation: CLIP's configuration has it already.
+
+    Else transformers would look for CLIP among the submodules, and warn that it finds none.
+    """
+    clip = config.clip_config
+    before = clip._attn_implementation
+    if isinstance(attn_implementation, str):
+        clip._attn_implementation = attn_implementation
+    try:
+        yield
+    except (ImportError, ValueError):  # refused
+        clip._attn_implementation = before
+        raise
+
+
+def local_folder(place: str | os.PathLike[str] | None) -> str | None:
+    """What ``from_pretrained`` was given, where it is a folder."""
+    return None if place is None or not os.path.isdir(place) else os.fspath(place)
 
 
 def _check_layers(selection: bool | int | list[int] | tuple[int, ...] | None) -> None:

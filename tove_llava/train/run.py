@@ -56,6 +56,7 @@ def run(settings: Settings) -> None:
     processor = start.processor
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
+    history = _history(settings, len(dataset))
 
     model = start.model(seed, settings.device())
     set_compute_dtype(model, settings.compute_dtype() or model.dtype)
@@ -72,9 +73,9 @@ def run(settings: Settings) -> None:
         _say(f"{resume} is the last step of this run; only saving was left to do")
         checkpoints.load_weights(resume / checkpoints.WEIGHTS, trainable)
         if _is_main():
-            history = (resume / STATE).read_text()
-            _save(settings, start, model, trainable, checkpoints.gather(trainable, True))
-            (settings.output_dir / STATE).write_text(history)
+            state = (resume / STATE).read_text()
+            _save(settings, start, model, trainable, checkpoints.gather(trainable, True), history)
+            (settings.output_dir / STATE).write_text(state)
         return
 
     # From here on DeepSpeed is configured: under ZeRO-3 a model built later would be partitioned while it is built.
@@ -89,7 +90,7 @@ def run(settings: Settings) -> None:
     tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
         trainer.save_state()
-        _save(settings, start, model, trainable, tensors)
+        _save(settings, start, model, trainable, tensors, history)
         final = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
         ending = f", last lm_loss {final[-1]['lm_loss']:.6f}" if final else ""
         _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
@@ -223,6 +224,7 @@ def _save(
     model: ToveLlavaForConditionalGeneration,
     trainable: Trainable,
     tensors: dict[str, torch.Tensor],
+    history: list[dict[str, Any]],
 ) -> None:
     kinds = {LORA: "lora", LANGUAGE: "full"}
     processor = build_processor(
@@ -230,6 +232,7 @@ def _save(
         model.config.vision_config,
         image_token=start.processor.image_token,
         template=settings.stage.template,
+        image_aspect_ratio=settings.stage.image_aspect_ratio,
     )
     manifest = Manifest(
         kind=next((kind for part, kind in kinds.items() if part in trainable.parts), "trained"),
@@ -241,6 +244,7 @@ def _save(
         language=start.language,
         language_fingerprint=start.language_fingerprint,
         quantization=recorded(start.quantization),
+        history=history,
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 
@@ -273,6 +277,38 @@ def _run_record(settings: Settings) -> dict[str, Any]:
     if settings.pretrained is not None:
         record["pretrained_fingerprint"] = Manifest.read(settings.pretrained).fingerprint
     return record
+
+
+# What a model card tells of a stage, beside its data: name there -> key of the run's record.
+_TOLD = {
+    "trains": "settings.train",
+    "template": "settings.template",
+    "pictures": "settings.image_aspect_ratio",
+    "epochs": "arguments.num_train_epochs",
+    "steps at most": "arguments.max_steps",
+    "learning rate": "arguments.learning_rate",
+    "learning rate, projector": "settings.projector_learning_rate",
+    "learning rate, tower": "settings.tower_learning_rate",
+    "schedule": "arguments.lr_scheduler_type",
+    "warm-up": "arguments.warmup_steps",
+    "weight decay": "arguments.weight_decay",
+    "batch per process": "arguments.per_device_train_batch_size",
+    "gradient accumulation": "arguments.gradient_accumulation_steps",
+    "processes": "world_size",
+    "DeepSpeed": "deepspeed",
+    "LoRA rank": "settings.lora.r",
+    "LoRA alpha": "settings.lora.alpha",
+    "balance loss": "vision.router_aux_loss_coef",
+    "seed": "arguments.seed",
+}
+
+
+def _history(settings: Settings, records: int) -> list[dict[str, Any]]:
+    """Data and recipe of this stage behind those of the stages that it starts from. No path of this machine."""
+    record = _run_record(settings)
+    earlier = Manifest.read(settings.pretrained).history if settings.pretrained is not None else []
+    told = {name: record[key] for name, key in _TOLD.items() if record.get(key) is not None}
+    return [*earlier, {"stage": settings.stage_name, "data": settings.data_path.name, "records": records, **told}]
 
 
 def _write_record(output_dir: Path, record: dict[str, Any]) -> None:

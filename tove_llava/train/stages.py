@@ -11,6 +11,7 @@ from torch import nn
 
 from tove_llava.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.llava.adapters import adapter_parameters
 from tove_llava.llava.quantization import loaded_bits, parameter_count
 from tove_llava.presets import StagePreset
 from tove_llava.registry import Registry
@@ -128,7 +129,7 @@ def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> T
     if config is None:
         config = lora_config(model, stage)
         add_lora(model, config)
-    adapters = {id(p) for p in _adapter_parameters(model.model.language_model, config.bias)}
+    adapters = {id(p) for p in adapter_parameters(model.model.language_model, config.bias)}
     return Trainable({LORA: {name: p for name, p in model.named_parameters() if id(p) in adapters}})
 
 
@@ -156,20 +157,6 @@ def add_lora(model: ToveLlavaForConditionalGeneration, config: Any) -> None:
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model)
-
-
-def _adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
-    from peft.tuners.lora import LoraLayer
-
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer):
-            for name in layer.adapter_layer_names:
-                yield from getattr(layer, name).parameters()
-            base_bias = getattr(layer.get_base_layer(), "bias", None)
-            if bias == "lora_only" and base_bias is not None:
-                yield base_bias
-    if bias == "all":
-        yield from (p for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias")
 
 
 def _select(model: nn.Module, modules: dict[str, list[nn.Module]]) -> Trainable:

@@ -115,7 +115,13 @@ class FromCheckpoint:
         if manifest.template != self.stage.template:
             tokenizer.chat_template = self._own_chat_template()  # the folder has the other template's form
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
-        self.processor = build_processor(tokenizer, self.vision, image_token=image_token, template=self.stage.template)
+        self.processor = build_processor(
+            tokenizer,
+            self.vision,
+            image_token=image_token,
+            template=self.stage.template,
+            image_aspect_ratio=self.stage.image_aspect_ratio,
+        )
         if manifest.kind == "full":  # its language model has no source of its own that adapters could refer to
             self.stage = dataclasses.replace(self.stage, lora=None)
 
