@@ -140,6 +140,15 @@ class ToveVisionConfig(PreTrainedConfig):
             **keys,
         )
 
+    def anchor(self, base_dir: str | os.PathLike[str]) -> None:
+        """Writes out sources that are relative to the checkpoint ``base_dir``, for use outside of it."""
+        if self.clip_source:
+            self.clip_source = str(Source.parse(self.clip_source).resolve(base_dir))
+        self.experts = [
+            entry | {"source": str(Source.parse(entry["source"]).resolve(base_dir))} if entry.get("source") else entry
+            for entry in self.experts
+        ]
+
     def _check(self) -> None:
         clip = self.clip_config
         if not isinstance(clip.image_size, int) or not isinstance(clip.patch_size, int):

@@ -98,6 +98,7 @@ class FromCheckpoint:
         manifest = Manifest.read(self.folder)
         config = read_config(self.folder)
         self.vision = config.vision_config
+        self.vision.anchor(self.folder)
         source = Source.parse(manifest.language["source"]).resolve(self.folder)
         self.language = manifest.language | {"source": str(source.absolute())}
         tokenizer = load_processor(self.folder).tokenizer
@@ -119,5 +120,6 @@ class FromCheckpoint:
     def model(self, seed: int) -> ToveLlavaForConditionalGeneration:
         assert self.folder is not None
         model, _ = load_model(self.folder)
+        model.tower.config.anchor(self.folder)  # what this stage writes lies elsewhere
         model.config.conversation_template = self.processor.conversation_template
         return model
