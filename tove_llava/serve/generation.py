@@ -20,7 +20,15 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, ImageTransform, Turn, encode_prompt, get_template
+from tove_llava.data import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+    ImageTransform,
+    Turn,
+    encode_prompt,
+    get_template,
+    load_tokenizer,
+)
 from tove_llava.data.images import AspectRatio
 from tove_llava.errors import CheckpointError, ConfigError, DataError
 from tove_llava.llava.checkpoint import MANIFEST, load_model
@@ -67,7 +75,9 @@ def is_stock_llava(folder: str | Path) -> bool:
     if (Path(folder) / MANIFEST).exists() or not file.is_file():
         return False
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "llava"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # The original's own folders say "llava" as well.
+        return config.get("model_type") == "llava" and "mm_vision_tower" not in config
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
@@ -76,6 +86,7 @@ def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     try:
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         processor = LlavaProcessor.from_pretrained(folder)
+        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, where the folder has its model
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
     tower = model.model.vision_tower
