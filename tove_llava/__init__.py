@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tove_llava.convert import convert_checkpoint, open_llava
     from tove_llava.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
     from tove_llava.experts import Expert, ExpertSpec, register_expert
     from tove_llava.llava import (
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from tove_llava.tower import ToveVisionConfig, ToveVisionModel, ToveVisionOutput
 
 _HOMES = {
+    "tove_llava.convert": ("convert_checkpoint", "open_llava"),
     "tove_llava.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
     "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model", "load_model"),
@@ -45,8 +47,10 @@ __all__ = [
     "ToveVisionOutput",
     "__version__",
     "build_model",
+    "convert_checkpoint",
     "load_model",
     "load_preset",
+    "open_llava",
     "register_expert",
 ]
 

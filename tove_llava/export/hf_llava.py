@@ -7,6 +7,7 @@ checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which
 """
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,35 +48,57 @@ class HfLlava(ExportFormat):
             )
 
     def write(self, source: ExportSource, folder: Path) -> list[str]:
-        remarks = _remarks(source)
-        stock = stock_model(source)
-        check_tower(source, stock)
-        names = {name: _public_name(name) for name in stock.state_dict()}
-        stock.save_pretrained(folder, state_dict={names[name]: value for name, value in stock.state_dict().items()})
-        vision = stock.config.vision_config
-        processor = export_processor(
-            source,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            strategy="default",
-            additional_tokens=1,
-        )
-        save_processor(processor, folder)
-        check_prompts(source, folder, stock.config.image_seq_length)
-        tower = source.model.config.vision_config
-        parts = [
-            ("vision tower", display_source(tower.clip_source), licence_of(tower.clip_source)),
-            ("language model", display_source(source.language_source), licence_of(source.language_source)),
-            ("projector, adapters", "trained", "the trainer's to choose"),
-        ]
-        what = (
-            "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
-            "adapters merged. No code beyond transformers is needed."
-        )
-        card = model_card(source, what=what, how=usage(), parts=parts, remarks=[*remarks, *EXCEPTIONS, _NEUTRAL_NORM])
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        return remarks
+        return write_stock(source, stock_model(source), folder)
 
+
+def write_stock(
+    source: ExportSource,
+    stock: LlavaForConditionalGeneration,
+    folder: Path,
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> list[str]:
+    """Writes a stock LLaVA with the processor, template and card of a checkpoint.
+
+    Args:
+        stock: made of the checkpoint's parts.
+        stored: values to write instead of ``stock``'s own, by its names: the same weights in another dtype.
+
+    Returns:
+        what a user has to know of this export.
+
+    Raises:
+        CheckpointError: ``stock`` does not compute what the checkpoint does.
+    """
+    remarks = _remarks(source)
+    check_tower(source, stock)
+    state = {_public_name(name): value for name, value in {**stock.state_dict(), **(stored or {})}.items()}
+    stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    vision = stock.config.vision_config
+    processor = export_processor(
+        source,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        strategy="default",
+        additional_tokens=1,
+    )
+    save_processor(processor, folder)
+    check_prompts(source, folder, stock.config.image_seq_length)
+    tower = source.model.config.vision_config
+    parts = [
+        ("vision tower", display_source(tower.clip_source), licence_of(tower.clip_source)),
+        ("language model", display_source(source.language_source), licence_of(source.language_source)),
+        ("projector, adapters", "trained", "the trainer's to choose"),
+    ]
+    what = (
+        "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
+        "adapters merged. No code beyond transformers is needed."
+    )
+    card = model_card(source, what=what, how=usage(), parts=parts, remarks=[*remarks, *EXCEPTIONS, _NEUTRAL_NORM])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return remarks
+
+
+MAX_SHARD_SIZE = "5GB"  # what writing holds beside the model
 
 _NEUTRAL_NORM = "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it."
 
@@ -142,7 +165,8 @@ def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> N
         pixels = nn.functional.interpolate(
             pixels.float(), (clip_size, clip_size), mode="bicubic", align_corners=False, antialias=True
         ).to(tower.dtype)
-    features = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    seen = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    features = seen[stock.config.vision_feature_layer][:, 1:]
     tolerance = 1e-5 if tower.dtype == torch.float32 else 2e-2
     if not torch.allclose(own, features, rtol=tolerance, atol=tolerance * float(own.abs().max())):
         raise CheckpointError(

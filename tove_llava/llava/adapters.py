@@ -1,9 +1,43 @@
 """Low-rank adapters inside a model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+
+from tove_llava.errors import CheckpointError
+
+
+def add_adapters(
+    model: nn.Module, config: Any, tensors: Mapping[str, torch.Tensor], where: Path, *, merge: bool = False
+) -> None:
+    """Puts trained adapters into a model.
+
+    Args:
+        config: peft's ``LoraConfig``.
+        tensors: by the model's names, as peft saves them (without the adapter's name).
+        where: the file or folder that they come from, for messages.
+        merge: fold them into the weights.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    from peft import inject_adapter_in_model, set_peft_model_state_dict
+
+    inject_adapter_in_model(config, model)
+    try:
+        outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name="default")
+    except RuntimeError as error:  # tensors of another shape
+        raise CheckpointError(f"{where} does not fit the language model: {error}") from error
+    missing = [name for name in outcome.missing_keys if ".lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise CheckpointError(
+            f"{where} does not fit the language model: missing {missing[:2]}, unexpected {outcome.unexpected_keys[:2]}"
+        )
+    if merge:
+        fold_adapters(model)
 
 
 def adapter_layers(module: nn.Module) -> dict[str, Any]:

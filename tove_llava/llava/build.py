@@ -29,6 +29,7 @@ from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPr
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 EMBEDDING_MULTIPLE = 64  # rows of the embedding matrix, for tensor cores
 
 
@@ -89,17 +90,7 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
     Args:
         offline: take CLIP's architecture from the preset where its source is not a local folder.
     """
-    keys: dict[str, Any] = {
-        "clip_layer": vision.clip_layer,
-        "image_size": vision.image_size,
-        "fusion": vision.fusion,
-        "fusion_options": vision.fusion_options,
-        "projection_dim": vision.projection_dim,
-        "noisy_gating": vision.noisy_gating,
-        "top_k": vision.top_k,
-        "null_slot": vision.null_slot,
-        "router_aux_loss_coef": vision.router_aux_loss_coef,
-    }
+    keys = tower_keys(vision)
     source = Source.parse(vision.clip)
     if offline and source.path is None and vision.clip_config is not None:
         return ToveVisionConfig(
@@ -112,6 +103,21 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
     return ToveVisionConfig.from_sources(
         str(source.absolute()), vision.experts, clip_revision=vision.clip_revision, **keys
     )
+
+
+def tower_keys(vision: VisionPreset) -> dict[str, Any]:
+    """The keys of a :class:`ToveVisionConfig` that are the preset's, CLIP and experts apart."""
+    return {
+        "clip_layer": vision.clip_layer,
+        "image_size": vision.image_size,
+        "fusion": vision.fusion,
+        "fusion_options": vision.fusion_options,
+        "projection_dim": vision.projection_dim,
+        "noisy_gating": vision.noisy_gating,
+        "top_k": vision.top_k,
+        "null_slot": vision.null_slot,
+        "router_aux_loss_coef": vision.router_aux_loss_coef,
+    }
 
 
 def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -192,6 +198,10 @@ def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaP
     model.config.pad_token_id = model.config.text_config.pad_token_id = pad
     if model.generation_config is not None:
         model.generation_config.pad_token_id = pad
+        if not model.generation_config.do_sample:
+            # Vicuna's names a temperature without sampling, which transformers refuses to save once it was changed.
+            for key in _SAMPLING:
+                setattr(model.generation_config, key, None)
     grow_vocabulary(model, len(processor.tokenizer))
 
 

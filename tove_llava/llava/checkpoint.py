@@ -31,7 +31,7 @@ from transformers import LlavaProcessor
 
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.licences import known, licence_of
-from tove_llava.llava.adapters import fold_adapters
+from tove_llava.llava.adapters import add_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.card import write_card
 from tove_llava.llava.configuration import ToveLlavaConfig
@@ -81,6 +81,14 @@ class Manifest:
             raise CheckpointError(f"{path} is not a folder; give the output folder of a training run")
         file = path / MANIFEST
         if not file.is_file():
+            from tove_llava.convert import foreign_format  # it reads and writes checkpoints with this module
+
+            foreign = foreign_format(path)
+            if foreign is not None:
+                raise CheckpointError(
+                    f"{path} is a LLaVA checkpoint of the format {foreign}; make one of this package's of it: "
+                    f"tove-llava convert --model {path} --out NEW_FOLDER"
+                )
             pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
             if pickles:
                 raise CheckpointError(
@@ -183,7 +191,8 @@ def load_model(
     form they are held.
 
     Args:
-        folder: a finished run's output folder; or ``hf:owner/name``, a repository of the hub that holds one.
+        folder: a finished run's output folder; or ``hf:owner/name``, a repository of the hub that holds one; or a
+            LLaVA-1.5 of another format, as ``tove_llava.convert.open_llava`` opens it.
         dtype: of the whole model; that of the language model in training by default.
         device: the CPU by default.
         merge_lora: fold adapters into the language model's weights.
@@ -196,6 +205,15 @@ def load_model(
         ConfigError: adapters are to be folded into quantised weights, or bitsandbytes is not installed.
     """
     folder = checkpoint_folder(folder)
+    if not (folder / MANIFEST).is_file():
+        from tove_llava.convert import foreign_format, open_llava  # it reads and writes checkpoints with this module
+
+        if foreign_format(folder) is not None:
+            model, processor = open_llava(
+                folder, dtype=dtype, device=device, merge_lora=merge_lora, load_backbones=load_backbones
+            )
+            _quantize(model, None, quantization, model.dtype, device)
+            return model, processor
     model = read_model(
         folder,
         dtype=dtype,
@@ -429,20 +447,11 @@ def _save_adapter(
 
 
 def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, merge: bool) -> None:
-    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
-    inject_adapter_in_model(config, model)
     tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in read_tensors(folder / ADAPTER).items()}
-    outcome = set_peft_model_state_dict(model, tensors, adapter_name="default")
-    missing = [name for name in outcome.missing_keys if ".lora_" in name]
-    if missing or outcome.unexpected_keys:
-        raise CheckpointError(
-            f"{folder / ADAPTER} does not fit the language model: missing {missing[:2]}, "
-            f"unexpected {outcome.unexpected_keys[:2]}"
-        )
-    if merge:
-        fold_adapters(model)
+    add_adapters(model, config, tensors, folder / ADAPTER, merge=merge)
 
 
 def _plain(value: Any) -> Any:

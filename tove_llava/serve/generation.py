@@ -77,7 +77,9 @@ def is_stock_llava(folder: str | Path) -> bool:
     if (Path(folder) / MANIFEST).exists() or not file.is_file():
         return False
     try:
-        return json.loads(file.read_text(encoding="utf-8")).get("model_type") == "llava"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # The original's own folders say "llava" as well.
+        return config.get("model_type") == "llava" and "mm_vision_tower" not in config
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
 
@@ -86,6 +88,7 @@ def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     try:
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         processor = LlavaProcessor.from_pretrained(folder)
+        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, where the folder has its model
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
     processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training

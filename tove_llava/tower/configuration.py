@@ -147,6 +147,15 @@ class ToveVisionConfig(PreTrainedConfig):
         known = {field.name for field in dataclasses.fields(self)} | _library_keys()
         return {key: value for key, value in super().to_dict().items() if key in known}
 
+    def anchor(self, base_dir: str | os.PathLike[str]) -> None:
+        """Writes out sources that are relative to the checkpoint ``base_dir``, for use outside of it."""
+
+        def outside(source: str) -> str:
+            return str(Source.parse(source).resolve(base_dir).absolute()) if source else source
+
+        self.clip_source = outside(self.clip_source)
+        self.experts = [entry | {"source": outside(entry.get("source", ""))} for entry in self.experts]
+
     def _check(self) -> None:
         clip = self.clip_config
         if not isinstance(clip.image_size, int) or not isinstance(clip.patch_size, int):

@@ -7,7 +7,7 @@ partition or ``train()`` can reach them, and ``from_pretrained`` cannot fill the
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,22 +163,36 @@ class FrozenBackbones:
         return (pixel_values.float() * std + mean).clamp(0, 1)
 
 
-def load_clip(config: ToveVisionConfig, base_dir: str | os.PathLike[str] | None = None) -> CLIPVisionModel:
+def load_clip(
+    config: ToveVisionConfig,
+    base_dir: str | os.PathLike[str] | None = None,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> CLIPVisionModel:
     """CLIP up to the layer whose tokens are used, frozen. The layers above are never built.
+
+    Args:
+        base_dir: checkpoint folder to which a source such as ``hf:./backbones/clip`` is relative.
+        tensors: CLIP's own, which are then not read from the source.
 
     Raises:
         ConfigError: the configuration names no source.
         CheckpointError: the source is not there, or is not the CLIP that the configuration describes.
     """
-    if not config.clip_source:
-        raise ConfigError("the tower's configuration names no clip_source, e.g. hf:openai/clip-vit-large-patch14-336")
-    source = Source.parse(config.clip_source).resolve(base_dir)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(tensors or {})}
+    source: Source | str = "the given tensors"
+    if tensors is None:
+        if not config.clip_source:
+            raise ConfigError(
+                "the tower's configuration names no clip_source, e.g. hf:openai/clip-vit-large-patch14-336"
+            )
+        source = Source.parse(config.clip_source).resolve(base_dir)
+        where = source.pretrained()
     clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
     clip_config._attn_implementation = config._attn_implementation
     try:
         with _quiet():
             clip, info = CLIPVisionModel.from_pretrained(
-                **source.pretrained(),
+                **where,
                 revision=config.clip_revision or "main",
                 config=clip_config,
                 dtype=torch.float32,

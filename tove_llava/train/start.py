@@ -107,6 +107,7 @@ class FromCheckpoint:
         manifest = Manifest.read(self.folder)
         config = read_config(self.folder)
         self.vision = config.vision_config
+        self.vision.anchor(self.folder)
         source = Source.parse(manifest.language["source"]).resolve(self.folder)
         self.language = manifest.language | {"source": str(source.absolute())}
         self.language_fingerprint = manifest.language_fingerprint
@@ -151,14 +152,10 @@ class FromCheckpoint:
 
     def _continued(self, model: ToveLlavaForConditionalGeneration) -> ToveLlavaForConditionalGeneration:
         """The loaded model with the stage's template, and with sources that hold outside its folder too."""
-        vision = model.config.vision_config
+        assert self.folder is not None
+        model.tower.config.anchor(self.folder)
         model.config.conversation_template = self.processor.conversation_template
-        vision.clip_source = self._outside(vision.clip_source)
-        vision.experts = [entry | {"source": self._outside(entry["source"])} for entry in vision.experts]
         return model
-
-    def _outside(self, source: str) -> str:
-        return str(Source.parse(source).resolve(self.folder).absolute()) if source else source
 
 
 @STARTS.register("model")

@@ -1,0 +1,504 @@
+"""``tove-llava convert``: what is refused and how, interruptions, and the command itself."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from convert_parts import (
+    make_original,
+    original_tensors,
+    write_clip,
+    write_language,
+    write_lora,
+    write_original,
+    write_projector,
+    write_shards,
+)
+from PIL import Image
+from safetensors.torch import save_file
+from train_parts import environment
+
+from tove_llava import convert_checkpoint, load_model, open_llava
+from tove_llava.cli import main
+from tove_llava.convert import FORMATS, LlavaFormat, find_format, register_format
+from tove_llava.convert.tensors import folder_tensors
+from tove_llava.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.llava.checkpoint import Manifest
+
+
+class World:
+    def __init__(self, root):
+        self.root, self.model = root, make_original()
+        self.clip = write_clip(root / "clip", self.model)
+        self.whole = write_original(root / "llava-whole", self.model, self.clip)
+        self.base = write_language(root / "vicuna", self.model)
+        self.projector = write_projector(root / "llava-projector", self.model, self.clip)
+        self.lora, _ = write_lora(root / "llava-lora", self.model, self.clip)
+        self.hf, self.tove = root / "hf", root / "tove"
+        convert_checkpoint(self.whole, self.hf, "llava-hf")
+        convert_checkpoint(self.whole, self.tove)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("convert"))
+
+
+def snapshot(folder):
+    """Every file's name, bytes and time of change."""
+    return {
+        str(file.relative_to(folder)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def edit(file, **changes):
+    data = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in {**data, **changes}.items() if v != "gone"}))
+
+
+def refused(folder, tmp_path, *words, error=ToveError, to="tove", **options):
+    """Conversion and opening fail with these words; the folder stays as it was, and nothing is left behind."""
+    before, around = snapshot(folder), sorted(os.listdir(tmp_path))
+    with pytest.raises(error) as failure:
+        convert_checkpoint(folder, tmp_path / "out", to, **options)
+    for word in words:
+        assert word in str(failure.value), str(failure.value)
+    assert snapshot(folder) == before
+    assert sorted(os.listdir(tmp_path)) == around
+    return str(failure.value)
+
+
+@pytest.fixture
+def whole(tmp_path, world):
+    shutil.copytree(world.whole, tmp_path / "llava")
+    return tmp_path / "llava"
+
+
+@pytest.fixture
+def hf(tmp_path, world):
+    shutil.copytree(world.hf, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+SHARD = "pytorch_model-00002-of-00003.bin"
+
+
+# -- not a LLaVA ------------------------------------------------------------------------------------------------------
+
+
+def test_other_models_are_no_llava(tmp_path, world):
+    message = refused(world.base, tmp_path, "not a LLaVA", "'llama'", error=CheckpointError)
+    assert all(name in message for name in ("original", "llava-hf", "tove"))
+    refused(world.clip, tmp_path, "clip_vision_model", error=CheckpointError)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", tmp_path, "config.json", error=CheckpointError)
+    with pytest.raises(CheckpointError, match="not a folder"):
+        convert_checkpoint(tmp_path / "nowhere", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mm_projector_type": "linear"}, ["mm_projector_type", "'linear'", "mlp2x_gelu"]),
+        ({"mm_projector_type": "gone"}, ["mm_projector_type"]),
+        ({"mm_vision_select_feature": "cls_patch"}, ["cls_patch"]),
+        ({"image_aspect_ratio": "anyres"}, ["anyres"]),
+        ({"mm_patch_merge_type": "spatial_unpad"}, ["spatial_unpad"]),
+        ({"mm_use_im_start_end": True}, ["mm_use_im_start_end"]),
+        ({"model_type": "llava_mpt"}, ["llava_mpt"]),
+        ({"s2": True}, ["s2"]),
+        ({"quantization_config": {"load_in_4bit": True}}, ["quantization_config"]),
+    ],
+)
+def test_other_llavas_of_the_original_are_refused(tmp_path, whole, change, words):
+    edit(whole / "config.json", **change)
+    refused(whole, tmp_path, "config.json" if "model_type" not in change else "model_type", *words, error=ConfigError)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vision_feature_select_strategy": "full"}, ["class token"]),
+        ({"vision_feature_layer": [-2, -5]}, ["vision_feature_layer"]),
+        ({"vision_config": {"model_type": "siglip_vision_model"}}, ["siglip_vision_model"]),
+        ({"model_type": "llava_next"}, ["llava_next"]),
+        ({"quantization_config": {"load_in_8bit": True}}, ["quantised"]),
+    ],
+)
+def test_other_llavas_of_transformers_are_refused(tmp_path, hf, change, words):
+    edit(hf / "config.json", **change)
+    refused(hf, tmp_path, *words)
+
+
+# -- damaged ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bin", "old", "safetensors"])
+@pytest.mark.parametrize("length", [0, 100, 0.5, 0.99])
+def test_truncated_shard(tmp_path, world, kind, length):
+    folder = write_original(tmp_path / "llava", world.model, world.clip, kind=kind)
+    shard = next(folder.glob("*-00002-of-00003.*"))
+    data = shard.read_bytes()
+    shard.write_bytes(data[: length if isinstance(length, int) else int(len(data) * length)])
+    refused(folder, tmp_path, shard.name, "damaged", error=CheckpointError)
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_model(folder)
+
+
+def test_missing_shard_and_index(tmp_path, whole):
+    (whole / SHARD).unlink()
+    refused(whole, tmp_path, SHARD, "1 of 3 shards", error=CheckpointError)
+    (whole / "pytorch_model.bin.index.json").unlink()
+    refused(whole, tmp_path, "pytorch_model.bin.index.json", error=CheckpointError)
+    for file in whole.glob("*.bin"):
+        file.unlink()
+    refused(whole, tmp_path, "holds no weights", error=CheckpointError)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.bin"}}'])
+def test_damaged_index(tmp_path, whole, text):
+    (whole / "pytorch_model.bin.index.json").write_text(text)
+    refused(whole, tmp_path, "pytorch_model.bin.index.json", error=CheckpointError)
+
+
+def test_index_and_shards_that_do_not_belong_together(tmp_path, whole):
+    torch.save({"other": torch.ones(1)}, whole / SHARD)
+    refused(whole, tmp_path, SHARD, "lacks", error=CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(80, 47), ["[80, 47]", "[80, 48]"]),
+        ("model.embed_tokens.weight", torch.zeros(599, 48), ["[599, 48]", "[600, 48]"]),
+        ("model.mm_projector.0.weight", torch.zeros(48, 31), ["projector", "[48, 31]"]),
+        ("model.mm_projector.2.bias", None, ["projector", "linear_2.bias", "missing"]),
+        ("lm_head.weight", None, ["lm_head.weight", "missing"]),
+        ("model.embed_tokens.weight", None, ["model.embed_tokens.weight", "missing"]),
+        ("model.layers.1.mlp.up_proj.weight", None, ["model.layers.1.mlp.up_proj.weight", "missing"]),
+        ("model.layers.2.mlp.up_proj.weight", torch.zeros(80, 48), ["model.layers.2.mlp.up_proj.weight"]),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(80, 48, dtype=torch.uint8), ["quantised"]),
+        ("model.image_newline", torch.zeros(48), ["model.image_newline"]),
+        ("something.else", torch.zeros(48), ["something.else"]),
+        (
+            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
+            torch.zeros(31),
+            ["CLIP", "class_embedding", "[31]", "[32]"],
+        ),
+    ],
+)  # fmt: skip
+def test_tensors_that_config_json_does_not_ask_for(tmp_path, world, whole, name, value, words):
+    changed = {k: v for k, v in original_tensors(world.model).items() if k != name}
+    write_shards(whole, changed if value is None else {**changed, name: value})
+    refused(whole, tmp_path, str(whole), *words)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", '{"a":' * 100000])
+def test_damaged_config(tmp_path, world, whole, text):
+    for folder in (whole, shutil.copytree(world.hf, tmp_path / "hf"), shutil.copytree(world.tove, tmp_path / "tove")):
+        (folder / "config.json").write_text(text)
+        to = "original" if folder.name == "tove" else "tove"
+        refused(folder, tmp_path, "config.json", error=CheckpointError, to=to)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_size": "many"},
+        {"num_attention_heads": 7},
+        {"rms_norm_eps": None},
+        {"rope_scaling": {"type": "sideways"}},
+        {"rope_scaling": 3},
+        {"mm_vision_tower": 3},
+        {"mm_vision_select_layer": "gone"},
+        {"mm_vision_select_layer": -9},
+        {"mm_hidden_size": 64},
+        {"vocab_size": -1},
+        {"hidden_act": "unheard"},
+    ],
+)
+def test_values_in_config_that_cannot_be(tmp_path, whole, change):
+    edit(whole / "config.json", **change)
+    refused(whole, tmp_path)
+
+
+def test_pickles_run_no_code(tmp_path, whole):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "run"),)
+
+    for content in ({"a": Evil()}, Evil()):
+        torch.save(content, whole / SHARD)
+        refused(whole, tmp_path, SHARD, "pickled", error=CheckpointError)
+    torch.save([torch.ones(1)], whole / SHARD)
+    refused(whole, tmp_path, SHARD, "not a table of tensors", error=CheckpointError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tied_weights_that_differ(tmp_path, whole):
+    edit(whole / "config.json", tie_word_embeddings=True)
+    refused(whole, tmp_path, "tie_word_embeddings", error=CheckpointError)
+
+
+def test_tokenizer_without_the_image_token(tmp_path, hf):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        data = json.loads((hf / name).read_text())
+        data.pop("additional_special_tokens", None)
+        if "added_tokens" in data:
+            data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != "<image>"]
+        (hf / name).write_text(json.dumps(data))
+    (hf / "added_tokens.json").unlink()
+    refused(hf, tmp_path, "600", "image token", "no such token", error=CheckpointError)
+    edit(hf / "config.json", image_token_index=45)
+    refused(hf, tmp_path, "45", "image token", error=CheckpointError)
+
+
+def test_folder_without_a_tokenizer(tmp_path, whole):
+    (whole / "tokenizer.model").unlink()
+    refused(whole, tmp_path, "tokenizer", error=CheckpointError)
+
+
+def test_half_written_folder_of_our_own(tmp_path, world):
+    folder = shutil.copytree(world.tove, tmp_path / "tove")
+    (folder / "tove_llava.json").unlink()
+    refused(folder, tmp_path, "tove_llava.json", "not a complete", error=CheckpointError, to="original")
+    folder = shutil.copytree(world.tove, tmp_path / "half")
+    shutil.rmtree(folder / "language")
+    refused(folder, tmp_path, "language", error=CheckpointError, to="original")
+    folder = shutil.copytree(world.tove, tmp_path / "third")
+    (folder / "trained.safetensors").write_bytes(b"")
+    refused(folder, tmp_path, "trained.safetensors", error=CheckpointError, to="original")
+
+
+# -- stage 1 and LoRA -------------------------------------------------------------------------------------------------
+
+
+def test_folders_without_a_language_model_ask_for_it(tmp_path, world):
+    for folder in (world.projector, world.lora):
+        refused(folder, tmp_path, "--base", "lmsys/vicuna-7b-v1.5", error=ConfigError)
+        with pytest.raises(ConfigError, match="--base"):
+            load_model(folder)
+    refused(world.whole, tmp_path, "--base", base=str(world.base), error=ConfigError)
+    refused(world.hf, tmp_path, "--base", base=str(world.base), error=ConfigError, to="original")
+    refused(world.projector, tmp_path, "nowhere", base=str(tmp_path / "nowhere"), error=CheckpointError)
+
+
+def test_another_language_model(tmp_path, world):
+    other = write_language(tmp_path / "other", make_original(width=64))
+    for folder in (world.projector, world.lora):
+        refused(folder, tmp_path, "hidden_size", "48", "64", "--base", base=str(other), error=CheckpointError)
+
+
+def test_adapters_that_do_not_fit(tmp_path, world):
+    base = {"base": str(world.base)}
+    deeper, _ = write_lora(tmp_path / "deeper", make_original(layers=3), world.clip)
+    refused(deeper, tmp_path, "does not fit", error=CheckpointError, **base)
+    folder, _ = write_lora(tmp_path / "lora", world.model, world.clip)
+    (folder / "adapter_model.safetensors").unlink()
+    refused(folder, tmp_path, "adapter_model.safetensors", "does not exist", error=CheckpointError, **base)
+    save_file({"x": torch.ones(1)}, folder / "adapter_model.safetensors")
+    refused(folder, tmp_path, "'x'", error=CheckpointError, **base)
+    folder, _ = write_lora(tmp_path / "lora-2", world.model, world.clip)
+    (folder / "non_lora_trainables.bin").unlink()
+    refused(folder, tmp_path, "non_lora_trainables.bin", error=CheckpointError, **base)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"peft_type": "IA3"}, "IA3"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")],
+)
+def test_adapters_of_other_kinds(tmp_path, world, change, word):
+    folder, _ = write_lora(tmp_path / "lora", world.model, world.clip)
+    edit(folder / "adapter_config.json", **change)
+    refused(folder, tmp_path, word, "merge_lora_weights.py", error=ConfigError, base=str(world.base))
+
+
+def test_trained_embeddings_beside_adapters_or_projector(tmp_path, world):
+    embeddings = {"model.embed_tokens.weight": torch.zeros(600, 48)}
+    folder, _ = write_lora(tmp_path / "lora", world.model, world.clip)
+    others = torch.load(folder / "non_lora_trainables.bin")
+    torch.save(others | {f"base_model.model.{n}": x for n, x in embeddings.items()}, folder / "non_lora_trainables.bin")
+    refused(folder, tmp_path, "embed_tokens", error=ConfigError, base=str(world.base))
+    folder = write_projector(tmp_path / "projector", world.model, world.clip)
+    torch.save(torch.load(folder / "mm_projector.bin") | embeddings, folder / "mm_projector.bin")
+    refused(folder, tmp_path, "embed_tokens", error=ConfigError, base=str(world.base))
+
+
+# -- targets ----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_that_are_refused(tmp_path, world):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        convert_checkpoint(world.whole, tmp_path / "used")
+    assert (tmp_path / "used" / "file").read_text() == "mine"
+    with pytest.raises(ConfigError, match="lies in the folder"):
+        convert_checkpoint(world.whole, world.whole / "inside")
+    for folder, to in ((world.whole, "original"), (world.hf, "llava-hf"), (world.tove, "tove")):
+        refused(folder, tmp_path, "already", error=ConfigError, to=to)
+    refused(world.whole, tmp_path, "Did you mean 'llava-hf'", error=ConfigError, to="llava_hf")
+    refused(world.whole, tmp_path, "unknown", error=ConfigError, template="v9")
+    refused(world.whole, tmp_path, "unknown preset", error=ConfigError, preset="vicuna-8b")
+
+
+@pytest.mark.parametrize("to", ["tove", "original", "llava-hf"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
+    """The last thing that each format writes fails."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    last = {
+        "tove": "tove_llava.llava.checkpoint._write_atomically",
+        "original": "tove_llava.convert.formats.original.original_config",
+        "llava-hf": "tove_llava.convert.formats.llava_hf.add_sentencepiece",
+    }
+    monkeypatch.setattr(last[to], fail)
+    source = world.tove if to == "original" else world.whole
+    before = snapshot(source)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else CheckpointError):
+        convert_checkpoint(source, tmp_path / "out", to)
+    assert os.listdir(tmp_path) == []
+    assert snapshot(source) == before
+
+
+def test_source_is_only_read(tmp_path, world):
+    """Neither conversion nor a change of the opened model reaches the files, which are mapped and not read."""
+    for folder, to in ((world.whole, "tove"), (world.whole, "llava-hf"), (world.tove, "original"), (world.hf, "tove")):
+        before = snapshot(folder)
+        convert_checkpoint(folder, tmp_path / f"{folder.name}-{to}", to)
+        model, _ = load_model(folder)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        assert snapshot(folder) == before
+
+
+def test_opening_does_not_read_tensors(tmp_path):
+    """100 MB of weights, of which nothing comes into memory."""
+    for kind in ("bin", "safetensors"):
+        (tmp_path / kind).mkdir()
+        write_shards(tmp_path / kind, {f"w{i}": torch.zeros(10_000_000) + i for i in range(3)}, kind)
+        before = _private_megabytes()
+        found = folder_tensors(tmp_path / kind)
+        assert found["w2"].shape == (10_000_000,) and _private_megabytes() - before < 20
+        assert found["w2"][5] == 2
+
+
+def _private_megabytes():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+
+# -- further --------------------------------------------------------------------------------------------------------
+
+
+def test_damaged_settings(tmp_path, whole, hf):
+    for value in (3, {"hidden_size": 33}):
+        edit(hf / "config.json", vision_config=value)
+        refused(hf, tmp_path, "config.json", error=CheckpointError)
+    (whole / "generation_config.json").write_text("[")
+    refused(whole, tmp_path, "generation_config.json", error=CheckpointError)
+    (whole / "generation_config.json").write_text('{"temperature": "warm", "cache_implementation": 3}')
+    refused(whole, tmp_path, "generation_config.json", error=CheckpointError)
+
+
+def test_adapters_beside_their_language_model(tmp_path, world):
+    """A self-contained LoRA folder: the original has no such layout, transformers takes the merged weights."""
+    convert_checkpoint(world.lora, tmp_path / "tove", base=str(world.base))
+    shutil.copytree(world.base, tmp_path / "tove" / "language")
+    manifest = json.loads((tmp_path / "tove" / "tove_llava.json").read_text())
+    manifest["language"]["source"] = "hf:./language"
+    (tmp_path / "tove" / "tove_llava.json").write_text(json.dumps(manifest))
+    refused(tmp_path / "tove", tmp_path, "tove-llava merge-lora", error=ConfigError, to="original")
+    convert_checkpoint(tmp_path / "tove", tmp_path / "hf", "llava-hf")
+    assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_older_tokenizers_are_remarked_on(tmp_path, whole):
+    assert not any("legacy" in remark for remark in convert_checkpoint(whole, tmp_path / "one"))
+    edit(whole / "tokenizer_config.json", legacy="gone")
+    assert any("legacy" in remark for remark in convert_checkpoint(whole, tmp_path / "two"))
+
+
+def test_a_new_format_is_one_class(tmp_path, world):
+    @register_format("test-format")
+    class New(LlavaFormat):
+        def detect(self, folder, config):
+            return config.get("model_type") == "test-format"
+
+        def read(self, folder, request):
+            raise NotImplementedError
+
+        def write(self, parts, folder, request):
+            (folder / "config.json").write_text(json.dumps({"model_type": "test-format", "rows": len(parts.tokenizer)}))
+            parts.remarks.append("Done.")
+
+    try:
+        assert convert_checkpoint(world.whole, tmp_path / "out", "test-format") == ["Done."]
+        assert find_format(tmp_path / "out").name == "test-format"
+    finally:
+        del FORMATS._entries["test-format"]
+
+
+def test_training_names_the_command(world):
+    with pytest.raises(CheckpointError, match="format original.*tove-llava convert --model"):
+        Manifest.read(world.whole)
+    with pytest.raises(CheckpointError, match="format llava-hf"):
+        Manifest.read(world.hf)
+
+
+def test_command(tmp_path, world):
+    """Through the real entry point, in a process of its own."""
+    run = [sys.executable, "-m", "tove_llava"]
+    command = [*run, "convert", "--model", str(world.whole), "--out", str(tmp_path / "tove")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'tove'}\n"), done.stderr
+    assert load_model(tmp_path / "tove")[0].tower.is_loaded
+
+
+def test_command_flags(tmp_path, world, capsys):
+    back = ["convert", "--model", str(world.tove), "--to", "original", "--out"]
+    assert main([*back, str(tmp_path / "back")]) == 0
+    assert "note: The original wants llava in the folder's name" in capsys.readouterr().err
+    assert main([*back, str(tmp_path / "llava-back")]) == 0
+    assert "folder's name" not in capsys.readouterr().err
+    lora = ["--base", str(world.base), "--clip", str(world.clip), "--template", "llava_v1"]
+    assert main(["convert", "--model", str(world.lora), "--out", str(tmp_path / "lora"), *lora]) == 0
+    assert Manifest.read(tmp_path / "lora").template == "llava_v1"
+    assert main(["convert", "--model", str(world.lora), "--out", str(tmp_path / "other")]) == 2
+    assert "tove-llava convert: " in (error := capsys.readouterr().err) and "--base" in error
+    assert main([*back, str(tmp_path / "back")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    preset = ["--preset", "tiny", "--set", "vision.image_size=32"]
+    assert main(["convert", "--model", str(world.whole), "--out", str(tmp_path / "hub"), *preset]) == 0
+    model, _ = load_model(tmp_path / "hub")
+    assert model.tower.config.expert_names == ["depth", "normal", "edge", "segmentation"]
+
+
+def test_chat_takes_the_originals_folder(tmp_path, world, capsys):
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
+    answers = []
+    for folder in (world.whole, world.hf, world.tove):
+        words = ["chat", "--model", str(folder), "--image", str(tmp_path / "red.png"), "--question", "What is it?"]
+        assert main([*words, "--max-new-tokens", "8", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_open_llava_says_what_is_wrong(tmp_path, world):
+    with pytest.raises(CheckpointError, match="not a LLaVA"):
+        open_llava(world.base)
+    with pytest.raises(ConfigError, match="dtype"):
+        open_llava(world.whole, dtype="int8")
