@@ -123,6 +123,7 @@ def save_checkpoint(
     trained: Mapping[str, torch.Tensor],
     *,
     self_contained: bool = False,
+    in_place: bool = False,
     scores: Mapping[str, Any] | None = None,
     tags: Iterable[str] = (),
 ) -> None:
@@ -134,6 +135,7 @@ def save_checkpoint(
         manifest: its fingerprint is filled in.
         trained: the stage's trained parameters by their name in ``model``, gathered on the CPU.
         self_contained: also write CLIP, the experts and the language model.
+        in_place: what the configuration names by paths inside a checkpoint lies in ``folder`` already.
         scores, tags: for the model card; see :func:`tove_llava.llava.card.write_card`.
 
     Raises:
@@ -148,7 +150,10 @@ def save_checkpoint(
     language = dict(manifest.language)
     fingerprint = fingerprint_of(trained)
     prefix = next(name for name, module in model.named_modules() if module is model.tower) + "."
-    config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
+    if in_place:
+        config.vision_config = model.tower.config
+    else:
+        config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
     if self_contained and manifest.kind != "full":
         read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
         write_origin(folder / "language", language["source"], known(licence_of(language["source"])))

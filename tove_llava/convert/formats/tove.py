@@ -122,7 +122,7 @@ class Tove(LlavaFormat):
             language=dataclasses.asdict(entry),
             language_fingerprint=digest,
         )
-        save_checkpoint(folder, model, processor, manifest, _trained(parts, model))
+        save_checkpoint(folder, model, processor, manifest, _trained(parts, model), in_place=True)
 
 
 def _trained(parts: LlavaParts, model: Any) -> Tensors:
