@@ -15,7 +15,7 @@ from tove_llava.data.dataset import Example, truncate
 from tove_llava.data.images import resolve_image
 from tove_llava.data.records import prepare_turns
 from tove_llava.errors import DataError
-from tove_llava.eval.runner import spread
+from tove_llava.eval.rows import spread
 from tove_llava.llava.checkpoint import MANIFEST, Manifest
 from tove_llava.serve.generation import Answerer
 

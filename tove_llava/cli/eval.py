@@ -28,8 +28,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"evaluation data (default: the first with the data of {', '.join(DATA_ROOTS)})",
     )
     parser.add_argument("--output", metavar="DIR", help="answers and results (default: MODEL/eval)")
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="questions at a time (default: 16)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="questions in the model at a time (default: 32); halved by itself when the GPU's memory is full",
+    )
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open pictures (default: 4)")
     parser.add_argument("--limit", type=int, metavar="N", help="answer N questions of each benchmark, evenly spread")
+    decoding = parser.add_argument_group("decoding", "each benchmark's own, LLaVA's, unless given here")
+    decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    decoding.add_argument("--temperature", type=float, metavar="T", help="0 (greedy) in LLaVA's scripts")
+    decoding.add_argument("--top-p", type=float, metavar="P", help="draw from the most likely words with this share")
+    decoding.add_argument("--num-beams", type=int, metavar="N", help="beam search")
+    decoding.add_argument(
+        "--conv-mode", metavar="NAME", help="conversation template (default: the one that the model was trained with)"
+    )
+    decoding.add_argument(
+        "--score-options",
+        metavar="NAME",
+        help="multiple choice: do not generate, but take the option whose letter (likelihood) or whose words, by their "
+        "mean per token (likelihood_text), the model would most likely say",
+    )
     parser.add_argument("--blank-image", action="store_true", help="replace every image by the mean colour")
     parser.add_argument("--detach", metavar="A,B", help="take these experts out of the tower; or all")
     parser.add_argument(
@@ -46,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.eval.evaluate import evaluate
     from tove_llava.logs import quiet_transformers
 
-    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
+    numbers = {"--batch-size": args.batch_size, "--limit": args.limit, "--workers": args.workers}
+    for flag, value in numbers.items():
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1, not {value}")
     quiet_transformers()
@@ -61,6 +83,15 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         **loading_options(args),
         as_json=args.json,
+        decoding={
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "num_beams": args.num_beams,
+        },
+        conv_mode=args.conv_mode,
+        score_options=args.score_options,
+        workers=args.workers,
     )
     if text is not None:
         print(text)

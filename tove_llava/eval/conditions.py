@@ -26,6 +26,15 @@ class Condition:
     blank_image: bool = False
     detach: tuple[str, ...] = ()
 
+    def check(self, model: Any) -> None:
+        """Refuse a model that the condition cannot be applied to.
+
+        Raises:
+            ConfigError: it has no such expert, or no experts at all.
+        """
+        with self.applied(model):
+            pass
+
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """Detach the experts for the time of a ``with`` block.

@@ -3,19 +3,17 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import CheckpointError, DataError
-from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
+from tove_llava.errors import CheckpointError
+from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
-from tove_llava.eval.rows import Row, write_atomically
+from tove_llava.eval.rows import write_atomically
+from tove_llava.eval.tasks import Task, find_data
 from tove_llava.presets import QuantizationPreset
-
-MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
 
 
 def evaluate(
@@ -24,13 +22,17 @@ def evaluate(
     data_roots: Sequence[str | Path],
     conditions: Sequence[Condition],
     output: str | Path | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     limit: int | None = None,
     overwrite: bool = False,
     device: str | None = None,
     dtype: str | None = None,
     quantization: QuantizationPreset | None = None,
     as_json: bool = False,
+    decoding: Mapping[str, Any] | None = None,
+    conv_mode: str | None = None,
+    score_options: str | None = None,
+    workers: int = 4,
 ) -> str | None:
     """Run and score benchmarks; write ``OUTPUT/results.json`` and the answers under ``OUTPUT/BENCHMARK/CONDITION``.
 
@@ -39,115 +41,96 @@ def evaluate(
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
         quantization: see :meth:`tove_llava.serve.generation.Answerer.load`.
+        decoding: overrides of each benchmark's own settings; see :class:`~tove_llava.eval.decoding.Decoding`.
+        conv_mode: conversation template; by default the one that the model was trained with, or where its folder does
+            not say, the benchmark's.
+        score_options: name of an answering mode that scores the options of multiple-choice questions; by default the
+            model says its answer.
+        workers: threads that open pictures.
 
     Returns:
         the report's text (tables, or JSON); None on processes other than the first.
 
     Raises:
-        ConfigError: an unknown benchmark, device or dtype.
+        ConfigError: an unknown benchmark, device, dtype or template, or a benchmark without options to score.
         DataError: data is missing or malformed, or the output folder holds answers of another run.
         CheckpointError: the folder holds no model.
     """
     folder = Path(model_folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; give the folder that training wrote")
-    jobs = find_data(benchmarks, data_roots)
-    # All questions are read before the model is loaded: a missing file or program shows at once.
-    for _, benchmark, _ in jobs:
-        benchmark.check_requirements()
-    questions = {name: benchmark.questions(root) for name, benchmark, root in jobs}
-    truths = {name: benchmark.ground_truth(root) for name, benchmark, root in jobs}
+    # Everything that can be wrong is looked for before anything is written, and most of it before the model is loaded.
+    found = find_data(benchmarks, data_roots)
+    tasks = [Task.read(name, benchmark, root, limit, decoding) for name, benchmark, root in found]
+    for task in tasks:
+        task.check()
 
-    from tove_llava.eval.runner import Share, forget, run_benchmark, spread
+    from tove_llava.data import get_template
+    from tove_llava.eval.answering import get_option_mode
+    from tove_llava.eval.ranks import Ranks
+    from tove_llava.eval.runner import Settings, forget, run_benchmark
     from tove_llava.llava.quantization import loaded_bits
     from tove_llava.serve.generation import Answerer
 
-    share = Share.from_environment()
-    if share.world > 1 and device is None:
+    if score_options is not None:
+        get_option_mode(score_options)
+        for task in tasks:
+            task.check_options()
+    if conv_mode is not None:
+        get_template(conv_mode)
+    ranks = Ranks.from_environment()
+    if ranks.world > 1 and device is None:
         device = local_device()
-    target = Path(output) if output is not None else folder / "eval"
     answerer = Answerer.load(folder, device, dtype, quantization)
+    for condition in conditions:
+        condition.check(answerer.model)
+
+    target = Path(output) if output is not None else folder / "eval"
     results: dict[str, dict[str, Any]] = {}
     tables = []
-    for name, benchmark, root in jobs:
+    for task in tasks:
+        asker = answerer.with_template(conv_mode or answerer.recorded_template or task.benchmark.conv_mode)
+        settings = Settings(task.decoding, score_options, batch_size, workers)
         columns: dict[str, Score] = {}
-        results[name] = {}
-        truth = _asked(benchmark, truths[name], spread(questions[name], limit))
+        results[task.name] = {}
         for condition in conditions:
-            place = target / name / condition.name
-            if overwrite and share.rank == 0:
+            place = target / task.name / condition.name
+            if overwrite and ranks.rank == 0:
                 forget(place)
-            share.wait()
-            started = time.monotonic()
-            label = name if len(conditions) == 1 else f"{name}, {condition.title}"
-            rows = run_benchmark(
-                answerer, benchmark, questions[name], place, condition, batch_size, limit, share, folder.name, label
+            ranks.wait()
+            label = task.name if len(conditions) == 1 else f"{task.name}, {condition.title}"
+            run = run_benchmark(
+                asker, task.benchmark, task.questions, place, condition, settings, limit, ranks, folder.name, label
             )
-            if share.rank != 0:
+            if ranks.rank != 0:
                 continue
-            columns[condition.title] = score = _score(benchmark, rows, truth)
-            seconds = time.monotonic() - started
-            results[name][condition.name] = {
-                **score.to_json(name),
-                "data_root": os.fspath(root),
+            columns[condition.title] = score = task.score(run.rows)
+            results[task.name][condition.name] = {
+                **score.to_json(task.name),
+                **run.record(),
+                "data_root": os.fspath(task.root),
                 "limit": limit,
-                "seconds": round(seconds, 2),
+                "template": asker.template.name,
                 "answers": os.fspath(place / "answers.jsonl"),
             }
-        if share.rank == 0:
-            tables.append(score_table(columns, corner=f"{name} (%)"))
-    if share.rank != 0:
+        if ranks.rank == 0:
+            tables.append(score_table(columns, corner=f"{task.name} (%)"))
+    if ranks.rank != 0:
         return None
-    record = {"model": os.fspath(folder), "versions": versions(), "command": sys.argv, "benchmarks": results}
-    record |= {"device": str(answerer.device), "dtype": str(answerer.model.dtype).removeprefix("torch.")}
-    record |= {"language_model_bits": str(loaded_bits(answerer.model))}
+    record = {
+        "model": os.fspath(folder),
+        "versions": versions(),
+        "command": sys.argv,
+        "device": str(answerer.device),
+        "dtype": str(answerer.model.dtype).removeprefix("torch."),
+        "language_model_bits": str(loaded_bits(answerer.model)),
+        "processes": ranks.world,
+        "batch_size": batch_size,
+        "benchmarks": results,
+    }
     text = json.dumps(record, indent=1, ensure_ascii=False)
     write_atomically(target / "results.json", text + "\n")
     return json.dumps(record, ensure_ascii=False) if as_json else "\n\n".join(tables)
-
-
-def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[str, Benchmark, Path]]:
-    """Each benchmark asked for, and the root that has its data.
-
-    Raises:
-        ConfigError: an unknown benchmark.
-        DataError: no root has the data of a benchmark that was asked for by name, or of any when all were.
-    """
-    every = benchmarks.strip() == "all"
-    names = list(BENCHMARKS) if every else [name.strip() for name in benchmarks.split(",") if name.strip()]
-    if not names:
-        raise DataError("no benchmark is named; give --benchmark a name")
-    jobs = []
-    for name in dict.fromkeys(names):
-        benchmark = get_benchmark(name)
-        files = [benchmark.question_file(Path(root)) for root in data_roots]
-        found = [Path(root) for root, file in zip(data_roots, files, strict=True) if file.is_file()]
-        if found:
-            jobs.append((name, benchmark, found[0]))
-        elif not every:
-            raise DataError(
-                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. "
-                f"Give --data-root, or make scenes: {MAKE_SCENES}"
-            )
-    if not jobs:
-        raise DataError(f"no benchmark's data is under {', '.join(map(str, data_roots))}; give --data-root")
-    return jobs
-
-
-def _asked(benchmark: Benchmark, truth: list[Row] | None, questions: Sequence[Question]) -> list[Row] | None:
-    """The rows of the ground truth that belong to the questions asked."""
-    if truth is None:
-        return None
-    rows = [{"question_id": question.question_id, "prompt": question.text} for question in questions]
-    keys = {benchmark.answer_key(row) for row in rows}
-    return [row for row in truth if benchmark.truth_key(row) in keys]
-
-
-def _score(benchmark: Benchmark, rows: Sequence[Row], truth: list[Row] | None) -> Score:
-    if truth is not None:
-        return benchmark.score(rows, truth)
-    reason = "the answers are not public; 'tove-llava submission' writes the file for the benchmark's server"
-    return Score({}, len(rows), {}, unavailable={"all": reason})
 
 
 def local_device() -> str:

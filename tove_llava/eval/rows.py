@@ -8,11 +8,12 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tove_llava.errors import DataError
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 def read_text(file: str | Path) -> str:
@@ -169,5 +170,15 @@ def write_atomically(file: str | Path, content: str | bytes) -> None:
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    with open(temporary, "wb") as handle:
+        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+        handle.flush()
+        os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """``limit`` of the items at even distances (all, without a limit), so that every category has its share."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]

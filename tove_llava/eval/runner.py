@@ -1,65 +1,94 @@
 """Answering a benchmark's questions: batched, resumable, on one or several processes.
 
-Every answer is on disk before the next batch starts, so a killed run that is started again answers exactly the
-questions that are left. Under ``torchrun`` each process takes its share, and process 0 puts the answers together.
+Answers are on disk as soon as they are there, so a killed run that is started again answers exactly the questions that
+are left. Under ``torchrun`` processes take questions as they have room for them, and process 0 puts the answers
+together.
 """
 
 import hashlib
 import json
 import os
-import sys
+import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from tqdm import tqdm
 
-from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.errors import DataError
+from tove_llava.eval.answering import MODES, Answer
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.eval.rows import AppendFile, Row, read_jsonl, write_atomically
+from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.feed import Feed, portions
+from tove_llava.eval.progress import Progress
+from tove_llava.eval.ranks import Ranks
+from tove_llava.eval.rows import AppendFile, Row, read_jsonl, spread, write_atomically
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.serve.generation import Answerer
+from tove_llava.serve.sequences import has_plain_cache
 
-T = TypeVar("T")
-Picture = Path | EmbeddedPicture
 Key = tuple[int | str, str]  # see Question.key
-
-# Questions are taken in file order, where those about one image are neighbours, and sorted by length within a window of
-# this many batches: little padding, and an image's features are still at hand for its next question.
-WINDOW = 16
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of the work this process does."""
+class Settings:
+    """How questions are answered.
 
-    rank: int = 0
-    world: int = 1
+    Attributes:
+        decoding: the benchmark's own by default.
+        answering: registered name of the answering mode; by default ``generate``, or ``batches`` where that cannot be.
+        batch_size: questions in the model at a time.
+        workers: threads that open pictures.
+        share: compute what prompts have in common once; False is for measuring what that gains.
+    """
 
-    @classmethod
-    def from_environment(cls) -> "Share":
-        """The share that ``torchrun`` assigns; joins its process group for the waits between steps."""
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        if world == 1:
-            return cls()
-        if not distributed.is_initialized():
-            # Waits only: no tensor is exchanged. A slow process may be hours behind a fast one.
-            distributed.init_process_group("gloo", timeout=timedelta(days=1))
-        return cls(distributed.get_rank(), world)
+    decoding: Decoding | None = None
+    answering: str | None = None
+    batch_size: int = 32
+    workers: int = 4
+    share: bool = True
 
-    def wait(self) -> None:
-        if self.world > 1:
-            distributed.barrier()
+
+@dataclass(frozen=True)
+class Run:
+    """What a run did.
+
+    Attributes:
+        rows: answer lines of the questions asked, in order; none on processes other than the first.
+        answered: questions that this run itself answered, on all processes; the others were answered before.
+        images: pictures encoded for them.
+        seconds: time that it took, without loading the model.
+        answering: name of the answering mode.
+        decoding: settings of the generation.
+        peak_memory: most bytes that this process held on its GPU; None without one.
+    """
+
+    rows: list[Row] = field(repr=False)
+    answered: int
+    images: int
+    seconds: float
+    answering: str
+    decoding: Decoding
+    peak_memory: int | None
+
+    def record(self) -> dict[str, Any]:
+        """Entries of a report; rates are null where nothing was left to answer."""
+        return {
+            "answering": self.answering,
+            "decoding": self.decoding.to_dict(),
+            "questions_answered": self.answered,
+            "images": self.images,
+            "seconds": round(self.seconds, 3),
+            "questions_per_second": self._rate(self.answered),
+            "images_per_second": self._rate(self.images),
+            "peak_memory_bytes": self.peak_memory,
+        }
+
+    def _rate(self, amount: int) -> float | None:
+        return round(amount / self.seconds, 3) if self.answered else None
 
 
 def run_benchmark(
@@ -68,12 +97,12 @@ def run_benchmark(
     questions: Sequence[Question],
     folder: str | Path,
     condition: Condition,
-    batch_size: int = 16,
+    settings: Settings | None = None,
     limit: int | None = None,
-    share: Share | None = None,
+    ranks: Ranks | None = None,
     model_id: str = "",
-    label: str = "",
-) -> list[Row]:
+    label: str | None = "",
+) -> Run:
     """Answer the questions that have no answer yet.
 
     Args:
@@ -81,141 +110,90 @@ def run_benchmark(
         folder: gets ``answers.jsonl`` (LLaVA's answer lines, in the questions' order) and ``run.json``.
         condition: what is done to the model and the images.
         limit: answer this many of the questions, spread evenly over the file.
-        share: this process's part; the whole by default.
+        ranks: the processes that share the work; this one alone by default.
         model_id: stands in every answer line.
-        label: heads the progress bar.
-
-    Returns:
-        on process 0 the answers in the questions' order, elsewhere an empty list.
+        label: heads the progress lines; None for no such lines.
 
     Raises:
+        ConfigError: the benchmark is not multiple choice, and the answering mode needs options.
         DataError: an image cannot be read, or the folder holds answers of another model, data or condition.
     """
-    share = share or Share()
-    folder = Path(folder)
-    if share.rank == 0:
-        _check_same_run(folder, _identity(answerer, benchmark, questions, condition, model_id))
-    share.wait()
-    questions = spread(questions, limit)
-    answered = _answered(folder, questions)
-    share.wait()  # all have read what is there before anyone writes more
-    left = [question for question in questions if question.key not in answered]
-    mine = left[share.rank :: share.world]
-    interval = 0.5 if sys.stderr.isatty() else 15.0  # seconds; a log file does not need every update
-    with AppendFile(folder / f"answers.part{share.rank}.jsonl") as out, condition.applied(answerer.model):
-        progress = tqdm(
-            total=len(mine), desc=label, unit="q", disable=share.rank != 0 or not mine, mininterval=interval
-        )
-        with progress:
-            for batch, texts, prompts in _answer(answerer, benchmark, mine, condition, batch_size):
-                out.append(
-                    {
-                        "question_id": question.question_id,
-                        "prompt": prompt,
-                        "text": text,
-                        "answer_id": uuid.uuid4().hex,
-                        "model_id": model_id,
-                        "metadata": dict(question.metadata),
-                    }
-                    for question, text, prompt in zip(batch, texts, prompts, strict=True)
-                )
-                progress.update(len(batch))
-    share.wait()
-    if share.rank != 0:
-        share.wait()
-        return []
+    ranks, settings, folder = ranks or Ranks(), settings or Settings(), Path(folder)
+    decoding = settings.decoding or Decoding.of(benchmark)
+    rolling = decoding.num_beams == 1 and has_plain_cache(answerer.model)
+    answering = settings.answering or ("generate" if rolling else "batches")
+    mode = MODES.get(answering)
+    identity = {
+        **_identity(answerer, benchmark, questions, condition, model_id),
+        "answering": answering,
+        "decoding": decoding.to_dict(),
+    }
+    condition.check(answerer.model)
+    if ranks.rank == 0:
+        _check_same_run(folder, identity)
+    ranks.wait()
+    asked = spread(questions, limit)
+    answered = _answered(folder, asked)
+    ranks.wait()  # all have read what is there before anyone writes more
+    left = [question for question in asked if question.key not in answered]
+    name = ranks.begin()
+    started = time.monotonic()
+    peak_memory(answerer.device, start=True)
+    with (
+        condition.applied(answerer.model),
+        Feed(
+            answerer,
+            portions(left, settings.batch_size, ranks.world),
+            claim=lambda: ranks.add(f"{name}/claimed", 1) - 1,
+            options=benchmark.options if mode.needs_options else lambda _: {},
+            blank=condition.blank_image,
+            workers=settings.workers,
+            capacity=2 * settings.batch_size,
+        ) as feed,
+        AppendFile(folder / f"answers.part{ranks.rank}.jsonl") as out,
+        Progress(len(left), label or "", shown=ranks.rank == 0 and label is not None) as progress,
+    ):
+        worker = mode(answerer, decoding, feed.features, settings.batch_size, settings.share)
+        for answers in worker.run(feed.take):
+            out.append(_row(answer, model_id, identity) for answer in answers)
+            progress.update(ranks.add(f"{name}/answered", len(answers)))
+    ranks.add(f"{name}/images", feed.encoded)
+    ranks.wait()
+    seconds = time.monotonic() - started
+    rows = _finish(folder, questions, asked) if ranks.rank == 0 else []
+    images = ranks.add(f"{name}/images", 0)
+    ranks.wait()
+    return Run(rows, len(left), images, seconds, answering, decoding, peak_memory(answerer.device))
+
+
+def _row(answer: Answer, model_id: str, identity: Mapping[str, Any]) -> Row:
+    """LLaVA's answer line. Its id is of the run and the question, so that a restarted run gives the same file."""
+    question = answer.question
+    name = json.dumps([identity, question.key], sort_keys=True)
+    return {
+        "question_id": question.question_id,
+        "prompt": question.text,
+        "text": answer.text,
+        "answer_id": uuid.uuid5(uuid.NAMESPACE_OID, name).hex,
+        "model_id": model_id,
+        "metadata": {**question.metadata, **answer.metadata},
+    }
+
+
+def _finish(folder: Path, questions: Sequence[Question], asked: Sequence[Question]) -> list[Row]:
+    """Put all parts together in ``answers.jsonl``, which keeps answers to questions not asked now; those asked."""
     answers = _answered(folder, questions)
-    rows = [answers[question.key] for question in questions]
+    lost = [question.question_id for question in asked if question.key not in answers]
+    if lost:
+        raise DataError(
+            f"{folder}: the answers to {len(lost)} questions are not there (the first is {lost[0]!r}); all processes "
+            "must see the same --output folder"
+        )
+    rows = [answers[question.key] for question in questions if question.key in answers]
     write_atomically(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for part in folder.glob("answers.part*.jsonl"):
         part.unlink()
-    share.wait()
-    return rows
-
-
-def spread(questions: Sequence[T], limit: int | None) -> list[T]:
-    """``limit`` of the questions at even distances (all, without a limit), so that every category has its share."""
-    if limit is None or limit >= len(questions):
-        return list(questions)
-    return [questions[index * len(questions) // limit] for index in range(limit)]
-
-
-def _answer(
-    answerer: Answerer, benchmark: Benchmark, questions: Sequence[Question], condition: Condition, batch_size: int
-) -> Iterator[tuple[list[Question], list[str], list[str]]]:
-    """Batches with their answers. The next batch's pictures are opened while the model answers this one."""
-    prompts = {question.key: _prompt(answerer, question) for question in questions}
-    batches = _batches(questions, {key: len(ids) for key, ids in prompts.items()}, batch_size)
-    features = _Features(answerer, condition.blank_image, capacity=WINDOW * batch_size)
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        opened = None
-        for index, batch in enumerate(batches):
-            pixels = opened.result() if opened is not None else features.open(batch)
-            opened = pool.submit(features.open, batches[index + 1]) if index + 1 < len(batches) else None
-            texts = answerer.generate(
-                [prompts[question.key] for question in batch],
-                features.of(batch, pixels),
-                benchmark.max_new_tokens,
-            )
-            yield batch, texts, [question.text for question in batch]
-
-
-def _prompt(answerer: Answerer, question: Question) -> list[int]:
-    text = question.text.replace(IMAGE_PLACEHOLDER, "").strip() if question.image else question.text
-    turn = Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}" if question.image else text)
-    try:
-        return answerer.encode([turn], num_images=int(question.image is not None))
-    except DataError as error:
-        raise DataError(f"question {question.question_id!r}: {error}") from error
-
-
-def _batches(questions: Sequence[Question], lengths: dict[Key, int], batch_size: int) -> list[list[Question]]:
-    batches = []
-    for start in range(0, len(questions), WINDOW * batch_size):
-        window = sorted(questions[start : start + WINDOW * batch_size], key=lambda question: -lengths[question.key])
-        batches += [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
-    return batches
-
-
-class _Features:
-    """What the language model reads of each image, computed once for the questions of a window."""
-
-    def __init__(self, answerer: Answerer, blank: bool, capacity: int) -> None:
-        self.answerer = answerer
-        self.blank = blank
-        self.capacity = capacity
-        self.known: OrderedDict[Picture, Tensor] = OrderedDict()  # the least recently used comes first
-
-    def open(self, batch: Sequence[Question]) -> dict[Picture, Tensor]:
-        """float32 [3, S, S] of the batch's images that are not known (from another thread: opens files only)."""
-        pixels: dict[Picture, Tensor] = {}
-        for question in batch:
-            if question.image is None or question.image in pixels or question.image in self.known:
-                continue
-            try:
-                pixels[question.image] = self._pixels(question.image)
-            except DataError as error:
-                raise DataError(f"question {question.question_id!r}: {error}") from error
-        return pixels
-
-    def _pixels(self, image: Picture) -> Tensor:
-        return self.answerer.pixels(image.open() if isinstance(image, EmbeddedPicture) else image)
-
-    def of(self, batch: Sequence[Question], pixels: dict[Picture, Tensor]) -> list[Tensor]:
-        """[N, D] of every image of the batch, in order."""
-        wanted = [question.image for question in batch if question.image is not None]
-        # An image that was known when the batch was opened may have been dropped since.
-        new = [image for image in dict.fromkeys(wanted) if image not in self.known]
-        if new:
-            stack = torch.stack([pixels[image] if image in pixels else self._pixels(image) for image in new])
-            stack = torch.zeros_like(stack) if self.blank else stack
-            self.known.update(zip(new, self.answerer.features(stack), strict=True))
-        for image in wanted:
-            self.known.move_to_end(image)
-        result = [self.known[image] for image in wanted]
-        while len(self.known) > self.capacity:
-            self.known.popitem(last=False)
-        return result
+    return [answers[question.key] for question in asked]
 
 
 def _answered(folder: Path, questions: Sequence[Question]) -> dict[Key, Row]:
@@ -247,7 +225,7 @@ def _identity(
         "weights": fingerprint(answerer.model),
         "template": answerer.template.name,
         "image_aspect_ratio": answerer.transform.aspect_ratio,
-        "max_new_tokens": benchmark.max_new_tokens,
+        "dtype": str(answerer.model.dtype).removeprefix("torch."),
         "blank_image": condition.blank_image,
         "detach": list(condition.detach),
     }
@@ -273,3 +251,12 @@ def forget(folder: str | Path) -> None:
     """Delete the answers of an earlier run, and nothing else."""
     for file in [*Path(folder).glob("answers*.jsonl"), Path(folder) / "run.json"]:
         file.unlink(missing_ok=True)
+
+
+def peak_memory(device: torch.device, start: bool = False) -> int | None:
+    """Most bytes of tensors on a GPU at a time since the last ``start``; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    if start:
+        torch.cuda.reset_peak_memory_stats(device)
+    return int(torch.cuda.max_memory_allocated(device))

@@ -5,6 +5,8 @@
 
 import json
 from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,13 @@ from transformers import (
 )
 
 from tove_llava.data import (
+    IGNORE_INDEX,
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_INDEX,
     ImageTransform,
     Turn,
     encode_prompt,
+    encode_turns,
     get_template,
     load_tokenizer,
 )
@@ -115,16 +119,25 @@ class Answerer:
     Args:
         model: a LLaVA model (ours or stock), on its device.
         processor: its ``LlavaProcessor``.
-        template: registered name of the conversation template that the model was trained with.
+        template: registered name of the conversation template that the model was trained with; where its folder does
+            not record one, LLaVA-1.5's.
         aspect_ratio: how it was shown its pictures, "pad" or "square".
+
+    Attributes:
+        recorded_template: the template's name, if the model's folder records it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, processor: Any, template: str = "v1", aspect_ratio: AspectRatio = "pad"
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        template: str | None = None,
+        aspect_ratio: AspectRatio = "pad",
     ) -> None:
         self.model = model.eval()
         self.tokenizer = processor.tokenizer
-        self.template = get_template(template)
+        self.recorded_template = template
+        self.template = get_template(template or "v1")
         images = processor.image_processor
         side = images.crop_size["height"]
         self.transform, self.upright_transform = (
@@ -162,13 +175,23 @@ class Answerer:
             model, processor = _load_stock(folder, kind)
             if quantization is not None:
                 quantize(model, quantization, compute_dtype=kind, device=where)
-            template = getattr(model.config, "conversation_template", None) or "v1"
+            template = getattr(model.config, "conversation_template", None)
             ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
             return cls(model.to(where), processor, template, ratio)
         model, processor = load_model(
             folder, dtype=kind, device=where, merge_lora=quantization is None, quantization=quantization
         )
         return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
+
+    def with_template(self, name: str) -> "Answerer":
+        """The same model, spoken to with another conversation template.
+
+        Raises:
+            ConfigError: there is no such template.
+        """
+        other = copy(self)
+        other.template = get_template(name)
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -185,8 +208,12 @@ class Answerer:
         """The vision tower inside the model."""
         return self.model.base_model.vision_tower
 
-    def encode(self, turns: Sequence[Turn], num_images: int) -> list[int]:
+    def encode(self, turns: Sequence[Turn], num_images: int, image_tokens: int | None = None) -> list[int]:
         """Prompt ids of a conversation that waits for an answer; each image takes ``num_image_tokens`` ids.
+
+        Args:
+            image_tokens: ``num_image_tokens``, for callers with many conversations: looking it up takes longer than
+                the text.
 
         Raises:
             DataError: placeholders and images differ in number, the turns do not alternate, or the prompt leaves the
@@ -198,9 +225,11 @@ class Answerer:
         ids = encode_prompt(turns, self.tokenizer, self.template, images=num_images > 0)
         if self.image_token_id in ids:
             raise DataError("the text contains the image token itself; take it out")
+        if num_images and image_tokens is None:
+            image_tokens = self.num_image_tokens
         expanded: list[int] = []
         for token in ids:
-            expanded += [self.image_token_id] * self.num_image_tokens if token == IMAGE_TOKEN_INDEX else [token]
+            expanded += [self.image_token_id] * (image_tokens or 0) if token == IMAGE_TOKEN_INDEX else [token]
         if len(expanded) >= self.max_length:
             raise DataError(
                 f"the conversation is {len(expanded)} tokens long, and the model takes {self.max_length}; "
@@ -244,8 +273,12 @@ class Answerer:
         top_p: float = 1.0,
         streamer: Any = None,
         stop: StoppingCriteria | None = None,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
     ) -> list[str]:
         """Answers of a batch, greedy at temperature 0.
+
+        The evaluation has a faster way for many questions, :mod:`tove_llava.eval.answering.generate`.
 
         Args:
             prompts: ids from :meth:`encode`; they are padded on the left.
@@ -255,7 +288,7 @@ class Answerer:
             the answers, without special tokens, stripped.
         """
         longest = max(len(prompt) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        pad = self.pad_id
         ids = torch.full((len(prompts), longest), pad, dtype=torch.long)  # [B, L]
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -266,8 +299,9 @@ class Answerer:
         )
         config = GenerationConfig(
             max_new_tokens=max(1, min(max_new_tokens, self.max_length - longest)),
-            num_beams=1,
-            eos_token_id=self._end_ids(),
+            min_new_tokens=min_new_tokens or None,
+            num_beams=num_beams,
+            eos_token_id=self.end_ids,
             pad_token_id=pad,
             bos_token_id=self.tokenizer.bos_token_id,
             **sampling,
@@ -287,7 +321,38 @@ class Answerer:
         texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _end_ids(self) -> list[int]:
+    def answer_ids(self, words: str) -> list[int]:
+        """Ids with which the model would say these words as its answer, without the end of the answer.
+
+        Raises:
+            ConfigError: the template has no questions and answers.
+        """
+        if self.template.single_turn:
+            raise ConfigError(
+                f"the template {self.template.name!r} shows the model no question, so no option can be scored"
+            )
+        turns = [Turn("user", "?"), Turn("assistant", words)]
+        encoded = encode_turns(turns, self.tokenizer, self.template, images=False)
+        ids = [label for label in encoded.labels if label != IGNORE_INDEX]
+        ends = [place for place, token in enumerate(ids) if token in self.end_ids]
+        return ids[: ends[0]] if ends else ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that generated tokens say, without special tokens, stripped."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def ends(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        return token in self.end_ids or (self.template.single_turn and "\n" in self.tokenizer.decode([token]))
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a row up; it is masked wherever it stands."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else 0
+
+    @cached_property
+    def end_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's, and those that the model itself names."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = named if isinstance(named, list) else [named]

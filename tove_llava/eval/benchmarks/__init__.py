@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 from tove_llava.errors import ConfigError
 from tove_llava.eval.matching import Matched, match
+from tove_llava.eval.options import lettered_options
 from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl
 from tove_llava.registry import Registry
@@ -89,7 +90,13 @@ class Benchmark(ABC):
         ConfigError: the benchmark has no such rule.
     """
 
+    # Decoding, as LLaVA-1.5's evaluation scripts set it for all of their benchmarks; flags override it.
     max_new_tokens: ClassVar[int]
+    temperature: ClassVar[float] = 0.0  # greedy
+    top_p: ClassVar[float] = 1.0
+    num_beams: ClassVar[int] = 1
+    #: template of the prompts for a model whose folder does not record the one that it was trained with
+    conv_mode: ClassVar[str] = "vicuna_v1"
     #: name -> description of the readings of the scoring rule, the default first; empty where there is only one
     rules: ClassVar[Mapping[str, str]] = {}
 
@@ -135,6 +142,10 @@ class Benchmark(ABC):
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         """Pair answers with questions; see :func:`tove_llava.eval.matching.match`."""
         return match(predictions, truth, self.answer_key, self.truth_key)
+
+    def options(self, question: Question) -> dict[str, str]:
+        """What the answer can be, letter -> words, for scoring options by likelihood; empty where it is open."""
+        return lettered_options(question.text)
 
     def check_requirements(self) -> None:  # noqa: B027  (most need nothing beyond the base)
         """Refuse before any work is done when :meth:`score` would lack a program or package.

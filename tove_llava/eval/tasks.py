@@ -1,0 +1,136 @@
+"""Benchmarks with their data: found, read, and checked for what is missing, before any model is loaded."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import ConfigError, DataError
+from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
+from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.rows import Row, spread
+
+MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark with its data.
+
+    Attributes:
+        root: the data root that has it.
+        decoding: how answers are generated.
+        questions: all of them.
+        asked: those within the limit.
+        truth: ground truth of the questions asked; None where it is not public.
+    """
+
+    name: str
+    benchmark: Benchmark
+    root: Path
+    decoding: Decoding
+    questions: list[Question] = field(repr=False)
+    asked: list[Question] = field(repr=False)
+    truth: list[Row] | None = field(repr=False)
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        benchmark: Benchmark,
+        root: Path,
+        limit: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> "Task":
+        """Read questions and ground truth.
+
+        Raises:
+            ConfigError: an override of the decoding is out of its range.
+            DataError: a file is missing or malformed.
+        """
+        questions = benchmark.questions(root)
+        asked = spread(questions, limit)
+        truth = benchmark.ground_truth(root)
+        if truth is not None:
+            rows = [{"question_id": question.question_id, "prompt": question.text} for question in asked]
+            keys = {benchmark.answer_key(row) for row in rows}
+            truth = [row for row in truth if benchmark.truth_key(row) in keys]
+        return cls(name, benchmark, root, Decoding.of(benchmark, overrides), questions, asked, truth)
+
+    def check(self) -> None:
+        """Refuse what could not be answered or scored.
+
+        Raises:
+            ConfigError: a program is missing.
+            DataError: there are no questions, or pictures are missing; the first questions are named.
+        """
+        self.benchmark.check_requirements()
+        if not self.asked:
+            raise DataError(f"benchmark {self.name!r} has no questions in {self.benchmark.question_file(self.root)}")
+        check_images(self.asked)
+
+    def check_options(self) -> None:
+        """Refuse a benchmark that is not multiple choice.
+
+        Raises:
+            ConfigError: a question has no options; it is named.
+        """
+        for question in self.asked:
+            if not self.benchmark.options(question):
+                raise ConfigError(
+                    f"--score-options: question {question.question_id!r} of {self.name!r} lists no options (lines such "
+                    "as 'A. red'); leave the flag out for this benchmark"
+                )
+
+    def score(self, rows: Sequence[Row]) -> Score:
+        """Score the answers to the questions asked."""
+        if self.truth is not None:
+            return self.benchmark.score(rows, self.truth)
+        reason = "the answers are not public; 'tove-llava submission' writes the file for the benchmark's server"
+        return Score({}, len(rows), {}, unavailable={"all": reason})
+
+
+def check_images(questions: Sequence[Question], shown: int = 5) -> None:
+    """Raises DataError where picture files are missing, with the first questions that need them."""
+    there: dict[Path, set[str]] = {}
+    lost = []
+    for question in questions:
+        if not isinstance(question.image, Path):
+            continue
+        folder = question.image.parent
+        if folder not in there:  # listing a folder is much faster than asking for 100,000 files
+            there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
+        if question.image.name not in there[folder]:
+            lost.append(f"question {question.question_id!r}: there is no image {question.image}")
+    if lost:
+        more = f"\nand {len(lost) - shown} more" if len(lost) > shown else ""
+        raise DataError(f"{len(lost)} of {len(questions)} images are missing:\n" + "\n".join(lost[:shown]) + more)
+
+
+def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[str, Benchmark, Path]]:
+    """Each benchmark asked for, and the root that has its data.
+
+    Raises:
+        ConfigError: an unknown benchmark.
+        DataError: no root has the data of a benchmark that was asked for by name, or of any when all were.
+    """
+    every = benchmarks.strip() == "all"
+    names = list(BENCHMARKS) if every else [name.strip() for name in benchmarks.split(",") if name.strip()]
+    if not names:
+        raise DataError("no benchmark is named; give --benchmark a name")
+    tasks = []
+    for name in dict.fromkeys(names):
+        benchmark = get_benchmark(name)
+        files = [benchmark.question_file(Path(root)) for root in data_roots]
+        found = [Path(root) for root, file in zip(data_roots, files, strict=True) if file.is_file()]
+        if found:
+            tasks.append((name, benchmark, found[0]))
+        elif not every:
+            raise DataError(
+                f"the data of benchmark {name!r} is not there: no {' and no '.join(map(str, files))}. "
+                f"Give --data-root, or make scenes: {MAKE_SCENES}"
+            )
+    if not tasks:
+        raise DataError(f"no benchmark's data is under {', '.join(map(str, data_roots))}; give --data-root")
+    return tasks
