@@ -1,10 +1,5 @@
 import base64
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,8 +11,8 @@ from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
 from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.eval.rows import AppendFile
-from tove_llava.eval.runner import run_benchmark, spread
+from tove_llava.eval.rows import AppendFile, spread
+from tove_llava.eval.runner import Settings, run_benchmark
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +29,10 @@ def data(tmp_path_factory):
 
 def answer(answerer, data, folder, condition=FULL, **options):
     benchmark = get_benchmark("scenes")
-    rows = run_benchmark(answerer, benchmark, benchmark.questions(data), folder, condition, model_id="m", **options)
-    return {row["question_id"]: row["text"] for row in rows}
+    settings = Settings(**{key: options.pop(key) for key in ("batch_size", "decoding", "answering") if key in options})
+    questions = benchmark.questions(data)
+    run = run_benchmark(answerer, benchmark, questions, folder, condition, settings, model_id="m", **options)
+    return {row["question_id"]: row["text"] for row in run.rows}
 
 
 def test_answers_do_not_depend_on_the_batch(answerer, data, tmp_path):
@@ -56,9 +53,9 @@ def test_answer_lines_are_llavas(answerer, data, tmp_path):
 
 
 def test_the_prompt_is_llavas(answerer):
-    from tove_llava.eval.runner import _prompt
+    from tove_llava.eval.feed import prompt_ids
 
-    ids = _prompt(answerer, Question(1, "Is it red?", Path("x.png")))
+    ids = prompt_ids(answerer, Question(1, "Is it red?", Path("x.png")))
     images = [index for index, token in enumerate(ids) if token == answerer.image_token_id]
     assert len(images) == answerer.num_image_tokens == 16 and images[-1] - images[0] == 15
     text = answerer.tokenizer.decode(ids[images[-1] + 1 :])
@@ -111,29 +108,42 @@ class Crash(Exception):
 @pytest.mark.parametrize("torn", [b"", b'{"question_id": "3-2", "text": "half an ans'])
 def test_a_broken_run_goes_on_where_it_stopped(answerer, data, tmp_path, monkeypatch, torn):
     whole = answer(answerer, data, tmp_path / "whole", batch_size=2)
-    real, calls = answerer.generate, []
+    written = []
+    real = AppendFile.append
 
-    def fail_at_the_third(prompts, *rest, **options):
-        calls.append(len(prompts))
-        if len(calls) == 3:
+    def fail_at_the_third(self, rows):
+        written.append(rows)
+        if len(written) == 3:
             raise Crash
-        return real(prompts, *rest, **options)
+        real(self, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(answerer, "generate", fail_at_the_third)
+        patch.setattr(AppendFile, "append", fail_at_the_third)
         with pytest.raises(Crash):
             answer(answerer, data, tmp_path / "run", batch_size=2)
     (part,) = (tmp_path / "run").glob("answers.part*.jsonl")
-    assert part.read_bytes().count(b"\n") == 4
-    part.write_bytes(part.read_bytes() + torn)
+    kept = part.read_bytes()
+    assert 1 <= kept.count(b"\n") <= 4
+    part.write_bytes(kept + torn)
 
     asked = []
     with monkeypatch.context() as patch:
-        patch.setattr(answerer, "generate", lambda p, *r, **o: asked.append(len(p)) or real(p, *r, **o))
+        patch.setattr(AppendFile, "append", lambda self, rows: real(self, asked.extend(rows := list(rows)) or rows))
         assert answer(answerer, data, tmp_path / "run", batch_size=2) == whole
-        assert sum(asked) == 8
+        assert len(asked) == 12 - kept.count(b"\n")
         assert answer(answerer, data, tmp_path / "run", batch_size=2) == whole
-        assert sum(asked) == 8, "a finished run asks nothing again"
+        assert len(asked) == 12 - kept.count(b"\n"), "a finished run asks nothing again"
+    assert (tmp_path / "run" / "answers.jsonl").read_bytes() == (tmp_path / "whole" / "answers.jsonl").read_bytes()
+
+
+def test_a_damaged_line_in_the_middle_is_named(answerer, data, tmp_path):
+    answer(answerer, data, tmp_path)
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    (tmp_path / "answers.jsonl").write_text("\n".join([lines[0], lines[1][:30], *lines[2:]]) + "\n")
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    with pytest.raises(DataError, match=r"answers.jsonl, line 2: not valid JSON"):
+        answer(answerer, data, tmp_path)
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
 
 
 def test_answers_of_another_run_are_not_used(answerer, data, tmp_path):
@@ -158,6 +168,9 @@ def test_a_limit_spreads_over_the_file_and_can_be_raised(answerer, data, tmp_pat
     assert len(some) == 4 and {key.split("-")[0] for key in some} == {"0", "1", "2", "3"}
     every = answer(answerer, data, tmp_path)
     assert len(every) == 12 and some.items() <= every.items()
+    whole = (tmp_path / "answers.jsonl").read_bytes()
+    assert answer(answerer, data, tmp_path, limit=4) == some
+    assert (tmp_path / "answers.jsonl").read_bytes() == whole, "answers that are not asked for now are kept"
     assert spread([1, 2, 3], 5) == [1, 2, 3]
 
 
@@ -249,6 +262,104 @@ def test_saved_model_answers_as_the_one_in_memory(model_folder, data, tmp_path, 
     assert loaded.template.name == "v1" and loaded.transform.aspect_ratio == "pad"
 
 
+def test_flags_override_the_benchmarks_decoding(model_folder, data, tmp_path, capsys):
+    def full(name, *flags):
+        assert cli.main(evaluate(model_folder, data, tmp_path / name, "--json", *flags)) == 0
+        return json.loads(capsys.readouterr().out)["benchmarks"]["scenes"]["full"]
+
+    usual = full("usual")
+    assert usual["decoding"] | {"min_new_tokens": 0} == {
+        "max_new_tokens": 16, "temperature": 0.0, "top_p": 1.0, "num_beams": 1, "min_new_tokens": 0,
+    }  # fmt: skip
+    assert usual["answering"] == "generate" and usual["template"] == "v1"
+    assert usual["questions_answered"] == 12 and usual["images"] == 4 and usual["seconds"] > 0
+    assert usual["questions_per_second"] == pytest.approx(12 / usual["seconds"], rel=0.05)
+    other = full("other", "--max-new-tokens", "2", "--temperature", "0.5", "--top-p", "0.9", "--conv-mode", "llava_v1")
+    assert other["decoding"] | {"max_new_tokens": 2, "temperature": 0.5, "top_p": 0.9} == other["decoding"]
+    assert other["template"] == "llava_v1"
+    assert full("beams", "--num-beams", "2")["answering"] == "batches"
+    again = full("usual")
+    assert (
+        again["questions_answered"] == 0
+        and again["questions_per_second"] is None
+        and again["scores"] == usual["scores"]
+    )
+
+
+def test_options_are_scored_and_recorded(model_folder, tmp_path, capsys):
+    rows = make_scenes(tmp_path / "data")
+    for row in rows:
+        row |= {"text": f"{row['text']}\nA. red\nB. blue", "answer": "A"}
+    questions = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "data" / "val_questions.jsonl").write_text(questions)
+    for name in ("likelihood", "likelihood_text"):
+        arguments = evaluate(model_folder, tmp_path / "data", tmp_path / name, "--score-options", name, "--json")
+        assert cli.main(arguments) == 0
+        full = json.loads(capsys.readouterr().out)["benchmarks"]["scenes"]["full"]
+        assert full["answering"] == name
+        lines = [json.loads(line) for line in (tmp_path / name / "scenes/full/answers.jsonl").read_text().splitlines()]
+        picked = [max(line["metadata"]["log_likelihood"].items(), key=lambda item: item[1])[0] for line in lines]
+        assert [line["text"] for line in lines] == picked
+        assert full["scores"]["overall"]["accuracy"] == picked.count("A") / 12
+
+
+def tree(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, data, tmp_path_factory):
+    """Folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert cli.main(evaluate(model_folder, data, folder)) == 0
+    return folder
+
+
+def bad(folder, change):
+    """A copy of the scenes that is wrong in one way."""
+    make_scenes(folder)
+    change(folder)
+    return folder
+
+
+def cut_a_line(folder):
+    file = folder / "val_questions.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:4], lines[4][:25], *lines[5:]]) + "\n")
+
+
+def cut_the_end(folder):
+    file = folder / "val_questions.jsonl"
+    file.write_text(file.read_text()[:-30])
+
+
+def lose_a_key(folder):
+    file = folder / "val_questions.jsonl"
+    file.write_text(file.read_text().replace('"image": ', '"picture": '))
+
+
+def lose_pictures(folder):
+    (folder / "images" / "val_000002.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut_a_line, ["val_questions.jsonl, line 5: not valid JSON"]),
+        (cut_the_end, ["val_questions.jsonl, line 12: not valid JSON"]),
+        (lose_a_key, ["val_questions.jsonl, line 1: the key 'image' is missing"]),
+        (lose_pictures, ["3 of 12 images are missing", "question '2-0': there is no image", "val_000002.png"]),
+        (lambda folder: (folder / "val_questions.jsonl").write_text(""), ["val_questions.jsonl", "no questions"]),
+    ],
+)
+def test_bad_data_is_named_and_nothing_is_overwritten(model_folder, finished, tmp_path, capsys, change, words):
+    before = tree(finished)
+    assert cli.main(evaluate(model_folder, bad(tmp_path / "data", change), finished, "--overwrite")) == 2
+    captured = capsys.readouterr()
+    assert all(word in captured.err for word in words) and not captured.out
+    assert tree(finished) == before
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -260,63 +371,33 @@ def test_saved_model_answers_as_the_one_in_memory(model_folder, data, tmp_path, 
         (["--device", "cuda:0"], "no CUDA device"),
         (["--dtype", "int8"], "unknown dtype"),
         (["--detach", "sonar"], "sonar"),
+        (["--conv-mode", "v11"], "unknown conversation template 'v11'"),
+        (["--temperature", "-1"], "temperature must be 0 (greedy) or more"),
+        (["--num-beams", "2", "--temperature", "1"], "not both"),
+        (["--workers", "0"], "--workers must be at least 1"),
+        (["--score-options", "likelyhood"], "Available: likelihood, likelihood_text"),
+        (["--score-options", "likelihood"], "question '0-0' of 'scenes' lists no options"),
     ],
 )
-def test_bad_input_is_explained(model_folder, data, tmp_path, capsys, change, words):
+def test_bad_input_is_explained_and_nothing_is_overwritten(model_folder, data, finished, capsys, change, words):
     if "cuda" in words.lower() and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     if change[-1] == "tests":
         change = [change[0], str(Path(__file__).parent)]
-    assert cli.main([*evaluate(model_folder, data, tmp_path), *change]) == 2
+    before = tree(finished)
+    assert cli.main([*evaluate(model_folder, data, finished, "--overwrite"), *change]) == 2
     assert words in capsys.readouterr().err
+    assert tree(finished) == before
 
 
-def command(*arguments):
-    tests = str(Path(__file__).parent)
-    # The dummy experts of the tests must be registered in the process that loads the model.
-    program = "import sys, tower_parts; from tove_llava.cli import main; sys.exit(main())"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": tests}
-    return [sys.executable, "-c", program, *arguments], environment
-
-
-@pytest.mark.slow
-def test_a_killed_process_loses_and_repeats_nothing(model_folder, tmp_path):
-    make_scenes(tmp_path / "data", images=60)
-    arguments, environment = command(*evaluate(model_folder, tmp_path / "data", tmp_path / "out", "--batch-size", "1"))
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    part = tmp_path / "out" / "scenes" / "full" / "answers.part0.jsonl"
-    deadline = time.monotonic() + 90
-    while not (part.exists() and part.read_bytes().count(b"\n") >= 10):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = [json.loads(line)["answer_id"] for line in part.read_text().split("\n")[:-1]]
-    assert 10 <= len(kept) < 180
-    subprocess.run(arguments, env=environment, check=True, timeout=150, capture_output=True)
-    lines = (tmp_path / "out" / "scenes" / "full" / "answers.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    assert len({row["question_id"] for row in rows}) == len(rows) == 180
-    assert set(kept) <= {row["answer_id"] for row in rows}
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_answers_of_one(model_folder, data, tmp_path):
-    texts = {}
-    for world in (1, 2):
-        processes = []
-        for rank in range(world):
-            arguments, environment = command(*evaluate(model_folder, data, tmp_path / str(world), "--batch-size", "2"))
-            if world > 1:
-                environment |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-                environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True))
-        outputs = [process.communicate(timeout=150)[0] for process in processes]
-        assert [process.returncode for process in processes] == [0] * world
-        assert "overall" in outputs[0] and not any(outputs[1:])
-        lines = (tmp_path / str(world) / "scenes" / "full" / "answers.jsonl").read_text().splitlines()
-        texts[world] = {row["question_id"]: row["text"] for row in map(json.loads, lines)}
-    assert texts[1] == texts[2]
+@pytest.mark.parametrize("content", ["", "{", '{"model_type": "llava"}', '{"model_type": "bert"}', "[]"])
+def test_a_folder_that_is_no_model_is_refused(data, finished, tmp_path, capsys, content):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(content)
+    before = tree(finished)
+    assert cli.main(evaluate(tmp_path / "model", data, finished, "--overwrite")) == 2
+    assert str(tmp_path / "model") in capsys.readouterr().err
+    assert tree(finished) == before
 
 
 def test_two_questions_of_one_id_get_an_answer_each(answerer, data, tmp_path):
@@ -324,7 +405,7 @@ def test_two_questions_of_one_id_get_an_answer_each(answerer, data, tmp_path):
     image = data / "images" / "val_000000.png"
     questions = [Question("existence/1.png", text, image) for text in ("Is there a cat?", "Is there a dog, too?")]
     for _ in range(2):  # the second time all is answered already
-        rows = run_benchmark(answerer, benchmark, questions, tmp_path, FULL, limit=None)
+        rows = run_benchmark(answerer, benchmark, questions, tmp_path, FULL, limit=None).rows
         assert [row["prompt"] for row in rows] == [question.text for question in questions]
         assert len({row["answer_id"] for row in rows}) == 2
 
@@ -337,7 +418,7 @@ def test_pictures_inside_the_question_file(answerer, data, tmp_path):
         ("file", data / "images" / "val_000000.png"),
         ("embedded", EmbeddedPicture("row 1", content)),
     ):
-        (row,) = run_benchmark(answerer, benchmark, [Question(1, "Which?", image)], tmp_path / name, FULL)
+        (row,) = run_benchmark(answerer, benchmark, [Question(1, "Which?", image)], tmp_path / name, FULL).rows
         texts[name] = row["text"]
     assert texts["embedded"] == texts["file"]
     with pytest.raises(DataError, match="question 1: picture row 2 is not base64"):
