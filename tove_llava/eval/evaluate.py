@@ -1,13 +1,14 @@
 """A whole evaluation: load the model once, answer every benchmark under every condition, score, report."""
 
+import dataclasses
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tove_llava.errors import CheckpointError
+from tove_llava.eval import record
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.report import score_table
@@ -65,6 +66,7 @@ def evaluate(
     for task in tasks:
         task.check()
 
+    from tove_llava.analysis.contributions import provenance
     from tove_llava.data import get_template
     from tove_llava.eval.answering import get_option_mode
     from tove_llava.eval.ranks import Ranks
@@ -85,6 +87,13 @@ def evaluate(
     for condition in conditions:
         condition.check(answerer.model)
 
+    origin = {
+        **provenance(answerer, folder),
+        "backbones": record.backbone_fingerprints(answerer.model),
+        "processes": ranks.world,
+        "batch_size": batch_size,
+        "language_model_bits": str(loaded_bits(answerer.model)),
+    }
     target = Path(output) if output is not None else folder / "eval"
     results: dict[str, dict[str, Any]] = {}
     tables = []
@@ -105,32 +114,26 @@ def evaluate(
             if ranks.rank != 0:
                 continue
             columns[condition.title] = score = task.score(run.rows)
-            results[task.name][condition.name] = {
+            items = record.item_rows(task.benchmark, task.root, task.asked, run.rows, task.truth or [], score)
+            results[task.name][condition.name] = result = {
                 **score.to_json(task.name),
                 **run.record(),
+                "rows": score.rows,
+                "breakdown": record.breakdown(items),
                 "data_root": os.fspath(task.root),
+                "data": record.data_fingerprint(task.asked, task.truth),
                 "limit": limit,
                 "template": asker.template.name,
                 "answers": os.fspath(place / "answers.jsonl"),
             }
+            record.save(place, {**origin, "condition": dataclasses.asdict(condition), **result}, items)
         if ranks.rank == 0:
             tables.append(score_table(columns, corner=f"{task.name} (%)"))
     if ranks.rank != 0:
         return None
-    record = {
-        "model": os.fspath(folder),
-        "versions": versions(),
-        "command": sys.argv,
-        "device": str(answerer.device),
-        "dtype": str(answerer.model.dtype).removeprefix("torch."),
-        "language_model_bits": str(loaded_bits(answerer.model)),
-        "processes": ranks.world,
-        "batch_size": batch_size,
-        "benchmarks": results,
-    }
-    text = json.dumps(record, indent=1, ensure_ascii=False)
-    write_atomically(target / "results.json", text + "\n")
-    return json.dumps(record, ensure_ascii=False) if as_json else "\n\n".join(tables)
+    whole = {**origin, "benchmarks": results}
+    write_atomically(target / "results.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    return json.dumps(whole, ensure_ascii=False) if as_json else "\n\n".join(tables)
 
 
 def local_device() -> str:

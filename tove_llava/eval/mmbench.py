@@ -184,6 +184,9 @@ class MmBenchmark(Benchmark, Submitting):
             truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
         return truth
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {level: [str(row[level])] for level in ("l2-category", "category") if row[level] is not None}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         parsed: dict[int, str | bool] = {}

@@ -71,6 +71,9 @@ class VqaBenchmark(Benchmark):
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         return read_annotations(file)
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"answer type": [row["answer_type"]], "question type": [row["question_type"]]}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks: dict[Any, float] = {}

@@ -53,8 +53,8 @@ class Score:
         rows: the report's table, label -> (percent, questions).
         extras: further entries of the JSON output (means, ids that were not answered, ...).
         details: entries of the JSON output that are as long as the files (``per_item`` and the like), on request.
-        marks: what each question earned, 0 to 1, by a name that no other question has; empty where the score is no
-            mean over questions.
+        marks: what each question earned, 0 to 1, by :meth:`Benchmark.mark_name`; empty where the score is no mean over
+            questions.
         unavailable: metrics that cannot be computed here, with the reason. They have no number anywhere.
         rule: which of several published readings of the rule was used, where there are several.
     """
@@ -138,6 +138,14 @@ class Benchmark(ABC):
         """What pairs a row of the ground truth with its answer."""
         key: Hashable = row["question_id"]
         return key
+
+    def mark_name(self, row: Mapping[str, Any]) -> Any:
+        """The key in :attr:`Score.marks` of a row of the ground truth; no other row of the benchmark has it."""
+        return row["question_id"]
+
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        """What a row of the ground truth counts for in a breakdown: level -> its groups at that level."""
+        return {"category": [row["category"]]} if row.get("category") else {}
 
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         """Pair answers with questions; see :func:`tove_llava.eval.matching.match`."""

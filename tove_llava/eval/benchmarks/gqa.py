@@ -70,6 +70,9 @@ class Gqa(Benchmark, Submitting):
                 require(row["semantic"], file, {"operation": str, "argument": str})
         return [{**row, "question_id": key} for key, row in content.items()]
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {name: [key(row)] for name, key in _BREAKDOWNS.items()}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         balanced = [(row, text) for row, text in zip(truth, matched.texts, strict=True) if row["isBalanced"]]

@@ -97,6 +97,9 @@ class Mme(Benchmark):
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         return row["question_id"], core(row["question"])
 
+    def mark_name(self, row: Mapping[str, Any]) -> str:
+        return f"{row['question_id']}: {row['question']}"
+
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         parallel = [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]
         if truth and parallel and not self._told_apart(predictions, truth):
@@ -124,7 +127,7 @@ class Mme(Benchmark):
             label, answer = row["answer"].lower(), "other" if text is None else parse_answer(text)
             items.setdefault(row["category"], []).append((row["question_id"], label, answer))
             per_item.append({"question_id": row["question_id"], "text": text, "label": answer})
-            marks[f"{row['question_id']}: {row['question']}"] = float(label == answer)
+            marks[self.mark_name(row)] = float(label == answer)
         subtasks = {name: _subtask(name, items[name]) for name in _TYPE if name in items}
         scores: dict[str, Any] = {}
         unavailable = {}

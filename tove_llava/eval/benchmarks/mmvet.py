@@ -77,6 +77,9 @@ class MmVet(JudgedBenchmark, Submitting):
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         return str(row["question_id"]).removeprefix(_PREFIX)
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"capability": sorted({str(name) for name in row["capability"]})}
+
     def verdicts(self, judge: Judge, truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> Score:
         asked = [(row, text) for row, text in zip(truth, texts, strict=True) if text is not None]
         grades = judge.hold([conversation(row, text) for row, text in asked])

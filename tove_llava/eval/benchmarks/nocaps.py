@@ -42,6 +42,9 @@ class NoCaps(CaptionBenchmark):
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         return require(super().read_ground_truth(file), file, {"domain": str})
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"domain": [row["domain"]]}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         tokens = self.tokens(truth, matched)

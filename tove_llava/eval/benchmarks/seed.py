@@ -67,13 +67,19 @@ class Seed(Benchmark, Submitting):
             for row in rows
         ]
 
+    def mark_name(self, row: Mapping[str, Any]) -> Any:
+        return row["record_id"]
+
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"data": [row["data_type"]], "type": [row["type"]]}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks: dict[Any, float] = {}
         kinds: dict[str, list[float]] = {}
         types: dict[str, list[float]] = {row["type"]: [] for row in sorted(truth, key=lambda row: row["type_id"])}
         for row, text in zip(truth, matched.texts, strict=True):
-            marks[row["record_id"]] = mark = float(text == row["answer"])
+            marks[self.mark_name(row)] = mark = float(text == row["answer"])
             kinds.setdefault(row["data_type"], []).append(mark)
             types[row["type"]].append(mark)
         scores: dict[str, Any] = {"total_percent": round(100 * mean(list(marks.values())), 2)}

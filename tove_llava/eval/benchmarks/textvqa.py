@@ -76,6 +76,9 @@ class TextVqa(Benchmark):
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         return row["question_id"], row["question"].lower()
 
+    def mark_name(self, row: Mapping[str, Any]) -> str:
+        return f"{row['question_id']}: {row['question']}"
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks: dict[Any, float] = {}
@@ -84,7 +87,7 @@ class TextVqa(Benchmark):
             answer = None if text is None else normalise_evalai(text)
             mark = 0.0 if answer is None else agreement(answer, [normalise_evalai(given) for given in row["answers"]])
             key = self.truth_key(row)
-            marks[f"{row['question_id']}: {row['question']}"] = mark
+            marks[self.mark_name(row)] = mark
             items[key] = {
                 "question_id": row["record_id"],
                 "image_id": row["question_id"],

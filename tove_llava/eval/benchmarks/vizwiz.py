@@ -58,6 +58,9 @@ class VizWiz(Benchmark, Submitting):
                 raise DataError(f"{file}, {row['image']}: 'answers' must be a list of objects with an 'answer'")
         return rows
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {"answer type": [row["answer_type"]]}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         judge = {M4C: _by_m4c, API: _by_api}[self.rule or M4C]

@@ -53,6 +53,10 @@ class Vsr(Benchmark):
         rows = require(read_jsonl(file), file, {"label": int, "relation": str})
         return [{"question_id": number, **row} for number, row in enumerate(rows)]
 
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        category = table("vsr_relations").get(row["relation"])
+        return {"category": [category] if category else [], "relation": [row["relation"]]}
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         categories_of = table("vsr_relations")

@@ -1,0 +1,567 @@
+"""What runs leave for comparison, the statistics over it, and the pages."""
+
+import base64
+import json
+from html.parser import HTMLParser
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+from answer_parts import make_scenes, save_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from score_parts import SAMPLES, truth_file
+
+from tove_llava import cli
+from tove_llava.eval import record
+from tove_llava.eval.benchmarks import BENCHMARKS, Question, Score, get_benchmark
+from tove_llava.eval.captions import METRICS
+from tove_llava.eval.rows import read_answers
+from tove_llava.report import markdown
+from tove_llava.report.published import read_published
+from tove_llava.report.statistics import Bootstrap, holm, mcnemar
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (3, 9), (6, 6), (0, 7), (12, 2)])
+def test_mcnemar_counts_coin_tosses(better, worse):
+    tosses = list(product((0, 1), repeat=better + worse))
+    as_far = [t for t in tosses if abs(2 * sum(t) - len(t)) >= abs(better - worse)]
+    assert mcnemar(better, worse) == pytest.approx(len(as_far) / len(tosses))
+
+
+def test_mcnemar_takes_many_questions():
+    assert mcnemar(5000, 5100) == pytest.approx(0.3245, abs=2e-3)  # z = 0.995 less the continuity correction
+    assert mcnemar(0, 5000) == 0.0
+
+
+@given(st.lists(st.sampled_from([0.0, 0.3, 1.0]), min_size=2, max_size=40))
+@settings(max_examples=30, deadline=None)
+def test_an_interval_holds_its_mean_and_comes_again(values):
+    bootstrap = Bootstrap(resamples=2000, seed=3)
+    found = bootstrap.interval(values)
+    assert found.low - 1e-12 <= found.mean <= found.high + 1e-12 and found.count == len(values)
+    assert bootstrap.interval(values) == found == bootstrap.interval(values[::-1])
+
+
+@pytest.mark.parametrize("values", [(np.arange(400) % 5 < 3) * 1.0, np.sin(np.arange(400.0))], ids=["few", "many"])
+def test_intervals_are_as_wide_as_the_normal_ones(values):
+    found = Bootstrap().interval(values)
+    error = 1.96 * values.std() / 20
+    assert found.mean == pytest.approx(values.mean())
+    assert (found.low, found.high) == pytest.approx((values.mean() - error, values.mean() + error), abs=error / 10)
+
+
+def test_drawing_counts_is_drawing_questions(monkeypatch):
+    values = np.repeat([0.0, 0.3, 0.9, 1.0], [40, 30, 20, 10])
+    counted = Bootstrap(20_000).means(values)
+    monkeypatch.setattr("tove_llava.report.statistics._FEW", 0)
+    drawn = Bootstrap(20_000).means(values)
+    assert not np.array_equal(counted, drawn)
+    assert np.quantile(counted, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(drawn, [0.025, 0.5, 0.975]), abs=5e-3)
+
+
+def test_a_difference_is_paired():
+    generator = np.random.default_rng(0)
+    hard = generator.random(600)  # questions differ much more than the runs do
+    first, second = hard, hard + 0.01 + 0.02 * generator.random(600)
+    found = Bootstrap().difference(first, second)
+    assert found.test == "bootstrap" and found.p < 0.001 and found.better == 600 and found.worse == 0
+    assert found.interval.low > 0.015 and found.interval.high < 0.025
+    swapped = Bootstrap().difference(second, first)
+    assert swapped.interval.mean == -found.interval.mean and swapped.p == found.p and swapped.worse == 600
+
+
+def test_binary_questions_are_tested_exactly():
+    first, second = [1] * 10 + [0] * 9 + [1] * 3, [1] * 10 + [1] * 9 + [0] * 3
+    found = Bootstrap().difference(first, second)
+    assert (found.test, found.better, found.worse) == ("McNemar", 9, 3) and found.p == mcnemar(9, 3)
+    assert found.interval.mean == pytest.approx(6 / 22)
+
+
+def test_no_difference_has_p_1():
+    assert Bootstrap().difference([0.3, 0.6], [0.3, 0.6]).p == 1.0 == Bootstrap().difference([1, 0], [1, 0]).p
+    with pytest.raises(ValueError, match="cannot be paired"):
+        Bootstrap().difference([1.0], [1.0, 0.0])
+
+
+def test_under_the_null_p_is_small_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    draws = [generator.normal(size=(2, 60)) for _ in range(300)]
+    small = [Bootstrap(500).difference(a, b).p < 0.1 for a, b in draws]
+    assert 0.06 < np.mean(small) < 0.15
+
+
+def test_holm():
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}) == pytest.approx(
+        {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
+    )
+    assert holm({"x": 0.7, "y": 0.9}) == {"x": 1.0, "y": 1.0} and holm({}) == {}
+
+
+# -- what runs leave --------------------------------------------------------------------------------------------------
+
+MARKED = {
+    "gqa": "accuracy",
+    "mmbench": "overall",
+    "mmbench_cn": "overall",
+    "okvqa": "overall",
+    "scenes": "overall",
+    "scienceqa": "accuracy",
+    "seed": "total",
+    "textvqa": "accuracy",
+    "vizwiz": "accuracy",
+    "vqav2": "overall",
+    "vsr": "accuracy",
+}
+
+
+def scored(name):
+    benchmark, folder = get_benchmark(name), SAMPLES / name
+    truth = benchmark.read_ground_truth(truth_file(folder))
+    answers = read_answers(folder / "predictions.jsonl")
+    score = benchmark.score(answers, truth)
+    return score, record.item_rows(benchmark, Path("."), [], answers, truth, score)
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_items_give_the_score_and_its_breakdown(name):
+    score, items = scored(name)
+    assert len(items) == len(score.marks) == len({row["item"] for row in items})
+    values = [row["values"]["mark"] for row in items]
+    assert 100 * sum(values) / len(values) == pytest.approx(score.rows[MARKED[name]][0])
+    assert all(row["expected"] for row in items) and any(row["answer"] is not None for row in items)
+    groups = [group for level in record.breakdown(items).values() for group in level.items()]
+    compared = [(name, entry) for name, entry in groups if name in score.rows]
+    assert all((100 * e["mark"], e["count"]) == pytest.approx(score.rows[n]) for n, e in compared)
+    if name not in ("scienceqa", "textvqa", "mmbench", "mmbench_cn"):  # no groups, or abbreviated ones in the table
+        assert compared
+
+
+@pytest.mark.parametrize("name", ["mmbench", "pope", "mme"])
+def test_breakdowns_where_the_table_has_other_names(name):
+    score, items = scored(name)
+    found = record.breakdown(items)
+    if name == "pope":
+        assert {n: e["mark"] for n, e in found["category"].items()} == {
+            n: rates["accuracy"] for n, rates in score.scores.items()
+        }
+    elif name == "mme":
+        assert {n: 100 * e["mark"] for n, e in found["category"].items()} == pytest.approx(
+            {n: entry["acc"] for n, entry in score.scores["subtasks"].items()}
+        )
+    else:
+        assert {n: e["mark"] for n, e in found["category"].items()}.items() <= score.scores.items()
+
+
+def test_values_of_pictures_stand_in_where_there_are_no_marks():
+    details = {"per_item": {7: {"CIDEr": 0.5, "Bleu_4": 0.1, "note": "x"}, 8: {"CIDEr": 1.5, "Bleu_4": 0.2}}}
+    assert record.item_values(Score({}, 2, {}, details=details)) == {
+        "7": {"CIDEr": 0.5, "Bleu_4": 0.1},
+        "8": {"CIDEr": 1.5, "Bleu_4": 0.2},
+    }
+    assert record.item_values(Score({}, 2, {}, details={"per_item": {1: {"review": "x"}}})) == {}
+
+
+def evaluate(model, data, out, *flags):
+    command = ["eval", "--model", str(model), "--benchmark", "scenes", "--data-root", str(data), "--device", "cpu"]
+    assert cli.main([*command, "--output", str(out), *flags]) == 0
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """One model's results with its pictures (run0) and with blank ones (run1); each gets some questions right."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_scenes(folder / "data")
+    save_model(folder)
+    blank = ("--blank-image", "--overwrite")
+    evaluate(folder / "model", folder / "data", folder / "run0")
+    evaluate(folder / "model", folder / "data", folder / "run1", *blank)
+    seen, unseen = (read_answers(folder / run / "scenes" / name / "answers.jsonl") for run, name in FOLDERS)
+    questions = [json.loads(line) for line in (folder / "data" / "val_questions.jsonl").read_text().splitlines()]
+    for index, row in enumerate(questions):
+        row["answer"] = (seen, unseen, seen, [{"text": "no such answer"}] * len(seen))[index % 4][index]["text"]
+    (folder / "data" / "val_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    evaluate(folder / "model", folder / "data", folder / "run0", "--overwrite")
+    evaluate(folder / "model", folder / "data", folder / "run1", *blank)
+    return folder
+
+
+FOLDERS = (("run0", "full"), ("run1", "blank"))
+
+
+def results(folder):
+    return [json.loads((folder / run / "scenes" / name / "result.json").read_text()) for run, name in FOLDERS]
+
+
+def items_of(folder):
+    return [
+        [json.loads(line) for line in (folder / run / "scenes" / name / "items.jsonl").read_text().splitlines()]
+        for run, name in FOLDERS
+    ]
+
+
+def test_a_result_says_where_it_comes_from(evaluated):
+    result, blank = results(evaluated)
+    items, _ = items_of(evaluated)
+    answers = read_answers(evaluated / "run0" / "scenes" / "full" / "answers.jsonl")
+    assert result["benchmark"] == "scenes" and result["condition"]["name"] == "full" and result["command"]
+    assert blank["condition"]["blank_image"] and not result["condition"]["blank_image"]
+    assert result["fingerprint"] == json.loads((evaluated / "model" / "tove_llava.json").read_text())["fingerprint"]
+    assert len(set(result["backbones"].values())) == len(result["backbones"]) > 1 and "clip" in result["backbones"]
+    assert result["data"] == blank["data"] and result["data"]["question_count"] == result["count"]
+    assert result["questions_answered"] == len(answers) == result["count"] == len(items)
+    assert result["images"] == len({row["image"] for row in items}) and result["images_per_second"] > 0
+    assert {row["item"]: row["answer"] for row in items} == {str(r["question_id"]): r["text"] for r in answers}
+    assert result["versions"].keys() >= {"torch", "transformers", "tove_llava"}
+    assert result["breakdown"]["category"].keys() == set(result["scores"]) - {"overall"}
+    whole = json.loads((evaluated / "run0" / "results.json").read_text())
+    assert whole["benchmarks"]["scenes"]["full"]["scores"] == result["scores"]
+
+
+def test_the_data_digest_is_of_questions_and_answers_in_any_order():
+    questions = [Question(i, f"What is {i}?", Path(f"a/{i}.png")) for i in range(3)]
+    truth = [{"question_id": i, "answer": str(i)} for i in range(3)]
+    first = record.data_fingerprint(questions, truth)
+    assert first == record.data_fingerprint(questions[::-1], truth[::-1])
+    moved = [Question(q.question_id, q.text, Path("b") / q.image.name) for q in questions]
+    assert first == record.data_fingerprint(moved, truth)
+    other = record.data_fingerprint([*questions[:2], Question(2, "What is 2 ?", Path("a/2.png"))], truth)
+    assert other["questions"] != first["questions"] and other["ground_truth"] == first["ground_truth"]
+    other = record.data_fingerprint(questions, [*truth[:2], {"question_id": 2, "answer": "3"}])
+    assert other["questions"] == first["questions"] and other["ground_truth"] != first["ground_truth"]
+    assert record.data_fingerprint(questions, None)["ground_truth"] is None
+
+
+def test_a_run_that_goes_on_counts_its_own_questions(evaluated, tmp_path):
+    model, data = evaluated / "model", evaluated / "data"
+    evaluate(model, data, tmp_path, "--limit", "2")
+    place = tmp_path / "scenes" / "full"
+    asked = [row["question_id"] for row in read_answers(place / "answers.jsonl")]
+    left = next(row for row in items_of(evaluated)[0] if row["item"] not in asked)
+    # A kill in the middle of a line: that question is answered again.
+    line = json.dumps({"question_id": left["item"], "prompt": left["prompt"], "text": "y"})
+    (place / "answers.part0.jsonl").write_text(line[:-1])
+    evaluate(model, data, tmp_path)
+    result = json.loads((tmp_path / "scenes" / "full" / "result.json").read_text())
+    assert result["questions_answered"] == result["count"] - 2
+    evaluate(model, data, tmp_path)
+    result = json.loads((tmp_path / "scenes" / "full" / "result.json").read_text())
+    assert result["questions_answered"] == 0 and result["questions_per_second"] is None
+
+
+# -- pages ------------------------------------------------------------------------------------------------------------
+
+
+def report(out, *arguments):
+    code = cli.main(["report", *map(str, arguments), "--out", str(out)])
+    return code, json.loads((out / "report.json").read_text()) if code == 0 else None
+
+
+LABELS = ("one", "two (image blanked)")
+
+
+class Reader(HTMLParser):
+    """What a browser would see: tags, attributes and text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.addresses, self.text = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "style")]
+        assert not any(name.startswith("on") for name, _ in attrs)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def test_pages_show_scores_intervals_and_differing_questions(evaluated, tmp_path):
+    code, found = report(tmp_path / "page", f"one={evaluated / 'run0'}", f"two={evaluated / 'run1'}")
+    assert code == 0
+    scenes = found["benchmarks"]["scenes"]
+    runs = results(evaluated)
+    for label, result in zip(LABELS, runs, strict=True):
+        assert scenes["runs"][label]["rows"] == result["rows"]
+        means = {line["group"]: line["means"][label]["mean"] for line in scenes["lines"]}
+        assert means.pop("all questions") == pytest.approx(result["scores"]["overall"]["accuracy"])
+        assert means == pytest.approx({n: e["mark"] for n, e in result["breakdown"]["category"].items()})
+    (pair,) = scenes["pairs"]
+    first, second = items_of(evaluated)
+    differing = {a["item"] for a, b in zip(first, second, strict=True) if a["values"] != b["values"]}
+    assert pair["differing"] == len(differing) > 2 and set(pair["shown"]) <= differing
+    page = (tmp_path / "page" / "report.html").read_text()
+    reader = Reader(page)
+    assert "script" not in reader.tags and "link" not in reader.tags
+    assert all(address.startswith("data:image/jpeg;base64,") for address in reader.addresses)
+    assert len(reader.addresses) == len(pair["shown"]) == len(list((tmp_path / "page" / "pictures").iterdir()))
+    assert base64.b64decode(reader.addresses[0].split(",")[1])[:2] == b"\xff\xd8"
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert all(f"pictures/{file.name})" in text for file in (tmp_path / "page" / "pictures").iterdir())
+    assert f"{100 * runs[0]['scores']['overall']['accuracy']:.1f}" in text
+
+
+def test_the_same_runs_give_the_same_page(evaluated, tmp_path):
+    sources = (f"one={evaluated / 'run0'}", f"two={evaluated / 'run1'}")
+    assert report(tmp_path / "a", *sources)[1] == report(tmp_path / "b", *sources)[1]
+    for name in ("report.html", "report.md"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_run_against_itself_does_not_differ(evaluated, tmp_path):
+    _, found = report(tmp_path / "page", f"one={evaluated / 'run0'}", f"same={evaluated / 'run0'}")
+    scenes = found["benchmarks"]["scenes"]
+    assert scenes["pairs"][0]["differing"] == 0
+    for line in scenes["lines"]:
+        difference = line["differences"]["same"]
+        assert (difference["mean"], difference["low"], difference["high"], difference["p"]) == (0, 0, 0, 1)
+
+
+def write_run(folder, marks, benchmark="scenes", answers=None, prompts=None, **result):
+    """A result folder with one item a mark."""
+    folder.mkdir(parents=True)
+    items = [
+        {
+            "item": str(index),
+            "question_id": index,
+            "values": value if isinstance(value, dict) else {"mark": value},
+            "groups": {"category": ["even" if index % 2 == 0 else "odd"]},
+            "prompt": (prompts or {}).get(index, f"Question {index}?"),
+            "image": f"images/{index}.png",
+            "answer": (answers or {}).get(index, "yes"),
+            "expected": "yes",
+        }
+        for index, value in enumerate(marks)
+    ]
+    (folder / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    whole = {
+        "benchmark": benchmark,
+        "model": "models/m",
+        "rows": {"overall": [50.0, len(items)]},
+        "condition": {"name": "full", "title": "ToVE", "blank_image": False, "detach": []},
+        "data": {"questions": "q"},
+        "data_root": str(folder / "data"),
+        "count": len(items),
+        **result,
+    }
+    (folder / "result.json").write_text(json.dumps(whole))
+    return folder
+
+
+HARMLESS = {"html", "head", "meta", "title", "style", "body", "h1", "h2", "h3", "p", "ul", "li", "table", "thead"}
+HARMLESS |= {"tbody", "tr", "th", "td", "details", "summary", "img"}
+NASTY = "<script>alert(1)</script> | [x](javascript:alert(1)) ![y](http://evil/z.png) `a` **b**\n# c & </td>"
+
+
+def test_answers_cannot_write_the_page(tmp_path):
+    write_run(tmp_path / "a", [1, 0], answers={0: NASTY}, prompts={0: NASTY})
+    write_run(tmp_path / "b", [0, 1], answers={0: NASTY}, prompts={0: NASTY}, model=f"m/{NASTY}")
+    code, _ = report(tmp_path / "page", f"{NASTY.replace('=', '')}={tmp_path / 'a'}", tmp_path / "b")
+    assert code == 0
+    reader = Reader((tmp_path / "page" / "report.html").read_text())
+    assert set(reader.tags) <= HARMLESS
+    assert not reader.addresses  # there is no picture file, and nothing else may be fetched
+    assert sum(NASTY in text for text in reader.text) >= 3
+    lines = (tmp_path / "page" / "report.md").read_text().split("\n")
+    tables = [line for line in lines if line.startswith("| ")]
+    assert any("alert" in line for line in tables)
+    for line in tables:
+        bare = line.replace("\\\\", "").replace("\\|", "")
+        assert "<script" not in line.replace("\\<script", "") and "](javascript" not in line.replace("\\](", "")
+        assert bare.count("|") in {bare.count("|") for bare in tables}
+
+
+@given(st.text(max_size=60))
+def test_markdown_texts_hold_no_markup(text):
+    shown = markdown.escape(text)
+    assert "\n" not in shown
+    unescaped = shown.replace("\\\\", "")
+    for mark in "*_[]<>|`#":
+        assert unescaped.count(mark) == unescaped.count(f"\\{mark}")
+
+
+def test_pictures_come_from_the_data_folder_alone(tmp_path):
+    data = tmp_path / "data"
+    (data / "images").mkdir(parents=True)
+    Image.new("RGB", (400, 200), "red").save(data / "images" / "0.png")
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "secret.png")
+    (data / "images" / "1.png").write_bytes(b"not a picture")
+    for name, marks in (("a", [1, 1, 1]), ("b", [0, 0, 0])):
+        run = write_run(tmp_path / name, marks)
+        rows = [json.loads(line) for line in (run / "items.jsonl").open()]
+        rows[2]["image"] = "../secret.png"
+        (run / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _ = report(tmp_path / "page", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--data-root", data)
+    assert code == 0
+    reader = Reader((tmp_path / "page" / "report.html").read_text())
+    (address,) = reader.addresses
+    (file,) = (tmp_path / "page" / "pictures").iterdir()
+    assert base64.b64decode(address.split(",")[1]) == file.read_bytes()
+    with Image.open(file) as picture:
+        assert picture.size == (160, 80)
+    text = " ".join(reader.text)
+    assert "leads out of the image folder" in text and "is not a picture" in text
+    code, _ = report(tmp_path / "bare", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}", "--thumbnail", "0")
+    assert code == 0 and not list((tmp_path / "bare" / "pictures").iterdir())
+
+
+def test_shown_questions_are_of_both_kinds_and_spread(tmp_path):
+    write_run(tmp_path / "a", [1] * 50 + [0] * 40 + [1] * 10)
+    write_run(tmp_path / "b", [0] * 50 + [1] * 40 + [1] * 10)
+    sources = (f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    pair = report(tmp_path / "p", *sources, "--differences", "10")[1]["benchmarks"]["scenes"]["pairs"][0]
+    worse = [name for name in pair["shown"] if int(name) < 50]
+    assert pair["differing"] == 90 and len(pair["shown"]) == 10 and len(worse) == 5
+    assert worse == ["0", "10", "20", "30", "40"]
+    pair = report(tmp_path / "q", *sources, "--differences", "200")[1]["benchmarks"]["scenes"]["pairs"][0]
+    assert len(pair["shown"]) == 90
+    write_run(tmp_path / "c", [0] * 2 + [1] * 48 + [1] * 50)
+    pair = report(tmp_path / "r", sources[0], f"c={tmp_path / 'c'}", "--differences", "10")[1]
+    shown = pair["benchmarks"]["scenes"]["pairs"][0]["shown"]
+    assert len(shown) == 10 and sum(int(name) < 2 for name in shown) == 2  # the rarer kind is whole
+
+
+def test_only_the_same_questions_are_paired(tmp_path):
+    write_run(tmp_path / "a", [1, 1, 1, 1])
+    write_run(tmp_path / "b", [0, 0, 0], prompts={1: "Another question?"}, data={"questions": "other"}, limit=3)
+    _, found = report(tmp_path / "page", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    scenes = found["benchmarks"]["scenes"]
+    assert (scenes["pairs"][0]["shared"], scenes["pairs"][0]["left_out"]) == (2, 2)
+    line = next(line for line in scenes["lines"] if line["group"] == "all questions")
+    assert line["differences"]["b"]["count"] == 2 and line["means"]["a"]["count"] == 4
+    assert any("different questions" in note for note in scenes["notes"])
+    assert any("--limit" in note for note in scenes["notes"])
+
+
+def test_captions_get_intervals_over_pictures(tmp_path):
+    values = [{"Bleu_4": 0.1 * i, "CIDEr": 0.01 * i * i} for i in range(12)]
+    better = [{"Bleu_4": v["Bleu_4"], "CIDEr": v["CIDEr"] + 0.3} for v in values]
+    write_run(tmp_path / "a", values, "coco_caption")
+    write_run(tmp_path / "b", better, "coco_caption")
+    _, found = report(tmp_path / "page", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    lines = {line["metric"]: line for line in found["benchmarks"]["coco_caption"]["lines"] if not line["level"]}
+    assert lines["CIDEr"]["differences"]["b"]["mean"] == pytest.approx(0.3)
+    assert lines["CIDEr"]["differences"]["b"]["test"] == "bootstrap" and lines["Bleu_4"]["differences"]["b"]["p"] == 1
+    assert found["benchmarks"]["coco_caption"]["pairs"][0]["differing"] == 12
+
+
+def test_holm_families_are_the_page_and_each_level(tmp_path):
+    for name in ("scenes", "pope"):
+        write_run(tmp_path / "a" / name, [0] * 10 + [1] * 10, name)
+        write_run(tmp_path / "b" / name, [1] * 10 + [1] * 10, name)
+    _, found = report(tmp_path / "page", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    for section in found["benchmarks"].values():
+        for line in section["lines"]:
+            difference = line["differences"]["b"]
+            assert difference["p_holm"] == pytest.approx(min(1, 2 * difference["p"]))  # two benchmarks, two groups
+
+
+def test_a_score_without_items_has_no_interval(tmp_path):
+    write_run(tmp_path / "a", [1, 0])
+    (tmp_path / "a" / "items.jsonl").unlink()
+    write_run(tmp_path / "b", [1, 0])
+    _, found = report(tmp_path / "page", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}")
+    scenes = found["benchmarks"]["scenes"]
+    assert not scenes["pairs"] and any("no interval" in note for note in scenes["notes"])
+    assert all(set(line["means"]) == {"b"} for line in scenes["lines"])
+
+
+def damage(change):
+    def apply(folder):
+        result = json.loads((folder / "result.json").read_text())
+        change(result)
+        (folder / "result.json").write_text(json.dumps(result))
+
+    return apply
+
+
+def items_text(text):
+    return lambda folder: (folder / "items.jsonl").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "result.json").unlink(), "has no result.json"),
+        (lambda folder: (folder / "result.json").write_text('{"benchmark": "sce'), "not one JSON value"),
+        (lambda folder: (folder / "result.json").write_text("[]"), "was it written by"),
+        (damage(lambda result: result.pop("rows")), "no 'rows'"),
+        (damage(lambda result: result.update(rows={"x": "y"})), "a value and a number"),
+        (damage(lambda result: result.update(condition={})), "a name and a title"),
+        (items_text('{"item": 1}\n'), "line 1: the key 'values' is missing"),
+        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {}}\n{"item": 2, "values'), "line 2: not valid JSON"),
+        (items_text('{"item": 1, "values": {"mark": "x"}, "groups": {}}\n'), "each a number"),
+        (items_text('{"item": 1, "values": {"mark": NaN}, "groups": {}}\n'), "each a number"),
+        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {}}\n' * 2), "line 2: '1' occurs twice"),
+        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {"a": "b"}}\n'), "lists of groups"),
+    ],
+)
+def test_malformed_results_are_refused(tmp_path, capsys, spoil, message):
+    spoil(write_run(tmp_path / "a", [1, 0]))
+    assert report(tmp_path / "page", tmp_path / "a")[0] == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "page").exists()
+
+
+def test_wrong_arguments_are_refused(tmp_path, capsys):
+    run = write_run(tmp_path / "a", [1, 0])
+
+    def refused(*arguments):
+        assert cli.main(["report", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "page"
+    assert "no run is called 'x'" in refused(run, "--out", out, "--baseline", "x")
+    assert "give them names" in refused(run, write_run(tmp_path / "b", [1, 0]), "--out", out)
+    assert "--out" in refused(run)
+    assert "no result of benchmark gqa" in refused(run, "--out", out, "--benchmark", "gqa")
+    assert "no published figures of 'gpt'" in refused(run, "--out", out, "--published", "gpt")
+    assert "--resamples" in refused(run, "--out", out, "--resamples", "3")
+    out.mkdir()
+    assert "exists already" in refused(run, "--out", out)
+    assert not list(tmp_path.glob(".page*"))
+
+
+# -- published figures ------------------------------------------------------------------------------------------------
+
+
+def labels_of(name):
+    if name == "coco_caption":
+        return set(METRICS)
+    if name == "mmvet":
+        return {"total"}  # the scorer needs a judge; its test has this label
+    if name == "llava_bench":
+        return {"all"}
+    if name == "mme":
+        return set(scored(name)[0].rows) | {"perception (points)", "cognition (points)"}
+    return set(scored(name)[0].rows)
+
+
+@pytest.mark.parametrize("model", read_published().values(), ids=lambda model: model.key)
+def test_published_figures_stand_under_the_scorers_labels(model):
+    assert model.url.startswith("https://") and model.arxiv[:4].isdigit() and model.source and model.paper
+    for name, figures in model.scores.items():
+        assert name in BENCHMARKS
+        assert set(figures) <= labels_of(name), f"{name} has no such row"
+        assert all(0 < value < (2000 if name == "mme" else 200) for value in figures.values())
+
+
+def test_published_figures_are_marked_and_apart(tmp_path):
+    write_run(tmp_path / "a", [1, 0], "gqa")
+    report(tmp_path / "page", f"mine={tmp_path / 'a'}")
+    text = (tmp_path / "page" / "report.md").read_text()
+    assert "### Published figures, not measured here" in text
+    tables = text.split("\n\n")
+    (table,) = [part for part in tables if "LLaVA-1.5 7B (published)" in part]
+    assert "mine" not in table and "62" in table and "arXiv 2310.03744" in table
+    report(tmp_path / "none", f"mine={tmp_path / 'a'}", "--published", "none")
+    assert "published" not in (tmp_path / "none" / "report.md").read_text().lower()
+
+
+def test_the_list_of_published_models(capsys):
+    assert cli.main(["report", "--list-published"]) == 0
+    assert "llava-1.5-7b " in capsys.readouterr().out

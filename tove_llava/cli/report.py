@@ -1,0 +1,75 @@
+"""Compare runs of 'tove-llava eval' side by side.
+
+Writes OUT/report.html (one file, nothing else needed), OUT/report.md with OUT/pictures, and OUT/report.json: scores per
+benchmark and category, bootstrap confidence intervals, paired tests against the first run, and the questions on which
+runs differ, with pictures. Published figures of papers stand apart, marked as published.
+"""
+
+import argparse
+
+HELP = "compare runs: intervals, paired tests, and the questions on which they differ"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="[NAME=]DIR",
+        help="a model's folder, its eval folder, or one benchmark's; the first is what others are compared with",
+    )
+    parser.add_argument("--out", metavar="DIR", help="new folder to write")
+    parser.add_argument("--baseline", metavar="NAME", help="compare with this run instead of the first")
+    parser.add_argument("--benchmark", metavar="A,B", default="", help="these benchmarks alone (default: all found)")
+    parser.add_argument("--conditions", metavar="A,B", default="", help="these conditions alone (default: all found)")
+    parser.add_argument(
+        "--published", default="all", metavar="A,B", help="published figures to show: all (default), none, or names"
+    )
+    parser.add_argument("--list-published", action="store_true", help="print the models with published figures")
+    parser.add_argument("--differences", type=int, default=20, metavar="N", help="differing questions per pair (20)")
+    parser.add_argument("--thumbnail", type=int, default=160, metavar="PX", help="longer side of pictures; 0: none")
+    parser.add_argument("--data-root", metavar="DIR", help="where the pictures lie, if not where a run recorded")
+    parser.add_argument("--resamples", type=int, default=10_000, metavar="N", help="bootstrap resamples (10000)")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    import json
+    from pathlib import Path
+
+    from tove_llava.errors import ConfigError
+    from tove_llava.report.published import read_published
+    from tove_llava.report.write import Options, write_report
+
+    if args.list_published:
+        for key, model in read_published().items():
+            print(f"{key:24}  {model.name}: {', '.join(model.scores)}  (arXiv {model.arxiv})")
+        return 0
+    if not args.runs or args.out is None:
+        raise ConfigError("give at least one folder with results, and --out for the new folder")
+    for flag, value, least in (
+        ("--differences", args.differences, 0),
+        ("--thumbnail", args.thumbnail, 0),
+        ("--resamples", args.resamples, 100),
+        ("--seed", args.seed, 0),
+    ):
+        if value < least:
+            raise ConfigError(f"{flag} must be at least {least}, not {value}")
+    options = Options(
+        baseline=args.baseline,
+        benchmarks=_names(args.benchmark),
+        conditions=_names(args.conditions),
+        published=args.published,
+        differences=args.differences,
+        thumbnail=args.thumbnail,
+        data_root=args.data_root,
+        resamples=args.resamples,
+        seed=args.seed,
+    )
+    record = write_report(args.runs, Path(args.out), options)
+    print(json.dumps(record) if args.json else f"{args.out}/report.html\n{args.out}/report.md")
+    return 0
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -1,0 +1,159 @@
+"""What a finished run leaves for comparison.
+
+``result.json`` holds the scores with where they come from, ``items.jsonl`` what each question earned. Both lie beside
+the answers, in ``OUTPUT/BENCHMARK/CONDITION/``, and are what ``tove-llava report`` reads.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tove_llava.eval.benchmarks import Benchmark, Question, Score
+from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.rows import Row, write_atomically
+
+RESULT, ITEMS = "result.json", "items.jsonl"
+MARK = "mark"  # the metric of a benchmark whose score is a mean over questions
+_SHOWN = 300  # characters of an expected answer in items.jsonl
+
+
+def item_values(score: Score) -> dict[str, dict[str, float]]:
+    """What each question, or picture, earned: its name -> metric -> value.
+
+    Marks where the score is a mean of marks; else the numbers that the scorer gives for each (caption metrics).
+    """
+    if score.marks:
+        return {str(key): {MARK: float(value)} for key, value in score.marks.items()}
+    details = score.details.get("per_item")
+    values = {}
+    for key, entry in details.items() if isinstance(details, Mapping) else ():
+        numbers = entry.items() if isinstance(entry, Mapping) else ()
+        found = {name: float(value) for name, value in numbers if isinstance(value, int | float)}
+        if found:
+            values[str(key)] = found
+    return values
+
+
+def item_rows(
+    benchmark: Benchmark,
+    root: Path,
+    questions: Sequence[Question],
+    answers: Sequence[Row],
+    truth: Sequence[Row],
+    score: Score,
+) -> list[Row]:
+    """Lines of ``items.jsonl``: what each question earned, the groups it counts for, and what to show of it.
+
+    Args:
+        root: folder of the benchmark's data; pictures are named relative to it.
+        answers: rows that were scored.
+        truth: rows of the ground truth that they were scored against.
+    """
+    values = item_values(score)
+    asked = {benchmark.answer_key({"question_id": q.question_id, "prompt": q.text}): q for q in questions}
+    given = {benchmark.answer_key(row): row["text"] for row in answers} if values else {}
+    rows = []
+    for row in truth:
+        name = str(benchmark.mark_name(row))
+        if name not in values:
+            continue
+        key = benchmark.truth_key(row)
+        question = asked.get(key)
+        rows.append(
+            {
+                "item": name,
+                "question_id": row["question_id"],
+                "values": values[name],
+                "groups": benchmark.groups(row),
+                "prompt": None if question is None else question.text,
+                "image": None if question is None else _relative(question, root),
+                "answer": given.get(key),
+                "expected": expected(row),
+            }
+        )
+    return rows
+
+
+def expected(row: Mapping[str, Any]) -> str | None:
+    """The right answer of a row of the ground truth, to be shown; of several the most frequent first."""
+    found = next((row[key] for key in ("answer", "label", "answers", "references") if row.get(key) is not None), None)
+    if found is None:
+        return None
+    if isinstance(found, list):
+        texts = [str(entry.get("answer", entry)) if isinstance(entry, dict) else str(entry) for entry in found]
+        found = " | ".join(text for text, _ in Counter(texts).most_common())
+    return str(found)[:_SHOWN]
+
+
+def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Level -> group -> the number of its items (``count``) and the mean of each metric."""
+    members: dict[str, dict[str, list[Mapping[str, float]]]] = {}
+    for row in rows:
+        for level, names in row["groups"].items():
+            for name in names:
+                members.setdefault(level, {}).setdefault(name, []).append(row["values"])
+    return {
+        level: {name: {"count": len(items), **_means(items)} for name, items in sorted(groups.items())}
+        for level, groups in members.items()
+    }
+
+
+def _means(items: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {metric: sum(item[metric] for item in items) / len(items) for metric in items[0]}
+
+
+def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None) -> dict[str, Any]:
+    """Digests of what was asked and of the right answers, in any order. Pictures count by name, not by content."""
+    asked = [[str(q.question_id), q.text, picture_name(q)] for q in questions]
+    return {
+        "questions": _digest(asked),
+        "ground_truth": None if truth is None else _digest(truth),
+        "question_count": len(questions),
+    }
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def picture_name(question: Question) -> str | None:
+    """What stands for a question's picture; None without one."""
+    image = question.image
+    return None if image is None else image.name if isinstance(image, EmbeddedPicture) else os.fspath(image.name)
+
+
+def _relative(question: Question, root: Path) -> str | None:
+    """The picture's place under the data root; None for a picture inside the question file, and without a picture."""
+    if not isinstance(question.image, Path):
+        return None
+    try:
+        return question.image.relative_to(root).as_posix()
+    except ValueError:
+        return None
+
+
+def backbone_fingerprints(model: Any) -> dict[str, str]:
+    """Digests of a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
+    from tove_llava.llava.fingerprints import fingerprint
+
+    frozen = getattr(model.base_model.vision_tower, "frozen", None)
+    if frozen is None or frozen.clip is None:
+        return {}
+    parts = {"clip": frozen.clip}
+    if frozen.hub is not None:
+        parts |= {name: frozen.hub[name] for name in frozen.hub.names if frozen.hub.is_loaded([name])}
+    return {name: fingerprint(part) for name, part in parts.items()}
+
+
+def save(folder: Path, result: Mapping[str, Any], items: Sequence[Row]) -> None:
+    """Write ``result.json`` and ``items.jsonl``; without items an older ``items.jsonl`` goes."""
+    if items:
+        write_atomically(folder / ITEMS, "".join(json.dumps(row) + "\n" for row in items))
+    else:
+        (folder / ITEMS).unlink(missing_ok=True)
+    write_atomically(folder / RESULT, json.dumps(result, indent=1) + "\n")
