@@ -190,7 +190,7 @@ def write_lora(folder: Path, model, clip, *, rank=4, pickled=False, seed=3, **co
         a = torch.randn(rank, module.in_features, generator=generator) * 0.1
         b = torch.randn(module.out_features, rank, generator=generator) * 0.1
         adapter[f"base_model.model.{name}.lora_A.weight"], adapter[f"base_model.model.{name}.lora_B.weight"] = a, b
-        merged[f"{name}.weight"] = module.weight.detach() + 2.0 * b @ a  # alpha / r
+        merged[f"{name}.weight"] = module.weight.detach() + 3.0 * b @ a  # alpha / r
     if pickled:
         torch.save(adapter, folder / "adapter_model.bin")
     else:
@@ -198,7 +198,7 @@ def write_lora(folder: Path, model, clip, *, rank=4, pickled=False, seed=3, **co
     settings = {
         "base_model_name_or_path": "lmsys/vicuna-7b-v1.5", "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
-        "lora_alpha": 2 * rank, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "r": rank,
+        "lora_alpha": 3 * rank, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "r": rank,
         "revision": None, "task_type": "CAUSAL_LM",
         "target_modules": ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"],
     }  # fmt: skip

@@ -489,6 +489,23 @@ def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
     )
 
 
+def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
+    """transformers 4 takes random numbers for a CLIP that transformers 5 saved: its names are copied right."""
+    base = {"base": str(world.base)}
+    world.model.clip.save_pretrained(tmp_path / "clip")
+    assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "clip" / "model.safetensors"))
+    for clip, copied in ((world.clip, False), (tmp_path / "clip", True)):
+        work = tmp_path / str(copied)
+        folder = write_projector(work / "llava", world.model, clip)
+        convert_checkpoint(folder, work / "tove", **base)
+        convert_checkpoint(work / "tove", work / "llava-back", "original")
+        named = json.loads((work / "llava-back" / "config.json").read_text())["mm_vision_tower"]
+        assert named == str(work / "llava-back" / "vision_tower" if copied else clip)
+        stored = load_file(f"{named}/model.safetensors")
+        assert_same(stored, {f"vision_model.{n}": x for n, x in world.model.clip.state_dict().items()})
+        close(logits(open_llava(work / "llava-back", **base))[:, :ROWS], world.model.logits(pixels()))
+
+
 def test_clip_flag_and_moved_folders(tmp_path, world):
     lost = write_original(tmp_path / "llava", world.model, "/nowhere/clip", stored_clip=False)
     with pytest.raises(CheckpointError, match="--clip"):
@@ -534,6 +551,23 @@ def test_untrained_tower_with_experts_computes_the_checkpoint(world, start):
     assert not torch.allclose(logits(model), logits(open_llava(world.whole)), atol=1e-3)
     manifest = Manifest.read(start / "start")
     assert (manifest.kind, manifest.preset, manifest.language["source"]) == ("trained", "preset", "hf:./language")
+
+
+@pytest.mark.parametrize("fusion", ["top1", "add"])
+def test_other_residual_fusions_start_from_the_checkpoint_too(tmp_path, world, start, fusion):
+    preset, override = str(start / "preset.yaml"), [f"vision.fusion={fusion}"]
+    assert convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override) == []
+    model, _ = load_model(tmp_path / "out")
+    assert model.tower.config.fusion == fusion
+    assert torch.equal(logits(model), logits(open_llava(world.whole)))
+
+
+@pytest.mark.parametrize("fusion", ["replace", "sequence_append"])
+def test_fusions_that_change_the_tokens_at_once_are_remarked_on(tmp_path, world, start, fusion):
+    preset, override = str(start / "preset.yaml"), [f"vision.fusion={fusion}"]
+    (remark,) = convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override)
+    assert repr(fusion) in remark and "before it is trained" in remark
+    assert load_model(tmp_path / "out")[0].tower.config.fusion == fusion
 
 
 def test_training_starts_from_it(world, start):

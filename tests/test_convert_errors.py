@@ -1,5 +1,6 @@
 """``tove-llava convert``: what is refused and how, interruptions, and the command itself."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -20,6 +21,8 @@ from convert_parts import (
     write_projector,
     write_shards,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from train_parts import environment
@@ -27,7 +30,7 @@ from train_parts import environment
 from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.cli import main
 from tove_llava.convert import FORMATS, LlavaFormat, find_format, register_format
-from tove_llava.convert.tensors import folder_tensors
+from tove_llava.convert.tensors import file_tensors, folder_tensors
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.checkpoint import Manifest
 
@@ -399,6 +402,24 @@ def test_opening_does_not_read_tensors(tmp_path):
 def _private_megabytes():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) / 1024
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data(), name=st.sampled_from(["new.bin", "old.bin", "x.safetensors"]))
+def test_damaged_weight_files_are_refused_or_read(tmp_path, data, name):
+    """Whatever bytes change: tensors, or one kind of error."""
+    file = tmp_path / name
+    stored = {"a": torch.zeros(4, 4), "b": torch.ones(3)}
+    if name == "x.safetensors":
+        save_file(stored, file)
+    else:
+        torch.save(stored, file, _use_new_zipfile_serialization=name == "new.bin")
+    content = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file.write_bytes(content[: data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))])
+    with contextlib.suppress(CheckpointError):
+        assert all(isinstance(value, torch.Tensor) for value in file_tensors(file).values())
 
 
 # -- further --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 
 from tove_llava.convert.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
@@ -38,7 +39,7 @@ from tove_llava.llava.checkpoint import (
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.presets import LanguagePreset, Preset
 from tove_llava.sources import BundledSource, Source
-from tove_llava.tower import ToveVisionConfig
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
 CLIP_FOLDER, LANGUAGE_FOLDER = "backbones/clip", "language"
 
@@ -123,6 +124,22 @@ class Tove(LlavaFormat):
             language_fingerprint=digest,
         )
         save_checkpoint(folder, model, processor, manifest, _trained(parts, model), in_place=True)
+        if not _starts_as_clip(model.tower):
+            parts.remarks.append(
+                f"With fusion {vision.fusion!r} the tower's tokens are not CLIP's at first, so the answers are not the "
+                "checkpoint's before it is trained."
+            )
+
+
+@torch.no_grad()
+def _starts_as_clip(tower: ToveVisionModel) -> bool:
+    """Whether the fusion returns CLIP's tokens as they are, tried on random features."""
+    config, generator = tower.config, torch.Generator().manual_seed(0)
+    specs = {spec.name: (1, spec.width, *spec.grid) for spec in config.expert_specs}
+    shapes = {"": (1, config.num_patches, config.clip_width), **(specs if tower.fusion.uses_experts else {})}
+    drawn = {name: torch.randn(shape, generator=generator).to(tower.dtype) for name, shape in shapes.items()}
+    base = drawn.pop("")
+    return torch.equal(tower.eval().fuse(TowerFeatures(base=base, experts=drawn)).last_hidden_state, base)
 
 
 def _trained(parts: LlavaParts, model: Any) -> Tensors:
