@@ -135,6 +135,15 @@ def test_words_are_drawn_with_their_probabilities(answerer):
     assert shares[2] == 0
 
 
+def test_a_word_that_cannot_be_is_not_drawn_by_the_smallest_number(answerer):
+    from tove_llava.eval.answering.generate import Generate
+
+    mode = Generate(answerer, Decoding(1, temperature=1.0), lambda jobs: [None] * len(jobs), 4)
+    row = mode._row(Job(Question(1, "?", None), [1]))
+    row.draws.random = lambda: 0.0
+    assert mode._next([row], torch.tensor([[-torch.inf, 1.0, 2.0]])).tolist() == [1]
+
+
 def test_beams_are_the_library_s(answerer, questions):
     expected = {question.question_id: library(answerer, question, num_beams=3) for question in questions}
     got, worker = run(answerer, questions, "batches", capacity=9, num_beams=3)

@@ -40,6 +40,7 @@ steps = st.lists(
     st.one_of(
         st.tuples(st.just("join"), st.lists(words, min_size=1, max_size=3)),
         st.tuples(st.just("extend"), st.integers(1, 45)),  # up to more than one growth of the buffer
+        st.tuples(st.just("read"), st.integers(2, 4)),  # up to so many tokens a row at once, with gaps before them
         st.tuples(st.just("choose"), st.lists(st.integers(0, 9), min_size=1, max_size=5)),
     ),
     min_size=1,
@@ -48,7 +49,7 @@ steps = st.lists(
 
 
 @given(st.lists(words, min_size=1, max_size=4), steps, st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_history_of_a_row_reads_as_its_tokens_alone(model, prompts, steps, random):
     device = torch.device("cpu")
 
@@ -69,6 +70,12 @@ def test_any_history_of_a_row_reads_as_its_tokens_alone(model, prompts, steps, r
             chosen = [index % len(rows) for index in value]
             sequences, logits = Sequences.gather([(sequences, chosen)]), logits[chosen]
             rows = [list(rows[index]) for index in chosen]
+        elif kind == "read":
+            more = [[random.randrange(1, 50) for _ in range(random.randint(1, value))] for _ in rows]
+            ids, valid = pad_left(more, 0, device)
+            with torch.no_grad():
+                logits = sequences.extend(model, ids, valid)[:, -1]
+            rows = [row + added for row, added in zip(rows, more, strict=True)]
         else:
             for _ in range(value):
                 tokens = [random.randrange(1, 50) for _ in rows]
