@@ -28,6 +28,7 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, MistralForCausalLM
 
 from tove_llava import convert_checkpoint, load_model, open_llava
+from tove_llava.cli import main as cli
 from tove_llava.data import Turn, encode_prompt, load_tokenizer
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.llava.checkpoint import Manifest
@@ -461,6 +462,31 @@ def test_real_llama_tokenizer(tmp_path, conformance):
     close(logits(open_llava(folder)), logits(stock(tmp_path / "hf")))
     convert_checkpoint(tmp_path / "hf", tmp_path / "llava-back", "original")
     assert_same(tensors(tmp_path / "llava-back"), tensors(folder))
+
+
+def test_processors_show_pictures_as_in_training(tmp_path, world):
+    """Wide pictures are padded to a square for models of ``image_aspect_ratio: pad``, and cut for others."""
+    image = Image.new("RGB", (80, 20), (255, 0, 0))
+    square = write_original(tmp_path / "llava", world.model, world.clip, image_aspect_ratio="square")
+    seen = {}
+    for name, folder in (("pad", world.whole), ("square", square)):
+        convert_checkpoint(folder, tmp_path / name)
+        for opened in (folder, tmp_path / name):
+            processor = load_model(opened, load_backbones=False)[1]
+            answerer = Answerer.load(opened, "cpu", "float32")
+            pixel_values = processor(images=[image], text="<image>", return_tensors="pt")["pixel_values"]
+            torch.testing.assert_close(pixel_values[0], answerer.pixels(image), rtol=0, atol=1e-5)
+            seen[name] = pixel_values
+    assert not torch.allclose(seen["pad"], seen["square"], atol=0.5)
+
+
+def test_merged_adapters_go_to_the_original(tmp_path, world):
+    """LoRA of the original -> here -> merged -> a whole model of the original."""
+    convert_checkpoint(world.lora, tmp_path / "lora", base=str(world.base))
+    assert cli(["merge-lora", "--model", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")]) == 0
+    convert_checkpoint(tmp_path / "merged", tmp_path / "llava", "original")
+    expected = merged_model(world, world.merged).logits(pixels())
+    torch.testing.assert_close(logits(open_llava(tmp_path / "llava"))[:, :ROWS], expected, rtol=1e-4, atol=1e-4)
 
 
 # -- CLIP -------------------------------------------------------------------------------------------------------------

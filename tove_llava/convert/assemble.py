@@ -69,7 +69,13 @@ def processor_of(parts: LlavaParts, vision: ToveVisionConfig) -> LlavaProcessor:
     tokenizer = copy.deepcopy(parts.tokenizer)
     named = {"additional_special_tokens": [parts.image_token]}
     tokenizer.add_special_tokens(named, replace_extra_special_tokens=False)
-    return build_processor(tokenizer, vision, image_token=parts.image_token, template=parts.template)
+    return build_processor(
+        tokenizer,
+        vision,
+        image_token=parts.image_token,
+        template=parts.template,
+        image_aspect_ratio=parts.image_aspect_ratio,
+    )
 
 
 def assemble_model(
