@@ -244,12 +244,11 @@ def read_model(
         raise ConfigError("adapters cannot be folded into weights of 4 or 8 bits; ask for one of the two")
     manifest = Manifest.read(folder)
     wanted = torch_dtype(dtype or manifest.language["dtype"])
-    if manifest.kind == "full":
-        model = load_whole(folder, wanted)
-    else:
-        model = _load_on_language_model(folder, manifest, wanted)
-        _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
+    model = load_whole(folder, wanted) if manifest.kind == "full" else _load_on_language_model(folder, manifest, wanted)
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
+    model = model.to(wanted)
+    if manifest.kind != "full":
+        _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
     if manifest.kind == "lora":
         _load_adapter(folder, model, merge=merge_lora)
     _cast(model, wanted)
