@@ -239,6 +239,11 @@ def test_rows_are_cut_as_training_cuts_them(folder: Path, capsys: pytest.Capture
     assert len(image["input_ids"]) == whole - 3  # 8 more positions than ids
 
 
+def test_only_the_first_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tokenize(folder, GOOD, "--json", "--limit", "2") == 0
+    assert [json.loads(line)["id"] for line in capsys.readouterr().out.splitlines()] == ["a", "a"]
+
+
 def test_a_placeholder_without_an_image_is_said_to_be_text(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tokenize(folder, [{"id": "q", "conversations": turns("<image>\nWhat?")}], "--generate", "--json") == 0
     row = json.loads(capsys.readouterr().out)

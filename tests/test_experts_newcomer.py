@@ -1,10 +1,8 @@
-"""A new expert is one class: the one of docs/experts.md, taken from there as it stands."""
-
-import re
-from pathlib import Path
+"""A new expert is one class: those of docs/add-an-expert.md, taken from there as they stand."""
 
 import pytest
 import torch
+from docs_pages import DOCS, read_page
 from safetensors.torch import save_file
 from torch import nn
 
@@ -12,16 +10,15 @@ from tove_llava.errors import ConfigError
 from tove_llava.experts import EXPERTS, ExpertHub, base, complete_specs, register_expert
 from tove_llava.experts.cost import expert_cost
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "experts.md"
-
 
 @pytest.fixture
 def examples():
-    """Runs the page's Python blocks; what they register is forgotten afterwards."""
+    """Runs the page's experts; what they register is forgotten afterwards."""
     before = EXPERTS.names()
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S):
-        exec(compile(block, str(DOCS), "exec"), names)
+    for block in read_page(DOCS / "add-an-expert.md").blocks:
+        if block.file in ("texture.py", "convnext.py"):
+            exec(compile(block.text, block.where, "exec"), names)
     yield names
     for name in set(EXPERTS.names()) - set(before):
         del EXPERTS._entries[name], base._families[name]

@@ -177,6 +177,18 @@ def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file: Path
         assert load_tokenizer(tmp_path)(text)["input_ids"] == stock(text)["input_ids"]
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2", "bert"])
+def test_a_tokenizer_stays_itself_beside_any_model(model_file: Path, tmp_path: Path, model_type: str) -> None:
+    tokenizer = load_tokenizer(model_file)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    text = "USER: a  kite</s>USER: b"
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="tokenizer_config.json"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_model_of_another_kind_yields_to_its_tokenizer_json(model_file: Path, tmp_path: Path) -> None:
     load_tokenizer(model_file).save_pretrained(tmp_path)
     train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)

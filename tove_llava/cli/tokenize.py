@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="encode as generation prompts, with an open answer after the last question",
     )
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     parser.add_argument("--json", action="store_true", help="print JSON lines")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="colours (default: auto)")
 
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for index, raw in enumerate(read_records(args.records)):
+    for index, raw in enumerate(read_records(args.records)[: args.limit]):
         row = _encode(raw, index, args, template, tokenizer)
         print(json.dumps(row, ensure_ascii=False) if args.json else _text(row, index, tokenizer, colour))
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast as _Generic
 
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
 from tove_llava.errors import CheckpointError, ConfigError
@@ -48,12 +49,27 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_absolute() and not path.exists():
         raise CheckpointError(f"there is no tokenizer folder {path}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), **kwargs)
+        tokenizer = (_Generic if _is_generic(path) else AutoTokenizer).from_pretrained(str(folder), **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"no tokenizer can be loaded from {folder}: {error}") from error
     tokenizer = corrected_llama(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether a folder names the class that takes a ``tokenizer.json`` as it is.
+
+    AutoTokenizer goes by the model's type first: beside a Qwen2 it would rebuild any tokenizer as Qwen2's.
+    """
+    file = folder / "tokenizer_config.json"
+    if not file.is_file() or not (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        name = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class TextEncoder:

@@ -178,7 +178,7 @@ def memory_table(names: Sequence[str]) -> str:
         shape = stage_shape(preset, next(iter(preset.stages)))
         memory = answering_memory(preset, shape)
         cells = ["", "1 x 2048", _gib(memory.weights), _gib(memory.backbones), _gib(memory.total), "", "", "", ""]
-        lines.append(f"| {name}, chat | {' | '.join(cells)} |")
+        lines.append(f"| {preset.name}, chat | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,113 @@
+"""Runs Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
+
+``python docs_server.py SOCKET MODULE...`` imports the modules (:mod:`docs_warm`), prints ``ready``, and serves until
+its standard input ends. A client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and
+exits as the program does.
+"""
+
+import atexit
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+import traceback
+from importlib import import_module
+
+# An executable: what follows its name is what `python` would be given, behind ``prefix``.
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+request = json.dumps({{"argv": {prefix!r} + sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
+    server.sendall(request)
+    code = server.recv(1)
+sys.exit(code[0] if code else 1)
+"""
+
+
+def serve(address: str) -> None:
+    """Accepts clients until standard input ends; each is handled by a process of its own."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        print("ready", flush=True)
+        while True:
+            readable, _, _ = select.select([listener, sys.stdin], [], [])
+            if sys.stdin in readable:
+                return
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                handle(connection)
+            connection.close()
+
+
+def handle(connection: socket.socket) -> None:
+    """Runs one program and sends its exit code; ends the program when the client goes away."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    request = b""
+    while len(request) < int.from_bytes(size, "big"):
+        request += connection.recv(1 << 20)
+    child = os.fork()
+    if child == 0:
+        connection.close()
+        os.setsid()
+        os._exit(program(json.loads(request), descriptors))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    ended, status = os.waitpid(child, os.WNOHANG)
+    while not ended:
+        if select.select([connection], [], [], 0.02)[0]:  # nothing is sent any more: the client has gone
+            os.killpg(child, signal.SIGKILL)
+            os._exit(0)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    connection.sendall(bytes([os.waitstatus_to_exitcode(status) % 256]))
+    os._exit(0)
+
+
+def program(request: dict, descriptors: list[int]) -> int:
+    """Becomes the program and returns its exit code."""
+    for number, descriptor in enumerate(descriptors):
+        os.dup2(descriptor, number)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    code = 0
+    try:
+        start(request["argv"])
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return code
+
+
+def start(arguments: list[str]) -> None:
+    """As ``python ARGUMENTS...`` for a module (``-m``) or a file."""
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    for module in sys.argv[2:]:
+        import_module(module)
+    serve(sys.argv[1])

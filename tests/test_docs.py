@@ -1,0 +1,157 @@
+"""The pages in docs/: every block is run, in order, as a new user would, or says why it is not."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from docs_pages import DOCS, Block, Page, pages, read_page
+from docs_runner import BlockError, Server, check_output, make_clone, run_page
+
+from tove_llava.cli import main, verbs
+from tove_llava.train.run import main as train
+
+PAGES = pages()
+RUN = [page for page in PAGES if any(block.is_run for block in page.blocks)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_says_what_is_to_be_done_with_it(page: Page) -> None:
+    for block in page.blocks:
+        if block.language == "text":
+            continue
+        assert block.mark is not None, f"{block.where}: no comment above the block; see tests/docs_pages.py"
+        known = block.is_run or block.is_output or block.file is not None or block.reason
+        assert known, f"{block.where}: unknown mark {block.mark!r}; see tests/docs_pages.py"
+        assert block.language, f"{block.where}: no language; write text for what is no code"
+    assert page.needs <= {"scenes", "model"}
+
+
+def test_what_is_not_run_is_counted() -> None:
+    """Whoever adds a block that cannot be run changes these figures, and says why in the comment above it."""
+    counted = Counter(page.name for page in PAGES for block in page.blocks if block.reason)
+    assert dict(counted) == NOT_RUN
+
+
+NOT_RUN = {
+    "analysis.md": 1,
+    "another-llm.md": 1,
+    "architecture.md": 7,
+    "evaluation.md": 4,
+    "experts.md": 1,
+    "export.md": 3,
+    "merging.md": 1,
+    "original-llava.md": 7,
+    "your-own-data.md": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Playground scenes, a few."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    assert main(["scenes", "--out", str(folder), "--train", "24", "--val", "6"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model after both stages, two steps each."""
+    folder = tmp_path_factory.mktemp("model")
+    common = ["--image_folder", str(scenes / "images"), "--max_steps", "2", "--report_to", "none"]
+    captions = ["--stage", "pretrain", "--data_path", str(scenes / "train_captions.json")]
+    assert train([*common, *captions, "--output_dir", str(folder / "pretrain")]) == 0
+    questions = ["--stage", "finetune_lora", "--data_path", str(scenes / "train_instruct.json")]
+    stage2 = [*common, *questions, "--pretrained", str(folder / "pretrain")]
+    assert train([*stage2, "--output_dir", str(folder / "finetune_lora")]) == 0
+    return folder / "finetune_lora"
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_the_page_runs(page: Page, server: Server, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    given = {name: request.getfixturevalue(name) for name in sorted(page.needs)}
+    run_page(page, make_clone(tmp_path / "clone", **given), server.environment())
+
+
+# --- what the blocks name ---------------------------------------------------------------------------------------------
+
+
+def test_verbs_and_files_that_pages_name_exist() -> None:
+    root = DOCS.parent
+    for page in PAGES:
+        for block in page.blocks:
+            for verb in re.findall(r"\btove-llava ([a-z][a-z-]+)", block.text if block.language == "bash" else ""):
+                assert verb in verbs(), f"{block.where}: there is no verb {verb!r}"
+            for name in re.findall(r"\bbash ((?:scripts|eval|playground)/[\w./-]+\.sh)", block.text):
+                assert (root / name).is_file(), f"{block.where}: there is no {name}"
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for path in sorted(DOCS.glob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"docs/{path.name} links to {target}, which is not there"
+
+
+# --- the mechanism itself ---------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, text: str) -> Page:
+    (folder / "page.md").write_text(text)
+    return read_page(folder / "page.md")
+
+
+def test_marks_are_read(tmp_path: Path) -> None:
+    page = write(
+        tmp_path,
+        "<!-- test needs: scenes, model -->\n<!-- test -->\n```bash\necho 1\n```\n\n```python\nx\n```\n"
+        "<!-- test: file a/b.yaml -->\n```yaml\nk: v\n```\n<!-- test: not run, needs a GPU -->\n```bash\nnvcc\n```\n"
+        "<!-- test: output -->\n```text\n1\n```\n",
+    )
+    assert page.needs == {"scenes", "model"}
+    run, unmarked, file, skipped, output = page.blocks
+    assert run.is_run and run.text == "echo 1\n" and run.line == 3
+    assert unmarked.mark is None and not unmarked.is_run
+    assert file.file == "a/b.yaml" and skipped.reason == "needs a GPU" and output.is_output
+    with pytest.raises(ValueError, match="line 1 opens is not closed"):
+        write(tmp_path, "```bash\necho\n")
+
+
+def test_blocks_share_a_folder_and_a_failure_names_page_and_line(tmp_path: Path, server: Server) -> None:
+    page = write(
+        tmp_path,
+        "<!-- test: file data/name.txt -->\n```text\nkite\n```\n"
+        "<!-- test -->\n```bash\ncp data/name.txt copy.txt\n```\n"
+        "<!-- test -->\n```python\nprint('a', open('copy.txt').read())\n```\n"
+        "<!-- test: output -->\n```text\na ...\n```\n",
+    )
+    folder = tmp_path / "work"
+    folder.mkdir()
+    run_page(page, folder, server.environment())
+    assert (folder / "copy.txt").read_text() == "kite\n"
+    for bad, message in (
+        ("<!-- test -->\n```bash\ntrue\nfalse | true\necho no\n```\n", "page.md, line 2: the block failed"),
+        ("<!-- test -->\n```python\nraise SystemExit('stop')\n```\n", "exit code 1(.|\n)*stop"),
+        ("<!-- test -->\n```bash\ntove-llava no-such-verb\n```\n", "exit code 2(.|\n)*unknown verb"),
+        ("<!-- test -->\n```ruby\nputs 1\n```\n", "'ruby' cannot be run"),
+        ("<!-- test -->\n```bash\necho 1\n```\n<!-- test: output -->\n```text\n2\n```\n", "line 6: the line '2'"),
+    ):
+        with pytest.raises(BlockError, match=message):
+            run_page(write(tmp_path, bad), folder, server.environment())
+
+
+def test_output_is_compared_in_order() -> None:
+    def shown(text: str) -> Block:
+        return Block("page.md", 1, "text", text, "output")
+
+    check_output(shown("a 1\n...\nc ... 3\n"), "a 1\nb\nc x 3\n")
+    for wrong in ("c\na 1\n", "a\n", "a 1\nd\n", "c x\n"):
+        with pytest.raises(BlockError):
+            check_output(shown(wrong), "a 1\nb\nc x 3\n")
