@@ -246,7 +246,7 @@ def read_model(
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     model = load_whole(folder, wanted) if manifest.kind == "full" else _load_on_language_model(folder, manifest, wanted)
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
-    model = model.to(wanted)
+    _cast(model, wanted)  # before anything is filled in or folded: sums are made in the dtype that is asked for
     if manifest.kind != "full":
         _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
     if manifest.kind == "lora":
