@@ -1,0 +1,14 @@
+"""The model in lmms-eval: ``lmms-eval --model tove_llava --model_args pretrained=DIR``.
+
+lmms-eval finds it by the entry point ``lmms_eval.models`` of the installed package.
+"""
+
+from typing import Any
+
+
+def manifest() -> Any:
+    """What lmms-eval registers; it imports nothing of the model until the model is asked for."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    model = f"{__name__}.model"
+    return ModelManifest("tove_llava", f"{model}.ToveLlavaSimple", f"{model}.ToveLlavaChat")
