@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", required=True, help="folder that training, merge or detach wrote")
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write")
     parser.add_argument("--format", default="hf-llava", metavar="NAME", help="hf-llava (default) or remote-code")
+    parser.add_argument(
+        "--bos",
+        choices=("template", "tokenizer"),
+        default="template",
+        help="what writes the beginning-of-text token of a chat: the template (default; for servers, which encode a "
+        "rendered chat as it is) or the tokenizer (for lmms-eval's llava_hf and other code that has it added)",
+    )
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the language model's in training)")
 
 
@@ -26,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.logs import quiet_transformers
 
     quiet_transformers()
-    for remark in export_model(args.model, args.out, args.format, dtype=args.dtype):
+    begins = args.bos == "template"
+    for remark in export_model(args.model, args.out, args.format, dtype=args.dtype, chat_begins=begins):
         print(f"note: {remark}", file=sys.stderr)
     print(args.out)
     return 0

@@ -27,6 +27,7 @@ class ExportSource:
         image_aspect_ratio: how it was shown pictures, "pad" or "square".
         language_source: where its language model came from.
         stage, preset: of the training run.
+        chat_begins: whether the chat template writes the tokens that begin a text; else it is left to the tokenizer.
     """
 
     folder: Path
@@ -37,6 +38,7 @@ class ExportSource:
     language_source: str
     stage: str
     preset: str
+    chat_begins: bool = True
 
 
 class ExportFormat(ABC):

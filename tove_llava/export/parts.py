@@ -76,15 +76,18 @@ def export_processor(
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=additional_tokens,
         image_token=source.processor.image_token,
-        chat_template=chat_template(source.template, tokenizer),
+        chat_template=chat_template(source.template, tokenizer, source.chat_begins),
     )
 
 
-def chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:
     """The jinja form of a conversation template, with the tokens that the tokenizer puts in front written out.
 
     Servers encode a rendered chat without adding special tokens, so a template that leaves BOS to the tokenizer would
     lose it there.
+
+    Args:
+        begins: False leaves BOS to the tokenizer.
 
     Raises:
         ConfigError: the conversation template has no jinja form.
@@ -97,7 +100,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
         )
     encoder = text_encoder(tokenizer)
     front = "".join(tokenizer.convert_ids_to_tokens(encoder.prefix_ids))
-    if not front or not get_template(template).adds_bos:
+    if not begins or not front or not get_template(template).adds_bos:
         return body
     # A text of its own begins with a space in LLaMA's tokenizers, but not after BOS: there it has to be written.
     return (
@@ -222,7 +225,9 @@ def model_card(
     """
     example = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     prompt = source.processor.apply_chat_template(
-        example, chat_template=chat_template(source.template, source.processor.tokenizer), add_generation_prompt=True
+        example,
+        chat_template=chat_template(source.template, source.processor.tokenizer, source.chat_begins),
+        add_generation_prompt=True,
     )
     rows = "\n".join(f"| {part} | {origin} | {licence} |" for part, origin, licence in parts)
     listed = "\n".join(f"- {remark}" for remark in remarks)

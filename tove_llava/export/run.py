@@ -16,6 +16,7 @@ def export_model(
     format: str = "hf-llava",
     *,
     dtype: str | None = None,
+    chat_begins: bool = True,
 ) -> list[str]:
     """Writes a trained model as a folder that loads without this package.
 
@@ -24,6 +25,9 @@ def export_model(
         out: the folder to write; it must not exist, or be empty.
         format: registered name of the format.
         dtype: of the weights; by default that of the language model in training.
+
+        chat_begins: whether the chat template writes BOS. Servers encode a rendered chat as it is; harnesses, and code
+            that calls the processor with a rendered chat, have the tokenizer add BOS, which would then stand twice.
 
     Returns:
         remarks on this export, one sentence each.
@@ -48,6 +52,7 @@ def export_model(
         language_source=manifest.language["source"],
         stage=manifest.stage,
         preset=manifest.preset,
+        chat_begins=chat_begins,
     )
     with staged(out) as folder:
         return writer.write(source, folder)
