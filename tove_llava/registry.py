@@ -3,12 +3,18 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from tove_llava.errors import ConfigError
 
 T = TypeVar("T")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A question to the user after a mistyped name, with a space in front; empty where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Generic[T]):
@@ -49,8 +55,7 @@ class Registry(Generic[T]):
         """
         self._discover()
         if name not in self._entries:
-            near = difflib.get_close_matches(name, self._entries, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = closest(name, self._entries)
             raise ConfigError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(sorted(self._entries))}")
         return self._entries[name]
 

@@ -1,7 +1,8 @@
-"""Check a LLaVA data set before training on it.
+"""Public data sets, and data sets of your own: what they need, and whether they are whole.
 
-Every record is parsed, rendered and (with --tokenizer) measured, and every picture is decoded. Problems do not stop the
-check; each is listed with its record. The exit code is 2 if there is any.
+'data list' and 'data show NAME' say where LLaVA's benchmarks and training sets come from and where they belong.
+'data check NAME' looks at what lies there; 'data check --data-path FILE' at a training set of your own, every record
+and every picture.
 """
 
 import argparse
@@ -10,34 +11,192 @@ import os
 import sys
 from typing import Any
 
-HELP = "check a data set: records, placeholders, pictures, lengths"
+HELP = "public data sets and your own: where from, what goes where, whether it is whole"
+
+_CHECK = """Look whether data is whole and unharmed.
+
+With names: public sets (see 'data list'; 'all' are those of which something is there). Every part, count, ground truth
+and picture is looked at. With --data-path: a training set of your own. Every record is parsed, rendered and (with
+--tokenizer) measured, and every picture is decoded. Problems do not stop the check; each is listed with its file,
+record or question. The exit code is 2 if there is any.
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser(
-        "check",
-        help=HELP,
-        description=__doc__,
+    listing = _action(actions, "list", "public data sets: how large, and whether they are there")
+    show = _action(actions, "show", "one public data set: licence, downloads, layout")
+    show.add_argument("names", nargs="+", metavar="NAME", help="see 'data list'")
+    for action in (listing, show):
+        _root_argument(action)
+        action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    _check_arguments(_action(actions, "check", "look whether data is whole", _CHECK))
+
+
+def _action(actions: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name,
+        help=summary,
+        description=description or summary,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    check.add_argument("--data-path", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
-    check.add_argument("--image-folder", metavar="DIR", help="where the records' file names start")
-    check.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
-    check.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
-    check.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
-    check.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="positions of a picture (576)")
+    return parser
+
+
+def _root_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--data-root", metavar="DIR", help="where public sets lie (default: as in LLaVA, each set's own)"
+    )
+
+
+def _check_arguments(check: argparse.ArgumentParser) -> None:
+    check.add_argument("names", nargs="*", metavar="NAME", help="public data sets; all: those that are there")
+    _root_argument(check)
     check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
     check.add_argument("--no-decode", action="store_true", help="only look whether the pictures are there")
     check.add_argument("--allow-image-links", action="store_true", help="accept links that lead out of the folder")
     check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (10; the JSON has all)")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    own = check.add_argument_group("a training set of your own")
+    own.add_argument("--data-path", metavar="FILE", help="LLaVA records, JSON or JSONL")
+    own.add_argument("--image-folder", metavar="DIR", help="where the records' file names start")
+    own.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
+    own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
+    own.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
+    own.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="positions of a picture (576)")
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
+    if args.action == "list":
+        return _list(args)
+    if args.action == "show":
+        return _show(args)
+    from tove_llava.errors import ConfigError
 
+    if bool(args.names) == bool(args.data_path):
+        raise ConfigError("give names of public data sets ('tove-llava data list') or --data-path, and not both")
+    if args.workers < 1:
+        raise ConfigError(f"--workers must be positive, not {args.workers}")
+    return _check_public(args) if args.names else _check_own(args)
+
+
+# --- public sets ------------------------------------------------------------------------------------------------------
+
+
+def _root(data_set: Any, args: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    return Path(args.data_root or data_set.root)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from tove_llava.data.presence import present
+    from tove_llava.data.sets import get_set, set_names
+    from tove_llava.eval.report import aligned
+
+    sets = {name: get_set(name) for name in set_names()}
+    there = {name: present(data_set, _root(data_set, args)) for name, data_set in sets.items()}
+    if args.json:
+        found = {name: {"parts": len(parts), "present": sum(parts)} for name, parts in there.items()}
+        print(json.dumps({name: {**_facts(data_set), **found[name]} for name, data_set in sets.items()}))
+        return 0
+    lines = [["", "for", "questions", "parts there"]]
+    for name, data_set in sets.items():
+        count = "" if data_set.questions is None else f"{data_set.questions:,}"
+        parts = f"{sum(there[name])} of {len(there[name])}"
+        lines.append([name, data_set.kind, count, parts])
+    titles = ["", "", *(data_set.title for data_set in sets.values())]
+    table = zip(aligned(lines).splitlines(), titles, strict=True)
+    print("\n".join(f"{row}  {title}".rstrip() for row, title in table))
+    print("\n'tove-llava data show NAME' says where a set comes from, 'tove-llava data check NAME' whether it is whole")
+    return 0
+
+
+def _facts(data_set: Any) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {**asdict(data_set), "download_bytes": data_set.download_bytes}
+
+
+def _show(args: argparse.Namespace) -> int:
+    from tove_llava.data.sets import get_set
+
+    sets = [get_set(name) for name in args.names]
+    if args.json:
+        print(json.dumps({data_set.name: _facts(data_set) for data_set in sets}, ensure_ascii=False))
+    else:
+        print("\n\n".join(_description(data_set, _root(data_set, args)) for data_set in sets))
+    return 0
+
+
+def _description(data_set: Any, root: Any) -> str:
+    what = "questions" if data_set.kind == "benchmark" else "records"
+    counts = [f"{data_set.questions:,} {what}"] if data_set.questions is not None else []
+    counts += [f"{data_set.images:,} pictures"] if data_set.images is not None else []
+    counts += [f"{name} {count:,}" for name, count in (data_set.groups or {}).items()]
+    lines = [
+        f"{data_set.name}: {data_set.title}",
+        f"  home     {data_set.homepage}",
+        f"  licence  {data_set.licence}",
+        f"  size     {'; '.join([*counts, *([data_set.stated] if data_set.stated else [])]) or 'no source says'}",
+        f"  under    {root}",
+    ]
+    for part in data_set.parts:
+        lines.append(f"    {'[there]  ' if part.found(root) else '[missing]'} {part.path}")
+        size = f" ({part.bytes / 1e9:.1f} GB)" if part.bytes else ""
+        source = f"{part.archive}{size} from {part.url}" if part.archive else f"{part.url}{size}"
+        lines += [f"              {text}" for text in (source, part.note, part.digest) if text]
+    lines += [f"  note     {note}" for note in data_set.notes]
+    lines += [f"  source   {source}" for source in data_set.sources]
+    return "\n".join(lines)
+
+
+def _check_public(args: argparse.Namespace) -> int:
+    from tove_llava.data.presence import present
+    from tove_llava.data.sets import get_set, set_names
+    from tove_llava.errors import DataError
+    from tove_llava.eval.completeness import check_set
+
+    names = set_names() if args.names == ["all"] else list(dict.fromkeys(args.names))
+    sets = [get_set(name) for name in names]
+    if args.names == ["all"]:
+        sets = [data_set for data_set in sets if any(present(data_set, _root(data_set, args)))]
+    if not sets:
+        raise DataError("no public data set is there; 'tove-llava data show NAME' says where to get one; --data-root")
+    reports = [
+        check_set(
+            data_set,
+            _root(data_set, args),
+            decode=not args.no_decode,
+            workers=args.workers,
+            allow_image_links=args.allow_image_links,
+            progress=_progress,
+        )
+        for data_set in sets
+    ]
+    if args.json:
+        print(json.dumps({report.name: report.to_dict() for report in reports}, ensure_ascii=False))
+    else:
+        print("\n\n".join(_report(report, args.show) for report in reports))
+    return 2 if any(report.findings for report in reports) else 0
+
+
+def _report(report: Any, show: int) -> str:
+    counts = [f"{report.questions:,} questions"] if report.questions is not None else []
+    counts += [f"{report.images:,} pictures"] if report.images is not None else []
+    lines = [f"{report.name} under {report.root}: {', '.join(counts) or 'nothing to read'}"]
+    lines += [f"  {finding.kind}: {finding.message}" for finding in report.findings[:show]]
+    if len(report.findings) > show:
+        lines.append(f"  ... and {len(report.findings) - show:,} more; --show N prints N, --json all")
+    lines.append(f"  {len(report.findings):,} problems" if report.findings else "  complete")
+    return "\n".join(lines)
+
+
+# --- a training set of your own ---------------------------------------------------------------------------------------
+
+
+def _check_own(args: argparse.Namespace) -> int:
     from tove_llava.data.check import CheckOptions, check_dataset
     from tove_llava.data.tokenizer import load_tokenizer
 
@@ -50,13 +209,15 @@ def run(args: argparse.Namespace) -> int:
         decode=not args.no_decode,
         allow_image_links=args.allow_image_links,
     )
-
-    def progress(items: Any, total: int, label: str) -> Any:
-        return tqdm(items, total=total, desc=label, unit="", disable=not sys.stderr.isatty(), leave=False)
-
-    report = check_dataset(args.data_path, options, args.workers, progress)
+    report = check_dataset(args.data_path, options, args.workers, _progress)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if args.json else _table(report, args.show))
     return 2 if report.bad else 0
+
+
+def _progress(items: Any, total: int, label: str) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, total=total, desc=label, unit="", disable=not sys.stderr.isatty(), leave=False)
 
 
 def _table(report: Any, show: int) -> str:

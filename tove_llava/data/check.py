@@ -1,10 +1,9 @@
 """Checks a whole data set before it is trained on: every record, every picture, every length."""
 
-import multiprocessing
 import os
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tove_llava.data.dataset import truncate
 from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
+from tove_llava.data.parallel import parallel_map
 from tove_llava.data.records import Record, parse_record, prepare_turns, read_records
 from tove_llava.data.templates import Template, get_template
 from tove_llava.data.tokenization import encode_record
@@ -24,12 +24,13 @@ KINDS = ("structure", "conversation", "length", "image")
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one record cannot be trained on."""
+    """Why one record cannot be trained on; ``image`` is the name of the picture that is at fault, if one is."""
 
     index: int
     id: str
     kind: str
     message: str
+    image: str = ""
 
 
 @dataclass
@@ -47,6 +48,7 @@ class CheckReport:
         text_only: records without a picture.
         multi_image: records with several.
         turns: most turns of a record.
+        folders: records by the first folder on the way to their first picture, where there is one.
         duplicate_ids: ids that occur more than once (harmless).
         tokens: with a tokenizer: mean and largest length (pictures expanded), mean of supervised tokens, and how
             many records are cut at the maximum length.
@@ -62,6 +64,7 @@ class CheckReport:
     text_only: int = 0
     multi_image: int = 0
     turns: int = 0
+    folders: dict[str, int] = field(default_factory=dict)
     duplicate_ids: int = 0
     tokens: dict[str, float] | None = None
 
@@ -123,7 +126,7 @@ def check_dataset(
     lengths: list[tuple[int, int, bool]] = []
     names: dict[str, list[tuple[int, str]]] = {}
 
-    results = _parallel(_RecordCheck(str(data_path), options, template), list(enumerate(raw)), workers)
+    results = parallel_map(_RecordCheck(str(data_path), options, template), list(enumerate(raw)), workers)
     for record, problem, length in show(results, len(raw), "records"):
         if problem is not None:
             report.problems.append(problem)
@@ -134,6 +137,9 @@ def check_dataset(
         report.text_only += not record.images
         report.multi_image += len(record.images) > 1
         report.turns = max(report.turns, len(record.turns))
+        folder, slash, _ = (record.images or ("",))[0].partition("/")
+        if slash:
+            report.folders[folder] = report.folders.get(folder, 0) + 1
         for name in record.images:
             names.setdefault(name, []).append((record.index, record.id))
     report.duplicate_ids = _duplicates(raw)
@@ -141,12 +147,12 @@ def check_dataset(
     report.images = len(names)
     if options.image_folder is not None:
         modes: Counter[str] = Counter()
-        found = _parallel(_ImageCheck(options), list(names), workers)
+        found = parallel_map(_ImageCheck(options), list(names), workers)
         for name, mode, message in show(found, len(names), "images"):
             modes[mode] += bool(mode)
             for index, record_id in names[name] if message else []:
                 where = Record(record_id, (), (), index, str(data_path)).where
-                report.problems.append(Problem(index, record_id, "image", f"{where}: {message}"))
+                report.problems.append(Problem(index, record_id, "image", f"{where}: {message}", name))
         report.image_modes = {mode: count for mode, count in sorted(modes.items()) if count}
     elif names:
         raise ConfigError(f"{data_path} has images; say where they are with --image-folder")
@@ -222,29 +228,3 @@ class _ImageCheck:
 def _duplicates(raw: Sequence[Any]) -> int:
     ids = Counter(str(record["id"]) for record in raw if isinstance(record, dict) and "id" in record)
     return sum(count > 1 for count in ids.values())
-
-
-_task: Callable[[Any], Any] | None = None
-
-
-def _start(task: Callable[[Any], Any]) -> None:
-    global _task
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    _task = task
-
-
-def _work(item: Any) -> Any:
-    assert _task is not None
-    return _task(item)
-
-
-def _parallel(task: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """``map`` over processes, in order; in this process for one worker."""
-    if workers == 1 or len(items) < 2:
-        yield from map(task, items)
-        return
-    # Forked workers need not import torch and transformers again, which takes longer than checking most data sets.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else None)
-    with context.Pool(min(workers, len(items)), initializer=_start, initargs=(task,)) as pool:
-        yield from pool.imap(_work, items, chunksize=max(1, min(256, len(items) // (4 * workers))))

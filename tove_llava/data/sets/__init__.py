@@ -1,0 +1,142 @@
+"""Public data sets as data: where each comes from, its licence, the layout that is wanted, and what it should hold.
+
+One YAML file a set, in this folder, named after the benchmark where it is one::
+
+    title: POPE (Li et al. 2023, arXiv 2305.10355)
+    kind: benchmark                     # or training
+    homepage: https://...
+    licence: MIT                        # as the publisher states it
+    root: playground/data/eval          # where LLaVA keeps it
+    parts:                              # what has to lie under the root
+      - path: pope/llava_pope_test.jsonl
+        archive: eval.zip               # what it comes in (optional)
+        url: https://...
+      - path: pope/val2014/             # a folder ends with a slash
+        archive: val2014.zip
+        url: https://...
+        bytes: 6645013297               # of the download
+        digest: sha256:fe9b...          # of the download
+    questions: 8910                     # how many there should be; left out where no source says
+    images: 500                         # distinct pictures that they are about
+    groups: {random: 2910}              # questions of each category
+    stated: what the publisher says of the size, where it is no exact number
+    notes: [what a user has to know]
+    sources: [where all this was read]
+
+A training set also names its ``records`` file and ``image_folder``, both relative to the root; its ``questions`` are
+records.
+"""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tove_llava.errors import ConfigError
+from tove_llava.registry import closest
+
+BENCHMARK, TRAINING = "benchmark", "training"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file or folder of a set.
+
+    Attributes:
+        path: relative to the set's root; a folder ends with a slash.
+        url: where it, or the archive that it comes in, is downloaded.
+        archive: file name of that archive; empty where the file comes as it is.
+        bytes: size of the download.
+        digest: "algorithm:hexadecimal" of the download.
+        instead: other places under the root where the same file is looked for.
+        note: how to make or place it, where that takes more than unpacking.
+    """
+
+    path: str
+    url: str = ""
+    archive: str = ""
+    bytes: int | None = None
+    digest: str = ""
+    instead: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.endswith("/")
+
+    def is_at(self, place: Path) -> bool:
+        """Whether the file, or a folder that is not empty, is there."""
+        return place.is_dir() and any(place.iterdir()) if self.is_folder else place.is_file()
+
+    def found(self, root: Path) -> Path | None:
+        """Where it lies under ``root``; None where it does not."""
+        return next((root / path for path in (self.path, *self.instead) if self.is_at(root / path)), None)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One public data set; fields as in its file."""
+
+    name: str
+    title: str
+    kind: str
+    homepage: str
+    licence: str
+    root: str
+    parts: tuple[Part, ...]
+    sources: tuple[str, ...]
+    questions: int | None = None
+    images: int | None = None
+    groups: Mapping[str, int] | None = None
+    stated: str = ""
+    notes: tuple[str, ...] = ()
+    records: str = ""
+    image_folder: str = ""
+
+    @cached_property
+    def download_bytes(self) -> int | None:
+        """Size of all downloads, each counted once; None where no source gives a size."""
+        sizes = {part.url: part.bytes for part in self.parts if part.bytes is not None}
+        return sum(sizes.values()) if sizes else None
+
+
+def set_names() -> list[str]:
+    """Names of all sets, sorted."""
+    files = resources.files(__name__).iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def get_set(name: str) -> DataSet:
+    """The set called ``name``.
+
+    Raises:
+        ConfigError: there is none, or its file is malformed; the message lists those that exist.
+    """
+    names = set_names()
+    if name not in names:
+        raise ConfigError(f"unknown data set {name!r}.{closest(name, names)} Available: {', '.join(names)}")
+    content: Any = yaml.safe_load(resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8"))
+    _check_keys(content, DataSet, f"data set {name}", given=("name",))
+    parts = content.pop("parts")
+    for number, part in enumerate(parts, start=1):
+        _check_keys(part, Part, f"data set {name}, part {number}")
+    if content["kind"] not in (BENCHMARK, TRAINING):
+        raise ConfigError(f"data set {name}: kind must be {BENCHMARK} or {TRAINING}, not {content['kind']!r}")
+    built = tuple(Part(**{**part, "instead": tuple(part.get("instead", ()))}) for part in parts)
+    lists = {key: tuple(content.pop(key, ())) for key in ("sources", "notes")}
+    return DataSet(name=name, parts=built, **content, **lists)
+
+
+def _check_keys(content: Any, kind: type, where: str, given: tuple[str, ...] = ()) -> None:
+    """Refuse what is no mapping with the keys of a dataclass."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where}: keys with values are needed")
+    known = {entry.name: entry.default is MISSING for entry in fields(kind) if entry.name not in given}
+    unknown = set(content) - set(known)
+    missing = [key for key, required in known.items() if required and key not in content]
+    if unknown or missing:
+        raise ConfigError(f"{where}: unknown keys {sorted(unknown)}, missing keys {missing}")
