@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from answer_parts import make_scenes
 from convert_parts import (
     IMAGE,
     QUESTION,
@@ -31,6 +32,7 @@ from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.cli import main as cli
 from tove_llava.data import Turn, encode_prompt, load_tokenizer
 from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.eval.rows import read_answers
 from tove_llava.llava.checkpoint import Manifest
 from tove_llava.serve.generation import Answerer
 from tove_llava.train.run import main as train
@@ -685,6 +687,22 @@ def test_answers_are_the_same_from_every_folder(tmp_path, world):
         features = answerer.features(answerer.pixels(image)[None])
         answers.append(answerer.generate([prompt], features, max_new_tokens=12))
     assert answers[0] == answers[1] == answers[2] and answers[0][0]
+
+
+def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
+    make_scenes(tmp_path / "data", images=2)
+    flags = ["--benchmark", "scenes", "--data-root", str(tmp_path / "data"), "--device", "cpu", "--json"]
+    found = []
+    for name, folder in (("original", world.whole), ("hf", world.hf), ("tove", world.tove)):
+        assert cli(["eval", "--model", str(folder), "--output", str(tmp_path / name), *flags]) == 0
+        result = json.loads(capsys.readouterr().out)["benchmarks"]["scenes"]["full"]
+        rows = read_answers(tmp_path / name / "scenes" / "full" / "answers.jsonl")
+        found.append((result["template"], result["scores"], [row["text"] for row in rows]))
+    assert found[0] == found[1] == found[2] and len(set(found[0][2])) > 1
+    for folder in (world.lora, world.projector):  # parts of a model
+        assert cli(["eval", "--model", str(folder), "--output", str(tmp_path / "no"), *flags]) == 2
+        assert f"tove-llava convert --model {folder} --base" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_published_llava_hf_folders_are_asked_with_the_originals_tokens(tmp_path, world):

@@ -5,12 +5,17 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from answer_parts import picture, save_model
 from score_parts import SAMPLES, differences, refuse, score, truth_file
+from test_eval_layouts import LAYOUTS
 
+from tove_llava import cli
 from tove_llava.errors import ServiceError
+from tove_llava.eval.benchmarks import get_benchmark
 from tove_llava.eval.benchmarks.llava_bench import parse_review
 from tove_llava.eval.benchmarks.mmvet import parse_grade
 from tove_llava.eval.judge import Judge, Request
+from tove_llava.eval.rows import read_answers
 
 pytest.importorskip("openai")
 
@@ -229,3 +234,54 @@ def test_reviews(text, pair):
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("1.0 .", 1.0), ("1.1", None), ("nan", None), ("", None)])
 def test_grades(text, value):
     assert parse_grade(text) == value
+
+
+# -- with a model ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def evaluate(model, root, output, *flags):
+    data = ["--data-root", str(root), "--output", str(output), "--device", "cpu", "--max-new-tokens", "3"]
+    return cli.main(["eval", "--model", str(model), "--benchmark", "llava_bench", *data, *flags])
+
+
+def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path, model):
+    LAYOUTS["llava_bench"](tmp_path / "data")
+    benchmark = get_benchmark("llava_bench")
+    for question in benchmark.questions(tmp_path / "data"):
+        question.image.parent.mkdir(exist_ok=True)
+        picture(1).save(question.image, "PNG")
+    assert evaluate(model, tmp_path / "data", tmp_path / "out") == 0
+    assert "unavailable (no judge; give --judge-url" in capsys.readouterr().out
+    endpoint = serve(review)
+    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--json"]
+    for calls in (4, 0):  # the second time its replies lie beside the answers
+        assert evaluate(model, tmp_path / "data", tmp_path / "out", *flags) == 0
+        found = json.loads(capsys.readouterr().out)["benchmarks"]["llava_bench"]["full"]
+        assert found["judge"] == {"model": "m", "calls": calls, "cached": 4 - calls}
+        assert found["questions_answered"] == 0
+        assert found["scores"]["all"]["relative_percent"] == 25.0
+    folder = tmp_path / "out" / "llava_bench" / "full"
+    asked = "\n".join(request["messages"][-1]["content"] for request in endpoint.requests)
+    assert all(f"[Assistant 2]\n{row['text']}\n" in asked for row in read_answers(folder / "answers.jsonl"))
+    assert (folder / "answers.jsonl.judge-m.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--judge-model", "m"], "an address and a model"),
+        (["--benchmark", "scenes", "--judge-url", "u", "--judge-model", "m"], "without a judge"),
+    ],
+)
+def test_a_run_with_half_a_judge_or_one_too_many_is_refused(capsys, serve, tmp_path, model, flags, words):
+    LAYOUTS["llava_bench"](tmp_path / "data")
+    for name in ("000.jpg", "001.jpg", "002.jpg"):
+        (tmp_path / "data" / "llava-bench-in-the-wild" / "images").mkdir(exist_ok=True)
+        picture(1).save(tmp_path / "data" / "llava-bench-in-the-wild" / "images" / name, "PNG")
+    assert evaluate(model, tmp_path / "data", tmp_path / "out", *flags) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

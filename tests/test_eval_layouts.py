@@ -3,14 +3,17 @@
 import base64
 import io
 import json
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from score_parts import SAMPLES, score
 
 from tove_llava.data import IMAGE_PLACEHOLDER
 from tove_llava.errors import DataError
-from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, get_benchmark
+from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, Question, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
 from tove_llava.eval.pictures import EmbeddedPicture
 
@@ -251,3 +254,27 @@ def test_mme_names_a_question_without_an_answer(tmp_path):
     file.write_text("Is there a dog? Yes\n")
     with pytest.raises(DataError, match="line 1: a question and an answer"):
         get_benchmark("mme").ground_truth(tmp_path)
+
+
+def questions_of(name, units, size):
+    """Questions in units of ``size``, as the benchmark's file orders them: MMBench's rotations stand far apart."""
+    if name == "mme":
+        return [Question(f"count/{unit}.jpg", f"Is it {turn}?", None) for unit in range(units) for turn in range(size)]
+    return [Question(unit + turn * 1_000_000, "Which?", None) for turn in range(size) for unit in range(units)]
+
+
+@given(st.sampled_from(["mme", "mmbench", "mmbench_cn"]), st.integers(1, 30), st.integers(1, 4), st.integers(1, 130))
+def test_a_limit_keeps_together_what_is_scored_together(name, units, size, limit):
+    benchmark, questions = get_benchmark(name), questions_of(name, units, size)
+    some = benchmark.limited(questions, limit)
+    asked = Counter(map(benchmark.unit, some))
+    assert some and set(asked.values()) == {size} and len(some) <= max(limit, size)
+    assert len(questions) - len(some) == 0 if limit >= len(questions) else len(some) > limit - size
+    assert [question for question in questions if question in some] == some, "in the file's order"
+
+
+@given(st.integers(1, 60), st.integers(1, 70))
+def test_a_limit_of_other_benchmarks_is_exact(count, limit):
+    questions = [Question(number, "What?", None) for number in range(count)]
+    assert len(get_benchmark("vqav2").limited(questions, limit)) == min(count, limit)
+    assert get_benchmark("vqav2").limited(questions, None) == questions

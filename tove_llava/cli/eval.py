@@ -15,6 +15,7 @@ DATA_ROOTS = ("playground/data/eval", "playground/data/scenes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from tove_llava.eval import judge
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.conditions import CONDITIONS
 
@@ -36,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="questions in the model at a time (default: 32); halved by itself when the GPU's memory is full",
     )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open pictures (default: 4)")
-    parser.add_argument("--limit", type=int, metavar="N", help="answer N questions of each benchmark, evenly spread")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="answer about N questions of each benchmark, evenly spread; what is scored together stays together (the "
+        "two questions about a picture of MME, the rotations of MMBench)",
+    )
     decoding = parser.add_argument_group("decoding", "each benchmark's own, LLaVA's, unless given here")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
     decoding.add_argument("--temperature", type=float, metavar="T", help="0 (greedy) in LLaVA's scripts")
@@ -58,19 +65,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="throw away the answers of an earlier run")
     add_loading_arguments(parser)
+    judge.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
+    from functools import partial
+
     from tove_llava.errors import ConfigError
     from tove_llava.eval.conditions import parse_conditions
     from tove_llava.eval.evaluate import evaluate
+    from tove_llava.eval.judge import judge_from
     from tove_llava.logs import quiet_transformers
 
     numbers = {"--batch-size": args.batch_size, "--limit": args.limit, "--workers": args.workers}
     for flag, value in numbers.items():
         if value is not None and value < 1:
             raise ConfigError(f"{flag} must be at least 1, not {value}")
+    if (args.judge_url or args.judge_model) and not _judged(args.benchmark):
+        raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     quiet_transformers()
     text = evaluate(
         model_folder=args.model,
@@ -92,7 +105,17 @@ def run(args: argparse.Namespace) -> int:
         conv_mode=args.conv_mode,
         score_options=args.score_options,
         workers=args.workers,
+        judge=partial(judge_from, args),
     )
     if text is not None:
         print(text)
     return 0
+
+
+def _judged(benchmarks: str) -> bool:
+    """Whether any of the benchmarks needs a judge."""
+    from tove_llava.eval.benchmarks import BENCHMARKS
+    from tove_llava.eval.judged import JudgedBenchmark
+
+    names = [name.strip() for name in benchmarks.split(",") if name.strip()]
+    return names == ["all"] or any(issubclass(BENCHMARKS.get(name), JudgedBenchmark) for name in names)

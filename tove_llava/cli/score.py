@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     benchmark = get_benchmark(args.benchmark, args.rule)
     benchmark.check_requirements()
     if isinstance(benchmark, JudgedBenchmark):
-        benchmark.judge = judge_from(args)
+        benchmark.judge = judge_from(args, Path(args.predictions))
     elif args.judge_url or args.judge_model:
         raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     place = Path(args.ground_truth)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from tove_llava.errors import CheckpointError
 from tove_llava.eval import record
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.report import score_table
+from tove_llava.eval.judge import Judge
+from tove_llava.eval.judged import JudgedBenchmark
+from tove_llava.eval.report import notes, score_table
 from tove_llava.eval.rows import write_atomically
 from tove_llava.eval.tasks import Task, find_data
 from tove_llava.presets import QuantizationPreset
@@ -34,6 +36,7 @@ def evaluate(
     conv_mode: str | None = None,
     score_options: str | None = None,
     workers: int = 4,
+    judge: Callable[[Path], Judge | None] | None = None,
 ) -> str | None:
     """Run and score benchmarks; write ``OUTPUT/results.json`` and the answers under ``OUTPUT/BENCHMARK/CONDITION``.
 
@@ -48,6 +51,7 @@ def evaluate(
         score_options: name of an answering mode that scores the options of multiple-choice questions; by default the
             model says its answer.
         workers: threads that open pictures.
+        judge: gives the judge of a file of answers, for the benchmarks that need one; None for none.
 
     Returns:
         the report's text (tables, or JSON); None on processes other than the first.
@@ -65,6 +69,8 @@ def evaluate(
     tasks = [Task.read(name, benchmark, root, limit, decoding) for name, benchmark, root in found]
     for task in tasks:
         task.check()
+    if judge is not None:
+        judge(Path("answers.jsonl"))
 
     from tove_llava.analysis.contributions import provenance
     from tove_llava.data import get_template
@@ -113,6 +119,8 @@ def evaluate(
             )
             if ranks.rank != 0:
                 continue
+            if isinstance(task.benchmark, JudgedBenchmark) and judge is not None:
+                task.benchmark.judge = judge(place / "answers.jsonl")
             columns[condition.title] = score = task.score(run.rows)
             items = record.item_rows(task.benchmark, task.root, task.asked, run.rows, task.truth or [], score)
             results[task.name][condition.name] = result = {
@@ -128,7 +136,8 @@ def evaluate(
             }
             record.save(place, {**origin, "condition": dataclasses.asdict(condition), **result}, items)
         if ranks.rank == 0:
-            tables.append(score_table(columns, corner=f"{task.name} (%)"))
+            remarks = dict.fromkeys(line for score in columns.values() for line in notes(score))
+            tables.append("\n".join([score_table(columns, corner=f"{task.name} (%)"), *remarks]))
     if ranks.rank != 0:
         return None
     whole = {**origin, "benchmarks": results}

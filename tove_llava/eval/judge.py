@@ -194,7 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge-url", metavar="URL", help=f"base address of a chat endpoint (default: ${URL})")
     group.add_argument("--judge-model", metavar="NAME", help=f"the judge's name there (default: ${MODEL})")
     group.add_argument(
-        "--judge-cache", metavar="FILE", help="its replies (default: beside the predictions, with the model's name)"
+        "--judge-cache", metavar="FILE", help="its replies (default: beside the answers, with the model's name)"
     )
     group.add_argument(
         "--judge-price", metavar="READ,WRITTEN", help="price of a million tokens, for the estimate of the cost"
@@ -202,8 +202,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--judge-estimate", action="store_true", help="print the estimate and stop")
 
 
-def judge_from(args: argparse.Namespace) -> Judge | None:
+def judge_from(args: argparse.Namespace, answers: Path) -> Judge | None:
     """The judge of a command line and the environment; None where neither names one.
+
+    Args:
+        answers: the file of answers that will be judged, beside which the replies are kept.
 
     Raises:
         ConfigError: only one of address and model is given, or the price is none.
@@ -218,7 +221,7 @@ def judge_from(args: argparse.Namespace) -> Judge | None:
         cache = Path(args.judge_cache)
     else:
         name = "".join(c if c.isalnum() or c in "-_." else "_" for c in model)
-        cache = Path(f"{args.predictions}.judge-{name}.jsonl")
+        cache = Path(f"{answers}.judge-{name}.jsonl")
     return Judge(url, model, cache, _price(args.judge_price), args.judge_estimate)
 
 

@@ -184,6 +184,9 @@ class MmBenchmark(Benchmark, Submitting):
             truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
         return truth
 
+    def unit(self, question: Question) -> int:
+        return int(question.question_id) % ROTATION  # of all rotations, of which each has to be right
+
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {level: [str(row[level])] for level in ("l2-category", "category") if row[level] is not None}
 

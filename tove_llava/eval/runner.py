@@ -25,7 +25,7 @@ from tove_llava.eval.decoding import Decoding
 from tove_llava.eval.feed import Feed, portions
 from tove_llava.eval.progress import Progress
 from tove_llava.eval.ranks import Ranks
-from tove_llava.eval.rows import AppendFile, Row, read_jsonl, spread, write_atomically
+from tove_llava.eval.rows import AppendFile, Row, read_jsonl, write_atomically
 from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.serve.generation import Answerer
 from tove_llava.serve.sequences import has_plain_cache
@@ -109,7 +109,7 @@ def run_benchmark(
         questions: all questions of the benchmark.
         folder: gets ``answers.jsonl`` (LLaVA's answer lines, in the questions' order) and ``run.json``.
         condition: what is done to the model and the images.
-        limit: answer this many of the questions, spread evenly over the file.
+        limit: answer about this many of the questions, spread evenly over the file; see :meth:`Benchmark.limited`.
         ranks: the processes that share the work; this one alone by default.
         model_id: stands in every answer line.
         label: heads the progress lines; None for no such lines.
@@ -132,7 +132,7 @@ def run_benchmark(
     if ranks.rank == 0:
         _check_same_run(folder, identity)
     ranks.wait()
-    asked = spread(questions, limit)
+    asked = benchmark.limited(questions, limit)
     answered = _answered(folder, asked)
     ranks.wait()  # all have read what is there before anyone writes more
     left = [question for question in asked if question.key not in answered]
@@ -196,11 +196,16 @@ def _finish(folder: Path, questions: Sequence[Question], asked: Sequence[Questio
     return [answers[question.key] for question in asked]
 
 
+def answer_files(folder: Path) -> list[Path]:
+    """Files with answers in a run's folder, those of a finished run first. A judge's replies lie beside them."""
+    return sorted([*folder.glob("answers.jsonl"), *folder.glob("answers.part*.jsonl")])
+
+
 def _answered(folder: Path, questions: Sequence[Question]) -> dict[Key, Row]:
     """Answers on disk to any of the questions; a last line that was cut off is not an answer."""
     asked = {question.key for question in questions}
     rows: list[Row] = []
-    for file in sorted(folder.glob("answers*.jsonl")):
+    for file in answer_files(folder):
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if len(whole) != len(content):
@@ -242,14 +247,14 @@ def _check_same_run(folder: Path, identity: Row) -> None:
                 f"{folder} holds the answers of another run ({', '.join(changed)} differ); choose another --output, "
                 "or give --overwrite to throw them away"
             )
-    elif any(folder.glob("answers*.jsonl")):
+    elif answer_files(folder):
         raise DataError(f"{folder} holds answers without a run.json; choose another --output, or give --overwrite")
     write_atomically(file, json.dumps(identity, indent=1) + "\n")
 
 
 def forget(folder: str | Path) -> None:
     """Delete the answers of an earlier run, and nothing else."""
-    for file in [*Path(folder).glob("answers*.jsonl"), Path(folder) / "run.json"]:
+    for file in [*answer_files(Path(folder)), Path(folder) / "run.json"]:
         file.unlink(missing_ok=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
 from tove_llava.eval.decoding import Decoding
-from tove_llava.eval.rows import Row, spread
+from tove_llava.eval.rows import Row
 
 MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
 
@@ -50,7 +50,7 @@ class Task:
             DataError: a file is missing or malformed.
         """
         questions = benchmark.questions(root)
-        asked = spread(questions, limit)
+        asked = benchmark.limited(questions, limit)
         truth = benchmark.ground_truth(root)
         if truth is not None:
             rows = [{"question_id": question.question_id, "prompt": question.text} for question in asked]

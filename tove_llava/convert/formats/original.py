@@ -191,6 +191,7 @@ def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePar
         raise ConfigError(
             f"{folder} holds no language model: give the one that it was trained on with --base"
             + (f" (its config.json says {name!r})" if isinstance(name, str) and name else "")
+            + f": tove-llava convert --model {folder} --base SOURCE --out NEW_FOLDER"
         )
     language = language_by_reference(parse_source(request.base))
     own = language_config(config, folder)

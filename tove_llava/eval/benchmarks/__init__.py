@@ -21,7 +21,7 @@ from tove_llava.errors import ConfigError
 from tove_llava.eval.matching import Matched, match
 from tove_llava.eval.options import lettered_options
 from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.eval.rows import Row, read_jsonl
+from tove_llava.eval.rows import Row, read_jsonl, spread
 from tove_llava.registry import Registry
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -146,6 +146,18 @@ class Benchmark(ABC):
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         """What a row of the ground truth counts for in a breakdown: level -> its groups at that level."""
         return {"category": [row["category"]]} if row.get("category") else {}
+
+    def unit(self, question: Question) -> Hashable:
+        """What a question is scored together with: under a limit all questions of a unit are asked, or none."""
+        return question.key
+
+    def limited(self, questions: Sequence[Question], limit: int | None) -> list[Question]:
+        """About ``limit`` of the questions (all, without a limit): whole units, at even distances in the file."""
+        if limit is None or limit >= len(questions):
+            return list(questions)
+        units = dict.fromkeys(map(self.unit, questions))
+        chosen = set(spread(list(units), max(1, limit * len(units) // len(questions))))
+        return [question for question in questions if self.unit(question) in chosen]
 
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         """Pair answers with questions; see :func:`tove_llava.eval.matching.match`."""

@@ -97,6 +97,9 @@ class Mme(Benchmark):
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         return row["question_id"], core(row["question"])
 
+    def unit(self, question: Question) -> Hashable:
+        return question.question_id  # of a picture, of which both questions have to be right
+
     def mark_name(self, row: Mapping[str, Any]) -> str:
         return f"{row['question_id']}: {row['question']}"
 
