@@ -98,6 +98,8 @@ def test_settings_of_harnesses():
     assert (found.max_new_tokens, found.temperature, found.num_beams) == (5, 0, 3)
     assert decoding_of({"do_sample": False, "temperature": 0.7, "top_p": None}).temperature == 0
     assert decoding_of({"do_sample": True, "temperature": 0.7, "top_p": 0.9}).top_p == 0.9
+    assert decoding_of({"do_sample": True}).temperature == 1
+    assert decoding_of({"temperature": 0, "top_p": 0}).top_p == 1
     assert decoding_of({}).max_new_tokens == 1024
     with pytest.raises(ConfigError, match="repetition_penalty"):
         decoding_of({"repetition_penalty": 1.2})

@@ -52,8 +52,10 @@ def decoding_of(settings: Mapping[str, Any]) -> Decoding:
     known = {key: rest.pop(key) for key in Decoding.__dataclass_fields__ if key in rest}
     if rest:
         raise ConfigError(f"generation settings that this model has no use for: {', '.join(sorted(rest))}")
-    if settings.get("do_sample") is False:
-        known |= {"temperature": 0.0, "top_p": 1.0}
+    if settings.get("do_sample") is True:
+        known.setdefault("temperature", 1.0)  # as in transformers
+    if settings.get("do_sample") is False or not known.get("temperature"):
+        known |= {"temperature": 0.0, "top_p": 1.0}  # tasks give these any value beside greedy decoding
     return Decoding(**{"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **known})
 
 
