@@ -21,7 +21,7 @@ from transformers import AutoProcessor
 from tove_llava import cli
 from tove_llava.data import Turn, load_tokenizer
 from tove_llava.errors import ConfigError, DataError
-from tove_llava.eval.rows import read_answers
+from tove_llava.eval.rows import read_answers, read_jsonl
 from tove_llava.export import export_model
 from tove_llava.integrations.lmms_eval.asking import Request, answer, cut, decoding_of, loss, user_turn
 from tove_llava.serve.generation import Answerer
@@ -203,7 +203,7 @@ def lmms_python():
 
 @pytest.fixture(scope="module")
 def scenes(exported):
-    """playground/data/scenes in a folder of its own; the model answers some of the questions rightly."""
+    """playground/data/scenes in a folder of its own."""
     root = exported / "work"
     data = root / "playground" / "data" / "scenes"
     (data / "images").mkdir(parents=True)
@@ -212,23 +212,27 @@ def scenes(exported):
         picture(index, (SIDE, SIDE)).save(data / "images" / f"val_{index}.png")
         text = f"What is number {index}{' of them' * (index % 3)}?"
         rows.append({"question_id": f"q{index}", "image": f"val_{index}.png", "text": text, "category": "count"})
-
-    def write(answers):
-        lines = [json.dumps({**row, "answer": text}) + "\n" for row, text in zip(rows, answers, strict=True)]
-        (data / "val_questions.jsonl").write_text("".join(lines))
-
-    write(["?"] * len(rows))
-    texts = [row["text"] for row in read_answers(ours(exported / "with" / "model", root, "before") / "answers.jsonl")]
-    assert len(set(texts)) > 3
-    write([text if index % 3 else "something else" for index, text in enumerate(texts)])
+    write_rows(root, rows, ["?"] * len(rows))
     return root
 
 
+def write_rows(root, rows, answers):
+    lines = [json.dumps({**row, "answer": text}) + "\n" for row, text in zip(rows, answers, strict=True)]
+    (root / "playground" / "data" / "scenes" / "val_questions.jsonl").write_text("".join(lines))
+
+
 def ours(model, root, name):
+    """What our runner answers, and its accuracy; two thirds of its answers are made the right ones."""
     data = root / "playground" / "data" / "scenes"
     command = ["eval", "--model", str(model), "--benchmark", "scenes", "--data-root", str(data), "--device", "cpu"]
     assert cli.main([*command, "--output", str(root / name)]) == 0
-    return root / name / "scenes" / "full"
+    texts = [row["text"] for row in read_answers(root / name / "scenes" / "full" / "answers.jsonl")]
+    rows = read_jsonl(data / "val_questions.jsonl")
+    write_rows(root, rows, [text if index % 3 else "something else" for index, text in enumerate(texts)])
+    assert cli.main([*command, "--output", str(root / name)]) == 0  # nothing is answered again
+    result = json.loads((root / name / "scenes" / "full" / "result.json").read_text())
+    assert result["questions_answered"] == 0 and len(set(texts)) > 1
+    return texts, result["scores"]["overall"]["accuracy"]
 
 
 def lmms(python, root, name, model, arguments, *flags):
@@ -254,19 +258,17 @@ def lmms(python, root, name, model, arguments, *flags):
 )
 def test_lmms_eval_agrees_with_the_runner(lmms_python, exported, scenes, flags):
     model = exported / "with" / "model"
-    place = ours(model, scenes, f"ours{len(flags)}")
+    expected, right = ours(model, scenes, f"ours{len(flags)}")
     accuracy, texts = lmms(lmms_python, scenes, f"entry{len(flags)}", "tove_llava", f"pretrained={model}", *flags)
-    result = json.loads((place / "result.json").read_text())
-    assert texts == [row["text"] for row in read_answers(place / "answers.jsonl")]
-    assert 0 < accuracy < 1 and accuracy == pytest.approx(result["scores"]["overall"]["accuracy"])
+    assert texts == expected
+    assert 0 < accuracy < 1 and accuracy == pytest.approx(right)
 
 
 @pytest.mark.slow
 def test_the_export_as_llava_hf_agrees_with_the_runner(lmms_python, exported, scenes):
     folder = exported / "tokenizer"
-    place = ours(folder, scenes, "ours_export")
+    expected, right = ours(folder, scenes, "ours_export")
     arguments = f"pretrained={folder},dtype=float32,device_map=cpu"
     accuracy, texts = lmms(lmms_python, scenes, "stock", "llava_hf", arguments, "--batch_size", "1")
-    assert texts == [row["text"] for row in read_answers(place / "answers.jsonl")]
-    result = json.loads((place / "result.json").read_text())
-    assert 0 < accuracy < 1 and accuracy == pytest.approx(result["scores"]["overall"]["accuracy"])
+    assert texts == expected
+    assert 0 < accuracy < 1 and accuracy == pytest.approx(right)

@@ -127,8 +127,8 @@ def get_set(name: str) -> DataSet:
     if content["kind"] not in (BENCHMARK, TRAINING):
         raise ConfigError(f"data set {name}: kind must be {BENCHMARK} or {TRAINING}, not {content['kind']!r}")
     built = tuple(Part(**{**part, "instead": tuple(part.get("instead", ()))}) for part in parts)
-    lists = {key: tuple(content.pop(key, ())) for key in ("sources", "notes")}
-    return DataSet(name=name, parts=built, **content, **lists)
+    content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
+    return DataSet(name=name, parts=built, **content)
 
 
 def _check_keys(content: Any, kind: type, where: str, given: tuple[str, ...] = ()) -> None:
