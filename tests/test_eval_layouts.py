@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from score_parts import SAMPLES, score
@@ -263,6 +263,7 @@ def questions_of(name, units, size):
     return [Question(unit + turn * 1_000_000, "Which?", None) for turn in range(size) for unit in range(units)]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["mme", "mmbench", "mmbench_cn"]), st.integers(1, 30), st.integers(1, 4), st.integers(1, 130))
 def test_a_limit_keeps_together_what_is_scored_together(name, units, size, limit):
     benchmark, questions = get_benchmark(name), questions_of(name, units, size)
@@ -273,6 +274,7 @@ def test_a_limit_keeps_together_what_is_scored_together(name, units, size, limit
     assert [question for question in questions if question in some] == some, "in the file's order"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(1, 70))
 def test_a_limit_of_other_benchmarks_is_exact(count, limit):
     questions = [Question(number, "What?", None) for number in range(count)]
