@@ -25,7 +25,6 @@ def export_model(
         out: the folder to write; it must not exist, or be empty.
         format: registered name of the format.
         dtype: of the weights; by default that of the language model in training.
-
         chat_begins: whether the chat template writes BOS. Servers encode a rendered chat as it is; harnesses, and code
             that calls the processor with a rendered chat, have the tokenizer add BOS, which would then stand twice.
 
