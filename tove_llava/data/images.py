@@ -218,7 +218,9 @@ class ImageTransform:
         levels = np.asarray(self._cut(image))  # uint8 [S,S,3]
         pixels = np.empty((3, *levels.shape[:2]), dtype=np.float32)
         for channel in range(3):
-            np.take(self._values[channel], levels[..., channel], out=pixels[channel])
+            np.take(
+                self._values[channel], levels[..., channel], out=pixels[channel], mode="clip"
+            )  # else a copy is made
         return torch.from_numpy(pixels)
 
     def _cut(self, image: Image.Image) -> Image.Image:
