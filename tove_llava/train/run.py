@@ -373,5 +373,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def run_as_process(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, and after a success the end of the ranks' communication: none goes while another still listens."""
+    code = main(argv)
+    if code == 0 and dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_process())
