@@ -4,6 +4,7 @@ Above a block stands one of::
 
     <!-- test -->                     it is run (bash, python)
     <!-- test: with A=b C=d -->       it is run with b in the place of the word A, and so on
+    <!-- test: goes on -->            it is run in the program of the python block before it
     <!-- test: file NAME -->          it is written to a file of that name, for later blocks
     <!-- test: output -->             what the run block before it prints: these lines, in this order
     <!-- test: not run, REASON -->    it cannot be run by a test, and why
@@ -39,7 +40,12 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        return self.mark == "" or self.mark is not None and self.mark.startswith("with ")
+        return self.mark == "" or self.goes_on or self.mark is not None and self.mark.startswith("with ")
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether it uses what the python block before it has defined."""
+        return self.mark == "goes on"
 
     @property
     def runnable(self) -> str:

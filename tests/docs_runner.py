@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from docs_pages import Block, Page
@@ -80,7 +81,7 @@ def run_page(page: Page, folder: Path, environment: dict[str, str]) -> None:
         BlockError: one failed; the message names page and line, and has its output.
     """
     printed = ""
-    for block in page.blocks:
+    for block, *rest in programs(page.blocks):
         if block.file is not None:
             target = folder / block.file
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +89,26 @@ def run_page(page: Page, folder: Path, environment: dict[str, str]) -> None:
         elif block.is_output:
             check_output(block, printed)
         elif block.is_run:
-            printed = run_block(block, folder, environment)
+            printed = run_block(block, folder, environment, rest)
 
 
-def run_block(block: Block, folder: Path, environment: dict[str, str]) -> str:
-    """What a block prints to its standard output."""
+def programs(blocks: Iterable[Block]) -> list[list[Block]]:
+    """The blocks, each with those that go on with it."""
+    found: list[list[Block]] = []
+    for block in blocks:
+        if not block.goes_on:
+            found.append([block])
+        elif found and found[-1][0].is_run and found[-1][0].language == block.language == "python":
+            found[-1].append(block)
+        else:
+            raise BlockError(f"{block.where}: it goes on, but the block before it is not a python block that is run")
+    return found
+
+
+def run_block(block: Block, folder: Path, environment: dict[str, str], rest: Sequence[Block] = ()) -> str:
+    """What a block, and those that go on with it, print to the standard output."""
     if block.language == "python":
-        file = folder / f"block_at_line_{block.line}.py"
-        file.write_text(block.runnable, encoding="utf-8")
-        command = ["python", str(file)]
+        command = ["python", str(write_program([block, *rest], folder))]
     elif block.language == "bash":
         command = ["bash", "-euo", "pipefail", "-c", block.runnable]
     else:
@@ -117,6 +129,19 @@ def run_block(block: Block, folder: Path, environment: dict[str, str]) -> str:
             f"--- stdout\n{out[-3000:]}\n--- stderr\n{errors[-3000:]}"
         )
     return out
+
+
+def write_program(blocks: Sequence[Block], folder: Path) -> Path:
+    """A file that runs python blocks, each from a file of its own, so that a traceback has its line."""
+    files = [folder / f"block_at_line_{block.line}.py" for block in blocks]
+    for block, file in zip(blocks, files, strict=True):
+        file.write_text(block.runnable, encoding="utf-8")
+    if len(files) == 1:
+        return files[0]
+    program = folder / f"blocks_from_line_{blocks[0].line}.py"
+    lines = [f"exec(compile(open({str(file)!r}).read(), {str(file)!r}, 'exec'))\n" for file in files]
+    program.write_text("".join(lines), encoding="utf-8")
+    return program
 
 
 def check_output(block: Block, printed: str) -> None:

@@ -46,10 +46,13 @@ torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixe
 """
 
 
-def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, vision=None, **tower):
+def checkpoint(
+    folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, vision=None, text=None, **tower
+):
     """A checkpoint folder as full training writes it; the tower's gate and output layer are random, not closed.
 
-    ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own.
+    ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own. ``text``: keys of the
+    language model's configuration.
     """
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     if "<image>" not in tokenizer.get_vocab():
@@ -57,7 +60,9 @@ def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(
     torch.manual_seed(seed)
     config = ToveLlavaConfig(
         vision_config=tower_config(folder / "parts", **tower) if vision is None else vision,
-        text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=800, initializer_range=0.4),
+        text_config=text_config(
+            vocab_size=len(tokenizer), max_position_embeddings=800, initializer_range=0.4, **(text or {})
+        ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = ToveLlavaForConditionalGeneration(config).eval()

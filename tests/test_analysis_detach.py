@@ -79,6 +79,8 @@ def test_a_smaller_checkpoint_is_the_masked_model_without_the_experts_source(tmp
     assert stored == {n for n in trained_names(model) if "tower" in n}, "nothing of the removed experts is stored"
     assert (tmp_path / "small" / "tokenizer.json").exists() and processor.conversation_template == before.template
     assert ("CLIP alone" in str(report)) == (not kept) == (model.tower.config.fusion == "none")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert [name for name in EXPERTS if f"| expert {name} |" in card] == kept and "Not evaluated" in card
     assert not list(tmp_path.glob(".*part"))
 
 

@@ -106,7 +106,7 @@ def test_batches(make: Any, tokenizer: Any) -> None:
 
 def test_a_text_batch_has_no_pixels(make: Any) -> None:
     batch = LlavaCollator(0, 999, TOKENS)([make()[1]])
-    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised"}
 
 
 def test_attention_comes_from_lengths_not_from_ids(make: Any) -> None:

@@ -38,17 +38,15 @@ NOT_RUN = {
     "analysis.md": 1,
     "another-llm.md": 1,
     "architecture.md": 8,
-    "checkpoints.md": 4,
+    "checkpoints.md": 1,
     "data.md": 1,
     "evaluation.md": 5,
     "experts.md": 1,
     "export.md": 3,
     "harnesses.md": 4,
-    "huggingface.md": 8,
     "lora.md": 2,
     "merging.md": 1,
-    "original-llava.md": 7,
-    "reports.md": 1,
+    "original-llava.md": 4,
     "your-own-data.md": 1,
 }
 
@@ -126,6 +124,10 @@ def test_marks_are_read(tmp_path: Path) -> None:
     assert run.is_run and run.text == "echo 1\n" and run.line == 3
     assert unmarked.mark is None and not unmarked.is_run
     assert file.file == "a/b.yaml" and skipped.reason == "needs a GPU" and output.is_output
+    first, second = write(
+        tmp_path, "<!-- test -->\n```python\nx = 1\n```\n<!-- test: goes on -->\n```python\nx\n```\n"
+    ).blocks
+    assert first.is_run and second.is_run and second.goes_on and not first.goes_on
     with pytest.raises(ValueError, match="line 1 opens is not closed"):
         write(tmp_path, "```bash\necho\n")
 
@@ -136,7 +138,8 @@ def test_blocks_share_a_folder_and_a_failure_names_page_and_line(tmp_path: Path,
         "<!-- test: file data/name.txt -->\n```text\nkite\n```\n"
         "<!-- test -->\n```bash\ncp data/name.txt copy.txt\n```\n"
         "<!-- test -->\n```python\nprint('a', open('copy.txt').read())\n```\n"
-        "<!-- test: output -->\n```text\na ...\n```\n",
+        "<!-- test: goes on -->\n```python\nprint('b', open('copy.txt').name)\n```\n"
+        "<!-- test: output -->\n```text\na ...\nb copy.txt\n```\n",
     )
     folder = tmp_path / "work"
     folder.mkdir()
@@ -146,6 +149,11 @@ def test_blocks_share_a_folder_and_a_failure_names_page_and_line(tmp_path: Path,
         ("<!-- test -->\n```bash\ntrue\nfalse | true\necho no\n```\n", "page.md, line 2: the block failed"),
         ("<!-- test -->\n```python\nraise SystemExit('stop')\n```\n", "exit code 1(.|\n)*stop"),
         ("<!-- test -->\n```bash\ntove-llava no-such-verb\n```\n", "exit code 2(.|\n)*unknown verb"),
+        (
+            "<!-- test -->\n```python\nx = 1\n```\n<!-- test: goes on -->\n```python\n\nassert x == 2\n```\n",
+            "block_at_line_6.py., line 2",
+        ),
+        ("<!-- test: goes on -->\n```python\nx\n```\n", "line 2: it goes on, but"),
         ("<!-- test -->\n```ruby\nputs 1\n```\n", "'ruby' cannot be run"),
         ("<!-- test -->\n```bash\necho 1\n```\n<!-- test: output -->\n```text\n2\n```\n", "line 6: the line '2'"),
     ):

@@ -14,7 +14,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 from train_parts import flags, write_parts, write_records
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+)
 
 from tove_llava import load_model
 from tove_llava.cli import main
@@ -118,6 +124,21 @@ def test_folder_says_what_it_is(detached):
         assert os.stat(file).st_mode & 0o044 == 0o044, file
         if file.suffix != ".safetensors":
             assert str(detached) not in file.read_text(), file
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_rotary_settings_have_the_names_of_transformers_4_too(tmp_path, scaling):
+    rope = {"rope_theta": 100_000.0, **scaling}
+    folder = checkpoint(tmp_path, fusion="none", text={"rope_parameters": rope})
+    export_model(folder, tmp_path / "out")
+    out = tmp_path / "out"
+    text = json.loads((out / "config.json").read_text())["text_config"]
+    assert text["rope_theta"] == 100_000.0 and text.get("rope_scaling") == (scaling if len(scaling) > 1 else None)
+    assert AutoConfig.from_pretrained(out).text_config.rope_parameters == rope
 
 
 def test_code_of_the_card_runs(detached, tmp_path):

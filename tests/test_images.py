@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from tove_llava.data import ImageTransform, open_image, to_rgb
@@ -57,6 +59,20 @@ def test_pixels_are_pillows_own_bicubic_resize(aspect_ratio: Any, size: tuple[in
     left, top = (width - 96) // 2, (height - 96) // 2
     expected = expected.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 96, top + 96))
     np.testing.assert_array_equal(_bytes(ImageTransform(96, aspect_ratio)(picture)), np.asarray(expected))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.booleans(), st.integers(0, 99))
+def test_pixels_are_the_processors_bit_for_bit(width: int, height: int, side: int, pad: bool, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(values)
+    mean, std = (CLIP_MEAN, CLIP_STD) if seed % 2 else ((0.5, 0.4, 0.3), (0.2, 0.5, 0.1))
+    transform = ImageTransform(side, "pad" if pad else "square", mean=mean, std=std)
+    red, green, blue = (int(x * 255) for x in mean)
+    shown = pad_to_square(image, (red, green, blue)) if pad else image
+    expected = transform.processor(images=shown, return_tensors="pt")["pixel_values"][0]
+    pixels = transform(image)
+    assert pixels.dtype == torch.float32 and torch.equal(pixels, expected)
 
 
 def test_square_crops_and_pad_pads() -> None:

@@ -66,6 +66,10 @@ def test_activations_by_hand():
     assert training_memory(preset, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
     loss = replace(shape, vocabulary=70_000)
     assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 60 * 70_000 * 14
+    loss = replace(shape, vocabulary=2_000_000)  # a piece of the logits, 33 positions; under ZeRO-3 all of them
+    assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 33 * 2_000_000 * 14
+    zero3 = replace(run, deepspeed="zero3")
+    assert training_memory(preset, "pretrain", loss, zero3).activations == 2 * kept + 60 * 2_000_000 * 14
     encoders = replace(shape, encoder_work=10**8)
     assert training_memory(preset, "pretrain", encoders, run).activations == 2 * kept + 2 * 2 * 10**8
     whole = load_preset("vicuna-7b", ["stages.pretrain.arguments.gradient_checkpointing=false"])

@@ -98,17 +98,41 @@ def test_scenarios_exercise_what_they_should(alone, root):
     assert sum("image" in r for r in records) == 2  # of 16: some windows of 4 have no image at all
 
 
-@pytest.mark.parametrize(("name", "split"), [("pretrain", (4, 2)), ("lora", (2, 4)), ("lora-text", (1, 4))])
-def test_accumulation_changes_nothing(alone, root, name, split):
-    output = root / f"accumulated-{name}"
-    assert main(command(root, name, output, split)) == 0
+# Without padding too: what lies in one row changes nothing.
+PADDING_FREE = ["--padding_free", "True"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "more"),
+    [
+        ("pretrain", (4, 2), []),
+        ("lora", (2, 4), []),
+        ("lora-text", (1, 4), []),
+        ("lora", (4, 2), PADDING_FREE),
+        ("merge-further", (2, 2), PADDING_FREE),
+    ],
+)
+def test_accumulation_changes_nothing(alone, root, name, split, more):
+    output = root / f"accumulated-{len(more)}-{name}"
+    assert main(command(root, name, output, split, *more)) == 0
     assert_same(outcome(output), alone[name])
+
+
+_PADDING_FREE_RANKS = {"lora": PADDING_FREE, "full-text": PADDING_FREE}
 
 
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
 def test_ranks_under_deepspeed_change_nothing(alone, root, deepspeed):
     lines = {
-        name: command(root, name, root / f"{deepspeed}-{name}", split, "--deepspeed", deepspeed)
+        name: command(
+            root,
+            name,
+            root / f"{deepspeed}-{name}",
+            split,
+            "--deepspeed",
+            deepspeed,
+            *_PADDING_FREE_RANKS.get(name, []),
+        )
         for name, (*_, split) in SCENARIOS.items()
     }
     file = root / f"{deepspeed}.json"

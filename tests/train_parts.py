@@ -164,7 +164,7 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
         "--no_local_rank", "--module", module, *arguments,
     ]  # fmt: skip
     code, output = run_group(command, timeout)
-    assert code == 0, output[-6000:]
+    assert code == 0, f"exit code {code}, and last:\n{output[-2500:]}"
     return output
 
 

@@ -7,7 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from tove_llava.train.run import main
+from tove_llava.train.run import main, run_as_process
 
 if __name__ == "__main__":
-    sys.exit(max(main(arguments) for arguments in json.loads(Path(sys.argv[1]).read_text())))
+    *first, last = json.loads(Path(sys.argv[1]).read_text())
+    sys.exit(max([main(arguments) for arguments in first] + [run_as_process(last)]))

@@ -23,6 +23,7 @@ from tove_llava.analysis.measure import check_fusion
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.eval.rows import write_atomically
 from tove_llava.llava import ToveLlavaConfig
+from tove_llava.llava.card import write_card
 from tove_llava.llava.checkpoint import (
     ADAPTER,
     ADAPTER_PREFIX,
@@ -101,6 +102,7 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
         config.save_pretrained(staging)
         load_processor(folder).save_pretrained(staging)
         final = dataclasses.replace(manifest, fingerprint=fingerprint_of(_by_model_names(folder, manifest, tensors)))
+        write_card(staging, small, final)
         write_atomically(staging / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
     return Detached(
         folder=out,

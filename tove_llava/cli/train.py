@@ -12,6 +12,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.train.run import main
+    from tove_llava.train.run import run_as_process
 
-    return main(args.arguments)
+    return run_as_process(args.arguments)

@@ -1,4 +1,4 @@
-"""Batches: images expanded, rows padded to the longest."""
+"""Batches: images expanded; rows padded to the longest, or all sequences in one row without any padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,31 +20,54 @@ class LlavaCollator:
         image_token_id: the language model's id of one image position.
         num_image_tokens: positions that each image takes.
         multiple_of: round the width up to a multiple (8 or 64 for tensor cores); None pads no further than needed.
+        packed: one row of all sequences instead of padded rows.
 
     Returns (from a call):
         ``input_ids`` int64 [B, L], ``attention_mask`` int64 [B, L], ``labels`` int64 [B, L] with -100 on padding and
-        images, and, if there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of
-        their placeholders, or ``vision_features`` of as many, or both, as the examples have them.
+        images; ``supervised`` int64 [n], the places in the flattened batch whose next label is supervised; and, if
+        there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of their
+        placeholders, or ``vision_features`` of as many, or both, as the examples have them.
+
+        Packed, B is 1 and L the sum of the lengths, and instead of the mask there are ``position_ids`` int64 [1, L],
+        which begin anew with each sequence, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` int32 [sequences + 1], where each
+        begins, and L, and the ints ``max_length_q`` and ``max_length_k``: transformers' names.
     """
 
     pad_token_id: int
     image_token_id: int
     num_image_tokens: int
     multiple_of: int | None = None
+    packed: bool = False
 
     def __post_init__(self) -> None:
         if self.num_image_tokens < 1:
             raise ConfigError(f"num_image_tokens must be positive, not {self.num_image_tokens}")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be positive, not {self.multiple_of}")
+        if self.packed and self.multiple_of is not None:
+            raise ConfigError("multiple_of is of padded rows, and packed ones have no padding; give one of the two")
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         rows = [self._expand(example) for example in examples]
+        batch = _one_row(rows) if self.packed else self._padded(rows)
+        # A sequence's first token is predicted by none.
+        follows = batch["labels"][:, 1:] != IGNORE_INDEX
+        places = torch.arange(batch["labels"].numel()).view_as(batch["labels"])[:, :-1]
+        batch["supervised"] = places[follows]
+        pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]
+        features = [x for example in examples if (x := example.get("vision_features")) is not None]
+        if features:
+            batch["vision_features"] = type(features[0]).cat(features)
+        return batch
+
+    def _padded(self, rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
         width = max(len(ids) for ids, _ in rows)
         if self.multiple_of:
             width = -(-width // self.multiple_of) * self.multiple_of
         shape = (len(rows), width)
-        batch: dict[str, Any] = {
+        batch = {
             "input_ids": torch.full(shape, self.pad_token_id, dtype=torch.long),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
             "labels": torch.full(shape, IGNORE_INDEX, dtype=torch.long),
@@ -53,12 +76,6 @@ class LlavaCollator:
             batch["input_ids"][row, : len(ids)] = ids
             batch["attention_mask"][row, : len(ids)] = 1
             batch["labels"][row, : len(ids)] = labels
-        pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]
-        features = [x for example in examples if (x := example.get("vision_features")) is not None]
-        if features:
-            batch["vision_features"] = type(features[0]).cat(features)
         return batch
 
     def _expand(self, example: Example) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,3 +90,20 @@ class LlavaCollator:
         repeats = torch.where(is_image, self.num_image_tokens, 1)
         ids = torch.where(is_image, self.image_token_id, ids).repeat_interleave(repeats)
         return ids, torch.where(is_image, IGNORE_INDEX, labels).repeat_interleave(repeats)
+
+
+def _one_row(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    labels = torch.cat([labels for _, labels in rows])
+    labels[bounds[:-1]] = IGNORE_INDEX  # else the last token of the sequence in front would have to predict it
+    bounds, longest = bounds.to(torch.int32), int(lengths.max())
+    return {
+        "input_ids": torch.cat([ids for ids, _ in rows])[None],
+        "labels": labels[None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }

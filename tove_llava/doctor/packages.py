@@ -21,7 +21,7 @@ _BASE = [
 _OPTIONAL = [
     ("deepspeed", None, "training through the scripts", "pip install 'tove-llava[train]'"),
     ("peft", None, "LoRA", "pip install 'tove-llava[train]'"),
-    ("bitsandbytes", None, "4-bit and 8-bit training", "pip install 'tove-llava[train]'"),
+    ("bitsandbytes", None, "QLoRA, and language models in 4 or 8 bits", "pip install 'tove-llava[train]'"),
     ("tensorboard", None, "training curves", "pip install 'tove-llava[train]'"),
     ("gradio", None, "the demo in the browser", "pip install 'tove-llava[demo]'"),
     ("pycocoevalcap", None, "caption metrics (with Java)", "pip install 'tove-llava[eval]'"),

@@ -7,6 +7,7 @@ checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which
 """
 
 import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def write_stock(
     check_tower(source, stock)
     state = {_public_name(name): value for name, value in {**stock.state_dict(), **(stored or {})}.items()}
     stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    _name_rope_as_before(folder / "config.json")
     vision = stock.config.vision_config
     processor = export_processor(
         source,
@@ -148,6 +150,18 @@ def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionMo
     width = config.hidden_size
     whole.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps).to(clip.device, clip.dtype)
     return whole
+
+
+def _name_rope_as_before(file: Path) -> None:
+    """Rotary settings under transformers 4's names too: it would silently take its defaults for ``rope_parameters``."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    settings = dict(config["text_config"].get("rope_parameters") or {})
+    if "rope_theta" not in settings:  # none, or one set for each kind of layer, which transformers 4 names elsewhere
+        return
+    config["text_config"]["rope_theta"] = settings.pop("rope_theta")
+    if settings.get("rope_type", "default") != "default":
+        config["text_config"]["rope_scaling"] = settings
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

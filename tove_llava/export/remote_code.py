@@ -146,4 +146,5 @@ __all__ = ["ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "ToveVisionCo
 
 
 def _expert_part(entry: dict[str, Any], model: Any) -> tuple[str, str, str]:
-    return f"expert {entry['name']}", display_source(entry["source"]), expert_licence(model, entry["name"])
+    licence = expert_licence(model.config.vision_config, entry["name"])
+    return f"expert {entry['name']}", display_source(entry["source"]), licence

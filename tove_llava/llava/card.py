@@ -16,7 +16,7 @@ from tove_llava.sources import HubSource, Source, display_source
 
 if TYPE_CHECKING:
     from tove_llava.llava.checkpoint import Manifest
-    from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+    from tove_llava.tower import ToveVisionConfig
 
 CARD = "README.md"
 SCORES = Path("eval") / "results.json"  # where `tove-llava eval` reports, inside a model's folder
@@ -42,7 +42,7 @@ print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 def write_card(
     folder: Path,
-    model: ToveLlavaForConditionalGeneration,
+    vision: ToveVisionConfig,
     manifest: Manifest | None = None,
     *,
     scores: Mapping[str, Any] | None = None,
@@ -51,6 +51,7 @@ def write_card(
     """Writes ``folder/README.md``; one that somebody else wrote is left alone.
 
     Args:
+        vision: the model's tower.
         manifest: names the language model and tells how the model was trained.
         scores: what ``tove-llava eval`` reported of these very weights.
         tags: further tags for the hub.
@@ -58,7 +59,7 @@ def write_card(
     file = folder / CARD
     if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return
-    file.write_text(model_card(model, manifest, scores=scores, tags=tags), encoding="utf-8")
+    file.write_text(model_card(vision, manifest, scores=scores, tags=tags), encoding="utf-8")
 
 
 def is_ours(card: str) -> bool:
@@ -76,14 +77,13 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
 
 
 def model_card(
-    model: ToveLlavaForConditionalGeneration,
+    vision: ToveVisionConfig,
     manifest: Manifest | None = None,
     *,
     scores: Mapping[str, Any] | None = None,
     tags: Iterable[str] = (),
 ) -> str:
     """The card's text: what the model is made of and under which licences, how it was trained, how it scores."""
-    vision = model.config.vision_config
     language = manifest.language["source"] if manifest is not None else None
     bases = [source for source in (language, vision.clip_source) if source and _is_repository(source)]
     head: dict[str, Any] = {
@@ -102,7 +102,7 @@ def model_card(
         f"knowledge of frozen vision experts. Experts attached: {attached}; fusion `{vision.fusion}`.",
         _use(manifest),
         "## Parts",
-        _table(("part", "source", "licence"), _parts(model, language)),
+        _table(("part", "source", "licence"), _parts(vision, language)),
         "The licence of this model follows from those of its parts and of the data that it was trained on.",
         "## Training",
         *_training(manifest),
@@ -113,14 +113,11 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
-def expert_licence(model: ToveLlavaForConditionalGeneration, name: str) -> str:
+def expert_licence(vision: ToveVisionConfig, name: str) -> str:
     """Licence of one expert's weights, as its class knows it."""
     from tove_llava.experts import build_expert  # every expert's library
 
-    hub = model.tower.frozen.hub
-    if hub is not None and hub[name].is_loaded:
-        return hub[name].licence()
-    spec = next(spec for spec in model.config.vision_config.expert_specs if spec.name == name)
+    spec = next(spec for spec in vision.expert_specs if spec.name == name)
     try:
         return build_expert(spec).meta_twin().licence()
     except (ToveError, OSError):  # its source is not on this machine
@@ -141,13 +138,12 @@ def _use(manifest: Manifest | None) -> str:
     return text
 
 
-def _parts(model: ToveLlavaForConditionalGeneration, language: str | None) -> list[tuple[str, str, str]]:
-    vision = model.config.vision_config
+def _parts(vision: ToveVisionConfig, language: str | None) -> list[tuple[str, str, str]]:
     rows = [("vision tower's CLIP", *_described(vision.clip_source))]
     for spec in vision.expert_specs:
         state = ", detached" if spec.name in vision.detached_experts else ""
         origin = f"{display_source(spec.source)}, {spec.mode}, {spec.image_size} px{state}"
-        rows.append((f"expert {spec.name}", origin, expert_licence(model, spec.name)))
+        rows.append((f"expert {spec.name}", origin, expert_licence(vision, spec.name)))
     rows.append(("language model", *_described(language)))
     rows.append(("gate, projections, projector, adapters", "trained", "the trainer's to choose"))
     return rows

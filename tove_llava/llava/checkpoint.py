@@ -172,7 +172,9 @@ def save_checkpoint(
         model.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    write_card(folder, model, manifest, scores=scores, tags=tags)  # of the sources, wherever copies lie
+    write_card(
+        folder, model.config.vision_config, manifest, scores=scores, tags=tags
+    )  # of the sources, wherever copies lie
     write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
 
 

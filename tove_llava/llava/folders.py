@@ -219,7 +219,7 @@ def _save_whole(
     finally:
         model.config.vision_config = own
     if model.origin is None:
-        write_card(folder, model, tags=tags)
+        write_card(folder, model.config.vision_config, tags=tags)
         return
     old = model.origin.manifest
     weights = _on_cpu(dict(model.named_parameters()))
@@ -234,7 +234,7 @@ def _save_whole(
         history=old.history,
         fingerprint=fingerprint_of(weights) if weights else "",
     )
-    write_card(folder, model, manifest, scores=_scores(model, weights), tags=tags)
+    write_card(folder, model.config.vision_config, manifest, scores=_scores(model, weights), tags=tags)
     if self_contained and not Source.parse(manifest.language["source"]).is_portable:
         manifest.language["source"] = f"hf:./{Path(old.language['source']).name}"  # no path of this machine
     write_manifest(folder, manifest)

@@ -15,6 +15,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from tove_llava.errors import ConfigError
 from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.loss import supervised_loss
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
 from tove_llava.tower.modeling import clip_follows, local_folder
 
@@ -164,6 +165,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         further_images: int = 0,
         add_aux_loss: bool = True,
         output_routing: bool = False,
+        supervised: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ToveLlavaOutput:
         """As LLaVA's, and:
@@ -180,6 +183,9 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 accumulates gradients or has several ranks passes False and adds the global batch's terms itself, from
                 ``gate_inputs`` and ``merge_loss``.
             output_routing: return the gate weights.
+            supervised: int64 ``[n]``, the positions in the flattened batch whose next label is supervised, as the
+                collator gives them. Logits are computed at these alone, and none are returned.
+            num_items_in_batch: what the sum of cross-entropies is divided by, instead of their number.
 
         Raises:
             ConfigError: images are given in more than one way, or dummy images without any.
@@ -201,17 +207,21 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 tokens if place < kept else tokens[:0] for place, tokens in enumerate(vision.pooler_output)
             ]
 
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            mm_encoder_outputs=None if vision is None else {"image": vision},
-            **{**kwargs, "return_dict": True},
-        )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "mm_encoder_outputs": None if vision is None else {"image": vision},
+            **kwargs,
+            "return_dict": True,
+        }
+        if supervised is None:
+            counted = {"num_items_in_batch": num_items_in_batch}
+            output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **given, **counted)
+        else:
+            output = self._loss_alone(labels, supervised, num_items_in_batch, given)
         gate_inputs = None if vision is None or dummy_images else vision.gate_inputs
         loss, aux_loss = output.loss, None
         if add_aux_loss and self.training and labels is not None and gate_inputs is not None:
@@ -233,6 +243,19 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             merge_loss=merge_loss,
         )
         return result if kwargs.get("return_dict") is not False else result.to_tuple()
+
+    def _loss_alone(
+        self,
+        labels: torch.Tensor | None,
+        supervised: torch.Tensor,
+        num_items: torch.Tensor | int | None,
+        given: dict[str, Any],
+    ) -> LlavaCausalLMOutputWithPast:
+        if labels is None:
+            raise ConfigError("supervised positions need labels")
+        output = self.model(**given)
+        loss = supervised_loss(output.last_hidden_state, labels, supervised, self.lm_head, num_items)
+        return LlavaCausalLMOutputWithPast(loss=loss, image_hidden_states=output.image_hidden_states)
 
 
 def _read(from_pretrained: Callable[..., Any], args: tuple[Any, ...], place: Any, **kwargs: Any) -> Any:

@@ -119,6 +119,7 @@ class StagePreset:
     image_aspect_ratio: str = "pad"
     group_by_modality_length: bool = False
     model_max_length: int = 2048
+    padding_free: bool = False  # the sequences of a batch in one row, with no padding between them
     projector_learning_rate: float | None = None  # None: the stage's learning rate
     tower_learning_rate: float | None = None
     encoder_learning_rate: float | None = None  # of the student, when merging

@@ -56,6 +56,9 @@ class RunArguments:
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "'square' or 'pad'"})
     group_by_modality_length: bool | None = field(default=None, metadata={"help": "LLaVA's grouped sampling"})
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
+    padding_free: bool | None = field(
+        default=None, metadata={"help": "the sequences of a batch in one row, with no padding between them"}
+    )
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
     tower_learning_rate: float | None = field(default=None, metadata={"help": "of the gate and projections alone"})
     encoder_learning_rate: float | None = field(default=None, metadata={"help": "of the merged encoder alone"})
@@ -287,7 +290,7 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
-    names = ["template", "image_aspect_ratio", "group_by_modality_length", "model_max_length"]
+    names = ["template", "image_aspect_ratio", "group_by_modality_length", "model_max_length", "padding_free"]
     names += ("projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}

@@ -17,6 +17,7 @@ from typing import Any
 
 from tove_llava.errors import ConfigError
 from tove_llava.llava.build import torch_dtype
+from tove_llava.llava.loss import PIECE
 from tove_llava.presets import Preset
 from tove_llava.train.arguments import CONFIG_FOLDER
 from tove_llava.train.shapes import Shape
@@ -158,7 +159,9 @@ def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int
     kept = shape.layers * positions * shape.hidden if checkpointed else shape.layers * layer
     # Projector: its two layers' inputs and the activation between them.
     kept += run.batch * (shape.fusion_kept + shape.encoder_kept + 3 * shape.image_tokens * shape.hidden)
-    loss = positions * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
+    whole = run.deepspeed is not None and int(_zero(run.deepspeed).get("stage", 0)) == 3
+    scored = positions if whole else min(positions, PIECE // shape.vocabulary)
+    loss = scored * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
     return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,10 @@ from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import recorded, set_compute_dtype
+from tove_llava.llava.varlen import packed_rows
 from tove_llava.logs import quiet_transformers
 from tove_llava.merge import FurtherImages, MergingTower, Pictures
-from tove_llava.presets import StagePreset, load_preset
+from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
@@ -85,7 +87,8 @@ def run(settings: Settings) -> None:
     trainer = make_trainer(settings, args, model, processor, dataset, trainable)
     if resume is not None:
         _say(f"resuming from {resume}")
-    trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    with packed_rows(model.model.language_model) if start.stage.padding_free else nullcontext():
+        trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
 
     tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
@@ -161,6 +164,7 @@ def make_trainer(
             pad_token_id=processor.tokenizer.pad_token_id,
             image_token_id=processor.image_token_id,
             num_image_tokens=model.config.vision_config.num_image_tokens,
+            packed=stage.padding_free,
         ),
         parameter_groups=parameter_groups(
             trainable,
@@ -176,12 +180,6 @@ def make_trainer(
         group_by_modality_length=stage.group_by_modality_length,
         further_images=make_further_images(settings, dataset, model.tower, args.seed),
     )
-
-
-def _muon_matrices(stage: StagePreset, model: ToveLlavaForConditionalGeneration) -> list[torch.nn.Parameter]:
-    if stage.merge is None:
-        return []
-    return MERGE_OPTIMIZERS.get(stage.merge.optimizer)(cast(MergingTower, model.tower))
 
 
 def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
@@ -375,5 +373,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
+def run_as_process(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, and after a success the end of the ranks' communication: none goes while another still listens."""
+    code = main(argv)
+    if code == 0 and dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_process())

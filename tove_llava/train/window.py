@@ -76,7 +76,8 @@ def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, a
         counts[row, 0] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         images = batch.get("pixel_values") if batch.get("pixel_values") is not None else batch.get("vision_features")
         counts[row, 1] = 0 if images is None else len(images)
-        counts[row, 2] = len(batch["labels"])
+        bounds = batch.get("cu_seq_lens_q")
+        counts[row, 2] = len(batch["labels"]) if bounds is None else len(bounds) - 1
     every = counts[None]
     rank = 0
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

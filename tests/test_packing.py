@@ -1,0 +1,164 @@
+"""Packed rows and the loss at supervised positions alone: the same numbers as padded batches with all their logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_llava_model import IMAGE_TOKEN, make_llava
+from tower_parts import GRID, pixels, text_config
+from train_parts import flags, write_parts, write_records
+
+from tove_llava.data import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaCollator
+from tove_llava.errors import ConfigError
+from tove_llava.llava import loss as loss_module
+from tove_llava.llava.loss import supervised_loss
+from tove_llava.llava.varlen import packed_rows, varlen_attention
+from tove_llava.train.run import main
+
+COLLATORS = [LlavaCollator(0, IMAGE_TOKEN, GRID**2, packed=packed) for packed in (False, True)]
+
+
+def example(length, images=(), seed=0, supervised=3):
+    """One sequence of text ids with image placeholders at given places, its last ids supervised."""
+    ids = torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(seed))
+    ids[list(images)] = IMAGE_TOKEN_INDEX
+    labels = torch.full_like(ids, IGNORE_INDEX)
+    labels[length - supervised :] = ids[length - supervised :]
+    labels[ids == IMAGE_TOKEN_INDEX] = IGNORE_INDEX
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels(len(images), seed) if images else None}
+
+
+EXAMPLES = [
+    example(9, images=[2], seed=1),
+    example(14, seed=2, supervised=14),  # its first token too, which nothing predicts
+    example(12, images=[0, 7], seed=3, supervised=4),
+    example(5, images=[1], seed=4, supervised=0),
+]
+
+
+def gradients(model, batch):
+    model.zero_grad()
+    torch.manual_seed(0)  # of the gate's noise
+    output = model(**batch)
+    output.loss.backward()
+    return output, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(got, expected):
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("language", [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}], ids=["mha", "gqa"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_packed_row_has_the_loss_and_gradients_of_padded_ones(tmp_path, language, checkpointing):
+    model = make_llava(tmp_path, text=text_config(**language)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    padded, packed = (collate(EXAMPLES) for collate in COLLATORS)
+    whole, expected = gradients(model, {k: v for k, v in padded.items() if k != "supervised"})
+    assert whole.aux_loss > 0 and whole.logits.shape[:2] == padded["labels"].shape
+    with packed_rows(model.model.language_model):
+        output, got = gradients(model, packed)
+    assert output.logits is None and output.aux_loss == whole.aux_loss
+    torch.testing.assert_close(output.loss, whole.loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)
+    output, got = gradients(model, padded)  # and padded rows with the loss alone
+    torch.testing.assert_close(output.loss, whole.loss, rtol=1e-5, atol=0)
+    assert_close(got, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(3, 12), min_size=2, max_size=5), st.data())
+def test_no_sequence_sees_another(lengths, data):
+    g = torch.Generator().manual_seed(sum(lengths))
+    states = [torch.randn(1, heads, sum(lengths), 4, generator=g) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    arguments = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
+    before, _ = varlen_attention(torch.nn.Identity(), *states, None, **arguments)
+    changed = data.draw(st.integers(0, len(lengths) - 1))
+    start, end = bounds[changed : changed + 2].tolist()
+    for tensor in states:
+        tensor[:, :, start:end] += 1.0
+    after, _ = varlen_attention(torch.nn.Identity(), *states, None, **arguments)
+    assert after.shape == (1, sum(lengths), 4, 4)
+    others = torch.ones(sum(lengths), dtype=torch.bool)
+    others[start:end] = False
+    assert torch.equal(before[:, others], after[:, others])
+    assert not torch.equal(before[:, start:end], after[:, start:end])
+
+
+def test_a_packed_batch_holds_what_a_padded_one_does():
+    padded, packed = (collate(EXAMPLES) for collate in COLLATORS)
+    real = padded["attention_mask"].bool()
+    lengths = real.sum(1).tolist()
+    assert packed["cu_seq_lens_q"].tolist() == [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    assert packed["cu_seq_lens_q"].dtype == torch.int32 and packed["max_length_q"] == max(lengths)
+    assert torch.equal(packed["input_ids"][0], padded["input_ids"][real])
+    assert packed["position_ids"][0].tolist() == [place for length in lengths for place in range(length)]
+    assert torch.equal(packed["pixel_values"], padded["pixel_values"])
+    for batch in (padded, packed):
+        assert torch.equal(batch["labels"].flatten()[batch["supervised"] + 1], _supervised(batch["labels"]))
+    assert len(packed["supervised"]) == len(padded["supervised"]) == 3 + 13 + 4
+    assert "attention_mask" not in packed
+
+
+def _supervised(labels):
+    """What has a position in front of it."""
+    return labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8])
+def test_the_loss_in_pieces_is_the_loss(monkeypatch, count):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 11)
+    hidden = torch.randn(2, 6, 5, requires_grad=True)
+    labels = torch.randint(0, 11, (2, 6))
+    positions = torch.randperm(10)[:count].sort().values
+    positions = positions + (positions >= 5).long()  # the last of a row has no label behind it
+    logits = head(hidden.flatten(0, 1)[positions])
+    expected = torch.nn.functional.cross_entropy(logits, labels.flatten()[positions + 1], reduction="sum") / 4
+    expected.backward()
+    wanted = [hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()]
+    for piece in (2**26, 3 * 11):
+        hidden.grad = head.weight.grad = head.bias.grad = None
+        monkeypatch.setattr(loss_module, "PIECE", piece)
+        loss = supervised_loss(hidden, labels, positions, head, 4)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        for got, value in zip([hidden.grad, head.weight.grad, head.bias.grad], wanted, strict=True):
+            torch.testing.assert_close(got, value)
+
+
+def test_what_is_not_a_packed_row_is_refused(tmp_path):
+    model = make_llava(tmp_path)
+    before = model.model.language_model.config._attn_implementation
+    with packed_rows(model.model.language_model), pytest.raises(ConfigError, match="packed rows alone"):
+        model(**{k: v for k, v in COLLATORS[0](EXAMPLES).items() if k != "supervised"})
+    assert model.model.language_model.config._attn_implementation == before
+    model.model.language_model.config._attn_implementation = "flex_attention"
+    with pytest.raises(ConfigError, match="flex_attention"), packed_rows(model.model.language_model):
+        pass
+    with pytest.raises(ConfigError, match="multiple_of"):
+        LlavaCollator(0, IMAGE_TOKEN, 4, multiple_of=8, packed=True)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_lora", "finetune"])
+def test_a_run_without_padding_learns_the_same(tmp_path, stage):
+    import json
+
+    write_parts(tmp_path)
+    write_records(tmp_path, pattern="iitt", count=8, captions=8)
+    assert main(flags(tmp_path, "pretrain", tmp_path / "stage1", "--max_steps", "1")) == 0
+    more = ["--max_steps", "2"] + (["--pretrained", str(tmp_path / "stage1")] if stage != "pretrain" else [])
+    histories = []
+    for value in ("False", "True"):
+        output = tmp_path / f"padding_free-{value}"
+        assert main(flags(tmp_path, stage, output, *more, "--padding_free", value)) == 0
+        history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+        histories.append([[entry[k] for k in ("lm_loss", "aux_loss")] for entry in history if "lm_loss" in entry])
+        config = json.loads((output / "config.json").read_text())
+        assert "varlen" not in json.dumps(config)
+    torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-5, atol=1e-5)
+    assert histories[0][0] != histories[0][1]

@@ -1,0 +1,112 @@
+"""Attention for rows in which several sequences lie one behind the other, and none of them sees another.
+
+transformers' FlashAttention does this for what the collator calls ``cu_seq_lens_q``. This is the same without the extra
+package: torch's own kernel for such rows on a GPU, and one causal attention a sequence elsewhere.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from tove_llava.errors import ConfigError
+
+NAME = "tove_varlen"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, in the form of a transformers attention function.
+
+    Args:
+        query: ``[1,H,T,d]``; key and value: ``[1,G,T,d]`` with ``H`` a multiple of ``G``.
+        cu_seq_lens_q: int32 ``[sequences + 1]``, where each begins, and ``T``.
+        max_length_q: the longest.
+
+    Returns:
+        ``[1,T,H,d]``, and None for the weights.
+
+    Raises:
+        ConfigError: the batch is not one packed row.
+    """
+    if cu_seq_lens_q is None or max_length_q is None or len(query) != 1 or attention_mask is not None:
+        raise ConfigError("this attention takes packed rows alone: one row, cu_seq_lens_q, max_length_q and no mask")
+    grouped = key.shape[1] != query.shape[1]
+    if _has_kernel(query) and dropout == 0:
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped), None
+    bounds = cu_seq_lens_q.tolist()
+    parts = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in zip(bounds, bounds[1:], strict=False)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2), None  # [1,T,H,d]
+
+
+def _has_kernel(query: Tensor) -> bool:
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # before torch 2.10
+        return False
+    return {"window_size", "scale", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, grouped: bool
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = (states[0].transpose(0, 1) for states in (query, key, value))  # [T,H,d]
+    causal = (-1, 0)
+    out = varlen_attn(
+        *rows, bounds, bounds, longest, longest, scale=scaling, window_size=causal, enable_gqa=grouped
+    )  # [T,H,d]
+    return out[None]
+
+
+AttentionInterface.register(NAME, varlen_attention)
+
+
+@contextmanager
+def packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
+    """Within it a language model takes packed rows, and nothing else where its attention is not FlashAttention.
+
+    Raises:
+        ConfigError: its attention is neither torch's nor FlashAttention.
+    """
+    before = language_model.config._attn_implementation
+    if before.startswith("flash_attention"):
+        yield
+        return
+    if before not in ("sdpa", "eager"):
+        raise ConfigError(f"attention {before!r} does not take packed rows; use sdpa or flash_attention_2")
+    language_model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        language_model.set_attn_implementation(before)
