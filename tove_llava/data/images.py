@@ -212,6 +212,20 @@ class ImageTransform:
             image = pad_to_square(image, self._pad_colour)
         return self.processor(images=image, return_tensors="pt")["pixel_values"][0]
 
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The square of a picture that the tower is shown, at the picture's own resolution, RGB.
+
+        Raises:
+            DataError: as when called.
+        """
+        self._check_shape(image)
+        image = to_rgb(image, self.exif_transpose, self.background)
+        if self.aspect_ratio == "pad":
+            return pad_to_square(image, self._pad_colour)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+
     def open(self, file: str | Path) -> torch.Tensor:
         """Pixels of a picture file; every :class:`DataError` names the file."""
         image = open_image(file, self.max_pixels)
