@@ -4,6 +4,7 @@ transformers loads, queues, generates and speaks the protocol; here are the fold
 of the model's class, and the guard (:mod:`tove_llava.serve.guard`).
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import ConfigError
+from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.serve.guard import Guard
 from tove_llava.serve.models import MANIFEST
 
@@ -102,8 +103,23 @@ def _servable(model: Path) -> Iterator[Path]:
 
             export_model(model, folder, "remote-code")
         else:
+            _check_exported(model)
             folder.symlink_to(model, target_is_directory=True)
         yield folder
+
+
+def _check_exported(model: Path) -> None:
+    """Refuse a folder that ``transformers serve`` would not understand."""
+    from tove_llava.serve.generation import is_stock_llava
+
+    if is_stock_llava(model):
+        return
+    try:
+        kind = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{model} holds no model that can be served: {error!r}") from error
+    if kind != "tove_llava":
+        raise CheckpointError(f"{model} is of another format; convert it first: tove-llava convert --model {model}")
 
 
 @contextmanager
