@@ -86,6 +86,7 @@ def bomb(side):
         (body(data_url(raw=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="svg+xml")), "not a picture"),
         (body(data_url(raw=bomb(12_000))), "more than the limit"),
         (body(text="Look at <image>"), "stands for a picture"),
+        (body(chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
         ({"messages": []}, "no list of messages"),
         ([1, 2], "no list of messages"),
         ({"messages": ["hi"]}, "an object with a role"),

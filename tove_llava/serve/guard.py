@@ -20,6 +20,9 @@ MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB
 MAX_IMAGES = 16
 WAITING = 64  # requests at a time
 
+# Others reach into the server: which template is rendered, how much is generated.
+KEYS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "frequency_penalty", "stream")
+
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -76,7 +79,7 @@ class Guard:
 
 
 def check_request(body: bytes) -> None:
-    """Raises DataError for a chat request with anything but roles, text, and pictures as base64."""
+    """Raises DataError for a chat request with anything but roles, text, pictures as base64, and :data:`KEYS`."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -84,6 +87,9 @@ def check_request(body: bytes) -> None:
     messages = request.get("messages") if isinstance(request, dict) else None
     if not isinstance(messages, list) or not messages:
         raise DataError("the request has no list of messages")
+    unknown = sorted(set(request) - set(KEYS))
+    if unknown:
+        raise DataError(f"the request has {', '.join(unknown)}, which is not taken here; it may have {', '.join(KEYS)}")
     images = 0
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
