@@ -151,7 +151,7 @@ def test_a_model_with_experts_answers_as_the_engine_does(tmp_path):
         )  # fmt: skip
     try:
         wait_for(port, server, tmp_path / "serve.log")
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300, max_retries=0)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=900, max_retries=0)
         (served,) = [entry.id for entry in client.models.list()]
         assert served == "model"
         messages = body(data_url())["messages"]
@@ -176,7 +176,7 @@ def test_a_model_with_experts_answers_as_the_engine_does(tmp_path):
 
 
 def wait_for(port, server, log):
-    for _ in range(300):
+    for _ in range(900):
         assert server.poll() is None, log.read_text()[-3000:]
         try:
             if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
