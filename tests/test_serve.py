@@ -1,9 +1,8 @@
-import json
 import threading
 
 import pytest
 import torch
-from answer_parts import make_answerer, picture, save_model
+from answer_parts import make_answerer, picture
 from PIL import Image
 
 from tove_llava import cli
@@ -193,48 +192,6 @@ def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys
         assert "bash scripts/quickstart.sh" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="nowhere"):
         models.find_model("nowhere")
-
-
-# -- the terminal ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("saved"))
-
-
-def test_chat_prints_one_json_object(model_folder, tmp_path, capsys, engine):
-    picture().save(tmp_path / "a.png")
-    arguments = ["chat", "--model", str(model_folder), "--image", str(tmp_path / "a.png"), "--device", "cpu"]
-    arguments += ["--max-new-tokens", "8", "--question", "What is it?"]
-    assert cli.main([*arguments, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=8)
-    assert sum(result["routing"][0].values()) == pytest.approx(1, abs=1e-5)
-    assert cli.main(arguments) == 0
-    assert capsys.readouterr().out.strip() == result["answer"]
-
-
-def test_chat_goes_on_over_several_turns_and_survives_a_bad_picture(
-    model_folder, tmp_path, capsys, monkeypatch, engine
-):
-    picture().save(tmp_path / "a.png")
-    lines = iter(
-        ["/image no.png", "What is it?", f"/image {tmp_path / 'a.png'}", "What is it?", "And?", "/new", "Hello", ""]
-    )
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    assert cli.main(["chat", "--model", str(model_folder), "--device", "cpu", "--max-new-tokens", "8"]) == 0
-    captured = capsys.readouterr()
-    assert "no image file no.png" in captured.err
-    first = engine.answer(ask("What is it?", picture()), max_new_tokens=8)
-    chat = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?")]
-    answers = [first, engine.answer(chat, max_new_tokens=8), engine.answer(ask("Hello"), max_new_tokens=8)]
-    assert captured.out.split("\n", 1)[1].strip() == "\n".join(answers).strip()
-
-
-def test_chat_refuses_json_without_a_question(capsys):
-    assert cli.main(["chat", "--json", "--model", "x"]) == 2
-    assert "--json needs --question" in capsys.readouterr().err
 
 
 # -- a LLaVA of transformers' own, as a baseline ----------------------------------------------------------------------

@@ -158,8 +158,9 @@ class Engine:
 
     def routing_map(self, image: Picture, experts: Collection[str] | None = None) -> RoutingMap | None:
         """As :meth:`routing`, in tensors."""
-        pixels, chosen = self.answerer.pixels(image, upright=True), self._vision.chosen(experts)
-        return self._worker.run(lambda: self._vision.routing(pixels, chosen))
+        vision = self._vision
+        pixels, chosen = self.answerer.pixels(image, upright=True), vision.chosen(experts)
+        return self._worker.run(lambda: vision.routing(pixels, chosen))
 
     @property
     def waiting(self) -> int:

@@ -62,7 +62,8 @@ class Worker:
         """Raises BusyError when no further request would be taken."""
         with self._changed:
             self._check_open()
-            if self.waiting >= self._max_waiting:
+            self._waiting = deque(request for request in self._waiting if request.live)  # who has gone holds no place
+            if len(self._waiting) >= self._max_waiting:
                 raise BusyError(f"{self._max_waiting} questions are waiting already; try again in a moment")
 
     def submit(self, request: Request) -> None:
@@ -109,8 +110,7 @@ class Worker:
         """Take no more requests, fail those in the queue, and let running answers end for ``patience`` seconds."""
         with self._changed:
             self._closing = True
-            while self._waiting:
-                self._waiting.popleft().finish(BusyError("the engine was shut down before this question's turn"))
+            self._refuse_waiting()
             while self._jobs:
                 self._jobs.popleft()[1].set_exception(BusyError("the engine was shut down"))
             self._changed.notify_all()
@@ -120,6 +120,10 @@ class Worker:
         for request in list(self._batch.rows):
             request.finish(BusyError("the engine was shut down before this answer's end"))
         self._thread.join()
+
+    def _refuse_waiting(self) -> None:
+        while self._waiting:
+            self._waiting.popleft().finish(BusyError("the engine was shut down before this question's turn"))
 
     def _check_open(self) -> None:
         if self._closing:
@@ -134,20 +138,25 @@ class Worker:
     # -- for the worker's thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(self._has_work)
-                if self._closing and not self._batch.live:
-                    return
-                jobs, requests = list(self._jobs), self._next()
-                self._jobs.clear()
-            for job, future in jobs:
-                _settle(job, future)
-            if requests:
-                self._join(requests)
-            if self._batch.rows:
-                self._step()
-            del jobs, requests  # while it waits, it holds nobody's pictures
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Waits for work and does a bit of it; False when it was the last. In between it holds nobody's pictures."""
+        with self._changed:
+            self._changed.wait_for(self._has_work)
+            if self._closing and not self._batch.live:
+                self._refuse_waiting()  # that came back because the memory was full
+                return False
+            jobs, requests = list(self._jobs), self._next()
+            self._jobs.clear()
+        for job, future in jobs:
+            _settle(job, future)
+        if requests:
+            self._join(requests)
+        if self._batch.rows:
+            self._step()
+        return True
 
     def _has_work(self) -> bool:
         return bool(self._waiting or self._jobs or self._batch.rows or self._closing)
