@@ -6,6 +6,8 @@ remote-code` does, in the system's folder for temporary files (TMPDIR).
 """
 
 import argparse
+from contextlib import ExitStack
+from pathlib import Path
 
 from tove_llava.cli._loading import add_loading_arguments, loading_options
 
@@ -22,6 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="longest answer on the page (default: 256)"
     )
+    page = parser.add_argument_group("the page")
+    page.add_argument("--compare", metavar="DIR", help="a second model, beside the first in the tab Compare")
+    page.add_argument(
+        "--auth",
+        metavar="USER:PASSWORD",
+        help="ask for a password; @FILE reads such lines from a file, so that the list of processes does not show it",
+    )
+    page.add_argument("--share", action="store_true", help="make a public address through gradio's service")
     add_loading_arguments(parser)
 
 
@@ -31,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.openai and (args.load_4bit or args.load_8bit):
         raise ConfigError("--openai does not go with --load-4bit or --load-8bit; serve a merged or smaller model")
+    if args.openai and (args.compare or args.auth or args.share):
+        raise ConfigError("--compare, --auth and --share belong to the page and do not go with --openai")
     folder = find_model(args.model)
     from tove_llava.logs import quiet_transformers
 
@@ -40,8 +52,21 @@ def run(args: argparse.Namespace) -> int:
 
         serve_openai(folder, args.host, args.port, args.device, args.dtype)
         return 0
+    _serve_page(args, folder)
+    return 0
+
+
+def _serve_page(args: argparse.Namespace, folder: Path) -> None:
+    from tove_llava.serve.models import find_model
+    from tove_llava.serve.ui.auth import read_auth
+
+    auth = read_auth(args.auth)
+    other = None if args.compare is None else find_model(args.compare)
     from tove_llava.serve.engine import Engine
     from tove_llava.serve.gradio_app import launch
 
-    launch(Engine.load(folder, **loading_options(args)), args.host, args.port, args.max_new_tokens)
-    return 0
+    options = loading_options(args)
+    with ExitStack() as running:
+        engine = running.enter_context(Engine.load(folder, **options))
+        compare = None if other is None else running.enter_context(Engine.load(other, **options))
+        launch(engine, args.host, args.port, args.max_new_tokens, compare=compare, auth=auth, share=args.share)

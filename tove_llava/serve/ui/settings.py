@@ -11,6 +11,7 @@ def sampling_inputs(max_new_tokens: int) -> list[Any]:
     """Components for the system prompt, temperature, top-p and the longest answer, in ``Settings.of``'s order."""
     with gr.Accordion("Settings", open=False, elem_id="tove-settings"):
         system = gr.Textbox(
+            value="",
             label="System prompt",
             placeholder="the model's own",
             lines=2,
