@@ -12,7 +12,7 @@ from answer_parts import make_answerer, picture
 from PIL import Image
 
 from tove_llava.errors import ConfigError, DataError
-from tove_llava.serve.engine import Engine, Message, Sampling
+from tove_llava.serve.engine import Engine, Message
 
 gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")

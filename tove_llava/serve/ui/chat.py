@@ -37,7 +37,7 @@ class Chat:
                     feedback_options=None,
                     height="58vh",
                     min_height=380,
-                    placeholder="Ask about a picture",
+                    placeholder="Add a picture and ask about it, or begin with one of these.",
                     examples=[{"text": x.text, "files": [x.file]} for x in self._examples],
                     elem_id="tove-chat",
                 )
@@ -53,7 +53,7 @@ class Chat:
                 )
                 with gr.Row(elem_classes="tove-actions"):
                     self.again = gr.Button("Regenerate", size="sm", elem_id="tove-again")
-                    self.edit = gr.Button("Edit last question", size="sm", elem_id="tove-edit")
+                    self.edit = gr.Button("Edit question", size="sm", elem_id="tove-edit")
                     self.new = gr.Button("New chat", size="sm", elem_id="tove-new")
                 self.settings = sampling_inputs(max_new_tokens)
             with gr.Column(scale=3, min_width=300, elem_id="tove-panel", visible=bool(engine.experts)):

@@ -28,11 +28,13 @@ class Compare:
         self, engines: tuple[Engine, Engine], desk: Desk, settings: list[Any], example: Mapping[str, Any] | None
     ) -> None:
         self._desk = desk
-        gr.Markdown(
-            "One question, read with two sets of experts"
-            + (", by two models." if engines[0] is not engines[1] else "."),
-            elem_classes="tove-lead",
-        )
+        one_model = engines[0] is engines[1]
+        with gr.Row(elem_id="tove-compare-head"):
+            lead = (
+                "The same question, read with two sets of experts" if one_model else "The same question to two models"
+            )
+            gr.Markdown(lead, elem_classes="tove-lead")
+            self.stop = gr.Button("Stop both", size="sm", elem_id="tove-compare-stop", scale=0, min_width=110)
         self.entry = gr.MultimodalTextbox(
             value=dict(example) if example else None,
             file_types=["image"],
@@ -44,10 +46,12 @@ class Compare:
             max_plain_text_length=MAX_TEXT,
             elem_id="tove-compare-entry",
         )
-        self.stop = gr.Button("Stop both", size="sm", elem_id="tove-compare-stop")
         with gr.Row(elem_classes="tove-columns"):
-            sides = [Side(engine, letter, desk, all_attached=letter == "A" or engines[0] is not engines[1])
-                     for engine, letter in zip(engines, "AB", strict=True)]  # fmt: skip
+            # Where the models are one, the sides start with all experts and with none.
+            starts = (True, not one_model)
+            sides = [
+                Side(engine, letter, desk, start) for engine, letter, start in zip(engines, "AB", starts, strict=True)
+            ]
         runs = []
         for side in sides:
             inputs = [self.entry, *settings, *side.inputs]
@@ -69,8 +73,7 @@ class Side:
         self._engine, self._desk = engine, desk
         experts = list(engine.experts)
         with gr.Column(min_width=300, elem_id=f"tove-side-{letter.lower()}"):
-            gr.Markdown(f"### {letter}", elem_classes="tove-title")
-            gr.HTML(f'<p class="tove-hint">{_escaped(name_of(engine.name))}</p>')
+            gr.HTML(f'<h3 class="tove-side">{letter} <small>{html.escape(name_of(engine.name))}</small></h3>')
             self.attached = gr.CheckboxGroup(
                 experts, value=experts if all_attached else [], label=f"Experts of {letter}", visible=bool(experts)
             )
@@ -80,14 +83,14 @@ class Side:
                 sanitize_html=True,
                 buttons=[],
                 feedback_options=None,
-                height=170,
+                height=130,
                 placeholder=" ",
                 elem_classes="tove-answer",
             )
             self.drawing = gr.Image(
                 show_label=False, interactive=False, format="png", buttons=["fullscreen"], height=260,
                 label=f"Routing of {letter}", alt_text=f"the picture with the routing of {letter} drawn over it",
-                visible=bool(experts), placeholder="no picture yet",
+                visible=bool(experts), placeholder="no picture yet", elem_classes="tove-map",
             )  # fmt: skip
             self.legend = gr.HTML("", visible=bool(experts))
 
@@ -116,8 +119,3 @@ class Side:
         with told():
             found = await self._desk.guarded(partial(look, self._engine, str(files[-1]), tuple(attached)))
         return draw(found), legend(found, self._engine.experts)
-
-
-def _escaped(text: str) -> str:
-
-    return html.escape(text)

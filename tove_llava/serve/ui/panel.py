@@ -37,22 +37,22 @@ class Panel:
             interactive=False,
             format="png",
             buttons=["fullscreen"],
-            height=340,
+            height=300,
             elem_id="tove-map",
             alt_text="the picture with the routing drawn over it",
             placeholder="no picture yet",
         )
         self._legend = gr.HTML(legend(None, experts), elem_id="tove-legend")
         self.picture = gr.Radio([], label="Picture", visible=False, elem_id="tove-picture")
+        self._view = gr.Radio(views(experts), value=ALL, label="Show", elem_id="tove-view")
+        self._opacity = gr.Slider(0, 1, value=0.55, step=0.05, label="Opacity of the map", elem_id="tove-opacity")
         self.attached = gr.CheckboxGroup(
             experts,
             value=experts,
             label="Attached experts",
-            info="The next answer and the map use exactly these.",
+            info="Detach one: the map and the next answer go without it.",
             elem_id="tove-attached",
         )
-        self._view = gr.Radio(views(experts), value=ALL, label="Show", elem_id="tove-view")
-        self._opacity = gr.Slider(0, 1, value=0.55, step=0.05, label="Opacity of the map", elem_id="tove-opacity")
         self._listen()
 
     def _listen(self) -> None:
