@@ -17,8 +17,9 @@ def chat(page: Page) -> None:
     """An example, a second question, and the map of one expert."""
     page.locator("#tove-chat .example").first.click()
     page.locator("#tove-chat .tove-note").first.wait_for()
+    page.locator("#tove-entry .stop-button").wait_for(state="hidden")
     box = page.locator("#tove-entry textarea")
-    box.fill("How many objects are there?")
+    box.fill("What color is the cylinder?")
     box.press("Enter")
     page.locator("#tove-chat .tove-note").nth(1).wait_for()
     page.locator("#tove-map img").wait_for()

@@ -40,6 +40,7 @@ NOT_RUN = {
     "architecture.md": 9,
     "chat.md": 2,
     "checkpoints.md": 4,
+    "demo.md": 1,
     "evaluation.md": 4,
     "experts.md": 1,
     "export.md": 3,

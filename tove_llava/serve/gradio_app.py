@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 MAX_UPLOAD = "20mb"
 WAITING = 128  # events in gradio's queue; more are told to come back. The engine has a queue of its own
 THREADS = 80
-CACHE = (600, 3600)  # seconds between two looks for old files, and the age at which they go
+CACHE = (600, 7200)  # seconds between two looks for old files, and the age at which they go
 
 TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
 
