@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUESTION = "What is <b>it</b>? <img src=x onerror=\"document.title='broken'\"> **really**"
 TOKENS = 12
-WAIT = 120_000  # milliseconds; machines may be busy
+WAIT = 60_000  # milliseconds; machines may be busy
 INK = "getComputedStyle(document.querySelector('#tove-head h1')).color"
 
 
@@ -31,7 +31,13 @@ def engine(answerer):
 
 
 @pytest.fixture(scope="module")
-def app(engine):
+def app(engine, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:  # a server that ends takes files along that another shows too
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield from serve(engine)
+
+
+def serve(engine):
     from tove_llava.serve.gradio_app import launch
 
     app = launch(engine, "127.0.0.1", None, max_new_tokens=400, block=False)
@@ -62,6 +68,7 @@ def page(browser, app, view):
     page.set_default_timeout(WAIT)
     faults, foreign = [], []
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("response", lambda got: faults.append(f"{got.status} {got.url}") if got.status >= 400 else None)
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("request", lambda request: foreign.append(request.url))
     page.goto(app.local_url)

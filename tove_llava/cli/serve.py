@@ -6,6 +6,8 @@ remote-code` does, in the system's folder for temporary files (TMPDIR).
 """
 
 import argparse
+import os
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _serve_page(args: argparse.Namespace, folder: Path) -> None:
+def _serve_page(args: argparse.Namespace, model: Path) -> None:
     from tove_llava.serve.models import find_model
     from tove_llava.serve.ui.auth import read_auth
 
@@ -67,6 +69,10 @@ def _serve_page(args: argparse.Namespace, folder: Path) -> None:
 
     options = loading_options(args)
     with ExitStack() as running:
-        engine = running.enter_context(Engine.load(folder, **options))
+        # Uploads in a folder of this process and user alone, gone with it; gradio's own is shared.
+        folder = running.enter_context(tempfile.TemporaryDirectory(prefix="tove-llava-", ignore_cleanup_errors=True))
+        if os.environ.setdefault("GRADIO_TEMP_DIR", folder) == folder:
+            running.callback(os.environ.pop, "GRADIO_TEMP_DIR", None)
+        engine = running.enter_context(Engine.load(model, **options))
         compare = None if other is None else running.enter_context(Engine.load(other, **options))
         launch(engine, args.host, args.port, args.max_new_tokens, compare=compare, auth=auth, share=args.share)

@@ -1,7 +1,7 @@
 """From a conversation to its answer, as it grows, without holding a thread of the server."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -60,14 +60,24 @@ class Desk:
         """Work that decodes pictures, in a thread."""
         return await anyio.to_thread.run_sync(work, limiter=self._decoding)
 
-    async def ask(self, engine: Engine, said: Sequence[Said], settings: Settings) -> AsyncIterator[Answer]:
+    async def ask(
+        self,
+        engine: Engine,
+        said: Sequence[Said],
+        settings: Settings,
+        begun: Callable[[Reply], None] = lambda reply: None,
+    ) -> AsyncGenerator[Answer, None]:
         """The answer to a conversation. Closing the iterator (``aclosing``) frees its place in the engine.
+
+        Args:
+            begun: is given the reply; who cancels it ends the answer with what it has.
 
         Raises:
             ToveError: as of ``Engine.ask`` and ``conversation.messages``.
         """
         reply = await self.guarded(partial(_ask, engine, said, settings))
         try:
+            begun(reply)
             while place := reply.position:
                 yield Answer(Said("assistant", "", note=f"waiting, number {place} in the queue"))
                 await anyio.sleep(LOOK)

@@ -83,7 +83,9 @@ class Api:
             engine = self._engines[0]
             found = await self._desk.guarded(partial(look, engine, picture, tuple(experts) if engine.experts else None))
         routing = found.routing
-        weights = routing and {"means": routing.means, "chosen": routing.chosen, "grids": routing.grids}
+        weights = (
+            None if routing is None else {"means": routing.means, "chosen": routing.chosen, "grids": routing.grids}
+        )
         return draw(found, view, opacity), weights
 
     async def compare(
@@ -118,9 +120,10 @@ class Api:
         return found
 
 
-def _settings(engine: Engine, *values: Any) -> Settings:
-    *sampling, experts = values
-    return Settings.of(*sampling, experts if engine.experts else None)
+def _settings(
+    engine: Engine, system: str, temperature: float, top_p: float, tokens: float, experts: Sequence[str]
+) -> Settings:
+    return Settings.of(system, temperature, top_p, tokens, experts if engine.experts else None)
 
 
 def _times(answer: Answer) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -13,6 +15,7 @@ from tove_llava.serve.ui.conversation import MAX_TEXT, Said, answered, pictures,
 from tove_llava.serve.ui.examples import Example
 from tove_llava.serve.ui.panel import Panel
 from tove_llava.serve.ui.refusals import told
+from tove_llava.serve.ui.running import Running
 from tove_llava.serve.ui.settings import sampling_inputs
 
 STOPPED = "stopped"
@@ -25,6 +28,7 @@ class Chat:
     def __init__(self, engine: Engine, desk: Desk, examples: Sequence[Example], max_new_tokens: int) -> None:
         self._engine, self._desk, self._examples = engine, desk, list(examples)
         self.said = gr.State([])
+        self.running = gr.State(Running())  # each visitor's own, and the same object in all of his listeners
         with gr.Row(elem_classes="tove-columns"):
             with gr.Column(scale=5, min_width=320):
                 # sanitize_html is a second fence: shown() has escaped everything already.
@@ -63,15 +67,16 @@ class Chat:
     def _listen(self) -> None:
         quiet: dict[str, Any] = {"api_visibility": "private"}
         out = [self.entry, self.page, self.said, self.panel.files]
-        inputs = [self.entry, self.said, *self.settings, self.panel.attached]
+        inputs = [self.entry, self.said, self.running, *self.settings, self.panel.attached]
         # One listener for all ways to ask, so that one page has one answer in the making.
         ways = [self.entry.submit, self.again.click, self.page.example_select]
         asking = gr.on(ways, self._respond, inputs, out, concurrency_limit=AT_ONCE, trigger_mode="once", **quiet)
         asking.then(_ready, None, self.entry, **quiet)  # also after an error
-        self.entry.stop(self._stop, self.said, [self.entry, self.page, self.said], cancels=[asking], **quiet)
-        self.edit.click(self._edit, self.said, out, cancels=[asking], **quiet)
-        self.new.click(lambda: (_box(value=None, ready=True), [], [], []), None, out, cancels=[asking], **quiet)
-        self.page.clear(lambda: ([], []), None, [self.said, self.panel.files], cancels=[asking], **quiet)
+        # These end the answer by its reply and not by gradio's cancelling, which may let a last word of it through.
+        self.entry.stop(Running.stop, self.running, None, **quiet)
+        self.edit.click(self._edit, [self.said, self.running], out, **quiet)
+        self.new.click(self._begin_anew, self.running, out, **quiet)
+        self.page.clear(self._begin_anew, self.running, out, **quiet)
 
     def _asked(self, event: Any, message: Mapping[str, Any], said: Sequence[Said]) -> list[Said]:
         """The conversation that the event asks to be answered."""
@@ -86,6 +91,7 @@ class Chat:
         self,
         message: Mapping[str, Any],
         said: Sequence[Said],
+        running: Running,
         system: str,
         temperature: float,
         top_p: float,
@@ -99,33 +105,34 @@ class Chat:
             experts = attached if self._engine.experts else None
             choices = Settings.of(system, temperature, top_p, tokens, experts)
         typed = not _from(event, self.again, self.page)
+        number = running.begin()
         # The box is emptied only of what was asked.
         yield _box(value=None, ready=False) if typed else _box(ready=False), shown(asked), asked, pictures(asked)
         begun = False
         try:
-            async with aclosing(self._desk.ask(self._engine, asked, choices)) as answers:
+            asking = self._desk.ask(self._engine, asked, choices, partial(running.take, number))
+            async with aclosing(asking) as answers:
                 async for answer in answers:
+                    if not running.is_current(number):
+                        return
                     begun = True
-                    so_far = [*asked, answer.turn]
-                    yield gr.skip(), shown(so_far), so_far, gr.skip()
+                    turn = replace(answer.turn, note=STOPPED) if running.stopped else answer.turn
+                    # Without a word of its answer the question stays one without an answer.
+                    kept = [*asked, turn] if turn.text else asked
+                    yield gr.skip(), shown([*asked, turn]), kept, gr.skip()
         except ToveError as error:
             if not begun and typed:
                 yield _box(value=message), shown(said), list(said), pictures(said)
             with told():
                 raise error
 
-    def _stop(self, said: Sequence[Said]) -> tuple[Any, Any, list[Said]]:
-        """The partial answer stays, marked."""
-        kept = list(said)
-        if kept and kept[-1].role == "assistant" and not kept[-1].text:
-            kept.pop()  # it had not begun
-        if kept and kept[-1].role == "assistant":
-            kept[-1] = Said("assistant", kept[-1].text, note=kept[-1].note or STOPPED)
-            return _box(ready=True), shown(kept), kept
-        return _box(ready=True), shown([*kept, Said("assistant", "", note=STOPPED)]) if kept else [], kept
+    def _begin_anew(self, running: Running) -> Update:
+        running.leave()
+        return _box(value=None, ready=True), [], [], []
 
-    def _edit(self, said: Sequence[Said]) -> Update:
+    def _edit(self, said: Sequence[Said], running: Running) -> Update:
         """Takes the last question and its answer out of the conversation and puts the question into the box."""
+        running.leave()
         with told():
             asked = unanswered(said)
         rest, last = asked[:-1], asked[-1]
