@@ -235,6 +235,17 @@ def test_views_and_opacity_redraw_without_the_model(answerer, page, tmp_path, mo
     changed(page, after)
 
 
+def test_the_picture_of_the_map_can_be_chosen(page, tmp_path):
+    attach(page, save(tmp_path))
+    page.locator("#tove-entry input[type=file]").first.set_input_files(str(save(tmp_path, 1)))
+    page.wait_for_function("document.querySelectorAll('#tove-entry img').length === 2")
+    ask(page, "Which is redder?", 1)
+    before = source(page)
+    assert page.locator("#tove-picture input").count() == 2 and page.locator("#tove-picture input").nth(1).is_checked()
+    page.locator("#tove-picture input").first.check()
+    changed(page, before)
+
+
 def test_the_last_question_can_be_edited_and_asked_again(engine, page, tmp_path):
     attach(page, save(tmp_path))
     ask(page, "What is 1 < 2?", 1)

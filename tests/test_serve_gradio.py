@@ -1,25 +1,34 @@
 """The page without a browser: its endpoints, and what an ill-willed client may try."""
 
 import html
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
+from contextlib import aclosing
 
+import anyio
 import httpx
 import pytest
 from abuse_parts import FILES, HTML, SVG
-from answer_parts import make_answerer, picture
+from answer_parts import make_answerer, picture, save_model
 from PIL import Image
 
 from tove_llava.errors import ConfigError, DataError
-from tove_llava.serve.engine import Engine, Message
+from tove_llava.serve.engine import Engine, Message, Sampling
 
 gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 
+from tove_llava.serve.ui.answers import Desk, Settings  # noqa: E402
 from tove_llava.serve.ui.auth import read_auth  # noqa: E402
 from tove_llava.serve.ui.conversation import Said, question, shown  # noqa: E402
+from tove_llava.serve.ui.running import Running  # noqa: E402
 
 QUESTION = "What is <b>it</b>? <script>document.title='broken'</script>"
 TOKENS = 8
@@ -114,6 +123,20 @@ def test_two_sets_of_experts_answer_the_same_question(chat, engine, tmp_path):
     for side, experts in zip(found, (("depth",), ()), strict=True):
         assert side["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS, experts=experts)
         assert side["experts"] == list(experts) and side["timing"]["tokens"] > 0
+
+
+def test_two_models_answer_the_same_question(engine, tmp_path):
+    with Engine(make_answerer(tmp_path / "other", seed=1), name="other") as other:
+        app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=TOKENS, block=False, compare=other)
+        try:
+            connection = client.Client(app.local_url, verbose=False)
+            message = {"text": "What is it?", "files": [save(tmp_path)]}
+            found = connection.predict(message=message, api_name="/compare")
+            connection.close()
+        finally:
+            app.close()
+        expected = [model.answer(ask("What is it?", picture()), max_new_tokens=TOKENS) for model in (engine, other)]
+    assert [side["answer"] for side in found] == expected and expected[0] != expected[1]
 
 
 def test_endpoints_are_three_and_documented(chat):
@@ -271,6 +294,44 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tm
         app.close()
 
 
+def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
+    real, opened = answerer.model.forward, threading.Event()
+
+    def forward(*args, **kwargs):
+        assert opened.wait(timeout=300)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", forward)
+
+    async def last() -> list[Said]:
+        turns = []
+        answers = Desk().ask(engine, [Said("user", "Who?")], Settings(Sampling(TOKENS)))
+        async with aclosing(answers):
+            async for answer in answers:
+                turns.append(answer.turn)
+                opened.set()
+        return turns
+
+    with Engine(answerer, max_batch=1) as engine:
+        first = engine.ask(ask("What?"), Sampling(TOKENS))
+        turns = anyio.run(last)
+        assert turns[0] == Said("assistant", "", note="waiting, number 1 in the queue")
+        assert turns[-1].text and "waited" in turns[-1].note and first.text()
+
+
+def test_a_visitor_who_stops_before_the_answer_began_is_faster_than_it(engine):
+    for end in (Running.stop, Running.leave):
+        running = Running()
+        number = running.begin()
+        end(running)
+        reply = engine.ask(ask("Talk"), Sampling(400))
+        running.take(number, reply)
+        reply.text()
+        assert reply.timing is None or reply.timing.tokens < 390
+        assert running.is_current(number) == (end is Running.stop)
+    assert running.begin() != number and not running.stopped
+
+
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +373,34 @@ def test_flags_of_the_page_do_not_go_with_the_endpoint(flags, capsys):
 
     assert main(["serve", "--model", ".", "--openai", *flags]) == 2
     assert "--compare, --auth and --share belong to the page" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_starts_with_the_newest_model_and_leaves_nothing_behind(tmp_path, number):
+    (tmp_path / "outputs").mkdir()
+    save_model(tmp_path / "outputs")
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    process = subprocess.Popen(
+        [sys.executable, "-um", "tove_llava.serve.gradio_app"], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may run in a background
+    )  # fmt: skip
+    try:
+        address = next(found for line in process.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))[0]
+        connection = client.Client(address, verbose=False)
+        message = {"text": "What is it?", "files": [save(tmp_path)]}
+        assert connection.predict(message=message, max_new_tokens=4, api_name="/chat")[1]["tokens"] > 0
+        connection.close()
+        assert any((tmp_path / "temporary").rglob("0.png")), "uploads are there while it runs"
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in rest, rest
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 # -- gradio's messages ------------------------------------------------------------------------------------------------

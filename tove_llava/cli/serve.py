@@ -7,7 +7,9 @@ remote-code` does, in the system's folder for temporary files (TMPDIR).
 
 import argparse
 import os
+import signal
 import tempfile
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -75,4 +77,6 @@ def _serve_page(args: argparse.Namespace, model: Path) -> None:
             running.callback(os.environ.pop, "GRADIO_TEMP_DIR", None)
         engine = running.enter_context(Engine.load(model, **options))
         compare = None if other is None else running.enter_context(Engine.load(other, **options))
+        if threading.current_thread() is threading.main_thread():  # a service manager's end is as clean as Ctrl-C
+            running.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         launch(engine, args.host, args.port, args.max_new_tokens, compare=compare, auth=auth, share=args.share)
