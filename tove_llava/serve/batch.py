@@ -61,6 +61,8 @@ class Together(Batch):
 
     @torch.inference_mode()
     def join(self, requests: Sequence[Request]) -> None:
+        if not self.live:
+            self.abandon()  # what those who have gone hold may be what these need
         features = self.vision.read(requests)
         # With tokens already, where the memory was full in mid-answer.
         prompts = [

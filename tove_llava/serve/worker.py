@@ -195,14 +195,14 @@ class Worker:
     def _make_room(self, requests: Sequence[Request], running: int) -> None:
         """The memory was full with ``requests``, beside others that go on running."""
         together = running + len(requests)
-        if together == 1:
+        if requests and together == 1:
             requests[0].finish(
                 AnswerError(
                     "the device's memory is full with this question alone; use fewer pictures, a shorter conversation "
                     "or a smaller --dtype"
                 )
             )
-        else:
+        elif requests:
             self._room, self._calm = max(1, together // 2), 0
             with self._changed:
                 self._waiting.extendleft(reversed(requests))
