@@ -289,6 +289,10 @@ def test_a_refused_file_stays_in_the_box_with_a_message(page, tmp_path):
     page.get_by_text("page.jpg is not a picture").wait_for()
     page.locator("#tove-entry .stop-button").wait_for(state="hidden")
     assert box(page).input_value() == "What?" and page.title() == "ToVE-LLaVA"
+    box(page).fill("x" * 10_000)
+    box(page).press("Enter")
+    page.get_by_text("10000 characters; at most 8000").wait_for()
+    assert len(box(page).input_value()) == 10_000, "it can be shortened"
 
 
 def test_light_and_dark(page, browser, app):

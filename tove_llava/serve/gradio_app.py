@@ -94,8 +94,9 @@ def launch(
             auth=None if auth is None else list(auth),
             max_file_size=MAX_UPLOAD,
             max_threads=THREADS,
-            show_error=True,
-            prevent_thread_lock=not block,
+            show_error=False,  # what a user can mend is told all the same; of other faults the log has the traceback
+            prevent_thread_lock=True,
+            quiet=True,
             footer_links=["api"],
             run_history=False,
             ssr_mode=False,
@@ -107,6 +108,12 @@ def launch(
         raise ConfigError(
             f"the demo cannot listen on {host}:{port or '7860 to 7959'}: {error}; choose --port"
         ) from error
+    if share and not app.share_url:
+        logger.warning("gradio's service gives no public address now; the page is at its local one")
+    if block:
+        public = f", for everyone at {app.share_url}" if app.share_url else ""
+        print(f"open {app.local_url} in a browser{public}; Ctrl-C ends it", flush=True)
+        app.block_thread()
     return app
 
 

@@ -62,7 +62,7 @@ class Api:
         """
         engine = self._engines[0]
         with told():
-            asked = [*answered(said), question(message)]
+            asked = [*answered(said), await self._desk.guarded(partial(question, message))]
             choices = _settings(engine, system, temperature, top_p, max_new_tokens, experts)
             async with aclosing(self._desk.ask(engine, asked, choices)) as answers:
                 async for found in answers:
@@ -111,7 +111,7 @@ class Api:
                     found[place] = {**told_so, "experts": list(experts), "model": "AB"[place]}
 
         with told():
-            asked = [question(message)]
+            asked = [await self._desk.guarded(partial(question, message))]
             sides = [
                 (engine, experts, _settings(engine, system, temperature, top_p, max_new_tokens, experts))
                 for engine, experts in zip(self._engines, (experts_a, experts_b), strict=True)

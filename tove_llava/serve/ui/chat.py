@@ -11,7 +11,7 @@ import gradio as gr
 from tove_llava.errors import ToveError
 from tove_llava.serve.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
-from tove_llava.serve.ui.conversation import MAX_TEXT, Said, answered, pictures, question, shown, unanswered
+from tove_llava.serve.ui.conversation import PASTED, Said, answered, pictures, question, shown, unanswered
 from tove_llava.serve.ui.examples import Example
 from tove_llava.serve.ui.panel import Panel
 from tove_llava.serve.ui.refusals import told
@@ -52,7 +52,7 @@ class Chat:
                     placeholder="Add pictures and ask about them",
                     label="Question",
                     show_label=False,
-                    max_plain_text_length=MAX_TEXT,
+                    max_plain_text_length=PASTED,
                     elem_id="tove-entry",
                 )
                 with gr.Row(elem_classes="tove-actions"):
@@ -101,7 +101,7 @@ class Chat:
     ) -> AsyncIterator[Update]:
         """Streams the answer. A refused question goes back into the box."""
         with told():
-            asked = self._asked(event, message, said)
+            asked = await self._desk.guarded(partial(self._asked, event, message, said))
             experts = attached if self._engine.experts else None
             choices = Settings.of(system, temperature, top_p, tokens, experts)
         typed = not _from(event, self.again, self.page)

@@ -10,7 +10,7 @@ import gradio as gr
 
 from tove_llava.serve.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
-from tove_llava.serve.ui.conversation import MAX_TEXT, Said, question, shown
+from tove_llava.serve.ui.conversation import PASTED, Said, question, shown
 from tove_llava.serve.ui.legend import legend
 from tove_llava.serve.ui.overlay import draw, look, name_of
 from tove_llava.serve.ui.refusals import told
@@ -43,7 +43,7 @@ class Compare:
             placeholder="Add a picture and ask both sides about it",
             label="Question for both sides",
             show_label=False,
-            max_plain_text_length=MAX_TEXT,
+            max_plain_text_length=PASTED,
             elem_id="tove-compare-entry",
         )
         with gr.Row(elem_classes="tove-columns"):
@@ -103,7 +103,7 @@ class Side:
     ) -> AsyncIterator[Any]:
         """Streams this side's answer, alone on its page."""
         with told():
-            asked = [question(message)]
+            asked = [await self._desk.guarded(partial(question, message))]
             choices = Settings.of(system, temperature, top_p, tokens, attached if self._engine.experts else None)
         yield shown([Said("assistant", "", note="...")])
         with told():

@@ -13,6 +13,7 @@ from tove_llava.serve.engine import Message
 MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB
 MAX_PICTURES = 8  # of one question
 MAX_TEXT = 8_000  # characters of one question, and of the system prompt
+PASTED = 1_000_000  # characters from which on the box makes a file of a pasted text; what is too long is said before
 
 
 @dataclass(frozen=True)
