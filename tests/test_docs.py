@@ -37,9 +37,11 @@ def test_what_is_not_run_is_counted() -> None:
 NOT_RUN = {
     "analysis.md": 1,
     "another-llm.md": 1,
-    "architecture.md": 8,
+    "architecture.md": 9,
+    "chat.md": 2,
     "checkpoints.md": 1,
     "data.md": 1,
+    "demo.md": 1,
     "evaluation.md": 5,
     "experts.md": 1,
     "export.md": 3,

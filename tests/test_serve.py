@@ -1,15 +1,13 @@
-import json
 import threading
-import time
 
 import pytest
 import torch
-from answer_parts import make_answerer, picture, save_model
+from answer_parts import make_answerer, picture
 from PIL import Image
 
 from tove_llava import cli
 from tove_llava.data import get_template
-from tove_llava.errors import CheckpointError, DataError
+from tove_llava.errors import AnswerError, CheckpointError, DataError
 from tove_llava.serve import models
 from tove_llava.serve.engine import Engine, Message
 
@@ -131,20 +129,19 @@ def test_leaving_stops_the_generation_and_frees_the_model(engine):
     stream = engine.stream(ask("Talk", picture()), max_new_tokens=400)
     next(stream)
     stream.close()
-    assert not engine._lock.locked()
-    started = time.monotonic()
-    engine.answer(ask("Next"), max_new_tokens=1)
-    assert time.monotonic() - started < 5
+    assert engine.answer(ask("Next"), max_new_tokens=1) is not None
+    assert engine.running == 0
 
 
 def test_what_goes_wrong_while_generating_reaches_the_caller(engine, monkeypatch):
     def fail(*_, **__):
-        raise MemoryError("no room")
+        raise KeyError("no such thing")
 
-    monkeypatch.setattr(engine.answerer.model, "generate", fail)
-    with pytest.raises(MemoryError, match="no room"):
-        engine.answer(ask("What?", picture()))
-    assert not engine._lock.locked()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.answerer.model, "forward", fail)
+        with pytest.raises(AnswerError, match="KeyError.*no such thing"):
+            engine.answer(ask("What?", picture()))
+    assert engine.answer(ask("What?", picture()), max_new_tokens=4)
 
 
 def test_threads_get_the_answers_that_they_would_get_alone(engine):
@@ -195,48 +192,6 @@ def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys
         assert "bash scripts/quickstart.sh" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="nowhere"):
         models.find_model("nowhere")
-
-
-# -- the terminal ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("saved"))
-
-
-def test_chat_prints_one_json_object(model_folder, tmp_path, capsys, engine):
-    picture().save(tmp_path / "a.png")
-    arguments = ["chat", "--model", str(model_folder), "--image", str(tmp_path / "a.png"), "--device", "cpu"]
-    arguments += ["--max-new-tokens", "8", "--question", "What is it?"]
-    assert cli.main([*arguments, "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert result["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=8)
-    assert sum(result["routing"][0].values()) == pytest.approx(1, abs=1e-5)
-    assert cli.main(arguments) == 0
-    assert capsys.readouterr().out.strip() == result["answer"]
-
-
-def test_chat_goes_on_over_several_turns_and_survives_a_bad_picture(
-    model_folder, tmp_path, capsys, monkeypatch, engine
-):
-    picture().save(tmp_path / "a.png")
-    lines = iter(
-        ["/image no.png", "What is it?", f"/image {tmp_path / 'a.png'}", "What is it?", "And?", "/new", "Hello", ""]
-    )
-    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines))
-    assert cli.main(["chat", "--model", str(model_folder), "--device", "cpu", "--max-new-tokens", "8"]) == 0
-    captured = capsys.readouterr()
-    assert "no image file no.png" in captured.err
-    first = engine.answer(ask("What is it?", picture()), max_new_tokens=8)
-    chat = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?")]
-    answers = [first, engine.answer(chat, max_new_tokens=8), engine.answer(ask("Hello"), max_new_tokens=8)]
-    assert captured.out.split("\n", 1)[1].strip() == "\n".join(answers).strip()
-
-
-def test_chat_refuses_json_without_a_question(capsys):
-    assert cli.main(["chat", "--json", "--model", "x"]) == 2
-    assert "--json needs --question" in capsys.readouterr().err
 
 
 # -- a LLaVA of transformers' own, as a baseline ----------------------------------------------------------------------

@@ -1,27 +1,61 @@
-import html
+"""The page without a browser: its endpoints, and what an ill-willed client may try."""
 
+import html
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
 import httpx
 import pytest
-from answer_parts import make_answerer, picture
+from abuse_parts import FILES, HTML, SVG
+from answer_parts import make_answerer, picture, save_model
+from PIL import Image
 
 from tove_llava.errors import ConfigError, DataError
-from tove_llava.serve.engine import Engine, Message
+from tove_llava.serve.engine import Engine, Message, Sampling
 
 gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 
+from tove_llava.serve.ui.answers import Desk, Settings  # noqa: E402
+from tove_llava.serve.ui.auth import read_auth  # noqa: E402
+from tove_llava.serve.ui.conversation import Said, question, shown  # noqa: E402
+from tove_llava.serve.ui.running import Running  # noqa: E402
+
 QUESTION = "What is <b>it</b>? <script>document.title='broken'</script>"
+TOKENS = 8
+WITH_TEST_EXPERTS = "import sys, tower_parts, tove_llava.cli; sys.exit(tove_llava.cli.main(['serve']))"
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return Engine(make_answerer(tmp_path_factory.mktemp("model")), name="tiny")
+def answerer(tmp_path_factory):
+    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
-def app(engine):
-    app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=8, block=False)
+def engine(answerer):
+    with Engine(answerer, name="tiny") as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def app(engine, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:  # a server that ends takes files along that another shows too
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        yield from serve(engine)
+
+
+def serve(engine):
+    app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=TOKENS, block=False)
     yield app
     app.close()
 
@@ -33,68 +67,276 @@ def chat(app):
     connection.close()
 
 
-def answer_in(result):
-    """The text of the last message on the page."""
-    (_, page) = result
-    content = page[-1]["content"]
-    text = content if isinstance(content, str) else content[-1]["text"]
-    return html.unescape(text).strip()
-
-
 def save(folder, index=0):
     file = folder / f"{index}.png"
     picture(index).save(file)
     return client.handle_file(str(file))
 
 
+def ask(text, *images):
+    return [Message("user", text, images)]
+
+
+# -- endpoints --------------------------------------------------------------------------------------------------------
+
+
 def test_answers_stream_and_are_the_engines(chat, engine, tmp_path):
-    job = chat.submit(message={"text": QUESTION, "files": [save(tmp_path)]}, api_name="/chat")
-    assert answer_in(job.result(timeout=60)) == engine.answer(
-        [Message("user", QUESTION, (picture(),))], max_new_tokens=8
-    )
+    message = {"text": QUESTION, "files": [save(tmp_path)]}
+    answer, timing = chat.submit(message=message, api_name="/chat").result(timeout=120)
+    assert answer == engine.answer(ask(QUESTION, picture()), max_new_tokens=TOKENS) != ""
+    assert timing["images"] == 1 and timing["tower"] > 0 and 0 < timing["tokens"] <= TOKENS
 
 
 def test_the_second_turn_knows_the_first(chat, engine, tmp_path):
-    first = answer_in(chat.predict(message={"text": "What is it?", "files": [save(tmp_path)]}, api_name="/chat"))
-    second = answer_in(chat.predict(message={"text": "And?", "files": [save(tmp_path, 1)]}, api_name="/chat"))
-    messages = [
-        Message("user", "What is it?", (picture(),)),
-        Message("assistant", first),
-        Message("user", "And?", (picture(1),)),
-    ]
-    assert second == engine.answer(messages, max_new_tokens=8)
+    first, _ = chat.predict(message={"text": "What is it?", "files": [save(tmp_path)]}, api_name="/chat")
+    second, _ = chat.predict(message={"text": "And?", "files": [save(tmp_path, 1)]}, api_name="/chat")
+    messages = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?", picture(1))]
+    assert second == engine.answer(messages, max_new_tokens=TOKENS)
 
 
-def test_a_file_that_is_no_picture_is_an_explained_error(chat, tmp_path):
-    file = tmp_path / "broken.png"
-    file.write_bytes(b"not a picture")
-    with pytest.raises(client.exceptions.AppError, match="not a picture"):
-        chat.predict(message={"text": "What?", "files": [client.handle_file(str(file))]}, api_name="/chat")
+def test_experts_and_settings_are_those_of_the_question(chat, engine, tmp_path):
+    message = {"text": "What is it?", "files": [save(tmp_path)]}
+    answer, timing = chat.predict(
+        message=message, experts=["depth"], system="Say little.", max_new_tokens=5, api_name="/chat"
+    )
+    options = {"experts": ("depth",), "system": "Say little."}
+    assert answer == engine.answer(ask("What is it?", picture()), max_new_tokens=5, **options)
+    assert answer != engine.answer(ask("What is it?", picture()), max_new_tokens=5) and timing["tokens"] <= 5
+    with pytest.raises(client.exceptions.AppError, match="not in the list of choices"):
+        chat.predict(message=message, experts=["smell"], api_name="/chat")
+
+
+def test_the_routing_of_a_picture_by_those_experts(chat, engine, tmp_path):
+    drawing, weights = chat.predict(picture=save(tmp_path), experts=["depth", "edge"], opacity=1, api_name="/routing")
+    expected = engine.routing(picture(), ("depth", "edge"))
+    assert weights["means"] == pytest.approx(expected.means) and weights["grids"].keys() == expected.grids.keys()
+    assert sum(weights["means"].values()) == pytest.approx(1, abs=1e-4)
+    with Image.open(drawing) as image:
+        assert len(image.convert("RGB").getcolors()) <= 2, "two experts, two colours"
+    drawing, weights = chat.predict(picture=save(tmp_path), experts=[], api_name="/routing")
+    assert weights is None and drawing
+
+
+def test_two_sets_of_experts_answer_the_same_question(chat, engine, tmp_path):
+    found = chat.predict(
+        message={"text": "What is it?", "files": [save(tmp_path)]}, experts_a=["depth"], experts_b=[],
+        api_name="/compare",
+    )  # fmt: skip
+    for side, experts in zip(found, (("depth",), ()), strict=True):
+        assert side["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS, experts=experts)
+        assert side["experts"] == list(experts) and side["timing"]["tokens"] > 0
+
+
+def test_two_models_answer_the_same_question(engine, tmp_path):
+    answerer = make_answerer(tmp_path / "other")
+    answerer.model.lm_head.weight.data.neg_()
+    with Engine(answerer, name="other") as other:
+        app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=TOKENS, block=False, compare=other)
+        try:
+            connection = client.Client(app.local_url, verbose=False)
+            message = {"text": "What is it?", "files": [save(tmp_path)]}
+            found = connection.predict(message=message, api_name="/compare")
+            connection.close()
+        finally:
+            app.close()
+        expected = [model.answer(ask("What is it?", picture()), max_new_tokens=TOKENS) for model in (engine, other)]
+    assert [side["answer"] for side in found] == expected and expected[0] != expected[1]
+
+
+def test_endpoints_are_three_and_documented(chat):
+    endpoints = chat.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(endpoints) == {"/chat", "/routing", "/compare"}
+    assert all(entry["description"] for entry in endpoints.values())
+    names = [parameter["parameter_name"] for parameter in endpoints["/chat"]["parameters"]]
+    assert names == ["message", "system", "temperature", "top_p", "max_new_tokens", "experts"]
+    assert all(parameter["parameter_has_default"] for parameter in endpoints["/chat"]["parameters"][1:])
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [*FILES])
+def test_files_that_are_no_picture_are_refused_and_the_next_question_is_answered(chat, engine, tmp_path, kind):
+    name, content, says = FILES[kind]
+    (tmp_path / name).write_bytes(content())
+    message = {"text": "What?", "files": [client.handle_file(str(tmp_path / name))]}
+    if says is None:
+        assert chat.predict(message=message, api_name="/chat")[1]["tokens"] > 0
+    else:
+        with pytest.raises(client.exceptions.AppError, match=says) as error:
+            chat.predict(message=message, api_name="/chat")
+        assert str(tmp_path) not in str(error.value) and "uploads" not in str(error.value), "no folder is told"
+    good = {"text": "What?", "files": [save(tmp_path)]}
+    chat.reset_session()
+    assert chat.predict(message=good, api_name="/chat")[0] == engine.answer(
+        ask("What?", picture()), max_new_tokens=TOKENS
+    )
+
+
+def test_a_bomb_takes_no_memory():
+    name, content, _ = FILES["data-bomb"]
+    import io
+
+    from tove_llava.data.images import open_image
+
+    data = content()
+    tracemalloc.start()
+    open_image(io.BytesIO(data), name=name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30 << 20
+
+
+def test_long_and_empty_questions_are_refused(chat):
+    with pytest.raises(client.exceptions.AppError, match="10000 characters; at most 8000"):
+        chat.predict(message={"text": "x" * 10_000, "files": []}, api_name="/chat")
+    with pytest.raises(client.exceptions.AppError, match="empty"):
+        chat.predict(message={"text": " ", "files": []}, api_name="/chat")
+    with pytest.raises(client.exceptions.AppError, match="the system prompt has 9000"):
+        chat.predict(message={"text": "x", "files": []}, system="x" * 9000, api_name="/chat")
+
+
+def test_pictures_are_limited_in_number_and_pixels(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="9 pictures"):
+        question({"text": "x", "files": ["a.png"] * 9})
+    monkeypatch.setattr("tove_llava.serve.ui.conversation.MAX_PIXELS", 100)
+    picture().save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="^a.png has 40 x 30 pixels, more than the limit of 100"):
+        question({"text": "x", "files": [str(tmp_path / "a.png")]})
+
+
+def test_messages_are_text_and_never_html(app):
+    """The name of a file, in an error message."""
+    name = "<img src=x onerror=alert(1)>.png"
+    stored = upload(app, name, HTML)
+    entry = {"path": stored, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+    events = call(app, {"text": "What?", "files": [entry]})
+    assert "event: error" in events and "<img" not in events and "<script" not in events
+
+
+def upload(app, name, content):
+    response = httpx.post(f"{app.local_url}gradio_api/upload", files={"files": (name, content)}, timeout=60)
+    (stored,) = response.json()
+    return stored
+
+
+def call(app, message):
+    posted = httpx.post(f"{app.local_url}gradio_api/call/v2/chat", json={"message": message}, timeout=60)
+    assert posted.status_code == 200, posted.text
+    return httpx.get(f"{app.local_url}gradio_api/call/chat/{posted.json()['event_id']}", timeout=60).text
 
 
 def test_a_server_file_cannot_be_read_by_name(app, tmp_path):
     secret = tmp_path / "secret.png"
     picture().save(secret)
     # By hand: gradio's own client would upload the file.
-    entry = {"path": str(secret), "meta": {"_type": "gradio.FileData"}}
-    call = httpx.post(f"{app.local_url}gradio_api/call/chat", json={"data": [{"text": "What?", "files": [entry]}]})
-    events = httpx.get(f"{app.local_url}gradio_api/call/chat/{call.json()['event_id']}", timeout=30).text
+    events = call(app, {"text": "What?", "files": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}]})
     assert "event: error" in events and "event: complete" not in events
-    assert httpx.get(f"{app.local_url}gradio_api/file={secret}").status_code == 403
+    for name in (str(secret), "/etc/passwd", "../../../../etc/passwd"):
+        assert httpx.get(f"{app.local_url}gradio_api/file={name}").status_code in (403, 404)
+
+
+def test_a_path_as_file_name_stays_in_the_folder_of_uploads(app):
+    stored = upload(app, "../../../../etc/passwd", b"nobody")
+    assert ".." not in stored and not stored.startswith("/etc/") and "/uploads" in stored
+
+
+@pytest.mark.parametrize("name, content", [("x.svg", SVG), ("x.html", HTML)])
+def test_uploads_are_never_shown_as_pages(app, name, content):
+    response = httpx.get(f"{app.local_url}gradio_api/file={upload(app, name, content)}")
+    assert response.headers["content-disposition"].startswith("attachment")
+
+
+@pytest.mark.parametrize("megabytes", [21, 100])
+def test_uploads_are_limited_in_bytes(app, megabytes):
+    try:
+        response = httpx.post(
+            f"{app.local_url}gradio_api/upload", files={"files": ("big.png", bytes(megabytes << 20))}, timeout=120
+        )
+        assert response.status_code == 413
+    except httpx.WriteError:
+        pass  # the server hung up before it had all
+    assert httpx.get(f"{app.local_url}config").status_code == 200
 
 
 def test_page_is_private_and_shows_text_as_text(app):
     assert app.local_url.startswith("http://127.0.0.1:") and app.share_url is None
     config = httpx.get(f"{app.local_url}config").json()
-    (chatbot,) = [entry["props"] for entry in config["components"] if entry["type"] == "chatbot"]
-    assert chatbot["render_markdown"] is False and chatbot["sanitize_html"] is True
-    assert config["analytics_enabled"] is False
+    chatbots = [entry["props"] for entry in config["components"] if entry["type"] == "chatbot"]
+    assert len(chatbots) == 3 and all(c["render_markdown"] is False and c["sanitize_html"] for c in chatbots)
+    assert config["analytics_enabled"] is False and config["run_history"] is False
 
 
-def test_uploads_are_limited_in_bytes(app, tmp_path):
-    file = {"files": ("big.png", b"0" * (21 * 2**20))}
-    response = httpx.post(f"{app.local_url}gradio_api/upload", files=file, timeout=60)
-    assert response.status_code == 413
+def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tmp_path, monkeypatch):
+    real, slow = answerer.model.forward, threading.Event()
+
+    def forward(*args, **kwargs):
+        slow.wait(0.1)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", forward)
+    app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=400, block=False)
+    try:
+        stays = client.Client(app.local_url, verbose=False)
+        beside = stays.submit(
+            message={"text": "What is it?", "files": [save(tmp_path)]}, max_new_tokens=TOKENS, api_name="/chat"
+        )
+        url = f"{app.local_url}gradio_api/call"
+        posted = httpx.post(f"{url}/v2/chat", json={"message": {"text": "Talk", "files": []}}, timeout=60)
+        with httpx.stream("GET", f"{url}/chat/{posted.json()['event_id']}", timeout=60) as stream:
+            next(stream.iter_lines())
+        for _ in range(600):
+            if engine.running == 0 and beside.done():
+                break
+            time.sleep(0.1)
+        assert engine.running == 0, "400 tokens take 40 seconds"
+        answer, _ = beside.result(timeout=60)
+        slow.set()
+        assert answer == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS)
+        stays.close()
+    finally:
+        app.close()
+
+
+def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
+    real, opened = answerer.model.forward, threading.Event()
+
+    def forward(*args, **kwargs):
+        assert opened.wait(timeout=300)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", forward)
+
+    async def last() -> list[Said]:
+        turns = []
+        answers = Desk().ask(engine, [Said("user", "Who?")], Settings(Sampling(TOKENS)))
+        async with aclosing(answers):
+            async for answer in answers:
+                turns.append(answer.turn)
+                opened.set()
+        return turns
+
+    with Engine(answerer, max_batch=1) as engine:
+        first = engine.ask(ask("What?"), Sampling(TOKENS))
+        turns = anyio.run(last)
+        assert turns[0] == Said("assistant", "", note="waiting, number 1 in the queue")
+        assert turns[-1].text and "first token" in turns[-1].note and first.text()
+
+
+def test_a_visitor_who_stops_before_the_answer_began_is_faster_than_it(engine):
+    for end in (Running.stop, Running.leave):
+        running = Running()
+        number = running.begin()
+        end(running)
+        reply = engine.ask(ask("Talk"), Sampling(400))
+        running.take(number, reply)
+        reply.text()
+        assert reply.timing is None or reply.timing.tokens < 390
+        assert running.is_current(number) == (end is Running.stop)
+    assert running.begin() != number and not running.stopped
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_taken_port_is_explained(app, engine):
@@ -103,29 +345,87 @@ def test_a_taken_port_is_explained(app, engine):
         gradio_app.launch(engine, "127.0.0.1", port, block=False)
 
 
+def test_a_password_is_asked_for(engine, tmp_path):
+    app = gradio_app.launch(engine, "127.0.0.1", None, block=False, auth=[("ann", "secret")])
+    try:
+        assert httpx.get(f"{app.local_url}config").status_code == 401
+        assert httpx.post(f"{app.local_url}gradio_api/call/v2/chat", json={"message": {}}).status_code == 401
+        wrong = httpx.post(f"{app.local_url}login", data={"username": "ann", "password": "guess"})
+        right = httpx.post(f"{app.local_url}login", data={"username": "ann", "password": "secret"})
+        assert (wrong.status_code, right.status_code) == (400, 200)
+    finally:
+        app.close()
+
+
+def test_passwords_come_from_the_flag_or_a_file(tmp_path):
+    file = tmp_path / "users"
+    file.write_text("ann:a:b\n\nbob:c\n")
+    assert read_auth(None) is None and read_auth("ann:secret") == [("ann", "secret")]
+    assert read_auth(f"@{file}") == [("ann", "a:b"), ("bob", "c")]
+    file.write_text("ann:a\nhunter2\n")
+    with pytest.raises(ConfigError, match="users, line 2: expected user:password") as error:
+        read_auth(f"@{file}")
+    assert "hunter2" not in str(error.value)
+    for given in ("ann", ":x", "ann:", "@/nowhere"):
+        with pytest.raises(ConfigError, match="--auth"):
+            read_auth(given)
+
+
+@pytest.mark.parametrize("flags", [["--auth", "a:b"], ["--share"], ["--compare", "x"]])
+def test_flags_of_the_page_do_not_go_with_the_endpoint(flags, capsys):
+    from tove_llava.cli import main
+
+    assert main(["serve", "--model", ".", "--openai", *flags]) == 2
+    assert "--compare, --auth and --share belong to the page" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_starts_with_the_newest_model_and_leaves_nothing_behind(tmp_path, number):
+    (tmp_path / "outputs").mkdir()
+    save_model(tmp_path / "outputs")
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary"), "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment.pop("GRADIO_TEMP_DIR", None)
+    process = subprocess.Popen(
+        [sys.executable, "-uc", WITH_TEST_EXPERTS], cwd=tmp_path, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # tests may run in a background
+    )  # fmt: skip
+    try:
+        read = []
+        for line in process.stdout:
+            read.append(line)
+            if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+                break
+        assert found, "".join(read)
+        address = found[0]
+        connection = client.Client(address, verbose=False)
+        message = {"text": "What is it?", "files": [save(tmp_path)]}
+        assert connection.predict(message=message, max_new_tokens=4, api_name="/chat")[1]["tokens"] > 0
+        connection.close()
+        assert any((tmp_path / "temporary").rglob("0.png")), "uploads are there while it runs"
+        process.send_signal(number)
+        rest = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "Traceback" not in rest, rest
+    assert not list((tmp_path / "temporary").iterdir())
+
+
 # -- gradio's messages ------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_is_never_html():
     for role in ("user", "assistant"):
-        (entry,) = gradio_app.shown([gradio_app.Said(role, QUESTION)])
+        (entry,) = shown([Said(role, QUESTION)])
         assert "<" not in entry["content"] and html.unescape(entry["content"]) == QUESTION
+    _, note = shown([Said("assistant", "x", note=QUESTION)])
+    assert note["content"].count("<") == 2, "the span alone"
 
 
 def test_pictures_are_shown_in_front_of_their_text():
-    entries = gradio_app.shown(
-        [gradio_app.Said("user", "one", ("a.png", "b.png")), gradio_app.Said("assistant", "two")]
-    )
-    assert [entry["content"] for entry in entries] == [{"path": "a.png"}, {"path": "b.png"}, "one", "two"]
-
-
-def test_long_text_is_refused():
-    with pytest.raises(DataError, match="9000 characters"):
-        gradio_app.question({"text": "x" * 9000, "files": []})
-
-
-def test_pictures_are_limited_in_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(gradio_app, "MAX_PIXELS", 100)
-    picture().save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="40 x 30 pixels, more than the limit of 100"):
-        gradio_app.messages([gradio_app.Said("user", "x", (str(tmp_path / "a.png"),))])
+    entries = shown([Said("user", "one", ("a.png", "b.png")), Said("assistant", "two")])
+    contents = [entry["content"] for entry in entries]
+    assert [c["path"] for c in contents[:2]] == ["a.png", "b.png"] and contents[2:] == ["one", "two"]

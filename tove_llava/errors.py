@@ -27,3 +27,11 @@ class NonFiniteError(ToveError, RuntimeError):
 
 class ServiceError(ToveError, RuntimeError):
     """A service on the network refuses, fails, or answers with something that is no answer."""
+
+
+class BusyError(ToveError, RuntimeError):
+    """An engine takes no further question now: its queue is full, or it is shutting down."""
+
+
+class AnswerError(ToveError, RuntimeError):
+    """A question was taken, and its answer could not be finished."""

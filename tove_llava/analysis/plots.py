@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tove_llava.analysis.colours import column_colour
 from tove_llava.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,11 +121,10 @@ def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float
         columns: int ``[g,g]``.
         shares: by column's name, the share of the tokens that chose it.
     """
-    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colours = [colormaps["tab10"](index % 10) for index in range(len(shares))]
+    colours = [tuple(value / 255 for value in column_colour(index)) for index in range(len(shares))]
     drawn = figure(*ROUTING_SIZE)
     axes = drawn.subplots()
     _over(axes, picture, columns, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.55)

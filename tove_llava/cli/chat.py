@@ -1,13 +1,18 @@
 """Chat with a model in the terminal.
 
-With --question one answer is printed; without it, questions are read line by line ('/image FILE' adds a picture, '/new'
-starts over, an empty line or Ctrl-D ends).
+With --question one answer is printed; without it, questions are read line by line. A line that begins with / is a
+command: /image FILE, /detach NAME, /attach NAME, /experts, /routing OUT.png, /system TEXT, /reset, /help. Ctrl-C stops
+an answer; an empty line or Ctrl-D ends.
 """
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from tove_llava.cli._loading import add_loading_arguments, loading_options
+
+if TYPE_CHECKING:
+    from tove_llava.serve.commands import Talk
 
 HELP = "chat with a model in the terminal"
 
@@ -16,81 +21,113 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="folder that training wrote (default: the newest in outputs/)")
     parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; may be repeated")
     parser.add_argument("--question", metavar="TEXT", help="ask this and stop")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the model's template)")
+    parser.add_argument(
+        "--experts", metavar="A,B", help="read pictures with these experts alone (default: all; '' for none)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest words that sum to this"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; needs --question")
     add_loading_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    import json
-    import time
-
-    from tove_llava.errors import ConfigError, DataError
-    from tove_llava.logs import quiet_transformers
-    from tove_llava.serve.engine import Engine, Message
+    from tove_llava.errors import ConfigError
     from tove_llava.serve.models import find_model
 
     if args.json and args.question is None:
         raise ConfigError("--json needs --question")
-    quiet_transformers()
-    engine = Engine.load(find_model(args.model), **loading_options(args))
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-    if args.json:
-        started = time.monotonic()
-        text = engine.answer([Message("user", args.question, args.image)], **options)
-        routing = [engine.routing(image) for image in args.image]
-        print(
-            json.dumps(
-                {
-                    "model": engine.name,
-                    "images": args.image,
-                    "question": args.question,
-                    "answer": text,
-                    "routing": [entry.means if entry else None for entry in routing],
-                    "seconds": round(time.monotonic() - started, 3),
-                },
-                ensure_ascii=False,
-            )
-        )
-        return 0
-    if args.question is not None:
-        _print_stream(engine.stream([Message("user", args.question, args.image)], **options))
-        return 0
+    folder = find_model(args.model)
+    from tove_llava.logs import quiet_transformers
+    from tove_llava.serve.commands import Talk
+    from tove_llava.serve.engine import Engine, Sampling
 
-    print(f"{engine.name}: type a question; /image FILE adds a picture, /new starts over, an empty line ends.")
-    history: list[Message] = []
-    pictures = list(args.image)
+    quiet_transformers()
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p)
+    experts = None if args.experts is None else [name for name in args.experts.replace(",", " ").split() if name]
+    with Engine.load(folder, **loading_options(args)) as engine:
+        talk = Talk(engine, sampling, args.system, experts, pictures=list(args.image))
+        if args.json:
+            return _print_json(talk, args.question)
+        if args.question is not None:
+            with talk.ask(args.question) as reply:
+                for piece in reply:
+                    print(piece, end="", flush=True)
+            print()
+            return 0
+        return _talk(talk)
+
+
+def _print_json(talk: "Talk", question: str) -> int:
+    import json
+    import time
+
+    started = time.monotonic()
+    reply = talk.ask(question)
+    text, timing = reply.text(), reply.timing
+    routing = [talk.engine.routing(image, talk.attached) for image in talk.pictures]
+    result = {
+        "model": talk.engine.name,
+        "images": talk.pictures,
+        "experts": list(talk.attached or ()),
+        "question": question,
+        "answer": text,
+        "routing": [entry.means if entry else None for entry in routing],
+        "tokens": timing.tokens if timing else 0,
+        "tower_seconds": round(timing.tower, 4) if timing else 0.0,
+        "first_token_seconds": round(timing.first_token, 4) if timing else 0.0,
+        "tokens_per_second": round(timing.tokens_per_second, 2) if timing else 0.0,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    print(json.dumps(result, ensure_ascii=False))
+    return 0
+
+
+def _talk(talk: "Talk") -> int:
+    from tove_llava.errors import ToveError
+    from tove_llava.serve.commands import run_command
+
+    print(f"{talk.engine.name}: type a question; /help lists the commands, an empty line ends.")
     while line := _read_line():
-        command, _, rest = line.partition(" ")
-        if command == "/new":
-            history, pictures = [], list(args.image)
-            continue
-        if command == "/image":
-            pictures.append(rest.strip())
-            continue
-        asked = [*history, Message("user", line, tuple(pictures))]
         try:
-            answer = _print_stream(engine.stream(asked, **options))
-        except DataError as error:  # a picture that cannot be read must not end the conversation
+            if line.startswith("/"):
+                print(run_command(talk, line))
+            else:
+                _answer(talk, line)
+        except ToveError as error:  # what is wrong with one line does not end the conversation
             print(f"{error}", file=sys.stderr)
-            pictures = []
-            continue
-        history, pictures = [*asked, Message("assistant", answer)], []
     return 0
 
 
 def _read_line() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return ""
+        except KeyboardInterrupt:
+            print("\n(an empty line or Ctrl-D ends)", file=sys.stderr)
 
 
-def _print_stream(pieces) -> str:  # type: ignore[no-untyped-def]
+def _answer(talk: "Talk", question: str) -> None:
+    """Prints an answer as it comes. Ctrl-C ends it; what was said until then is part of the conversation."""
     text = ""
-    for piece in pieces:
-        text += piece
-        print(piece, end="", flush=True)
+    try:
+        with talk.ask(question) as reply:
+            for piece in reply:
+                text += piece
+                print(_shown(piece), end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)", end="", file=sys.stderr)
     print()
-    return text.strip()
+    talk.said(question, text.strip())
+
+
+def _shown(text: str) -> str:
+    """Without the control characters that a terminal would obey."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -211,17 +211,18 @@ class ImageTransform:
         Raises:
             DataError: the picture is too long and thin to be padded or resized safely, or of an unknown range.
         """
-        self._check_shape(image)
-        image = to_rgb(image, self.exif_transpose, self.background)
-        if self.aspect_ratio == "pad":
-            image = pad_to_square(image, self._pad_colour)
+        image = self._prepared(image)
         levels = np.asarray(self._cut(image))  # uint8 [S,S,3]
         pixels = np.empty((3, *levels.shape[:2]), dtype=np.float32)
-        for channel in range(3):
-            np.take(
-                self._values[channel], levels[..., channel], out=pixels[channel], mode="clip"
-            )  # else a copy is made
+        for channel in range(3):  # without a mode NumPy would make a copy
+            np.take(self._values[channel], levels[..., channel], out=pixels[channel], mode="clip")
         return torch.from_numpy(pixels)
+
+    def _prepared(self, image: Image.Image) -> Image.Image:
+        """8-bit RGB, and padded where that is asked for."""
+        self._check_shape(image)
+        image = to_rgb(image, self.exif_transpose, self.background)
+        return pad_to_square(image, self._pad_colour) if self.aspect_ratio == "pad" else image
 
     def _cut(self, image: Image.Image) -> Image.Image:
         """The middle of a picture whose shortest side has been resized, as the processor's resize and crop give it."""
@@ -233,6 +234,17 @@ class ImageTransform:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - side) // 2, (height - side) // 2
         return image if width == height else image.crop((left, top, left + side, top + side))
+
+    def framed(self, image: Image.Image) -> Image.Image:
+        """The square of a picture that the tower is shown, at the picture's own resolution, RGB.
+
+        Raises:
+            DataError: as when called.
+        """
+        image = self._prepared(image)
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.crop((left, top, left + side, top + side))
 
     def open(self, file: str | Path) -> torch.Tensor:
         """Pixels of a picture file; every :class:`DataError` names the file."""

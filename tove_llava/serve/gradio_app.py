@@ -1,36 +1,37 @@
 """The demo in the browser: ``python -m tove_llava.serve.gradio_app [--model DIR]`` (= ``tove-llava serve``)."""
 
 import html
+import ipaddress
+import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tove_llava.data.images import open_image
-from tove_llava.errors import ConfigError, DataError, ToveError
-from tove_llava.serve.engine import Engine, Message
+from tove_llava.errors import ConfigError
+from tove_llava.serve.engine import Engine
+
+logger = logging.getLogger(__name__)
 
 MAX_UPLOAD = "20mb"
-MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB
-MAX_TEXT = 8_000  # characters of one question
-WAITING = 20  # people in the queue; more are told to come back
+WAITING = 128  # events in gradio's queue; more are told to come back. The engine has a queue of its own
+THREADS = 80
+CACHE = (600, 7200)  # seconds between two looks for old files, and the age at which they go
+
+TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
 
 
-@dataclass(frozen=True)
-class Said:
-    """One turn of a conversation, as it was typed or generated."""
+def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None = None) -> Any:
+    """The page over an engine: a chat with its experts beside it, and two sides to compare.
 
-    role: str  # "user" or "assistant"
-    text: str
-    files: tuple[str, ...] = ()
-
-
-def build_app(engine: Engine, max_new_tokens: int = 256) -> Any:
-    """A chat page over an engine.
+    Args:
+        max_new_tokens: the longest answer that the page lets a user choose, and what it starts with.
+        compare: the model of the right side; by default the same.
 
     Returns:
-        a ``gradio.Blocks``; its API endpoint is ``/chat``.
+        a ``gradio.Blocks``; its API endpoints are ``/chat``, ``/routing`` and ``/compare``.
 
     Raises:
         ConfigError: gradio is not installed.
@@ -39,113 +40,109 @@ def build_app(engine: Engine, max_new_tokens: int = 256) -> Any:
         import gradio as gr
     except ImportError as error:
         raise ConfigError("the demo needs gradio; install it: pip install 'tove-llava[demo]'") from error
+    from tove_llava.serve.ui.answers import Desk
+    from tove_llava.serve.ui.api import Api
+    from tove_llava.serve.ui.chat import Chat
+    from tove_llava.serve.ui.compare import Compare
+    from tove_llava.serve.ui.examples import make_examples
 
-    def box(**changes: Any) -> Any:
-        return gr.MultimodalTextbox(**changes)
-
-    def chat(
-        message: Mapping[str, Any], said: Sequence[Said]
-    ) -> Iterator[tuple[Any, list[dict[str, Any]], list[Said]]]:
-        try:
-            asked = [*said, question(message)]
-            # Checks everything first, so that a refused message stays in the box.
-            pieces = engine.stream(messages(asked), max_new_tokens=max_new_tokens)
-            yield box(value=None, submit_btn=False, stop_btn=True), shown(asked), list(said)
-            answer = ""
-            for piece in pieces:
-                answer += piece
-                so_far = [*asked, Said("assistant", answer)]
-                yield box(), shown(so_far), so_far
-        except ToveError as error:
-            raise gr.Error(html.escape(str(error)), print_exception=False) from error
-
-    def ready() -> Any:
-        return box(submit_btn=True, stop_btn=False)
-
-    with gr.Blocks(title="ToVE-LLaVA", analytics_enabled=False, delete_cache=(3600, 86400)) as app:
-        gr.Markdown("# ToVE-LLaVA")
-        # sanitize_html is a second fence: shown() has escaped everything already.
-        page = gr.Chatbot(
-            label=Path(engine.name).name or "model",
-            render_markdown=False,
-            sanitize_html=True,
-            buttons=["copy"],
-            height="65vh",
-        )
-        said = gr.State([])
-        entry = gr.MultimodalTextbox(
-            file_types=["image"],
-            file_count="multiple",
-            sources=["upload"],
-            placeholder="Add a picture and ask about it",
-            show_label=False,
-            max_plain_text_length=MAX_TEXT,
-        )
-        new = gr.Button("New conversation", size="sm")
-
-        # One model: answers are generated one after another.
-        asking = entry.submit(chat, [entry, said], [entry, page, said], api_name="chat", concurrency_limit=1)
-        asking.then(ready, None, entry, api_visibility="private")  # also after an error
-        entry.stop(ready, None, entry, cancels=[asking], api_visibility="private")
-        new.click(lambda: ([], []), None, [page, said], cancels=[asking], api_visibility="private")
-        page.clear(list, None, said, api_visibility="private")
+    engines, desk = (engine, compare or engine), Desk()
+    folder = tempfile.TemporaryDirectory(prefix="tove-llava-")
+    examples = make_examples(Path(folder.name))
+    with gr.Blocks(title="ToVE-LLaVA", analytics_enabled=False, delete_cache=CACHE, fill_width=True) as app:
+        with gr.Row(elem_id="tove-head"):
+            gr.HTML(_title(engine))
+            theme = gr.Button("Light / dark", size="sm", elem_id="tove-theme", scale=0, min_width=110)
+        with gr.Tab("Chat"):
+            chat = Chat(engine, desk, examples, max_new_tokens)
+        with gr.Tab("Compare", visible=bool(engine.experts) or compare is not None):
+            Compare(engines, desk, chat.settings, {"text": examples[0].text, "files": [examples[0].file]})
+        Api(engines, desk, chat.settings)
+        theme.click(None, None, None, js=TOGGLE_THEME, api_visibility="private")
+    app.examples_folder = folder  # removed with the app
     return app
 
 
-def question(message: Mapping[str, Any]) -> Said:
-    """What gradio's text box gives (``{"text": str, "files": [path]}``).
-
-    Raises:
-        DataError: the text is too long.
-    """
-    text = str(message.get("text") or "")
-    if len(text) > MAX_TEXT:
-        raise DataError(f"the message has {len(text)} characters; at most {MAX_TEXT} are taken")
-    return Said("user", text, tuple(str(file) for file in message.get("files") or []))
-
-
-def messages(said: Sequence[Said]) -> list[Message]:
-    """The conversation as the engine takes it, its pictures opened.
-
-    Raises:
-        DataError: a file is not a picture of acceptable size.
-    """
-    return [
-        Message(turn.role, turn.text, [open_image(file, max_pixels=MAX_PIXELS) for file in turn.files]) for turn in said
-    ]
-
-
-def shown(said: Sequence[Said]) -> list[dict[str, Any]]:
-    """The conversation as gradio displays it. What people and models write is shown as it is, never as HTML."""
-    entries: list[dict[str, Any]] = []
-    for turn in said:
-        entries += [{"role": turn.role, "content": {"path": file}} for file in turn.files]
-        entries.append({"role": turn.role, "content": html.escape(turn.text)})
-    return entries
-
-
-def launch(engine: Engine, host: str, port: int | None, max_new_tokens: int = 256, block: bool = True) -> Any:
+def launch(
+    engine: Engine,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_new_tokens: int = 256,
+    block: bool = True,
+    *,
+    compare: Engine | None = None,
+    auth: Sequence[tuple[str, str]] | None = None,
+    share: bool = False,
+) -> Any:
     """Serve until interrupted, or, without ``block``, until ``close`` is called on what is returned.
+
+    Args:
+        auth: users and passwords; None lets in whoever reaches the page.
+        share: make a public address through gradio's service.
 
     Raises:
         ConfigError: gradio is not installed, or the port is taken.
     """
-    app = build_app(engine, max_new_tokens).queue(max_size=WAITING)
+    app = build_app(engine, max_new_tokens, compare).queue(max_size=WAITING)
+    if auth is None and (share or not _is_loopback(host)):
+        logger.warning("everyone who can reach this page can use the model; --auth asks for a password")
     try:
         app.launch(
             server_name=host,
             server_port=port,
-            share=False,
+            share=share,
+            auth=None if auth is None else list(auth),
             max_file_size=MAX_UPLOAD,
-            show_error=True,
-            prevent_thread_lock=not block,
+            max_threads=THREADS,
+            show_error=False,  # what a user can mend is told all the same; of other faults the log has the traceback
+            prevent_thread_lock=True,
+            quiet=True,
             footer_links=["api"],
+            run_history=False,
+            ssr_mode=False,
+            mcp_server=False,
+            theme=_theme(),
+            css=resources.files("tove_llava.serve.ui").joinpath("page.css").read_text(encoding="utf-8"),
         )
     except OSError as error:
         raise ConfigError(
             f"the demo cannot listen on {host}:{port or '7860 to 7959'}: {error}; choose --port"
         ) from error
+    if share and not app.share_url:
+        logger.warning("gradio's service gives no public address now; the page is at its local one")
+    if block:
+        public = f", for everyone at {app.share_url}" if app.share_url else ""
+        print(f"open {app.local_url} in a browser{public}; Ctrl-C ends it", flush=True)
+        app.block_thread()
     return app
+
+
+def _title(engine: Engine) -> str:
+    from tove_llava.serve.ui.overlay import name_of
+
+    experts = ", ".join(engine.experts)
+    about = f"CLIP with {len(engine.experts)} experts: {experts}" if experts else "CLIP alone"
+    return (
+        f'<div class="tove-brand"><h1>ToVE-LLaVA</h1><p><b>{html.escape(name_of(engine.name))}</b> '
+        f"{html.escape(about)}</p></div>"
+    )
+
+
+def _theme() -> Any:
+    """Fonts of the system alone: the page asks nobody for anything."""
+    import gradio as gr
+
+    fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
+    return gr.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 if __name__ == "__main__":

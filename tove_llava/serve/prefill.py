@@ -18,17 +18,25 @@ from tove_llava.tower import ToveVisionOutput
 
 @dataclass(frozen=True)
 class Prompt:
-    """Ids of a prompt with one image or none.
+    """Ids of a prompt with its images.
 
     Attributes:
         ids: from :meth:`Answerer.encode`, each image token in place.
         picture: equal for prompts about the same picture; None without one.
-        features: [N, D], what the language model reads of the picture.
+        features: [N, D], what the language model reads of the picture; None without one. A list of them, in the order
+            of their placeholders, for a prompt with any number of pictures, which shares nothing.
     """
 
     ids: Sequence[int]
     picture: Hashable = None
-    features: Tensor | None = None
+    features: Tensor | Sequence[Tensor] | None = None
+
+    @property
+    def images(self) -> list[Tensor]:
+        """The features of all its pictures."""
+        if self.features is None:
+            return []
+        return [self.features] if isinstance(self.features, Tensor) else list(self.features)
 
 
 class Prefill:
@@ -64,20 +72,21 @@ class Prefill:
 
     def _shared(self, prompt: Prompt) -> tuple[tuple[int, ...], int]:
         """The head's ids and the number of image tokens after it; nothing where nothing is shared."""
-        if prompt.features is None or not self.share or prompt.ids[-1] == self.answerer.image_token_id:
+        one = isinstance(prompt.features, Tensor)
+        if not one or not self.share or prompt.ids[-1] == self.answerer.image_token_id:
             return (), 0
         start = list(prompt.ids).index(self.answerer.image_token_id)
-        return tuple(prompt.ids[:start]), len(prompt.features)
+        return tuple(prompt.ids[:start]), len(prompt.images[0])
 
     def _start(self, prompts: Sequence[Prompt], head: tuple[int, ...], image: int) -> tuple[Sequences, Tensor]:
         tails = [prompt.ids[len(head) + image :] for prompt in prompts]
         ids, valid = pad_left(tails, self.answerer.pad_id, self.answerer.device)  # [B, L]
         room = ids.shape[1] + GROWTH
         if not image:
-            features = [prompt.features for prompt in prompts if prompt.features is not None]
+            features = [image for prompt in prompts for image in prompt.images]
             sequences = Sequences(len(prompts), self.layers, self.answerer.device)
             return sequences, sequences.extend(self.model, ids, valid, as_images(features))[:, -1]
-        pictures = {prompt.picture: prompt.features for prompt in prompts}
+        pictures = {prompt.picture: prompt.images[0] for prompt in prompts}
         alone = len(pictures) == len(prompts)
         sequences = Sequences.gather([(self._head(head), [0] * len(pictures))], room=image + (room if alone else 0))
         tokens = torch.full((len(pictures), image), self.answerer.image_token_id, device=self.answerer.device)
@@ -108,6 +117,6 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
     return ids.to(device), valid.to(device)
 
 
-def as_images(features: Sequence[Tensor | None]) -> dict[str, Any] | None:
+def as_images(features: Sequence[Tensor]) -> dict[str, Any] | None:
     """The model's ``mm_encoder_outputs`` for images [N, D], in the order of their placeholders."""
     return {"image": ToveVisionOutput(pooler_output=list(features))} if features else None

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
 from tove_llava.eval.decoding import Decoding
 from tove_llava.serve.generation import Answerer
 from tove_llava.serve.prefill import Prefill, Prompt
+from tove_llava.serve.sampling import drawn, warped
 from tove_llava.serve.sequences import Sequences
 
 # A batch is put together anew when this share of its rows has ended: each time moves the whole cache.
@@ -41,8 +41,6 @@ class Generate(Mode):
         super().__init__(answerer, decoding, features, capacity, share)
         self.prefill = Prefill(answerer, share)
         self.ends = torch.tensor(answerer.end_ids, device=answerer.device)
-        warpers = [TemperatureLogitsWarper(decoding.temperature)] if decoding.temperature > 0 else []
-        self.warpers = [*warpers, TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else warpers
         self.abandon()
 
     def busy(self) -> int:
@@ -105,9 +103,5 @@ class Generate(Mode):
             logits = logits.masked_fill(barred & hold, -torch.inf)
         if not self.decoding.temperature:
             return logits.argmax(dim=-1)
-        for warper in self.warpers:
-            logits = warper(None, logits)
-        draws = torch.tensor([row.draws.random() for row in rows], device=logits.device, dtype=torch.float64)
-        sums = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [B, V]
-        # Strictly above, so that a word of probability 0 is never drawn.
-        return torch.searchsorted(sums, (draws * sums[:, -1])[:, None], right=True)[:, 0].clamp_max(sums.shape[1] - 1)
+        logits = warped(logits, self.decoding.temperature, self.decoding.top_p)
+        return drawn(logits, [row.draws.random() for row in rows])

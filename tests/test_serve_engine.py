@@ -1,0 +1,503 @@
+"""Many questions at once: each gets the answer that it would get alone, whatever happens around it."""
+
+import gc
+import logging
+import random
+import threading
+import tracemalloc
+
+import pytest
+import torch
+from answer_parts import byte_tokenizer, make_answerer, picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tower_parts import text_config, tower_config
+
+from tove_llava.data import get_template
+from tove_llava.errors import AnswerError, BusyError, DataError
+from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+from tove_llava.llava.processing import build_processor
+from tove_llava.serve import batch as batches
+from tove_llava.serve.batch import Together
+from tove_llava.serve.engine import Engine, Message, Sampling
+from tove_llava.serve.generation import Answerer
+from tove_llava.serve.pieces import Pieces
+from tove_llava.serve.replies import Request
+from tove_llava.serve.vision import Vision
+
+TOKENS = 10
+EXPERTS = ("depth", "edge", "normal")
+
+
+@pytest.fixture(scope="module")
+def answerer(tmp_path_factory):
+    return make_answerer(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def engine(answerer):
+    with Engine(answerer, max_batch=4) as engine:
+        yield engine
+
+
+def ask(text, *images):
+    return [Message("user", text, images)]
+
+
+def chats():
+    """Conversations of every kind: (messages, options)."""
+    return [
+        (ask("What is it?", picture(0)), {}),
+        (ask("Who are you, and what do you want here?"), {}),
+        ([Message("user", "A", (picture(1),)), Message("assistant", "b"), *ask("And this?", picture(2))], {}),
+        (ask("Which is redder?", picture(3), picture(4)), {}),
+        (ask("What is it?", picture(0)), {"experts": ("depth",)}),
+        (ask("What is it?", picture(0)), {"experts": ()}),
+        (ask("Why?", picture(5)), {"experts": ("normal", "edge"), "system": "Say little."}),
+        (ask("How?"), {"system": "Be long."}),
+    ]
+
+
+def alone(answerer, messages, tokens=TOKENS, experts=None, system=None):
+    """The answer by transformers' ``generate``, the experts detached by hand."""
+    engine, tower = Engine(answerer), answerer.tower
+    chosen = frozenset(EXPERTS if experts is None else experts)
+    prompt, pixels = engine._prepare(messages, system, chosen)
+    out = [name for name in tower.config.expert_names if name not in chosen]
+    tower.detach_experts(out)
+    try:
+        features = answerer.features(torch.stack(pixels)) if pixels else []
+    finally:
+        tower.attach_experts(out)
+    return answerer.generate([prompt], features, tokens)[0]
+
+
+@pytest.fixture(scope="module")
+def answers(answerer):
+    """What each of :func:`chats` gets alone."""
+    texts = [alone(answerer, messages, **options) for messages, options in chats()]
+    assert len(set(texts)) == len(texts) and all(texts)
+    return texts
+
+
+# -- the batch --------------------------------------------------------------------------------------------------------
+
+history = st.lists(
+    st.one_of(
+        st.tuples(st.just("join"), st.lists(st.integers(0, 7), min_size=1, max_size=3)),
+        st.tuples(st.just("step"), st.integers(1, 6)),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("abandon"), st.just(0)),
+    ),
+    min_size=2,
+    max_size=7,
+)
+
+
+@given(events=history)
+@settings(max_examples=12, deadline=None)
+def test_rows_that_join_leave_and_start_again_say_what_they_say_alone(answerer, answers, events):
+    vision, engine = Vision(answerer), Engine(answerer)
+    batch, asked = Together(answerer, vision), []
+
+    def request(number):
+        messages, options = chats()[number]
+        chosen = vision.chosen(options.get("experts"))
+        prompt, pixels = engine._prepare(messages, options.get("system"), chosen)
+        made = Request(prompt, pixels, chosen, Sampling(), TOKENS, Pieces(answerer.tokenizer))
+        asked.append((number, made))
+        return made
+
+    for kind, value in events:
+        if kind == "join":
+            batch.join([request(number) for number in value])
+        elif kind == "step":
+            for _ in range(value):
+                batch.step()
+        elif kind == "cancel" and asked:
+            asked[value % len(asked)][1].cancelled = True
+        elif kind == "abandon" and (rows := batch.abandon()):  # as when the memory was full
+            batch.join(rows)
+    while batch.rows:
+        batch.step()
+    for number, made in asked:
+        text = answerer.text(made.tokens)
+        assert made.ended or made.cancelled
+        assert answers[number].startswith(text.rstrip("\ufffd")) if made.cancelled else text == answers[number]
+    assert answerer.tower.config.detached_experts == []
+
+
+@pytest.mark.parametrize("fusion", ["sequence_append", "channel_concat", "replace", "top1"])
+def test_expert_sets_of_one_batch_for_other_fusions(tmp_path, fusion):
+    """``sequence_append`` gives an image more tokens the more experts are attached."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    config = ToveLlavaConfig(
+        vision_config=tower_config(tmp_path, fusion=fusion),
+        text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=600, initializer_range=0.4),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = ToveLlavaForConditionalGeneration(config).eval()
+    model.tower.load_backbones()
+    answerer = Answerer(model, build_processor(tokenizer, config.vision_config, image_token="<image>", template="v1"))
+    sets = [None, ("edge",), ("normal", "depth")]
+    expected = []
+    for experts in sets:  # the model's own way: detached for good while it answers
+        out = [] if experts is None else [name for name in EXPERTS if name not in experts]
+        model.tower.detach_experts(out)
+        prompt, pixels = Engine(answerer)._prepare(ask("What is it?", picture()))
+        expected += answerer.generate([prompt], answerer.features(pixels[0][None]), 6)
+        model.tower.attach_experts(out)
+    with Engine(answerer) as engine:
+        replies = [engine.ask(ask("What is it?", picture()), Sampling(6), experts=experts) for experts in sets]
+        assert [reply.text() for reply in replies] == expected
+
+
+# -- many clients -----------------------------------------------------------------------------------------------------
+
+
+def in_threads(count, work):
+    """Runs ``work(0)``, ``work(1)``, ... at once; returns what they return."""
+    results, start = [None] * count, threading.Barrier(count)
+
+    def run(index):
+        start.wait()
+        try:
+            results[index] = work(index)
+        except Exception as error:
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=300)
+    assert not any(thread.is_alive() for thread in threads)
+    return results
+
+
+def test_fifty_clients_at_once_each_get_their_own_answer(answerer):
+    def question(index):
+        return ask(f"What is number {index}?", picture(index))
+
+    expected = [alone(answerer, question(index), tokens=12) for index in range(50)]
+    assert len(set(expected)) > 40
+    with Engine(answerer) as engine:
+
+        def work(index):
+            if index % 10 == 9:  # leaves in mid-stream
+                reply = engine.ask(question(index), Sampling(400))
+                next(reply)
+                reply.cancel()
+                return "left"
+            return engine.answer(question(index), max_new_tokens=12)
+
+        got = in_threads(50, work)
+        assert got == ["left" if index % 10 == 9 else expected[index] for index in range(50)]
+        assert engine.waiting == 0
+
+
+class Gate:
+    """Holds the model until it is opened."""
+
+    def __init__(self, answerer, monkeypatch):
+        self.opened, self.entered, real = threading.Event(), threading.Event(), answerer.model.forward
+
+        def forward(*args, **kwargs):
+            self.entered.set()
+            assert self.opened.wait(timeout=300)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(answerer.model, "forward", forward)
+
+
+def test_the_queue_is_bounded_and_says_whose_turn_it_is(answerer, answers, monkeypatch):
+    gate = Gate(answerer, monkeypatch)
+    with Engine(answerer, max_batch=1, max_waiting=2) as engine:
+        (first, _), (second, _), (third, _) = chats()[:3]
+        one = engine.ask(first, Sampling(TOKENS))
+        assert gate.entered.wait(timeout=300) and one.position == 0 and one.timing.tokens == 0
+        two, three = engine.ask(second, Sampling(TOKENS)), engine.ask(third, Sampling(TOKENS))
+        assert (two.position, three.position, engine.waiting, two.timing) == (1, 2, 2, None)
+        with pytest.raises(BusyError, match="2 questions are waiting"):
+            engine.ask(first)
+        two.cancel()
+        assert (two.position, three.position, engine.waiting) == (0, 1, 1)
+        four = engine.ask(second, Sampling(TOKENS))
+        gate.opened.set()
+        assert [reply.text() for reply in (one, two, three, four)] == [answers[0], "", answers[2], answers[1]]
+        assert four.position == 0 and four.timing.waited > 0
+
+
+@pytest.mark.parametrize("leave", ["cancel", "close", "forget"])
+def test_whoever_leaves_frees_the_place(answerer, answers, leave):
+    with Engine(answerer, max_batch=1) as engine:
+        if leave == "close":
+            pieces = engine.stream(ask("Talk", picture()), max_new_tokens=400)
+            next(pieces)
+            pieces.close()
+        else:
+            reply = engine.ask(ask("Talk", picture()), Sampling(400))
+            next(reply)
+            if leave == "cancel":
+                reply.cancel()
+                assert len(list(reply)) < 390
+                assert reply.timing.tokens < 390
+            del reply
+            gc.collect()
+        messages, options = chats()[0]
+        assert engine.ask(messages, Sampling(TOKENS), **options).text() == answers[0]
+        assert engine.running == 0
+
+
+def test_timing_says_where_the_time_went(engine):
+    reply = engine.ask(ask("What?", picture(), picture(1)), Sampling(TOKENS))
+    reply.text()
+    timing = reply.timing
+    assert 0 < timing.tower < timing.first_token and timing.waited >= 0
+    assert 2 <= timing.tokens <= TOKENS and timing.tokens_per_second > 0 and timing.images == 2
+    silent = engine.ask(ask("What?"), Sampling(1))
+    silent.text()
+    assert silent.timing.tower == 0 and silent.timing.images == 0 and silent.timing.tokens_per_second == 0
+
+
+# -- choices ----------------------------------------------------------------------------------------------------------
+
+
+def test_experts_are_chosen_for_one_question(engine, answerer):
+    assert engine.experts == EXPERTS
+    base = engine.routing(picture())
+    less = engine.routing(picture(), experts=("edge", "normal"))
+    assert base.means["depth"] > 0 == less.means["depth"]
+    assert sum(less.means.values()) == pytest.approx(1, abs=1e-5)
+    assert sum(less.chosen.values()) == pytest.approx(1) and less.chosen["depth"] == 0
+    for row in range(4):
+        for column in range(4):
+            best = max(less.grids, key=lambda name: less.grids[name][row][column])
+            assert less.argmax[row][column] == best
+    assert engine.routing(picture(), experts=()) is None
+    assert answerer.tower.config.detached_experts == []
+    with pytest.raises(DataError, match="unknown expert.*thermal.*depth, edge, normal"):
+        engine.ask(ask("What?"), experts=("depth", "thermal"))
+
+
+def test_an_expert_that_the_model_has_lost_cannot_be_chosen(tmp_path):
+    answerer = make_answerer(tmp_path)
+    answerer.tower.detach_experts("edge")
+    with Engine(answerer) as engine:
+        assert engine.experts == ("depth", "normal")
+        with pytest.raises(DataError, match="unknown expert.*edge"):
+            engine.ask(ask("What?"), experts=("edge",))
+        engine.answer(ask("What?", picture()), experts=("depth",), max_new_tokens=2)
+    assert answerer.tower.config.detached_experts == ["edge"]
+
+
+def test_a_system_prompt_takes_the_templates_place(engine, answerer):
+    def prompt(system):
+        return answerer.tokenizer.decode(engine._prepare(ask("Hi"), system)[0])
+
+    assert prompt("Be brief.") == "Be brief. USER: Hi ASSISTANT:"
+    assert prompt(None).startswith("A chat between a curious user")
+    with pytest.raises(DataError, match="placeholder"):
+        engine.ask(ask("What?", picture()), system="<image>")
+    plain = Engine(answerer.with_template("plain"))
+    with pytest.raises(DataError, match="'plain' has no system prompt"):
+        plain.ask(ask("What?", picture()), system="Be brief.")
+
+
+def test_drawn_answers_differ_and_greedy_ones_beside_them_do_not(engine, answers):
+    messages, _ = chats()[0]
+    random.seed(0)
+    settings = [Sampling(TOKENS), *[Sampling(TOKENS, temperature=3.0)] * 3]
+    replies = [engine.ask(messages, each) for each in settings]
+    texts = [reply.text() for reply in replies]
+    assert texts[0] == answers[0] and len(set(texts)) == 4
+    assert engine.ask(messages, Sampling(TOKENS, temperature=3.0, top_p=1e-6)).text() == answers[0]
+
+
+# -- trouble ----------------------------------------------------------------------------------------------------------
+
+
+class Limited:
+    """A model whose memory holds ``rows`` rows."""
+
+    def __init__(self, answerer, monkeypatch, rows):
+        self.largest, real = 0, answerer.model.forward
+
+        def forward(*args, **kwargs):
+            if len(kwargs["input_ids"]) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.largest = max(self.largest, len(kwargs["input_ids"]))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(answerer.model, "forward", forward)
+
+
+def test_full_memory_makes_the_batch_smaller_and_loses_no_answer(answerer, answers, monkeypatch, caplog):
+    limited = Limited(answerer, monkeypatch, rows=2)
+    with Engine(answerer) as engine, caplog.at_level(logging.WARNING, "tove_llava"):
+        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
+        assert [reply.text() for reply in replies] == answers
+    assert limited.largest == 2 and "memory is full" in caplog.text
+
+
+def test_a_question_that_does_not_fit_alone_is_told_so_and_the_next_is_answered(answerer, answers, monkeypatch):
+    with Engine(answerer) as engine:
+        with monkeypatch.context() as patch:
+            Limited(answerer, patch, rows=0)
+            with pytest.raises(AnswerError, match="memory is full with this question alone"):
+                engine.answer(ask("What?", picture()))
+        messages, _ = chats()[0]
+        assert engine.ask(messages, Sampling(TOKENS)).text() == answers[0]
+
+
+def test_memory_that_fills_up_in_mid_answer_repeats_no_word(answerer, answers, monkeypatch):
+    real, steps = answerer.model.forward, {4: 3, 2: 3}  # by rows: the step that fails
+
+    def forward(*args, **kwargs):
+        rows, columns = kwargs["input_ids"].shape
+        if columns == 1 and rows in steps:
+            steps[rows] -= 1
+            if not steps[rows]:
+                del steps[rows]
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", forward)
+    with Engine(answerer, max_batch=4) as engine:
+        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()[:5]]
+        assert [reply.text() for reply in replies] == answers[:5]
+    assert not steps
+
+
+def test_a_fault_reaches_whom_it_concerns_and_nobody_else(answerer, answers, monkeypatch, caplog):
+    real, bad = answerer.tower.forward, answerer.pixels(picture(9))
+
+    def forward(pixel_values=None, **kwargs):
+        if any(torch.equal(pixels, bad) for pixels in pixel_values):
+            raise KeyError("poison")
+        return real(pixel_values, **kwargs)
+
+    monkeypatch.setattr(answerer.tower, "forward", forward)
+    gate_forward = answerer.model.forward
+    ready = threading.Event()
+
+    def held(*args, **kwargs):
+        assert ready.wait(timeout=300)
+        return gate_forward(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", held)
+    with Engine(answerer) as engine:
+        (first, _), (second, _) = chats()[:2]
+        before = engine.ask(second, Sampling(TOKENS))
+        poisoned, beside = engine.ask(ask("What?", picture(9))), engine.ask(first, Sampling(TOKENS))
+        ready.set()
+        with pytest.raises(AnswerError, match="KeyError.*poison"):
+            poisoned.text()
+        assert (before.text(), beside.text()) == (answers[1], answers[0])
+    assert "Traceback" in caplog.text, "the log says where"
+
+
+def test_closing_lets_running_answers_end_and_tells_those_who_wait(answerer, answers, monkeypatch):
+    gate = Gate(answerer, monkeypatch)
+    engine = Engine(answerer, max_batch=1)
+    (first, _), (second, _) = chats()[:2]
+    one = engine.ask(first, Sampling(TOKENS))
+    assert gate.entered.wait(timeout=300)
+    two = engine.ask(second)
+    closer = threading.Thread(target=engine.close, args=(300.0,))
+    closer.start()
+    with pytest.raises(BusyError, match="before this question's turn"):
+        two.text()
+    gate.opened.set()
+    assert one.text() == answers[0]
+    closer.join(timeout=300)
+    with pytest.raises(BusyError, match="shut down"):
+        engine.ask(first)
+    with pytest.raises(BusyError, match="shut down"):
+        engine.routing(picture())
+
+
+def test_closing_without_patience_ends_a_running_answer(answerer):
+    engine = Engine(answerer)
+    reply = engine.ask(ask("Talk", picture()), Sampling(400))
+    next(reply)
+    engine.close(patience=0)
+    with pytest.raises(BusyError, match="before this answer's end"):
+        reply.text()
+
+
+def test_an_engine_that_is_forgotten_takes_its_thread_along(answerer):
+    engine = Engine(answerer)
+    engine.answer(ask("Hi"), max_new_tokens=1)
+    thread = engine._worker._thread
+    reply = engine.ask(ask("Hi"), Sampling(TOKENS))
+    del engine
+    gc.collect()
+    assert reply.text(), "a reply keeps its engine"
+    del reply
+    gc.collect()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+# -- caches that are not plain ----------------------------------------------------------------------------------------
+
+
+def test_other_caches_answer_one_after_another(answerer, answers, monkeypatch):
+    monkeypatch.setattr(batches, "has_plain_cache", lambda model: False)
+    with Engine(answerer) as engine:
+        assert isinstance(engine._worker._batch, batches.OneByOne)
+        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
+        assert [reply.text() for reply in replies] == answers
+        assert 1 < replies[0].timing.tokens <= TOKENS
+        long = engine.ask(ask("Talk", picture()), Sampling(400))
+        next(long)
+        long.cancel()
+        assert engine.ask(chats()[0][0], Sampling(TOKENS)).text() == answers[0]
+        assert long.timing.tokens < 390
+
+
+def test_a_model_of_captions_ends_with_its_line(answerer, monkeypatch):
+    newline = answerer.tokenizer.encode("\n", add_special_tokens=False)[0]
+    always = torch.eye(answerer.model.lm_head.out_features)[newline]
+    monkeypatch.setattr(answerer.model.lm_head, "forward", lambda hidden: always.expand(*hidden.shape[:-1], -1))
+    captioner = answerer.with_template("plain")
+    assert captioner.template is get_template("plain")
+    with Engine(captioner) as engine:
+        reply = engine.ask(ask("Describe it", picture()), Sampling(5))
+        assert reply.text() == "" and reply.timing.tokens == 1
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def resident():
+    """Bytes that the process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_leave_nothing_behind(answerer):
+    with Engine(answerer) as engine:
+
+        def rounds(count):
+            for _ in range(count // 10):
+                replies = [engine.ask(ask(f"What {number}?", picture(number)), Sampling(3)) for number in range(10)]
+                replies[0].cancel()
+                for reply in replies:
+                    reply.text()
+
+        rounds(100)
+        tracemalloc.start()
+        gc.collect()
+        before, held, objects = tracemalloc.get_traced_memory()[0], resident(), len(gc.get_objects())
+        rounds(1000)
+        gc.collect()
+        grown, more = tracemalloc.get_traced_memory()[0] - before, len(gc.get_objects()) - objects
+        tracemalloc.stop()
+        assert grown < 300_000 and more < 500, (grown, more)
+        assert resident() - held < 30e6
+        worker = engine._worker
+        assert not (worker._waiting or worker._jobs or worker._batch.rows)

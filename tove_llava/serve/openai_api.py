@@ -1,0 +1,132 @@
+"""An OpenAI-compatible endpoint: ``transformers serve``, with this package's models and a guard in front.
+
+transformers loads, queues, generates and speaks the protocol; here are the folder that it is handed, the registration
+of the model's class, and the guard (:mod:`tove_llava.serve.guard`).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.serve.guard import Guard
+from tove_llava.serve.models import MANIFEST
+
+PORT = 8000  # transformers serve's
+
+
+def serve_openai(
+    model: str | Path, host: str, port: int | None = None, device: str | None = None, dtype: str | None = None
+) -> None:
+    """Serve until interrupted. Requests name the model by its folder's name.
+
+    Args:
+        model: a folder that training or ``tove-llava export`` wrote.
+
+    Raises:
+        ConfigError: what ``transformers serve`` needs is not installed, or the address is taken.
+        CheckpointError: the folder holds no model.
+    """
+    serve = _server_class()
+    from tove_llava.serve.generation import choose_device, choose_dtype
+
+    where = choose_device(device)
+    kind = str(choose_dtype(dtype, where)).removeprefix("torch.")
+    port = PORT if port is None else port
+    _check_address(host, port)
+    with _servable(Path(model).absolute()) as folder, _inside(folder.parent):
+        print(f"serving {folder.name} on http://{host}:{port}/v1 (loading)", flush=True)
+        # Pinned by a relative name, so that requests need not know where the folder lies.
+        serve(force_model=folder.name, host=host, port=port, device=str(where), dtype=kind, non_blocking=True)
+
+
+def _server_class() -> Any:
+    """transformers' server, knowing this package's models, behind the guard."""
+    try:
+        from transformers import AutoModelForMultimodalLM
+        from transformers.cli.serve import Serve
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+        from transformers.utils.import_utils import is_serve_available
+    except ImportError as error:
+        raise ConfigError(
+            f"this transformers cannot serve ({error}); --openai was tried with transformers 5.23"
+        ) from error
+    if not is_serve_available():
+        raise ConfigError(
+            "--openai needs the packages of transformers serve; install them: pip install 'transformers[serving]'"
+        )
+
+    from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+
+    # The server asks this table which classes read pictures, and loads them by their Auto class.
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[ToveLlavaConfig.model_type] = ToveLlavaForConditionalGeneration.__name__
+    AutoModelForMultimodalLM.register(ToveLlavaConfig, ToveLlavaForConditionalGeneration, exist_ok=True)
+
+    class Guarded(Serve):  # type: ignore[misc]
+        """``non_blocking`` has transformers call :meth:`start_server`, once everything is loaded."""
+
+        def start_server(self) -> None:
+            config = self.server.config
+            config.app = Guard(config.app, self._model_manager.force_model)
+            self.server.run()
+
+    return Guarded
+
+
+def _check_address(host: str, port: int) -> None:
+    """Before the model is loaded, which may take minutes."""
+    import socket
+
+    try:
+        with socket.create_server((host, port), reuse_port=False):
+            pass
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"the server cannot listen on {host}:{port}: {error}; choose --port") from error
+
+
+@contextmanager
+def _servable(model: Path) -> Iterator[Path]:
+    """The model in a folder that stock loading code opens, within a folder of its own.
+
+    What training wrote is exported to a temporary place (adapters merged, chat template for servers); anything else is
+    served as it is.
+    """
+    name = model.name.replace("@", "-").replace(":", "-") or "model"  # which mean something in a model's name
+    with tempfile.TemporaryDirectory(prefix="tove-llava-") as parent:
+        folder = Path(parent) / name
+        if (model / MANIFEST).is_file():
+            from tove_llava.export import export_model
+
+            export_model(model, folder, "remote-code")
+        else:
+            _check_exported(model)
+            folder.symlink_to(model, target_is_directory=True)
+        yield folder
+
+
+def _check_exported(model: Path) -> None:
+    """Refuse a folder that ``transformers serve`` would not understand."""
+    from tove_llava.serve.generation import is_stock_llava
+
+    if is_stock_llava(model):
+        return
+    try:
+        kind = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{model} holds no model that can be served: {error!r}") from error
+    if kind != "tove_llava":
+        raise CheckpointError(f"{model} is of another format; convert it first: tove-llava convert --model {model}")
+
+
+@contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -1,0 +1,35 @@
+"""Who may open the page: ``user:password``, or ``@FILE`` with one such line for each user."""
+
+from pathlib import Path
+
+from tove_llava.errors import ConfigError
+
+
+def read_auth(given: str | None) -> list[tuple[str, str]] | None:
+    """Users and passwords; None for a page that is open to all who reach it.
+
+    Args:
+        given: ``user:password``, which other users of the machine see in the list of processes, or ``@FILE``.
+
+    Raises:
+        ConfigError: it has no colon, or an empty name or password, or the file cannot be read.
+    """
+    if given is None:
+        return None
+    if not given.startswith("@"):
+        return [_pair(given, "--auth")]
+    try:
+        lines = Path(given[1:]).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--auth {given}: the file cannot be read: {error}") from error
+    pairs = [_pair(line, f"{given[1:]}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    if not pairs:
+        raise ConfigError(f"--auth {given}: the file is empty; write one user:password a line")
+    return pairs
+
+
+def _pair(text: str, where: str) -> tuple[str, str]:
+    user, colon, password = text.partition(":")
+    if not (user and colon and password):
+        raise ConfigError(f"{where}: expected user:password")  # the text itself may be a password
+    return user, password

@@ -1,0 +1,121 @@
+"""The same question to two expert sets, or to two models, side by side."""
+
+import html
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from tove_llava.serve.engine import Engine
+from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
+from tove_llava.serve.ui.conversation import PASTED, Said, question, shown
+from tove_llava.serve.ui.legend import legend
+from tove_llava.serve.ui.overlay import draw, look, name_of
+from tove_llava.serve.ui.refusals import told
+
+
+class Compare:
+    """Built where gradio's layout stands.
+
+    Args:
+        engines: of the left and of the right side; they may be the same.
+        settings: components of the system prompt and the sampling.
+    """
+
+    def __init__(
+        self, engines: tuple[Engine, Engine], desk: Desk, settings: list[Any], example: Mapping[str, Any] | None
+    ) -> None:
+        self._desk = desk
+        one_model = engines[0] is engines[1]
+        with gr.Row(elem_id="tove-compare-head"):
+            lead = (
+                "The same question, read with two sets of experts" if one_model else "The same question to two models"
+            )
+            gr.Markdown(lead, elem_classes="tove-lead")
+            self.stop = gr.Button("Stop both", size="sm", elem_id="tove-compare-stop", scale=0, min_width=110)
+        self.entry = gr.MultimodalTextbox(
+            value=dict(example) if example else None,
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            placeholder="Add a picture and ask both sides about it",
+            label="Question for both sides",
+            show_label=False,
+            max_plain_text_length=PASTED,
+            elem_id="tove-compare-entry",
+        )
+        with gr.Row(elem_classes="tove-columns"):
+            # Where the models are one, the sides start with all experts and with none.
+            starts = (True, not one_model)
+            sides = [
+                Side(engine, letter, desk, start) for engine, letter, start in zip(engines, "AB", starts, strict=True)
+            ]
+        runs = []
+        for side in sides:
+            inputs = [self.entry, *settings, *side.inputs]
+            quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": AT_ONCE}
+            runs.append(self.entry.submit(side.respond, inputs, side.page, trigger_mode="once", **quiet))
+            runs.append(
+                self.entry.submit(
+                    side.map, [self.entry, *side.inputs], [side.drawing, side.legend], show_progress="hidden", **quiet
+                )
+            )
+        self.stop.click(None, None, None, cancels=runs, api_visibility="private")
+        self.sides = sides
+
+
+class Side:
+    """One column: toggles, the answer with its times, the map."""
+
+    def __init__(self, engine: Engine, letter: str, desk: Desk, all_attached: bool) -> None:
+        self._engine, self._desk = engine, desk
+        experts = list(engine.experts)
+        with gr.Column(min_width=300, elem_id=f"tove-side-{letter.lower()}"):
+            gr.HTML(f'<h3 class="tove-side">{letter} <small>{html.escape(name_of(engine.name))}</small></h3>')
+            self.attached = gr.CheckboxGroup(
+                experts, value=experts if all_attached else [], label=f"Experts of {letter}", visible=bool(experts)
+            )
+            self.page = gr.Chatbot(
+                show_label=False,
+                render_markdown=False,
+                sanitize_html=True,
+                buttons=[],
+                feedback_options=None,
+                height=130,
+                placeholder=" ",
+                elem_classes="tove-answer",
+            )
+            self.drawing = gr.Image(
+                show_label=False, interactive=False, format="png", buttons=["fullscreen"], height=260,
+                label=f"Routing of {letter}", alt_text=f"the picture with the routing of {letter} drawn over it",
+                visible=bool(experts), placeholder="no picture yet", elem_classes="tove-map",
+            )  # fmt: skip
+            self.legend = gr.HTML("", visible=bool(experts))
+
+    @property
+    def inputs(self) -> list[Any]:
+        return [self.attached]
+
+    async def respond(
+        self, message: Mapping[str, Any], system: str, temperature: float, top_p: float, tokens: float, attached: Any
+    ) -> AsyncIterator[Any]:
+        """Streams this side's answer, alone on its page."""
+        with told():
+            asked = [await self._desk.guarded(partial(question, message))]
+            choices = Settings.of(system, temperature, top_p, tokens, attached if self._engine.experts else None)
+        yield shown([Said("assistant", "", note="...")])
+        with told():
+            async with aclosing(self._desk.ask(self._engine, asked, choices)) as answers:
+                async for answer in answers:
+                    yield shown([answer.turn])
+
+    async def map(self, message: Mapping[str, Any], attached: Any) -> tuple[Any, str]:
+        """The map of the last picture."""
+        files = message.get("files") or []
+        if not files or not self._engine.experts:
+            return None, ""
+        with told():
+            found = await self._desk.guarded(partial(look, self._engine, str(files[-1]), tuple(attached)))
+        return draw(found), legend(found, self._engine.experts)
