@@ -160,7 +160,7 @@ def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int
     # Projector: its two layers' inputs and the activation between them.
     kept += run.batch * (shape.fusion_kept + shape.encoder_kept + 3 * shape.image_tokens * shape.hidden)
     whole = run.deepspeed is not None and int(_zero(run.deepspeed).get("stage", 0)) == 3
-    scored = positions if whole else min(positions, PIECE // shape.vocabulary)
+    scored = positions if whole else min(positions, PIECE // max(shape.vocabulary, 1))
     loss = scored * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
     return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
 
