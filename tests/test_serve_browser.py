@@ -116,9 +116,14 @@ def text(page, number=0):
 
 def set_tokens(page, number):
     page.locator("#tove-settings button").first.click()
-    field = page.locator("#tove-longest input[type=number]")
-    field.fill(str(number))
-    field.press("Tab")
+    field, slider = (page.locator(f"#tove-longest input[type={kind}]") for kind in ("number", "range"))
+    for _ in range(30):  # right after loading, the page does not listen yet
+        field.fill(str(number))
+        field.press("Tab")
+        page.wait_for_timeout(200)
+        if slider.input_value() == str(number):
+            break
+    assert slider.input_value() == str(number)
     page.locator("#tove-settings button").first.click()
 
 
