@@ -401,7 +401,7 @@ def test_verbs_load_in_few_bits(root, tmp_path, flag, monkeypatch, capsys):
     assert cli(["eval", "--model", str(root / "q4"), *words]) == 2  # other weights, other answers
     assert "weights differ" in capsys.readouterr().err
     monkeypatch.setattr(gradio_app, "launch", lambda *args, **options: None)
-    assert cli(["serve", "--model", str(root / "q4"), flag]) == 0
+    assert cli(["demo", "--model", str(root / "q4"), flag]) == 0
     assert [loaded_bits(answerer.model) for answerer in seen] == [bits, bits, bits, 16, bits]
 
 

@@ -187,7 +187,7 @@ def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys
 
     assert models.MANIFEST == MANIFEST
     monkeypatch.chdir(tmp_path)
-    for verb in ("chat", "serve"):
+    for verb in ("chat", "demo", "serve"):
         assert cli.main([verb]) == 2
         assert "bash scripts/quickstart.sh" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="nowhere"):

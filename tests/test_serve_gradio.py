@@ -33,7 +33,7 @@ from tove_llava.serve.ui.running import Running  # noqa: E402
 
 QUESTION = "What is <b>it</b>? <script>document.title='broken'</script>"
 TOKENS = 8
-WITH_TEST_EXPERTS = "import sys, tower_parts, tove_llava.cli; sys.exit(tove_llava.cli.main(['serve']))"
+WITH_TEST_EXPERTS = "import sys, tower_parts, tove_llava.cli; sys.exit(tove_llava.cli.main(['demo']))"
 
 
 @pytest.fixture(scope="module")
@@ -369,14 +369,6 @@ def test_passwords_come_from_the_flag_or_a_file(tmp_path):
     for given in ("ann", ":x", "ann:", "@/nowhere"):
         with pytest.raises(ConfigError, match="--auth"):
             read_auth(given)
-
-
-@pytest.mark.parametrize("flags", [["--auth", "a:b"], ["--share"], ["--compare", "x"]])
-def test_flags_of_the_page_do_not_go_with_the_endpoint(flags, capsys):
-    from tove_llava.cli import main
-
-    assert main(["serve", "--model", ".", "--openai", *flags]) == 2
-    assert "--compare, --auth and --share belong to the page" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -120,8 +120,11 @@ def test_flags_and_addresses_are_checked_before_a_model_is_loaded(tmp_path, caps
 
     from tove_llava.serve.openai_api import serve_openai
 
-    assert cli.main(["serve", "--openai", "--load-4bit", "--model", str(tmp_path)]) == 2
-    assert "does not go with --load-4bit" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--load-4bit", "--model", str(tmp_path)])
+    assert "--load-4bit" in capsys.readouterr().err
+    assert cli.main(["serve", "--model", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     pytest.importorskip("openai")
@@ -163,7 +166,7 @@ def test_a_model_with_experts_answers_as_the_engine_does(tmp_path):
         second = alone(asked[0], Message("assistant", expected[0]), Message("user", "And where?"))
 
     port = free_port()
-    command = [sys.executable, "-m", "tove_llava", "serve", "--openai", "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "tove_llava", "serve", "--device", "cpu", "--port", str(port)]
     log = tmp_path / "serve.log"
     with open(log, "w") as file:
         server = subprocess.Popen(

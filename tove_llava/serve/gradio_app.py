@@ -1,4 +1,4 @@
-"""The demo in the browser: ``python -m tove_llava.serve.gradio_app [--model DIR]`` (= ``tove-llava serve``)."""
+"""The demo in the browser: ``python -m tove_llava.serve.gradio_app [--model DIR]`` (= ``tove-llava demo``)."""
 
 import html
 import ipaddress
@@ -148,4 +148,4 @@ def _is_loopback(host: str) -> bool:
 if __name__ == "__main__":
     from tove_llava.cli import main
 
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -52,12 +52,10 @@ def _server_class() -> Any:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
         from transformers.utils.import_utils import is_serve_available
     except ImportError as error:
-        raise ConfigError(
-            f"this transformers cannot serve ({error}); --openai was tried with transformers 5.23"
-        ) from error
+        raise ConfigError(f"this transformers cannot serve ({error}); this was tried with transformers 5.23") from error
     if not is_serve_available():
         raise ConfigError(
-            "--openai needs the packages of transformers serve; install them: pip install 'transformers[serving]'"
+            "the packages of transformers serve are missing; install them: pip install 'transformers[serving]'"
         )
 
     from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
