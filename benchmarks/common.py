@@ -13,7 +13,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,11 +316,19 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(
-    contenders: dict[str, Callable[[], Any]], *, repeats: int, warmup: int, device: torch.device
+    contenders: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    clocks: Mapping[str, Callable[[], float]] | None = None,
 ) -> dict[str, Samples]:
     """Times every contender once per repeat, each repeat beginning with another one.
 
     Thereby what slows the machine for a while slows all of them, and ratios of contenders hold.
+
+    Args:
+        clocks: processor seconds so far, of contenders that work in a process of their own.
     """
     for run in contenders.values():
         for _ in range(warmup):
@@ -331,11 +339,12 @@ def measure(
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
             synchronize(device)
-            wall, cpu = time.perf_counter(), time.process_time()
+            clock = (clocks or {}).get(name, time.process_time)
+            wall, cpu = time.perf_counter(), clock()
             contenders[name]()
             synchronize(device)
             samples[name].wall.append(time.perf_counter() - wall)
-            samples[name].cpu.append(time.process_time() - cpu)
+            samples[name].cpu.append(clock() - cpu)
     return samples
 
 

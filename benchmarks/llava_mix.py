@@ -84,14 +84,18 @@ def conversation(draw: np.random.Generator, part: Part) -> list[dict[str, str]]:
 
 
 def photograph(draw: np.random.Generator, size: Range) -> Image.Image:
-    """A picture with detail at every scale, as photographs have: its JPEG is about as large as one of COCO's."""
+    """A picture with detail at every scale and grain, as photographs have.
+
+    At quality 92 its JPEG has 150 kB, as COCO's have on average (train2017: 18 GB, 118,000 files).
+    """
     width, height = size
     total = np.zeros((height, width, 3))
     for octave in range(2, 9):
         grid = draw.integers(0, 256, (max(height >> (9 - octave), 2), max(width >> (9 - octave), 2), 3), dtype=np.uint8)
         layer = Image.fromarray(grid).resize(size, Image.Resampling.BICUBIC)
         total += (np.asarray(layer, dtype=float) - 128) / 1.7 ** (octave - 2)
-    return Image.fromarray((total * 0.6 + 128).clip(0, 255).astype(np.uint8))
+    grain = draw.normal(0, 12, (height, width, 1))
+    return Image.fromarray((total * 0.6 + grain + 128).clip(0, 255).astype(np.uint8))
 
 
 def describe() -> str:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tove_llava.data import ImageTransform, open_image, to_rgb
-from tove_llava.data.images import CLIP_MEAN, CLIP_STD, pad_to_square, resolve_image
+from tove_llava.data.images import CLIP_MEAN, CLIP_STD, resolve_image
+from tove_llava.data.resize import TOLERANCE, pad_to_square
 from tove_llava.errors import ConfigError, DataError
 
 
@@ -73,6 +74,22 @@ def test_pixels_are_the_processors_bit_for_bit(width: int, height: int, side: in
     expected = transform.processor(images=shown, return_tensors="pt")["pixel_values"][0]
     pixels = transform(image)
     assert pixels.dtype == torch.float32 and torch.equal(pixels, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 120), st.booleans(), st.integers(0, 99))
+def test_torchs_resize_is_within_its_tolerance(width: int, height: int, side: int, pad: bool, seed: int) -> None:
+    """Of noise, which is harder on it than photographs."""
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image, how = Image.fromarray(values), "pad" if pad else "square"
+    exact = _bytes(ImageTransform(side, how)(image)).astype(int)
+    fast = _bytes(ImageTransform(side, how, image_resize="torch")(image)).astype(int)
+    assert np.abs(exact - fast).max() <= TOLERANCE["torch"]
+
+
+def test_an_unknown_way_of_resizing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="image_resize 'nearest'.*pillow, torch"):
+        ImageTransform(32, image_resize="nearest")
 
 
 def test_square_crops_and_pad_pads() -> None:

@@ -160,7 +160,8 @@ class LlavaDataset(Dataset[Example]):
         if encoded.num_images and self.read_pixels:
             files = self._image_files(record)[: encoded.num_images]
             with record.errors():
-                example["pixel_values"] = torch.stack([self.image_transform.open(file) for file in files])
+                pixels = [self.image_transform.open(file)[None] for file in files]  # [1,3,S,S] each
+            example["pixel_values"] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)  # one needs no copy
         if encoded.num_images and self.features is not None:
             with record.errors():
                 example["vision_features"] = self.features.read(record.images[: encoded.num_images])

@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
 
+from tove_llava.data.resize import ImageResize, Levels, pad_and_resize, pad_to_square, resize
 from tove_llava.errors import ConfigError, DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -138,17 +139,7 @@ def to_rgb(
     if background is not None and image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Put a picture in the middle of a square of the given colour."""
-    side = max(image.size)
-    if image.size == (side, side):
-        return image
-    square = Image.new(image.mode, (side, side), colour)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 class ImageTransform:
@@ -156,7 +147,7 @@ class ImageTransform:
 
     ``square`` resizes the shortest side and cuts out the middle; ``pad`` first pads to a square with the mean colour.
     Resizing is Pillow's 8-bit bicubic; every pixel is, bit for bit, that of transformers' CLIP processor (the one that
-    uses Pillow), which is several times slower.
+    uses Pillow), which is slower.
 
     Args:
         image_size: pixels per side of the result.
@@ -164,9 +155,10 @@ class ImageTransform:
         mean, std: normalisation per channel.
         exif_transpose, background: see :func:`to_rgb`.
         max_pixels: limit on the decoded, padded and resized picture.
+        image_resize: ``"pillow"``, or a faster way with a stated tolerance: see :mod:`tove_llava.data.resize`.
 
     Raises:
-        ConfigError: an unknown aspect ratio.
+        ConfigError: an unknown aspect ratio, or way of resizing.
     """
 
     def __init__(
@@ -178,16 +170,20 @@ class ImageTransform:
         exif_transpose: bool = False,
         background: tuple[int, int, int] | None = None,
         max_pixels: int = MAX_PIXELS,
+        image_resize: ImageResize = "pillow",
     ) -> None:
-        if aspect_ratio not in get_args(AspectRatio):
-            raise ConfigError(
-                f"unknown image_aspect_ratio {aspect_ratio!r}; choose one of {', '.join(get_args(AspectRatio))}"
-            )
+        for key, value, known in (
+            ("image_aspect_ratio", aspect_ratio, get_args(AspectRatio)),
+            ("image_resize", image_resize, get_args(ImageResize)),
+        ):
+            if value not in known:
+                raise ConfigError(f"unknown {key} {value!r}; choose one of {', '.join(known)}")
         self.image_size = image_size
         self.aspect_ratio = aspect_ratio
         self.exif_transpose = exif_transpose
         self.background = background
         self.max_pixels = max_pixels
+        self.image_resize = image_resize
         self.processor = CLIPImageProcessorPil(
             size={"shortest_edge": image_size},
             crop_size={"height": image_size, "width": image_size},
@@ -211,29 +207,26 @@ class ImageTransform:
         Raises:
             DataError: the picture is too long and thin to be padded or resized safely, or of an unknown range.
         """
-        image = self._prepared(image)
-        levels = np.asarray(self._cut(image))  # uint8 [S,S,3]
+        levels = self._square(self._rgb(image))  # uint8 [S,S,3]
         pixels = np.empty((3, *levels.shape[:2]), dtype=np.float32)
         for channel in range(3):  # without a mode NumPy would make a copy
             np.take(self._values[channel], levels[..., channel], out=pixels[channel], mode="clip")
         return torch.from_numpy(pixels)
 
-    def _prepared(self, image: Image.Image) -> Image.Image:
-        """8-bit RGB, and padded where that is asked for."""
+    def _rgb(self, image: Image.Image) -> Image.Image:
         self._check_shape(image)
-        image = to_rgb(image, self.exif_transpose, self.background)
-        return pad_to_square(image, self._pad_colour) if self.aspect_ratio == "pad" else image
+        return to_rgb(image, self.exif_transpose, self.background)
 
-    def _cut(self, image: Image.Image) -> Image.Image:
-        """The middle of a picture whose shortest side has been resized, as the processor's resize and crop give it."""
+    def _square(self, image: Image.Image) -> Levels:
+        """Padded and resized; or the middle of a picture whose shortest side has been resized, as the processor's."""
         side = self.image_size
+        if self.aspect_ratio == "pad":
+            return pad_and_resize(image, side, self._pad_colour, self.image_resize)
         short, long = min(image.size), max(image.size)
         longer = int(side * long / short)
         width, height = (side, longer) if image.width <= image.height else (longer, side)
-        if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
         left, top = (width - side) // 2, (height - side) // 2
-        return image if width == height else image.crop((left, top, left + side, top + side))
+        return resize(image, width, height, self.image_resize)[top : top + side, left : left + side]
 
     def framed(self, image: Image.Image) -> Image.Image:
         """The square of a picture that the tower is shown, at the picture's own resolution, RGB.
@@ -241,7 +234,8 @@ class ImageTransform:
         Raises:
             DataError: as when called.
         """
-        image = self._prepared(image)
+        image = self._rgb(image)
+        image = pad_to_square(image, self._pad_colour) if self.aspect_ratio == "pad" else image
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.crop((left, top, left + side, top + side))

@@ -117,6 +117,7 @@ class StagePreset:
     train: str  # a registered freezing policy (tove_llava.train.stages)
     template: str
     image_aspect_ratio: str = "pad"
+    image_resize: str = "pillow"  # or torch: faster, within a stated tolerance (tove_llava.data.resize)
     group_by_modality_length: bool = False
     model_max_length: int = 2048
     padding_free: bool = False  # the sequences of a batch in one row, with no padding between them

@@ -54,6 +54,9 @@ class RunArguments:
     pretrained: str | None = field(default=None, metadata={"help": "folder of the stage that this one starts from"})
     template: str | None = field(default=None, metadata={"help": "conversation template"})
     image_aspect_ratio: str | None = field(default=None, metadata={"help": "'square' or 'pad'"})
+    image_resize: str | None = field(
+        default=None, metadata={"help": "'pillow', or 'torch': faster, within 2 of 255 levels"}
+    )
     group_by_modality_length: bool | None = field(default=None, metadata={"help": "LLaVA's grouped sampling"})
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
     padding_free: bool | None = field(
@@ -290,8 +293,8 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
-    names = ["template", "image_aspect_ratio", "group_by_modality_length", "model_max_length", "padding_free"]
-    names += ("projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
+    names = ["template", "image_aspect_ratio", "image_resize", "group_by_modality_length", "model_max_length"]
+    names += ("padding_free", "projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
     lora = {key: value for key, value in lora.items() if value is not None}

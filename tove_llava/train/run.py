@@ -16,6 +16,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.data.images import AspectRatio
+from tove_llava.data.resize import ImageResize
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -108,6 +109,7 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         cast(AspectRatio, settings.stage.image_aspect_ratio),
         mean=vision.image_mean,
         std=vision.image_std,
+        image_resize=cast(ImageResize, settings.stage.image_resize),
     )
     cache = None
     if settings.feature_cache is not None:
