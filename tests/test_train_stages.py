@@ -181,6 +181,17 @@ def test_meter_averages_over_steps_and_survives_a_checkpoint():
     assert meter.read(0.5)["lm_loss"] == 0.0
 
 
+def test_meter_tells_the_share_of_the_time_that_was_spent_waiting_for_data(monkeypatch):
+    clock = iter(range(0, 100, 5))  # 5 seconds between two looks
+    monkeypatch.setattr("tove_llava.train.meter.time.perf_counter", lambda: next(clock))
+    meter = Meter([], torch.device("cpu"))  # 0
+    for _ in range(2):
+        with meter.waiting():  # 5 to 10, 15 to 20
+            pass
+    assert meter.read(0.0)["data_wait"] == pytest.approx(10 / 25)
+    assert meter.read(0.0)["data_wait"] == 0
+
+
 def test_progress_line_shows_each_term():
     line = describe({"loss": 1.5, "lm_loss": 1.4, "aux_loss": 0.2, "gate/depth": 0.6, "gate/entropy": 0.1})
     assert line == "loss 1.5000, lm_loss 1.4000, aux_loss 0.2000, gate/entropy 0.1000, gate: depth 0.60"

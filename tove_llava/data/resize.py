@@ -5,7 +5,7 @@
   instead of 22: of a photograph 0.4 % of the levels differ, by one of 255; :data:`TOLERANCE` bounds it.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -14,8 +14,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 ImageResize = Literal["pillow", "torch"]
-Levels = NDArray[np.uint8]
-Colour = tuple[int, int, int]
+Levels: TypeAlias = NDArray[np.uint8]
+Colour: TypeAlias = tuple[int, int, int]
 
 #: by how many of 255 levels a value may differ from Pillow's
 TOLERANCE: dict[ImageResize, int] = {"pillow": 0, "torch": 2}

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,10 +25,18 @@ class Meter:
         self._sums = torch.zeros(len(_SCALARS) + len(columns), dtype=torch.float64, device=device)
         self._since = time.perf_counter()
         self._timed_samples = 0.0
+        self._waited = 0.0
 
     def start_clock(self) -> None:
         """Begins to time the records per second; what came before was preparation."""
-        self._since, self._timed_samples = time.perf_counter(), 0.0
+        self._since, self._timed_samples, self._waited = time.perf_counter(), 0.0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
         """Adds this rank's share of a quantity."""
@@ -57,6 +67,7 @@ class Meter:
             "lm_loss": total["lm_loss"] / steps,
             "aux_loss": total["aux_loss"] / steps,
             "samples_per_second": rate,
+            "data_wait": self._waited / elapsed if elapsed > 0 else 0.0,  # share of this rank's time
         }
         if merge_coefficient:
             logs["merge_loss"] = total["merge_loss"] / steps

@@ -12,6 +12,7 @@ _SHOWN = (
     "grad_norm",
     "learning_rate",
     "samples_per_second",
+    "data_wait",
     "gate/entropy",
     "epoch",
 )

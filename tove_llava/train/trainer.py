@@ -114,7 +114,8 @@ class ToveTrainer(Trainer):
     ) -> tuple[list[Any], int | None]:
         batches = []
         for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
+            with self._meter.waiting():
+                batch = next(epoch_iterator, None)
             if batch is None:
                 break
             batches.append(batch)
