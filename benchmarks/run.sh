@@ -17,7 +17,7 @@ case ${1:-} in
 cpu)
     bench tower
     bench train_step
-    bench data_path
+    bench data_path --tokenizer "${LLAVA_TOKENIZER:-bundled:llm}" # LLAVA_SRC, LLAVA_PYTHON: see data_path.py
     bench eval_throughput
     bench serve_load
     ;;
