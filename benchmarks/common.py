@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -120,6 +121,7 @@ class Bench:
         shared = self.load > 0.5 * (os.cpu_count() or 1)
         return {
             "benchmark": benchmark,
+            "commit": commit(),
             "preset": self.preset.name,
             "overrides": list(self.args.set),
             "weights": weights,
@@ -163,6 +165,21 @@ def versions(device: torch.device) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
     return found | ({"cuda": str(torch.version.cuda)} if device.type == "cuda" else {})
+
+
+def commit() -> str:
+    """The commit that is measured, with ``+`` where files differ from it; ``"unknown"`` outside a repository."""
+    try:
+        found = _git("rev-parse", "--short=10", "HEAD")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found + ("+" if changed else "")
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parents[1]
+    return subprocess.run(["git", "-C", root, *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -418,7 +435,7 @@ def circumstances(record: dict[str, Any]) -> str:
         f"- preset `{record['preset']}`, {record['weights']} weights, {record['dtype']}"
         + (f", with {', '.join(record['overrides'])}" if record["overrides"] else ""),
         f"- {record['device']['description']}; {settings}",
-        f"- {libraries}",
+        f"- commit {record['commit']}; {libraries}",
     ]
     machine = record["machine"]
     if machine["shared"]:
@@ -427,6 +444,11 @@ def circumstances(record: dict[str, Any]) -> str:
             "before the run): compare rows with each other, not with another run"
         )
     return "\n".join(lines)
+
+
+def target(name: str, value: float | None, wanted: float, *, at_least: bool = True) -> dict[str, Any]:
+    """One entry of ``record["targets"]``; the value is None where this run could not measure it."""
+    return {"name": name, "value": value, "target": wanted, "at_least": at_least}
 
 
 def milliseconds(samples: Sequence[float], per: int = 1) -> str:

@@ -31,4 +31,5 @@ gpu)
     exit 2
     ;;
 esac
+bench summary
 echo "== $SECONDS s: done; tables in $output"
