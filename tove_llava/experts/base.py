@@ -66,6 +66,7 @@ class Expert(nn.Module, ABC):
     remark: ClassVar[str] = ""  # what a user has to know; shown under the table of experts
     option_names: ClassVar[tuple[str, ...]] = ()  # the keys of spec.options that the class understands
     modes: ClassVar[tuple[str, ...]] = ("features",)
+    convolutional: ClassVar[bool] = False  # the network is convolutions throughout, so its memory layout matters
 
     mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
     std: tuple[float, ...] = IMAGENET_STD
@@ -109,7 +110,7 @@ class Expert(nn.Module, ABC):
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]. The pixels may be other experts' as well."""
+        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]. Other experts may share the pixels."""
 
     def hub_file(self) -> tuple[str, str] | None:
         """(repository, file) on the Hugging Face hub that the weights are read from, or None for a local source."""
@@ -228,12 +229,12 @@ class Expert(nn.Module, ABC):
         self.backbone = None
 
     def forward(
-        self, pixels: Tensor, *, conditioned: bool = False, encode: Callable[[Tensor], Tensor] | None = None
+        self, pixels: Tensor, *, prepared: Tensor | None = None, encode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         """[B,3,H,W] in 0..1 (any float dtype, any size) -> [B,width,*grid] in the expert's dtype, without autograd.
 
         Args:
-            conditioned: ``pixels`` are what :meth:`condition` returned.
+            prepared: what :meth:`condition` made of them, if that was done already.
             encode: does what :meth:`features` does, in another way: its compiled form.
 
         Raises:
@@ -241,7 +242,7 @@ class Expert(nn.Module, ABC):
         """
         self.network  # noqa: B018 - refuses to run without weights
         with torch.no_grad():
-            out = (encode or self.features)(pixels if conditioned else self.condition(pixels))
+            out = (encode or self.features)(self.condition(pixels) if prepared is None else prepared)
         self._check_shape(tuple(out.shape[1:]))
         return out
 

@@ -111,7 +111,7 @@ class ExpertHub(nn.Module):
             self[name]  # a typo must not pass as "nothing to skip"
         names = [name for name in self.names if name not in skip]
         prepared = self.condition(pixels, names)
-        return self.check({name: self[name](prepared[name], conditioned=True) for name in names}, strict)
+        return self.check({name: self[name](pixels, prepared=prepared[name]) for name in names}, strict)
 
     def condition(self, pixels: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """What each of the named experts takes, from pixels [B,3,H,W] in 0..1; equal ones are one tensor."""
@@ -172,7 +172,7 @@ class ExpertHub(nn.Module):
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Whether every value of an image is finite: [B,d,h,w] -> [B]. In one pass: NaN and infinities reach the extremes."""
+    """Whether every value of an image is finite: [B,d,h,w] -> [B]. One pass, for NaN reaches both extremes."""
     low, high = x.flatten(1).aminmax(dim=1)
     return low.isfinite() & high.isfinite()
 

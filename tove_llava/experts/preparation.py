@@ -1,4 +1,4 @@
-"""From a tower's pixels to what an expert takes: resized and normalised on the device, each step once for all experts."""
+"""From a tower's pixels to what an expert takes: resizing and normalisation, on the device."""
 
 from functools import lru_cache
 
