@@ -1,5 +1,6 @@
 """From a tower's pixels to what an expert takes: resizing and normalisation, on the device."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -7,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def unnormalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def unnormalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Normalised [B,3,H,W] of any float dtype -> float32 in 0..1."""
     scale, shift = _affine(tuple(mean), tuple(std), True, pixels.device)
     return torch.addcmul(shift, pixels.float(), scale).clamp_(0, 1)
 
 
-def normalise(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """[B,3,H,W] in 0..1 -> normalised, float32."""
     scale, shift = _affine(tuple(mean), tuple(std), False, pixels.device)
     return torch.addcmul(shift, pixels, scale)

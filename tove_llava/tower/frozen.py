@@ -95,13 +95,12 @@ class FrozenBackbones:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Gives convolutional networks the memory layout of the execution; with channels last they run faster."""
-        last = self.execution.mode.concurrent
-        form = torch.channels_last if last else torch.contiguous_format
+        """Gives convolutional networks the execution's memory layout: channels last is a GPU's faster one."""
         for name in [] if self.hub is None else self.hub.names:
             expert = self._expert(name)
             if expert.convolutional and expert.is_loaded:
-                expert.network.to(memory_format=form)
+                last = self.execution.mode.concurrent and expert.device.type == "cuda"
+                expert.network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def is_loaded(self, names: list[str]) -> bool:
         """Whether CLIP and the named experts are in memory."""
@@ -126,7 +125,6 @@ class FrozenBackbones:
             with _quiet():
                 self.hub.load(names)
             self.hub.eval()
-        self._lay_out()
         self._attention = None
         self._follow_attention()
         self.apply(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
@@ -136,6 +134,7 @@ class FrozenBackbones:
         self.execution.reset()
         for module in self.modules():
             module._apply(fn)
+        self._lay_out()
 
     def modules(self) -> Iterator[nn.Module]:
         """CLIP and the hub, where they are loaded."""
@@ -176,12 +175,14 @@ class FrozenBackbones:
         names: Sequence[str],
         compiled: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
     ) -> dict[str, partial[torch.Tensor]]:
-        tasks = {CLIP: partial(compiled.get(CLIP, self._clip_tokens), self._clip_pixels(pixel_values))}
+        tasks: dict[str, partial[torch.Tensor]] = {
+            CLIP: partial(compiled.get(CLIP, self._clip_tokens), self._clip_pixels(pixel_values))
+        }
         if names:
             assert self.hub is not None
             pixels = unnormalise(pixel_values, self.config.image_mean, self.config.image_std)
             for name, prepared in self.hub.condition(pixels, names).items():
-                tasks[name] = partial(self._expert(name), pixels, prepared=prepared, encode=compiled.get(name))
+                tasks[name] = partial(self._expert(name).__call__, pixels, prepared=prepared, encode=compiled.get(name))
         return tasks
 
     def _expert(self, name: str) -> Expert:
