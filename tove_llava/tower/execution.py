@@ -200,7 +200,8 @@ class _Workers:
         started = threading.Barrier(count + 1)
 
         def start() -> None:
-            torch.set_num_threads(self.threads_each)  # of the thread that calls it, and of all that begin later
+            torch.get_num_threads()  # gives this thread the number of all; what is set before that does not last
+            torch.set_num_threads(self.threads_each)  # of this thread, and of all that begin later
             started.wait()
 
         self._threads = ThreadPoolExecutor(count, thread_name_prefix="tove-encoder", initializer=start)
