@@ -19,7 +19,9 @@ import torch
 
 from tove_llava.errors import ConfigError, ToveError
 
-MAX_SIZES = 8  # batch sizes that something is compiled or recorded for; a further one runs eagerly
+# What is more than so many is run eagerly.
+MAX_SIZES = 8  # batch sizes that something is compiled or recorded for
+MAX_GRAPHS = 16  # graphs: batch sizes, and sets of experts that are attached
 _WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate what they keep
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -107,7 +109,8 @@ class Execution:
                 pixel_values = pixel_values.clone()
             self._follow(encoders.networks(names))
             if pixel_values.is_cuda:
-                return self._on_gpu(encoders, pixel_values, names)
+                with torch.cuda.device(pixel_values.device):
+                    return self._on_gpu(encoders, pixel_values, names)
             return self._on_cpu(encoders, pixel_values, names)
 
     def _follow(self, networks: dict[str, object]) -> None:
@@ -161,9 +164,9 @@ class Execution:
     def _on_gpu(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
         where = _circumstances(pixel_values, 0)
         batch, size = len(pixel_values), self._size(len(pixel_values), where)
-        if size is None:
-            return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
         key = (where, size, tuple(names))
+        if size is None or (key not in self._graphs and len(self._graphs) == MAX_GRAPHS):
+            return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
         if key not in self._graphs:
             pixels = _padded(pixel_values, size)
             compiled = self._compile(encoders, pixels, names, None) if self.mode.compiled else {}
@@ -231,7 +234,7 @@ class _Graph:
 
     Args:
         tasks: pixels -> the calls to record.
-        pixels: ``[B,3,S,S]`` of the size that the graph is for.
+        pixels: ``[B,3,S,S]`` on the current device, of the size that the graph is for.
         pool: memory pool shared with other graphs; what a replay leaves there lasts until the next one's.
     """
 
@@ -243,24 +246,22 @@ class _Graph:
     ) -> None:
         self._pixels = pixels.clone()
         self._streams: dict[str, torch.cuda.Stream] = {}
-        device = pixels.device
-        with torch.cuda.device(device):
-            aside, here = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-            aside.wait_stream(here)
-            with torch.cuda.stream(aside):
-                for _ in range(_WARM_UP):
-                    self._side_by_side(tasks(self._pixels))
-            here.wait_stream(aside)
-            self._graph = torch.cuda.CUDAGraph()
-            # Other threads (pinning memory, watching collectives) may go on talking to the device meanwhile.
-            with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                self._outputs = self._side_by_side(tasks(self._pixels))
+        aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            for _ in range(_WARM_UP):
+                self._side_by_side(tasks(self._pixels))
+        here.wait_stream(aside)
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (pinning memory, watching collectives) may go on talking to the device meanwhile.
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            self._outputs = self._side_by_side(tasks(self._pixels))
 
     def _side_by_side(self, tasks: dict[str, partial[torch.Tensor]]) -> dict[str, torch.Tensor]:
         here = torch.cuda.current_stream()
         outputs = {}
         for name, task in tasks.items():
-            stream = self._streams.setdefault(name, torch.cuda.Stream(here.device))
+            stream = self._streams[name] = self._streams.get(name) or torch.cuda.Stream()
             stream.wait_stream(here)
             with torch.cuda.stream(stream):
                 outputs[name] = task()
