@@ -55,30 +55,42 @@ def assert_same(actual, expected, dtype=torch.float32):
 
 @pytest.mark.parametrize("keys", [{}, {"image_size": 64}, {"fusion": "none"}])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_side_by_side_is_one_after_another(tmp_path, dtype, keys):
+def test_side_by_side_is_one_after_another(tmp_path, compiled, dtype, keys):
     tower = make_tower(tmp_path, opened=not keys.get("fusion"), **keys).to(dtype)
     x = pixels(3, size=keys.get("image_size", 32)).to(dtype)
     expected, whole = tower.encode(x), tower(x).last_hidden_state
-    assert tower.set_execution("concurrent") is tower and tower.execution == "concurrent"
+    assert tower.set_execution("compiled") is tower and tower.execution == "compiled"
     assert_same(tower.encode(x), expected, dtype)
     torch.testing.assert_close(tower(x).last_hidden_state, whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_encoders_run_on_threads_of_their_own(tmp_path):
-    tower = make_tower(tmp_path).set_execution("concurrent")
+def test_without_a_gpu_concurrent_is_eager(tmp_path, compiled):
+    tower = make_tower(tmp_path, opened=True)
+    expected = tower(pixels()).last_hidden_state
+    assert torch.equal(tower.set_execution("concurrent")(pixels()).last_hidden_state, expected)
+    assert not compiled
+
+
+@pytest.mark.parametrize("threads, each", [(1, 1), (2, 1), (8, 2)])
+def test_encoders_run_on_threads_of_their_own(tmp_path, compiled, threads, each):
+    torch.set_num_threads(threads)
+    tower = make_tower(tmp_path).set_execution("compiled")
+    tower.encode(pixels())
     seen = []
-    for network in (tower.frozen.clip, *(tower.frozen.hub[name] for name in tower.active_experts)):
+    for network in (tower.frozen.clip, *(tower.frozen.hub[name].backbone for name in tower.active_experts)):
         network.register_forward_hook(lambda *_: seen.append((threading.get_ident(), torch.get_num_threads())))
     tower.encode(pixels())
     assert len(seen) == 4 and threading.get_ident() not in {thread for thread, _ in seen}
-    assert {count for _, count in seen} == {1}  # two cores, shared by two
+    assert {count for _, count in seen} == {each}  # the cores, shared by four
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
 
 
-def test_gradients_and_balance_loss_are_the_same(tmp_path):
+def test_gradients_and_balance_loss_are_the_same(tmp_path, compiled):
     tower = make_tower(tmp_path, opened=True).train()
     x, noise = pixels(3), torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(4))
     results = []
-    for name in ("eager", "concurrent"):
+    for name in ("eager", "compiled"):
         tower.set_execution(name).zero_grad()
         out = tower(x, gate_noise=noise)
         balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs]))
@@ -183,25 +195,25 @@ def test_new_weights_are_used(tmp_path, compiled):
     assert torch.equal(tower.encode(x).base, before.base)
 
 
-def test_autocast_reaches_the_encoders(tmp_path):
+def test_autocast_reaches_the_encoders(tmp_path, compiled):
     tower = make_tower(tmp_path)
     with torch.autocast("cpu", torch.bfloat16):
         expected = tower.encode(pixels())
-        actual = tower.set_execution("concurrent").encode(pixels())
+        actual = tower.set_execution("compiled").encode(pixels())
     assert expected.experts["depth"].dtype == torch.bfloat16
     assert_same(actual, expected, torch.bfloat16)
 
 
-def test_features_of_inference_mode_are_usable_in_training(tmp_path):
-    tower = make_tower(tmp_path, opened=True).set_execution("concurrent")
+def test_features_of_inference_mode_are_usable_in_training(tmp_path, compiled):
+    tower = make_tower(tmp_path, opened=True).set_execution("compiled")
     with torch.inference_mode():
         features = tower.encode(pixels() * 1)
     tower.fuse(features).last_hidden_state.sum().backward()
     assert all(p.grad is not None for p in tower.fusion.embeddings.parameters())
 
 
-def test_an_expert_that_fails_is_named(tmp_path):
-    tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": -9.0}}).set_execution("concurrent")
+def test_an_expert_that_fails_is_named(tmp_path, compiled):
+    tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": -9.0}}).set_execution("compiled")
     with pytest.warns(RuntimeWarning, match="'edge' returned non-finite values"):
         assert tower.encode(pixels()).usable["edge"].tolist() == [False, False]
     with pytest.raises(NonFiniteError, match="'edge' returned non-finite values"):
@@ -210,8 +222,8 @@ def test_an_expert_that_fails_is_named(tmp_path):
         tower.encode(pixels(size=16))
 
 
-def test_an_error_of_one_encoder_is_raised_and_leaves_the_tower_usable(tmp_path):
-    tower = make_tower(tmp_path).set_execution("concurrent")
+def test_an_error_of_one_encoder_is_raised_and_leaves_the_tower_usable(tmp_path, compiled):
+    tower = make_tower(tmp_path).set_execution("compiled")
     expected = tower.encode(pixels())
     broken = tower.frozen.hub["edge"].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -1,7 +1,9 @@
 """How a tower's frozen encoders are run: one after another, side by side, or side by side and compiled.
 
 Side by side means, on a GPU, one stream each, all of it recorded once as a CUDA graph for each batch size and replayed;
-on the CPU, threads with an equal share of the cores each. Nothing here waits for the device or looks at a value.
+on the CPU, where they are compiled, threads with an equal share of the cores each. What is not compiled runs one after
+another there: each operation needs Python's lock, and threads that wait for it take longer than they gain.
+Nothing here waits for the device or looks at a value.
 """
 
 from __future__ import annotations
@@ -102,7 +104,7 @@ class Execution:
             ConfigError: an encoder cannot be compiled or recorded here.
         """
         if not self.mode.concurrent or torch.compiler.is_compiling() or len(pixel_values) == 0:
-            return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
+            return _one_after_another(encoders, pixel_values, names)
         # What is kept has to be usable under inference mode and outside it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if pixel_values.is_inference():
@@ -111,7 +113,9 @@ class Execution:
             if pixel_values.is_cuda:
                 with torch.cuda.device(pixel_values.device):
                     return self._on_gpu(encoders, pixel_values, names)
-            return self._on_cpu(encoders, pixel_values, names)
+            if self.mode.compiled:
+                return self._on_cpu(encoders, pixel_values, names)
+            return _one_after_another(encoders, pixel_values, names)
 
     def _follow(self, networks: dict[str, object]) -> None:
         """Resets where a network was exchanged for another."""
@@ -123,12 +127,14 @@ class Execution:
 
     def _on_cpu(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
         workers = self._start_workers(1 + len(names))
-        batch, compiled = len(pixel_values), dict[str, Function]()
-        if self.mode.compiled:
-            size = self._size(batch, _circumstances(pixel_values, workers.threads_each))
-            if size is not None:
-                pixel_values = _padded(pixel_values, size)
-                compiled = self._compile(encoders, pixel_values, names, workers)
+        batch, size = (
+            len(pixel_values),
+            self._size(len(pixel_values), _circumstances(pixel_values, workers.threads_each)),
+        )
+        if size is None:
+            return _one_after_another(encoders, pixel_values, names)
+        pixel_values = _padded(pixel_values, size)
+        compiled = self._compile(encoders, pixel_values, names, workers)
         made = workers.run(encoders.tasks(pixel_values, names, compiled))
         return {name: out[:batch] for name, out in made.items()}
 
@@ -166,7 +172,7 @@ class Execution:
         batch, size = len(pixel_values), self._size(len(pixel_values), where)
         key = (where, size, tuple(names))
         if size is None or (key not in self._graphs and len(self._graphs) == MAX_GRAPHS):
-            return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
+            return _one_after_another(encoders, pixel_values, names)
         if key not in self._graphs:
             pixels = _padded(pixel_values, size)
             compiled = self._compile(encoders, pixels, names, None) if self.mode.compiled else {}
@@ -282,6 +288,10 @@ class _Graph:
         return {name: out[:batch].clone() for name, out in self._outputs.items()}
 
 
+def _one_after_another(encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
+
+
 def _circumstances(pixel_values: torch.Tensor, threads: int) -> Hashable:
     """What something compiled or recorded is for, beside the batch size."""
     kind = pixel_values.device.type
@@ -304,10 +314,11 @@ def _compiled(function: Function) -> Function:
 
 
 def _frozen(task: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """Runs a task for the first time on the CPU: weights become constants, laid out as the kernels want them."""
+    """Runs a task for the first time on the CPU: weights become constants, laid out as the kernels want them, and all
+    of it one call of C++, which lets go of Python's lock: other threads would wait for it else."""
     from torch._inductor import config
 
-    with config.patch(freezing=True):
+    with config.patch(freezing=True, cpp_wrapper=True):
         return task()
 
 
