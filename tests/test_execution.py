@@ -112,7 +112,7 @@ def test_compiled_is_eager(tmp_path, dtype):
     tower.set_execution("compiled")
     assert_same(tower.encode(x), expected, dtype)
     assert_same(tower.encode(x[:3]), part, dtype)  # a part of the batch that was compiled for
-    torch.testing.assert_close(tower(x).last_hidden_state, whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert (tower(x).last_hidden_state - whole).norm() <= TOLERANCE[dtype] * whole.norm()
     with torch.inference_mode():
         assert_same(tower.encode(x * 1), expected, dtype)
 
@@ -124,8 +124,8 @@ def test_the_bundled_encoders_compile_to_the_same(tmp_path):
     from tove_llava.presets import load_preset
     from tove_llava.tower import ToveVisionModel
 
-    tower = ToveVisionModel(vision_config(load_preset("tiny").vision)).load_backbones(["depth", "segmentation"]).eval()
-    tower.detach_experts(["normal", "edge"])
+    tower = ToveVisionModel(vision_config(load_preset("tiny").vision)).load_backbones(["depth"]).eval()
+    tower.detach_experts(["normal", "edge", "segmentation"])
     x = pixels(2, size=96)
     expected = tower.encode(x)
     assert_same(tower.set_execution("compiled").encode(x), expected)
