@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ MAX_SIZES = 8  # batch sizes that something is compiled or recorded for
 MAX_GRAPHS = 16  # graphs: batch sizes, and sets of experts that are attached
 _WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate what they keep
 
+T = TypeVar("T")
 Function = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -135,7 +136,10 @@ class Execution:
             return _one_after_another(encoders, pixel_values, names)
         pixel_values = _padded(pixel_values, size)
         compiled = self._compile(encoders, pixel_values, names, workers)
-        made = workers.run(encoders.tasks(pixel_values, names, compiled))
+        # The pixels are prepared there too: the threads that help this one go on spinning for a while after each
+        # operation, on the cores that the workers need.
+        tasks = workers.call(partial(encoders.tasks, pixel_values, names, compiled))
+        made = workers.run(tasks)
         return {name: out[:batch] for name, out in made.items()}
 
     def _start_workers(self, tasks: int) -> _Workers:
@@ -161,7 +165,7 @@ class Execution:
                 with _explained(f"the tower's encoder {name!r} cannot be compiled here"):
                     # On a thread that will run it: what is compiled depends on a thread's number of cores.
                     make = partial(_frozen, tasks[name])
-                    workers.run({name: make}) if workers else tasks[name]()
+                    workers.call(make) if workers else tasks[name]()
                 self._compiled[where, name] = fresh[name]
         return {name: self._compiled[where, name] for name in functions}
 
@@ -222,11 +226,15 @@ class _Workers:
     def stop(self) -> None:
         self._threads.shutdown()
 
-    def run(self, tasks: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def call(self, function: Callable[[], T]) -> T:
+        """One call."""
+        return self.run({"": function})[""]
+
+    def run(self, tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
         """All of them, those given first begun first; the first error is raised when all have ended."""
         enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
-        def call(task: Callable[[], torch.Tensor]) -> torch.Tensor:
+        def call(task: Callable[[], T]) -> T:
             with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=enabled):  # both belong to a thread
                 return task()
 
