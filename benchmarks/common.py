@@ -385,6 +385,14 @@ def ratio(numerator: Samples, denominator: Samples) -> dict[str, float]:
     }
 
 
+def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
+    """A square matrix product large enough to fill the device, and its FLOPs."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return lambda: torch.matmul(a, b, out=out), 2.0 * side**3
+
+
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """Most bytes of tensors that exist at a time during ``run``, beyond those that existed before.
 

@@ -2,7 +2,8 @@
 
 Contenders, timed in turn within one run:
 
-- ToVE: the tower, encoders and fusion.
+- ToVE: the tower, encoders and fusion, as it runs by default, and by each further execution that it has
+  (docs/speed.md).
 - loop: the same encoders as public multi-encoder codebases run them, one whole network after another, eagerly: CLIP to
   its last layer with every hidden state kept, transformers through their last block, dense predictors with their
   decoder; then the same fusion. Attention kernels, dtype and device are the same.
@@ -12,20 +13,23 @@ Contenders, timed in turn within one run:
     python benchmarks/tower.py --preset vicuna-7b --device cuda      # true size, random weights
 """
 
+import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from common import (
     MB,
     Bench,
+    Samples,
     argument_parser,
     build_tower,
     circumstances,
     count_flops,
     count_parameters,
     fill_randomly,
+    matrix_product,
     measure,
     milliseconds,
     peak_memory,
@@ -38,10 +42,20 @@ from common import (
     write_results,
 )
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.errors import ConfigError
 from tove_llava.experts import Expert, build_expert
+from tove_llava.experts.cost import expert_cost
+from tove_llava.llava.build import vision_config
+from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionModel, TowerFeatures
+from tove_llava.tower.execution import EXECUTIONS, execution_mode
+
+# The project's targets: images/s over the loop's; the rest for the published models, of which the first needs no GPU.
+OVER_LOOP = {"cpu": 1.3, "cuda": 2.0}
+TRUE_SIZE, TFLOP_PER_IMAGE = "vicuna-7b", 1.3
+SHARE_OF_MATRIX_PRODUCT, FUSION_SHARE = 0.55, 0.08
 
 
 class WholeEncoders:
@@ -94,6 +108,27 @@ def to_unit_range(tower: ToveVisionModel, pixel_values: torch.Tensor) -> torch.T
     return (pixel_values.float() * std + mean).clamp(0, 1)
 
 
+def counted_tflop(preset: str) -> float:
+    """TFLOP per image of a preset's tower, from configurations alone: encoders are counted on the meta device."""
+    config = vision_config(load_preset(preset).vision, offline=True)
+    tower = ToveVisionModel(config).eval()
+    features = tower.blank_inputs(tower.device, tower.dtype)["vision_features"]
+    with torch.device("meta"):
+        built = config.clip_config.to_dict() | {"num_hidden_layers": config.num_clip_layers}
+        clip = CLIPVisionModel(CLIPVisionConfig(**built))
+        pixels = torch.empty(1, 3, config.clip_config.image_size, config.clip_config.image_size)
+    own = count_flops(lambda: clip(pixels)) + count_flops(lambda: tower.fuse(features))
+    return (own + sum(expert_cost(build_expert(spec)).flops for spec in config.expert_specs)) / 1e12
+
+
+def optimised(bench: Bench, tower: ToveVisionModel) -> dict[str, ToveVisionModel]:
+    """Copies of the tower, one for each execution that the command line asks for."""
+    names = [name for name in bench.args.executions.split(",") if name]
+    for name in names:
+        execution_mode(name)
+    return {name: copy.deepcopy(tower).set_execution(name) for name in names}
+
+
 @torch.no_grad()
 def benchmark(bench: Bench) -> None:
     weights = bench.weights(vision_sources(bench.preset))
@@ -111,8 +146,12 @@ def benchmark(bench: Bench) -> None:
     torch.testing.assert_close(loop.base(pixel_values), features.base, rtol=2e-2, atol=2e-2)  # the same CLIP
 
     hub, names = tower.frozen.hub, tower.active_experts
-    contenders = {
+    towers = {f"tove_{name}": other for name, other in optimised(bench, tower).items()}
+    for name, other in towers.items():
+        check_equal(name, other.encode(pixel_values), features)  # also compiles and records
+    contenders: dict[str, Callable[[], Any]] = {
         "tove": lambda: tower(pixel_values),
+        **{name: (lambda other=other: other(pixel_values)) for name, other in towers.items()},
         "loop": lambda: loop(pixel_values),
         "clip": lambda: tower.frozen.encode(pixel_values, [], strict=False),
     }
@@ -122,11 +161,17 @@ def benchmark(bench: Bench) -> None:
         "part/fusion": lambda: tower.fuse(features),
     }
     memory = {name: peak_memory(run, device) for name, run in contenders.items()}
-    samples = measure(contenders | parts, repeats=bench.args.repeats, warmup=bench.args.warmup, device=device)
+    product, product_flops = matrix_product(device, bench.dtype)
+    # The last ones are not the tower's: its fusion as the executions run it, and the ceiling.
+    fusions = {f"fusion/{name}": (lambda other=other: other.fuse(features)) for name, other in towers.items()}
+    further = {**fusions, "matrix_product": product}
+    samples = measure(contenders | parts | further, repeats=bench.args.repeats, warmup=bench.args.warmup, device=device)
 
-    flops = {name: count_flops(run) / batch for name, run in (contenders | parts).items()}
+    flops = {name: count_flops(run) / batch for name, run in (contenders | parts).items() if name not in towers}
+    whole = weight_bytes(tower.frozen.clip, hub, tower.fusion)
+    flops |= dict.fromkeys(towers, flops["tove"])  # the same work; compiled code cannot be counted
     held = {
-        "tove": weight_bytes(tower.frozen.clip, hub, tower.fusion),
+        **dict.fromkeys(["tove", *towers], whole),
         "loop": weight_bytes(loop.clip, *loop.experts.values(), tower.fusion),
         "clip": weight_bytes(tower.frozen.clip),
     }
@@ -159,11 +204,76 @@ def benchmark(bench: Bench) -> None:
         "loop_over_tove": ratio(samples["loop"], samples["tove"]),
         "tove_over_clip": ratio(samples["tove"], samples["clip"]),
         "parts_over_tove": total / samples["tove"].median,
+        **{f"loop_over_{name}": ratio(samples["loop"], samples[name]) for name in towers},
     }
+    record["figures"] = figures(samples, list(towers), flops["tove"] * batch, product_flops)
+    record["targets"] = targets(record, device.type)
     write_results(bench.args.output, record, render(record))
 
 
-TITLES = {"tove": "ToVE tower", "loop": "loop over whole encoders", "clip": "CLIP alone"}
+def check_equal(name: str, actual: TowerFeatures, expected: TowerFeatures) -> None:
+    """Nothing is faster by being different.
+
+    Raises:
+        AssertionError: features differ from those of the plain tower by more than rounding.
+    """
+    tolerance = 1e-4 if expected.base.dtype == torch.float32 else 2e-2
+    for key, want in {"CLIP": expected.base, **expected.experts}.items():
+        got = actual.base if key == "CLIP" else actual.experts[key]
+        error = (got.float() - want.float()).norm() / want.float().norm()
+        assert error <= tolerance, f"{name}: the features of {key} differ by {error:.2g} of their size"
+
+
+def figures(samples: dict[str, Samples], towers: list[str], flops: float, product_flops: float) -> dict[str, Any]:
+    """Of the fastest of the tower's executions: its name, speed over the loop's, and what it makes of the device.
+
+    Args:
+        flops: of the tower for one batch.
+        product_flops: of the matrix product.
+    """
+    best = min(["tove", *towers], key=lambda name: samples[name].median)
+    fusion = samples["part/fusion" if best == "tove" else best.replace("tove_", "fusion/tove_", 1)]
+    achieved = flops / samples[best].median / 1e12
+    ceiling = product_flops / samples["matrix_product"].median / 1e12
+    return {
+        "fastest": best,
+        "over_loop": samples["loop"].median / samples[best].median,
+        "achieved_tflops": achieved,
+        "matrix_product_tflops": ceiling,
+        "share_of_matrix_product": achieved / ceiling,
+        "fusion_share_of_time": fusion.median / samples[best].median,
+        "tflop_per_image_at_true_size": counted_tflop(TRUE_SIZE),
+    }
+
+
+def targets(record: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """What the project aims at; the value is None where it has to be measured on a GPU."""
+    found = record["figures"]
+
+    def on_gpu(key: str) -> float | None:
+        return found[key] if device == "cuda" else None
+
+    fastest = f"images/s of {TITLES[found['fastest']]} over the loop's"
+    rows = [
+        (fastest, found["over_loop"], OVER_LOOP[device], True),
+        (f"TFLOP per image, {TRUE_SIZE}", found["tflop_per_image_at_true_size"], TFLOP_PER_IMAGE, False),
+        (
+            "share of the matrix-product ceiling, GPU",
+            on_gpu("share_of_matrix_product"),
+            SHARE_OF_MATRIX_PRODUCT,
+            True,
+        ),
+        ("share of time of gate, projections and transfer, GPU", on_gpu("fusion_share_of_time"), FUSION_SHARE, False),
+    ]
+    return [dict(zip(("name", "value", "target", "at_least"), row, strict=True)) for row in rows]
+
+
+TITLES = {
+    "tove": "ToVE tower",
+    **{f"tove_{name}": f"ToVE tower, {name}" for name in EXECUTIONS},
+    "loop": "loop over whole encoders",
+    "clip": "CLIP alone",
+}
 
 
 def render(record: dict[str, Any]) -> str:
@@ -215,6 +325,18 @@ def render(record: dict[str, Any]) -> str:
             for name, row in record["parts"].items()
         ],
     )
+    goals = table(
+        ["target", "wanted", "measured"],
+        [
+            [
+                row["name"],
+                f"{'at least' if row['at_least'] else 'at most'} {row['target']:g}",
+                "not measured" if row["value"] is None else f"{row['value']:.3g}",
+            ]
+            for row in record["targets"]
+        ],
+    )
+    found = record["figures"]
     loop, clip = ratios["loop_over_tove"], ratios["tove_over_clip"]
     return "\n\n".join(
         [
@@ -225,6 +347,12 @@ def render(record: dict[str, Any]) -> str:
             f"{loop['paired_q3']:.2f} repeat by repeat; {loop['cpu_time']:.2f} in processor time), and takes "
             f"**{clip['value']:.2f} times** the time of CLIP alone ({clip['paired_q1']:.2f} to "
             f"{clip['paired_q3']:.2f}; {clip['cpu_time']:.2f} in processor time).",
+            f"Fastest: {TITLES[found['fastest']]}, **{found['over_loop']:.2f} times** as fast as the loop, "
+            f"{found['achieved_tflops']:.3g} TFLOP/s, {found['share_of_matrix_product']:.0%} of the matrix product's "
+            f"{found['matrix_product_tflops']:.3g}; gate, projections and transfer take "
+            f"{found['fusion_share_of_time']:.1%} of its time. Executions are those of docs/speed.md, equal up to "
+            "rounding. What they compile and record was made before; a CUDA graph's own memory is not in the table.",
+            goals,
             shares,
             f"Parts are timed one by one; together they take {ratios['parts_over_tove']:.2f} times the tower's time.",
         ]
@@ -234,6 +362,13 @@ def render(record: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at a time (default: 16)")
+    parser.add_argument(
+        "--executions",
+        default="concurrent,compiled",
+        metavar="A,B",
+        help="ways to run the tower beside the default one; compiling takes minutes for large models "
+        "(default: concurrent,compiled)",
+    )
     args = parser.parse_args(argv)
     return run_command(lambda: benchmark(Bench(args)))
 

@@ -17,7 +17,7 @@ product measured beside it.
 
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -31,6 +31,7 @@ from common import (
     circumstances,
     count_flops,
     count_parameters,
+    matrix_product,
     measure,
     milliseconds,
     peak_memory,
@@ -145,14 +146,6 @@ def make_batch(
 def with_features(batch: dict[str, Any], features: TowerFeatures) -> dict[str, Any]:
     """The batch with the frozen encoders' output in place of its images."""
     return {**{k: v for k, v in batch.items() if k != "pixel_values"}, "vision_features": features}
-
-
-def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
-    """A square matrix product large enough to fill the device, and its FLOPs."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return lambda: torch.matmul(a, b, out=out), 2.0 * side**3
 
 
 def measure_stage(bench: Bench, weights: str, name: str) -> dict[str, Any]:

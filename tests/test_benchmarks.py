@@ -68,7 +68,7 @@ def modules():
 @pytest.fixture(scope="module")
 def tower_record(modules, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
-    assert modules[0].main([*BRIEF, "--output", str(folder)]) == 0
+    assert modules[0].main([*BRIEF, "--executions", "concurrent", "--output", str(folder)]) == 0
     return json.loads((folder / "tower-tiny-cpu.json").read_text()), (folder / "tower-tiny-cpu.md").read_text()
 
 
@@ -98,6 +98,22 @@ def test_tower_ratios_are_those_of_the_run(tower_record):
         assert len(row["wall_seconds"]["values"]) == 3
         assert row["images_per_second"] == pytest.approx(2 / median(row))
         assert row["peak_bytes_above_weights"] > 0 and row["weight_bytes"] > 0
+
+
+def test_tower_targets_are_figures_of_the_run(tower_record):
+    record, markdown = tower_record
+    rows, found = record["contenders"], record["figures"]
+    fastest = min((name for name in rows if name.startswith("tove")), key=lambda name: median(rows[name]))
+    assert found["fastest"] == fastest and "tove_concurrent" in rows
+    speed, work, ceiling, fusion = record["targets"]
+    assert speed["value"] == pytest.approx(median(rows["loop"]) / median(rows[fastest])) and speed["at_least"]
+    # CLIP-L without its last block, EVA-02-L, DINOv2-L, Depth-Anything-V2-S's encoder, DexiNed: public figures
+    assert work["value"] == pytest.approx((366 + 382 + 382 + 32 + 114) / 1e3, rel=0.03) and not work["at_least"]
+    assert ceiling["value"] is None and fusion["value"] is None  # they need a GPU
+    assert markdown.count("not measured") == 2
+    achieved = rows["tove"]["gflop_per_image"] / 1e3 * 2 / median(rows[fastest])
+    assert found["achieved_tflops"] == pytest.approx(achieved)
+    assert found["share_of_matrix_product"] == pytest.approx(achieved / found["matrix_product_tflops"])
 
 
 def test_tower_parts_make_up_the_whole(tower_record):
@@ -186,7 +202,7 @@ def test_random_weights_where_the_sources_are_out_of_reach(modules, tmp_path, ca
     preset = tmp_path / "reduced.yaml"
     preset.write_text(REDUCED)
     flags = [*BRIEF, "--preset", str(preset), "--repeats", "1", "--output", str(tmp_path)]
-    assert tower.main(flags) == 0
+    assert tower.main([*flags, "--executions", "concurrent"]) == 0
     assert "random weights (not on this machine: hf:nobody/reduced-clip" in capsys.readouterr().out
     record = json.loads((tmp_path / "tower-reduced-cpu.json").read_text())
     assert record["weights"] == "random" and list(record["parts"]) == ["clip", "eva", "depth", "edge", "fusion"]

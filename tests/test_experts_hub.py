@@ -10,6 +10,7 @@ from tove_llava.cli import main
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.experts import ExpertHub, ExpertSpec, build_expert, complete_specs
 from tove_llava.experts.cost import expert_cost
+from tove_llava.experts.preparation import unnormalise
 
 PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -168,3 +169,39 @@ def test_complete_specs_record_what_a_config_needs(tmp_path):
     [spec] = complete_specs([CASES["depth-segformer"].spec(tmp_path, "depth")])
     assert ExpertSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert spec.is_complete and spec.image_size == 96
+
+
+# -- preparation -----------------------------------------------------------------------------------------------------
+
+
+def test_experts_share_a_resize_and_a_normalisation(tmp_path):
+    first = CASES["dinov2"].spec(tmp_path / "a", "a")
+    other = CASES["depth-segformer"].spec(tmp_path / "c", "c")
+    hub = ExpertHub(complete_specs([first, first | {"name": "b"}, other]))
+    hub.load()
+    hub["b"].mean = (0.1, 0.2, 0.3)
+    ready = hub.condition(PIXELS, hub.names)
+    assert ready["a"] is not ready["b"]
+    hub["b"].mean = hub["a"].mean
+    again = hub.condition(PIXELS, hub.names)
+    assert again["a"] is again["b"] and again["a"] is not again["c"]
+    for name, pixels in again.items():
+        assert torch.equal(pixels, hub[name].condition(PIXELS))
+        expert, size = hub[name], (hub[name].image_size,) * 2
+        plain = torch.nn.functional.interpolate(PIXELS, size, mode=expert.interpolation, antialias=True).clamp(0, 1)
+        plain = plain if size != PIXELS.shape[-2:] else PIXELS
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (expert.mean, expert.std))
+        torch.testing.assert_close(pixels, (plain - mean) / std, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pixels_come_back_from_a_towers_normalisation(dtype):
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    m, s = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
+    pixels = unnormalise(((PIXELS * 1.2 - m) / s).to(dtype), mean, std)  # some are above 1
+    assert pixels.dtype == torch.float32 and pixels.max() == 1
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(pixels, (PIXELS * 1.2).clamp(0, 1), rtol=tolerance, atol=tolerance)
+    with torch.inference_mode():
+        unnormalise(PIXELS, mean, std)
+    assert unnormalise(PIXELS.clone().requires_grad_(), mean, std).requires_grad

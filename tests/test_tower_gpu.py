@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from test_execution import TOLERANCE, assert_same
 from test_llava_model import batch, make_llava, stock_twin, text_batch
 from tower_parts import make_tower, open_output, pixels
+
+from tove_llava.tower.balance import balance_loss
+from tove_llava.tower.fused import gated_gelu_sum, supports_fused
 
 pytestmark = pytest.mark.gpu
 
@@ -46,3 +50,95 @@ def test_trains_under_bfloat16_autocast(tmp_path):
         out = model(**{k: v.cuda() for k, v in batch().items()})
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.tower.parameters())
+
+
+# -- executions and kernels -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("experts", [1, 4, 8])
+def test_the_fused_sum_is_the_plain_one(dtype, experts):
+    torch.manual_seed(0)
+    hidden = [torch.randn(37, 200, device="cuda", dtype=dtype, requires_grad=True) for _ in range(experts)]
+    gates = torch.rand(37, experts, device="cuda").softmax(-1).requires_grad_()
+    assert supports_fused(hidden, gates)
+    results = []
+    for fused in (False, True):
+        out = gated_gelu_sum(hidden, gates, fused=fused)
+        results.append([out.detach(), *torch.autograd.grad(out.float().square().sum(), [gates, *hidden])])
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for plain, fused in zip(*results, strict=True):
+        assert (fused - plain).float().norm() <= tolerance * plain.float().norm()
+
+
+@pytest.mark.parametrize("name", ["concurrent", pytest.param("compiled", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_recorded_encoders_are_the_eager_ones(tmp_path, dtype, name):
+    tower = make_tower(tmp_path, opened=True).to("cuda", dtype)
+    x = pixels(6).to("cuda", dtype)
+    expected = {count: tower.encode(x[:count]) for count in (6, 5, 2, 1)}
+    whole = tower(x).last_hidden_state
+    tower.set_execution(name)
+    for count, want in expected.items():  # padded up, and recorded anew
+        assert_same(tower.encode(x[:count]), want, dtype)
+    assert_same(tower.encode(x), expected[6], dtype)
+    actual = tower(x).last_hidden_state
+    assert (actual - whole).norm() <= TOLERANCE[dtype] * whole.norm()
+
+
+def test_what_a_replay_gave_is_not_overwritten_by_the_next(tmp_path):
+    tower = make_tower(tmp_path).cuda().set_execution("concurrent")
+    x = pixels().cuda()
+    first = tower.encode(x)
+    kept = first.map(torch.clone)
+    tower.encode(-x)
+    assert_same(first, kept)
+
+
+def test_recordings_follow_the_tower(tmp_path):
+    tower, x = make_tower(tmp_path).cuda(), pixels().cuda()
+    plain = make_tower(tmp_path / "twin").cuda()
+    tower.set_execution("concurrent").encode(x)
+    for change in (
+        lambda t: t.detach_experts("edge", free=True),
+        lambda t: (t.load_backbones(["edge"]), t.attach_experts("edge")),
+        lambda t: t.to(torch.bfloat16),
+        lambda t: t.cpu().cuda(),
+        lambda t: t.float(),
+        lambda t: t.set_attn_implementation("eager"),
+        lambda t: t.train(),
+    ):
+        change(tower)
+        change(plain)
+        assert_same(tower.encode(x.to(tower.dtype)), plain.encode(x.to(plain.dtype)), tower.dtype)
+    with torch.inference_mode():
+        inside = tower.encode(x * 1)
+    assert_same(inside, plain.encode(x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training_is_the_same_with_recorded_encoders(tmp_path, autocast):
+    tower = make_tower(tmp_path, opened=True).cuda().train()
+    x, noise = pixels(3).cuda(), torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(4)).cuda()
+    results = []
+    for name in ("eager", "concurrent", "concurrent"):
+        if name != tower.execution:
+            tower.set_execution(name)
+        tower.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            outs = [tower(x, gate_noise=noise), tower(-x, gate_noise=noise)]  # two replays before a backward pass
+        balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs for out in outs]))
+        (sum(out.last_hidden_state.float().square().mean() for out in outs) + 0.01 * balance).backward()
+        results.append([balance.detach(), *(p.grad.clone() for p in tower.parameters())])
+    tolerance = 2e-2 if autocast else 1e-4
+    for eager, *others in zip(*results, strict=True):
+        for other in others:
+            assert (other - eager).norm() <= tolerance * eager.norm() + 1e-7
+
+
+def test_a_non_finite_expert_is_named_after_a_replay(tmp_path):
+    tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": 0.5}}).cuda().set_execution("concurrent")
+    bright = torch.full((2, 3, 32, 32), 3.0, device="cuda")
+    assert not tower.encode(-bright).experts["edge"].isnan().any()
+    with pytest.warns(RuntimeWarning, match="'edge' returned non-finite values"):
+        assert tower.encode(bright).usable["edge"].tolist() == [False, False]

@@ -13,6 +13,12 @@ def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
         "--load-4bit", action="store_true", help="language model in 4 bits (NF4, or as it was trained); less memory"
     )
     bits.add_argument("--load-8bit", action="store_true", help="language model in 8 bits")
+    parser.add_argument(
+        "--tower-execution",
+        default="eager",
+        metavar="NAME",
+        help="how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well (default: eager)",
+    )
 
 
 def loading_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -21,4 +27,9 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
 
     bits = 4 if args.load_4bit else 8 if args.load_8bit else None
     quantization = None if bits is None else QuantizationPreset(bits=bits)
-    return {"device": args.device, "dtype": args.dtype, "quantization": quantization}
+    return {
+        "device": args.device,
+        "dtype": args.dtype,
+        "quantization": quantization,
+        "tower_execution": args.tower_execution,
+    }

@@ -31,6 +31,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     quantization: QuantizationPreset | None = None,
+    tower_execution: str = "eager",
     as_json: bool = False,
     decoding: Mapping[str, Any] | None = None,
     conv_mode: str | None = None,
@@ -44,7 +45,7 @@ def evaluate(
         benchmarks: comma-separated names, or ``all`` for those whose data is there.
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
-        quantization: see :meth:`tove_llava.serve.generation.Answerer.load`.
+        quantization, tower_execution: see :meth:`tove_llava.serve.generation.Answerer.load`.
         decoding: overrides of each benchmark's own settings; see :class:`~tove_llava.eval.decoding.Decoding`.
         conv_mode: conversation template; by default the one that the model was trained with, or where its folder does
             not say, the benchmark's.
@@ -89,7 +90,7 @@ def evaluate(
     ranks = Ranks.from_environment()
     if ranks.world > 1 and device is None:
         device = local_device()
-    answerer = Answerer.load(folder, device, dtype, quantization)
+    answerer = Answerer.load(folder, device, dtype, quantization, tower_execution)
     for condition in conditions:
         condition.check(answerer.model)
 

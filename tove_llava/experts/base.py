@@ -7,18 +7,17 @@ A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, s
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.experts.preparation import normalise, resize
 from tove_llava.experts.spec import ExpertSpec
 from tove_llava.licences import NOT_STATED
 from tove_llava.registry import Registry
@@ -67,6 +66,7 @@ class Expert(nn.Module, ABC):
     remark: ClassVar[str] = ""  # what a user has to know; shown under the table of experts
     option_names: ClassVar[tuple[str, ...]] = ()  # the keys of spec.options that the class understands
     modes: ClassVar[tuple[str, ...]] = ("features",)
+    convolutional: ClassVar[bool] = False  # the network is convolutions throughout, so its memory layout matters
 
     mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
     std: tuple[float, ...] = IMAGENET_STD
@@ -110,7 +110,7 @@ class Expert(nn.Module, ABC):
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]."""
+        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]. Other experts may share the pixels."""
 
     def hub_file(self) -> tuple[str, str] | None:
         """(repository, file) on the Hugging Face hub that the weights are read from, or None for a local source."""
@@ -228,26 +228,39 @@ class Expert(nn.Module, ABC):
         """Frees the weights; :meth:`load` brings them back."""
         self.backbone = None
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(
+        self, pixels: Tensor, *, prepared: Tensor | None = None, encode: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """[B,3,H,W] in 0..1 (any float dtype, any size) -> [B,width,*grid] in the expert's dtype, without autograd.
+
+        Args:
+            prepared: what :meth:`condition` made of them, if that was done already.
+            encode: does what :meth:`features` does, in another way: its compiled form.
 
         Raises:
             CheckpointError: the expert is not loaded.
         """
         self.network  # noqa: B018 - refuses to run without weights
         with torch.no_grad():
-            out = self.features(self.condition(pixels))
+            out = (encode or self.features)(self.condition(pixels) if prepared is None else prepared)
         self._check_shape(tuple(out.shape[1:]))
         return out
 
-    def condition(self, pixels: Tensor) -> Tensor:
-        """Resizes to the expert's size and normalises: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype."""
-        x = pixels.float()  # antialiased interpolation has no bf16 kernel on the CPU, and resizing wants the precision
-        size = (self.image_size, self.image_size)
-        if x.shape[-2:] != size:
-            x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True).clamp(0, 1)
-        mean, std = _constants(self.mean, self.std, x.device)
-        return ((x - mean) / std).to(self.dtype)
+    def condition(self, pixels: Tensor, shared: dict[tuple[Any, ...], Tensor] | None = None) -> Tensor:
+        """Resizes to the expert's size and normalises: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype.
+
+        Args:
+            shared: for experts that are given the same pixels: a dict in which they find each other's results. One
+                resize then serves all experts of a size, one normalisation those that also share its constants.
+        """
+        shared = {} if shared is None else shared
+        resized = (self.image_size, self.interpolation)
+        if resized not in shared:
+            shared[resized] = resize(pixels, *resized)
+        ready = (*resized, tuple(self.mean), tuple(self.std), self.dtype)
+        if ready not in shared:
+            shared[ready] = normalise(shared[resized], self.mean, self.std).to(self.dtype)
+        return shared[ready]
 
     def save(self, folder: str | Path) -> Source:
         """Writes the loaded weights to ``folder`` and returns the source that reads them from there."""
@@ -292,15 +305,6 @@ class Expert(nn.Module, ABC):
     def option(self, key: str, default: Any = None) -> Any:
         """The value of one of ``option_names`` in the spec."""
         return self.spec.options.get(key, default)
-
-
-@lru_cache(maxsize=64)  # else each call would copy from host to device and wait
-def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # a cached tensor must be usable wherever it is asked for next
-        return (
-            torch.tensor(mean, dtype=torch.float32, device=device).view(1, 3, 1, 1),
-            torch.tensor(std, dtype=torch.float32, device=device).view(1, 3, 1, 1),
-        )
 
 
 def _summary(error: BaseException) -> str:

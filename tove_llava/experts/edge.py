@@ -33,6 +33,7 @@ class DexiNedEdge(Expert):
     default_source = "kornia:dexined"
     default_image_size = 336
     modes = ("features", "map")
+    convolutional = True
     # BGR in 0..255 minus its mean is what DexiNed was trained on; here as RGB in 0..1, flipped in features().
     mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
     std = (1 / 255, 1 / 255, 1 / 255)

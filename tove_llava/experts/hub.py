@@ -109,15 +109,25 @@ class ExpertHub(nn.Module):
         """
         for name in skip:
             self[name]  # a typo must not pass as "nothing to skip"
-        features = {expert.name: expert(pixels) for expert in self._all() if expert.name not in skip}
-        valid = {name: torch.isfinite(x).flatten(1).all(1) for name, x in features.items()}  # [B]
+        names = [name for name in self.names if name not in skip]
+        prepared = self.condition(pixels, names)
+        return self.check({name: self[name](pixels, prepared=prepared[name]) for name in names}, strict)
+
+    def condition(self, pixels: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
+        """What each of the named experts takes, from pixels [B,3,H,W] in 0..1; equal ones are one tensor."""
+        shared: dict[tuple[Any, ...], Tensor] = {}
+        return {name: self[name].condition(pixels, shared) for name in names}
+
+    def check(self, features: dict[str, Tensor], strict: bool = False) -> HubOutput:
+        """Deals with values that are not finite, as :meth:`run` says; waits for the device once."""
+        valid = {name: _finite(x) for name, x in features.items()}  # [B]
         if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops without a word, in training too
             return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
-        # One synchronisation with the device for all experts together.
         if valid and not bool(torch.stack(list(valid.values())).all()):
-            for name, ok in valid.items():
-                if not bool(ok.all()):
-                    features[name] = self._drop(name, features[name], ok, strict)
+            features = {
+                name: x if bool(valid[name].all()) else self._drop(name, x, valid[name], strict)
+                for name, x in features.items()
+            }
         return HubOutput(features, valid)
 
     def _drop(self, name: str, x: Tensor, ok: Tensor, strict: bool) -> Tensor:
@@ -159,6 +169,12 @@ class ExpertHub(nn.Module):
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Whether every value of an image is finite: [B,d,h,w] -> [B]. One pass, for NaN reaches both extremes."""
+    low, high = x.flatten(1).aminmax(dim=1)
+    return low.isfinite() & high.isfinite()
 
 
 def _without(x: Tensor, ok: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ class StagePreset:
     group_by_modality_length: bool = False
     model_max_length: int = 2048
     padding_free: bool = False  # the sequences of a batch in one row, with no padding between them
+    tower_execution: str = "eager"  # how CLIP and the experts are run: eager, concurrent or compiled
     projector_learning_rate: float | None = None  # None: the stage's learning rate
     tower_learning_rate: float | None = None
     encoder_learning_rate: float | None = None  # of the student, when merging

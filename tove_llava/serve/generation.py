@@ -39,6 +39,7 @@ from tove_llava.llava.checkpoint import MANIFEST, load_model
 from tove_llava.llava.quantization import quantize
 from tove_llava.presets import QuantizationPreset
 from tove_llava.tower import ToveVisionModel, ToveVisionOutput
+from tove_llava.tower.execution import execution_mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -102,6 +103,14 @@ def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel
     return model, processor
 
 
+def _set_execution(model: PreTrainedModel, name: str) -> None:
+    tower = model.base_model.vision_tower
+    if isinstance(tower, ToveVisionModel):
+        tower.set_execution(name)
+    elif name != "eager":
+        raise ConfigError(f"this model's tower is plain CLIP, which is run as it is; leave out the execution {name!r}")
+
+
 class _EndOfLine(StoppingCriteria):
     """Ends an answer at its first line break: what a model says that was trained on captions, without an end token."""
 
@@ -155,6 +164,7 @@ class Answerer:
         device: str | None = None,
         dtype: str | None = None,
         quantization: QuantizationPreset | None = None,
+        tower_execution: str = "eager",
     ) -> "Answerer":
         """Load any folder that training or ``tove-llava export`` writes, or a stock transformers LLaVA.
 
@@ -164,11 +174,13 @@ class Answerer:
         Args:
             quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay beside them; else
                 they are folded in.
+            tower_execution: see :meth:`~tove_llava.tower.ToveVisionModel.set_execution`.
 
         Raises:
             CheckpointError: the folder holds no model.
-            ConfigError: an unknown device or dtype, or bitsandbytes is not installed.
+            ConfigError: an unknown device, dtype or execution, or bitsandbytes is not installed.
         """
+        execution_mode(tower_execution)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         if is_stock_llava(folder):
@@ -177,10 +189,12 @@ class Answerer:
                 quantize(model, quantization, compute_dtype=kind, device=where)
             template = getattr(model.config, "conversation_template", None)
             ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
+            _set_execution(model, tower_execution)
             return cls(model.to(where), processor, template, ratio)
         model, processor = load_model(
             folder, dtype=kind, device=where, merge_lora=quantization is None, quantization=quantization
         )
+        _set_execution(model, tower_execution)
         return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
 
     def with_template(self, name: str) -> "Answerer":

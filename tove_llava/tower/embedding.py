@@ -51,9 +51,10 @@ class TokenEmbedding(nn.Module):
         """``[B,c,h,w]`` -> ``[B*N,c]``: what :meth:`forward` takes, one row per token."""
         return _as_rows(resample_grid(features, self.grid).flatten(2))
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[R,c]`` -> ``[R,m]``."""
-        return F.gelu(self.linear(self.norm(rows.to(self.norm.weight.dtype))))
+    def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
+        """``[R,c]`` -> ``[R,m]``; without the GELU where ``activate`` is False."""
+        hidden = self.linear(self.norm(rows.to(self.norm.weight.dtype)))
+        return F.gelu(hidden) if activate else hidden
 
     def empty_rows(self, device: torch.device) -> torch.Tensor:
         return torch.empty(0, self.linear.in_features, device=device)
@@ -87,9 +88,10 @@ class MapEmbedding(nn.Module):
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
         return _as_rows(patches)
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[R, stem_width*p*p]`` -> ``[R,m]``."""
-        return F.gelu(self.linear(rows.to(self.linear.weight.dtype)))
+    def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
+        """``[R, stem_width*p*p]`` -> ``[R,m]``; without the GELU where ``activate`` is False."""
+        hidden = self.linear(rows.to(self.linear.weight.dtype))
+        return F.gelu(hidden) if activate else hidden
 
     def empty_rows(self, device: torch.device) -> torch.Tensor:
         # Through the convolution too: its parameters have to be in the graph like all others.

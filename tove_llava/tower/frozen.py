@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,14 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging
 
 from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.experts.base import Expert
 from tove_llava.experts.hub import ExpertHub
+from tove_llava.experts.preparation import unnormalise
 from tove_llava.sources import Source
 from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.execution import Execution
+
+CLIP = ""  # CLIP's name among the experts'
 
 
 @dataclass
@@ -80,7 +86,21 @@ class FrozenBackbones:
         self.config = config
         self.clip: CLIPVisionModel | None = None
         self.hub: ExpertHub | None = None
+        self.execution = Execution()
         self._attention: str | None = None  # implementation that the loaded encoders use
+
+    def set_execution(self, name: str) -> None:
+        """See :meth:`ToveVisionModel.set_execution`."""
+        self.execution = Execution(name)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Gives convolutional networks the execution's memory layout: channels last is a GPU's faster one."""
+        for name in [] if self.hub is None else self.hub.names:
+            expert = self._expert(name)
+            if expert.convolutional and expert.is_loaded:
+                last = self.execution.mode.concurrent and expert.device.type == "cuda"
+                expert.network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     def is_loaded(self, names: list[str]) -> bool:
         """Whether CLIP and the named experts are in memory."""
@@ -111,8 +131,10 @@ class FrozenBackbones:
 
     def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Lets moves and casts of the tower reach the backbones."""
+        self.execution.reset()
         for module in self.modules():
             module._apply(fn)
+        self._lay_out()
 
     def modules(self) -> Iterator[nn.Module]:
         """CLIP and the hub, where they are loaded."""
@@ -125,24 +147,64 @@ class FrozenBackbones:
     def encode(self, pixel_values: torch.Tensor, names: list[str], *, strict: bool) -> TowerFeatures:
         """CLIP's tokens and the named experts' feature maps; see :meth:`ToveVisionModel.encode`."""
         assert self.clip is not None
-        size, clip_size = self.config.image_size, self.config.clip_config.image_size
+        size = self.config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or tuple(pixel_values.shape[-2:]) != (size, size):
             raise ConfigError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected [images, 3, {size}, {size}]: "
                 "the image processor and the tower's image_size disagree"
             )
-        clip_pixels = pixel_values
-        if size != clip_size:
-            clip_pixels = F.interpolate(
-                pixel_values.float(), (clip_size, clip_size), mode="bicubic", align_corners=False, antialias=True
-            )
         self._follow_attention()
-        base = self.clip(clip_pixels).last_hidden_state[:, 1:]  # [B,N,d], without the class token
+        made = self.execution.run(self, pixel_values, names)
+        base = made.pop(CLIP)  # [B,N,d]
         if not names:
             return TowerFeatures(base=base)
         assert self.hub is not None
-        seen = self.hub.run(self._pixels(pixel_values), skip=set(self.hub.names) - set(names), strict=strict)
+        seen = self.hub.check(made, strict)
         return TowerFeatures(base=base, experts=seen.features, usable={} if strict else seen.valid)
+
+    def networks(self, names: Sequence[str]) -> dict[str, object]:
+        """See :class:`~tove_llava.tower.execution.Encoders`; so for the next two."""
+        return {CLIP: self.clip, **{name: self._expert(name).backbone for name in names}}
+
+    def functions(self, names: Sequence[str]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+        return {CLIP: self._clip_tokens, **{name: self._expert(name).features for name in names}}
+
+    def tasks(
+        self,
+        pixel_values: torch.Tensor,
+        names: Sequence[str],
+        compiled: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+    ) -> dict[str, partial[torch.Tensor]]:
+        tasks: dict[str, partial[torch.Tensor]] = {
+            CLIP: partial(compiled.get(CLIP, self._clip_tokens), self._clip_pixels(pixel_values))
+        }
+        if names:
+            assert self.hub is not None
+            pixels = unnormalise(pixel_values, self.config.image_mean, self.config.image_std)
+            for name, prepared in self.hub.condition(pixels, names).items():
+                tasks[name] = partial(self._expert(name).__call__, pixels, prepared=prepared, encode=compiled.get(name))
+        return tasks
+
+    def _expert(self, name: str) -> Expert:
+        assert self.hub is not None
+        return self.hub[name]
+
+    def _clip_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``[B,N,d]``, without the class token."""
+        assert self.clip is not None
+        return self.clip(pixels).last_hidden_state[:, 1:]
+
+    def _clip_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        size = self.config.clip_config.image_size
+        if self.config.image_size == size:
+            return pixel_values
+        return F.interpolate(pixel_values.float(), (size, size), mode="bicubic", align_corners=False, antialias=True)
+
+    def unload(self, names: list[str]) -> None:
+        """Frees the named experts' weights."""
+        if self.hub is not None:
+            self.hub.unload(names)
+        self.execution.reset()  # what was compiled holds weights too
 
     def _follow_attention(self) -> None:
         """Gives the encoders the attention implementation that the tower has, also when it is changed later."""
@@ -155,12 +217,7 @@ class FrozenBackbones:
             if self.hub is not None:
                 self.hub.set_attention(wanted)
         self._attention = wanted
-
-    def _pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """CLIP-normalised ``[B,3,S,S]`` -> float32 in 0..1, once for all experts."""
-        mean = torch.tensor(self.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
-        return (pixel_values.float() * std + mean).clamp(0, 1)
+        self.execution.reset()
 
 
 def load_clip(

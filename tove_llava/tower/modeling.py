@@ -232,8 +232,8 @@ class ToveVisionModel(PreTrainedModel):
         self.config.check_expert_names(names)
         detached = {*self.config.detached_experts, *names}
         self.config.detached_experts = [name for name in self.config.expert_names if name in detached]
-        if free and self.frozen.hub is not None:
-            self.frozen.hub.unload(names)
+        if free:
+            self.frozen.unload(names)
 
     def attach_experts(self, names: str | Iterable[str]) -> None:
         """Undoes :meth:`detach_experts`.
@@ -248,6 +248,30 @@ class ToveVisionModel(PreTrainedModel):
                 f"experts {names} are not in memory; call load_backbones({names}) before attaching them"
             )
         self.config.detached_experts = [name for name in self.config.detached_experts if name not in names]
+
+    @property
+    def execution(self) -> str:
+        """How CLIP and the experts are run; see :meth:`set_execution`."""
+        return self.frozen.execution.name
+
+    def set_execution(self, name: str) -> ToveVisionModel:
+        """Chooses how CLIP and the experts are run; the results are equal up to rounding.
+
+        Args:
+            name: ``"eager"``, one after another (default). ``"concurrent"``: side by side; on a GPU as a CUDA graph,
+                with the gate's weighted sum as one kernel, on the CPU on threads that share the cores.
+                ``"compiled"``: that, each encoder compiled by ``torch.compile`` at the first image.
+
+        What is recorded or compiled is for one batch size; the tower pads a batch up to one that it has, and makes it
+        anew after moves, casts and changes of weights through the tower's own methods. After writing into the frozen
+        weights by hand call this again.
+
+        Raises:
+            ConfigError: an unknown name.
+        """
+        self.frozen.set_execution(name)
+        self.fusion.fused = self.frozen.execution.mode.concurrent
+        return self
 
     # -- forward ------------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from tove_llava.errors import ConfigError
 from tove_llava.presets import LoraPreset, Preset, QuantizationPreset, StagePreset, load_preset
+from tove_llava.tower.execution import execution_mode
 
 CONFIG_FOLDER = Path(__file__).parent / "deepspeed"
 
@@ -61,6 +62,10 @@ class RunArguments:
     model_max_length: int | None = field(default=None, metadata={"help": "longest sequence, image tokens included"})
     padding_free: bool | None = field(
         default=None, metadata={"help": "the sequences of a batch in one row, with no padding between them"}
+    )
+    tower_execution: str | None = field(
+        default=None,
+        metadata={"help": "how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well"},
     )
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
     tower_learning_rate: float | None = field(default=None, metadata={"help": "of the gate and projections alone"})
@@ -164,6 +169,7 @@ class Settings:
         preset = self.preset.to_dict()
         stage = dataclasses.asdict(self.stage)
         arguments = {**stage.pop("arguments"), **self.training}
+        del stage["tower_execution"]  # the same results, up to rounding
         parts = {
             "preset": preset["name"],
             "stage": self.stage_name,
@@ -230,6 +236,7 @@ def parse(argv: Sequence[str]) -> Settings:
     run = RunArguments(**{key: value for key, value in given.items() if key in run_fields})
     preset = load_preset(run.preset, given["set"])
     stage = _override_stage(preset.stage(run.stage), run)
+    execution_mode(stage.tower_execution)
 
     known = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
     for key in stage.arguments:
@@ -294,7 +301,8 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
     names = ["template", "image_aspect_ratio", "image_resize", "group_by_modality_length", "model_max_length"]
-    names += ("padding_free", "projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
+    names += ("padding_free", "tower_execution")
+    names += ("projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
     lora = {key: value for key, value in lora.items() if value is not None}

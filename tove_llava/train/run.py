@@ -67,6 +67,7 @@ def run(settings: Settings) -> None:
         _say(f"starts from {settings.pretrained}")
     if start.stage.quantization is not None:
         _say(f"language model in {start.stage.quantization}")
+    model.tower.set_execution(settings.stage.tower_execution)
     trainable = freeze(model, start.stage)
     _say(trainable.report(model))
 

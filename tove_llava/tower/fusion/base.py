@@ -56,6 +56,7 @@ class Fusion(nn.Module, ABC):
     """
 
     uses_experts: ClassVar[bool] = True
+    fused: bool = False  # use kernels that do several steps at once, where a fusion has them and the device can
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from tove_llava.errors import ConfigError
 from tove_llava.tower.balance import BalanceStatistics
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
+from tove_llava.tower.fused import gated_gelu_sum
 from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput, GateInputs
 from tove_llava.tower.gate import GateOutput, TokenGate
 
@@ -87,7 +89,7 @@ class ToveFusion(Fusion):
         device = self.gate.score.weight.device
         inputs = self._joined(inputs, device)
         names = self.config.expert_names
-        attached = torch.tensor([name in self.config.attached_experts for name in names], device=device)
+        attached = _mask(tuple(name in self.config.attached_experts for name in names), device)
         gate = self._gate(inputs)
         batch, tokens = gate.weights.shape[:2]
         return BalanceStatistics(
@@ -152,7 +154,7 @@ class ToveFusion(Fusion):
     def _gate(self, inputs: GateInputs) -> GateOutput:
         names, batch, device = self.config.expert_names, inputs.tokens.shape[0], inputs.tokens.device
         columns = [name not in self.config.detached_experts for name in names] + [True] * self.config.null_slot
-        allowed = torch.tensor(columns, dtype=torch.bool, device=device).expand(batch, -1)  # [B,S]
+        allowed = _mask(tuple(columns), device).expand(batch, -1)  # [B,S]
         if inputs.usable is not None:
             null = torch.ones(batch, self.config.null_slot, dtype=torch.bool, device=device)
             allowed = allowed & torch.cat([inputs.usable, null], dim=1)
@@ -165,33 +167,50 @@ class ToveFusion(Fusion):
         gate: GateOutput,
     ) -> torch.Tensor:
         """``sum_k G_k * H_k`` as ``[B*N,m]``; rows of H_k that no token selects are not computed."""
-        weights = gate.weights.flatten(0, 1)  # [B*N,S]
-        sparse = self.gate.top_k is not None and self.gate.top_k < self.gate.slots
-        selected = gate.selected.flatten(0, 1) if sparse else None
-        mixed: torch.Tensor | None = None
-        attached = set(self.config.attached_experts)
-        for k, name in enumerate(self.config.expert_names):
+        if self.gate.top_k is not None and self.gate.top_k < self.gate.slots:
+            mixed = self._mix_selected(base, experts, gate)
+        else:
+            mixed = self._mix_all(base, experts, gate)
+        if self.training:
+            for name in self.config.expert_names:
+                if name not in self.config.attached_experts:
+                    mixed = mixed + self.embeddings.touched(name, base.device).to(mixed.dtype)
+        return mixed
+
+    def _mix_all(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+        hidden, columns = [], []
+        for k, name in self._attached():
             embedding = self.embeddings[name]
-            if name not in attached:
-                if self.training:
-                    touched = self.embeddings.touched(name, base.device)
-                    mixed = self._zeros(base, touched) if mixed is None else mixed
-                    mixed = mixed + touched.to(mixed.dtype)
-                continue
-            rows = embedding.rows(experts[name])  # [B*N,c]
-            if selected is None:
-                hidden = embedding(rows)
-                part = weights[:, k, None].to(hidden.dtype) * hidden
-                mixed = part if mixed is None else mixed + part
-            else:
-                chosen = selected[:, k].nonzero().squeeze(1)  # [R]
-                hidden = embedding(rows[chosen])
-                part = weights[chosen, k, None].to(hidden.dtype) * hidden
-                mixed = self._zeros(base, part) if mixed is None else mixed
-                mixed = mixed.index_add(0, chosen, part.to(mixed.dtype))
+            hidden.append(embedding(embedding.rows(experts[name]), activate=False))  # [B*N,m]
+            columns.append(gate.weights[..., k].flatten())
+        if not hidden:
+            return self._zeros(base, self.output.weight)
+        return gated_gelu_sum(hidden, torch.stack(columns, dim=1), fused=self.fused)
+
+    def _mix_selected(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+        weights, selected = gate.weights.flatten(0, 1), gate.selected.flatten(0, 1)  # [B*N,S]
+        mixed: torch.Tensor | None = None
+        for k, name in self._attached():
+            embedding = self.embeddings[name]
+            chosen = selected[:, k].nonzero().squeeze(1)  # [R]
+            hidden = embedding(embedding.rows(experts[name])[chosen])
+            part = weights[chosen, k, None].to(hidden.dtype) * hidden
+            mixed = self._zeros(base, part) if mixed is None else mixed
+            mixed = mixed.index_add(0, chosen, part.to(mixed.dtype))
         return self._zeros(base, self.output.weight) if mixed is None else mixed
+
+    def _attached(self) -> list[tuple[int, str]]:
+        """Column of the gate and name of each attached expert."""
+        attached = set(self.config.attached_experts)
+        return [(k, name) for k, name in enumerate(self.config.expert_names) if name in attached]
 
     def _zeros(self, base: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(
             base.shape[0] * base.shape[1], self.config.projection_dim, device=base.device, dtype=like.dtype
         )
+
+
+@lru_cache(maxsize=64)  # else each call would copy from host to device and wait
+def _mask(columns: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a cached tensor must be usable wherever it is asked for next
+        return torch.tensor(columns, dtype=torch.bool, device=device)

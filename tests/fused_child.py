@@ -1,0 +1,51 @@
+"""The Triton kernels against the plain form, in Triton's interpreter (TRITON_INTERPRET=1); prints "same"."""
+
+import torch
+
+from tove_llava.tower import fused
+from tove_llava.tower.fused_kernels import backward, forward
+
+
+def compare(rows, columns, experts, dtype, tolerance):
+    generator = torch.Generator().manual_seed(rows + experts)
+    hidden = [torch.randn(rows, columns, generator=generator).to(dtype).requires_grad_() for _ in range(experts)]
+    gates = torch.rand(rows, experts, generator=generator).softmax(-1)
+    gates[0, 0] = 0.0  # as of a detached expert
+    gates.requires_grad_()
+    grad = torch.randn(rows, columns, generator=generator).to(dtype)
+
+    expected = fused.gated_gelu_sum(hidden, gates)
+    expected.backward(grad)
+    plain = [z.detach() for z in hidden]
+    torch.testing.assert_close(forward(plain, gates.detach()), expected.detach(), rtol=tolerance, atol=tolerance)
+    d_hidden, d_gates = backward(plain, gates.detach(), grad)
+    for ours, z in zip(d_hidden, hidden, strict=True):
+        torch.testing.assert_close(ours, z.grad, rtol=tolerance, atol=tolerance)
+    # one number sums over a whole row
+    torch.testing.assert_close(d_gates, gates.grad, rtol=tolerance, atol=tolerance * columns**0.5)
+
+
+def through_autograd():
+    """The whole function, as on a GPU: the kernels are let run here for once."""
+    fused.supports_fused = lambda hidden, gates: True
+    hidden = [torch.randn(5, 7, dtype=torch.float64).float().requires_grad_() for _ in range(3)]
+    logits = torch.randn(5, 3, requires_grad=True)
+    results = []
+    for use in (False, True):
+        for leaf in (*hidden, logits):
+            leaf.grad = None
+        out = fused.gated_gelu_sum(hidden, logits.softmax(-1), fused=use)
+        out.square().sum().backward()
+        results.append([out.detach(), logits.grad, *(z.grad for z in hidden)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    compare(33, 130, 4, torch.float32, 1e-5)  # neither is a multiple of a block
+    compare(16, 128, 1, torch.float32, 1e-5)
+    compare(20, 24, 8, torch.float32, 1e-5)
+    compare(33, 40, 3, torch.bfloat16, 2e-2)  # the plain form rounds after each step
+    through_autograd()
+    print("same")

@@ -1,0 +1,278 @@
+"""How the frozen encoders are run: every execution gives what the eager one gives, whatever happens to the tower."""
+
+import copy
+import shutil
+import threading
+
+import pytest
+import torch
+from tower_parts import make_tower, pixels
+
+from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.tower import execution
+from tove_llava.tower.balance import balance_loss
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2  # whatever was done to other threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts compilations; in the place of the compiler, the functions as they are."""
+    made = []
+
+    def stand_in(function, **options):
+        assert options["dynamic"] is False
+
+        def run(x):
+            made[position].add(tuple(x.shape))
+            return function(x)
+
+        position = len(made)
+        made.append(set())
+        return run
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    return made
+
+
+def assert_same(actual, expected, dtype=torch.float32):
+    tolerance = TOLERANCE[dtype]
+    assert list(actual.experts) == list(expected.experts) and len(actual) == len(expected)
+    for a, b in zip((actual.base, *actual.experts.values()), (expected.base, *expected.experts.values()), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("keys", [{}, {"image_size": 64}, {"fusion": "none"}])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_side_by_side_is_one_after_another(tmp_path, compiled, dtype, keys):
+    tower = make_tower(tmp_path, opened=not keys.get("fusion"), **keys).to(dtype)
+    x = pixels(3, size=keys.get("image_size", 32)).to(dtype)
+    expected, whole = tower.encode(x), tower(x).last_hidden_state
+    assert tower.set_execution("compiled") is tower and tower.execution == "compiled"
+    assert_same(tower.encode(x), expected, dtype)
+    torch.testing.assert_close(tower(x).last_hidden_state, whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_without_a_gpu_concurrent_is_eager(tmp_path, compiled):
+    tower = make_tower(tmp_path, opened=True)
+    expected = tower(pixels()).last_hidden_state
+    assert torch.equal(tower.set_execution("concurrent")(pixels()).last_hidden_state, expected)
+    assert not compiled
+
+
+@pytest.mark.parametrize("threads, each", [(1, 1), (2, 1), (8, 2)])
+def test_encoders_run_on_threads_of_their_own(tmp_path, compiled, threads, each):
+    torch.set_num_threads(threads)
+    tower = make_tower(tmp_path).set_execution("compiled")
+    tower.encode(pixels())
+    seen = []
+    for network in (tower.frozen.clip, *(tower.frozen.hub[name].backbone for name in tower.active_experts)):
+        network.register_forward_hook(lambda *_: seen.append((threading.get_ident(), torch.get_num_threads())))
+    tower.encode(pixels())
+    assert len(seen) == 4 and threading.get_ident() not in {thread for thread, _ in seen}
+    assert {count for _, count in seen} == {each}  # the cores, shared by four
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(2)
+
+
+def test_gradients_and_balance_loss_are_the_same(tmp_path, compiled):
+    tower = make_tower(tmp_path, opened=True).train()
+    x, noise = pixels(3), torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(4))
+    results = []
+    for name in ("eager", "compiled"):
+        tower.set_execution(name).zero_grad()
+        out = tower(x, gate_noise=noise)
+        balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs]))
+        (out.last_hidden_state.square().mean() + 0.01 * balance).backward()
+        results.append([balance.detach(), *(p.grad.clone() for p in tower.parameters())])
+    assert any(grad.any() for grad in results[0][1:])
+    for eager, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_compiled_is_eager(tmp_path, dtype):
+    tower = make_tower(tmp_path, names=("depth", "edge"), opened=True).to(dtype)
+    x = pixels(4).to(dtype)
+    expected, part = tower.encode(x), tower.encode(x[:3])
+    whole = tower(x).last_hidden_state
+    tower.set_execution("compiled")
+    assert_same(tower.encode(x), expected, dtype)
+    assert_same(tower.encode(x[:3]), part, dtype)  # a part of the batch that was compiled for
+    assert (tower(x).last_hidden_state - whole).norm() <= TOLERANCE[dtype] * whole.norm()
+    with torch.inference_mode():
+        assert_same(tower.encode(x * 1), expected, dtype)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_the_bundled_encoders_compile_to_the_same(tmp_path):
+    from tove_llava.llava.build import vision_config
+    from tove_llava.presets import load_preset
+    from tove_llava.tower import ToveVisionModel
+
+    tower = ToveVisionModel(vision_config(load_preset("tiny").vision)).load_backbones(["depth"]).eval()
+    tower.detach_experts(["normal", "edge", "segmentation"])
+    x = pixels(2, size=96)
+    expected = tower.encode(x)
+    assert_same(tower.set_execution("compiled").encode(x), expected)
+
+
+def test_sizes_are_padded_up_and_few(tmp_path, compiled):
+    tower = make_tower(tmp_path, names=("depth",), opened=True)
+    expected = {batch: tower.encode(pixels(batch)) for batch in (6, 5, 3, 2, 7)}
+    tower.set_execution("compiled")
+    for batch, want in expected.items():
+        assert_same(tower.encode(pixels(batch)), want)
+    # Six is the first; five and three are padded to it, two would be less than half; seven becomes eight.
+    assert [{shape[0] for shape in shapes} for shapes in compiled] == [{6}, {6}, {2}, {2}, {8}, {8}]
+
+
+def test_beyond_so_many_sizes_it_is_eager(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(execution, "MAX_SIZES", 1)
+    tower = make_tower(tmp_path, names=("depth",))
+    expected = tower.encode(pixels(8))
+    tower.set_execution("compiled").encode(pixels(2))
+    assert_same(tower.encode(pixels(8)), expected)
+    assert len(compiled) == 2
+
+
+def test_what_was_compiled_is_kept_and_forgotten(tmp_path, compiled):
+    tower, x = make_tower(tmp_path).set_execution("compiled"), pixels()
+
+    def new(count):
+        before = len(compiled)
+        tower.encode(x.to(tower.dtype))
+        tower.encode(x.to(tower.dtype))
+        assert len(compiled) - before == count, "encoders compiled"
+
+    new(4)
+    tower.detach_experts("edge")
+    new(0)
+    tower.attach_experts("edge")
+    new(0)
+    tower.train()
+    new(0)
+    tower.detach_experts("edge", free=True)
+    new(3)
+    tower.load_backbones(["edge"])
+    tower.attach_experts("edge")
+    new(4)
+    tower.to(torch.bfloat16)
+    new(4)
+    tower.set_attn_implementation("eager")
+    new(4)
+    tower.frozen.clip = copy.deepcopy(tower.frozen.clip)  # another network in its place
+    new(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        new(4)
+    tower.set_execution("eager")
+    new(0)
+
+
+def test_new_weights_are_used(tmp_path, compiled):
+    tower, x = make_tower(tmp_path).set_execution("compiled"), pixels()
+    before = tower.encode(x)
+    other = copy.deepcopy(tower)
+    assert other.execution == "compiled"
+    with torch.no_grad():
+        for parameter in other.frozen.clip.parameters():
+            parameter.mul_(1.5)
+    assert not torch.allclose(other.encode(x).base, before.base)
+    assert torch.equal(tower.encode(x).base, before.base)
+
+
+def test_autocast_reaches_the_encoders(tmp_path, compiled):
+    tower = make_tower(tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = tower.encode(pixels())
+        actual = tower.set_execution("compiled").encode(pixels())
+    assert expected.experts["depth"].dtype == torch.bfloat16
+    assert_same(actual, expected, torch.bfloat16)
+
+
+def test_features_of_inference_mode_are_usable_in_training(tmp_path, compiled):
+    tower = make_tower(tmp_path, opened=True).set_execution("compiled")
+    with torch.inference_mode():
+        features = tower.encode(pixels() * 1)
+    tower.fuse(features).last_hidden_state.sum().backward()
+    assert all(p.grad is not None for p in tower.fusion.embeddings.parameters())
+
+
+def test_an_expert_that_fails_is_named(tmp_path, compiled):
+    tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": -9.0}}).set_execution("compiled")
+    with pytest.warns(RuntimeWarning, match="'edge' returned non-finite values"):
+        assert tower.encode(pixels()).usable["edge"].tolist() == [False, False]
+    with pytest.raises(NonFiniteError, match="'edge' returned non-finite values"):
+        tower.train().encode(pixels())
+    with pytest.raises(ConfigError, match="pixel_values has shape"):
+        tower.encode(pixels(size=16))
+
+
+def test_an_error_of_one_encoder_is_raised_and_leaves_the_tower_usable(tmp_path, compiled):
+    tower = make_tower(tmp_path).set_execution("compiled")
+    expected = tower.encode(pixels())
+    broken = tower.frozen.hub["edge"].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tower.encode(pixels())
+    broken.remove()
+    assert_same(tower.encode(pixels()), expected)
+
+
+def test_what_cannot_be_compiled_says_so(tmp_path, monkeypatch):
+    def refuse(function, **_):
+        def run(x):
+            raise RuntimeError("no compiler\nhere")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", refuse)
+    tower = make_tower(tmp_path).set_execution("compiled")
+    with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler\); use the execution 'eager'"):
+        tower.encode(pixels())
+
+
+def test_an_unknown_execution_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="unknown execution 'fast' of the tower; known: eager, concurrent, compiled"):
+        make_tower(tmp_path).set_execution("fast")
+
+
+# -- where it can be chosen -------------------------------------------------------------------------------------------
+
+
+def test_training_takes_it_from_preset_and_flag(tmp_path):
+    from tove_llava.train.arguments import parse
+
+    (tmp_path / "data.json").write_text("[]")
+    data = ["--data_path", str(tmp_path / "data.json"), "--image_folder", str(tmp_path), "--output_dir", str(tmp_path)]
+    plain = parse(data)
+    assert plain.stage.tower_execution == "eager"
+    by_preset = parse([*data, "--set", "stages.pretrain.tower_execution=compiled"])
+    assert by_preset.stage.tower_execution == "compiled"
+    by_flag = parse([*data, "--tower_execution", "concurrent"])
+    assert by_flag.stage.tower_execution == "concurrent"
+    assert plain.record() == by_flag.record() == by_preset.record()  # an interrupted run may go on with another
+    with pytest.raises(ConfigError, match="unknown execution 'fast'"):
+        parse([*data, "--tower_execution", "fast"])
+
+
+@pytest.mark.parametrize("verb", ["eval", "chat", "demo", "contributions", "detach", "routing"])
+def test_verbs_that_load_a_model_have_the_flag(verb, capsys):
+    from tove_llava.cli import main
+
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    assert "--tower-execution NAME" in capsys.readouterr().out

@@ -1,0 +1,80 @@
+"""``sum_k G_k * GELU(z_k)``, the gate's weighted sum of the experts' hidden rows, in one pass on a GPU.
+
+Written out, each of the K products and sums reads and writes a whole ``[R,m]`` tensor, and autograd keeps two of them
+per expert. Here the rows are read once, summed in float32 and written once, and the backward pass needs nothing but
+``z_k`` and ``G``. Only activations come in here: the linear layers that make them run as the modules that they are, so
+that ZeRO-3 gathers their weights as ever.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+MAX_EXPERTS = 8
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused: bool = False) -> torch.Tensor:
+    """``sum_k gates[:, k] * GELU(hidden[k])``.
+
+    Args:
+        hidden: K tensors ``[R,m]``: linear layers' outputs before their GELU.
+        gates: ``[R,K]`` float32.
+        fused: by one kernel, where :func:`supports_fused` says that there is one for these tensors.
+
+    Returns:
+        ``[R,m]`` in the dtype of ``hidden``.
+    """
+    if fused and supports_fused(hidden, gates):
+        return _Fused.apply(gates.contiguous(), *(z.contiguous() for z in hidden))
+    mixed: torch.Tensor | None = None
+    for k, z in enumerate(hidden):
+        part = gates[:, k, None].to(z.dtype) * F.gelu(z)
+        mixed = part if mixed is None else mixed + part
+    assert mixed is not None
+    return mixed
+
+
+def supports_fused(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> bool:
+    """Whether the kernel can be used: everything on one GPU, one dtype, and Triton there. ``torch.compile`` fuses
+    the plain form itself."""
+    first = hidden[0]
+    return (
+        first.is_cuda
+        and gates.device == first.device
+        and len(hidden) <= MAX_EXPERTS
+        and first.dtype in _DTYPES
+        and first.numel() > 0
+        and all(z.dtype == first.dtype and z.shape == first.shape and z.device == first.device for z in hidden)
+        and not torch.compiler.is_compiling()
+        and _has_triton()
+    )
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+        from tove_llava.tower.fused_kernels import forward
+
+        ctx.save_for_backward(gates, *hidden)
+        return forward(hidden, gates)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        from tove_llava.tower.fused_kernels import backward
+
+        gates, *hidden = ctx.saved_tensors
+        d_hidden, d_gates = backward(hidden, gates, grad.contiguous())
+        return (d_gates, *d_hidden)
