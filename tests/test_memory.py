@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 # Round figures, so that the formulas can be done by hand; every kind of activation is 0 but where a test says so.
 BARE = Shape(
     backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, layers=10, hidden=0, vocabulary=0, image_tokens=0,
-    layer_kept=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
+    layer_kept=0, layer_products=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
 )  # fmt: skip
 
 

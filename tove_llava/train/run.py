@@ -30,6 +30,8 @@ from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS
+from tove_llava.train.recomputation import set_checkpointing
+from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
@@ -68,6 +70,12 @@ def run(settings: Settings) -> None:
         _say(f"language model in {start.stage.quantization}")
     trainable = freeze(model, start.stage)
     _say(trainable.report(model))
+    set_checkpointing(
+        model,
+        start.stage.kept,
+        budget_gib=start.stage.checkpointing_gib,
+        whole=kept_by_layer(model.model.language_model, trainable, start.stage.lora),
+    )
 
     resume = last_checkpoint(settings.output_dir)
     _write_record(settings.output_dir, record)

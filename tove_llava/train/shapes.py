@@ -13,9 +13,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.experts import build_expert
 from tove_llava.llava.build import build_on_meta, language_config, torch_dtype, vision_config
-from tove_llava.presets import Preset, StagePreset, VisionPreset
+from tove_llava.presets import LoraPreset, Preset, StagePreset, VisionPreset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
-from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, freeze
+from tove_llava.train.recomputation import kept_products
+from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, Trainable, freeze
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Shape:
         layers, hidden, vocabulary: of the language model.
         image_tokens: positions of a picture.
         layer_kept: numbers that a layer of the language model keeps for the backward pass, a position.
+        layer_products: of these, those that selective checkpointing keeps, beside the layer's input.
         fusion_kept: numbers that the tower's fusion keeps, a picture.
         encoder_kept: numbers that a CLIP which trains keeps, a picture.
         encoder_work: numbers into and out of the largest layer of CLIP and the experts, a picture.
@@ -42,6 +44,7 @@ class Shape:
     vocabulary: int
     image_tokens: int
     layer_kept: int
+    layer_products: int
     fusion_kept: int
     encoder_kept: int
     encoder_work: int
@@ -75,7 +78,13 @@ def stage_shape(preset: Preset, stage_name: str) -> Shape:
         hidden=config.hidden_size,
         vocabulary=deeper.model.lm_head.weight.shape[0],
         image_tokens=vision.config.num_image_tokens,
-        layer_kept=_layer_kept(preset, stage, config, whole=LANGUAGE in deeper.parts, adapters=LORA in deeper.parts),
+        layer_kept=_layer_kept(
+            config,
+            torch_dtype(preset.language.dtype),
+            whole=LANGUAGE in deeper.parts,
+            lora=stage.lora if LORA in deeper.parts else None,
+        ),
+        layer_products=kept_products(deeper.model.model.language_model.layers[0], config.hidden_size),
         fusion_kept=vision.fusion_kept,
         encoder_kept=encoder_kept if ENCODER in deeper.parts else 0,
         encoder_work=vision.encoder_work,
@@ -125,7 +134,13 @@ def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
         return CLIPVisionModel(config).eval()
 
 
-def _layer_kept(preset: Preset, stage: StagePreset, config: Any, *, whole: bool, adapters: bool) -> int:
+def kept_by_layer(language: Any, trainable: Trainable, lora: LoraPreset | None) -> int:
+    """Numbers a position that a layer of a language model keeps for the backward pass without recomputation."""
+    parts = trainable.parts
+    return _layer_kept(language.config, language.dtype, whole=LANGUAGE in parts, lora=lora if LORA in parts else None)
+
+
+def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPreset | None) -> int:
     """Of a LLaMA layer with torch's fused attention; counted with torch's record of allocations.
 
     Norms, queries, keys, values, attention and residuals keep 6 times the width, the gated MLP 3 times its own. Norms
@@ -133,13 +148,13 @@ def _layer_kept(preset: Preset, stage: StagePreset, config: Any, *, whole: bool,
     that, its rank, and behind dropout the dropped-out input.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    norms = 0 if torch_dtype(preset.language.dtype) == torch.float32 else 2
+    norms = 0 if dtype == torch.float32 else 2
     if whole:
         return (10 + norms) * hidden + 4 * intermediate
     kept = (6 + norms) * hidden + 3 * intermediate
-    if adapters and stage.lora is not None:
-        kept += 2 * hidden + intermediate + 7 * stage.lora.r
-        kept += (10 * hidden + intermediate) if stage.lora.dropout else 0
+    if lora is not None:
+        kept += 2 * hidden + intermediate + 7 * lora.r
+        kept += (10 * hidden + intermediate) if lora.dropout else 0
     return kept
 
 
