@@ -316,13 +316,22 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def measure(
-    contenders: dict[str, Callable[[], Any]], *, repeats: int, warmup: int, device: torch.device
+    contenders: dict[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    prepare: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Samples]:
     """Times every contender once per repeat, each repeat beginning with another one.
 
     Thereby what slows the machine for a while slows all of them, and ratios of contenders hold.
+
+    Args:
+        prepare: called with a contender's name before its clock starts.
     """
-    for run in contenders.values():
+    for name, run in contenders.items():
+        prepare(name)
         for _ in range(warmup):
             run()
     names = list(contenders)
@@ -330,6 +339,7 @@ def measure(
     for repeat in range(repeats):
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
+            prepare(name)
             synchronize(device)
             wall, cpu = time.perf_counter(), time.process_time()
             contenders[name]()
