@@ -5,6 +5,7 @@ The convention is that of train_step.py.
 
 import json
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,16 +84,26 @@ def without_experts(preset: Preset) -> Preset:
 
 
 def step_flops_on_meta(preset: Preset, stage_name: str, text_tokens: int, supervised: int) -> float:
-    """FLOPs of a step on one record with a picture, of a preset of any size: shapes alone, but for the small fusion.
+    """FLOPs of a step on one record with a picture, of a package's preset: shapes alone, but for the small fusion.
 
     Of the language model one and two layers are counted; all further ones are as the second.
     """
     stage = preset.stage(stage_name)
-    encoders = sum(s.gflops for s in preset_sizes(preset) if s.part == "CLIP" or s.part.startswith("expert ")) * 1e9
+    encoders = 1e9 * sum(_encoder_gflops(preset.name)[name] for name in ["CLIP", *_experts(preset)])
     config = vision_config(preset.vision, offline=True)
     one, two = (_language_flops(preset, stage, text_tokens, supervised, layers) for layers in (1, 2))
     layers = language_config(preset.language).num_hidden_layers
     return encoders + _fusion_flops(config) + one + (layers - 1) * (two - one)
+
+
+@lru_cache
+def _encoder_gflops(preset: str) -> dict[str, float]:
+    """Of an image, by part."""
+    return {size.part: size.gflops for size in preset_sizes(preset)}
+
+
+def _experts(preset: Preset) -> list[str]:
+    return [f"expert {entry['name']}" for entry in preset.vision.experts]
 
 
 def _fusion_flops(config: Any) -> int:
