@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # Round figures, so that the formulas can be done by hand; every kind of activation is 0 but where a test says so.
 BARE = Shape(
-    backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, layers=10, hidden=0, vocabulary=0, image_tokens=0,
-    layer_kept=0, layer_products=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
+    backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, quantizable=0, layers=10, hidden=0, vocabulary=0,
+    image_tokens=0, layer_kept=0, layer_products=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
 )  # fmt: skip
 
 
@@ -89,6 +89,31 @@ def test_selective_checkpointing_keeps_what_the_budget_allows():
         assert found == always + 2 * 60 * 400 * layers
     shape = stage_shape(load_preset("vicuna-7b"), "finetune_lora")
     assert shape.layer_products == 6 * 4096 + 2 * 11008 + 7 * 128  # five products and attention, gate and up, adapters
+
+
+@pytest.mark.parametrize(("bits", "double"), [(4, True), (4, False), (8, True)])
+def test_quantised_weights_are_counted_as_they_are_held(bits, double):
+    from tove_llava.llava.quantization import quantize
+    from tove_llava.presets import QuantizationPreset
+
+    pytest.importorskip("bitsandbytes")
+    settings = QuantizationPreset(bits=bits, double_quant=double)
+    preset = load_preset("tiny")
+    stage = replace(preset.stage("finetune_qlora"), quantization=settings)
+    preset = replace(preset, stages={"plain": replace(stage, quantization=None), "packed": stage})
+    model, _ = build_model(preset, load_backbones=False)
+    language = model.model.language_model
+    before = [p for p in language.parameters() if p.ndim == 2 and p is not language.embed_tokens.weight]
+    quantize(model, settings, compute_dtype=torch.float32)
+    held = 0
+    for layer in (m for m in language.modules() if isinstance(m, torch.nn.Linear)):
+        held += layer.weight.nbytes
+        state = getattr(layer.weight, "quant_state", None)
+        held += layer.weight.SCB.nbytes if state is None else state.absmax.nbytes
+    shape, run = stage_shape(preset, "packed"), Run(1, None, 1, 10)
+    assert shape.quantizable == sum(p.numel() for p in before)
+    saved = [training_memory(preset, name, shape, run).weights for name in ("plain", "packed")]
+    assert saved[0] - saved[1] == pytest.approx(sum(p.nbytes for p in before) - held, rel=0.01)
 
 
 def test_run_takes_the_stages_settings():

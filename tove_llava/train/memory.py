@@ -2,7 +2,8 @@
 
 With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (records times their length):
 
-* Weights: ``b`` a parameter; ZeRO-3 holds an n-th, and what it has gathered. CLIP and the experts are whole everywhere.
+* Weights: ``b`` a parameter, or what quantisation leaves of it; ZeRO-3 holds an n-th, and what it has gathered. CLIP
+  and the experts are whole everywhere.
 * Gradients and AdamW: ``b + 12`` bytes a trained parameter under DeepSpeed (the gradient; master copy and two moments
   in float32), of which ZeRO-2 and ZeRO-3 hold an n-th. Without DeepSpeed ``4 + 8``, beside weights of 4 bytes.
 * Activations: what the language model's layers keep for the backward pass (with checkpointing the input of each, of
@@ -18,7 +19,7 @@ from typing import Any
 from tove_llava.errors import ConfigError
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
-from tove_llava.presets import Preset, StagePreset
+from tove_llava.presets import Preset, QuantizationPreset, StagePreset
 from tove_llava.train.arguments import CONFIG_FOLDER
 from tove_llava.train.recomputation import GIB, NONE, SELECTIVE, LayerCosts
 from tove_llava.train.shapes import Shape
@@ -96,12 +97,13 @@ def training_memory(preset: Preset, stage_name: str, shape: Shape, run: Run) -> 
     backbones = size * shape.backbones
     loaded = run.devices * (size * shape.registered + backbones + PROCESS)  # each process makes the model on the host
     activations = _activations(preset, stage_name, shape, run)
+    packed = _packed(preset.stage(stage_name).quantization, size, shape)
     if run.deepspeed is None:
-        weights = size * (shape.registered - shape.trained) + 4 * shape.trained
+        weights = size * (shape.registered - shape.trained) + 4 * shape.trained - packed
         return Memory(weights, backbones, 4 * shape.trained, 8 * shape.trained, activations, loaded)
     zero = _zero(run.deepspeed)
     level, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
-    weights = size * shape.registered
+    weights = size * shape.registered - packed
     if level == 3 and (run.devices > 1 or offloaded):
         own = 0 if "offload_param" in zero else weights // run.devices
         weights = own + size * min(GATHERED, shape.registered)
@@ -162,6 +164,14 @@ def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int
     scored = positions if whole else min(positions, PIECE // max(shape.vocabulary, 1))
     loss = scored * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
     return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
+
+
+def _packed(quantization: QuantizationPreset | None, size: int, shape: Shape) -> int:
+    """Bytes that quantisation saves. 4 bits have a scale for each 64 weights, in float32 or in about 8 bits."""
+    if quantization is None:
+        return 0
+    scales = 0.0 if quantization.bits == 8 else 8.125 / 64 if quantization.double_quant else 32 / 64
+    return int(shape.quantizable * (size - (quantization.bits + scales) / 8))
 
 
 def _kept_by_layers(stage: StagePreset, shape: Shape, positions: int, size: int) -> int:

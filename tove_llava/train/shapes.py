@@ -27,6 +27,7 @@ class Shape:
         backbones: parameters of CLIP and the experts.
         registered: parameters of language model, projector and tower, with what the stage adds.
         trained: those of them that train.
+        quantizable: those that quantisation packs, where the stage asks for it: the language model's linear layers.
         layers, hidden, vocabulary: of the language model.
         image_tokens: positions of a picture.
         layer_kept: numbers that a layer of the language model keeps for the backward pass, a position.
@@ -39,6 +40,7 @@ class Shape:
     backbones: int
     registered: int
     trained: int
+    quantizable: int
     layers: int
     hidden: int
     vocabulary: int
@@ -65,7 +67,7 @@ def stage_shape(preset: Preset, stage_name: str) -> Shape:
     vision = _vision_shape(json.dumps(asdict(preset.vision)))
     layers = language_config(preset.language).num_hidden_layers
     shallow, deeper = (_counts(preset, stage, vision, depth) for depth in (1, 2))
-    registered, trained = (
+    registered, trained, quantizable = (
         one + (layers - 1) * (two - one) for one, two in zip(shallow.parameters, deeper.parameters, strict=True)
     )
     config, clip = deeper.model.config.get_text_config(), vision.config.clip_config
@@ -74,6 +76,7 @@ def stage_shape(preset: Preset, stage_name: str) -> Shape:
         backbones=vision.backbones,
         registered=registered,
         trained=trained,
+        quantizable=quantizable,
         layers=layers,
         hidden=config.hidden_size,
         vocabulary=deeper.model.lm_head.weight.shape[0],
@@ -116,15 +119,18 @@ def _vision_shape(preset: str) -> _VisionShape:
 class _Counts:
     model: Any
     parts: frozenset[str]
-    parameters: tuple[int, int]  # registered, trained
+    parameters: tuple[int, int, int]  # registered, trained, quantizable
 
 
 def _counts(preset: Preset, stage: StagePreset, vision: _VisionShape, layers: int) -> _Counts:
     model = build_on_meta(preset, layers=layers, vision=copy.deepcopy(vision.config))
+    linear = (m for m in model.model.language_model.modules() if isinstance(m, nn.Linear))
+    quantizable = sum(m.weight.numel() for m in linear)
     model.tower.frozen.clip = _empty_clip(vision.config)  # the stage that merges trains a copy of it
     trainable = freeze(model, stage)
     registered = sum(p.numel() for p in model.parameters())
-    return _Counts(model, frozenset(trainable.parts), (registered, sum(p.numel() for p in trainable.parameters())))
+    trained = sum(p.numel() for p in trainable.parameters())
+    return _Counts(model, frozenset(trainable.parts), (registered, trained, quantizable))
 
 
 def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
