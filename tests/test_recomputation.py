@@ -15,6 +15,7 @@ from tove_llava import load_preset
 from tove_llava.errors import ConfigError
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import LoraPreset, StagePreset
+from tove_llava.train import recomputation
 from tove_llava.train.arguments import parse
 from tove_llava.train.recomputation import KINDS, LayerCosts, set_checkpointing
 from tove_llava.train.run import main
@@ -140,20 +141,38 @@ def line_of(root, stage, output, kind, *more):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["finetune_lora", "merge"])
-def test_a_run_learns_the_same(root, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "more", "tolerance"),
+    [
+        ("finetune_lora", [], 1e-6),
+        ("finetune_lora", ["--bits", "4"], 1e-6),
+        ("finetune_lora", ["--bf16", "True"], 1e-3),
+        ("finetune", ["--bf16", "True"], 1e-3),
+        ("merge", [], 1e-6),
+    ],
+    ids=["lora", "qlora", "lora-bf16", "full-bf16", "merge"],
+)
+def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, tolerance):
+    layers, chosen = [], recomputation.create_selective_checkpoint_contexts
+    monkeypatch.setattr(
+        recomputation, "create_selective_checkpoint_contexts", lambda policy: layers.append(policy) or chosen(policy)
+    )
+    if "--bits" in more:
+        pytest.importorskip("bitsandbytes")
     if stage == "merge":
         assert main(line_of(root, "finetune_lora", tmp_path / "tuned", "none")) == 0
     found = {}
     for kind in KINDS:
-        line = line_of(root, stage, tmp_path / kind, kind)
+        line = line_of(root, stage, tmp_path / kind, kind, *more)
         if stage == "merge":
             line[line.index("--pretrained") + 1] = str(tmp_path / "tuned")
+        layers.clear()
         assert main(line) == 0
+        assert len(layers) == (kind == "selective") * 2 * 2  # layers, steps
         found[kind] = losses(tmp_path / kind)
     assert len(found["none"]) == 2 and not torch.equal(found["none"][0], found["none"][1])
     for kind in KINDS:
-        torch.testing.assert_close(found[kind], found["none"], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found[kind], found["none"], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
