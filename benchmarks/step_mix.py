@@ -46,6 +46,7 @@ DEVICES, PICTURES = 8, 16
 STAGE, QUANTISED = "finetune_lora", "finetune_qlora"
 FASTER, MFU, LORA_GB, QLORA_GB = 2.0, 0.45, 75.0, 20.0  # targets
 LORA_BATCH, QLORA_BATCH = 16, 4
+QLORA_GIB = 5.0  # for the layers' activations, of 20 GB (docs/memory.md)
 MARGIN = 4 * 2**30  # of a GPU's memory, left to fragments and to what the budget does not count
 
 
@@ -259,7 +260,7 @@ def measure_qlora(bench: Bench, weights: str) -> dict[str, Any] | None:
     set_compute_dtype(model, bench.dtype)
     step = TrainingStep(model, stage, bench.dtype)
     both = Contenders(bench, step, micro_batches(bench, model, QLORA_BATCH, bench.args.mix_batches))
-    both.budget = 4.0
+    both.budget = QLORA_GIB
     both.prepare("ours")
     both.run("ours")
     resident = torch.cuda.memory_allocated(bench.device)
