@@ -339,6 +339,7 @@ def measure(
     warmup: int,
     device: torch.device,
     clocks: Mapping[str, Callable[[], float]] | None = None,
+    prepare: Callable[[str], Any] = lambda name: None,
 ) -> dict[str, Samples]:
     """Times every contender once per repeat, each repeat beginning with another one.
 
@@ -346,8 +347,10 @@ def measure(
 
     Args:
         clocks: processor seconds so far, of contenders that work in a process of their own.
+        prepare: called with a contender's name before its clock starts.
     """
-    for run in contenders.values():
+    for name, run in contenders.items():
+        prepare(name)
         for _ in range(warmup):
             run()
     names = list(contenders)
@@ -355,6 +358,7 @@ def measure(
     for repeat in range(repeats):
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
+            prepare(name)
             synchronize(device)
             clock = (clocks or {}).get(name, time.process_time)
             wall, cpu = time.perf_counter(), clock()

@@ -61,7 +61,8 @@ def modules():
         yield tower, train_step
     finally:
         sys.path.remove(str(BENCHMARKS))
-        for name in ("tower", "train_step", "common"):
+        parts = ("step_parts", "step_flops", "step_mix", "step_clip", "llava_mix")
+        for name in ("tower", "train_step", "common", *parts):
             sys.modules.pop(name, None)
 
 
@@ -75,7 +76,7 @@ def tower_record(modules, tmp_path_factory):
 @pytest.fixture(scope="module")
 def step_record(modules, tmp_path_factory):
     folder = tmp_path_factory.mktemp("step")
-    flags = ["--text-tokens", "12", "--stages", "pretrain,finetune", "--peak-tflops", "0.5"]
+    flags = ["--text-tokens", "12", "--stages", "pretrain,finetune", "--peak-tflops", "0.5", "--no-mix"]
     assert modules[1].main([*BRIEF, *flags, "--output", str(folder)]) == 0
     return json.loads((folder / "train_step-tiny-cpu.json").read_text()), (
         folder / "train_step-tiny-cpu.md"
@@ -180,6 +181,8 @@ def test_only_needed_flops_are_counted(step_record):
 
 
 def test_checkpointing_trades_arithmetic_for_memory(modules):
+    from step_flops import count_flops
+
     train_step = modules[1]
     step = train_step.TrainingStep(build_model("tiny")[0], load_preset("tiny").stage("pretrain"), torch.float32)
     batch = train_step.make_batch(step.model, 2, 64, torch.float32, seed=0)
@@ -190,9 +193,9 @@ def test_checkpointing_trades_arithmetic_for_memory(modules):
         step.forward(rest).backward()
 
     def cost():
-        return train_step.peak_memory(run, step.device), train_step.count_flops(run)
+        return train_step.peak_memory(run, step.device), count_flops(run)
 
-    (memory, flops), _ = cost(), train_step.enable_checkpointing(step.model)
+    (memory, flops), _ = cost(), train_step.set_checkpointing(step.model, "full")
     less_memory, more_flops = cost()
     assert less_memory < memory and more_flops > flops  # why needed FLOPs are counted with checkpointing off
 
@@ -207,7 +210,9 @@ def test_random_weights_where_the_sources_are_out_of_reach(modules, tmp_path, ca
     record = json.loads((tmp_path / "tower-reduced-cpu.json").read_text())
     assert record["weights"] == "random" and list(record["parts"]) == ["clip", "eva", "depth", "edge", "fusion"]
     assert record["contenders"]["loop"]["weight_bytes"] > record["contenders"]["tove"]["weight_bytes"]
-    assert train_step.main([*flags, "--text-tokens", "4", "--stages", "pretrain", "--dtype", "bfloat16"]) == 0
+    assert (
+        train_step.main([*flags, "--text-tokens", "4", "--stages", "pretrain", "--dtype", "bfloat16", "--no-mix"]) == 0
+    )
     record = json.loads((tmp_path / "train_step-reduced-cpu.json").read_text())
     assert record["weights"] == "random" and record["dtype"] == "bfloat16"
     parts = record["stages"]["pretrain"]["trained_parameters"]

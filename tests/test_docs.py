@@ -45,6 +45,7 @@ NOT_RUN = {
     "evaluation.md": 5,
     "experts.md": 1,
     "export.md": 3,
+    "faster-training.md": 1,  # a training
     "harnesses.md": 4,
     "lora.md": 2,
     "merging.md": 1,

@@ -21,6 +21,7 @@ from tove_llava.train.memory import (
     stage_disk,
     training_memory,
 )
+from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.shapes import Shape, stage_shape
 from tove_llava.train.stages import freeze
 
@@ -28,8 +29,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 # Round figures, so that the formulas can be done by hand; every kind of activation is 0 but where a test says so.
 BARE = Shape(
-    backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, layers=10, hidden=0, vocabulary=0, image_tokens=0,
-    layer_kept=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
+    backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, quantizable=0, layers=10, hidden=0, vocabulary=0,
+    image_tokens=0, layer_kept=0, layer_products=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
 )  # fmt: skip
 
 
@@ -75,6 +76,44 @@ def test_activations_by_hand():
     whole = load_preset("vicuna-7b", ["stages.pretrain.arguments.gradient_checkpointing=false"])
     kept += 10 * 60 * (1000 - 100)
     assert training_memory(whole, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
+
+
+def test_selective_checkpointing_keeps_what_the_budget_allows():
+    shape = replace(BARE, hidden=100, layer_kept=1000, layer_products=400)
+    run = Run(1, "zero2", 2, 30)  # 60 positions
+    always = 2 * 60 * (10 * 100 + 2 * 1000)  # each layer's input, and a layer at work
+    for gib, layers in ((None, 10), (0.0, 0), ((always + 2 * 60 * 400 * 3.5) / 2**30, 3)):
+        keys = ["checkpointing=selective", *([] if gib is None else [f"checkpointing_gib={gib:.12f}"])]
+        preset = load_preset("vicuna-7b", [f"stages.pretrain.{key}" for key in keys])
+        found = training_memory(preset, "pretrain", shape, run).activations
+        assert found == always + 2 * 60 * 400 * layers
+    shape = stage_shape(load_preset("vicuna-7b"), "finetune_lora")
+    assert shape.layer_products == 6 * 4096 + 2 * 11008 + 7 * 128  # five products and attention, gate and up, adapters
+
+
+@pytest.mark.parametrize(("bits", "double"), [(4, True), (4, False), (8, True)])
+def test_quantised_weights_are_counted_as_they_are_held(bits, double):
+    from tove_llava.llava.quantization import quantize
+    from tove_llava.presets import QuantizationPreset
+
+    pytest.importorskip("bitsandbytes")
+    settings = QuantizationPreset(bits=bits, double_quant=double)
+    preset = load_preset("tiny")
+    stage = replace(preset.stage("finetune_qlora"), quantization=settings)
+    preset = replace(preset, stages={"plain": replace(stage, quantization=None), "packed": stage})
+    model, _ = build_model(preset, load_backbones=False)
+    language = model.model.language_model
+    before = [p for p in language.parameters() if p.ndim == 2 and p is not language.embed_tokens.weight]
+    quantize(model, settings, compute_dtype=torch.float32)
+    held = 0
+    for layer in (m for m in language.modules() if isinstance(m, torch.nn.Linear)):
+        held += layer.weight.nbytes
+        state = getattr(layer.weight, "quant_state", None)
+        held += layer.weight.SCB.nbytes if state is None else state.absmax.nbytes
+    shape, run = stage_shape(preset, "packed"), Run(1, None, 1, 10)
+    assert shape.quantizable == sum(p.numel() for p in before)
+    saved = [training_memory(preset, name, shape, run).weights for name in ("plain", "packed")]
+    assert saved[0] - saved[1] == pytest.approx(sum(p.nbytes for p in before) - held, rel=0.01)
 
 
 def test_run_takes_the_stages_settings():
@@ -138,19 +177,24 @@ def test_answering_needs_weights_and_a_cache():
 
 @pytest.mark.parametrize(
     ("stage", "checkpointing"),
-    [("pretrain", False), ("finetune_lora", False), ("finetune", False), ("finetune_lora", True)],
+    [
+        ("pretrain", "none"),
+        ("finetune_lora", "none"),
+        ("finetune", "none"),
+        ("finetune_lora", "full"),
+        ("finetune_lora", "selective"),
+        ("pretrain", "selective"),
+    ],
 )
 def test_the_estimate_is_what_a_step_needs_or_a_little_more(stage, checkpointing):
     from common import peak_memory
-    from train_step import TrainingStep, enable_checkpointing, make_batch
+    from step_parts import TrainingStep, make_batch
 
-    switch = str(checkpointing).lower()
-    preset = load_preset("tiny", [f"stages.{stage}.arguments.gradient_checkpointing={switch}"])
+    preset = load_preset("tiny", [f"stages.{stage}.checkpointing={checkpointing}"])
     model, _ = build_model(preset)
     step = TrainingStep(model, preset.stage(stage), torch.float32)
     batch = make_batch(model, 2, 200, torch.float32, 0)
-    if checkpointing:
-        enable_checkpointing(model)
+    set_checkpointing(model, checkpointing)
     step(batch)  # makes the optimiser's state
     resident = step.resident_bytes()
     measured = resident + peak_memory(lambda: step(batch), torch.device("cpu"))

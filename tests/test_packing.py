@@ -89,6 +89,17 @@ def test_no_sequence_sees_another(lengths, data):
     assert not torch.equal(before[:, start:end], after[:, start:end])
 
 
+def test_attention_follows_autocast():
+    states = [torch.randn(1, 2, 9, 4) for _ in range(3)]
+    arguments = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    with torch.autocast("cpu", torch.bfloat16):
+        states[2] = states[2].bfloat16()  # projected in bfloat16, and not rotated
+        out, _ = varlen_attention(torch.nn.Identity(), *states, None, **arguments)
+    plain, _ = varlen_attention(torch.nn.Identity(), *(x.float() for x in states), None, **arguments)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), plain, rtol=2e-2, atol=2e-2)
+
+
 def test_a_packed_batch_holds_what_a_padded_one_does():
     padded, packed = (collate(EXAMPLES) for collate in COLLATORS)
     real = padded["attention_mask"].bool()

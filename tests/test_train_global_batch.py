@@ -192,3 +192,64 @@ def test_no_rank_runs_the_tower_when_none_has_an_image():
     assert ran == [False, True, True]  # the last one carries the balance loss
     assert not Window(tokens=1, images=[[0, 0]], samples=1, rank=0).runs_tower
     assert Window(tokens=1, images=[[0, 0]], samples=1, rank=0, always_tower=True).runs_tower
+
+
+def check_calls(rows, experts):
+    """What each micro-batch of a rank may cost, by what it and the others hold; returns the kinds that were seen."""
+    kinds = []
+    for row in rows:
+        if row["images"]:
+            expected = (experts, row["images"], row["images"])
+        elif row["global"]:
+            expected = (0, 0, 1)  # one image's worth of zeros through gate and projector; no encoder
+        else:
+            expected = (0, 0, row["fused"] and 1)  # a window's last micro-batch carries the balance loss
+        assert (row["experts"], row["encoded"], row["fused"]) == expected, row
+        kinds.append((bool(row["images"]), bool(row["global"]), row["fused"]))
+    return set(kinds)
+
+
+def test_without_images_no_encoder_runs(root, monkeypatch, tmp_path):
+    """One process that is told of another: it has images where this one has none, and nothing anywhere at times."""
+    from tower_calls_child import count
+
+    from tove_llava.train import trainer
+
+    rows, opened = count(monkeypatch.setattr), trainer.open_window
+
+    def with_another_rank(batches, device, **kwargs):
+        window = opened(batches, device, **kwargs)
+        window.images = [[own, other] for (own,), other in zip(window.images, (1, 0), strict=True)]
+        return window
+
+    monkeypatch.setattr(trainer, "open_window", with_another_rank)
+    assert main(command(root, "lora-text", tmp_path / "out", (1, 2), "--max_steps", "8")) == 0
+    assert len(rows) == 16
+    kinds = check_calls(rows, experts=2)
+    assert {(True, True, 1), (False, True, 1)} <= kinds
+    monkeypatch.setattr(trainer, "open_window", opened)
+    rows.clear()
+    assert main(command(root, "lora-text", tmp_path / "alone", (1, 1), "--max_steps", "8")) == 0
+    assert check_calls(rows, experts=2) == {(True, True, 1), (False, False, 0)}
+
+
+@pytest.mark.slow
+def test_ranks_without_images_run_no_encoder(root, tmp_path):
+    file = tmp_path / "arguments.json"
+    line = command(root, "lora-text", tmp_path / "out", (1, 1), "--deepspeed", "none", "--max_steps", "8")
+    file.write_text(json.dumps(line))
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = subprocess.run(
+        [*run, "-m", "tower_calls_child", str(file)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
+    kinds = set().union(*(check_calls(rows, experts=2) for rows in ranks))
+    assert kinds == {(True, True, 1), (False, True, 1), (False, False, 0)}
+    for here, there in zip(*ranks, strict=True):
+        assert here["global"] == here["images"] + there["images"]

@@ -47,6 +47,9 @@ def varlen_attention(
     """
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1 or attention_mask is not None:
         raise ConfigError("this attention takes packed rows alone: one row, cu_seq_lens_q, max_length_q and no mask")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary positions may have made them float32
+        query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     grouped = key.shape[1] != query.shape[1]
     if _has_kernel(query) and dropout == 0:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped), None

@@ -122,6 +122,9 @@ class StagePreset:
     model_max_length: int = 2048
     padding_free: bool = False  # the sequences of a batch in one row, with no padding between them
     tower_execution: str = "eager"  # how CLIP and the experts are run: eager, concurrent or compiled
+    fused_kernels: bool = False  # liger-kernel's norms, rotary positions and MLP in the language model; CUDA only
+    checkpointing: str | None = None  # none, full, selective; None: as the argument gradient_checkpointing says
+    checkpointing_gib: float | None = None  # of selective: what the layers' activations may take; None: no limit
     projector_learning_rate: float | None = None  # None: the stage's learning rate
     tower_learning_rate: float | None = None
     encoder_learning_rate: float | None = None  # of the student, when merging
@@ -131,6 +134,12 @@ class StagePreset:
     merge: MergePreset | None = None
     deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
     arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+
+    @property
+    def kept(self) -> str:
+        """What the layers keep for the backward pass (:mod:`tove_llava.train.recomputation`)."""
+        old, new = (self.arguments.get(f"{word}_checkpointing") for word in ("gradient", "activation"))
+        return self.checkpointing or ("full" if (old if new is None else new) else "none")
 
 
 @dataclass

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from tove_llava.errors import ConfigError
 from tove_llava.presets import LoraPreset, Preset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
+from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind
 
 CONFIG_FOLDER = Path(__file__).parent / "deepspeed"
 
@@ -32,6 +33,8 @@ OPERATIONAL = frozenset(
     }
 )  # fmt: skip
 
+
+_CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")  # older and newer transformers' name
 
 _SCENES = (
     ". Give your own, or make the playground's: tove-llava scenes --out playground/data/scenes --train 8000 --val 300"
@@ -66,6 +69,15 @@ class RunArguments:
     tower_execution: str | None = field(
         default=None,
         metadata={"help": "how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well"},
+    )
+    fused_kernels: bool | None = field(
+        default=None, metadata={"help": "liger-kernel's norms, rotary positions and MLP in the language model (CUDA)"}
+    )
+    checkpointing: str | None = field(
+        default=None, metadata={"help": "what the layers compute again in the backward pass: none, full, selective"}
+    )
+    checkpointing_gib: float | None = field(
+        default=None, metadata={"help": "of selective: GiB that the layers' activations may take (default: no limit)"}
     )
     projector_learning_rate: float | None = field(default=None, metadata={"help": "of the projector alone"})
     tower_learning_rate: float | None = field(default=None, metadata={"help": "of the gate and projections alone"})
@@ -144,14 +156,17 @@ class Settings:
             "dataloader_pin_memory": not on_cpu,
         }
         deepspeed = resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
-        given = {key: value for key, value in self.training.items() if key != "deepspeed"}
-        newer = {f.name for f in dataclasses.fields(TrainingArguments)}
-        if "gradient_checkpointing" in given and "activation_checkpointing" in newer:
-            given["activation_checkpointing"] = given.pop("gradient_checkpointing")  # its name in newer transformers
+        # Set on the model itself, see tove_llava.train.recomputation.
+        given = {key: value for key, value in self.training.items() if key not in ("deepspeed", *_CHECKPOINTING)}
         try:
             return TrainingArguments(**{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": deepspeed})
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training arguments: {error}") from error
+
+    @property
+    def checkpointing(self) -> str:
+        """``none``, ``full`` or ``selective`` (:mod:`tove_llava.train.recomputation`)."""
+        return self.stage.kept
 
     def device(self) -> torch.device:
         """Where this process trains."""
@@ -167,7 +182,12 @@ class Settings:
     def record(self) -> dict[str, Any]:
         """What decides the outcome of the run, as flat plain data: runs with equal records may continue each other."""
         preset = self.preset.to_dict()
-        stage = dataclasses.asdict(self.stage)
+        # What is computed once more changes nothing, and a run from before a setting was there may be continued.
+        stage = {
+            k: v for k, v in dataclasses.asdict(self.stage).items() if k not in ("checkpointing", "checkpointing_gib")
+        }
+        stage["fused_kernels"] = stage["fused_kernels"] or None
+        stage["image_resize"] = None if stage["image_resize"] == "pillow" else stage["image_resize"]
         arguments = {**stage.pop("arguments"), **self.training}
         del stage["tower_execution"]  # the same results, up to rounding
         parts = {
@@ -244,7 +264,11 @@ def parse(argv: Sequence[str]) -> Settings:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"preset {run.preset}: stages.{run.stage}.arguments: unknown key {key!r}.{hint}")
-    training = {**stage.arguments, **{k: v for k, v in given.items() if k not in run_fields and k != "set"}}
+    flags = {k: v for k, v in given.items() if k not in run_fields and k != "set"}
+    training = {**stage.arguments, **flags}
+    stage = _resolve_checkpointing(stage, run, flags)
+    if training.get("use_liger_kernel"):
+        raise ConfigError("--use_liger_kernel does not know this model; give --fused_kernels True")
     if run.data_path is None or run.image_folder is None:
         raise ConfigError("--data_path and --image_folder are needed: LLaVA records and the folder of their images")
     if not training.get("output_dir"):
@@ -301,7 +325,7 @@ def resolve_deepspeed(name: str | None) -> str | None:
 
 def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
     names = ["template", "image_aspect_ratio", "image_resize", "group_by_modality_length", "model_max_length"]
-    names += ("padding_free", "tower_execution")
+    names += ("padding_free", "tower_execution", "fused_kernels", "checkpointing_gib")
     names += ("projector_learning_rate", "tower_learning_rate", "encoder_learning_rate")
     changes = {name: getattr(run, name) for name in names if getattr(run, name) is not None}
     lora: dict[str, Any] = {"r": run.lora_r, "alpha": run.lora_alpha, "dropout": run.lora_dropout}
@@ -324,6 +348,24 @@ def _override_stage(stage: StagePreset, run: RunArguments) -> StagePreset:
             raise ConfigError(f"--merge_{next(iter(merge))}: stage {run.stage!r} merges nothing; use --stage merge")
         changes["merge"] = dataclasses.replace(stage.merge, **merge)
     return dataclasses.replace(stage, **changes)
+
+
+def _resolve_checkpointing(stage: StagePreset, run: RunArguments, flags: dict[str, Any]) -> StagePreset:
+    """The stage with its kind of checkpointing said; transformers' flag for it is understood too."""
+    name = next((name for name in _CHECKPOINTING if flags.get(name) is not None), None)
+    if name is not None:
+        kind = FULL if flags[name] else NONE
+        if run.checkpointing not in (None, kind):
+            raise ConfigError(f"--{name} {flags[name]} and --checkpointing {run.checkpointing}: give one of them")
+        stage = dataclasses.replace(stage, checkpointing=kind)
+    kind = run.checkpointing or stage.kept
+    check_kind(kind)
+    if stage.checkpointing_gib is not None:
+        if kind != SELECTIVE:
+            raise ConfigError(f"checkpointing_gib is of selective checkpointing, and this is {kind!r}; leave it out")
+        if stage.checkpointing_gib < 0:
+            raise ConfigError(f"checkpointing_gib must not be negative, and is {stage.checkpointing_gib}")
+    return dataclasses.replace(stage, checkpointing=kind)
 
 
 def _quantization(stage: StagePreset, run: RunArguments) -> QuantizationPreset | None:

@@ -2,12 +2,13 @@
 
 With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (records times their length):
 
-* Weights: ``b`` a parameter; ZeRO-3 holds an n-th, and what it has gathered. CLIP and the experts are whole everywhere.
+* Weights: ``b`` a parameter, or what quantisation leaves of it; ZeRO-3 holds an n-th, and what it has gathered. CLIP
+  and the experts are whole everywhere.
 * Gradients and AdamW: ``b + 12`` bytes a trained parameter under DeepSpeed (the gradient; master copy and two moments
   in float32), of which ZeRO-2 and ZeRO-3 hold an n-th. Without DeepSpeed ``4 + 8``, beside weights of 4 bytes.
-* Activations: what the language model's layers keep for the backward pass (with checkpointing the input of each, and
-  one layer whole), what projector and tower keep, and the working memory of the loss, of one layer, or of the
-  encoders, whichever is largest.
+* Activations: what the language model's layers keep for the backward pass (with checkpointing the input of each, of
+  layers under selective checkpointing their wide products too, and one layer whole), what projector and tower keep, and
+  the working memory of the loss, of one layer, or of the encoders, whichever is largest.
 """
 
 import json
@@ -18,11 +19,11 @@ from typing import Any
 from tove_llava.errors import ConfigError
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
-from tove_llava.presets import Preset
+from tove_llava.presets import Preset, QuantizationPreset, StagePreset
 from tove_llava.train.arguments import CONFIG_FOLDER
+from tove_llava.train.recomputation import GIB, NONE, SELECTIVE, LayerCosts
 from tove_llava.train.shapes import Shape
 
-GIB = 2**30
 PROCESS = GIB  # Python and the libraries; on a GPU the driver's context and the kernels
 GATHERED = 10**9  # parameters that ZeRO-3 may hold whole at a time (stage3_max_live_parameters)
 
@@ -96,12 +97,13 @@ def training_memory(preset: Preset, stage_name: str, shape: Shape, run: Run) -> 
     backbones = size * shape.backbones
     loaded = run.devices * (size * shape.registered + backbones + PROCESS)  # each process makes the model on the host
     activations = _activations(preset, stage_name, shape, run)
+    packed = _packed(preset.stage(stage_name).quantization, size, shape)
     if run.deepspeed is None:
-        weights = size * (shape.registered - shape.trained) + 4 * shape.trained
+        weights = size * (shape.registered - shape.trained) + 4 * shape.trained - packed
         return Memory(weights, backbones, 4 * shape.trained, 8 * shape.trained, activations, loaded)
     zero = _zero(run.deepspeed)
     level, offloaded = int(zero.get("stage", 0)), "offload_optimizer" in zero
-    weights = size * shape.registered
+    weights = size * shape.registered - packed
     if level == 3 and (run.devices > 1 or offloaded):
         own = 0 if "offload_param" in zero else weights // run.devices
         weights = own + size * min(GATHERED, shape.registered)
@@ -155,14 +157,33 @@ def largest_batch(preset: Preset, stage_name: str, shape: Shape, run: Run, avail
 def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int:
     size, positions = _bytes(preset), run.batch * run.length
     layer = positions * shape.layer_kept
-    checkpointed = preset.stage(stage_name).arguments.get("gradient_checkpointing", False)
-    kept = shape.layers * positions * shape.hidden if checkpointed else shape.layers * layer
+    kept = positions * _kept_by_layers(preset.stage(stage_name), shape, positions, size)
     # Projector: its two layers' inputs and the activation between them.
     kept += run.batch * (shape.fusion_kept + shape.encoder_kept + 3 * shape.image_tokens * shape.hidden)
     whole = run.deepspeed is not None and int(_zero(run.deepspeed).get("stage", 0)) == 3
     scored = positions if whole else min(positions, PIECE // max(shape.vocabulary, 1))
     loss = scored * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
     return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
+
+
+def _packed(quantization: QuantizationPreset | None, size: int, shape: Shape) -> int:
+    """Bytes that quantisation saves. 4 bits have a scale for each 64 weights, in float32 or in about 8 bits."""
+    if quantization is None:
+        return 0
+    scales = 0.0 if quantization.bits == 8 else 8.125 / 64 if quantization.double_quant else 32 / 64
+    return int(shape.quantizable * (size - (quantization.bits + scales) / 8))
+
+
+def _kept_by_layers(stage: StagePreset, shape: Shape, positions: int, size: int) -> int:
+    """Numbers a position until the backward pass comes to the layer."""
+    if stage.kept == NONE:
+        return shape.layers * shape.layer_kept
+    kept = shape.layers * shape.hidden
+    if stage.kept == SELECTIVE:
+        costs = LayerCosts(shape.layers, shape.hidden, shape.layer_products, shape.layer_kept)
+        budget = None if stage.checkpointing_gib is None else int(stage.checkpointing_gib * GIB)
+        kept += shape.layer_products * costs.selective_layers(positions, size, budget)
+    return kept
 
 
 def _zero(name: str) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,18 +19,21 @@ from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
+from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.logs import quiet_transformers
 from tove_llava.merge import FurtherImages, MergingTower, Pictures
-from tove_llava.presets import load_preset
+from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS
+from tove_llava.train.recomputation import set_checkpointing
+from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
@@ -52,6 +55,8 @@ def run(settings: Settings) -> None:
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
     _check_deepspeed(settings)
+    if settings.stage.fused_kernels:
+        check_kernels(settings.device())
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
     seed = settings.training.get("seed", 42)
     set_seed(seed)
@@ -70,6 +75,12 @@ def run(settings: Settings) -> None:
     model.tower.set_execution(settings.stage.tower_execution)
     trainable = freeze(model, start.stage)
     _say(trainable.report(model))
+    set_checkpointing(
+        model,
+        start.stage.kept,
+        budget_gib=start.stage.checkpointing_gib,
+        whole=kept_by_layer(model.model.language_model, trainable, start.stage.lora),
+    )
 
     resume = last_checkpoint(settings.output_dir)
     _write_record(settings.output_dir, record)
@@ -89,7 +100,7 @@ def run(settings: Settings) -> None:
     trainer = make_trainer(settings, args, model, processor, dataset, trainable)
     if resume is not None:
         _say(f"resuming from {resume}")
-    with packed_rows(model.model.language_model) if start.stage.padding_free else nullcontext():
+    with _fast_paths(model, start.stage):
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
 
     tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
@@ -101,6 +112,17 @@ def run(settings: Settings) -> None:
         _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def _fast_paths(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Iterator[None]:
+    language = model.model.language_model
+    with ExitStack() as stack:
+        if stage.padding_free:
+            stack.enter_context(packed_rows(language))
+        if stage.fused_kernels:
+            stack.enter_context(fused_kernels(language))
+        yield
 
 
 def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig) -> LlavaDataset:

@@ -13,9 +13,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.experts import build_expert
 from tove_llava.llava.build import build_on_meta, language_config, torch_dtype, vision_config
-from tove_llava.presets import Preset, StagePreset, VisionPreset
+from tove_llava.presets import LoraPreset, Preset, StagePreset, VisionPreset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
-from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, freeze
+from tove_llava.train.recomputation import kept_products
+from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, Trainable, freeze
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,11 @@ class Shape:
         backbones: parameters of CLIP and the experts.
         registered: parameters of language model, projector and tower, with what the stage adds.
         trained: those of them that train.
+        quantizable: those that quantisation packs, where the stage asks for it: the language model's linear layers.
         layers, hidden, vocabulary: of the language model.
         image_tokens: positions of a picture.
         layer_kept: numbers that a layer of the language model keeps for the backward pass, a position.
+        layer_products: of these, those that selective checkpointing keeps, beside the layer's input.
         fusion_kept: numbers that the tower's fusion keeps, a picture.
         encoder_kept: numbers that a CLIP which trains keeps, a picture.
         encoder_work: numbers into and out of the largest layer of CLIP and the experts, a picture.
@@ -37,11 +40,13 @@ class Shape:
     backbones: int
     registered: int
     trained: int
+    quantizable: int
     layers: int
     hidden: int
     vocabulary: int
     image_tokens: int
     layer_kept: int
+    layer_products: int
     fusion_kept: int
     encoder_kept: int
     encoder_work: int
@@ -62,7 +67,7 @@ def stage_shape(preset: Preset, stage_name: str) -> Shape:
     vision = _vision_shape(json.dumps(asdict(preset.vision)))
     layers = language_config(preset.language).num_hidden_layers
     shallow, deeper = (_counts(preset, stage, vision, depth) for depth in (1, 2))
-    registered, trained = (
+    registered, trained, quantizable = (
         one + (layers - 1) * (two - one) for one, two in zip(shallow.parameters, deeper.parameters, strict=True)
     )
     config, clip = deeper.model.config.get_text_config(), vision.config.clip_config
@@ -71,11 +76,18 @@ def stage_shape(preset: Preset, stage_name: str) -> Shape:
         backbones=vision.backbones,
         registered=registered,
         trained=trained,
+        quantizable=quantizable,
         layers=layers,
         hidden=config.hidden_size,
         vocabulary=deeper.model.lm_head.weight.shape[0],
         image_tokens=vision.config.num_image_tokens,
-        layer_kept=_layer_kept(preset, stage, config, whole=LANGUAGE in deeper.parts, adapters=LORA in deeper.parts),
+        layer_kept=_layer_kept(
+            config,
+            torch_dtype(preset.language.dtype),
+            whole=LANGUAGE in deeper.parts,
+            lora=stage.lora if LORA in deeper.parts else None,
+        ),
+        layer_products=kept_products(deeper.model.model.language_model.layers[0], config.hidden_size),
         fusion_kept=vision.fusion_kept,
         encoder_kept=encoder_kept if ENCODER in deeper.parts else 0,
         encoder_work=vision.encoder_work,
@@ -107,15 +119,18 @@ def _vision_shape(preset: str) -> _VisionShape:
 class _Counts:
     model: Any
     parts: frozenset[str]
-    parameters: tuple[int, int]  # registered, trained
+    parameters: tuple[int, int, int]  # registered, trained, quantizable
 
 
 def _counts(preset: Preset, stage: StagePreset, vision: _VisionShape, layers: int) -> _Counts:
     model = build_on_meta(preset, layers=layers, vision=copy.deepcopy(vision.config))
+    linear = (m for m in model.model.language_model.modules() if isinstance(m, nn.Linear))
+    quantizable = sum(m.weight.numel() for m in linear)
     model.tower.frozen.clip = _empty_clip(vision.config)  # the stage that merges trains a copy of it
     trainable = freeze(model, stage)
     registered = sum(p.numel() for p in model.parameters())
-    return _Counts(model, frozenset(trainable.parts), (registered, sum(p.numel() for p in trainable.parameters())))
+    trained = sum(p.numel() for p in trainable.parameters())
+    return _Counts(model, frozenset(trainable.parts), (registered, trained, quantizable))
 
 
 def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
@@ -125,7 +140,13 @@ def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
         return CLIPVisionModel(config).eval()
 
 
-def _layer_kept(preset: Preset, stage: StagePreset, config: Any, *, whole: bool, adapters: bool) -> int:
+def kept_by_layer(language: Any, trainable: Trainable, lora: LoraPreset | None) -> int:
+    """Numbers a position that a layer of a language model keeps for the backward pass without recomputation."""
+    parts = trainable.parts
+    return _layer_kept(language.config, language.dtype, whole=LANGUAGE in parts, lora=lora if LORA in parts else None)
+
+
+def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPreset | None) -> int:
     """Of a LLaMA layer with torch's fused attention; counted with torch's record of allocations.
 
     Norms, queries, keys, values, attention and residuals keep 6 times the width, the gated MLP 3 times its own. Norms
@@ -133,13 +154,13 @@ def _layer_kept(preset: Preset, stage: StagePreset, config: Any, *, whole: bool,
     that, its rank, and behind dropout the dropped-out input.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    norms = 0 if torch_dtype(preset.language.dtype) == torch.float32 else 2
+    norms = 0 if dtype == torch.float32 else 2
     if whole:
         return (10 + norms) * hidden + 4 * intermediate
     kept = (6 + norms) * hidden + 3 * intermediate
-    if adapters and stage.lora is not None:
-        kept += 2 * hidden + intermediate + 7 * stage.lora.r
-        kept += (10 * hidden + intermediate) if stage.lora.dropout else 0
+    if lora is not None:
+        kept += 2 * hidden + intermediate + 7 * lora.r
+        kept += (10 * hidden + intermediate) if lora.dropout else 0
     return kept
 
 

@@ -1,0 +1,155 @@
+"""What the benchmarks of a training step share: the step itself, synthetic batches, needed FLOPs and utilisation."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from common import Bench, Samples, count_flops, weight_bytes
+from torch import nn
+
+from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.presets import StagePreset
+from tove_llava.tower import TowerFeatures
+from tove_llava.train.stages import Trainable, freeze, parameter_groups
+
+# Published dense bfloat16 and float16 TFLOP/s, by the name that the driver gives.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA H100 80GB HBM3": 989.4,
+    "NVIDIA H200": 989.4,
+}
+LEARNING_RATE = 1e-5  # the time does not depend on it
+
+
+class TrainingStep:
+    """One optimiser step of a stage on one batch; calling it takes the step and returns the loss.
+
+    Args:
+        model: on its device, with backbones. The stage's freezing policy is applied to it.
+        stage: of the preset.
+        dtype: of the computation; what trains is float32.
+    """
+
+    def __init__(self, model: ToveLlavaForConditionalGeneration, stage: StagePreset, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model.train(), dtype
+        self.device = next(model.parameters()).device
+        self.trainable: Trainable = freeze(model, stage)
+        model.to(self.device)  # adapters too
+        for parameter in self.trainable.parameters():
+            parameter.data = parameter.data.float()
+        groups = parameter_groups(
+            self.trainable, learning_rate=LEARNING_RATE, weight_decay=stage.arguments.get("weight_decay", 0.0)
+        )
+        self.optimizer = torch.optim.AdamW(groups, fused=self.device.type == "cuda")
+        self.max_grad_norm = stage.arguments.get("max_grad_norm", 1.0)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def forward(self, batch: dict[str, Any], *, add_aux_loss: bool = True) -> torch.Tensor:
+        with self.precision():
+            return self.model(**batch, add_aux_loss=add_aux_loss, use_cache=False).loss
+
+    def __call__(self, batch: dict[str, Any]) -> torch.Tensor:
+        loss = self.forward(batch)
+        loss.backward()
+        if self.max_grad_norm:
+            nn.utils.clip_grad_norm_(list(self.trainable.parameters()), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    def encode(self, pixel_values: torch.Tensor) -> TowerFeatures:
+        with self.precision():
+            return self.model.tower.encode(pixel_values)
+
+    def needed_flops(self, batch: dict[str, Any]) -> dict[str, int]:
+        """FLOPs of one step on the batch, by the convention above; checkpointing has to be off."""
+        rest, encoders = batch, 0
+        if "pixel_values" in batch:
+            rest = with_features(batch, self.encode(batch["pixel_values"]))
+            encoders = count_flops(lambda: self.encode(batch["pixel_values"]))
+        trained = count_flops(lambda: self.forward(rest, add_aux_loss=False).backward())
+        forward = count_flops(lambda: self.forward(rest, add_aux_loss=False))
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"frozen_encoders": encoders, "forward": forward, "backward": trained - forward}
+
+    def resident_bytes(self) -> int:
+        """Weights, backbones and optimiser state between two steps."""
+        frozen = self.model.tower.frozen
+        state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
+        return weight_bytes(self.model, frozen.clip, frozen.hub) + sum(t.numel() * t.element_size() for t in state)
+
+
+def make_batch(
+    model: ToveLlavaForConditionalGeneration,
+    size: int,
+    text_tokens: int,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    supervised: int | None = None,
+) -> dict[str, Any]:
+    """``size`` samples of one image and ``text_tokens`` tokens of text, of which the last ones are supervised.
+
+    Args:
+        supervised: how many; half of them where none is given, and then with all logits.
+    """
+    device, vision = next(model.parameters()).device, model.config.vision_config
+    generator = torch.Generator().manual_seed(seed)
+    image = model.config.image_token_index
+    text = torch.randint(3, model.config.text_config.vocab_size - 1, (size, text_tokens), generator=generator)
+    text += text >= image  # any word but the image's
+    images = torch.full((size, vision.num_patches), image)
+    input_ids = torch.cat([text[:, :1], images, text[:, 1:]], dim=1)  # [B, N + text_tokens]
+    labels = input_ids.clone()
+    labels[:, : -(supervised or text_tokens // 2)] = -100
+    pixels = torch.randn(size, 3, vision.image_size, vision.image_size, generator=generator)
+    batch = {
+        "input_ids": input_ids.to(device),
+        "attention_mask": torch.ones_like(input_ids).to(device),
+        "labels": labels.to(device),
+        "pixel_values": pixels.to(device, dtype),
+    }
+    if supervised is not None:
+        length = labels.shape[1]
+        ends = torch.arange(1, size + 1, device=device)[:, None] * length - 1
+        batch["supervised"] = (ends + torch.arange(-supervised, 0, device=device)).flatten()
+    return batch
+
+
+def with_features(batch: dict[str, Any], features: TowerFeatures) -> dict[str, Any]:
+    """The batch with the frozen encoders' output in place of its images."""
+    return {**{k: v for k, v in batch.items() if k != "pixel_values"}, "vision_features": features}
+
+
+def utilisation(
+    bench: Bench, samples: dict[str, Samples], flops: dict[str, int], product_flops: float
+) -> dict[str, Any]:
+    """Needed FLOPs per step and what share of the device's peak and of the measured ceiling they are."""
+    found = utilisation_of(bench, sum(flops.values()) / samples["step"].median)
+    ceiling = product_flops / samples["matrix_product"].median / 1e12
+    return {
+        "needed_gflop_per_step": {
+            **{key: value / 1e9 for key, value in flops.items()},
+            "all": sum(flops.values()) / 1e9,
+        },
+        **found,
+        "matrix_product_tflops": ceiling,
+        "share_of_matrix_product": found["achieved_tflops"] / ceiling,
+    }
+
+
+def utilisation_of(bench: Bench, flops_per_second: float) -> dict[str, Any]:
+    """Of the published peak, where it is known."""
+    achieved, peak = flops_per_second / 1e12, bench.args.peak_tflops
+    if peak is None and bench.device.type == "cuda" and bench.dtype in (torch.bfloat16, torch.float16):
+        peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(bench.device))
+    return {
+        "achieved_tflops": achieved,
+        "published_peak_tflops": peak,
+        "mfu": None if peak is None else achieved / peak,
+    }
