@@ -46,7 +46,7 @@ def test_operations_are_those_of_a_real_step():
         positions = batch["input_ids"].shape[1]
         # The head on the meta device may have some rows more, for the image's token.
         assert work.record(stage, positions=positions, scored=positions) == pytest.approx(
-            sum(needed.values()), rel=5e-3
+            sum(needed.values()), rel=1e-2
         )
         assert work.encoders == pytest.approx(needed["frozen_encoders"])
     without = work.record(stage, positions=positions, scored=positions, pictures=0)
