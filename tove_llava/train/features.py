@@ -135,8 +135,8 @@ def fill_cache(
         for name in lacking:
             os.replace(folder / f"{name}.npy.part", folder / f"{name}.npy")
             files = source_files(Source.parse(wanted[name]["source"]).path)
-            prints = {file: fingerprint(path) for file, path in files.items()}
-            _write(folder / f"{name}.json", {**wanted[name], FILES: prints})
+            weights = {file: fingerprint(path) for file, path in files.items()}
+            _write(folder / f"{name}.json", {**wanted[name], FILES: weights})
     FeatureCache(folder, config, aspect_ratio)  # what was there before may be another tower's
     return sum((folder / f"{name}.npy").stat().st_size for name in wanted)
 
