@@ -40,7 +40,7 @@ NOT_RUN = {
     "architecture.md": 9,
     "chat.md": 2,
     "checkpoints.md": 1,
-    "data.md": 1,
+    "data.md": 2,
     "demo.md": 1,
     "evaluation.md": 5,
     "experts.md": 1,

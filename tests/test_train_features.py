@@ -1,6 +1,7 @@
 """Features computed once: a run that reads them is the run that computes them."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError, DataError
 from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
+from tove_llava.sources import Source
 from tove_llava.tower import TowerFeatures
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.run import main as train
@@ -82,7 +84,78 @@ def test_interrupted_cache_is_made_again_where_it_is_incomplete(root):
     (root / "cache" / "normal.json").unlink()
     assert make(root) == 0
     after = {file.name: file.stat().st_mtime_ns for file in (root / "cache").iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"images.json", "normal.npy", "normal.json"}
+    assert {name for name in after if after[name] != before[name]} == {"normal.npy", "normal.json"}
+
+
+@pytest.fixture
+def own(root, tmp_path):
+    """Parts, records and a cache that a test may damage."""
+    folder = tmp_path / "own"
+    write_parts(folder)
+    shutil.copytree(root / "images", folder / "images")
+    for name in ("captions.json", "instruct.json"):
+        shutil.copy(root / name, folder)
+    assert make(folder) == 0
+    return folder
+
+
+def train_cached(folder, output):
+    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(folder / "cache"))
+    return train(flags(folder, "pretrain", output, *options))
+
+
+def replace_picture(file):
+    """Another picture of the same name, size in bytes and time: only its content tells."""
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+
+
+def test_picture_replaced_by_another_makes_the_cache_stale(own, tmp_path, capsys):
+    replace_picture(own / "images" / "1.png")
+    assert train_cached(own, tmp_path / "run") == 2
+    told = capsys.readouterr().err
+    assert "stale" in told and "1.png" in told and "tove-llava features" in told
+    (own / "cache" / "normal.json").unlink()
+    assert make(own) == 2, "nor are parts of other pictures added to it"
+    assert "stale" in capsys.readouterr().err
+
+
+def test_copied_pictures_are_the_same_pictures(own, tmp_path):
+    for file in (own / "images").iterdir():
+        file.touch()
+    assert make(own) == 0
+    assert train_cached(own, tmp_path / "touched") == 0
+    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
+    FeatureCache(own / "cache", config, "square", tmp_path)  # and where there are none, none has changed
+
+
+def test_local_weights_replaced_by_others_make_the_cache_stale(own):
+    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
+    FeatureCache(own / "cache", config, "square")
+    spec = config.expert_specs[0]
+    path = Source.parse(spec.source).path
+    weights = next(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin"))
+    replace_picture(weights)
+    with pytest.raises(ConfigError, match=f"has changed since {spec.name} was computed"):
+        FeatureCache(own / "cache", config, "square")
+
+
+def test_cache_without_fingerprints_is_read_with_a_warning(own, tmp_path, caplog):
+    for file in (own / "cache").glob("*.json"):
+        made = json.loads(file.read_text())
+        del made["files"]
+        file.write_text(json.dumps(made))
+    assert make(own) == 0 and train_cached(own, tmp_path / "run") == 0
+    assert "earlier version" in caplog.text
+
+
+def test_damaged_fingerprints_are_told(own):
+    file = own / "cache" / "images.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "files": []}))
+    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
+    with pytest.raises(ConfigError, match=r"images\.json is damaged"):
+        FeatureCache(own / "cache", config, "square", own / "images")
 
 
 def test_features_are_joined_in_order():

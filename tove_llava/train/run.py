@@ -136,7 +136,7 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
     )
     cache = None
     if settings.feature_cache is not None:
-        cache = FeatureCache(settings.feature_cache, vision, settings.stage.image_aspect_ratio)
+        cache = FeatureCache(settings.feature_cache, vision, settings.stage.image_aspect_ratio, settings.image_folder)
     return LlavaDataset(
         settings.data_path,
         settings.image_folder,
@@ -159,7 +159,8 @@ def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, s
     cache = None
     if settings.merge_feature_cache is not None:
         aspect_ratio = settings.stage.image_aspect_ratio
-        cache = FeatureCache(settings.merge_feature_cache, tower.teacher.config, aspect_ratio)
+        folder = settings.merge_image_folder
+        cache = FeatureCache(settings.merge_feature_cache, tower.teacher.config, aspect_ratio, folder)
     pictures = Pictures(
         settings.merge_data_path,
         settings.merge_image_folder,

@@ -1,0 +1,275 @@
+"""What features computed once save: training with and without `tove-llava features`, and what the cache costs.
+
+Both stages of a recipe run through the training command on generated scenes, in turn with and without the cache; the
+records per second are those that the trainer logs, without its first log. Making the cache is timed for few and for
+many pictures, which tells what it takes to begin and what it takes a picture. Compression is tried on rows of the
+cache, with the standard library's codecs.
+
+    python benchmarks/cached_features.py
+"""
+
+import contextlib
+import io
+import json
+import lzma
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Bench, argument_parser, circumstances, run_command, spread, table, vision_sources, write_results
+
+from tove_llava.cli import main as tove_llava
+from tove_llava.errors import ConfigError
+from tove_llava.scenes.writer import Request, write_scenes
+
+STAGES = {"pretrain": "captions", "finetune_lora": "instruct"}  # and their records
+FEW = 8  # pictures
+ROWS = 24  # of the cache, that compression is tried on
+CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+    "zlib 1": (lambda data: zlib.compress(data, 1), zlib.decompress),
+    "zlib 6": (lambda data: zlib.compress(data, 6), zlib.decompress),
+    "lzma 1": (lambda data: lzma.compress(data, preset=1), lzma.decompress),
+}
+
+
+class Study:
+    """Scenes, a cache of their features, and trainings on either, in one folder."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self.bench, self.folder, self.trainings = bench, folder, 0
+        self.scenes = folder / "scenes"
+        write_scenes(Request(counts={"train": bench.args.scenes}, seed=bench.args.seed), self.scenes)
+
+    def make_cache(self, name: str, count: int) -> float:
+        """Seconds of the command for so many pictures."""
+        records = json.loads(self._records("captions").read_text())[:count]
+        data = self.folder / f"{name}.json"
+        data.write_text(json.dumps(records))
+        return self._timed("features", "--data", data, "--out", self.folder / name, "--device", self.bench.device.type)
+
+    def train(self, stage: str, cache: Path | None) -> list[float]:
+        """Records per second of each log but the first."""
+        self.trainings += 1
+        output, start = (self.folder / "runs" / str(number) for number in (self.trainings, 1))  # the first is stage 1
+        args = self.bench.args
+        self._timed(
+            "train", "--stage", stage, "--data_path", self._records(STAGES[stage]), "--output_dir", output,
+            "--max_steps", args.steps, "--logging_steps", args.log_every,
+            "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--seed", args.seed,
+            "--bf16", self.bench.dtype.itemsize == 2, "--deepspeed", "none",
+            *(["--per_device_train_batch_size", args.batch] if args.batch else []),
+            *(["--pretrained", start] if stage != "pretrain" else []),
+            *(["--feature_cache", cache] if cache else []),
+        )  # fmt: skip
+        state = json.loads((output / "trainer_state.json").read_text())
+        return [entry["samples_per_second"] for entry in state["log_history"] if "lm_loss" in entry][1:]
+
+    def _records(self, kind: str) -> Path:
+        return self.scenes / f"train_{kind}.json"
+
+    def _timed(self, verb: str, *flags: Any) -> float:
+        """Seconds of a command whose output is shown where it fails."""
+        given = ["--preset", self.bench.args.preset, *(x for text in self.bench.args.set for x in ("--set", text))]
+        names = ("--image_folder", "--image_aspect_ratio")
+        data = [names[0], self.scenes / "images", names[1], "square"]
+        if verb == "features":
+            data[0::2] = [name.replace("_", "-") for name in names]
+        said = io.StringIO()
+        started = time.perf_counter()
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = tove_llava([verb, *map(str, [*given, *data, *flags])])
+        if code:
+            raise ConfigError(f"tove-llava {verb} failed:\n{said.getvalue()[-2000:]}")
+        return time.perf_counter() - started
+
+
+def compression(cache: Path, seed: int) -> list[dict[str, Any]]:
+    """By stored type and codec: the size kept, and megabytes of features read a second, over rows of all parts."""
+    draw = np.random.default_rng(seed)
+    found = []
+    parts = [np.load(file, mmap_mode="r") for file in sorted(cache.glob("*.npy"))]
+    rows = [part[row] for part in parts for row in draw.choice(len(part), min(ROWS, len(part)), replace=False)]
+    whole = sum(row.astype(np.float32).nbytes for row in rows)
+    for dtype in ("float32", "float16"):
+        stored = [np.ascontiguousarray(row.astype(dtype)) for row in rows]
+        plain = [row.tobytes() for row in stored]
+        shuffled = [row.view(np.uint8).reshape(-1, row.itemsize).T.tobytes() for row in stored]  # bytes by significance
+        found.append({"dtype": dtype, "codec": "none", **_tried(plain, bytes, bytes, whole)})
+        for name, (pack, unpack) in CODECS.items():
+            for order, data in (("", plain), (", bytes by significance", shuffled)):
+                found.append({"dtype": dtype, "codec": name + order, **_tried(data, pack, unpack, whole)})
+    return found
+
+
+def _tried(
+    rows: list[bytes], pack: Callable[[bytes], bytes], unpack: Callable[[bytes], bytes], whole: int
+) -> dict[str, float]:
+    started = time.perf_counter()
+    packed = [pack(row) for row in rows]
+    half = time.perf_counter()
+    for row in packed:
+        np.frombuffer(unpack(row), np.uint8).copy()
+    ended = time.perf_counter()
+    size = sum(map(len, packed))
+    return {
+        "size": size / whole,
+        "write_mb_per_second": whole / 1e6 / (half - started),
+        "read_mb_per_second": whole / 1e6 / (ended - half),
+    }
+
+
+def rounding(cache: Path) -> float:
+    """Largest error of a value stored as float16, relative to its part's root mean square."""
+    worst = 0.0
+    for file in cache.glob("*.npy"):
+        values = np.load(file, mmap_mode="r")[:ROWS].astype(np.float64)
+        error = np.abs(values - values.astype(np.float16)).max()
+        worst = max(worst, float(error / np.sqrt((values**2).mean())))
+    return worst
+
+
+def cache_cost(few: Sequence[float], many: Sequence[float], pictures: int) -> dict[str, float]:
+    """Seconds to begin a cache, and seconds a picture, from those for :data:`FEW` pictures and for ``pictures``.
+
+    Raises:
+        ConfigError: there is no difference beyond the noise of the machine.
+    """
+    least, most = spread(few)["median"], spread(many)["median"]
+    picture = (most - least) / (pictures - FEW)
+    if picture <= 0:
+        raise ConfigError(
+            f"{pictures} pictures took no longer than {FEW}: the machine is too busy, or --scenes too few"
+        )
+    return {"begin": max(least - FEW * picture, 0.0), "picture": picture}
+
+
+def consequences(rates: dict[str, dict[str, float]], cost: dict[str, float], runs: int, scenes: int) -> dict[str, Any]:
+    """What follows from records per second and the cost of the cache; computed, not measured.
+
+    Args:
+        rates: by stage, with ``plain`` and ``cached``.
+        cost: ``begin`` and ``picture``, in seconds.
+        runs, scenes: of a study, each run a pass over all scenes in both stages.
+    """
+    saved = {stage: 1 / rate["plain"] - 1 / rate["cached"] for stage, rate in rates.items()}  # seconds a record
+    one_time = cost["begin"] + scenes * cost["picture"]
+    seconds = {kind: runs * scenes * sum(1 / rate[kind] for rate in rates.values()) for kind in ("plain", "cached")}
+    return {
+        "break_even_epochs": {stage: one_time / (scenes * gain) if gain > 0 else None for stage, gain in saved.items()},
+        "study": {
+            "runs": runs,
+            "scenes": scenes,
+            "one_time_seconds": one_time,
+            "seconds_without": seconds["plain"],
+            "seconds_with": seconds["cached"] + one_time,
+            "ratio": seconds["plain"] / (seconds["cached"] + one_time),
+        },
+    }
+
+
+def benchmark(bench: Bench) -> None:
+    args = bench.args
+    if args.steps < 2 * args.log_every:
+        raise ConfigError(
+            f"--steps must be at least twice --log-every, {2 * args.log_every}; the first log is left out"
+        )
+    if args.scenes <= FEW:
+        raise ConfigError(f"--scenes must be more than {FEW}")
+    weights = bench.weights([*vision_sources(bench.preset), bench.preset.language.source])
+    if weights == "random":
+        raise ConfigError("the training command needs the preset's sources; use --preset tiny, or --set local ones")
+    with tempfile.TemporaryDirectory() as place:
+        study = Study(bench, Path(place))
+        study.make_cache("first", FEW)  # what is imported and mapped only once
+        few, many = (
+            [study.make_cache(f"{count}-{repeat}", count) for repeat in range(args.repeats)]
+            for count in (FEW, args.scenes)
+        )
+        cost = cache_cost(few, many, args.scenes)
+        cache = study.folder / f"{args.scenes}-0"
+        size = sum(file.stat().st_size for file in cache.iterdir())
+        logs: dict[str, dict[str, list[float]]] = {stage: {"cached": [], "plain": []} for stage in STAGES}
+        medians: dict[str, list[float]] = {stage: [] for stage in STAGES}
+        for _ in range(args.repeats):
+            for stage, kinds in logs.items():
+                rate = {}
+                for kind, values in kinds.items():
+                    found = study.train(stage, cache if kind == "cached" else None)
+                    rate[kind] = spread(found)["median"]
+                    values.extend(found)
+                medians[stage].append(rate["cached"] / rate["plain"])
+        tried, worst = compression(cache, args.seed), rounding(cache)
+    rates = {stage: {kind: spread(values)["median"] for kind, values in kinds.items()} for stage, kinds in logs.items()}
+    record = bench.record("cached_features", weights, scenes=args.scenes, steps=args.steps, log_every=args.log_every)
+    record["stages"] = {
+        stage: {
+            "samples_per_second": {kind: spread(values) for kind, values in logs[stage].items()},
+            "ratio": {"value": rates[stage]["cached"] / rates[stage]["plain"], "by_repeat": medians[stage]},
+        }
+        for stage in STAGES
+    }
+    record["cache"] = {"seconds": spread(many), **cost, "bytes_per_picture": size / args.scenes, "compression": tried}
+    record["cache"]["float16_largest_error_over_rms"] = worst
+    record["computed"] = consequences(rates, cost, args.study_runs, args.study_scenes)
+    write_results(args.output, record, render(record))
+
+
+def render(record: dict[str, Any]) -> str:
+    """The record as Markdown."""
+    cache, computed = record["cache"], record["computed"]
+    study = computed["study"]
+    rows = []
+    for stage, row in record["stages"].items():
+        rate, even = row["samples_per_second"], computed["break_even_epochs"][stage]
+        ratios = ", ".join(f"{value:.2f}" for value in row["ratio"]["by_repeat"])
+        cells = [f"{rate[kind]['median']:.1f} ({rate[kind]['q1']:.1f} to {rate[kind]['q3']:.1f})" for kind in rate]
+        rows.append([stage, *reversed(cells), f"{row['ratio']['value']:.2f} ({ratios})"])
+        rows[-1].append("never" if even is None else f"{even:.2f}")
+    speed = table(["stage", "samples/s", "with the cache", "ratio (each repeat)", "epochs until it pays"], rows)
+    packed = table(
+        ["stored as", "size", "read, MB/s", "written, MB/s"],
+        [
+            [f"{row['dtype']}, {row['codec']}", f"{row['size']:.2f}"]
+            + [f"{row[f'{kind}_mb_per_second']:,.0f}" for kind in ("read", "write")]
+            for row in cache["compression"]
+        ],
+    )
+    return "\n\n".join(
+        [
+            "# Features computed once",
+            circumstances(record),
+            speed,
+            f"Making the cache took {cache['seconds']['median']:.1f} s: {cache['begin']:.1f} s to begin and "
+            f"{1e3 * cache['picture']:.1f} ms a picture. It takes {cache['bytes_per_picture'] / 1e3:.1f} kB a picture. "
+            f"*Epochs until it pays* are for {study['scenes']:,} pictures.",
+            f"**Computed from this**: {study['runs']} runs of two stages over {study['scenes']:,} scenes, as many as "
+            f"docs/claims.md has, train {study['seconds_without'] / 3600:.2f} h without a cache and "
+            f"{study['seconds_with'] / 3600:.2f} h with one, its making included: {study['ratio']:.2f} times as fast, "
+            "without start-up and evaluation.",
+            packed,
+            "Sizes are of float32's, megabytes those of float32, so that rows compare; *none* is a copy in memory. "
+            f"float16 rounds by at most {cache['float16_largest_error_over_rms']:.1e} of a part's root mean square.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--batch", type=int, metavar="N", help="records of a step (default: the stage's)")
+    parser.add_argument("--scenes", type=int, default=160, metavar="N", help="pictures (default: 160)")
+    parser.add_argument("--steps", type=int, default=20, metavar="N", help="of each training (default: 20)")
+    parser.add_argument("--log-every", type=int, default=4, metavar="N", help="steps a log (default: 4)")
+    parser.add_argument("--study-runs", type=int, default=105, metavar="N", help="of the study computed (default: 105)")
+    parser.add_argument("--study-scenes", type=int, default=2400, metavar="N", help="of each run (default: 2400)")
+    parser.set_defaults(repeats=3, dtype="bfloat16")
+    args = parser.parse_args(argv)
+    return run_command(lambda: benchmark(Bench(args)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

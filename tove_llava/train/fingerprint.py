@@ -1,0 +1,47 @@
+"""Fingerprints of files: kept beside what was computed from them, so that a file that has changed since is noticed."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+Fingerprint = list[int | str]  # bytes, time of the last change in ns, BLAKE2 of the content in hexadecimal
+
+_READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")  # what weights and settings are kept in
+
+
+def fingerprint(file: str | os.PathLike[str]) -> Fingerprint:
+    """Of a file as it is now."""
+    status = os.stat(file)
+    return [status.st_size, status.st_mtime_ns, _digest(file)]
+
+
+def has_changed(file: str | os.PathLike[str], recorded: Sequence[int | str]) -> bool:
+    """Whether a file has other bytes than it had; one that is gone has not.
+
+    A file of the recorded size and time is not read. A copy, which has another time, is.
+    """
+    try:
+        status = os.stat(file)
+        size, modified, digest = recorded
+        if status.st_size != size:
+            return True
+        return status.st_mtime_ns != modified and _digest(file) != digest
+    except FileNotFoundError:
+        return False
+
+
+def source_files(path: Path | None) -> dict[str, Path]:
+    """Files of a local source that decide what it computes, by name; none where it does not lie here."""
+    if path is None or not path.exists():
+        return {}
+    files = [path] if path.is_file() else path.iterdir()
+    return {file.name: file for file in sorted(files) if file.suffix in _READ and file.is_file()}
+
+
+def _digest(file: str | os.PathLike[str]) -> str:
+    hashed = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as stream:
+        while block := stream.read(2**20):
+            hashed.update(block)
+    return hashed.hexdigest()
