@@ -92,7 +92,7 @@ def set_checkpointing(model: Any, kind: str, *, budget_gib: float | None = None,
         whole: numbers a position that a layer keeps without recomputation (:class:`LayerCosts`), for the budget.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: no such kind, or a language model without a list of layers.
     """
     check_kind(kind)
     language = model.model.language_model
@@ -124,7 +124,9 @@ class _Selection:
     """Gives each layer of a forward pass its pair of contexts (``context_fn`` of ``torch.utils.checkpoint``)."""
 
     def __init__(self, language: PreTrainedModel, budget_gib: float | None, whole: int) -> None:
-        width, layers = language.config.hidden_size, language.layers
+        width, layers = language.config.hidden_size, getattr(language, "layers", None)
+        if not isinstance(layers, nn.ModuleList):
+            raise ConfigError(f"selective checkpointing does not know {type(language).__name__}; use full")
         self.budget = None if budget_gib is None else int(budget_gib * GIB)
         self.costs = LayerCosts(len(layers), width, max(kept_products(layer, width) for layer in layers), whole)
         self.policy = wide_products(width)

@@ -75,12 +75,7 @@ def run(settings: Settings) -> None:
     model.tower.set_execution(settings.stage.tower_execution)
     trainable = freeze(model, start.stage)
     _say(trainable.report(model))
-    set_checkpointing(
-        model,
-        start.stage.kept,
-        budget_gib=start.stage.checkpointing_gib,
-        whole=kept_by_layer(model.model.language_model, trainable, start.stage.lora),
-    )
+    _set_checkpointing(model, trainable, start.stage)
 
     resume = last_checkpoint(settings.output_dir)
     _write_record(settings.output_dir, record)
@@ -112,6 +107,12 @@ def run(settings: Settings) -> None:
         _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
     if dist.is_initialized():
         dist.barrier()
+
+
+def _set_checkpointing(model: ToveLlavaForConditionalGeneration, trainable: Trainable, stage: StagePreset) -> None:
+    budget, language = stage.checkpointing_gib, model.model.language_model
+    whole = 0 if budget is None else kept_by_layer(language, trainable, stage.lora)
+    set_checkpointing(model, stage.kept, budget_gib=budget, whole=whole)
 
 
 @contextmanager
