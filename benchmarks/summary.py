@@ -1,98 +1,216 @@
-"""All targets of the benchmarks in one table: wanted, measured, met or not, and where.
+"""All targets of the benchmarks in one table: wanted, measured, met or not, on what, and by which command.
 
-Reads ``record["targets"]`` of every JSON file of a folder of results and writes ``SUMMARY.md`` and ``summary.json``
-into it. A target that was measured on one kind of machine alone has one row; a target that none could measure is a row
-too, with the command that measures it.
+The targets are those of targets.yaml. Values are those of ``record["targets"]`` in every JSON file of a folder of
+results; ``SUMMARY.md`` and ``summary.json`` are written into it. A target counts as measured on the kind of device and
+at the size that it is meant for; what was found elsewhere (a ratio of the ``tiny`` preset on a CPU, where the target is
+one of a GPU) stands in a table of its own. A target that no result measures is a row too, with its command.
 
     python benchmarks/summary.py [--output benchmarks/results]
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from common import RESULTS, run_command, table
 
 from tove_llava.errors import ConfigError
 
-ON_A_GPU = "bash benchmarks/run.sh gpu"
-_KEYS = {"name", "value", "target", "at_least"}
-Row = dict[str, Any]
+TARGETS = Path(__file__).with_name("targets.yaml")
+ALL = {"cuda": "bash benchmarks/run.sh gpu", "cpu": "bash benchmarks/run.sh cpu", "any": "bash benchmarks/run.sh cpu"}
+ENTRY = {"name", "value", "target", "at_least"}
 
 
-def collect(folder: Path) -> list[Row]:
-    """One row a target.
+@dataclass(frozen=True)
+class Target:
+    """One entry of targets.yaml, whose comments say what each key is."""
+
+    key: str
+    what: str
+    than: str
+    benchmark: str
+    named: str
+    command: str
+    device: str
+    preset: str | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.at_least is None) == (self.at_most is None) or self.device not in ALL:
+            raise ConfigError(f"{TARGETS}: {self.key}: give at_least or at_most, and a device of {', '.join(ALL)}")
+
+    @property
+    def wanted(self) -> float:
+        value = self.at_most if self.at_least is None else self.at_least
+        assert value is not None
+        return value
+
+    @property
+    def limit(self) -> str:
+        return f"{'≤' if self.at_least is None else '≥'} {self.wanted:g}"
+
+    def is_named(self, record: dict[str, Any], entry: dict[str, Any]) -> bool:
+        return record["benchmark"] == self.benchmark and re.fullmatch(self.named, entry["name"]) is not None
+
+    def is_for(self, record: dict[str, Any]) -> bool:
+        """Whether the record was taken on what the target is for."""
+        return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
+
+    def state(self, value: float) -> str:
+        met = value <= self.wanted if self.at_least is None else value >= self.wanted
+        return "met" if met else "missed"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target with what one result says of it; without a file, nothing was measured."""
+
+    target: Target
+    state: str  # "met", "missed", "unmeasured", or "elsewhere": measured on what the target is not for
+    name: str | None = None
+    value: float | None = None
+    file: str | None = None
+    preset: str | None = None
+    device: str | None = None
+    commit: str | None = None
+    versions: dict[str, str] | None = None
+
+
+def load_targets(file: Path = TARGETS) -> list[Target]:
+    """Raises ConfigError where an entry lacks a key or has an unknown one."""
+    try:
+        return [Target(key=key, **entry) for key, entry in yaml.safe_load(file.read_text()).items()]
+    except TypeError as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
+    """The rows of every target, in the order of ``targets``.
 
     Raises:
-        ConfigError: a file that is not a benchmark's result, or no result at all.
+        ConfigError: a file that is not a benchmark's result, a target in it that ``targets`` does not list or that is
+            another number there, or no result at all.
     """
-    rows: dict[tuple[str, ...], Row] = {}
-    for file in sorted(folder.glob("*-*.json")):
+    found: dict[str, list[Row]] = {target.key: [] for target in targets}
+    files = sorted(folder.glob("*-*.json"))
+    if not files:
+        raise ConfigError(f"{folder} holds no results; run '{ALL['cpu']}' first")
+    for file in files:
         record = _read(file)
         for entry in record.get("targets", []):
-            if set(entry) != _KEYS:
-                raise ConfigError(f"{file}: a target has the keys {sorted(entry)}, not {sorted(_KEYS)}")
-            key = (record["benchmark"], entry["name"])
-            row = {
-                "benchmark": record["benchmark"],
-                **entry,
-                "state": _state(entry),
-                "file": file.with_suffix(".md").name,
-                "device": record["device"]["description"],
-                "commit": record.get("commit", "unknown"),
-            }
-            if key not in rows or rows[key]["value"] is None:
-                rows[key] = row
-            elif row["value"] is not None:  # measured on two machines: both are told
-                rows[(*key, file.stem)] = row
-    if not rows:
-        raise ConfigError(f"{folder} holds no result with targets; run 'bash benchmarks/run.sh cpu' first")
-    return list(rows.values())
+            for target in _listed(file, record, entry, targets):
+                if entry["value"] is not None:
+                    state = target.state(entry["value"]) if target.is_for(record) else "elsewhere"
+                    found[target.key].append(_row(target, state, file, record, entry))
+    rows = []
+    for target in targets:
+        if not any(row.state != "elsewhere" for row in found[target.key]):
+            rows.append(Row(target, "unmeasured"))
+        rows += found[target.key]
+    return rows
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """A result, which has what is read of it here."""
     try:
         record = json.loads(file.read_text())
-        record["benchmark"], record["device"]["description"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        record["benchmark"], record["preset"], record["device"]["type"], record["device"]["description"]
+        entries = record.get("targets", [])
+        odd = [entry for entry in entries if set(entry) != ENTRY or not isinstance(entry["name"], str)]
+        numbers = [n for entry in entries for n in (entry.get("value"), entry.get("target")) if n is not None]
+        if odd or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
+            raise ConfigError(f"{file}: a target needs {sorted(ENTRY)}, a name and numbers; not so: {odd or numbers}")
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a benchmark's result ({error!r}); take it out or measure again") from error
     return record
 
 
-def _state(entry: Row) -> str:
-    value, wanted = entry["value"], entry["target"]
-    if value is None:
-        return "unmeasured"
-    return "met" if (value >= wanted if entry["at_least"] else value <= wanted) else "missed"
+def _listed(file: Path, record: dict[str, Any], entry: dict[str, Any], targets: Sequence[Target]) -> list[Target]:
+    """The targets of that name: those for this device and size, else those that are for others."""
+    named = [target for target in targets if target.is_named(record, entry)]
+    if not named:
+        raise ConfigError(f"{file}: {TARGETS.name} lists no target of {record['benchmark']} named {entry['name']!r}")
+    meant = [target for target in named if target.is_for(record)]
+    for target in meant:
+        if (entry["target"], entry["at_least"]) != (target.wanted, target.at_least is not None):
+            told = f"{'≥' if entry['at_least'] else '≤'} {entry['target']:g}"
+            raise ConfigError(f"{file}: {entry['name']!r} is {told} there and {target.limit} in {TARGETS.name}")
+    return meant or named
+
+
+def _row(target: Target, state: str, file: Path, record: dict[str, Any], entry: dict[str, Any]) -> Row:
+    return Row(
+        target,
+        state,
+        name=entry["name"],
+        value=entry["value"],
+        file=file.with_suffix(".md").name,
+        preset=record["preset"],
+        device=record["device"]["description"],
+        commit=record.get("commit", "unknown"),
+        versions=record.get("versions"),
+    )
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The rows as a page."""
-    shown = [
-        [
-            row["benchmark"],
-            row["name"],
-            f"{'≥' if row['at_least'] else '≤'} {row['target']:g}",
-            "" if row["value"] is None else f"{row['value']:.3g}",
-            {"met": "met", "missed": "**missed**"}.get(row["state"], f"unmeasured: `{ON_A_GPU}`"),
-            "" if row["value"] is None else f"[{row['device']}]({row['file']})",
-            row["commit"],
-        ]
-        for row in rows
+    count = {state: sum(row.state == state for row in rows) for state in ("met", "missed", "unmeasured")}
+    elsewhere = [row for row in rows if row.state == "elsewhere"]
+    header = ["target", "compared with", "wanted", "measured", "", "on", "command"]
+    parts = [
+        "# Targets",
+        f"Written by `python benchmarks/summary.py` from the results beside it: {count['met']} met, "
+        f"{count['missed']} missed, {count['unmeasured']} unmeasured. All at once: `{ALL['cpu']}`, and on one GPU "
+        f"`{ALL['cuda']}`. [NOTES.md](../NOTES.md) has the reasons.",
+        table(header, [_cells(row) for row in rows if row.state != "elsewhere"]),
     ]
-    count = {state: sum(row["state"] == state for row in rows) for state in ("met", "missed", "unmeasured")}
-    return "\n\n".join(
-        [
-            "# Targets",
-            f"Written by `python benchmarks/summary.py`: {count['met']} met, {count['missed']} missed, "
-            f"{count['unmeasured']} that need a GPU and were not measured. [NOTES.md](../NOTES.md) "
-            "has the reasons.",
-            table(["benchmark", "what", "target", "measured", "", "on", "commit"], shown),
+    if elsewhere:
+        parts += [
+            "## The same quantities on other devices and at other sizes",
+            "These targets are for a GPU or for another preset; what is measured here says nothing of them.",
+            table(
+                ["target", "as measured here", "value", "preset", "on"],
+                [
+                    [row.target.what, str(row.name), f"{row.value:.3g}", f"`{row.preset}`", _link(row)]
+                    for row in elsewhere
+                ],
+            ),
         ]
-    )
+    results = {row.file: row for row in rows if row.file is not None}
+    taken = [
+        [_link(row, f"`{name}`"), str(row.device), str(row.commit), ", ".join(_versions(row))]
+        for name, row in results.items()
+    ]
+    return "\n\n".join([*parts, "## Results", table(["file", "device", "commit", "versions"], taken)])
+
+
+def _cells(row: Row) -> list[str]:
+    target = row.target
+    command = f"`{target.command}`"
+    if row.value is None:
+        return [target.what, target.than, target.limit, "", "unmeasured", _meant(target), command]
+    several = f" ({row.name})" if ".*" in target.named else ""  # one target, a row for each of its names
+    state = "met" if row.state == "met" else "**missed**"
+    return [target.what + several, target.than, target.limit, f"{row.value:.3g}", state, _link(row), command]
+
+
+def _meant(target: Target) -> str:
+    return {"cuda": "needs a GPU", "cpu": "a CPU", "any": ""}[target.device]
+
+
+def _link(row: Row, text: str | None = None) -> str:
+    return f"[{text or row.device}]({row.file})"
+
+
+def _versions(row: Row) -> list[str]:
+    return [f"{name} {version}" for name, version in (row.versions or {}).items() if version != "none"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,10 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def write() -> None:
-        rows = collect(args.output)
+        rows = collect(args.output, load_targets())
         page = markdown(rows)
         (args.output / "SUMMARY.md").write_text(page + "\n")
-        (args.output / "summary.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (args.output / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         print(page)
 
     return run_command(write)

@@ -1,12 +1,16 @@
 """The summary of all benchmarks' targets."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+LOOP = "images/s of ToVE tower, compiled over the loop's"
+CEILING = "share of the matrix-product ceiling, GPU"
+RECIPE = "samples/s over the original recipe's, tiny, LLaVA-1.5's mix"
 
 
 @pytest.fixture(scope="module")
@@ -22,47 +26,133 @@ def summary():
             sys.modules.pop(name, None)
 
 
-def write(folder, stem, device, targets, **more):
-    record = {"benchmark": stem.split("-")[0], "device": {"description": device}, "targets": targets, **more}
-    (folder / f"{stem}.json").write_text(json.dumps(record))
+def write(folder, benchmark, preset, device, targets, **more):
+    record = {
+        "benchmark": benchmark,
+        "preset": preset,
+        "device": {"type": device, "description": {"cpu": "a CPU", "cuda": "a GPU"}[device]},
+        "targets": targets,
+        "versions": {"torch": "9.9", "kornia": "none"},
+        **more,
+    }
+    (folder / f"{benchmark}-{preset}-{device}.json").write_text(json.dumps(record))
 
 
 def goal(name, value, wanted, at_least=True):
     return {"name": name, "value": value, "target": wanted, "at_least": at_least}
 
 
+def run(summary, folder):
+    assert summary.main(["--output", str(folder)]) == 0
+    rows = json.loads((folder / "summary.json").read_text())
+    states = {}
+    for row in rows:
+        states.setdefault(row["target"]["key"], []).append((row["state"], row["value"], row["file"]))
+    return states, (folder / "SUMMARY.md").read_text()
+
+
 def test_it_tells_what_is_met_missed_and_unmeasured(summary, tmp_path):
-    cpu = [goal("ratio", 1.5, 1.3), goal("memory", 80, 75, False), goal("share", None, 0.5), goal("later", None, 2)]
-    write(tmp_path, "tower-tiny-cpu", "a CPU", cpu, commit="abc+")
-    write(tmp_path, "tower-vicuna-7b-cuda", "a GPU", [goal("ratio", 1.9, 2.0), goal("share", 0.5, 0.5)], commit="def")
-    write(tmp_path, "old-tiny-cpu", "a CPU", [])
-    assert summary.main(["--output", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "summary.json").read_text())
-    found = [(row["name"], row["device"], row["state"]) for row in rows]
-    assert found == [
-        ("ratio", "a CPU", "met"),
-        ("memory", "a CPU", "missed"),
-        ("share", "a GPU", "met"),
-        ("later", "a CPU", "unmeasured"),
-        ("ratio", "a GPU", "missed"),
+    cpu = [goal(LOOP, 1.5, 1.3), goal(CEILING, None, 0.55)]
+    write(tmp_path, "tower", "tiny", "cpu", cpu, commit="abc+")
+    gpu = [goal(LOOP, 1.9, 2.0), goal(CEILING, 0.55, 0.55)]
+    write(tmp_path, "tower", "vicuna-7b", "cuda", gpu, commit="def")
+    write(tmp_path, "serve_load", "tiny", "cpu", [])
+    states, page = run(summary, tmp_path)
+    assert states["tower-loop-cpu"] == [("met", 1.5, "tower-tiny-cpu.md")]
+    assert states["tower-loop-gpu"] == [("missed", 1.9, "tower-vicuna-7b-cuda.md")]
+    assert states["tower-ceiling"] == [("met", 0.55, "tower-vicuna-7b-cuda.md")]
+    everything = {target.key for target in summary.load_targets()}
+    assert set(states) == everything
+    untold = everything - {"tower-loop-cpu", "tower-loop-gpu", "tower-ceiling"}
+    assert all(states[key] == [("unmeasured", None, None)] for key in untold)
+    assert f"2 met, 1 missed, {len(untold)} unmeasured" in page
+    assert f"| ≥ 1.3 | 1.5 | met | [a CPU](tower-tiny-cpu.md) | `{'python benchmarks/tower.py --device cpu'}` |" in page
+    assert "| ≥ 2 | 1.9 | **missed** | [a GPU](tower-vicuna-7b-cuda.md) |" in page
+    assert "| [`tower-tiny-cpu.md`](tower-tiny-cpu.md) | a CPU | abc+ | torch 9.9 |" in page
+    assert run(summary, tmp_path)[0] == states, "its own file is no result"
+
+
+def test_at_most_is_the_other_way_round(summary, tmp_path):
+    started = [
+        goal("seconds of import tove_llava in a fresh process", 0.31, 0.3, at_least=False),
+        goal("seconds of tove-llava --help", 0.5, 0.5, at_least=False),
     ]
-    page = (tmp_path / "SUMMARY.md").read_text()
-    assert "2 met, 2 missed, 1 that need" in page
-    assert "| tower | memory | ≤ 75 | 80 | **missed** | [a CPU](tower-tiny-cpu.md) | abc+ |" in page
-    assert "| tower | later | ≥ 2 |  | unmeasured: `bash benchmarks/run.sh gpu` |  | abc+ |" in page
-    assert summary.main(["--output", str(tmp_path)]) == 0  # its own file is no result
+    write(tmp_path, "startup", "tiny", "cpu", started)
+    states, page = run(summary, tmp_path)
+    assert [states[key][0][:2] for key in ("import", "help")] == [("missed", 0.31), ("met", 0.5)]
+    assert "| ≤ 0.3 | 0.31 | **missed** |" in page
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "x"}', '{"benchmark": "x", "device": 3}'])
+def test_what_another_device_says_of_a_gpus_target_is_not_the_target(summary, tmp_path):
+    write(tmp_path, "train_step", "tiny", "cpu", [goal(RECIPE, 2.5, 2.0)])
+    write(tmp_path, "tower", "tiny", "cuda", [goal(LOOP, 2.5, 2.0)])
+    states, page = run(summary, tmp_path)
+    assert states["step-original"] == [("unmeasured", None, None), ("elsewhere", 2.5, "train_step-tiny-cpu.md")]
+    assert states["tower-loop-gpu"][0][0] == "unmeasured" and states["tower-loop-gpu"][1][0] == "elsewhere"
+    command = "python benchmarks/train_step.py --device cuda --preset vicuna-7b"
+    assert f"| ≥ 2 |  | unmeasured | needs a GPU | `{command}` |" in page
+    assert f"| {RECIPE} | 2.5 | `tiny` | [a CPU](train_step-tiny-cpu.md) |" in page.partition("same quantities")[2]
+    assert "0 met, 0 missed" in page
+
+
+def test_one_target_may_be_measured_several_times(summary, tmp_path):
+    ranks = [goal("2 ranks over 1, pretrain zero2", 1.9, 1.8), goal("2 ranks over 1, pretrain zero3", 1.7, 1.8)]
+    write(tmp_path, "scaling", "tiny", "cpu", ranks)
+    states, page = run(summary, tmp_path)
+    assert [state for state, *_ in states["scaling"]] == ["met", "missed"]
+    assert "(2 ranks over 1, pretrain zero3)" in page
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "\udcff",
+        '{"benchmark": "x"}',
+        '{"benchmark": "x", "preset": "tiny", "device": 3}',
+        '{"benchmark": "x", "preset": "tiny", "device": {"type": "cpu", "description": "d"}, "targets": [3]}',
+    ],
+)
 def test_a_file_that_is_no_result_is_named(summary, tmp_path, capsys, text):
-    (tmp_path / "x-tiny-cpu.json").write_text(text)
+    (tmp_path / "x-tiny-cpu.json").write_bytes(text.encode(errors="surrogateescape"))
     assert summary.main(["--output", str(tmp_path)]) == 2
     assert "x-tiny-cpu.json is not a benchmark's result" in capsys.readouterr().err
+    assert not (tmp_path / "SUMMARY.md").exists()
 
 
-def test_no_result_and_a_strange_target_are_errors(summary, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "a", "value": 1}, "'at_least'"),
+        (goal(LOOP, "fast", 1.3), "'fast'"),
+        (goal(3, 1.0, 1.3), "not so"),
+        (goal("a new one", 1.0, 1.3), "targets.yaml lists no target of tower named 'a new one'"),
+        (goal(LOOP, 1.5, 1.2), "is ≥ 1.2 there and ≥ 1.3 in targets.yaml"),
+        (goal(LOOP, 1.5, 1.3, at_least=False), "is ≤ 1.3 there and ≥ 1.3 in targets.yaml"),
+    ],
+)
+def test_targets_that_are_not_as_listed_are_errors(summary, tmp_path, capsys, entry, message):
+    write(tmp_path, "tower", "tiny", "cpu", [entry])
     assert summary.main(["--output", str(tmp_path)]) == 2
-    assert "no result" in capsys.readouterr().err
-    write(tmp_path, "x-tiny-cpu", "a CPU", [{"name": "a", "value": 1}])
+    error = capsys.readouterr().err
+    assert message in error and "tower-tiny-cpu.json" in error
+
+
+def test_an_empty_folder_is_told(summary, tmp_path, capsys):
     assert summary.main(["--output", str(tmp_path)]) == 2
-    assert "['name', 'value']" in capsys.readouterr().err
+    assert "no results" in capsys.readouterr().err
+
+
+def test_the_list_has_one_limit_and_a_pattern_each(summary, tmp_path):
+    targets = summary.load_targets()
+    for target in targets:
+        re.compile(target.named)
+        assert target.command.startswith(f"python benchmarks/{target.benchmark}.py")
+        assert (target.device == "cuda") == ("--device cuda" in target.command)
+    odd = tmp_path / "targets.yaml"
+    for entry in ("at_least: 1, at_most: 2", "atleast: 1", ""):
+        keys = "what: a, than: b, benchmark: c, named: d, command: e, device: any"
+        odd.write_text(f"x: {{{keys}{', ' if entry else ''}{entry}}}")
+        with pytest.raises(summary.ConfigError):
+            summary.load_targets(odd)
