@@ -13,8 +13,8 @@ from tove_llava.train.shapes import stage_shape
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import scaling
-from scaling import Cluster, communication, measured_share, model_step, records
+import scaling_model as scaling
+from scaling_model import Cluster, communication, measured_share, model_step, records
 
 SEVEN = load_preset("vicuna-7b")
 

@@ -3,8 +3,8 @@
 Nothing is measured here. The share of its peak that one GPU reaches is taken from benchmarks/results
 (train_step-<preset>-cuda.json) where there is such a record, and is assumed where there is none; the tables say which.
 
-    python benchmarks/scaling.py            # the tables of docs/scaling.md
-    python benchmarks/scaling.py --write    # puts them there
+    python benchmarks/scaling_model.py            # the tables of docs/scaling.md
+    python benchmarks/scaling_model.py --write    # puts them there
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tove_llava.train.memory import GIB, Run, largest_batch, training_memory
 from tove_llava.train.shapes import Shape, stage_shape
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
-BEGIN, END = "<!-- begin: python benchmarks/scaling.py --write -->", "<!-- end -->"
+BEGIN, END = "<!-- begin: python benchmarks/scaling_model.py --write -->", "<!-- end -->"
 PRESETS = ("vicuna-7b", "vicuna-13b")
 STAGES = ("pretrain", "finetune_lora", "finetune")
 LEVELS = ("zero2", "zero3")
