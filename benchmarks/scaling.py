@@ -25,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,8 @@ class Group:
         return {"wall": max(rank["wall"] for rank in told), "cpu": sum(rank["cpu"] for rank in told)}
 
     def end(self) -> None:
-        """Waits for its end, or ends it: the launcher and the ranks that it started."""
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
+        """Ends what still runs: the launcher and the ranks that it started."""
+        if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
@@ -226,41 +225,11 @@ def benchmark(bench: Bench) -> None:
     runs = parse_runs(bench)
     record = bench.record("scaling", "source", seconds=args.seconds, runs=args.runs, cores=cores)
     record["machine"]["threads"] = 1
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        scenes = root / "scenes"
-        make_scenes(scenes, args.scenes, args.seed)
-        groups = {
-            "first": Group("first", cores[:1], root / "first"),
-            "second": Group("second", cores[1:], root / "second"),
-            "both": Group("both", cores, root / "both"),
-        }
-        started = []
-        try:
-            for name, group in groups.items():
-                plan = [
-                    {
-                        "name": f"{stage}-{deepspeed}",
-                        "arguments": trainer_flags(
-                            bench, stage, deepspeed, scenes, root / f"out-{name}-{stage}-{deepspeed}"
-                        ),
-                    }
-                    for stage, deepspeed in runs
-                ]
-                group.start(plan)
-                started.append(group)
-            record["runs"] = {}
-            for stage, deepspeed in runs:
-                batch = args.batch or bench.preset.stage(stage).arguments.get("per_device_train_batch_size", 8)
-                record["runs"][f"{stage} {deepspeed}"] = race(bench, f"{stage}-{deepspeed}", groups, batch)
-        except BaseException:
-            for group in started:
-                if group.process.poll() is None:
-                    os.killpg(group.process.pid, signal.SIGKILL)
-            raise
-        finally:
-            for group in started:
-                group.end()
+    record["runs"] = {}
+    with tempfile.TemporaryDirectory() as folder, started(bench, runs, cores, Path(folder)) as groups:
+        for stage, deepspeed in runs:
+            batch = args.batch or bench.preset.stage(stage).arguments.get("per_device_train_batch_size", 8)
+            record["runs"][f"{stage} {deepspeed}"] = race(bench, f"{stage}-{deepspeed}", groups, batch)
     record["targets"] = [
         {
             "name": f"2 ranks over 1, {name}",
@@ -271,6 +240,38 @@ def benchmark(bench: Bench) -> None:
         for name, row in record["runs"].items()
     ]
     write_results(args.output, record, render(record))
+
+
+@contextmanager
+def started(
+    bench: Bench, runs: Sequence[tuple[str, str]], cores: Sequence[int], root: Path
+) -> Iterator[dict[str, Group]]:
+    """The groups of ranks, training the runs in order; after a failure none of their processes is left."""
+    scenes = root / "scenes"
+    make_scenes(scenes, bench.args.scenes, bench.args.seed)
+    shares = {"first": cores[:1], "second": cores[1:], "both": cores}
+    groups = {name: Group(name, share, root / name) for name, share in shares.items()}
+    running: list[Group] = []
+    try:
+        for name, group in groups.items():
+            group.start(
+                [
+                    {
+                        "name": f"{stage}-{deepspeed}",
+                        "arguments": trainer_flags(
+                            bench, stage, deepspeed, scenes, root / f"{name}-{stage}-{deepspeed}"
+                        ),
+                    }
+                    for stage, deepspeed in runs
+                ]
+            )
+            running.append(group)
+        yield groups
+        for group in running:
+            group.process.wait(START_LIMIT)
+    finally:
+        for group in running:
+            group.end()
 
 
 def make_scenes(folder: Path, count: int, seed: int) -> None:
@@ -308,10 +309,11 @@ def render(record: dict[str, Any]) -> str:
             circumstances(record),
             table(header, rates),
             table(COLUMNS, ratios),
-            "One thread a rank, each rank on a core of its own. *Apart* are two runs of one rank at the same time, which "
-            "know nothing of each other: what the two cores can do at most. *Busy* is a rank's processor time over the "
-            "time on the clock; *work of a core-second*, samples a second of it in 2 ranks over those in 1, sees neither "
-            "waiting nor other programs. In brackets quartiles, of the ratios round by round.",
+            "One thread a rank, each rank on a core of its own. *Apart* are two runs of one rank at the same time, "
+            "which know nothing of each other: what the two cores can do at most. *Busy* is a rank's processor time "
+            "over the time on the clock. *Work of a core-second*: samples for a second of processor time in 2 ranks "
+            "over those in 1; it sees neither waiting nor other programs. In brackets quartiles, of the ratios round "
+            "by round.",
         ]
     )
 
