@@ -128,15 +128,29 @@ def parse_runs(bench: Bench) -> list[tuple[str, str]]:
     return runs
 
 
-def trainer_flags(bench: Bench, stage: str, deepspeed: str, scenes: Path, output: Path) -> list[str]:
-    records = "train_captions.json" if bench.preset.stage(stage).train == "alignment" else "train_instruct.json"
+def spelled_out(bench: Bench, stage: str) -> list[str]:
+    """The trainer's flags for the benchmark's preset and a stage of it, on the CPU, without logs to keep."""
     overrides = [word for setting in bench.args.set for word in ("--set", setting)]
+    return [
+        "--preset", bench.args.preset, "--stage", stage, *overrides, "--report_to", "none", "--disable_tqdm", "True",
+        "--seed", str(bench.args.seed),
+    ]  # fmt: skip
+
+
+def records_of(bench: Bench, stage: str, scenes: Path) -> Path:
+    """Captions for a stage that aligns, else questions."""
+    aligns = bench.preset.stage(stage).train == "alignment"
+    return scenes / ("train_captions.json" if aligns else "train_instruct.json")
+
+
+def trainer_flags(bench: Bench, stage: str, deepspeed: str, scenes: Path, output: Path) -> list[str]:
+    """Of a run that goes on until it is told to end."""
     batch = [] if bench.args.batch is None else ["--per_device_train_batch_size", str(bench.args.batch)]
     return [
-        "--preset", bench.args.preset, "--stage", stage, "--deepspeed", deepspeed, *overrides, *batch,
-        "--data_path", str(scenes / records), "--image_folder", str(scenes / "images"), "--output_dir", str(output),
-        "--max_steps", "1000000", "--lr_scheduler_type", "constant", "--learning_rate", "1e-6", "--save_strategy", "no",
-        "--report_to", "none", "--disable_tqdm", "True", "--seed", str(bench.args.seed),
+        *spelled_out(bench, stage), "--deepspeed", deepspeed, *batch, "--max_steps", "1000000",
+        "--data_path", str(records_of(bench, stage, scenes)), "--image_folder", str(scenes / "images"),
+        "--lr_scheduler_type", "constant", "--learning_rate", "1e-6", "--save_strategy", "no",
+        "--output_dir", str(output),
     ]  # fmt: skip
 
 
