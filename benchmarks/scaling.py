@@ -9,8 +9,9 @@ rank (weak scaling). Contenders, in turn within one run, while the others sleep:
   the machine itself allows: what it loses, the two cores take from each other (memory, caches, clock, other programs).
 
 All processes stay alive; a turn is --warmup untimed steps and then about --seconds of timed ones, as many for each
-contender. *Busy* is a rank's processor time over the time on the clock: what is missing, it waited (for the other rank,
-for the network, for a core).
+contender. A turn's speed is that of its median step, which a program that disturbs some steps does not move; the ratio
+of the mean steps stands beside it. *Busy* is a rank's processor time over the time on the clock: what is missing, it
+waited (for the other rank, for the network, for a core).
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --runs finetune:zero2 --seconds 10
@@ -40,7 +41,10 @@ ROOT = Path(__file__).resolve().parents[1]
 TARGET = 1.8
 START_LIMIT = 300.0  # seconds until a rank has to be ready; turns get this on top of what they take
 CALIBRATION = {"warmup": 2, "steps": 2}
-COLUMNS = ("", "2 ranks over 1", "apart over 1", "2 ranks over apart", "work of a core-second", f"target {TARGET}")
+COLUMNS = (
+    "", "2 ranks over 1", "apart over 1", "2 ranks over apart", "2 over 1, mean step", "work of a core-second",
+    f"target {TARGET}",
+)  # fmt: skip
 TITLES = {"one": "1 rank", "two": "2 ranks", "apart": "apart"}
 GROUPS = {"one": ("first",), "two": ("both",), "apart": ("first", "second")}  # contender -> groups of ranks
 
@@ -76,7 +80,10 @@ class Group:
         write_json(self.folder / f"{run}.go.{turn}", {"warmup": warmup, "steps": steps})
 
     def wait(self, run: str, turn: int) -> dict[str, float]:
-        """Seconds on the clock of the slowest rank, and processor seconds of all ranks."""
+        """Seconds of the median step and of all steps, on the first rank's clock; processor seconds of all ranks.
+
+        Ranks of a group end a step together.
+        """
         files = [self.folder / f"{run}.done.{turn}.{rank}" for rank in range(len(self.cores))]
         end = time.monotonic() + START_LIMIT
         while not all(file.is_file() for file in files):
@@ -87,7 +94,8 @@ class Group:
                 raise LaunchError(f"run {run}, ranks on cores {list(self.cores)}: it {state}, and last said:\n{said}")
             time.sleep(0.02)
         told = [json.loads(file.read_text()) for file in files]
-        return {"wall": max(rank["wall"] for rank in told), "cpu": sum(rank["cpu"] for rank in told)}
+        steps = told[0]["steps"]
+        return {"step": statistics.median(steps), "wall": sum(steps), "cpu": sum(rank["cpu"] for rank in told)}
 
     def end(self) -> None:
         """Ends what still runs: the launcher and the ranks that it started."""
@@ -180,8 +188,8 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
     args = bench.args
     turns = Race(run, groups)
     turns.turn(list(groups), **CALIBRATION)  # all at once, as soon as each is ready
-    took = turns.turn(GROUPS["one"], **CALIBRATION)["first"]["wall"]
-    steps = max(2, round(args.seconds * CALIBRATION["steps"] / took))
+    took = turns.turn(GROUPS["one"], **CALIBRATION)["first"]["step"]
+    steps = max(2, round(args.seconds / took))
     seen: dict[str, list[dict[str, float]]] = {name: [] for name in TITLES}
     names = list(TITLES)
     for repeat in range(args.repeats):
@@ -189,11 +197,15 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
         for name in names[shift:] + names[:shift]:
             done = turns.turn(GROUPS[name], args.warmup, steps)
             ranks = {group: len(groups[group].cores) for group in done}
-            samples = {group: steps * batch * ranks[group] for group in done}
+            samples = {group: batch * ranks[group] for group in done}  # of a step
+            cpu = sum(took["cpu"] for took in done.values())
             seen[name].append(
                 {
-                    "samples_per_second": sum(samples[group] / took["wall"] for group, took in done.items()),
-                    "samples_per_core_second": sum(samples.values()) / sum(took["cpu"] for took in done.values()),
+                    "samples_per_second": sum(samples[group] / took["step"] for group, took in done.items()),
+                    "mean_samples_per_second": sum(
+                        samples[group] * steps / took["wall"] for group, took in done.items()
+                    ),
+                    "samples_per_core_second": steps * sum(samples.values()) / cpu,
                     "busy": statistics.mean(took["cpu"] / took["wall"] / ranks[group] for group, took in done.items()),
                 }
             )
@@ -214,14 +226,18 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
 
 
 def compare(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
-    """Ratio of the median speeds, its quartiles round by round, and the ratio of the work of a core-second."""
+    """Ratio of the median speeds, its quartiles round by round, that of mean speeds, and of a core-second's work."""
     rates = [entry["samples_per_second"] for entry in (numerator, denominator)]
-    work = [entry["samples_per_core_second"]["median"] for entry in (numerator, denominator)]
+    means, work = (
+        [entry[key]["median"] for entry in (numerator, denominator)]
+        for key in ("mean_samples_per_second", "samples_per_core_second")
+    )
     pairs = spread([a / b for a, b in zip(rates[0]["values"], rates[1]["values"], strict=True)])
     return {
         "value": rates[0]["median"] / rates[1]["median"],
         "paired_q1": pairs["q1"],
         "paired_q3": pairs["q3"],
+        "mean": means[0] / means[1],
         "core_second": work[0] / work[1],
     }
 
@@ -312,7 +328,7 @@ def render(record: dict[str, Any]) -> str:
         ratios.append([run])
         for entry in row["ratios"].values():
             ratios[-1].append(f"{entry['value']:.2f} ({entry['paired_q1']:.2f} to {entry['paired_q3']:.2f})")
-        ratios[-1].append(f"{row['ratios']['two_over_one']['core_second']:.2f}")
+        ratios[-1] += [f"{row['ratios']['two_over_one'][key]:.2f}" for key in ("mean", "core_second")]
         ratios[-1].append("met" if row["ratios"]["two_over_one"]["value"] >= TARGET else "missed")
     header = ["stage and ZeRO", "batch of a rank"]
     for title in TITLES.values():
@@ -323,21 +339,21 @@ def render(record: dict[str, Any]) -> str:
             circumstances(record),
             table(header, rates),
             table(COLUMNS, ratios),
-            "One thread a rank, each rank on a core of its own. *Apart* are two runs of one rank at the same time, "
-            "which know nothing of each other: what the two cores can do at most. *Busy* is a rank's processor time "
-            "over the time on the clock. *Work of a core-second*: samples for a second of processor time in 2 ranks "
-            "over those in 1; it sees neither waiting nor other programs. In brackets quartiles, of the ratios round "
-            "by round.",
+            "One thread a rank, each rank on a core of its own; speeds are those of the median step. *Apart* are two "
+            "runs of one rank at the same time, which know nothing of each other: what the two cores can do at most. "
+            "*Busy* is a rank's processor time over the time on the clock. *Work of a core-second*: samples for a "
+            "second of processor time in 2 ranks over those in 1; it sees neither waiting nor other programs. In "
+            "brackets quartiles, of the ratios round by round.",
         ]
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argument_parser(__doc__)
-    parser.set_defaults(repeats=3, warmup=2)
+    parser.set_defaults(repeats=3, warmup=1)
     parser.add_argument(
         "--runs",
-        default="pretrain:zero2,pretrain:zero3,finetune_lora:zero2,finetune_lora:zero3",
+        default="pretrain:zero2,finetune_lora:zero2,finetune_lora:zero3",
         metavar="STAGE:CONFIG,...",
         help="stages of the preset, each with a DeepSpeed configuration (default: %(default)s)",
     )

@@ -6,11 +6,12 @@ The deepspeed launcher starts it with the path of a plan, a JSON object:
 - driver: process id of scaling.py; without it no turn would come, and the rank ends.
 - runs: [{"name": of the run, "arguments": [of the trainer]}], one after the other in this process.
 - folder: where the turns are told. The driver writes ``RUN.go.TURN``, JSON ``{"warmup": W, "steps": N}``; each rank
-  trains W + N steps and writes ``RUN.done.TURN.RANK`` with the seconds, on the clock and of its processor, of the last
-  N. With N = 0 the run ends.
+  trains W + N steps and writes ``RUN.done.TURN.RANK`` with the seconds of each of the last N, and the seconds of its
+  processor in all of them. With N = 0 the run ends.
 """
 
 import functools
+import itertools
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ def main() -> int:
 
         def __init__(self, name: str) -> None:
             self.name, self.turn, self.warmup, self.left = name, 0, 0, 0
+            self.clock: list[float] = []
 
         def on_step_begin(self, args, state, control, **_):
             if self.left:
@@ -60,9 +62,13 @@ def main() -> int:
             self.left -= 1
             self.warmup -= 1
             if self.warmup == 0:
-                self.wall, self.cpu = time.perf_counter(), time.process_time()
+                self.clock, self.cpu = [], time.process_time()
+            self.clock.append(time.perf_counter())
             if self.left == 0:
-                took = {"wall": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu}
+                took = {
+                    "steps": [after - before for before, after in itertools.pairwise(self.clock)],
+                    "cpu": time.process_time() - self.cpu,
+                }
                 write_json(Path(plan["folder"]) / f"{self.name}.done.{self.turn}.{rank}", took)
                 self.turn += 1
 
