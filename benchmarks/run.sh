@@ -18,12 +18,16 @@ cpu)
     bench tower
     bench train_step
     bench data_path --tokenizer "${LLAVA_TOKENIZER:-bundled:llm}" # LLAVA_SRC, LLAVA_PYTHON: see data_path.py
+    bench data_wait
     bench eval_throughput
     bench serve_load
+    bench cached_features
+    bench scaling
+    bench startup
     ;;
 gpu)
     bench tower --device cuda --preset vicuna-7b --batch 32
-    bench train_step --device cuda --preset vicuna-7b
+    bench train_step --device cuda --preset vicuna-7b --repeats 8
     bench eval_throughput --device cuda --preset vicuna-7b --questions 128 --batch 64
     ;;
 *)
