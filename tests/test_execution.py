@@ -173,6 +173,8 @@ def test_what_was_compiled_is_kept_and_forgotten(tmp_path, compiled):
     new(4)
     tower.to(torch.bfloat16)
     new(4)
+    tower.to(torch.float32)  # rounded by now
+    new(4)
     tower.set_attn_implementation("eager")
     new(4)
     tower.frozen.clip = copy.deepcopy(tower.frozen.clip)  # another network in its place

@@ -258,9 +258,9 @@ class ToveVisionModel(PreTrainedModel):
         """Chooses how CLIP and the experts are run; the results are equal up to rounding.
 
         Args:
-            name: ``"eager"``, one after another (default). ``"concurrent"``: side by side; on a GPU as a CUDA graph,
-                with the gate's weighted sum as one kernel, on the CPU on threads that share the cores.
-                ``"compiled"``: that, each encoder compiled by ``torch.compile`` at the first image.
+            name: ``"eager"``, one after another (default). ``"concurrent"``: on a GPU side by side, as a CUDA graph,
+                with the gate's weighted sum as one kernel; on the CPU as eager. ``"compiled"``: as that on a GPU, and
+                on threads that share the cores on the CPU; ``torch.compile`` compiles each encoder at the first image.
 
         What is recorded or compiled is for one batch size; the tower pads a batch up to one that it has, and makes it
         anew after moves, casts and changes of weights through the tower's own methods. After writing into the frozen
