@@ -17,12 +17,12 @@ def compare(rows, columns, experts, dtype, tolerance):
     expected = fused.gated_gelu_sum(hidden, gates)
     expected.backward(grad)
     plain = [z.detach() for z in hidden]
-    torch.testing.assert_close(forward(plain, gates.detach()), expected.detach(), rtol=tolerance, atol=tolerance)
     d_hidden, d_gates = backward(plain, gates.detach(), grad)
-    for ours, z in zip(d_hidden, hidden, strict=True):
-        torch.testing.assert_close(ours, z.grad, rtol=tolerance, atol=tolerance)
-    # one number sums over a whole row
-    torch.testing.assert_close(d_gates, gates.grad, rtol=tolerance, atol=tolerance * columns**0.5)
+    pairs = [(forward(plain, gates.detach()), expected.detach()), (d_gates, gates.grad)]
+    for ours, its in pairs + [(ours, z.grad) for ours, z in zip(d_hidden, hidden, strict=True)]:
+        assert ours.dtype == its.dtype
+        distance = (ours.double() - its.double()).norm() / its.double().norm()
+        assert distance <= tolerance, f"{rows} x {columns}, {experts} experts, {dtype}: {distance}"
 
 
 def through_autograd():
@@ -46,6 +46,6 @@ if __name__ == "__main__":
     compare(33, 130, 4, torch.float32, 1e-5)  # neither is a multiple of a block
     compare(16, 128, 1, torch.float32, 1e-5)
     compare(20, 24, 8, torch.float32, 1e-5)
-    compare(33, 40, 3, torch.bfloat16, 2e-2)  # the plain form rounds after each step
+    compare(33, 40, 3, torch.bfloat16, 1e-2)
     through_autograd()
     print("same")
