@@ -1,4 +1,4 @@
-"""The benchmark of start-up and checkpoints at toy size, and what its counts are held against."""
+"""The benchmark of checkpoints at toy size, and what its counts are held against."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import pytest
 from tove_llava.presets import load_preset
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-BRIEF = ["--repeats", "2", "--resumes", "1", "--count", "tiny"]
+BRIEF = ["--repeats", "1", "--count", "tiny"]
 
 
 @pytest.fixture
@@ -17,24 +17,19 @@ def program():
     """The program, imported as Python imports a script's neighbours."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import startup
+        import checkpoints
 
-        yield startup
+        yield checkpoints
     finally:
         sys.path.remove(str(BENCHMARKS))
-        for name in ("startup", "scaling", "scaling_worker", "common"):
+        for name in ("checkpoints", "scaling", "scaling_worker", "common"):
             sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
 def test_checkpoints_are_as_large_as_counted(program, tmp_path):
     assert program.main([*BRIEF, "--stages", "pretrain,finetune_lora", "--output", str(tmp_path)]) == 0
-    record = json.loads((tmp_path / "startup-tiny-cpu.json").read_text())
-    values = {target["name"]: target for target in record["targets"]}
-    assert values["import tove_llava, seconds"]["value"] == record["processes"]["import"]["median"]
-    assert values["tove-llava --help, seconds"]["value"] == record["processes"]["help"]["median"]
-    assert not any(target["at_least"] for target in record["targets"])
-    assert len(record["processes"]["help"]["values"]) == 2
+    record = json.loads((tmp_path / "checkpoints-tiny-cpu.json").read_text())
     assert list(record["stages"]) == ["pretrain", "finetune_lora"]
     for stage, row in record["stages"].items():
         files = {kind: row["files"][kind]["trained.safetensors"] for kind in ("checkpoint", "folder")}
@@ -46,7 +41,7 @@ def test_checkpoints_are_as_large_as_counted(program, tmp_path):
         for what in ("start", "resume", "load", "write"):
             assert row[f"{what}_seconds"]["median"] > 0
         assert len(row["write_seconds"]["values"]) == 3 and len(row["resume_seconds"]["values"]) == 1
-    assert "## Stages of `tiny`, by count" in (tmp_path / "startup-tiny-cpu.md").read_text()
+    assert "## Stages of `tiny`, by count" in (tmp_path / "checkpoints-tiny-cpu.md").read_text()
 
 
 def test_counts_of_a_large_preset_by_hand(program):
@@ -65,7 +60,7 @@ def test_counts_of_a_large_preset_by_hand(program):
     [
         (["--stages", "nonsense"], "nonsense"),
         (["--count", "nonsense"], "nonsense"),
-        (["--resumes", "0"], "--resumes must be at least 1"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
         (["--weights", "random"], "--weights"),
     ],
 )
