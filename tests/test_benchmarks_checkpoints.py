@@ -1,4 +1,8 @@
+<<<<<<< HEAD:tests/test_benchmarks_startup.py
 """The benchmark of start-up and checkpoints at toy size, and that its figures are those of what was written."""
+=======
+"""The benchmark of checkpoints at toy size, and what its counts are held against."""
+>>>>>>> ranks:tests/test_benchmarks_checkpoints.py
 
 import json
 import sys
@@ -11,18 +15,23 @@ from tove_llava.train.memory import checkpoint_size, stage_disk
 from tove_llava.train.shapes import stage_shape
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+<<<<<<< HEAD:tests/test_benchmarks_startup.py
 BRIEF = ["--repeats", "2", "--warmup", "0", "--starts", "2", "--stages", "pretrain", "--counted", "tiny"]
+=======
+BRIEF = ["--repeats", "1", "--count", "tiny"]
+>>>>>>> ranks:tests/test_benchmarks_checkpoints.py
 
 
 @pytest.fixture(scope="module")
 def program():
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import startup
+        import checkpoints
 
-        yield startup
+        yield checkpoints
     finally:
         sys.path.remove(str(BENCHMARKS))
+<<<<<<< HEAD:tests/test_benchmarks_startup.py
         for name in ("startup", "common"):
             sys.modules.pop(name, None)
 
@@ -48,6 +57,28 @@ def test_it_measures_what_the_trainer_writes(program, tmp_path):
         assert len(row[key]["values"]) == 2 and min(row[key]["values"]) > 0
     assert row["ready_seconds"] > 0
     assert f"{sizes['all'] / 1e6:.1f} ({sizes['weights'] / 1e6:.1f})" in page and "`tiny`, by count" in page
+=======
+        for name in ("checkpoints", "scaling", "scaling_worker", "common"):
+            sys.modules.pop(name, None)
+
+
+@pytest.mark.slow
+def test_checkpoints_are_as_large_as_counted(program, tmp_path):
+    assert program.main([*BRIEF, "--stages", "pretrain,finetune_lora", "--output", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "checkpoints-tiny-cpu.json").read_text())
+    assert list(record["stages"]) == ["pretrain", "finetune_lora"]
+    for stage, row in record["stages"].items():
+        files = {kind: row["files"][kind]["trained.safetensors"] for kind in ("checkpoint", "folder")}
+        assert files["checkpoint"] == pytest.approx(4 * row["counted"]["trained_parameters"], rel=0.02)
+        assert files["folder"] == pytest.approx(row["counted"]["folder_bytes"], rel=0.02)
+        optimizer = sum(size for name, size in row["files"]["checkpoint"].items() if "optim_states" in name)
+        assert optimizer == pytest.approx(12 * row["counted"]["trained_parameters"], rel=0.03), stage
+        assert 0 <= row["checkpoint_bytes"] - row["counted"]["checkpoint_bytes"] < 3e6, stage
+        for what in ("start", "resume", "load", "write"):
+            assert row[f"{what}_seconds"]["median"] > 0
+        assert len(row["write_seconds"]["values"]) == 3 and len(row["resume_seconds"]["values"]) == 1
+    assert "## Stages of `tiny`, by count" in (tmp_path / "checkpoints-tiny-cpu.md").read_text()
+>>>>>>> ranks:tests/test_benchmarks_checkpoints.py
 
 
 def test_a_checkpoint_by_count():
@@ -60,9 +91,16 @@ def test_a_checkpoint_by_count():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+<<<<<<< HEAD:tests/test_benchmarks_startup.py
         (["--stages", "finetune"], "--stages must begin with pretrain"),
         (["--stages", "pretrian"], "Did you mean 'pretrain'"),
         (["--dtype", "bfloat16"], "no --device cuda"),
+=======
+        (["--stages", "nonsense"], "nonsense"),
+        (["--count", "nonsense"], "nonsense"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--weights", "random"], "--weights"),
+>>>>>>> ranks:tests/test_benchmarks_checkpoints.py
     ],
 )
 def test_bad_flags_are_told(program, tmp_path, capsys, flags, message):

@@ -1,9 +1,9 @@
-"""One training process of startup.py, alone under DeepSpeed: starts, checkpoints, resumes and loads a stage's run.
+"""The training process of checkpoints.py: starts, saves, resumes and loads a run of each stage.
 
 It takes the path of a plan, a JSON object, and writes ``result.json`` beside it:
 
-- arguments: of the trainer, without output_dir.
-- folder: where runs go.
+- stages: name -> arguments of the trainer, without output_dir.
+- folder: where runs go, STAGE/run.
 - repeats: of each timed thing.
 
 A start is timed from the settings to the first step; models are built anew each time, libraries are imported already.
@@ -76,15 +76,14 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in names.items() if not name.startswith("checkpoint-")}
 
 
-def main() -> None:
-    plan_file = Path(sys.argv[1])
-    plan = json.loads(plan_file.read_text())
-    folder, repeats = Path(plan["folder"]), plan["repeats"]
-    arguments = [*plan["arguments"], "--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "1"]
-    arguments += ["--save_total_limit", "2", "--logging_strategy", "no"]
+def measure(arguments: list[str], folder: Path, repeats: int) -> dict[str, Any]:
+    """Sizes by file, and seconds of each repeat. The first run, slower than others of its process, is not counted."""
+    from tove_llava import load_model
 
+    arguments = [*arguments, "--max_steps", str(STEPS), "--save_strategy", "steps", "--save_steps", "1"]
+    arguments += ["--save_total_limit", "2", "--logging_strategy", "no"]
     run = folder / "run"
-    train(arguments, run)  # also what is slow once in a process
+    train(arguments, run)
     result: dict[str, Any] = {
         "folder_bytes": sizes(run),
         "checkpoint_bytes": sizes(run / f"checkpoint-{STEPS}"),
@@ -101,13 +100,20 @@ def main() -> None:
         shutil.rmtree(fresh)
         undo_last_step(run)
         result["resume"].append(train(arguments, run).ready)
-
-        from tove_llava import load_model
-
         began = time.perf_counter()
         load_model(run)
         result["load"].append(time.perf_counter() - began)
-    (plan_file.parent / "result.json").write_text(json.dumps(result))
+    return result
+
+
+def main() -> None:
+    plan_file = Path(sys.argv[1])
+    plan = json.loads(plan_file.read_text())
+    results = {
+        name: measure(arguments, Path(plan["folder"]) / name, plan["repeats"])
+        for name, arguments in plan["stages"].items()
+    }
+    (plan_file.parent / "result.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
