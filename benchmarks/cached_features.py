@@ -195,13 +195,13 @@ def benchmark(bench: Bench) -> None:
         size = sum(file.stat().st_size for file in cache.iterdir())
         logs: dict[str, dict[str, list[float]]] = {stage: {"cached": [], "plain": []} for stage in STAGES}
         medians: dict[str, list[float]] = {stage: [] for stage in STAGES}
-        for _ in range(args.repeats):
+        for repeat in range(args.repeats):
             for stage, kinds in logs.items():
                 rate = {}
-                for kind, values in kinds.items():
+                for kind in list(kinds)[:: -1 if repeat % 2 else 1]:  # each first in turn
                     found = study.train(stage, cache if kind == "cached" else None)
                     rate[kind] = spread(found)["median"]
-                    values.extend(found)
+                    kinds[kind].extend(found)
                 medians[stage].append(rate["cached"] / rate["plain"])
         tried, worst = compression(cache, args.seed), rounding(cache)
     rates = {stage: {kind: spread(values)["median"] for kind, values in kinds.items()} for stage, kinds in logs.items()}
