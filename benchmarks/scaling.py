@@ -10,8 +10,9 @@ rank (weak scaling). Contenders, in turn within one run, while the others sleep:
 
 All processes stay alive; a turn is --warmup untimed steps and then about --seconds of timed ones, as many for each
 contender. A turn's speed is that of its median step, which a program that disturbs some steps does not move; the ratio
-of the mean steps stands beside it. *Busy* is a rank's processor time over the time on the clock: what is missing, it
-waited (for the other rank, for the network, for a core).
+of the mean steps stands beside it, and that of steps among the quickest tenth, which were disturbed least.
+*Busy* is a rank's processor time over the time on the clock: what is missing, it waited (for the other rank, for the
+network, for a core).
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --runs finetune:zero2 --seconds 10
@@ -42,8 +43,8 @@ TARGET = 1.8
 START_LIMIT = 300.0  # seconds until a rank has to be ready; turns get this on top of what they take
 CALIBRATION = {"warmup": 2, "steps": 2}
 COLUMNS = (
-    "", "2 ranks over 1", "apart over 1", "2 ranks over apart", "2 over 1, mean step", "work of a core-second",
-    f"target {TARGET}",
+    "", "2 ranks over 1", "apart over 1", "2 ranks over apart", "2 over 1, quickest", "2 over 1, mean step",
+    "work of a core-second", f"target {TARGET}",
 )  # fmt: skip
 TITLES = {"one": "1 rank", "two": "2 ranks", "apart": "apart"}
 GROUPS = {"one": ("first",), "two": ("both",), "apart": ("first", "second")}  # contender -> groups of ranks
@@ -80,9 +81,9 @@ class Group:
         write_json(self.folder / f"{run}.go.{turn}", {"warmup": warmup, "steps": steps})
 
     def wait(self, run: str, turn: int) -> dict[str, float]:
-        """Seconds of the median step and of all steps, on the first rank's clock; processor seconds of all ranks.
+        """Seconds of the median step, of one among the quickest tenth, and of all; processor seconds of all ranks.
 
-        Ranks of a group end a step together.
+        The clock is the first rank's; ranks of a group end a step together.
         """
         files = [self.folder / f"{run}.done.{turn}.{rank}" for rank in range(len(self.cores))]
         end = time.monotonic() + START_LIMIT
@@ -95,7 +96,12 @@ class Group:
             time.sleep(0.02)
         told = [json.loads(file.read_text()) for file in files]
         steps = told[0]["steps"]
-        return {"step": statistics.median(steps), "wall": sum(steps), "cpu": sum(rank["cpu"] for rank in told)}
+        return {
+            "step": statistics.median(steps),
+            "quick": sorted(steps)[len(steps) // 10],
+            "wall": sum(steps),
+            "cpu": sum(rank["cpu"] for rank in told),
+        }
 
     def end(self) -> None:
         """Ends what still runs: the launcher and the ranks that it started."""
@@ -202,6 +208,7 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
             seen[name].append(
                 {
                     "samples_per_second": sum(samples[group] / took["step"] for group, took in done.items()),
+                    "quick_samples_per_second": sum(samples[group] / took["quick"] for group, took in done.items()),
                     "mean_samples_per_second": sum(
                         samples[group] * steps / took["wall"] for group, took in done.items()
                     ),
@@ -226,17 +233,18 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
 
 
 def compare(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
-    """Ratio of the median speeds, its quartiles round by round, that of mean speeds, and of a core-second's work."""
+    """Ratio of the median speeds, its quartiles round by round, those of others."""
     rates = [entry["samples_per_second"] for entry in (numerator, denominator)]
-    means, work = (
+    quick, means, work = (
         [entry[key]["median"] for entry in (numerator, denominator)]
-        for key in ("mean_samples_per_second", "samples_per_core_second")
+        for key in ("quick_samples_per_second", "mean_samples_per_second", "samples_per_core_second")
     )
     pairs = spread([a / b for a, b in zip(rates[0]["values"], rates[1]["values"], strict=True)])
     return {
         "value": rates[0]["median"] / rates[1]["median"],
         "paired_q1": pairs["q1"],
         "paired_q3": pairs["q3"],
+        "quick": quick[0] / quick[1],
         "mean": means[0] / means[1],
         "core_second": work[0] / work[1],
     }
@@ -328,7 +336,7 @@ def render(record: dict[str, Any]) -> str:
         ratios.append([run])
         for entry in row["ratios"].values():
             ratios[-1].append(f"{entry['value']:.2f} ({entry['paired_q1']:.2f} to {entry['paired_q3']:.2f})")
-        ratios[-1] += [f"{row['ratios']['two_over_one'][key]:.2f}" for key in ("mean", "core_second")]
+        ratios[-1] += [f"{row['ratios']['two_over_one'][key]:.2f}" for key in ("quick", "mean", "core_second")]
         ratios[-1].append("met" if row["ratios"]["two_over_one"]["value"] >= TARGET else "missed")
     header = ["stage and ZeRO", "batch of a rank"]
     for title in TITLES.values():
