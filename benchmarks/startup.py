@@ -188,7 +188,8 @@ def counted(name: str) -> dict[str, Any]:
     rows = {}
     for stage in preset.stages:
         shape = stage_shape(preset, stage)
-        rows[stage] = {"trained_parameters": shape.trained, "checkpoint_bytes": checkpoint_size(preset, shape)}
+        size = checkpoint_size(preset, shape, preset.stage(stage).deepspeed)
+        rows[stage] = {"trained_parameters": shape.trained, "checkpoint_bytes": size}
     return rows
 
 

@@ -132,15 +132,24 @@ def answering_memory(preset: Preset, shape: Shape, length: int = 2048) -> Memory
     return Memory(weights, backbones, 0, 0, size * (cache + work), weights + backbones + PROCESS)
 
 
-def checkpoint_size(preset: Preset, shape: Shape) -> int:
-    """Bytes of a checkpoint to resume from: what trains, and AdamW's state with its master copy in float32."""
-    return shape.trained * (_bytes(preset) + 12)
+def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
+    """Bytes of a checkpoint to resume from: what trains, and AdamW's state.
+
+    Args:
+        deepspeed: name or file of the DeepSpeed configuration, or None. Its state has a master copy in float32, and
+            below ZeRO-3 what trains once more.
+    """
+    if deepspeed is None:
+        return shape.trained * (4 + 8)
+    copies = 1 if _zero(deepspeed).get("stage") == 3 else 2
+    return shape.trained * (copies * _bytes(preset) + 12)
 
 
 def stage_disk(preset: Preset, stage_name: str, shape: Shape) -> int:
     """Bytes of a run's folder at most: the result, and the checkpoints to resume from, one more while it is written."""
-    kept = 1 + int(preset.stage(stage_name).arguments.get("save_total_limit") or 1)
-    return shape.trained * _bytes(preset) + kept * checkpoint_size(preset, shape)
+    stage = preset.stage(stage_name)
+    kept = 1 + int(stage.arguments.get("save_total_limit") or 1)
+    return shape.trained * _bytes(preset) + kept * checkpoint_size(preset, shape, stage.deepspeed)
 
 
 def download_size(preset: Preset, shape: Shape) -> int:
