@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import RESULTS, table
 from llava_mix import MIX
-from train_step import PEAK_TFLOPS
+from step_parts import PEAK_TFLOPS
 from work import Work
 
 from tove_llava.presets import Preset, load_preset

@@ -186,8 +186,8 @@ def test_curve_goes_down_to_clip_and_times_what_is_left(tmp_path, monkeypatch):
     found = measure_contributions(answerer, samples)
     ran = []
     hub = answerer.tower.frozen.hub
-    run = hub.run
-    monkeypatch.setattr(hub, "run", lambda *a, **k: ran.append(len(hub.names) - len(k["skip"])) or run(*a, **k))
+    condition = hub.condition
+    monkeypatch.setattr(hub, "condition", lambda pixels, names: ran.append(len(names)) or condition(pixels, names))
     steps = detach_curve(answerer, samples, found.ranking)
     assert [step.removed for step in steps] == [None, *found.ranking]
     assert [len(step.experts) for step in steps] == [3, 2, 1, 0]

@@ -34,7 +34,7 @@ def test_the_page_is_what_the_program_gives():
 
 
 def test_operations_are_those_of_a_real_step():
-    from train_step import TrainingStep, make_batch
+    from step_parts import TrainingStep, make_batch
     from work import Work
 
     preset = load_preset("tiny")

@@ -26,9 +26,9 @@ def count(monkeypatch_set=setattr):
         rows[-1]["global"] = sum(self._window.images[self._window.step])
         return compute(self, model, inputs, *args, **kwargs)
 
-    def counted_expert(self, pixels):
+    def counted_expert(self, pixels, *args, **kwargs):
         rows[-1]["experts"] += 1
-        return expert(self, pixels)
+        return expert(self, pixels, *args, **kwargs)
 
     def counted_encode(self, pixel_values, *args, **kwargs):
         rows[-1]["encoded"] += len(pixel_values)

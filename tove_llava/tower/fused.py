@@ -8,7 +8,7 @@ that ZeRO-3 gathers their weights as ever.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional as F
 
 MAX_EXPERTS = 8
+_KERNELS = "tove_llava.tower.fused_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -53,28 +54,28 @@ def supports_fused(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> bool:
         and first.numel() > 0
         and all(z.dtype == first.dtype and z.shape == first.shape and z.device == first.device for z in hidden)
         and not torch.compiler.is_compiling()
-        and _has_triton()
+        and _kernels() is not None
     )
 
 
 @lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernels() -> Any:
+    """The kernels' module; None without Triton, and in a model that was exported with its code, which has it not."""
+    try:
+        return importlib.import_module(_KERNELS)
+    except ImportError:
+        return None
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
-        from tove_llava.tower.fused_kernels import forward
-
         ctx.save_for_backward(gates, *hidden)
-        return forward(hidden, gates)
+        return _kernels().forward(hidden, gates)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        from tove_llava.tower.fused_kernels import backward
-
         gates, *hidden = ctx.saved_tensors
-        d_hidden, d_gates = backward(hidden, gates, grad.contiguous())
+        d_hidden, d_gates = _kernels().backward(hidden, gates, grad.contiguous())
         return (d_gates, *d_hidden)
