@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
 
+import psutil
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -93,10 +94,10 @@ class Bench:
     preset: Preset = field(init=False)
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
-    load: float = field(init=False)  # processes that wanted a core before this one began to work
+    load: float = field(init=False)  # cores that others kept busy while this one waited
 
     def __post_init__(self) -> None:
-        self.load = os.getloadavg()[0]
+        self.load = psutil.cpu_percent(interval=0.5) / 100 * (os.cpu_count() or 1)
         for flag in ("repeats", "batch"):
             if getattr(self.args, flag) is not None and getattr(self.args, flag) < 1:
                 raise ConfigError(f"--{flag} must be at least 1, not {getattr(self.args, flag)}")
@@ -118,7 +119,7 @@ class Bench:
 
     def record(self, benchmark: str, weights: str, **settings: Any) -> dict[str, Any]:
         """What every result says of its circumstances."""
-        shared = self.load > 0.5 * (os.cpu_count() or 1)
+        shared = self.load > 0.1 * (os.cpu_count() or 1)
         return {
             "benchmark": benchmark,
             "commit": commit(),
@@ -132,7 +133,6 @@ class Bench:
                 "cores": os.cpu_count(),
                 "threads": torch.get_num_threads(),
                 "load_before": round(self.load, 2),
-                "load_after": round(os.getloadavg()[0], 2),
                 "shared": shared,
             },
             "settings": {"repeats": self.args.repeats, "warmup": self.args.warmup, "seed": self.args.seed, **settings},
@@ -452,8 +452,8 @@ def circumstances(record: dict[str, Any]) -> str:
     machine = record["machine"]
     if machine["shared"]:
         lines.append(
-            f"- **other programs were using the machine** (load {machine['load_before']} on {machine['cores']} cores "
-            "before the run): compare rows with each other, not with another run"
+            f"- **other programs were using the machine** ({machine['load_before']} of {machine['cores']} cores before "
+            "the run): compare rows with each other, not with another run"
         )
     return "\n".join(lines)
 

@@ -18,11 +18,11 @@ cpu)
     bench tower
     bench train_step
     bench data_path --tokenizer "${LLAVA_TOKENIZER:-bundled:llm}" # LLAVA_SRC, LLAVA_PYTHON: see data_path.py
-    bench data_wait
+    bench data_wait --repeats 2
     bench eval_throughput
     bench serve_load
-    bench cached_features
-    bench scaling
+    bench cached_features --repeats 2
+    bench scaling --repeats 2
     bench startup
     ;;
 gpu)
