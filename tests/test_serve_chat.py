@@ -168,7 +168,11 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(answerer, engine, monkeypat
     monkeypatch.setattr(Engine, "ask", asked)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    out, err = talk(answerer, monkeypatch, capsys, "Talk", "/reset", "Hello", flags=("--max-new-tokens", "400"))
-    thread.join(timeout=60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
+    try:
+        out, err = talk(answerer, monkeypatch, capsys, "Talk", "/reset", "Hello", flags=("--max-new-tokens", "400"))
+        thread.join(timeout=60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "(stopped)" in err and started.reply.timing.tokens < 390
     assert out.rstrip("\n").endswith(engine.ask(ask("Hello"), Sampling(400)).text())
