@@ -5,6 +5,11 @@ from pathlib import Path
 
 import pytest
 
+# Before torch is imported. One thread for each of pytest's processes: the models are tiny, threads would fight over the
+# cores, and a run is compared with one of another process, which must round alike.
+for _name, _value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}.items():
+    os.environ.setdefault(_name, _value)
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Marks that transformers' common tests carry (test_transformers_common.py).
