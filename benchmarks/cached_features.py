@@ -2,8 +2,8 @@
 
 Both stages of a recipe run through the training command on generated scenes, in turn with and without the cache; the
 records per second are those that the trainer logs, without its first log. Making the cache is timed for few and for
-many pictures, which tells what it takes to begin and what it takes a picture. Compression is tried on rows of the
-cache, with the standard library's codecs.
+many pictures, which tells what it takes to begin and what it takes a picture. Each way of storing is tried on rows of
+the cache, and the standard library's codecs on top of it.
 
     python benchmarks/cached_features.py
 """
@@ -26,11 +26,14 @@ from common import Bench, argument_parser, circumstances, run_command, spread, t
 from tove_llava.cli import main as tove_llava
 from tove_llava.errors import ConfigError
 from tove_llava.scenes.writer import Request, write_scenes
+from tove_llava.train.feature_filling import SHARD_IMAGES
+from tove_llava.train.feature_stores import STORES, Shards, write_shard
 
 STAGES = {"pretrain": "captions", "finetune_lora": "instruct"}  # and their records
 FEW = 8  # pictures
-ROWS = 24  # of the cache, that compression is tried on
-CODECS: dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]] = {
+ROWS, ROWS_FROM = 32, 64  # of the cache, that ways of storing are tried on, and among so many
+Codec = Callable[[bytes], bytes]
+CODECS: dict[str, tuple[Codec, Codec]] = {
     "zlib 1": (lambda data: zlib.compress(data, 1), zlib.decompress),
     "zlib 6": (lambda data: zlib.compress(data, 6), zlib.decompress),
     "lzma 1": (lambda data: lzma.compress(data, preset=1), lzma.decompress),
@@ -88,49 +91,55 @@ class Study:
         return time.perf_counter() - started
 
 
-def compression(cache: Path, seed: int) -> list[dict[str, Any]]:
-    """By stored type and codec: the size kept, and megabytes of features read a second, over rows of all parts."""
+def stored(cache: Path, seed: int) -> list[dict[str, Any]]:
+    """By way of storing: the size kept, megabytes of features read and written a second, and what rounding costs."""
     draw = np.random.default_rng(seed)
+    parts = {}
+    for folder in sorted(file.parent for file in cache.glob("*/part.json")):
+        shard = Shards([folder / "000000.safetensors"], SHARD_IMAGES, "float32")
+        parts[folder.name] = shard.read(sorted(draw.choice(ROWS_FROM, ROWS, replace=False)))
+    whole = sum(values.nbytes for values in parts.values())
     found = []
-    parts = [np.load(file, mmap_mode="r") for file in sorted(cache.glob("*.npy"))]
-    rows = [part[row] for part in parts for row in draw.choice(len(part), min(ROWS, len(part)), replace=False)]
-    whole = sum(row.astype(np.float32).nbytes for row in rows)
-    for dtype in ("float32", "float16"):
-        stored = [np.ascontiguousarray(row.astype(dtype)) for row in rows]
-        plain = [row.tobytes() for row in stored]
-        shuffled = [row.view(np.uint8).reshape(-1, row.itemsize).T.tobytes() for row in stored]  # bytes by significance
-        found.append({"dtype": dtype, "codec": "none", **_tried(plain, bytes, bytes, whole)})
-        for name, (pack, unpack) in CODECS.items():
-            for order, data in (("", plain), (", bytes by significance", shuffled)):
-                found.append({"dtype": dtype, "codec": name + order, **_tried(data, pack, unpack, whole)})
+    with tempfile.TemporaryDirectory() as place:
+        for store in STORES:
+            files = {name: Path(place) / name / f"{store}.safetensors" for name in parts}
+            started = time.perf_counter()
+            for name, file in files.items():
+                write_shard(file, parts[name], store)
+            half = time.perf_counter()
+            read = {name: Shards([file], ROWS, store).read(range(ROWS)) for name, file in files.items()}
+            ended = time.perf_counter()
+            errors = [_error(parts[name], values) for name, values in read.items()]
+            row = {"store": store, "codec": "none", "size": sum(file.stat().st_size for file in files.values()) / whole}
+            row |= {"rms_error": max(rms for rms, _ in errors), "largest_error": max(most for _, most in errors)}
+            found.append({**row, **_rates(whole, half - started, ended - half)})
+            packed = [array for values in parts.values() for array in STORES[store].pack(values).values()]
+            found += [{"store": store, "codec": name, **_tried(packed, codec, whole)} for name, codec in CODECS.items()]
     return found
 
 
-def _tried(
-    rows: list[bytes], pack: Callable[[bytes], bytes], unpack: Callable[[bytes], bytes], whole: int
-) -> dict[str, float]:
+def _error(values: np.ndarray, stored: np.ndarray) -> tuple[float, float]:
+    """Root mean square and largest error, relative to the values' own root mean square."""
+    error = stored.astype(np.float64) - values
+    size = np.sqrt(np.square(values, dtype=np.float64).mean()) or 1.0
+    return float(np.sqrt(np.square(error).mean()) / size), float(np.abs(error).max() / size)
+
+
+def _rates(whole: int, writing: float, reading: float) -> dict[str, float]:
+    return {"write_mb_per_second": whole / 1e6 / writing, "read_mb_per_second": whole / 1e6 / reading}
+
+
+def _tried(arrays: list[np.ndarray], codec: tuple[Codec, Codec], whole: int) -> dict[str, float]:
+    pack, unpack = codec
+    # Bytes by significance: what is alike in neighbouring values comes together.
+    rows = [row.reshape(-1).view(np.uint8).reshape(-1, row.itemsize).T.tobytes() for array in arrays for row in array]
     started = time.perf_counter()
     packed = [pack(row) for row in rows]
     half = time.perf_counter()
     for row in packed:
         np.frombuffer(unpack(row), np.uint8).copy()
     ended = time.perf_counter()
-    size = sum(map(len, packed))
-    return {
-        "size": size / whole,
-        "write_mb_per_second": whole / 1e6 / (half - started),
-        "read_mb_per_second": whole / 1e6 / (ended - half),
-    }
-
-
-def rounding(cache: Path) -> float:
-    """Largest error of a value stored as float16, relative to its part's root mean square."""
-    worst = 0.0
-    for file in cache.glob("*.npy"):
-        values = np.load(file, mmap_mode="r")[:ROWS].astype(np.float64)
-        error = np.abs(values - values.astype(np.float16)).max()
-        worst = max(worst, float(error / np.sqrt((values**2).mean())))
-    return worst
+    return {"size": sum(map(len, packed)) / whole, **_rates(whole, half - started, ended - half)}
 
 
 def cache_cost(few: Sequence[float], many: Sequence[float], pictures: int) -> dict[str, float]:
@@ -178,8 +187,8 @@ def benchmark(bench: Bench) -> None:
         raise ConfigError(
             f"--steps must be at least twice --log-every, {2 * args.log_every}; the first log is left out"
         )
-    if args.scenes <= FEW:
-        raise ConfigError(f"--scenes must be more than {FEW}")
+    if args.scenes < ROWS_FROM:
+        raise ConfigError(f"--scenes must be at least {ROWS_FROM}")
     weights = bench.weights([*vision_sources(bench.preset), bench.preset.language.source])
     if weights == "random":
         raise ConfigError("the training command needs the preset's sources; use --preset tiny, or --set local ones")
@@ -192,7 +201,7 @@ def benchmark(bench: Bench) -> None:
         )
         cost = cache_cost(few, many, args.scenes)
         cache = study.folder / f"{args.scenes}-0"
-        size = sum(file.stat().st_size for file in cache.iterdir())
+        size = sum(file.stat().st_size for file in cache.glob("*/*.safetensors"))
         logs: dict[str, dict[str, list[float]]] = {stage: {"cached": [], "plain": []} for stage in STAGES}
         medians: dict[str, list[float]] = {stage: [] for stage in STAGES}
         for repeat in range(args.repeats):
@@ -203,7 +212,7 @@ def benchmark(bench: Bench) -> None:
                     rate[kind] = spread(found)["median"]
                     kinds[kind].extend(found)
                 medians[stage].append(rate["cached"] / rate["plain"])
-        tried, worst = compression(cache, args.seed), rounding(cache)
+        stores = stored(cache, args.seed)
     rates = {stage: {kind: spread(values)["median"] for kind, values in kinds.items()} for stage, kinds in logs.items()}
     record = bench.record("cached_features", weights, scenes=args.scenes, steps=args.steps, log_every=args.log_every)
     record["stages"] = {
@@ -213,8 +222,7 @@ def benchmark(bench: Bench) -> None:
         }
         for stage in STAGES
     }
-    record["cache"] = {"seconds": spread(many), **cost, "bytes_per_picture": size / args.scenes, "compression": tried}
-    record["cache"]["float16_largest_error_over_rms"] = worst
+    record["cache"] = {"seconds": spread(many), **cost, "bytes_per_picture": size / args.scenes, "stores": stores}
     record["computed"] = consequences(rates, cost, args.study_runs, args.study_scenes)
     write_results(args.output, record, render(record))
 
@@ -232,11 +240,12 @@ def render(record: dict[str, Any]) -> str:
         rows[-1].append("never" if even is None else f"{even:.2f}")
     speed = table(["stage", "samples/s", "with the cache", "ratio (each repeat)", "epochs until it pays"], rows)
     packed = table(
-        ["stored as", "size", "read, MB/s", "written, MB/s"],
+        ["stored as", "size", "read, MB/s", "written, MB/s", "error, rms", "largest"],
         [
-            [f"{row['dtype']}, {row['codec']}", f"{row['size']:.2f}"]
+            [row["store"] + ("" if row["codec"] == "none" else f" + {row['codec']}"), f"{row['size']:.2f}"]
             + [f"{row[f'{kind}_mb_per_second']:,.0f}" for kind in ("read", "write")]
-            for row in cache["compression"]
+            + [f"{row[kind]:.1e}" if kind in row else "" for kind in ("rms_error", "largest_error")]
+            for row in cache["stores"]
         ],
     )
     return "\n\n".join(
@@ -252,8 +261,8 @@ def render(record: dict[str, Any]) -> str:
             f"{study['seconds_with'] / 3600:.2f} h with one, its making included: {study['ratio']:.2f} times as fast, "
             "without start-up and evaluation.",
             packed,
-            "Sizes are of float32's, megabytes those of float32, so that rows compare; *none* is a copy in memory. "
-            f"float16 rounds by at most {cache['float16_largest_error_over_rms']:.1e} of a part's root mean square.",
+            "Sizes are of float32's, megabytes those of float32, so that rows compare; files lie in the page cache. "
+            "Errors are relative to a part's root mean square, the worst part's. Codecs see bytes by significance.",
         ]
     )
 

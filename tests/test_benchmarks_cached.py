@@ -12,7 +12,9 @@ from tove_llava.errors import ConfigError
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cached_features
-from cached_features import FEW, cache_cost, compression, consequences, rounding
+from cached_features import FEW, cache_cost, consequences, stored
+
+from tove_llava.train.feature_stores import write_shard
 
 RATES = {"pretrain": {"plain": 10.0, "cached": 20.0}, "finetune_lora": {"plain": 5.0, "cached": 4.0}}
 
@@ -34,23 +36,29 @@ def test_cost_of_a_cache():
         cache_cost([2.0], [1.9], FEW + 100)
 
 
-def test_compression_of_what_can_be_compressed(tmp_path):
-    noise = np.random.default_rng(0).normal(size=(30, 40, 8)).astype(np.float32)
-    np.save(tmp_path / "noise.npy", noise)
-    sizes = {(row["dtype"], row["codec"]): row["size"] for row in compression(tmp_path, 0)}
-    assert sizes["float32", "none"] == 1 and sizes["float16", "none"] == 0.5
-    assert 0.5 < sizes["float32", "zlib 6"] < 1
-    assert sizes["float32", "zlib 6, bytes by significance"] < sizes["float32", "zlib 6"]
-    assert 0 < rounding(tmp_path) < 0.01
-    np.save(tmp_path / "noise.npy", np.zeros_like(noise))
-    sizes = {(row["dtype"], row["codec"]): row["size"] for row in compression(tmp_path, 0)}
+def test_ways_of_storing(tmp_path):
+    def sizes_of(values):
+        (tmp_path / "noise").mkdir(exist_ok=True)
+        (tmp_path / "noise" / "part.json").touch()
+        write_shard(tmp_path / "noise" / "000000.safetensors", values, "float32")
+        rows = stored(tmp_path, 0)
+        return {(row["store"], row["codec"]): row["size"] for row in rows}, rows
+
+    noise = np.random.default_rng(0).normal(size=(64, 40, 32)).astype(np.float32)
+    sizes, rows = sizes_of(noise)
+    plain = [sizes[store, "none"] for store in ("float32", "float16", "int8")]
+    assert plain == pytest.approx([1, 0.5, 1.125 / 4], rel=0.01)
+    assert all(sizes[store, "zlib 6"] < size for store, size in zip(("float32", "float16", "int8"), plain, strict=True))
+    errors = [row["rms_error"] for row in rows if row["codec"] == "none"]
+    assert errors[0] == 0 < errors[1] < errors[2] < 0.01
+    sizes, _ = sizes_of(np.zeros_like(noise))
     assert sizes["float16", "zlib 1"] < 0.05
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--scenes", str(FEW)], "--scenes"),
+        (["--scenes", "20"], "--scenes"),
         (["--steps", "3", "--log-every", "2"], "--steps"),
         (["--preset", "vicuna-7b", "--weights", "random"], "sources"),
     ],

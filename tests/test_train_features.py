@@ -1,10 +1,15 @@
 """Features computed once: a run that reads them is the run that computes them."""
 
 import json
+import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 from train_parts import flags, write_parts, write_records
 
@@ -14,6 +19,8 @@ from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import TowerFeatures
+from tove_llava.tower.frozen import FrozenBackbones
+from tove_llava.train.feature_stores import Shards, write_shard
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.run import main as train
 
@@ -79,12 +86,142 @@ def test_image_that_is_not_in_the_cache_is_named(root):
         FeatureCache(root / "cache", config, "square").read(["0.png", "nowhere.png"])
 
 
-def test_interrupted_cache_is_made_again_where_it_is_incomplete(root):
-    before = {file.name: file.stat().st_mtime_ns for file in (root / "cache").iterdir()}
-    (root / "cache" / "normal.json").unlink()
+def times(folder):
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
+def open_cache(folder, image_folder=None):
+    config = vision_config(load_preset(str(folder / "preset.yaml")).vision)
+    return FeatureCache(folder / "cache", config, "square", image_folder)
+
+
+def test_only_what_is_missing_is_made_again(root):
+    before = times(root / "cache")
+    (root / "cache" / "normal" / "000000.safetensors").unlink()
+    with pytest.raises(ConfigError, match="not complete.*normal"):
+        open_cache(root)
     assert make(root) == 0
-    after = {file.name: file.stat().st_mtime_ns for file in (root / "cache").iterdir()}
-    assert {name for name in after if after[name] != before[name]} == {"normal.npy", "normal.json"}
+    after = times(root / "cache")
+    assert {name for name in after if after[name] != before[name]} == {"normal/000000.safetensors"}
+
+
+def test_interrupted_cache_goes_on_and_equals_one_made_at_once(own, monkeypatch, tmp_path):
+    whole = open_cache(own).read(["0.png", "5.png"])
+    shutil.rmtree(own / "cache")
+    real, calls = FrozenBackbones.encode, []
+
+    def encode(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(FrozenBackbones, "encode", encode)
+    small = ("--shard-images", "2", "--batch-size", "2")
+    assert make(own, *small) == 130
+    before = times(own / "cache")
+    made = {name for name in before if name.startswith("clip/0")}
+    assert made == {"clip/000000.safetensors", "clip/000001.safetensors"}
+    assert make(own, *small) == 0
+    after = times(own / "cache")
+    assert all(after[name] == before[name] for name in before)
+    again = open_cache(own).read(["0.png", "5.png"])
+    torch.testing.assert_close(again.base, whole.base)
+    for name, values in whole.experts.items():
+        torch.testing.assert_close(again.experts[name], values)
+
+
+def test_processes_share_a_cache(own, tmp_path, capsys):
+    shutil.rmtree(own / "cache")
+    small = ("--shard-images", "2")
+    assert make(own, *small, "--share", "1/2") == 0
+    assert "missing yet, of other shares" in capsys.readouterr().out
+    assert not (own / "cache" / "clip" / "000000.safetensors").exists()
+    assert train_cached(own, tmp_path / "run") == 2
+    assert "not complete" in capsys.readouterr().err
+    assert make(own, *small, "--share", "0/2") == 0
+    assert "missing" not in capsys.readouterr().out
+    assert train_cached(own, tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--share", "2/2"), "--share 2/2"),
+        (("--share", "half"), "--share half"),
+        (("--shard-images", "0"), "--shard-images must be at least 1"),
+        (("--store", "float8"), "unknown store 'float8'.*float16"),
+        (("--store", "int8"), "begun with --store float32"),
+        (("--shard-images", "3"), "begun with .*--shard-images 256"),
+    ],
+)
+def test_wrong_flags_are_explained(root, capsys, flags, words):
+    before = times(root / "cache")
+    assert make(root, *flags) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert times(root / "cache") == before
+
+
+@pytest.mark.parametrize(("store", "bound"), [("float16", 1e-3), ("int8", 1e-2)])
+def test_rounded_stores_keep_features(own, store, bound):
+    plain = open_cache(own).read(["0.png", "3.png"])
+    shutil.rmtree(own / "cache")
+    assert make(own, "--store", store) == 0
+    kept = open_cache(own, own / "images").read(["0.png", "3.png"])
+    for name, values in {"clip": plain.base, **plain.experts}.items():
+        found = {"clip": kept.base, **kept.experts}[name].float()
+        assert ((found - values).square().mean() / values.square().mean()).sqrt() < bound
+
+
+@pytest.mark.parametrize(("store", "bytes_each"), [("float32", 4), ("float16", 2), ("int8", 1 + 4 / 32)])
+def test_size_of_a_value(tmp_path, store, bytes_each):
+    values = np.random.default_rng(0).standard_normal((4, 16, 24, 24), np.float32)
+    write_shard(tmp_path / "part" / "0.safetensors", values, store)
+    size = (tmp_path / "part" / "0.safetensors").stat().st_size
+    assert 0 < size - bytes_each * values.size < 500  # the header
+
+
+def test_run_on_an_8_bit_cache_is_close_to_the_run_on_pictures(own, tmp_path):
+    shutil.rmtree(own / "cache")
+    assert make(own, "--store", "int8") == 0
+    square = ("--image_aspect_ratio", "square", "--max_steps", "3", "--logging_steps", "1")
+    assert train(flags(own, "pretrain", tmp_path / "pictures", *square)) == 0
+    assert train(flags(own, "pretrain", tmp_path / "cached", *square, "--feature_cache", str(own / "cache"))) == 0
+    losses = [
+        [entry["lm_loss"] for entry in json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]
+         if "lm_loss" in entry]
+        for run in ("pictures", "cached")
+    ]  # fmt: skip
+    assert losses[0] and losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+@given(
+    values=arrays(
+        np.float32,
+        st.tuples(*[st.integers(1, 3)] * 2, st.integers(1, 9), st.integers(1, 9)),
+        elements=st.floats(-(2.0**99), 2.0**99, width=32, allow_subnormal=False),
+    )
+)
+def test_eight_bits_round_by_half_a_step_of_their_block(values, tmp_path_factory):
+    file = tmp_path_factory.mktemp("shard") / "part" / "0.safetensors"
+    write_shard(file, values, "int8")
+    found = Shards([file], len(values), "int8").read(range(len(values)))
+    assert found.shape == values.shape and found.dtype == np.float32
+    largest = np.abs(values).max(axis=(2, 3), keepdims=True)  # of a channel; a block's is no larger
+    assert (np.abs(found - values) <= largest / 127 * 0.5001 + 1e-38).all()
+
+
+def test_value_too_large_for_float16_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="float16; store int8 or float32"):
+        write_shard(tmp_path / "part" / "0.safetensors", np.full((1, 1, 2), 1e5, np.float32), "float16")
+    assert not list((tmp_path / "part").glob("*"))
+
+
+def test_damaged_shard_is_named(own):
+    file = own / "cache" / "clip" / "000000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"clip.000000\.safetensors is damaged"):
+        open_cache(own).read(["0.png"])
 
 
 @pytest.fixture
@@ -116,7 +253,7 @@ def test_picture_replaced_by_another_makes_the_cache_stale(own, tmp_path, capsys
     assert train_cached(own, tmp_path / "run") == 2
     told = capsys.readouterr().err
     assert "stale" in told and "1.png" in told and "tove-llava features" in told
-    (own / "cache" / "normal.json").unlink()
+    (own / "cache" / "normal" / "000000.safetensors").unlink()
     assert make(own) == 2, "nor are parts of other pictures added to it"
     assert "stale" in capsys.readouterr().err
 
@@ -141,21 +278,21 @@ def test_local_weights_replaced_by_others_make_the_cache_stale(own):
         FeatureCache(own / "cache", config, "square")
 
 
-def test_cache_without_fingerprints_is_read_with_a_warning(own, tmp_path, caplog):
-    for file in (own / "cache").glob("*.json"):
-        made = json.loads(file.read_text())
-        del made["files"]
-        file.write_text(json.dumps(made))
-    assert make(own) == 0 and train_cached(own, tmp_path / "run") == 0
-    assert "earlier version" in caplog.text
+def test_cache_of_an_earlier_layout_is_refused(own, tmp_path, capsys):
+    (own / "cache" / "images.json").write_text(json.dumps({"image_aspect_ratio": "square", "images": []}))
+    assert make(own) == 2 and "another version" in capsys.readouterr().err
+    assert train_cached(own, tmp_path / "run") == 2 and "another version" in capsys.readouterr().err
+
+
+def test_part_of_unknown_origin_is_not_added_to(own, capsys):
+    (own / "cache" / "normal" / "part.json").unlink()
+    assert make(own) == 2 and "does not say what it was computed from" in capsys.readouterr().err
 
 
 def test_damaged_fingerprints_are_told(own):
-    file = own / "cache" / "images.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "files": []}))
-    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
-    with pytest.raises(ConfigError, match=r"images\.json is damaged"):
-        FeatureCache(own / "cache", config, "square", own / "images")
+    (own / "cache" / "pictures" / "000000.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"000000\.json is damaged"):
+        open_cache(own, own / "images")
 
 
 def test_features_are_joined_in_order():

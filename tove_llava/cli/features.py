@@ -1,10 +1,15 @@
 """Compute what the frozen tower sees in each image once, for several trainings over the same images.
 
 Training then takes the folder with --feature_cache and runs no encoder. Worth it for sweeps and method studies on data
-that fits on the disk: one image takes width x tokens x 4 bytes for CLIP and each expert's output beside it.
+that fits on the disk: an image takes width x tokens x 4 bytes for CLIP and for each expert's output in float32, half
+of that in float16, and 1.13 bytes a value in int8. What was interrupted goes on with the same command; several
+processes fill one cache with --share 0/4 to --share 3/4.
 """
 
 import argparse
+import re
+
+from tove_llava.errors import ConfigError
 
 HELP = "compute the frozen encoders' output for a data set's images once, for training with --feature_cache"
 
@@ -16,8 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", required=True, metavar="DIR", help="folder that image paths start from")
     parser.add_argument("--out", required=True, metavar="DIR", help="the cache")
     parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"), help="default: pad")
-    parser.add_argument("--store", default="float32", choices=("float32", "float16"), help="dtype on disk")
+    parser.add_argument("--store", default="float32", metavar="NAME", help="float32 (default), float16 or int8")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="this process's part of the shards, such as 0/4")
+    parser.add_argument("--shard-images", type=int, default=256, metavar="N", help="images of one file (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open pictures (default: 4)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
 
 
@@ -28,20 +36,35 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.presets import load_preset
     from tove_llava.serve.generation import choose_device
     from tove_llava.tower import ToveVisionModel
-    from tove_llava.train.features import fill_cache
+    from tove_llava.train.feature_filling import fill_cache
 
     quiet_transformers()
+    share = _share(args.share)
+    for flag in ("shard_images", "batch_size", "workers"):
+        if getattr(args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1")
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
     tower.to(choose_device(args.device)).load_backbones()
     names = dict.fromkeys(name for file in args.data for record in load_records(file) for name in record.images)
-    size = fill_cache(
+    filled = fill_cache(
         args.out,
         tower,
         list(names),
         args.image_folder,
         aspect_ratio=args.image_aspect_ratio,
+        store=args.store,
+        share=share,
         batch_size=args.batch_size,
-        dtype=args.store,
+        shard_images=args.shard_images,
+        workers=args.workers,
     )
-    print(f"{args.out}: features of {len(names)} images, {size / 1e6:.0f} MB")
+    rest = f"; {filled.missing} shards are missing yet, of other shares" if filled.missing else ""
+    print(f"{args.out}: features of {len(names)} images, {filled.size / 1e6:.0f} MB{rest}")
     return 0
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ConfigError(f"--share {text}: give I/N with I from 0 to N-1, such as 0/4")
+    return int(found[1]), int(found[2])

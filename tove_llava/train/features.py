@@ -1,41 +1,40 @@
 """Features computed once: what a frozen tower gives for each image, on disk, for several runs over the same images.
 
-A folder holds ``images.json`` (names of the images, in order, fingerprints of their files, and how they were brought
-to pixels) and for CLIP and each expert two files: ``<part>.npy``, mapped into memory when it is read, and
-``<part>.json``, what it was computed from. A run reads the parts that its tower has; a part of another source, layer
-or input size is refused, and so are pictures or local weights whose files have changed since.
+A folder holds ``images.json`` (names of the images in order, how they were brought to pixels, how values are stored),
+``pictures/`` (fingerprints of the images' files), and for CLIP and each expert a folder with ``part.json``, what it was
+computed from, and shards of features. A run reads the parts that its tower has; a part of another source, layer or
+input size is refused, and so are pictures or local weights whose files have changed since.
 
-CLIP's tokens are in the part ``clip``; an expert must not have that name.
+CLIP's tokens are in the part ``clip``; an expert must not have that name. What fills a cache is in
+:mod:`tove_llava.train.feature_filling`.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from tove_llava.data.images import AspectRatio, ImageTransform, resolve_image
 from tove_llava.errors import ConfigError, DataError
 from tove_llava.sources import Source
-from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
-from tove_llava.train.fingerprint import Fingerprint, fingerprint, has_changed, source_files
+from tove_llava.tower import ToveVisionConfig, TowerFeatures
+from tove_llava.train.feature_stores import STORES, Shards
+from tove_llava.train.fingerprint import fingerprint, has_changed, source_files
 
 CLIP = "clip"
-IMAGES = "images.json"
-FILES = "files"  # fingerprints, in images.json and in each part's description
+FILES = "files"  # fingerprints of weights, in a part's description
 
-logger = logging.getLogger(__name__)
+AGAIN = "make another cache with 'tove-llava features'"
 
 
 class FeatureCache:
-    """Reads features that :func:`fill_cache` wrote.
+    """Reads features that :func:`~tove_llava.train.feature_filling.fill_cache` wrote.
 
     Args:
         folder: the cache.
@@ -45,7 +44,7 @@ class FeatureCache:
             not there any more are not missed.
 
     Raises:
-        ConfigError: a part is missing, or was computed otherwise than this tower would.
+        ConfigError: a part or shard is missing, or was computed otherwise than this tower would.
         DataError: a picture's file has changed since.
     """
 
@@ -57,32 +56,34 @@ class FeatureCache:
         image_folder: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
-        made = _read_json(self.folder / IMAGES)
-        if made["image_aspect_ratio"] != aspect_ratio:
+        layout = Layout.read(self.folder)
+        if layout.image_aspect_ratio != aspect_ratio:
             raise ConfigError(
-                f"{self.folder} was made with image_aspect_ratio {made['image_aspect_ratio']!r}, the run has "
-                f"{aspect_ratio!r}; make another cache, or give --image_aspect_ratio {made['image_aspect_ratio']}"
+                f"{self.folder} was made with image_aspect_ratio {layout.image_aspect_ratio!r}, the run has "
+                f"{aspect_ratio!r}; make another cache, or give --image_aspect_ratio {layout.image_aspect_ratio}"
             )
-        if image_folder is not None:
-            _check_pictures(self.folder, made, Path(image_folder))
-        self._rows = {name: row for row, name in enumerate(made["images"])}
-        self._parts: dict[str, np.ndarray] = {}
-        for name, description in _parts(config).items():
-            found = _read_json(self.folder / f"{name}.json")
-            _check_source(self.folder, name, found.get("source", ""), found.pop(FILES, {}))
-            odd = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))
-            if odd:
+        self._rows = {name: row for row, name in enumerate(layout.images)}
+        self._parts: dict[str, Shards] = {}
+        for name, description in describe_parts(config).items():
+            check_part(self.folder, name, description)
+            files = [shard_file(self.folder, name, shard) for shard in range(layout.shards)]
+            there = {entry.name for entry in os.scandir(self.folder / name)}
+            missing = [file for file in files if file.name not in there]
+            if missing:
                 raise ConfigError(
-                    f"{self.folder}: {name} was computed from another source ({', '.join(odd)} differ); "
-                    "make another cache with 'tove-llava features'"
+                    f"{self.folder} is not complete: {missing[0]} and {len(missing) - 1} other shards of {name} are "
+                    "missing; give the same 'tove-llava features' command again"
                 )
-            self._parts[name] = np.load(self.folder / f"{name}.npy", mmap_mode="r")
+            self._parts[name] = Shards(files, layout.shard_images, layout.store)
+        if image_folder is not None:
+            for shard in range(layout.shards):
+                check_pictures(self.folder, layout, shard, Path(image_folder))
 
     def read(self, images: Sequence[str]) -> TowerFeatures:
-        """Features of images by name; float32, or what the cache was stored in.
+        """Features of images by name; float16 where that is stored, else float32.
 
         Raises:
-            DataError: an image is not in the cache.
+            DataError: an image is not in the cache, or a file of the cache is damaged.
         """
         missing = [name for name in images if name not in self._rows]
         if missing:
@@ -90,91 +91,79 @@ class FeatureCache:
                 f"{self.folder} has no features of image {missing[0]!r}; make them with tove-llava features"
             )
         rows = [self._rows[name] for name in images]
-        tensors = {name: torch.from_numpy(np.stack([part[row] for row in rows])) for name, part in self._parts.items()}
+        arrays = {name: part.read(rows) for name, part in self._parts.items()}
+        arrays[CLIP] = np.ascontiguousarray(arrays[CLIP].swapaxes(1, 2))  # stored by channel, [B,d,N]
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return TowerFeatures(base=tensors.pop(CLIP), experts=tensors)
 
 
-def fill_cache(
-    folder: str | Path,
-    tower: ToveVisionModel,
-    images: Sequence[str],
-    image_folder: str | Path,
-    *,
-    aspect_ratio: str,
-    batch_size: int = 32,
-    dtype: str = "float32",
-) -> int:
-    """Computes what the cache lacks and returns its size in bytes; parts that are complete are kept.
+@dataclass(frozen=True)
+class Layout:
+    """What ``images.json`` says.
 
     Args:
-        images: names as records call them, relative to ``image_folder``; no duplicates.
-        aspect_ratio: ``"square"`` or ``"pad"``.
-        dtype: stored floating-point type, ``"float32"`` or ``"float16"``.
+        image_aspect_ratio: how pictures were brought to the tower's size.
+        store: key of :data:`~tove_llava.train.feature_stores.STORES`.
+        shard_images: images of a shard; the last may have fewer.
+        images: names, in the order of rows.
+    """
+
+    image_aspect_ratio: str
+    store: str
+    shard_images: int
+    images: list[str]
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.images) // self.shard_images)
+
+    def of(self, shard: int) -> list[str]:
+        """Images of a shard."""
+        return self.images[shard * self.shard_images : (shard + 1) * self.shard_images]
+
+    @staticmethod
+    def file(folder: Path) -> Path:
+        return folder / "images.json"
+
+    @classmethod
+    def read(cls, folder: Path) -> Layout:
+        """Raises: ConfigError: it is missing, damaged, or of another version of this package."""
+        file = cls.file(folder)
+        found = read_json(file)
+        try:
+            layout = cls(**found)
+            usable = layout.store in STORES and layout.shard_images > 0 and isinstance(layout.images, list)
+        except TypeError:
+            usable = False
+        if not usable:
+            raise ConfigError(
+                f"{file} is damaged, or of another version of tove_llava; delete the cache and make it again"
+            )
+        return layout
+
+    def write(self, folder: Path) -> None:
+        write_json(self.file(folder), asdict(self))
+
+
+def shard_file(folder: Path, part: str, shard: int) -> Path:
+    """Where a shard of features lies."""
+    return folder / part / f"{shard:06d}.safetensors"
+
+
+def pictures_file(folder: Path, shard: int) -> Path:
+    """Where the fingerprints of a shard's pictures lie."""
+    return folder / "pictures" / f"{shard:06d}.json"
+
+
+def describe_parts(config: ToveVisionConfig) -> dict[str, dict[str, Any]]:
+    """What each part's values follow from, by part.
 
     Raises:
-        ConfigError: the folder is a cache of other images, or of a tower whose local weights have changed since.
-        DataError: an image cannot be read, or its file has changed since. NonFiniteError: an expert fails on one.
+        ConfigError: an expert has a name that the cache uses itself.
     """
-    folder, config = Path(folder), tower.config
-    if CLIP in config.expert_names:
-        raise ConfigError(f"an expert named {CLIP!r} cannot be cached; give it another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    made = {"image_aspect_ratio": aspect_ratio, "images": list(images)}
-    if (folder / IMAGES).exists():
-        found = _read_json(folder / IMAGES)
-        if {key: found.get(key) for key in made} != made:
-            raise ConfigError(f"{folder} is a cache of other images; give another folder")
-        _check_pictures(folder, found, Path(image_folder))
-    else:
-        prints = [fingerprint(resolve_image(image_folder, name)) for name in images]
-        _write(folder / IMAGES, {**made, FILES: prints})
-    wanted = _parts(config)
-    lacking = [name for name in wanted if not (folder / f"{name}.json").exists()]
-    if lacking:
-        _compute(folder, tower, list(images), Path(image_folder), lacking, aspect_ratio, batch_size, dtype)
-        for name in lacking:
-            os.replace(folder / f"{name}.npy.part", folder / f"{name}.npy")
-            files = source_files(Source.parse(wanted[name]["source"]).path)
-            weights = {file: fingerprint(path) for file, path in files.items()}
-            _write(folder / f"{name}.json", {**wanted[name], FILES: weights})
-    FeatureCache(folder, config, aspect_ratio)  # what was there before may be another tower's
-    return sum((folder / f"{name}.npy").stat().st_size for name in wanted)
-
-
-def _compute(
-    folder: Path,
-    tower: ToveVisionModel,
-    images: list[str],
-    image_folder: Path,
-    lacking: list[str],
-    aspect_ratio: str,
-    batch_size: int,
-    dtype: str,
-) -> None:
-    config = tower.config
-    transform = ImageTransform(
-        config.image_size, cast(AspectRatio, aspect_ratio), mean=config.image_mean, std=config.image_std
-    )
-    names = [name for name in lacking if name != CLIP]
-    files: dict[str, np.memmap] = {}
-    for start in tqdm(range(0, len(images), batch_size), desc="features", unit="batch"):
-        batch = images[start : start + batch_size]
-        pixels = torch.stack([transform.open(resolve_image(image_folder, name)) for name in batch])  # [B,3,S,S]
-        features = tower.frozen.encode(pixels.to(tower.device, tower.dtype), names, strict=True)
-        tensors = {CLIP: features.base, **features.experts}
-        for name in lacking:
-            values = tensors[name].float().cpu().numpy().astype(dtype)
-            if name not in files:
-                file = folder / f"{name}.npy.part"
-                shape = (len(images), *values.shape[1:])
-                files[name] = np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
-            files[name][start : start + len(batch)] = values
-    for mapped in files.values():
-        mapped.flush()
-
-
-def _parts(config: ToveVisionConfig) -> dict[str, dict[str, Any]]:
-    """What each part's values follow from, by part."""
+    reserved = sorted({CLIP, "pictures"} & set(config.expert_names))
+    if reserved:
+        raise ConfigError(f"an expert named {reserved[0]!r} cannot be cached; give it another name")
     common = {"image_size": config.image_size, "mean": list(config.image_mean), "std": list(config.image_std)}
     clip = {"source": config.clip_source, "revision": config.clip_revision, "layer": config.num_clip_layers}
     parts = {CLIP: {**common, **clip}}
@@ -184,34 +173,44 @@ def _parts(config: ToveVisionConfig) -> dict[str, dict[str, Any]]:
     return json.loads(json.dumps(parts))
 
 
-def _check_pictures(folder: Path, made: dict[str, Any], image_folder: Path) -> None:
-    """Refuses a cache whose pictures have been replaced."""
-    prints = made.get(FILES)
-    if prints is None:
-        logger.warning("%s is of an earlier version and does not tell whether pictures have changed since", folder)
-        return
-    if len(prints) != len(made["images"]):
-        raise ConfigError(f"{folder / IMAGES} is damaged; delete the cache and make it again")
-    for name, recorded in zip(made["images"], prints, strict=True):
+def check_pictures(folder: Path, layout: Layout, shard: int, image_folder: Path) -> None:
+    """Refuses a shard whose pictures have been replaced."""
+    file, images = pictures_file(folder, shard), layout.of(shard)
+    prints = read_json(file)
+    if not isinstance(prints, list) or len(prints) != len(images):
+        raise ConfigError(f"{file} is damaged; delete the cache and make it again")
+    for name, recorded in zip(images, prints, strict=True):
         if has_changed(image_folder / name, recorded):
             raise DataError(
                 f"{folder} is stale: {image_folder / name} is not the picture that its features were computed from; "
-                "make another cache with 'tove-llava features'"
+                f"{AGAIN}"
             )
 
 
-def _check_source(folder: Path, part: str, source: str, prints: dict[str, Fingerprint]) -> None:
-    """Refuses a part whose local weights have been replaced; without recorded files there is nothing to compare."""
-    files = source_files(Source.parse(source).path) if prints else {}
+def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
+    """Refuses a part that was computed from something else, or from local weights that have been replaced."""
+    found = read_json(folder / part / "part.json")
+    prints = found.pop(FILES, {})
+    odd = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))
+    if odd:
+        raise ConfigError(f"{folder}: {part} was computed from another source ({', '.join(odd)} differ); {AGAIN}")
+    # Without recorded files the source was not local, and there is nothing to compare.
+    files = source_files(Source.parse(found["source"]).path) if prints else {}
     for name, file in files.items():
         if name not in prints or has_changed(file, prints[name]):
-            raise ConfigError(
-                f"{folder} is stale: {file} has changed since {part} was computed from it; "
-                "make another cache with 'tove-llava features'"
-            )
+            raise ConfigError(f"{folder} is stale: {file} has changed since {part} was computed from it; {AGAIN}")
 
 
-def _read_json(file: Path) -> Any:
+def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
+    """Writes what a part is computed from."""
+    files = source_files(Source.parse(description["source"]).path)
+    (folder / part).mkdir(exist_ok=True)
+    weights = {file: fingerprint(path) for file, path in files.items()}
+    write_json(folder / part / "part.json", {**description, FILES: weights})
+
+
+def read_json(file: Path) -> Any:
+    """Raises: ConfigError: it is missing or damaged."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -220,7 +219,8 @@ def _read_json(file: Path) -> Any:
         raise ConfigError(f"{file} is damaged ({error}); delete the cache and make it again") from None
 
 
-def _write(file: Path, value: Any) -> None:
-    staged = file.with_name(file.name + ".part")
+def write_json(file: Path, value: Any) -> None:
+    """Writes a file, whole or not at all."""
+    staged = file.with_name(f"{file.name}.{os.getpid()}.part")  # several processes may write the same
     staged.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(staged, file)
