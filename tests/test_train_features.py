@@ -1,6 +1,7 @@
 """Features computed once: a run that reads them is the run that computes them."""
 
 import json
+import pickle
 import re
 import shutil
 
@@ -84,6 +85,16 @@ def test_image_that_is_not_in_the_cache_is_named(root):
     config = vision_config(load_preset(str(root / "preset.yaml")).vision)
     with pytest.raises(DataError, match="nowhere.png"):
         FeatureCache(root / "cache", config, "square").read(["0.png", "nowhere.png"])
+
+
+def test_workers_of_a_data_loader_may_be_started_anew(root):
+    """Not forked: the cache is pickled for them, as Python does by default from 3.14 on."""
+    config = vision_config(load_preset(str(root / "preset.yaml")).vision)
+    cache = FeatureCache(root / "cache", config, "square")
+    expected = cache.read(["1.png"])
+    found = pickle.loads(pickle.dumps(cache)).read(["1.png"])
+    assert torch.equal(found.base, expected.base)
+    assert all(torch.equal(found.experts[name], expected.experts[name]) for name in expected.experts)
 
 
 def times(folder):

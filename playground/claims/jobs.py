@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ARMS = Path(__file__).parent / "arms"
 COMMON = (
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--image_aspect_ratio", "square",
-    "--bf16", "True", "--logging_steps", "50",
+    "--bf16", "True", "--logging_steps", "50", "--dataloader_num_workers", "0",  # a run has one core
 )  # fmt: skip
 
 

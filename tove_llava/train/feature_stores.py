@@ -105,7 +105,7 @@ class Shards:
     """The shards of one part of a cache, opened when a row of theirs is first read."""
 
     def __init__(self, files: Sequence[Path], rows: int, store: str) -> None:
-        self._files, self._rows, self._store = files, rows, STORES[store]
+        self._files, self._rows, self._store = files, rows, store
         self._open: dict[int, safe_open] = {}
 
     def __getstate__(self) -> dict[str, object]:
@@ -121,7 +121,7 @@ class Shards:
         for row in rows:
             for name, tensor in self._row(*divmod(row, self._rows)).items():
                 found.setdefault(name, []).append(tensor)
-        return self._store.unpack({name: np.concatenate(tensors) for name, tensors in found.items()})
+        return STORES[self._store].unpack({name: np.concatenate(tensors) for name, tensors in found.items()})
 
     def _row(self, shard: int, row: int) -> Tensors:
         try:
