@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "playground" / "claims"))
 
+import records  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 from jobs import ARMS, Job, Settings  # noqa: E402
 from numbers_of_runs import BOTH, Interval, Runs  # noqa: E402
 
+from tove_llava.llava.checkpoint import MANIFEST  # noqa: E402
 from tove_llava.presets import load_preset  # noqa: E402
 from tove_llava.scenes.language import CATEGORIES  # noqa: E402
+from tove_llava.sources import BundledSource  # noqa: E402
 from tove_llava.tower import FUSIONS  # noqa: E402
+
+
+def cost(seconds, **keys):
+    found = {"made": {}, "seconds": seconds, "cpu_seconds": 2 * seconds, "resumed": False}
+    return {**found, "date": "2026-11-28", "commit": "abc1234567", "machine": "Z80, 2 cores", **keys}
 
 
 def write_run(settings, name, seed, accuracy, answers=()):
@@ -27,7 +37,7 @@ def write_run(settings, name, seed, accuracy, answers=()):
     scores = {row: {"accuracy": accuracy.get(row, 0.5)} for row in (*CATEGORIES, "overall")}
     results = {"benchmarks": {"scenes": {"full": {"scores": scores}}}}
     (folder / "eval" / "results.json").write_text(json.dumps(results))
-    (folder / "done.json").write_text(json.dumps({"seconds": 10 * (1 + seed)}))
+    (folder / "done.json").write_text(json.dumps(cost(10 * (1 + seed))))
     lines = [json.dumps({"question_id": key, "text": text}) for key, text in answers]
     (place / "answers.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -105,6 +115,104 @@ def test_every_study_is_written_about_and_names_arms_that_exist():
             Job(seed=0, **entry)
     fusions = {load_preset(str(file)).vision.fusion for file in ARMS.glob("*.yaml")}
     assert fusions == set(FUSIONS.names())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "run"
+    with records.recorded(place, {"job": {"merge": "--x 1"}, "starts_from": "aa"}, "abc"):
+        (place / "log.txt").write_text("trained\n")
+    return place
+
+
+def test_a_record_says_what_was_run_and_what_it_cost(folder):
+    found = json.loads((folder / "done.json").read_text())
+    assert found["made"] == {"job": {"merge": "--x 1"}, "starts_from": "aa"}
+    assert found["commit"] == "abc" and found["cpu_seconds"] >= 0 and not found["resumed"]
+    assert "cores" in found["machine"]
+    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa"})
+
+
+def test_results_of_something_else_are_refused_by_name(folder):
+    with pytest.raises(records.StaleRecord, match=r"run was .*job.merge was '--x 1', is '--x 2'.* Delete .*--out"):
+        records.is_done(folder, {"job": {"merge": "--x 2"}, "starts_from": "aa"})
+    with pytest.raises(records.StaleRecord, match="starts_from was 'aa', is 'bb'"):
+        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "bb"})
+    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": None}), "not known yet"
+    with pytest.raises(records.StaleRecord, match="version was None, is '2'"):
+        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa", "version": "2"})
+
+
+def test_an_unfinished_run_of_something_else_is_refused_too(tmp_path):
+    with pytest.raises(KeyError), records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
+        raise KeyError
+    assert not records.is_done(tmp_path / "run", {"preset": "a"})
+    with pytest.raises(records.StaleRecord, match="preset was 'a', is 'b'"):
+        records.is_done(tmp_path / "run", {"preset": "b"})
+    with records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
+        pass
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["resumed"]
+
+
+def test_results_without_a_record_are_refused(tmp_path):
+    (tmp_path / "done.json").write_text('{"arm": "clip", "seed": 0, "seconds": 1.0}')
+    with pytest.raises(records.StaleRecord, match="does not say what it was made of"):
+        records.is_done(tmp_path, {"preset": "a"})
+
+
+def test_what_is_made_depends_on_preset_parts_sizes_and_the_start(settings, monkeypatch):
+    plain = Job("tove", 0)
+    merged = Job("tove", 0, label="lite", merge="--merge_coefficient 1", pictures=True)
+    before = plain.made(settings)
+    assert set(before["parts"]) == {f"bundled:{part.name}" for part in BundledSource.root.iterdir()}
+    assert set(Job("clip", 0).made(settings)["parts"]) == {"bundled:clip", "bundled:llm"}
+    assert before["preset"] != Job("add", 0).made(settings)["preset"]
+    assert merged.made(settings)["starts_from"] is None
+    model = settings.folder(plain) / "model"
+    model.mkdir(parents=True)
+    manifest = {"kind": "lora", "stage": "s", "preset": "p", "template": "v1", "image_aspect_ratio": "square"}
+    manifest |= {"model_max_length": 9, "language": {}, "fingerprint": "ff", "format_version": 1}
+    (model / MANIFEST).write_text(json.dumps(manifest))
+    assert merged.made(settings)["starts_from"] == "ff"
+    assert merged.made(replace(settings, further=5))["pictures"] == 5
+    assert plain.made(replace(settings, train=5)) != before
+    monkeypatch.setattr("records._hash_of", lambda name: "other")
+    assert plain.made(settings)["parts"] != before["parts"]
+
+
+def test_the_commit_is_that_of_this_very_repository(monkeypatch, tmp_path):
+    answers = {"rev-parse --show-toplevel": str(records.ROOT), "rev-parse --short=10 HEAD": "0123456789"}
+
+    def git(*words):
+        return answers.get(" ".join(words), answers.get(words[0], ""))
+
+    monkeypatch.setattr(records, "_git", git)
+    assert records.commit() == "0123456789"
+    answers["status"] = " M tove_llava/x.py"
+    assert records.commit() == "0123456789+"
+    answers["rev-parse --show-toplevel"] = str(tmp_path)  # unpacked inside somebody else's
+    assert records.commit() == "unknown"
+
+
+def whole_study(settings):
+    """Runs enough for the claims c (but for its speed) and f, and for d but for its curves."""
+    truth = {"question_id": "q0", "answer": "Yes", "category": "existence"}
+    settings.scenes.mkdir(exist_ok=True)
+    (settings.scenes / "val_questions.jsonl").write_text(json.dumps(truth))
+    for name in ("clip", "tove", "replace", "lite", "clip_tuned"):
+        for seed in range(settings.seeds):
+            write_run(settings, name, seed, {"overall": 0.5 + 0.1 * (name == "tove")}, [("q0", "Yes")])
+
+
+def test_summary_has_every_run(settings):
+    whole_study(settings)
+    run.summarize(settings, "--claims f", 61.0)
+    found = json.loads((settings.out / "summary.json").read_text())
+    assert found["last_command"]["command"] == "--claims f" and found["last_command"]["seconds"] == 61
+    rows = {(row["name"], row["seed"]): row for row in found["runs"]}
+    assert len(rows) == 15
+    assert rows["tove", 2]["accuracy"] == pytest.approx(60)
+    assert rows["tove", 2]["seconds"] == 30 and rows["tove", 2]["cpu_seconds"] == 60
 
 
 @pytest.mark.slow
