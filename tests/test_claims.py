@@ -4,8 +4,11 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 
@@ -192,6 +195,69 @@ def test_the_commit_is_that_of_this_very_repository(monkeypatch, tmp_path):
     assert records.commit() == "0123456789+"
     answers["rev-parse --show-toplevel"] = str(tmp_path)  # unpacked inside somebody else's
     assert records.commit() == "unknown"
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A job that waits for what it needs, and says when it has begun."""
+
+    name: str
+    act: Callable[[], None] = lambda: None
+    seed: int = 0
+
+    def run(self, settings):
+        self.act()
+
+
+def test_a_failed_run_is_told_at_once_and_nothing_is_begun_after_it(settings, capsys):
+    told, begun = Event(), []
+
+    def fail():
+        raise ValueError("no space")
+
+    def long():
+        # Ends only when the failure has been told, in a minute at the latest.
+        while "failed" not in "".join(heard) and not told.wait(0.02):
+            heard.append(capsys.readouterr().err)
+        begun.append("long ended")
+
+    heard = []
+    timer = Timer(60, told.set)
+    timer.start()
+    jobs = [
+        Stub("long", long),
+        Stub("bad", fail),
+        *(Stub(f"later{i}", lambda: begun.append("later")) for i in range(3)),
+    ]
+    with ThreadPoolExecutor(2) as pool, pytest.raises(run.RunFailed):
+        run.run_all(pool, settings, jobs, 2)
+    timer.cancel()
+    assert not told.is_set(), "the failure was told only after the others' end"
+    assert begun == ["long ended"]
+    assert "bad, seed 0 failed: no space" in "".join(heard) and "3 are not begun" in "".join(heard)
+
+
+def test_all_runs_are_run_where_none_fails(settings, capsys):
+    ran = []
+    with ThreadPoolExecutor(2) as pool:
+        run.run_all(pool, settings, [Stub(str(i), lambda i=i: ran.append(i)) for i in range(5)], 2)
+    assert sorted(ran) == [0, 1, 2, 3, 4]
+    assert "[5/5]" in capsys.readouterr().out
+
+
+def test_a_failure_is_the_commands_status(settings, monkeypatch, capsys):
+    def fail(args):
+        raise run.RunFailed
+
+    def stale(args):
+        raise records.StaleRecord("runs/clip/0 was made of something else")
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr(run, "run", fail)
+    assert run.main() == 1
+    monkeypatch.setattr(run, "run", stale)
+    assert run.main() == 2
+    assert "runs/clip/0" in capsys.readouterr().err
 
 
 def whole_study(settings):

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import yaml
@@ -27,9 +27,15 @@ from jobs import Job, Settings, command, start_worker  # noqa: E402
 STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
 
 
+class RunFailed(RuntimeError):
+    """At least one run failed; it has been said which."""
+
+
 def main() -> int:
     try:
         return run(parse())
+    except RunFailed:
+        return 1
     except records.StaleRecord as error:
         print(f"claims: {error}", file=sys.stderr)
         return 2
@@ -157,7 +163,11 @@ def further_pictures(settings: Settings) -> None:
 
 
 def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
-    started, done = time.monotonic(), 0
+    """
+    Raises:
+        RunFailed: a run failed. That is said at once; none is begun after it, and those that run are waited for.
+        StaleRecord: a job's folder holds another run.
+    """
     left = [job for job in jobs if not settings.is_done(job)]
     print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before; {workers} at a time", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -165,16 +175,40 @@ def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
     for number in range(workers):
         numbers.put(number)
     with ProcessPoolExecutor(workers, context, start_worker, (numbers, workers, gpus())) as pool:
-        futures = {pool.submit(job.run, settings): job for job in left}
-        for future in as_completed(futures):
-            future.result()
+        run_all(pool, settings, left, workers)
+
+
+def run_all(pool: Executor, settings: Settings, jobs: list[Job], workers: int) -> None:
+    """Gives the pool as many jobs as it has workers: what lies in its queue could not be called back."""
+    started, done, failed = time.monotonic(), 0, 0
+    waiting, running = list(jobs), {}
+    while running or (waiting and not failed):
+        while waiting and len(running) < workers and not failed:
+            job = waiting.pop(0)
+            running[pool.submit(job.run, settings)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            if future.exception() is not None:
+                failed += 1
+                print(_failure(job, future, len(running), len(waiting)), file=sys.stderr, flush=True)
+                continue
             done += 1
             each = (time.monotonic() - started) / done
             print(
-                f"[{done}/{len(left)}] {futures[future].name}, seed {futures[future].seed}: done; "
-                f"{each:.0f} s a run, ETA {(len(left) - done) * each / 60:.0f} min",
+                f"[{done}/{len(jobs)}] {job.name}, seed {job.seed}: done; "
+                f"{each:.0f} s a run, ETA {(len(jobs) - done) * each / 60:.0f} min",
                 flush=True,
             )
+    if failed:
+        raise RunFailed(f"{failed} runs failed")
+
+
+def _failure(job: Job, future: Future, running: int, waiting: int) -> str:
+    error = str(future.exception()) or repr(future.exception())
+    return (
+        f"claims: {job.name}, seed {job.seed} failed: {error}\n"
+        f"claims: {running} runs that have begun go on to their end; {waiting} are not begun. Finished runs stay"
+    )
 
 
 def gpus() -> int:
