@@ -86,7 +86,7 @@ def test_page_says_what_was_not_run_and_works_the_rest_out(settings, tmp_path):
         write_run(settings, "clip", seed, {"overall": 0.5}, wrong)
         write_run(settings, "tove", seed, {"overall": 0.75 + 0.01 * seed}, [*wrong[:3], ("q3", "Yes")])
         write_run(settings, "replace", seed, {"overall": 0.25}, [("q0", "Yes"), *((f"q{i}", "No") for i in (1, 2, 3))])
-    report.write_report(settings, tmp_path / "claims.md")
+    report.write_report(settings, tmp_path / "claims.md", list("abcdefg"), "--claims all")
     page = (tmp_path / "claims.md").read_text()
     assert "tove-1%: 0 of 3 seeds" in page
     assert "bash playground/claims.sh --claims b" in page
@@ -104,10 +104,14 @@ def test_curve_is_slow_when_half_of_the_experts_are_cheap(settings, tmp_path, ha
         folder.mkdir(parents=True)
         scores = zip(("abcd", "abc", "ab", "a", ""), (0.8, 0.8, half + 0.001 * seed, 0.6, 0.5), strict=True)
         steps = [{"experts": list(left), "accuracy": score, "images_per_second": 10} for left, score in scores]
-        (folder / "detach_curve.json").write_text(json.dumps({"steps": steps}))
+        curve = {"steps": steps, "records": 800, "records_in_file": 2683}
+        (folder / "detach_curve.json").write_text(json.dumps(curve))
+        (folder / "contributions.json").write_text(json.dumps({"overall": {"records": 300}}))
     text = report.SECTIONS["d"](settings, tmp_path)
     assert said in text
     assert f"{100 * (0.799 - half):+.1f} ± 0.2" in text
+    assert "300 records of the training set" in " ".join(text.split())
+    assert "800 of 2,683 held-out questions" in text
 
 
 def test_every_study_is_written_about_and_names_arms_that_exist():
@@ -268,6 +272,64 @@ def whole_study(settings):
     for name in ("clip", "tove", "replace", "lite", "clip_tuned"):
         for seed in range(settings.seeds):
             write_run(settings, name, seed, {"overall": 0.5 + 0.1 * (name == "tove")}, [("q0", "Yes")])
+
+
+def test_a_section_says_how_it_came_about(settings, tmp_path):
+    whole_study(settings)
+    (settings.out / "runs" / "clip" / "0" / "done.json").write_text(json.dumps(cost(10, commit="0000000000+")))
+    report.write_report(settings, tmp_path / "claims.md", ["f"], "--claims f --seeds 3")
+    found = " ".join((tmp_path / "claims.md").read_text().partition("## (f)")[2].partition("## (g)")[0].split())
+    assert "`bash playground/claims.sh --claims f --seeds 3`, run 2026-11-28" in found
+    assert "commit 0000000000+ and abc1234567; 3 seeds, 100 training scenes for each stage, 10 held-out scenes" in found
+    # Three arms of 10, 20 and 30 seconds on two cores.
+    assert "Z80, 2 cores. 9 runs: 360 processor seconds, 3 minutes on two cores." in found
+
+
+def test_a_run_of_some_claims_leaves_the_other_sections_as_they_stand(settings, tmp_path):
+    whole_study(settings)
+    page = tmp_path / "claims.md"
+    old = "## (a) An older title\n\nProduced in 2020.\n\n| a | b |\n| --- | ---: |\n| x | 1.0 |\n"
+    page.write_text(
+        f"# Old head\n\n{old}\n## (b) Data\n\nNot run yet (old): `x`.\n\n"
+        "## (f) Old\n\nold numbers\n\n### more of it\n\n## Remarks\n\nby hand, (f) and all\n"
+    )
+    report.write_report(settings, page, ["f"], "--claims f")
+    text = page.read_text()
+    assert text.startswith(report.HEAD)
+    assert old in text
+    assert "old numbers" not in text and "more of it" not in text and text.count("## (f)") == 1
+    assert "## Remarks\n\nby hand, (f) and all\n" in text
+    assert "Not run yet (old)" not in text and "`bash playground/claims.sh --claims b`" in text
+    headings = [line[3:6] for line in text.splitlines() if line.startswith("## (")]
+    assert headings == [f"({name})" for name in report.STUDIES]
+    report.write_report(settings, page, ["f"], "--claims f")
+    assert page.read_text() == text, "the same run writes the same page"
+    report.write_report(replace(settings, seeds=4), page, ["f"], "--claims f --seeds 4")
+    again = page.read_text()
+    assert report.sections_of(again)["(f)"] == report.sections_of(text)["(f)"], "what lacks a seed stays"
+
+
+def test_what_is_missing_is_missed_for_each_seed(settings, tmp_path):
+    whole_study(settings)
+    for seed in range(2):
+        (settings.out / "curves" / str(seed)).mkdir(parents=True)
+        (settings.out / "curves" / str(seed) / "detach_curve.json").write_text("{}")
+    report.write_report(settings, tmp_path / "claims.md", ["d"], "--claims d")
+    assert "Not run yet (curves/2/detach_curve.json)" in (tmp_path / "claims.md").read_text()
+
+
+def test_a_share_of_no_clear_gain_is_not_defined(settings, tmp_path):
+    assert report.kept_share(Interval(10, 1, 5), Interval(8, 1, 5)) == pytest.approx(80)
+    for whole in (Interval(0, 0, 5), Interval(-3, 1, 5), Interval(2, 3, 5), Interval(2, math.nan, 1)):
+        assert report.kept_share(whole, Interval(1, 1, 5)) is None
+    for name in ("clip", "tove", "lite", "clip_tuned"):
+        for seed in range(3):
+            write_run(settings, name, seed, {})
+    speed = {"batch": 32, "threads": 1, "rounds": 31, "rows": []}
+    (settings.out / "speed.json").write_text(json.dumps(speed))
+    text = report.SECTIONS["c"](replace(settings, further=777), tmp_path)
+    assert f"**{report.UNDEFINED}** (goal: 80 %, missed)" in text and report.NOT in text
+    assert "brought 16 of\n777 further pictures" in text
 
 
 def test_summary_has_every_run(settings):

@@ -3,7 +3,7 @@
 Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the
 frozen encoders run once for all of them. The same command goes on where it was interrupted; a folder that holds a run
 of other settings is refused. Several machines over one file system: --shard 0/4 to --shard 3/4 on each, then once more
-without it for the report. OUT/summary.json has every run's numbers.
+without it for the report. Only the sections of --claims are written anew. OUT/summary.json has every run's numbers.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def report(args: argparse.Namespace, settings: Settings) -> None:
     for name in args.chosen:
         if name in MEASURES:
             MEASURES[name](settings)
-    write_report(settings, args.report or ROOT / "docs" / "claims.md")
+    write_report(settings, args.report or ROOT / "docs" / "claims.md", args.chosen, args.typed)
 
 
 def summarize(settings: Settings, typed: str, seconds: float) -> None:
