@@ -283,7 +283,7 @@ def test_a_section_says_how_it_came_about(settings, tmp_path):
     assert "`bash playground/claims.sh --claims f --seeds 3`, run 2026-11-28" in found
     assert "commit 0000000000+ and abc1234567; 3 seeds, 100 training scenes for each stage, 10 held-out scenes" in found
     # Three arms of 10, 20 and 30 seconds on two cores.
-    assert "Z80, 2 cores. 9 runs: 360 processor seconds, 3 minutes on two cores." in found
+    assert "Z80, 2 cores. 9 runs: 360 processor seconds, 3.0 minutes on two cores." in found
 
 
 def test_a_run_of_some_claims_leaves_the_other_sections_as_they_stand(settings, tmp_path):
@@ -391,8 +391,8 @@ def test_the_readmes_numbers_are_those_of_the_page():
 
 @pytest.mark.slow
 def test_claims_from_nothing_at_a_tiny_size(tmp_path):
-    """Trainings of two arms and a merge, in worker processes; again, nothing is trained twice."""
-    command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,f", "--seeds", "2"]
+    """Trainings of three arms, merges and detach curves; again, nothing is trained twice."""
+    command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,d,f", "--seeds", "2"]
     command += [
         "--train",
         "48",
@@ -414,5 +414,14 @@ def test_claims_from_nothing_at_a_tiny_size(tmp_path):
         line.split(" | ")[0].strip("| "): line.split(" | ") for line in lite.splitlines() if "CLIPVisionModel" in line
     }
     assert rows["lite"][2] == rows["clip"][2], "as many operations as CLIP"
+    assert "--claims c,d,f --seeds 2 --train 48 --val 8 --pictures 64`, run 2" in lite
+    assert "4 runs and 2 curves: " in page.partition("## (d)")[2]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["runs"]) == 10 and all(row["cpu_seconds"] > 1 for row in summary["runs"])
+    merged = tmp_path / "out" / "runs" / "lite" / "0" / "done.json"
+    assert len(json.loads(merged.read_text())["made"]["starts_from"]) == 64
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "6 runs, 6 of them done before" in again.stdout, again.stdout
+    merged.write_text(merged.read_text().replace("--merge_coefficient 20", "--merge_coefficient 19"))
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2 and str(merged.parent.resolve()) in refused.stderr, refused.stderr[-3000:]

@@ -104,7 +104,7 @@ def provenance(settings: Settings, name: str, typed: str) -> str:
     also = f" and {len(measured.records)} curves" if measured.records else ""
     machines = whole.distinct("machine")
     # A GPU's time is no processor's.
-    minutes = "" if "GPU" in "".join(machines) else f", {whole.cpu_seconds / 120:.0f} minutes on two cores"
+    minutes = "" if "GPU" in "".join(machines) else f", {whole.cpu_seconds / 120:.1f} minutes on two cores"
     resumed = (
         f" {whole.resumed} of them were interrupted and resumed; their seconds are of the last attempt."
         if whole.resumed
