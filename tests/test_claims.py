@@ -294,6 +294,8 @@ def test_a_run_of_some_claims_leaves_the_other_sections_as_they_stand(settings, 
         f"# Old head\n\n{old}\n## (b) Data\n\nNot run yet (old): `x`.\n\n"
         "## (f) Old\n\nold numbers\n\n### more of it\n\n## Remarks\n\nby hand, (f) and all\n"
     )
+    report.write_report(settings, page, ["b"], "--claims b")
+    assert "## (f) Old\n\nold numbers\n" in page.read_text(), "its runs are there, but it was not asked for"
     report.write_report(settings, page, ["f"], "--claims f")
     text = page.read_text()
     assert text.startswith(report.HEAD)
