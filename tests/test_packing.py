@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_llava_model import IMAGE_TOKEN, make_llava
+from torch.nn.attention import varlen as torch_varlen
 from tower_parts import GRID, pixels, text_config
 from train_parts import flags, write_parts, write_records
 
 from tove_llava.data import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaCollator
 from tove_llava.errors import ConfigError
 from tove_llava.llava import loss as loss_module
+from tove_llava.llava import varlen
 from tove_llava.llava.loss import supervised_loss
 from tove_llava.llava.varlen import packed_rows, varlen_attention
 from tove_llava.train.run import main
@@ -98,6 +100,30 @@ def test_attention_follows_autocast():
     plain, _ = varlen_attention(torch.nn.Identity(), *(x.float() for x in states), None, **arguments)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_torchs_kernel_is_used_where_it_can_be(monkeypatch, groups, has_groups):
+    """With stand-ins of a GPU and of torch's kernel, which did not always take grouped heads."""
+    calls = []
+
+    def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        calls.append((key.shape, window_size))
+        return torch.ones_like(query)
+
+    def newer(*args, enable_gqa=False, scale=None, window_size=(-1, -1)):
+        assert enable_gqa == (groups < 4)
+        return kernel(*args, scale=scale, window_size=window_size)
+
+    monkeypatch.setattr(varlen, "_runs_on", lambda query: True)
+    monkeypatch.setattr(torch_varlen, "varlen_attn", newer if has_groups else kernel)
+    states = [torch.randn(1, heads, 9, 4) for heads in (4, groups, groups)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
+    out, _ = varlen_attention(torch.nn.Identity(), *states, None, **bounds)
+    assert out.shape == (1, 9, 4, 4)
+    used = groups == 4 or has_groups
+    assert calls == [((9, groups, 4), (-1, 0))] * used and bool((out == 1).all()) == used
 
 
 def test_a_packed_batch_holds_what_a_padded_one_does():
