@@ -86,19 +86,49 @@ def test_encoders_run_on_threads_of_their_own(tmp_path, compiled, threads, each)
     torch.set_num_threads(2)
 
 
-def test_gradients_and_balance_loss_are_the_same(tmp_path, compiled):
-    tower = make_tower(tmp_path, opened=True).train()
-    x, noise = pixels(3), torch.randn(3, 16, 3, generator=torch.Generator().manual_seed(4))
-    results = []
-    for name in ("eager", "compiled"):
-        tower.set_execution(name).zero_grad()
-        out = tower(x, gate_noise=noise)
-        balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs]))
-        (out.last_hidden_state.square().mean() + 0.01 * balance).backward()
-        results.append([balance.detach(), *(p.grad.clone() for p in tower.parameters())])
-    assert any(grad.any() for grad in results[0][1:])
-    for eager, other in zip(*results, strict=True):
-        torch.testing.assert_close(other, eager, rtol=1e-5, atol=1e-7)
+def assert_trains_the_same(tower, x, name, autocast=False):
+    """Output, balance loss and the gradient of each in training: the eager encoders', or as near to exact numbers.
+
+    Exact is the CPU's float32; no farther from it than the eager tower times 1.1.
+    """
+    gate = tower.fusion.gate
+    with torch.no_grad():  # the gate has a favourite: the balance loss is not the small difference of rounded numbers
+        gate.norm.bias.copy_(gate.score.weight[0] / 3)
+    shape = (len(x), tower.config.num_patches, len(tower.config.expert_names))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(4))
+
+    def step(tower, x, autocast):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            outs = [tower(y, gate_noise=noise.to(x.device)) for y in (x, -x)]  # two calls before a backward pass
+        balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs for out in outs]))
+        terms, tensors = (sum(out.last_hidden_state.float().square().mean() for out in outs), balance), []
+        for term in terms:
+            grads = torch.autograd.grad(term, list(tower.parameters()), retain_graph=True, materialize_grads=True)
+            tensors.append(torch.cat([grad.flatten().float() for grad in grads]))
+        return [x.detach().float().cpu() for x in (balance, *(out.last_hidden_state for out in outs), *tensors)]
+
+    exact = step(copy.deepcopy(tower).float().cpu(), x.float().cpu(), False)
+    eager = step(tower, x, autocast)
+    tower.set_execution(name)
+    tolerance = TOLERANCE[torch.bfloat16 if autocast else x.dtype]
+    assert exact[0] > 0.1 and all(value.any() for value in eager)
+    for other in (step(tower, x, autocast), step(tower, x, autocast)):  # recorded or compiled, and used
+        for got, plain, true in zip(other, eager, exact, strict=True):
+            near = (got - plain).norm() <= tolerance * plain.norm()
+            assert near or (got - true).norm() <= 1.1 * (plain - true).norm()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_gradients_and_balance_loss_are_the_same(tmp_path, compiled, dtype):
+    assert_trains_the_same(make_tower(tmp_path, opened=True).train().to(dtype), pixels(3).to(dtype), "compiled")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_gradients_and_balance_loss_are_the_same_when_compiled(tmp_path, dtype):
+    tower = make_tower(tmp_path, names=("depth", "edge"), opened=True).train().to(dtype)
+    assert_trains_the_same(tower, pixels(3).to(dtype), "compiled")
 
 
 @needs_compiler
