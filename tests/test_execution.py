@@ -1,16 +1,20 @@
 """How the frozen encoders are run: every execution gives what the eager one gives, whatever happens to the tower."""
 
 import copy
+import json
 import shutil
 import threading
 
 import pytest
 import torch
-from tower_parts import make_tower, pixels
+from tower_parts import make_tower, pixels, save_clip
+from train_parts import flags, write_parts, write_records
 
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.tower import execution
 from tove_llava.tower.balance import balance_loss
+from tove_llava.tower.frozen import CLIP
+from tove_llava.train.run import main
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -159,6 +163,43 @@ def test_the_bundled_encoders_compile_to_the_same(tmp_path):
     x = pixels(2, size=96)
     expected = tower.encode(x)
     assert_same(tower.set_execution("compiled").encode(x), expected)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_the_true_architectures_compile_to_the_same(tmp_path, dtype):
+    """EVA-02, DINOv2, Depth-Anything and DexiNed at their real widths, few layers, a third of their input size."""
+    from experts_zoo import save_large_experts
+
+    from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+
+    entries = [{**entry, "image_size": 112} for entry in save_large_experts(tmp_path)]
+    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
+    tower = ToveVisionModel(config).load_backbones().eval()
+    x = pixels(2)
+    exact = tower.encode(x)
+    x = x.to(dtype)
+    expected = tower.to(dtype).encode(x)
+    actual = tower.set_execution("compiled").encode(x)
+    for name in (CLIP, *config.expert_names):
+        got, plain, true = ((f.base if name == CLIP else f.experts[name]).float() for f in (actual, expected, exact))
+        near = (got - plain).norm() <= TOLERANCE[dtype] * plain.norm()
+        assert near or (got - true).norm() <= 1.1 * (plain - true).norm(), name
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_run_with_compiled_encoders_learns_the_same(tmp_path):
+    write_parts(tmp_path)
+    write_records(tmp_path)
+    histories = []
+    for name in ("eager", "compiled"):
+        assert main(flags(tmp_path, "pretrain", tmp_path / name, "--max_steps", "3", "--tower_execution", name)) == 0
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"]
+        histories.append([[entry[key] for key in ("lm_loss", "aux_loss")] for entry in history if "lm_loss" in entry])
+    torch.testing.assert_close(torch.tensor(histories[1]), torch.tensor(histories[0]), rtol=1e-5, atol=1e-6)
+    assert len(histories[0]) == 3 and histories[0][0] != histories[0][1]
 
 
 def test_sizes_are_padded_up_and_few(tmp_path, compiled):
