@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
+from torch.utils.data._utils.pin_memory import pin_memory
 from train_parts import flags, write_parts, write_records
 
 from tove_llava.cli import main as cli
@@ -22,6 +23,7 @@ from tove_llava.presets import load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionModel, TowerFeatures, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones
+from tove_llava.train.arguments import parse
 from tove_llava.train.feature_stores import Shards, write_shard
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.run import main as train
@@ -368,3 +370,16 @@ def test_features_are_joined_in_order():
     moved = joined.to(dtype=torch.float16)
     assert moved.base.dtype == torch.float16
     assert moved.usable["a"].dtype == torch.bool
+
+
+def test_features_are_pinned_and_copied_beside_the_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # there is no GPU to pin it for
+    features = TowerFeatures(torch.zeros(1, 2, 3), {"a": torch.zeros(1, 1, 2, 2)})
+    pinned = pin_memory({"vision_features": features})["vision_features"]  # as a DataLoader does
+    assert pinned.base.all() and pinned.experts["a"].all()
+    write_records(tmp_path)
+    arguments = parse(flags(tmp_path, "pretrain", tmp_path / "out", "--preset", "tiny"))
+    for on_gpu in (True, False):
+        monkeypatch.setattr("tove_llava.train.arguments._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
+        made = arguments.training_arguments()
+        assert made.dataloader_pin_memory == made.accelerator_config.non_blocking == on_gpu
