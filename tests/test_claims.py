@@ -2,22 +2,36 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "playground" / "claims"))
 
+import records  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 from jobs import ARMS, Job, Settings  # noqa: E402
 from numbers_of_runs import BOTH, Interval, Runs  # noqa: E402
 
+from tove_llava.llava.checkpoint import MANIFEST  # noqa: E402
 from tove_llava.presets import load_preset  # noqa: E402
 from tove_llava.scenes.language import CATEGORIES  # noqa: E402
+from tove_llava.sources import BundledSource  # noqa: E402
 from tove_llava.tower import FUSIONS  # noqa: E402
+
+
+def cost(seconds, **keys):
+    found = {"made": {}, "seconds": seconds, "cpu_seconds": 2 * seconds, "resumed": False}
+    return {**found, "date": "2026-11-28", "commit": "abc1234567", "machine": "Z80, 2 cores", **keys}
 
 
 def write_run(settings, name, seed, accuracy, answers=()):
@@ -27,7 +41,7 @@ def write_run(settings, name, seed, accuracy, answers=()):
     scores = {row: {"accuracy": accuracy.get(row, 0.5)} for row in (*CATEGORIES, "overall")}
     results = {"benchmarks": {"scenes": {"full": {"scores": scores}}}}
     (folder / "eval" / "results.json").write_text(json.dumps(results))
-    (folder / "done.json").write_text(json.dumps({"seconds": 10 * (1 + seed)}))
+    (folder / "done.json").write_text(json.dumps(cost(10 * (1 + seed))))
     lines = [json.dumps({"question_id": key, "text": text}) for key, text in answers]
     (place / "answers.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -73,7 +87,7 @@ def test_page_says_what_was_not_run_and_works_the_rest_out(settings, tmp_path):
         write_run(settings, "clip", seed, {"overall": 0.5}, wrong)
         write_run(settings, "tove", seed, {"overall": 0.75 + 0.01 * seed}, [*wrong[:3], ("q3", "Yes")])
         write_run(settings, "replace", seed, {"overall": 0.25}, [("q0", "Yes"), *((f"q{i}", "No") for i in (1, 2, 3))])
-    report.write_report(settings, tmp_path / "claims.md")
+    report.write_report(settings, tmp_path / "claims.md", list("abcdefg"), "--claims all")
     page = (tmp_path / "claims.md").read_text()
     assert "tove-1%: 0 of 3 seeds" in page
     assert "bash playground/claims.sh --claims b" in page
@@ -91,10 +105,14 @@ def test_curve_is_slow_when_half_of_the_experts_are_cheap(settings, tmp_path, ha
         folder.mkdir(parents=True)
         scores = zip(("abcd", "abc", "ab", "a", ""), (0.8, 0.8, half + 0.001 * seed, 0.6, 0.5), strict=True)
         steps = [{"experts": list(left), "accuracy": score, "images_per_second": 10} for left, score in scores]
-        (folder / "detach_curve.json").write_text(json.dumps({"steps": steps}))
+        curve = {"steps": steps, "records": 800, "records_in_file": 2683}
+        (folder / "detach_curve.json").write_text(json.dumps(curve))
+        (folder / "contributions.json").write_text(json.dumps({"overall": {"records": 300}}))
     text = report.SECTIONS["d"](settings, tmp_path)
     assert said in text
     assert f"{100 * (0.799 - half):+.1f} ± 0.2" in text
+    assert "300 records of the training set" in " ".join(text.split())
+    assert "800 of 2,683 held-out questions" in text
 
 
 def test_every_study_is_written_about_and_names_arms_that_exist():
@@ -107,10 +125,274 @@ def test_every_study_is_written_about_and_names_arms_that_exist():
     assert fusions == set(FUSIONS.names())
 
 
+@pytest.fixture
+def folder(tmp_path):
+    place = tmp_path / "run"
+    with records.recorded(place, {"job": {"merge": "--x 1"}, "starts_from": "aa"}, "abc"):
+        (place / "log.txt").write_text("trained\n")
+    return place
+
+
+def test_a_record_says_what_was_run_and_what_it_cost(folder):
+    found = json.loads((folder / "done.json").read_text())
+    assert found["made"] == {"job": {"merge": "--x 1"}, "starts_from": "aa"}
+    assert found["commit"] == "abc" and found["cpu_seconds"] >= 0 and not found["resumed"]
+    assert "cores" in found["machine"]
+    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa"})
+
+
+def test_results_of_something_else_are_refused_by_name(folder):
+    with pytest.raises(records.StaleRecord, match=r"run was .*job.merge was '--x 1', is '--x 2'.* Delete .*--out"):
+        records.is_done(folder, {"job": {"merge": "--x 2"}, "starts_from": "aa"})
+    with pytest.raises(records.StaleRecord, match="starts_from was 'aa', is 'bb'"):
+        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "bb"})
+    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": None}), "not known yet"
+    with pytest.raises(records.StaleRecord, match="version was None, is '2'"):
+        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa", "version": "2"})
+
+
+def test_an_unfinished_run_of_something_else_is_refused_too(tmp_path):
+    with pytest.raises(KeyError), records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
+        raise KeyError
+    assert not records.is_done(tmp_path / "run", {"preset": "a"})
+    with pytest.raises(records.StaleRecord, match="preset was 'a', is 'b'"):
+        records.is_done(tmp_path / "run", {"preset": "b"})
+    with records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
+        pass
+    assert json.loads((tmp_path / "run" / "done.json").read_text())["resumed"]
+
+
+def test_results_without_a_record_are_refused(tmp_path):
+    (tmp_path / "done.json").write_text('{"arm": "clip", "seed": 0, "seconds": 1.0}')
+    with pytest.raises(records.StaleRecord, match="does not say what it was made of"):
+        records.is_done(tmp_path, {"preset": "a"})
+
+
+def test_what_is_made_depends_on_preset_parts_sizes_and_the_start(settings, monkeypatch):
+    plain = Job("tove", 0)
+    merged = Job("tove", 0, label="lite", merge="--merge_coefficient 1", pictures=True)
+    before = plain.made(settings)
+    assert set(before["parts"]) == {f"bundled:{part.name}" for part in BundledSource.root.iterdir()}
+    assert set(Job("clip", 0).made(settings)["parts"]) == {"bundled:clip", "bundled:llm"}
+    assert before["preset"] != Job("add", 0).made(settings)["preset"]
+    assert merged.made(settings)["starts_from"] is None
+    model = settings.folder(plain) / "model"
+    model.mkdir(parents=True)
+    manifest = {"kind": "lora", "stage": "s", "preset": "p", "template": "v1", "image_aspect_ratio": "square"}
+    manifest |= {"model_max_length": 9, "language": {}, "fingerprint": "ff", "format_version": 1}
+    (model / MANIFEST).write_text(json.dumps(manifest))
+    assert merged.made(settings)["starts_from"] == "ff"
+    assert merged.made(replace(settings, further=5))["pictures"] == 5
+    assert plain.made(replace(settings, train=5)) != before
+    monkeypatch.setattr("records._hash_of", lambda name: "other")
+    assert plain.made(settings)["parts"] != before["parts"]
+
+
+def test_the_commit_is_that_of_this_very_repository(monkeypatch, tmp_path):
+    answers = {"rev-parse --show-toplevel": str(records.ROOT), "rev-parse --short=10 HEAD": "0123456789"}
+
+    def git(*words):
+        return answers.get(" ".join(words), answers.get(words[0], ""))
+
+    monkeypatch.setattr(records, "_git", git)
+    assert records.commit() == "0123456789"
+    answers["status"] = " M tove_llava/x.py"
+    assert records.commit() == "0123456789+"
+    answers["rev-parse --show-toplevel"] = str(tmp_path)  # unpacked inside somebody else's
+    assert records.commit() == "unknown"
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A job that waits for what it needs, and says when it has begun."""
+
+    name: str
+    act: Callable[[], None] = lambda: None
+    seed: int = 0
+
+    def run(self, settings):
+        self.act()
+
+
+def test_a_failed_run_is_told_at_once_and_nothing_is_begun_after_it(settings, capsys):
+    told, begun = Event(), []
+
+    def fail():
+        raise ValueError("no space")
+
+    def long():
+        # Ends only when the failure has been told, in a minute at the latest.
+        while "failed" not in "".join(heard) and not told.wait(0.02):
+            heard.append(capsys.readouterr().err)
+        begun.append("long ended")
+
+    heard = []
+    timer = Timer(60, told.set)
+    timer.start()
+    jobs = [
+        Stub("long", long),
+        Stub("bad", fail),
+        *(Stub(f"later{i}", lambda: begun.append("later")) for i in range(3)),
+    ]
+    with ThreadPoolExecutor(2) as pool, pytest.raises(run.RunFailed):
+        run.run_all(pool, settings, jobs, 2)
+    timer.cancel()
+    assert not told.is_set(), "the failure was told only after the others' end"
+    assert begun == ["long ended"]
+    assert "bad, seed 0 failed: no space" in "".join(heard) and "3 are not begun" in "".join(heard)
+
+
+def test_all_runs_are_run_where_none_fails(settings, capsys):
+    ran = []
+    with ThreadPoolExecutor(2) as pool:
+        run.run_all(pool, settings, [Stub(str(i), lambda i=i: ran.append(i)) for i in range(5)], 2)
+    assert sorted(ran) == [0, 1, 2, 3, 4]
+    assert "[5/5]" in capsys.readouterr().out
+
+
+def test_a_failure_is_the_commands_status(settings, monkeypatch, capsys):
+    def fail(args):
+        raise run.RunFailed
+
+    def stale(args):
+        raise records.StaleRecord("runs/clip/0 was made of something else")
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    monkeypatch.setattr(run, "run", fail)
+    assert run.main() == 1
+    monkeypatch.setattr(run, "run", stale)
+    assert run.main() == 2
+    assert "runs/clip/0" in capsys.readouterr().err
+
+
+def whole_study(settings):
+    """Runs enough for the claims c (but for its speed) and f, and for d but for its curves."""
+    truth = {"question_id": "q0", "answer": "Yes", "category": "existence"}
+    settings.scenes.mkdir(exist_ok=True)
+    (settings.scenes / "val_questions.jsonl").write_text(json.dumps(truth))
+    for name in ("clip", "tove", "replace", "lite", "clip_tuned"):
+        for seed in range(settings.seeds):
+            write_run(settings, name, seed, {"overall": 0.5 + 0.1 * (name == "tove")}, [("q0", "Yes")])
+
+
+def test_a_section_says_how_it_came_about(settings, tmp_path):
+    whole_study(settings)
+    (settings.out / "runs" / "clip" / "0" / "done.json").write_text(json.dumps(cost(10, commit="0000000000+")))
+    report.write_report(settings, tmp_path / "claims.md", ["f"], "--claims f --seeds 3")
+    found = " ".join((tmp_path / "claims.md").read_text().partition("## (f)")[2].partition("## (g)")[0].split())
+    assert "`bash playground/claims.sh --claims f --seeds 3`, run 2026-11-28" in found
+    assert "commit 0000000000+ and abc1234567; 3 seeds, 100 training scenes for each stage, 10 held-out scenes" in found
+    # Three arms of 10, 20 and 30 seconds on two cores.
+    assert "Z80, 2 cores. 9 runs: 360 processor seconds, 3.0 minutes on two cores." in found
+
+
+def test_a_run_of_some_claims_leaves_the_other_sections_as_they_stand(settings, tmp_path):
+    whole_study(settings)
+    page = tmp_path / "claims.md"
+    old = "## (a) An older title\n\nProduced in 2020.\n\n| a | b |\n| --- | ---: |\n| x | 1.0 |\n"
+    page.write_text(
+        f"# Old head\n\n{old}\n## (b) Data\n\nNot run yet (old): `x`.\n\n"
+        "## (f) Old\n\nold numbers\n\n### more of it\n\n## Remarks\n\nby hand, (f) and all\n"
+    )
+    report.write_report(settings, page, ["f"], "--claims f")
+    text = page.read_text()
+    assert text.startswith(report.HEAD)
+    assert old in text
+    assert "old numbers" not in text and "more of it" not in text and text.count("## (f)") == 1
+    assert "## Remarks\n\nby hand, (f) and all\n" in text
+    assert "Not run yet (old)" not in text and "`bash playground/claims.sh --claims b`" in text
+    headings = [line[3:6] for line in text.splitlines() if line.startswith("## (")]
+    assert headings == [f"({name})" for name in report.STUDIES]
+    report.write_report(settings, page, ["f"], "--claims f")
+    assert page.read_text() == text, "the same run writes the same page"
+    report.write_report(replace(settings, seeds=4), page, ["f"], "--claims f --seeds 4")
+    again = page.read_text()
+    assert report.sections_of(again)["(f)"] == report.sections_of(text)["(f)"], "what lacks a seed stays"
+
+
+def test_what_is_missing_is_missed_for_each_seed(settings, tmp_path):
+    whole_study(settings)
+    for seed in range(2):
+        (settings.out / "curves" / str(seed)).mkdir(parents=True)
+        (settings.out / "curves" / str(seed) / "detach_curve.json").write_text("{}")
+    report.write_report(settings, tmp_path / "claims.md", ["d"], "--claims d")
+    assert "Not run yet (curves/2/detach_curve.json)" in (tmp_path / "claims.md").read_text()
+
+
+def test_a_share_of_no_clear_gain_is_not_defined(settings, tmp_path):
+    assert report.kept_share(Interval(10, 1, 5), Interval(8, 1, 5)) == pytest.approx(80)
+    for whole in (Interval(0, 0, 5), Interval(-3, 1, 5), Interval(2, 3, 5), Interval(2, math.nan, 1)):
+        assert report.kept_share(whole, Interval(1, 1, 5)) is None
+    for name in ("clip", "tove", "lite", "clip_tuned"):
+        for seed in range(3):
+            write_run(settings, name, seed, {})
+    speed = {"batch": 32, "threads": 1, "rounds": 31, "rows": []}
+    (settings.out / "speed.json").write_text(json.dumps(speed))
+    text = report.SECTIONS["c"](replace(settings, further=777), tmp_path)
+    assert f"**{report.UNDEFINED}** (goal: 80 %, missed)" in text and report.NOT in text
+    assert "brought 16 of\n777 further pictures" in text
+
+
+def test_summary_has_every_run(settings):
+    whole_study(settings)
+    run.summarize(settings, "--claims f", 61.0)
+    found = json.loads((settings.out / "summary.json").read_text())
+    assert found["last_command"]["command"] == "--claims f" and found["last_command"]["seconds"] == 61
+    rows = {(row["name"], row["seed"]): row for row in found["runs"]}
+    assert len(rows) == 15
+    assert rows["tove", 2]["accuracy"] == pytest.approx(60)
+    assert rows["tove", 2]["seconds"] == 30 and rows["tove", 2]["cpu_seconds"] == 60
+
+
+README_ARMS = {
+    "CLIP alone": "clip",
+    "**ToVE**: gate and residual": "tove",
+    "uniform instead of the gate (`add`)": "add",
+    "one expert a token (`top1`)": "top1",
+    "replacement instead of the residual (`replace`)": "replace",
+    "channel concatenation": "channel_concat",
+    "sequence appending": "sequence_append",
+    "**ToVE-lite**: merged, runs no expert": "lite",
+    "CLIP alone, tuned as long as ToVE-lite": "clip_tuned",
+}
+README_ROWS = {"all ten types": "overall"}
+
+
+def tables(text):
+    """The tables of a page, each a list of rows of cells."""
+    found = [[]]
+    for line in text.splitlines():
+        if line.startswith("|"):
+            found[-1].append([cell.strip() for cell in line.strip("| ").split(" | ")])
+        elif found[-1]:
+            found.append([])
+    return [[rows[0], *rows[2:]] for rows in found if rows]
+
+
+def test_the_readmes_numbers_are_those_of_the_page():
+    compare = (ROOT / "README.md").read_text().partition("\n## Compare\n")[2].partition("\n## ")[0]
+    page = (ROOT / "docs" / "claims.md").read_text()
+    (head, *rows), *_ = tables(compare)
+    types = [README_ROWS.get(name, name) for name in head[1:]]
+    columns = []  # (arm, its cells) of every table by question type; an arm's are the same in each
+    for header, *lines in tables(page):
+        if header[0] == "accuracy, %":
+            cells = {line[0]: line[1:] for line in lines}
+            columns += [(arm, [cells[row][i] for row in types]) for i, arm in enumerate(header[1:])]
+    assert [row[0] for row in rows] == list(README_ARMS)
+    for label, *numbers in rows:
+        found = [cells for arm, cells in columns if arm == README_ARMS[label]]
+        assert found and all(cells == numbers for cells in found), (label, numbers, found)
+    for number in re.findall(r"[\d.]+ ± [\d.]+", compare):
+        assert number in page, number
+    share = re.search(r"with (\d+) % of the scenes", compare)[1]
+    assert f"on all scenes with {share} % of them" in page
+
+
 @pytest.mark.slow
 def test_claims_from_nothing_at_a_tiny_size(tmp_path):
-    """Trainings of two arms and a merge, in worker processes; again, nothing is trained twice."""
-    command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,f", "--seeds", "2"]
+    """Trainings of three arms, merges and detach curves; again, nothing is trained twice."""
+    command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,d,f", "--seeds", "2"]
     command += [
         "--train",
         "48",
@@ -132,5 +414,14 @@ def test_claims_from_nothing_at_a_tiny_size(tmp_path):
         line.split(" | ")[0].strip("| "): line.split(" | ") for line in lite.splitlines() if "CLIPVisionModel" in line
     }
     assert rows["lite"][2] == rows["clip"][2], "as many operations as CLIP"
+    assert "--claims c,d,f --seeds 2 --train 48 --val 8 --pictures 64`, run 2" in lite
+    assert "4 runs and 2 curves: " in page.partition("## (d)")[2]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert len(summary["runs"]) == 10 and all(row["cpu_seconds"] > 1 for row in summary["runs"])
+    merged = tmp_path / "out" / "runs" / "lite" / "0" / "done.json"
+    assert len(json.loads(merged.read_text())["made"]["starts_from"]) == 64
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "6 runs, 6 of them done before" in again.stdout, again.stdout
+    merged.write_text(merged.read_text().replace("--merge_coefficient 20", "--merge_coefficient 19"))
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert refused.returncode == 2 and str(merged.parent.resolve()) in refused.stderr, refused.stderr[-3000:]

@@ -7,6 +7,8 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tower_parts import make_tower, pixels, save_clip
 from train_parts import flags, write_parts, write_records
 
@@ -88,6 +90,46 @@ def test_encoders_run_on_threads_of_their_own(tmp_path, compiled, threads, each)
     assert {count for _, count in seen} == {each}  # the cores, shared by four
     assert torch.get_num_threads() == threads
     torch.set_num_threads(2)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 7])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_images_shared_out_among_threads(tmp_path, compiled, monkeypatch, dtype, batch):
+    monkeypatch.setattr(execution, "MIN_SHARE", 2)
+    monkeypatch.setattr(execution, "to_share", lambda costs, threads: ["", "edge"])
+    tower, x = make_tower(tmp_path, opened=True).to(dtype), pixels(batch).to(dtype)
+    expected = tower.encode(x)
+    assert_same(tower.set_execution("compiled").encode(x), expected, dtype)
+    shapes = {shape[0] for shapes in compiled for shape in shapes}
+    assert shapes == {-(-batch // 2), batch}, "some run whole, some for half of the images"
+    assert_same(tower.encode(x[: batch - 1]), expected.map(lambda value: value[: batch - 1]), dtype)
+
+
+@given(
+    costs=st.lists(st.integers(0, 1000), min_size=1, max_size=8),
+    threads=st.integers(1, 8),
+)
+def test_sharing_out_never_ends_later_and_takes_the_dearest(costs, threads):
+    named = {str(i): cost for i, cost in enumerate(costs)}
+    shared = execution.to_share(named, threads)
+    rest = sorted((cost for name, cost in named.items() if name not in shared), reverse=True)
+    assert not shared or min(named[name] for name in shared) >= max(rest, default=0)
+
+    def end(shared, whole):
+        loads = [0.0] * threads
+        for cost in [*whole, *[sum(shared) * 1.05 / threads] * threads]:
+            loads[loads.index(min(loads))] += cost
+        return max(loads)
+
+    best = end([named[name] for name in shared], rest)
+    assert best <= end([], sorted(costs, reverse=True)) and (threads > 1 or not shared)
+
+
+def test_clip_is_shared_out_where_four_equal_experts_come_out_even():
+    costs = {"": 18, "a": 7, "b": 7, "c": 7, "d": 7}
+    assert execution.to_share(costs, 2) == [""]
+    assert execution.to_share({"a": 7, "b": 7}, 2) == []
+    assert execution.to_share(costs, 1) == []
 
 
 def assert_trains_the_same(tower, x, name, autocast=False):
@@ -202,7 +244,8 @@ def test_a_run_with_compiled_encoders_learns_the_same(tmp_path):
     assert len(histories[0]) == 3 and histories[0][0] != histories[0][1]
 
 
-def test_sizes_are_padded_up_and_few(tmp_path, compiled):
+def test_sizes_are_padded_up_and_few(tmp_path, compiled, monkeypatch):
+    monkeypatch.setattr(execution, "MIN_SHARE", 100)
     tower = make_tower(tmp_path, names=("depth",), opened=True)
     expected = {batch: tower.encode(pixels(batch)) for batch in (6, 5, 3, 2, 7)}
     tower.set_execution("compiled")

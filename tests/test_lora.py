@@ -1,6 +1,7 @@
 """Which layers adapters are on, what merging them gives, and what can be done with the result."""
 
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tove_llava.cli import main as cli
 from tove_llava.data import Turn
 from tove_llava.errors import CheckpointError
 from tove_llava.llava import merge_lora as merging
+from tove_llava.llava.adapters import adapter_layers, inputs_left_to_autocast
 from tove_llava.llava.checkpoint import Manifest
 from tove_llava.llava.merge_lora import merge_lora
 from tove_llava.serve.generation import Answerer
@@ -49,6 +51,29 @@ def logits(model):
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_adapters_take_their_inputs_as_they_come(root):
+    model, _ = load_model(root / "lora")
+    taken = set()
+    for layer in adapter_layers(model).values():
+        layer.lora_A["default"].register_forward_pre_hook(lambda _, args: taken.add(args[0].dtype))
+        layer.get_base_layer().to(torch.bfloat16)
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    found = []
+    for context in (nullcontext(), inputs_left_to_autocast(model)):
+        taken.clear()
+        model.zero_grad()
+        hidden = torch.randn(1, 5, model.config.text_config.hidden_size, generator=torch.Generator().manual_seed(1))
+        layer = model.model.language_model.layers[0].mlp
+        with torch.autocast("cpu", torch.bfloat16), context:
+            out = layer(hidden.bfloat16())
+        out.float().square().sum().backward()
+        found.append([out, *(p.grad for p in layer.parameters() if p.grad is not None)])
+    assert taken == {torch.bfloat16}  # and not float32, as peft makes them
+    assert len(found[0]) == 7
+    assert all(torch.equal(ours, plain) for plain, ours in zip(*found, strict=True))
 
 
 # -- where adapters go ------------------------------------------------------------------------------------------------

@@ -261,6 +261,33 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
     assert write_scenes(Request({"train": 4}), tmp_path / "s")
 
 
+def test_two_writers_of_one_folder_do_not_meet(tmp_path):
+    """The second begins and ends while the first is in the middle of its pictures."""
+    request, seen = Request({"train": 3}), []
+
+    def meanwhile(done: int, total: int, seconds: float) -> None:
+        if done == 2:
+            seen.append(write_scenes(request, tmp_path / "s"))
+
+    assert not write_scenes(request, tmp_path / "s", meanwhile), "already there"
+    assert seen == [True]
+    assert write_scenes(request, tmp_path / "alone")
+    for file in (tmp_path / "alone").rglob("*.*"):
+        assert (tmp_path / "s" / file.relative_to(tmp_path / "alone")).read_bytes() == file.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "alone"}, "nothing is left behind"
+
+
+def test_a_writer_who_was_overtaken_by_other_scenes_is_told(tmp_path):
+    def meanwhile(done: int, total: int, seconds: float) -> None:
+        if done == 1:
+            write_scenes(Request({"train": 1}, seed=5), tmp_path / "s")
+
+    with pytest.raises(DataError, match="different: counts, seed"):
+        write_scenes(Request({"train": 2}), tmp_path / "s", meanwhile)
+    assert json.loads((tmp_path / "s" / "scenes.json").read_text())["seed"] == 5
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "flag"),
     [

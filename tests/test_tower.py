@@ -42,6 +42,18 @@ def test_untrained_tower_is_clip_under_autocast(tmp_path):
         assert torch.equal(tower(x).last_hidden_state, clip_tokens(tmp_path, x))
 
 
+def test_sixteen_bit_encoders_compute_in_their_own_precision_under_autocast(tmp_path):
+    tower, x = make_tower(tmp_path, opened=True).to(torch.bfloat16), pixels()
+    expected = tower.encode(x)
+    seen = set()
+    tower.frozen.clip.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.float16):
+        found = tower.encode(x)
+    assert seen == {False}
+    assert torch.equal(found.base, expected.base)
+    assert all(torch.equal(found.experts[name], expected.experts[name]) for name in expected.experts)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_all_experts_detached_is_clip(tmp_path, mode):
     tower = make_tower(tmp_path, opened=True).train(mode == "train")

@@ -5,11 +5,12 @@ import json
 import os
 import subprocess
 import sys
-import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from records import ROOT, digest, is_done, parts, recorded, weights
+
 ARMS = Path(__file__).parent / "arms"
 COMMON = (
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--image_aspect_ratio", "square",
@@ -26,6 +27,8 @@ class Settings:
     train: int
     val: int
     scene_seed: int
+    further: int = 8000
+    commit: str = "unknown"  # of the code that runs
 
     @property
     def scenes(self) -> Path:
@@ -44,7 +47,8 @@ class Settings:
         return self.out / "runs" / job.name / str(job.seed)
 
     def is_done(self, job: "Job") -> bool:
-        return (self.folder(job) / "done.json").is_file()
+        """Raises StaleRecord when the job's folder holds another run."""
+        return is_done(self.folder(job), job.made(self))
 
 
 @dataclass(frozen=True)
@@ -76,27 +80,46 @@ class Job:
         """Jobs of one wave do not need each other."""
         return int(bool(self.merge))
 
+    def made(self, settings: Settings) -> dict[str, Any]:
+        """What the numbers depend on; for a merge also the weights it starts from, None while they are not there."""
+        from tove_llava import __version__
+        from tove_llava.presets import load_preset
+
+        preset = load_preset(str(ARMS / f"{self.arm}.yaml")).to_dict()
+        scenes = {"train": settings.train, "val": settings.val, "seed": settings.scene_seed}
+        found = {"job": asdict(self), "preset": digest(preset), "parts": parts(preset), "flags": " ".join(COMMON)}
+        found |= {"scenes": scenes, "version": __version__}
+        if self.merge:
+            found["starts_from"] = weights(self._start(settings))
+        if self.pictures:
+            found["pictures"] = settings.further
+        return found
+
     def run(self, settings: Settings) -> None:
         folder = settings.folder(self)
         folder.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
+        with recorded(folder, self.made(settings), settings.commit):
+            self._run(settings, folder)
+
+    def _run(self, settings: Settings, folder: Path) -> None:
         with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
             try:
                 self._merge(settings, folder) if self.merge else self._train(settings, folder)
                 evaluate(folder / "model", settings, folder / "eval")
             except BaseException as error:
-                raise RuntimeError(f"{self.name}, seed {self.seed}: {error}; see {folder / 'log.txt'}") from error
-        record = {"arm": self.arm, "seed": self.seed, "seconds": round(time.monotonic() - started, 1)}
-        (folder / "done.json").write_text(json.dumps(record) + "\n")
+                raise RuntimeError(f"{error}; see {folder / 'log.txt'}") from error
 
     def _train(self, settings: Settings, folder: Path) -> None:
         for stage, records, output in (("pretrain", "captions", "pretrain"), ("finetune_lora", "instruct", "model")):
             more = ["--pretrained", str(folder / "pretrain")] if output == "model" else []
             self._stage(settings, stage, records, folder / output, *more, "--feature_cache", str(settings.features))
 
+    def _start(self, settings: Settings) -> Path:
+        return settings.folder(Job(self.arm, self.seed)) / "model"
+
     def _merge(self, settings: Settings, folder: Path) -> None:
-        start = settings.folder(Job(self.arm, self.seed)) / "model"
-        flags = ["--pretrained", str(start), "--feature_cache", str(settings.features), *self.merge.split()]
+        flags = ["--pretrained", str(self._start(settings)), "--feature_cache", str(settings.features)]
+        flags += self.merge.split()
         if self.pictures:
             flags += ["--merge_data_path", str(settings.pictures / "train_captions.json")]
             flags += ["--merge_image_folder", str(settings.pictures / "images")]

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from jobs import Job, Settings, command
+from records import is_done, recorded, weights
 
 MEASURES: dict[str, Callable[[Settings], None]] = {}
 BATCH, ROUNDS = 32, 31
-CURVE_QUESTIONS = 800
+CURVE_QUESTIONS = 800  # held-out ones, on which each step is scored
+RANKING_RECORDS = 300  # of the training set, on which the experts are ranked: what scores does not choose
 
 
 def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
@@ -24,11 +26,12 @@ def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Setti
 
 @measure("c")
 def speed(settings: Settings) -> None:
-    """Tower times of CLIP alone, ToVE-lite and ToVE, in alternation: ``speed.json``."""
+    """Tower times of CLIP alone, ToVE-lite and ToVE, in alternation: ``speed.json``, each time anew."""
     import tove_llava
 
     jobs = {"clip": Job("clip", 0), "lite": Job("tove", 0, label="lite", merge="-"), "tove": Job("tove", 0)}
-    towers = {name: tove_llava.load_model(settings.folder(job) / "model")[0].tower for name, job in jobs.items()}
+    models = {name: settings.folder(job) / "model" for name, job in jobs.items()}
+    towers = {name: tove_llava.load_model(model)[0].tower for name, model in models.items()}
     pixels = torch.randn(BATCH, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in towers}
     with torch.inference_mode():
@@ -48,6 +51,7 @@ def speed(settings: Settings) -> None:
             [name, kind, f"{_gflop(tower, pixels[:1]):.3f}", f"{statistics.median(times[name]):.2f}", f"{ratio:.2f}"]
         )
     found = {"batch": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads(), "rows": rows}
+    found["weights"] = {name: weights(model) for name, model in models.items()}
     (settings.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
@@ -61,13 +65,28 @@ def _gflop(tower: Any, pixels: torch.Tensor) -> float:
 
 @measure("d")
 def curves(settings: Settings) -> None:
-    """``tove-llava detach --curve`` on every seed's ToVE: ``curves/SEED/detach_curve.json``."""
+    """Every seed's ToVE: experts ranked, then ``tove-llava detach --curve``: ``curves/SEED/detach_curve.json``.
+
+    Raises:
+        StaleRecord: a folder holds the curve of another model.
+    """
     for seed in range(settings.seeds):
-        out = settings.out / "curves" / str(seed)
-        if not (out / "detach_curve.json").is_file():
-            model = settings.folder(Job("tove", seed)) / "model"
-            data = settings.scenes / "val_questions.jsonl"
+        model, out = settings.folder(Job("tove", seed)) / "model", settings.out / "curves" / str(seed)
+        made = curve_of(settings, seed)
+        if is_done(out, made):
+            continue
+        with recorded(out, made, settings.commit):
+            common = ("--model", model, "--image-folder", settings.scenes / "images", "--out", out)
+            ranking = settings.scenes / "train_instruct.json"
+            command("contributions", *common, "--data", ranking, "--limit", RANKING_RECORDS)
             command(
-                "detach", "--model", model, "--curve", "--data", data, "--image-folder", settings.scenes / "images",
-                "--limit", CURVE_QUESTIONS, "--out", out,
+                "detach", "--curve", *common, "--data", settings.scenes / "val_questions.jsonl",
+                "--limit", CURVE_QUESTIONS, "--contributions", out / "contributions.json",
             )  # fmt: skip
+
+
+def curve_of(settings: Settings, seed: int) -> dict[str, Any]:
+    """What a curve depends on."""
+    scenes = {"train": settings.train, "val": settings.val, "seed": settings.scene_seed}
+    model = weights(settings.folder(Job("tove", seed)) / "model")
+    return {"weights": model, "scenes": scenes, "questions": CURVE_QUESTIONS, "ranking_records": RANKING_RECORDS}

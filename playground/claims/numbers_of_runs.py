@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jobs import Settings
+from records import DONE
 
 from tove_llava.eval.benchmarks.scenes import normalise
 from tove_llava.scenes.language import CATEGORIES, DEPTH, SPATIAL
@@ -62,7 +64,7 @@ class Runs:
     def seeds(self) -> list[int]:
         """Seeds whose run is finished."""
         root = self.settings.out / "runs" / self.name
-        return [seed for seed in range(self.settings.seeds) if (root / str(seed) / "done.json").is_file()]
+        return [seed for seed in range(self.settings.seeds) if (root / str(seed) / DONE).is_file()]
 
     def folder(self, seed: int) -> Path:
         return self.settings.out / "runs" / self.name / str(seed)
@@ -80,9 +82,7 @@ class Runs:
 
     def seconds(self) -> float:
         """Median duration of a run."""
-        return statistics.median(
-            json.loads((self.folder(s) / "done.json").read_text())["seconds"] for s in self.seeds()
-        )
+        return statistics.median(json.loads((self.folder(s) / DONE).read_text())["seconds"] for s in self.seeds())
 
     def right(self, seed: int) -> dict[str, bool]:
         """Question id -> answered right."""
@@ -98,6 +98,10 @@ class Runs:
             values.append([entry[key] for entry in log if key in entry][-1])
         return values
 
+    def overall(self, seed: int) -> float:
+        """Percent right of one seed."""
+        return self._scores(seed)["overall"]
+
     def _file(self, seed: int, name: str) -> Path:
         return self.folder(seed) / "eval" / "scenes" / "full" / name
 
@@ -106,6 +110,16 @@ class Runs:
         found = json.loads(file.read_text())["benchmarks"]["scenes"]["full"]["scores"]
         percent = {name: 100 * entry["accuracy"] for name, entry in found.items()}
         return {**percent, BOTH: statistics.mean(percent[name] for name in (*SPATIAL, *DEPTH))}
+
+
+def summary(settings: Settings) -> list[dict[str, Any]]:
+    """Every finished run: its name, seed, overall accuracy, seconds and processor seconds."""
+    rows = []
+    for file in (settings.out / "runs").glob(f"*/*/{DONE}"):
+        record, name, seed = json.loads(file.read_text()), file.parts[-3], int(file.parts[-2])
+        kept = {key: record.get(key) for key in ("seconds", "cpu_seconds", "resumed", "date", "commit", "machine")}
+        rows.append({"name": name, "seed": seed, "accuracy": Runs(settings, name).overall(seed), **kept})
+    return sorted(rows, key=lambda row: (row["name"], row["seed"]))
 
 
 @cache

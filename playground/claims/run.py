@@ -1,16 +1,18 @@
 """The paper's claims in miniature: trains what they need on playground scenes, many seeds, and writes docs/claims.md.
 
 Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the
-frozen encoders run once for all of them. The same command goes on where it was interrupted. Several machines over one
-file system: --shard 0/4 to --shard 3/4 on each, then once more without it for the report.
+frozen encoders run once for all of them. The same command goes on where it was interrupted; a folder that holds a run
+of other settings is refused. Several machines over one file system: --shard 0/4 to --shard 3/4 on each, then once more
+without it for the report. Only the sections of --claims are written anew. OUT/summary.json has every run's numbers.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 
 import yaml
@@ -19,12 +21,27 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
+import records  # noqa: E402
 from jobs import Job, Settings, command, start_worker  # noqa: E402
 
 STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
 
 
+class RunFailed(RuntimeError):
+    """At least one run failed; it has been said which."""
+
+
 def main() -> int:
+    try:
+        return run(parse())
+    except RunFailed:
+        return 1
+    except records.StaleRecord as error:
+        print(f"claims: {error}", file=sys.stderr)
+        return 2
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--claims", default="a,c,f", help=f"which of {','.join(STUDIES)}, or all (default: a,c,f)")
     parser.add_argument(
@@ -41,42 +58,76 @@ def main() -> int:
     parser.add_argument("--report", type=Path, help="the page, or the table of --arms (default: docs/claims.md)")
     parser.add_argument("--no-report", action="store_true")
     args = parser.parse_args()
-    chosen = list(STUDIES) if args.claims == "all" else args.claims.split(",")
-    unknown = [name for name in chosen if name not in STUDIES]
+    args.chosen = list(STUDIES) if args.claims == "all" else args.claims.split(",")
+    unknown = [name for name in args.chosen if name not in STUDIES]
     if unknown:
         parser.error(f"unknown claim {unknown[0]!r}; there are {', '.join(STUDIES)}")
+    # As typed but for where things are written, and with the sizes said.
+    args.typed = f"--arms {' '.join(args.arms)}" if args.arms else f"--claims {args.claims}"
+    for name in ("seeds", "train", "val", "pictures", "scene_seed", "workers"):
+        value = getattr(args, name)
+        if name in ("seeds", "train", "val") or value != parser.get_default(name):
+            args.typed += f" --{name.replace('_', '-')} {value}"
+    return args
 
-    settings = prepare(args)
-    if any(entry.get("pictures") for name in chosen for entry in STUDIES[name]["jobs"]) and not args.arms:
-        further_pictures(settings, args.pictures)
+
+def run(args: argparse.Namespace) -> int:
+    began = time.monotonic()
+    settings = Settings(
+        args.out.resolve(), args.seeds, args.train, args.val, args.scene_seed, args.pictures, records.commit()
+    )
     part, parts = (int(number) for number in args.shard.split("/"))
     waves: dict[int, list[Job]] = {}
-    entries = [{"arm": arm} for arm in args.arms or ()] or [job for name in chosen for job in STUDIES[name]["jobs"]]
+    entries = [{"arm": arm} for arm in args.arms or ()]
+    entries = entries or [job for name in args.chosen for job in STUDIES[name]["jobs"]]
     for entry in entries:
         for seed in range(part, args.seeds, parts):
             job = Job(seed=seed, **entry)
             if job not in waves.setdefault(job.wave, []):
                 waves[job.wave].append(job)
+    for job in (job for wave in waves.values() for job in wave):
+        settings.is_done(job)  # before anything is trained, whether a folder holds something else
+
+    prepare(settings)
+    if any(entry.get("pictures") for entry in entries):
+        further_pictures(settings)
     workers = args.workers or gpus() or os.cpu_count() or 1
     for wave in sorted(waves):
         # Seed by seed, so that an unfinished run has whole seeds.
         run_wave(settings, sorted(waves[wave], key=lambda job: job.seed), workers)
-    if args.no_report or parts > 1:
-        return 0
+    if parts == 1 and not args.no_report:
+        report(args, settings)
+    seconds = time.monotonic() - began
+    if parts == 1:
+        summarize(settings, args.typed, seconds)
+    print(f"total: {seconds / 60:.1f} min", flush=True)
+    return 0
+
+
+def report(args: argparse.Namespace, settings: Settings) -> None:
     if args.arms:
         text = comparison(settings, args.arms)
         print(text)
         if args.report:
             args.report.write_text(text + "\n")
-        return 0
+        return
     from measures import MEASURES
     from report import write_report
 
-    for name in chosen:
+    for name in args.chosen:
         if name in MEASURES:
             MEASURES[name](settings)
-    write_report(settings, args.report or ROOT / "docs" / "claims.md")
-    return 0
+    write_report(settings, args.report or ROOT / "docs" / "claims.md", args.chosen, args.typed)
+
+
+def summarize(settings: Settings, typed: str, seconds: float) -> None:
+    """``OUT/summary.json``: every finished run in OUT, of this command and of others before."""
+    from numbers_of_runs import summary
+
+    last = {"command": typed, "seconds": round(seconds, 1), "commit": settings.commit, "date": records.today()}
+    found = {"last_command": {**last, "machine": records.machine()}, "runs": summary(settings)}
+    (settings.out / "summary.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{settings.out / 'summary.json'}: {len(found['runs'])} runs")
 
 
 def comparison(settings: Settings, arms: list[str]) -> str:
@@ -88,25 +139,23 @@ def comparison(settings: Settings, arms: list[str]) -> str:
     return table(["accuracy, %", *arms, "gain"], rows)
 
 
-def prepare(args: argparse.Namespace) -> Settings:
+def prepare(settings: Settings) -> None:
     """Scenes and cached features, made once."""
-    settings = Settings(args.out.resolve(), args.seeds, args.train, args.val, args.scene_seed)
     scenes = settings.scenes
     command(
-        "scenes", "--out", scenes, "--train", args.train, "--val", args.val, "--seed", args.scene_seed,
+        "scenes", "--out", scenes, "--train", settings.train, "--val", settings.val, "--seed", settings.scene_seed,
     )  # fmt: skip
     command(
         "features", "--preset", "tiny", "--data", scenes / "train_captions.json", "--data",
         scenes / "train_instruct.json", "--image-folder", scenes / "images", "--image-aspect-ratio", "square",
         "--out", settings.features,
     )  # fmt: skip
-    return settings
 
 
-def further_pictures(settings: Settings, count: int) -> None:
+def further_pictures(settings: Settings) -> None:
     """Pictures of other scenes and their cached features, for merging."""
     folder = settings.pictures
-    command("scenes", "--out", folder, "--train", count, "--val", 1, "--seed", settings.scene_seed + 1)
+    command("scenes", "--out", folder, "--train", settings.further, "--val", 1, "--seed", settings.scene_seed + 1)
     command(
         "features", "--preset", "tiny", "--data", folder / "train_captions.json", "--image-folder", folder / "images",
         "--image-aspect-ratio", "square", "--out", folder / "features",
@@ -114,7 +163,11 @@ def further_pictures(settings: Settings, count: int) -> None:
 
 
 def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
-    started, done = time.monotonic(), 0
+    """
+    Raises:
+        RunFailed: a run failed. That is said at once; none is begun after it, and those that run are waited for.
+        StaleRecord: a job's folder holds another run.
+    """
     left = [job for job in jobs if not settings.is_done(job)]
     print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them done before; {workers} at a time", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -122,16 +175,40 @@ def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
     for number in range(workers):
         numbers.put(number)
     with ProcessPoolExecutor(workers, context, start_worker, (numbers, workers, gpus())) as pool:
-        futures = {pool.submit(job.run, settings): job for job in left}
-        for future in as_completed(futures):
-            future.result()
+        run_all(pool, settings, left, workers)
+
+
+def run_all(pool: Executor, settings: Settings, jobs: list[Job], workers: int) -> None:
+    """Gives the pool as many jobs as it has workers: what lies in its queue could not be called back."""
+    started, done, failed = time.monotonic(), 0, 0
+    waiting, running = list(jobs), {}
+    while running or (waiting and not failed):
+        while waiting and len(running) < workers and not failed:
+            job = waiting.pop(0)
+            running[pool.submit(job.run, settings)] = job
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            job = running.pop(future)
+            if future.exception() is not None:
+                failed += 1
+                print(_failure(job, future, len(running), len(waiting)), file=sys.stderr, flush=True)
+                continue
             done += 1
             each = (time.monotonic() - started) / done
             print(
-                f"[{done}/{len(left)}] {futures[future].name}, seed {futures[future].seed}: done; "
-                f"{each:.0f} s a run, ETA {(len(left) - done) * each / 60:.0f} min",
+                f"[{done}/{len(jobs)}] {job.name}, seed {job.seed}: done; "
+                f"{each:.0f} s a run, ETA {(len(jobs) - done) * each / 60:.0f} min",
                 flush=True,
             )
+    if failed:
+        raise RunFailed(f"{failed} runs failed")
+
+
+def _failure(job: Job, future: Future, running: int, waiting: int) -> str:
+    error = str(future.exception()) or repr(future.exception())
+    return (
+        f"claims: {job.name}, seed {job.seed} failed: {error}\n"
+        f"claims: {running} runs that have begun go on to their end; {waiting} are not begun. Finished runs stay"
+    )
 
 
 def gpus() -> int:

@@ -1,6 +1,8 @@
 """Low-rank adapters inside a model."""
 
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ def add_adapters(
 
 def adapter_layers(module: nn.Module) -> dict[str, Any]:
     """The layers inside a module that have adapters, by name."""
+    if "peft" not in sys.modules:
+        return {}  # nobody has made any
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
@@ -57,6 +61,22 @@ def adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
             yield base_bias
     if bias == "all":
         yield from (p for name, p in module.named_parameters() if name.rpartition(".")[2] == "bias")
+
+
+@contextmanager
+def inputs_left_to_autocast(model: nn.Module) -> Iterator[None]:
+    """Has a model's adapters take their inputs as they come, for use under autocast.
+
+    peft casts them to the adapters' float32, and autocast casts that back for the product: two passes over every
+    activation, and one kept for the backward pass, that change nothing.
+    """
+    if not adapter_layers(model):
+        yield
+        return
+    from peft.helpers import disable_input_dtype_casting
+
+    with disable_input_dtype_casting(model):
+        yield
 
 
 def fold_adapters(module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Scenes as files: pictures, LLaVA records, evaluation questions, and POPE's layout.
 
 A folder is written beside its destination and renamed when complete, so that an interrupted run leaves nothing that
-looks finished.
+looks finished. Several processes may be asked for the same folder: each writes its own, and the first to end is kept.
 """
 
 import json
@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.errors import CheckpointError, ConfigError, DataError
 from tove_llava.scenes.language import SHORT_ANSWER, Question, absent_pair, ask, describe, with_article
 from tove_llava.scenes.render import Rendering, render
 from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, sample_scene, scene_rng
+from tove_llava.staging import staged
 
 POPE_QUESTIONS = 3  # of each answer, image and category, as in POPE
 MANIFEST = "scenes.json"
@@ -58,36 +59,46 @@ def write_scenes(request: Request, folder: Path, progress: Progress | None = Non
     Raises:
         DataError: the folder exists and holds something else. Nothing is overwritten.
     """
-    wanted = asdict(request)
-    if folder.exists() and any(folder.iterdir()):
-        manifest = folder / MANIFEST
-        if not manifest.is_file():
-            raise DataError(f"{folder} exists and holds no scenes; choose another --out")
-        found = json.loads(manifest.read_text())
-        if found == wanted:
+    if _is_written(request, folder):
+        return False
+    try:
+        with staged(folder) as fresh:
+            _write(request, fresh, progress)
+    except CheckpointError:
+        if _is_written(request, folder):  # by another process, meanwhile
             return False
-        differing = ", ".join(sorted(k for k in wanted if wanted[k] != found.get(k)))
-        raise DataError(f"{folder} holds other scenes (different: {differing}); choose another --out or delete it")
-    fresh = folder.with_name(folder.name + ".part")
-    if fresh.exists():
-        shutil.rmtree(fresh)  # what an interrupted run left; only this function uses that name
-    (fresh / "images").mkdir(parents=True)
+        raise
+    return True
+
+
+def _is_written(request: Request, folder: Path) -> bool:
+    """Raises DataError when the folder holds something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        raise DataError(f"{folder} exists and holds no scenes; choose another --out")
+    wanted, found = asdict(request), json.loads(manifest.read_text())
+    if found == wanted:
+        return True
+    differing = ", ".join(sorted(k for k in wanted if wanted[k] != found.get(k)))
+    raise DataError(f"{folder} holds other scenes (different: {differing}); choose another --out or delete it")
+
+
+def _write(request: Request, folder: Path, progress: Progress | None) -> None:
+    (folder / "images").mkdir()
     total, done, begun = sum(request.counts.values()), 0, time.monotonic()
     for split, count in request.counts.items():
         scenes = []
         for scene in _scenes(request, split, count):
-            _write_pictures(request, scene, render(scene, request.size), fresh)
+            _write_pictures(request, scene, render(scene, request.size), folder)
             scenes.append(scene)
             done += 1
             if progress is not None:
                 progress(done, total, time.monotonic() - begun)
         if scenes:
-            _write_language(request, split, scenes, fresh)
-    _write_json(fresh / MANIFEST, wanted)
-    if folder.exists():
-        folder.rmdir()
-    fresh.rename(folder)
-    return True
+            _write_language(request, split, scenes, folder)
+    _write_json(folder / MANIFEST, asdict(request))
 
 
 def image_name(scene: Scene, image_format: str) -> str:

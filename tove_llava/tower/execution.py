@@ -1,14 +1,16 @@
 """How a tower's frozen encoders are run: one after another, side by side, or side by side and compiled.
 
 Side by side means, on a GPU, one stream each, all of it recorded once as a CUDA graph for each batch size and replayed;
-on the CPU, where they are compiled, threads with an equal share of the cores each. What is not compiled runs one after
-another there: each operation needs Python's lock, and threads that wait for it take longer than they gain.
+on the CPU, where they are compiled, threads with an equal share of the cores each. An encoder that would leave threads
+waiting for its end is run by all of them, each for its share of the images. What is not compiled runs one after another
+there: each operation needs Python's lock, and threads that wait for it take longer than they gain.
 Nothing here waits for the device or looks at a value.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -18,12 +20,15 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tove_llava.errors import ConfigError, ToveError
 
 # What is more than so many is run eagerly.
 MAX_SIZES = 8  # batch sizes that something is compiled or recorded for
 MAX_GRAPHS = 16  # graphs: batch sizes, and sets of experts that are attached
+MIN_SHARE = 4  # images of a thread: smaller batches are much less efficient
+_SHARED = 1.05  # cost of an encoder whose images are shared out, over its cost for all at once: measured
 _WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate what they keep
 
 T = TypeVar("T")
@@ -94,6 +99,7 @@ class Execution:
         """Forgets what was compiled and recorded; it is made again when it is needed."""
         self._networks: dict[str, object] = {}
         self._sizes: dict[Hashable, list[int]] = {}
+        self._costs: dict[str, int] = {}
         self._compiled: dict[Hashable, Function] = {}
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool: Any = None  # memory that all graphs share
@@ -128,19 +134,43 @@ class Execution:
 
     def _on_cpu(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
         workers = self._start_workers(1 + len(names))
-        batch, size = (
-            len(pixel_values),
-            self._size(len(pixel_values), _circumstances(pixel_values, workers.threads_each)),
-        )
+        where = _circumstances(pixel_values, workers.threads_each)
+        batch, size = len(pixel_values), self._size(len(pixel_values), where)
         if size is None:
             return _one_after_another(encoders, pixel_values, names)
-        pixel_values = _padded(pixel_values, size)
-        compiled = self._compile(encoders, pixel_values, names, workers)
-        # The pixels are prepared there too: the threads that help this one go on spinning for a while after each
-        # operation, on the cores that the workers need.
-        tasks = workers.call(partial(encoders.tasks, pixel_values, names, compiled))
-        made = workers.run(tasks)
-        return {name: out[:batch] for name, out in made.items()}
+        pixels = _padded(pixel_values, size)
+        costs = self._count(encoders, pixels, names)
+        shared = to_share(costs, workers.count) if size >= MIN_SHARE * workers.count else []
+        whole = sorted(set(costs) - set(shared), key=lambda name: (-costs[name], name))  # as to_share() counts on
+        share = math.ceil(size / workers.count)
+        parts = list(_padded(pixels, share * workers.count).split(share)) if shared else []
+        compiled = self._compile(encoders, pixels, names, whole, workers)
+        for_share = self._compile(encoders, parts[0], names, shared, workers) if shared else {}
+
+        def prepare() -> list[Callable[[], dict[str, torch.Tensor]]]:
+            tasks = encoders.tasks(pixels, [name for name in names if name in whole], compiled)
+            return [partial(_run, {name: tasks[name]}) for name in whole]
+
+        def encode(part: torch.Tensor) -> dict[str, torch.Tensor]:
+            tasks = encoders.tasks(part, [name for name in names if name in shared], for_share)
+            return _run({name: tasks[name] for name in shared})
+
+        # The pixels are prepared on the workers too: the threads that help this one go on spinning for a while after
+        # each operation, on the cores that the workers need.
+        calls = workers.call(prepare)
+        done = workers.run(calls + [partial(encode, part) for part in parts])
+        made = {name: [some[name] for some in done if name in some] for name in costs}
+        return {name: (torch.cat(some) if name in shared else some[0])[:batch] for name, some in made.items()}
+
+    def _count(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, int]:
+        """Operations of each encoder for an image, which do not depend on how long something took."""
+        functions = encoders.functions(names)
+        if not functions.keys() <= self._costs.keys():
+            for name, task in encoders.tasks(pixel_values[:1], names, {}).items():
+                with FlopCounterMode(display=False) as counter:
+                    task()
+                self._costs[name] = counter.get_total_flops()
+        return {name: self._costs[name] for name in functions}
 
     def _start_workers(self, tasks: int) -> _Workers:
         threads = torch.get_num_threads()
@@ -151,12 +181,17 @@ class Execution:
         return self._workers
 
     def _compile(
-        self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str], workers: _Workers | None
+        self,
+        encoders: Encoders,
+        pixel_values: torch.Tensor,
+        names: Sequence[str],
+        wanted: Sequence[str],
+        workers: _Workers | None,
     ) -> dict[str, Function]:
-        """The compiled functions for pixels of this shape, made where they are missing, one after another."""
+        """The wanted ones' compiled functions for pixels of this shape, made where they are missing, one by one."""
         where = _circumstances(pixel_values, workers.threads_each if workers else 0), len(pixel_values)
         functions = encoders.functions(names)
-        missing = [name for name in functions if (where, name) not in self._compiled]
+        missing = [name for name in wanted if (where, name) not in self._compiled]
         if missing:
             fresh = {name: _compiled(functions[name]) for name in missing}
             tasks, plain = encoders.tasks(pixel_values, names, fresh), encoders.tasks(pixel_values, names, {})
@@ -167,7 +202,7 @@ class Execution:
                     make = partial(_frozen, tasks[name])
                     workers.call(make) if workers else tasks[name]()
                 self._compiled[where, name] = fresh[name]
-        return {name: self._compiled[where, name] for name in functions}
+        return {name: self._compiled[where, name] for name in wanted}
 
     # -- GPU ----------------------------------------------------------------------------------------------------------
 
@@ -179,7 +214,8 @@ class Execution:
             return _one_after_another(encoders, pixel_values, names)
         if key not in self._graphs:
             pixels = _padded(pixel_values, size)
-            compiled = self._compile(encoders, pixels, names, None) if self.mode.compiled else {}
+            every = list(encoders.functions(names))
+            compiled = self._compile(encoders, pixels, names, every, None) if self.mode.compiled else {}
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             with _explained("the tower's encoders cannot be recorded as a CUDA graph"):
@@ -199,7 +235,7 @@ class Execution:
 
 
 class _Workers:
-    """Threads that run one encoder at a time each, on their share of the cores.
+    """Threads that run one call at a time each, on their share of the cores.
 
     Args:
         tasks: how many encoders there are to run.
@@ -208,17 +244,17 @@ class _Workers:
 
     def __init__(self, tasks: int, threads: int) -> None:
         self.made_for = (tasks, threads)
-        count = min(tasks, threads)
-        self.threads_each = threads // count
-        started = threading.Barrier(count + 1)
+        self.count = min(tasks, threads)
+        self.threads_each = threads // self.count
+        started = threading.Barrier(self.count + 1)
 
         def start() -> None:
             torch.get_num_threads()  # gives this thread the number of all; what is set before that does not last
             torch.set_num_threads(self.threads_each)  # of this thread, and of all that begin later
             started.wait()
 
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="tove-encoder", initializer=start)
-        for _ in range(count):
+        self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="tove-encoder", initializer=start)
+        for _ in range(self.count):
             self._threads.submit(int)
         started.wait()
         torch.set_num_threads(threads)
@@ -228,9 +264,9 @@ class _Workers:
 
     def call(self, function: Callable[[], T]) -> T:
         """One call."""
-        return self.run({"": function})[""]
+        return self.run([function])[0]
 
-    def run(self, tasks: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+    def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
         """All of them, those given first begun first; the first error is raised when all have ended."""
         enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
@@ -238,9 +274,31 @@ class _Workers:
             with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=enabled):  # both belong to a thread
                 return task()
 
-        futures = {name: self._threads.submit(call, task) for name, task in tasks.items()}
-        wait(futures.values())
-        return {name: future.result() for name, future in futures.items()}
+        futures = [self._threads.submit(call, task) for task in tasks]
+        wait(futures)
+        return [future.result() for future in futures]
+
+
+def to_share(costs: Mapping[str, float], threads: int) -> list[str]:
+    """The encoders that all threads should run, each for its share of the images; the rest go to one thread each.
+
+    It is the most expensive ones, as many as let the last thread end earliest, or none.
+
+    Args:
+        costs: by encoder.
+    """
+    order = sorted(costs, key=lambda name: -costs[name])
+
+    def end(shared: int) -> float:
+        loads = [0.0] * threads
+        for cost in [costs[name] for name in order[shared:]]:  # as the threads take them: each when it is free
+            loads[loads.index(min(loads))] += cost
+        share = sum(costs[name] for name in order[:shared]) * _SHARED / threads
+        for _ in range(threads):
+            loads[loads.index(min(loads))] += share
+        return max(loads)
+
+    return order[: min(range(len(order) + 1), key=end)] if threads > 1 else []
 
 
 class _Graph:
@@ -296,8 +354,12 @@ class _Graph:
         return {name: out[:batch].clone() for name, out in self._outputs.items()}
 
 
+def _run(tasks: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: task() for name, task in tasks.items()}
+
+
 def _one_after_another(encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    return {name: task() for name, task in encoders.tasks(pixel_values, names, {}).items()}
+    return _run(encoders.tasks(pixel_values, names, {}))
 
 
 def _circumstances(pixel_values: torch.Tensor, threads: int) -> Hashable:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -158,7 +158,8 @@ class FrozenBackbones:
                 "the image processor and the tower's image_size disagree"
             )
         self._follow_attention()
-        made = self.execution.run(self, pixel_values, names)
+        with _in_own_precision(self.clip.dtype, pixel_values.device.type):
+            made = self.execution.run(self, pixel_values, names)
         base = made.pop(CLIP)  # [B,N,d]
         if not names:
             return TowerFeatures(base=base)
@@ -270,6 +271,16 @@ def load_clip(
             f"other shapes {list(info['mismatched_keys'])[:5]}. Give the right clip_source."
         )
     return clip.eval().requires_grad_(False)
+
+
+def _in_own_precision(dtype: torch.dtype, device: str) -> AbstractContextManager[Any]:
+    """Weights of 16 bits compute in their own dtype whatever is around them, as they do where features are cached.
+
+    Autocast would take the norms, and with them the whole residual stream, to float32 and cast it back for each layer.
+    """
+    if dtype == torch.float32 or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 @contextmanager

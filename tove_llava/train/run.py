@@ -18,6 +18,7 @@ from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.llava.adapters import inputs_left_to_autocast
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.kernels import check_kernels, fused_kernels
@@ -96,7 +97,7 @@ def run(settings: Settings) -> None:
     trainer = make_trainer(settings, args, model, processor, dataset, trainable)
     if resume is not None:
         _say(f"resuming from {resume}")
-    with _fast_paths(model, start.stage):
+    with _fast_paths(model, start.stage, autocast=args.deepspeed is None and (args.bf16 or args.fp16)):
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
 
     tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
@@ -117,9 +118,11 @@ def _set_checkpointing(model: ToveLlavaForConditionalGeneration, trainable: Trai
 
 
 @contextmanager
-def _fast_paths(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Iterator[None]:
+def _fast_paths(model: ToveLlavaForConditionalGeneration, stage: StagePreset, autocast: bool) -> Iterator[None]:
     language = model.model.language_model
     with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(inputs_left_to_autocast(model))
         if stage.padding_free:
             stack.enter_context(packed_rows(language))
         if stage.fused_kernels:

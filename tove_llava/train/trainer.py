@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
+from tove_llava.data.parcel import Parcel
 from tove_llava.errors import NonFiniteError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.merge import FurtherImages
@@ -325,7 +326,11 @@ class _NumberedCollator:
     def __init__(self, collator: LlavaCollator) -> None:
         self.collator = collator
 
-    def __call__(self, numbered: list[Any]) -> dict[str, Any]:
+    def __call__(self, numbered: list[Any]) -> dict[str, Any] | Parcel:
+        batch = self._collate(numbered)
+        return batch if get_worker_info() is None else Parcel(batch)  # which arrives as the batch
+
+    def _collate(self, numbered: list[Any]) -> dict[str, Any]:
         indices, examples, further = zip(*numbered, strict=True)
         batch = {**self.collator(examples), RECORD: torch.tensor(indices)}
         more = [entry for entry in further if entry is not None]
