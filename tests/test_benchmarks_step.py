@@ -3,12 +3,14 @@
 import json
 import os
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from train_parts import ROOT
 
 from tove_llava import build_model, load_preset
+from tove_llava.errors import ConfigError
 from tove_llava.llava.varlen import packed_rows
 
 TOKENIZER = ["--tokenizer", "bundled:llm"]
@@ -91,6 +93,59 @@ def test_preparing_a_contender_leaves_nothing_behind(parts, bench, step, batches
     assert not language.layers[0].gradient_checkpointing and language.config._attn_implementation == "tove_varlen"
     both.close()
     assert language.config._attn_implementation == attention and not language.layers[0].gradient_checkpointing
+
+
+class PretendedGpu(str):
+    """torch takes it for the CPU, the benchmark for a GPU."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def on_gpu(parts, bench, monkeypatch):
+    """The GPU's part of the benchmark, on the CPU: what is asked of a GPU's memory is given here."""
+    from common import GB, peak_memory
+
+    monkeypatch.setattr(bench, "device", PretendedGpu("cpu"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GB)
+    monkeypatch.setattr(parts[0], "check_kernels", refuse_kernels)
+    monkeypatch.setattr(parts[0], "peak_memory", lambda run, device: peak_memory(run, torch.device("cpu")))
+    return bench
+
+
+def refuse_kernels(device):
+    raise ConfigError("no kernels here")
+
+
+@pytest.mark.parametrize(("total", "gib"), [(80, 75), (12, 0)])
+def test_the_budget_is_what_is_free_between_steps(parts, on_gpu, step, batches, monkeypatch, total, gib):
+    from common import GB
+
+    memory = SimpleNamespace(total_memory=total * GB)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
+    both = parts[0].Contenders(on_gpu, step, batches)
+    step.optimizer.state.clear()
+    both.fit_budget()
+    assert step.optimizer.state, "measured before the optimiser has its state"
+    assert both.budget == pytest.approx(max(0, (gib - 10) * GB - parts[0].MARGIN) / 2**30, abs=0.051)
+    both.prepare("ours")
+    assert step.model.model.language_model.layers[0].gradient_checkpointing
+    both.run("ours")
+    both.close()
+    both.budget = 3.0
+    both.fit_budget()
+    assert both.budget == 3.0  # as given
+
+
+def test_the_memory_of_qlora_is_measured(parts, on_gpu, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    from common import GB
+
+    monkeypatch.setattr(on_gpu.args, "mix_batches", 1, raising=False)
+    found = parts[0].measure_qlora(on_gpu, "source")
+    assert found["batch"] == 4 and found["checkpointing_gib"] == 5.0
+    assert 10 * GB < found["peak_bytes"] < 11 * GB
 
 
 def test_work_on_the_meta_device_is_that_of_the_model(parts):

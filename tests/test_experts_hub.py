@@ -1,16 +1,21 @@
 """The hub: order, skipping, non-finite outputs, memory, cost and the table."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 from experts_zoo import CASES
+from train_parts import environment
 
 from tove_llava.cli import main
 from tove_llava.errors import ConfigError, NonFiniteError
 from tove_llava.experts import ExpertHub, ExpertSpec, build_expert, complete_specs
+from tove_llava.experts.base import library
 from tove_llava.experts.cost import expert_cost
 from tove_llava.experts.preparation import unnormalise
+from tove_llava.sources import Source
 
 PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -163,6 +168,38 @@ def test_the_verb_prints_a_table_of_a_preset(offline, tmp_path, capsys):
     assert "3x3" in row and "yes (local)" in row
     assert "not loadable here: normal:" in out and "/no/such/folder does not exist" in out
     assert "no public transformers checkpoint predicts normals" in out
+
+
+def test_a_missing_library_breaks_its_own_experts_alone():
+    packages = {"timm": "timm", "kornia": "kornia", "open_clip": "open_clip_torch"}
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({list(packages)})
+from tove_llava.errors import ConfigError
+from tove_llava.experts import EXPERTS, build_expert
+from tove_llava.presets import load_preset
+for entry in load_preset("tiny").vision.experts:
+    build_expert(entry).load()
+for name, scheme in (("dinov2", "timm"), ("edge", "kornia"), ("eva", "open_clip")):
+    try:
+        build_expert({{"name": name, "source": EXPERTS.get(name)[scheme].default_source}})
+    except ConfigError as error:
+        print(error)
+"""
+    run = {"env": environment(HF_HUB_OFFLINE="1"), "capture_output": True, "text": True, "timeout": 300}
+    done = subprocess.run([sys.executable, "-c", program], **run)
+    assert done.returncode == 0, done.stderr
+    for line, (scheme, package) in zip(done.stdout.splitlines(), packages.items(), strict=True):
+        assert line.startswith(f"source {scheme}:") and f"needs {package} (pip install {package})" in line
+
+
+def test_a_library_is_not_imported_onto_the_meta_device(tmp_path, monkeypatch):
+    (tmp_path / "some_library.py").write_text("import torch\nCONSTANT = torch.ones(2)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with torch.device("meta"):
+        module = library(Source.parse("bundled:clip"), "some_library", "some-library")
+    assert module.CONSTANT.tolist() == [1, 1]
+    sys.modules.pop("some_library")
 
 
 def test_complete_specs_record_what_a_config_needs(tmp_path):

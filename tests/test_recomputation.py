@@ -36,26 +36,32 @@ def model_of(folder, train="lora", layers=3):
     return model
 
 
-def run(model, batch):
+def run(model, batch, autocast=False):
     if "cu_seq_lens_q" not in batch:
-        return gradients(model, batch)
+        return gradients(model, batch, autocast)
     with packed_rows(model.model.language_model):
-        return gradients(model, batch)
+        return gradients(model, batch, autocast)
 
 
 @pytest.mark.parametrize("train", ["lora", "all"])
-@pytest.mark.parametrize("packed", [False, True])
-def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, packed):
+@pytest.mark.parametrize(
+    ("packed", "dtype"), [(False, "float32"), (True, "float32"), (True, "autocast"), (True, "bfloat16")]
+)
+def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, packed, dtype):
     model, batch = model_of(tmp_path, train), COLLATORS[packed](EXAMPLES)
-    plain, expected = run(model, batch)
+    autocast = dtype == "autocast"
+    if dtype == "bfloat16":
+        model.to(torch.bfloat16)
+        batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    plain, expected = run(model, batch, autocast)
     assert any("lora" in name for name in expected) == (train == "lora")
     one_layer = LayerCosts(3, 24, 0, 0)
     assert one_layer.layers == len(model.model.language_model.layers)
     for kind, budget in [("full", None), ("selective", None), ("selective", 1e-5), ("selective", 0.0), ("none", None)]:
         set_checkpointing(model, kind, budget_gib=budget)
-        output, got = run(model, batch)
-        assert torch.equal(output.loss, plain.loss), kind
-        assert_close(got, expected)
+        output, got = run(model, batch, autocast)
+        assert torch.equal(output.loss, plain.loss) and torch.equal(output.aux_loss, plain.aux_loss), kind
+        assert_close(got, expected)  # in 16 bits too: what is computed again is the same
 
 
 def work_and_memory(model, batch, kind, budget=None):

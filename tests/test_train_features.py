@@ -12,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
+from torch.utils.data._utils.pin_memory import pin_memory
 from train_parts import flags, write_parts, write_records
 
 from tove_llava.cli import main as cli
+from tove_llava.data import ImageTransform
 from tove_llava.errors import ConfigError, DataError
 from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
 from tove_llava.sources import Source
-from tove_llava.tower import TowerFeatures
+from tove_llava.tower import ToveVisionModel, TowerFeatures, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones
+from tove_llava.train.arguments import parse
 from tove_llava.train.feature_stores import Shards, write_shard
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.run import main as train
@@ -35,10 +38,10 @@ def root(tmp_path_factory):
     return folder
 
 
-def make(folder, *more):
+def make(folder, *more, out=None):
     data = ["--data", str(folder / "captions.json"), "--data", str(folder / "instruct.json")]
     arguments = ["features", "--preset", str(folder / "preset.yaml"), *data, "--image-folder", str(folder / "images")]
-    return cli([*arguments, "--out", str(folder / "cache"), "--image-aspect-ratio", "square", *more])
+    return cli([*arguments, "--out", str(out or folder / "cache"), "--image-aspect-ratio", "square", *more])
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -53,6 +56,35 @@ def test_run_on_the_cache_equals_the_run_on_pictures(root, tmp_path, stage):
     assert pictures.keys() == cached.keys()
     for key, value in pictures.items():
         torch.testing.assert_close(cached[key], value, rtol=1e-5, atol=1e-6)
+    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=1e-5) for row in losses(tmp_path / "pictures")]
+
+
+def losses(output):
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    found = [[entry["lm_loss"], entry["aux_loss"]] for entry in history if "lm_loss" in entry]
+    assert found and all(aux > 0 for _, aux in found)
+    return found
+
+
+def test_gradients_from_the_cache_are_those_from_pictures(root):
+    """Of each loss term, to float32's rounding."""
+    preset = load_preset(str(root / "preset.yaml"))
+    tower = ToveVisionModel(vision_config(preset.vision)).load_backbones().train()
+    torch.nn.init.normal_(tower.fusion.output.weight)
+    names, transform = ["0.png", "4.png", "7.png"], ImageTransform(tower.config.image_size, "square")
+    pixels = torch.stack([transform.open(root / "images" / name) for name in names])
+    noise = torch.randn(3, tower.config.num_patches, 2, generator=torch.Generator().manual_seed(0))
+    results = []
+    for features in (None, open_cache(root).read(names)):
+        out = tower(pixels if features is None else None, features=features, gate_noise=noise)
+        balance = balance_loss(tower.fusion.balance_statistics([out.gate_inputs]))
+        terms = (out.last_hidden_state.square().mean(), balance)
+        wanted = {"retain_graph": True, "materialize_grads": True}
+        grads = [grad for term in terms for grad in torch.autograd.grad(term, list(tower.parameters()), **wanted)]
+        results.append([*(term.detach() for term in terms), *grads])
+    assert results[0][1] > 0 and results[0][2].any()
+    for pictures, cached in zip(*results, strict=True):
+        assert (cached - pictures).norm() <= 1e-5 * pictures.norm()
 
 
 def test_run_on_the_cache_opens_no_picture(root, tmp_path, monkeypatch):
@@ -101,9 +133,9 @@ def times(folder):
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
-def open_cache(folder, image_folder=None):
+def open_cache(folder, image_folder=None, cache=None, dtype=torch.float32):
     config = vision_config(load_preset(str(folder / "preset.yaml")).vision)
-    return FeatureCache(folder / "cache", config, "square", image_folder)
+    return FeatureCache(cache or folder / "cache", config, "square", image_folder, dtype)
 
 
 def test_only_what_is_missing_is_made_again(root):
@@ -192,18 +224,40 @@ def test_size_of_a_value(tmp_path, store, bytes_each):
     assert 0 < size - bytes_each * values.size < 500  # the header
 
 
-def test_run_on_an_8_bit_cache_is_close_to_the_run_on_pictures(own, tmp_path):
-    shutil.rmtree(own / "cache")
-    assert make(own, "--store", "int8") == 0
+@pytest.mark.parametrize(("store", "bound"), [("float16", 1e-3), ("int8", 1e-2)])
+def test_run_on_a_rounded_cache_is_close_to_the_run_on_pictures(root, tmp_path, store, bound):
+    assert make(root, "--store", store, out=tmp_path / "cache") == 0
     square = ("--image_aspect_ratio", "square", "--max_steps", "3", "--logging_steps", "1")
-    assert train(flags(own, "pretrain", tmp_path / "pictures", *square)) == 0
-    assert train(flags(own, "pretrain", tmp_path / "cached", *square, "--feature_cache", str(own / "cache"))) == 0
-    losses = [
-        [entry["lm_loss"] for entry in json.loads((tmp_path / run / "trainer_state.json").read_text())["log_history"]
-         if "lm_loss" in entry]
-        for run in ("pictures", "cached")
-    ]  # fmt: skip
-    assert losses[0] and losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert train(flags(root, "pretrain", tmp_path / "pictures", *square)) == 0
+    assert train(flags(root, "pretrain", tmp_path / "cached", *square, "--feature_cache", str(tmp_path / "cache"))) == 0
+    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=bound) for row in losses(tmp_path / "pictures")]
+
+
+def test_cache_computed_in_16_bits_serves_runs_that_compute_so(root, tmp_path, capsys):
+    folder = tmp_path / "cache"
+    assert make(root, "--dtype", "bfloat16", out=folder) == 0
+    told = "computed in bfloat16, and this run computes in float32.*features --dtype float32"
+    with pytest.raises(ConfigError, match=told):
+        open_cache(root, cache=folder)
+    features = open_cache(root, cache=folder, dtype=torch.bfloat16).read(["0.png"])
+    assert torch.equal(features.base, features.base.to(torch.bfloat16).float())  # what 16 bits hold
+    exact = open_cache(root, dtype=torch.bfloat16).read(["0.png"])  # of float32, which serves every run
+    assert 0 < (features.base - exact.base).norm() < 2e-2 * exact.base.norm()
+    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(folder))
+    assert train(flags(root, "pretrain", tmp_path / "run", *options)) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert train(flags(root, "pretrain", tmp_path / "run", *options, "--bf16", "True")) == 0
+    assert make(root, out=folder) == 2 and "dtype differ" in capsys.readouterr().err, "and is not added to"
+    assert make(root, "--dtype", "int8", out=tmp_path / "other") == 2
+
+
+def test_cache_from_before_the_choice_of_a_dtype_is_one_of_float32(own):
+    for file in (own / "cache").glob("*/part.json"):
+        content = json.loads(file.read_text())
+        assert content.pop("dtype") == "float32"
+        file.write_text(json.dumps(content))
+    open_cache(own).read(["0.png"])
+    assert make(own) == 0
 
 
 @given(
@@ -316,3 +370,16 @@ def test_features_are_joined_in_order():
     moved = joined.to(dtype=torch.float16)
     assert moved.base.dtype == torch.float16
     assert moved.usable["a"].dtype == torch.bool
+
+
+def test_features_are_pinned_and_copied_beside_the_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # there is no GPU to pin it for
+    features = TowerFeatures(torch.zeros(1, 2, 3), {"a": torch.zeros(1, 1, 2, 2)})
+    pinned = pin_memory({"vision_features": features})["vision_features"]  # as a DataLoader does
+    assert pinned.base.all() and pinned.experts["a"].all()
+    write_records(tmp_path)
+    arguments = parse(flags(tmp_path, "pretrain", tmp_path / "out", "--preset", "tiny"))
+    for on_gpu in (True, False):
+        monkeypatch.setattr("tove_llava.train.arguments._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
+        made = arguments.training_arguments()
+        assert made.dataloader_pin_memory == made.accelerator_config.non_blocking == on_gpu

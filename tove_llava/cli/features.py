@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-folder", required=True, metavar="DIR", help="folder that image paths start from")
     parser.add_argument("--out", required=True, metavar="DIR", help="the cache")
     parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"), help="default: pad")
+    parser.add_argument("--dtype", default="float32", help="encoders compute in: float32 (default), bfloat16, float16")
     parser.add_argument("--store", default="float32", metavar="NAME", help="float32 (default), float16 or int8")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="this process's part of the shards, such as 0/4")
     parser.add_argument("--shard-images", type=int, default=256, metavar="N", help="images of one file (default: 256)")
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.data import load_records
-    from tove_llava.llava.build import vision_config
+    from tove_llava.llava.build import torch_dtype, vision_config
     from tove_llava.logs import quiet_transformers
     from tove_llava.presets import load_preset
     from tove_llava.serve.generation import choose_device
@@ -43,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     for flag in ("shard_images", "batch_size", "workers"):
         if getattr(args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1")
+    dtype = torch_dtype(args.dtype)
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
-    tower.to(choose_device(args.device)).load_backbones()
+    tower.to(choose_device(args.device), dtype).load_backbones()
     names = dict.fromkeys(name for file in args.data for record in load_records(file) for name in record.images)
     filled = fill_cache(
         args.out,

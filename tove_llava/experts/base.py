@@ -4,6 +4,7 @@ A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, s
 ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
+import importlib
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -310,6 +311,19 @@ class Expert(nn.Module, ABC):
 def _summary(error: BaseException) -> str:
     lines = str(error).split("\n")[:3]  # torch names the first missing tensors on the second and third line
     return " ".join(line.strip() for line in lines).strip() or type(error).__name__
+
+
+def library(source: Source, module: str, distribution: str) -> Any:
+    """A module that some experts alone need: imported when one is used, so that the others do without it.
+
+    Raises:
+        ConfigError: it cannot be imported; the message says what to install.
+    """
+    try:
+        with torch.device("cpu"):  # a network may be wanted on the meta device; the library's own constants are not
+            return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"source {source} needs {distribution} (pip install {distribution}): {error}") from error
 
 
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:

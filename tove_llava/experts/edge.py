@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import torch
-from kornia.models.dexined import DexiNed
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tove_llava.errors import ConfigError
-from tove_llava.experts.base import Expert, register_expert
+from tove_llava.experts.base import Expert, library, register_expert
 from tove_llava.sources import Source
 
 _WEIGHTS = "DexiNed_BIPED_10.pth"
@@ -46,7 +45,8 @@ class DexiNedEdge(Expert):
             raise ConfigError(
                 f"expert {self.name!r}: kornia has no {self.source.target!r}; use kornia:dexined or a file"
             )
-        model = DexiNed(pretrained=pretrained and self.source.path is None)
+        dexined = library(self.source, "kornia.models.dexined", "kornia")
+        model = dexined.DexiNed(pretrained=pretrained and self.source.path is None)
         taken: tuple[str, ...] = ()
         if self.spec.mode == "features":
             for name in _DECODER:

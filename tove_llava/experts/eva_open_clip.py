@@ -3,12 +3,10 @@
 import json
 from typing import Any
 
-import open_clip
-import timm
 from torch import nn
 
 from tove_llava.errors import ConfigError
-from tove_llava.experts.base import Expert, register_expert
+from tove_llava.experts.base import Expert, library, register_expert
 from tove_llava.experts.timm_expert import TimmExpert
 from tove_llava.sources import OpenClipSource, Source
 
@@ -39,11 +37,12 @@ class EvaOpenClip(TimmExpert):
     def build(self, pretrained: bool) -> nn.Module:
         if pretrained:
             model, tag = self.source.model_and_tag
-            clip = open_clip.create_model(
+            clip = _open_clip(self.source).create_model(
                 model, pretrained=tag, require_pretrained=True, pretrained_text=False, force_image_size=self.image_size
             )
             trunk = clip.visual.trunk
         else:
+            timm = library(self.source, "timm", "timm")
             trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size, **self._model_args)
         trunk.reset_classifier(0)
         return trunk
@@ -53,6 +52,10 @@ class EvaOpenClip(TimmExpert):
 
     def licence(self) -> str:
         return "MIT" if self.source.path is None else Expert.licence(self)  # the licence of EVA-CLIP's weights
+
+
+def _open_clip(source: Source) -> Any:
+    return library(source, "open_clip", "open_clip_torch")
 
 
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -67,6 +70,7 @@ def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
         except (OSError, json.JSONDecodeError, KeyError) as error:
             raise ConfigError(f"source {source}: {file} lacks a readable model_cfg and preprocess_cfg") from error
     else:
+        open_clip = _open_clip(source)
         model, preprocess = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)
         if not model or not preprocess:
             raise ConfigError(f"source {source}: open_clip has no such model and tag; see open_clip.list_pretrained()")

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar
 
-import timm
 from torch import Tensor, nn
 
 from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.experts.base import Expert
+from tove_llava.experts.base import Expert, library
 from tove_llava.sources import Source, TimmSource
 
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
@@ -44,6 +43,7 @@ class TimmExpert(Expert):
         if pretrained and self.source.path is not None:
             config["file"] = str(_weights(self.source))
         # With the head it was saved with, timm loads strictly; only then is the head taken off.
+        timm = _timm(self.source)
         model = timm.create_model(self._architecture, pretrained=pretrained, pretrained_cfg=config, **args)
         model.reset_classifier(0)
         return model
@@ -80,8 +80,12 @@ class TimmExpert(Expert):
         args = {**self._model_args, "num_classes": 0}
         if self.build_at_image_size:
             args["img_size"] = self.image_size  # positions are saved as they were interpolated to this size
-        timm.models.save_for_hf(self.network, str(folder), model_args=args, safe_serialization=True)
+        _timm(self.source).models.save_for_hf(self.network, str(folder), model_args=args, safe_serialization=True)
         return TimmSource("").at(folder)
+
+
+def _timm(source: Source) -> Any:
+    return library(source, "timm", "timm")
 
 
 def _block(layer: int, depth: int, name: str) -> int:
@@ -104,6 +108,7 @@ def _weights(source: Source) -> Path:
 def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """timm's architecture, preprocessing configuration and model arguments of a source."""
     if source.path is None:
+        timm = _timm(source)
         try:
             config = timm.models.get_pretrained_cfg(source.target)
         except RuntimeError as error:

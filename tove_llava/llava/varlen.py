@@ -51,7 +51,7 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary positions may have made them float32
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     grouped = key.shape[1] != query.shape[1]
-    if _has_kernel(query) and dropout == 0:
+    if _has_kernel(query, grouped) and dropout == 0:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped), None
     bounds = cu_seq_lens_q.tolist()
     parts = [
@@ -69,14 +69,21 @@ def varlen_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None  # [1,T,H,d]
 
 
-def _has_kernel(query: Tensor) -> bool:
-    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+def _has_kernel(query: Tensor, grouped: bool) -> bool:
+    if not _runs_on(query):
         return False
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10
         return False
-    return {"window_size", "scale", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys()
+    # Not every supported torch's kernel takes grouped heads; Vicuna has none.
+    wanted = {"window_size", "scale"} | ({"enable_gqa"} if grouped else set())
+    return wanted <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def _runs_on(query: Tensor) -> bool:
+    """Whether torch's kernel knows this device and dtype."""
+    return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _kernel(
@@ -85,11 +92,10 @@ def _kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     rows = (states[0].transpose(0, 1) for states in (query, key, value))  # [T,H,d]
-    causal = (-1, 0)
-    out = varlen_attn(
-        *rows, bounds, bounds, longest, longest, scale=scaling, window_size=causal, enable_gqa=grouped
-    )  # [T,H,d]
-    return out[None]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if grouped:
+        options["enable_gqa"] = True
+    return varlen_attn(*rows, bounds, bounds, longest, longest, **options)[None]  # [1,T,H,d]
 
 
 AttentionInterface.register(NAME, varlen_attention)

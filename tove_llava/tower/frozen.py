@@ -70,6 +70,10 @@ class TowerFeatures:
         places = [arg for arg in args if not isinstance(arg, torch.dtype)]
         return self.map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(*places, **others))
 
+    def pin_memory(self) -> TowerFeatures:
+        """In page-locked memory, from which a GPU copies by itself; a ``DataLoader`` calls this."""
+        return self.map(torch.Tensor.pin_memory)
+
     def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> TowerFeatures:
         """Applies ``fn`` to every tensor, e.g. ``features.map(lambda x: x[:4])``."""
         return TowerFeatures(

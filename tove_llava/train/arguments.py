@@ -148,12 +148,14 @@ class Settings:
             ConfigError: a value is refused by transformers.
         """
         on_cpu = bool(self.training.get("use_cpu")) or not _has_accelerator()
+        pinned = self.training.get("dataloader_pin_memory", not on_cpu)
         fixed = {
             "remove_unused_columns": False,
             "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead of being averaged away
             "ddp_find_unused_parameters": True,  # a text-only step leaves the tower unused
             "use_cpu": on_cpu,
-            "dataloader_pin_memory": not on_cpu,
+            "dataloader_pin_memory": pinned,
+            "accelerator_config": {"non_blocking": pinned},  # a batch is copied while the step before it runs
         }
         deepspeed = resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
         # Set on the model itself, see tove_llava.train.recomputation.

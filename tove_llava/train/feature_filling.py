@@ -81,7 +81,7 @@ def fill_cache(
         NonFiniteError: an expert fails on one.
     """
     folder, config = Path(folder), tower.config
-    parts = describe_parts(config)
+    parts = describe_parts(config, tower.dtype)
     folder.mkdir(parents=True, exist_ok=True)
     layout = _layout(folder, Layout(aspect_ratio, store, shard_images, list(images)))
     for name, description in parts.items():

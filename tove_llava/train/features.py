@@ -3,7 +3,8 @@
 A folder holds ``images.json`` (names of the images in order, how they were brought to pixels, how values are stored),
 ``pictures/`` (fingerprints of the images' files), and for CLIP and each expert a folder with ``part.json``, what it was
 computed from, and shards of features. A run reads the parts that its tower has; a part of another source, layer or
-input size is refused, and so are pictures or local weights whose files have changed since.
+input size is refused, one computed in 16 bits by a run that computes otherwise, and so are pictures or local weights
+whose files have changed since.
 
 CLIP's tokens are in the part ``clip``; an expert must not have that name. What fills a cache is in
 :mod:`tove_llava.train.feature_filling`.
@@ -29,6 +30,8 @@ from tove_llava.train.fingerprint import fingerprint, has_changed, source_files
 
 CLIP = "clip"
 FILES = "files"  # fingerprints of weights, in a part's description
+DTYPE = "dtype"  # that encoders computed in, there too
+FLOAT32 = "float32"
 
 AGAIN = "make another cache with 'tove-llava features'"
 
@@ -42,6 +45,7 @@ class FeatureCache:
         aspect_ratio: how the run brings pictures to the tower's size.
         image_folder: where the pictures are, if they are to be compared with those of the cache; pictures that are
             not there any more are not missed.
+        dtype: that the run's own encoders would compute in; features of float32 serve every run.
 
     Raises:
         ConfigError: a part or shard is missing, or was computed otherwise than this tower would.
@@ -54,6 +58,7 @@ class FeatureCache:
         config: ToveVisionConfig,
         aspect_ratio: str,
         image_folder: str | Path | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.folder = Path(folder)
         layout = Layout.read(self.folder)
@@ -64,8 +69,14 @@ class FeatureCache:
             )
         self._rows = {name: row for row, name in enumerate(layout.images)}
         self._parts: dict[str, Shards] = {}
-        for name, description in describe_parts(config).items():
-            check_part(self.folder, name, description)
+        for name, description in describe_parts(config, dtype).items():
+            made_in = read_description(self.folder, name)[DTYPE]
+            if made_in not in (FLOAT32, description[DTYPE]):
+                raise ConfigError(
+                    f"{self.folder}: {name} was computed in {made_in}, and this run computes in {description[DTYPE]}; "
+                    f"make another cache with 'tove-llava features --dtype {description[DTYPE]}'"
+                )
+            check_part(self.folder, name, {**description, DTYPE: made_in})
             files = [shard_file(self.folder, name, shard) for shard in range(layout.shards)]
             there = {entry.name for entry in os.scandir(self.folder / name)}
             missing = [file for file in files if file.name not in there]
@@ -155,8 +166,11 @@ def pictures_file(folder: Path, shard: int) -> Path:
     return folder / "pictures" / f"{shard:06d}.json"
 
 
-def describe_parts(config: ToveVisionConfig) -> dict[str, dict[str, Any]]:
+def describe_parts(config: ToveVisionConfig, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """What each part's values follow from, by part.
+
+    Args:
+        dtype: that the encoders compute in.
 
     Raises:
         ConfigError: an expert has a name that the cache uses itself.
@@ -164,7 +178,12 @@ def describe_parts(config: ToveVisionConfig) -> dict[str, dict[str, Any]]:
     reserved = sorted({CLIP, "pictures"} & set(config.expert_names))
     if reserved:
         raise ConfigError(f"an expert named {reserved[0]!r} cannot be cached; give it another name")
-    common = {"image_size": config.image_size, "mean": list(config.image_mean), "std": list(config.image_std)}
+    common = {
+        "image_size": config.image_size,
+        "mean": list(config.image_mean),
+        "std": list(config.image_std),
+        DTYPE: str(dtype).removeprefix("torch."),
+    }
     clip = {"source": config.clip_source, "revision": config.clip_revision, "layer": config.num_clip_layers}
     parts = {CLIP: {**common, **clip}}
     for spec in config.expert_specs:
@@ -189,7 +208,7 @@ def check_pictures(folder: Path, layout: Layout, shard: int, image_folder: Path)
 
 def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
     """Refuses a part that was computed from something else, or from local weights that have been replaced."""
-    found = read_json(folder / part / "part.json")
+    found = read_description(folder, part)
     prints = found.pop(FILES, {})
     odd = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))
     if odd:
@@ -199,6 +218,11 @@ def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
     for name, file in files.items():
         if name not in prints or has_changed(file, prints[name]):
             raise ConfigError(f"{folder} is stale: {file} has changed since {part} was computed from it; {AGAIN}")
+
+
+def read_description(folder: Path, part: str) -> dict[str, Any]:
+    """What a part says of itself. Raises: ConfigError: its file is missing or damaged."""
+    return {DTYPE: FLOAT32, **read_json(folder / part / "part.json")}  # the only one before it was a choice
 
 
 def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:

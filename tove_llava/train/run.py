@@ -19,6 +19,7 @@ from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.adapters import inputs_left_to_autocast
+from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -140,7 +141,7 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
     )
     cache = None
     if settings.feature_cache is not None:
-        cache = FeatureCache(settings.feature_cache, vision, settings.stage.image_aspect_ratio, settings.image_folder)
+        cache = _open_cache(settings, settings.feature_cache, vision, settings.image_folder)
     return LlavaDataset(
         settings.data_path,
         settings.image_folder,
@@ -155,6 +156,11 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
     )
 
 
+def _open_cache(settings: Settings, folder: Path, vision: ToveVisionConfig, images: Path) -> FeatureCache:
+    dtype = settings.compute_dtype() or torch_dtype(settings.preset.language.dtype)
+    return FeatureCache(folder, vision, settings.stage.image_aspect_ratio, images, dtype)
+
+
 def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, seed: int) -> FurtherImages | None:
     """Images for the merge loss alone, where the stage wants some."""
     merge = settings.stage.merge
@@ -162,9 +168,8 @@ def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, s
         return None
     cache = None
     if settings.merge_feature_cache is not None:
-        aspect_ratio = settings.stage.image_aspect_ratio
-        folder = settings.merge_image_folder
-        cache = FeatureCache(settings.merge_feature_cache, tower.teacher.config, aspect_ratio, folder)
+        vision, folder = tower.teacher.config, settings.merge_image_folder
+        cache = _open_cache(settings, settings.merge_feature_cache, vision, folder)
     pictures = Pictures(
         settings.merge_data_path,
         settings.merge_image_folder,

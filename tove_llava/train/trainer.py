@@ -160,7 +160,9 @@ class ToveTrainer(Trainer):
         inputs["further_images"] = inputs.pop(FURTHER, 0)
         if window.runs_tower:
             if "vision_features" in inputs:
-                inputs["vision_features"] = inputs["vision_features"].to(self.args.device, self.model.tower.dtype)
+                inputs["vision_features"] = inputs["vision_features"].to(
+                    self.args.device, self.model.tower.dtype, non_blocking=True
+                )
             if "pixel_values" in inputs or "vision_features" in inputs:
                 inputs["gate_noise"] = window.present_noise()
             else:
