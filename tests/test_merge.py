@@ -1,6 +1,7 @@
 """Merging: the losses, what learns and what does not, and that the result is plain CLIP."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import signal
@@ -20,9 +21,10 @@ from transformers import CLIPVisionModel
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError
+from tove_llava.llava.checkpoint import Manifest
 from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
-from tove_llava.train.arguments import parse
+from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS, make_optimizer
 from tove_llava.train.run import main, make_dataset
 from tove_llava.train.stages import Trainable, parameter_groups
@@ -257,6 +259,25 @@ def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
     assert "<|im_start|>" in processor.apply_chat_template([{"role": "user", "content": "Hello"}])
 
 
+def test_merge_does_not_change_the_conversation_template_unasked(root, tmp_path, capsys):
+    """As where scripts/merge.sh is given a model of another preset than PRESET."""
+    other = tmp_path / "other.yaml"
+    other.write_text((root / "preset.yaml").read_text().replace("template: v1", "template: llava_v1"))
+    words = merge(root, "lora", tmp_path / "out", "--preset", str(other))
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("tove-llava merge: ")
+    assert "template 'v1'" in message and "'llava_v1'" in message and "--template v1" in message
+    assert "--preset preset" in message and not (tmp_path / "out").exists()
+    for name, template in {"its own": "v1", "another": "llava_v1", "its own by another name": "vicuna_v1"}.items():
+        assert main([*words, "--template", template, "--output_dir", str(tmp_path / name), "--max_steps", "1"]) == 0
+        assert "'other'" in capsys.readouterr().out
+        assert tove_llava.load_model(tmp_path / name)[1].conversation_template == template
+    alias = other.read_text().replace("template: llava_v1", "template: vicuna_v1")
+    other.write_text(alias)
+    assert main([*words, "--max_steps", "1"]) == 0
+
+
 def test_stage_keeps_what_it_started_from(root, tmp_path):
     files = {path: path.read_bytes() for path in (root / "lora").rglob("*") if path.is_file()}
     assert main(merge(root, "lora", tmp_path / "out")) == 0
@@ -376,6 +397,39 @@ def test_muon_under_deepspeed_is_refused_before_anything_is_loaded(root, tmp_pat
     assert main(merge(root, "lora", tmp_path / "out", "--deepspeed", "zero2", "--merge_optimizer", "muon")) == 2
     assert "--deepspeed none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model=lora", "--preset=tiny"],
+        ["--model", "lora", "--preset", "tiny"],
+        ["--preset=tiny", "--bf16=True", "--model", "lora"],
+        ["--model=lora", "--bf16=True"],
+    ],
+    ids=" ".join,
+)
+def test_verb_takes_flags_in_either_form(root, monkeypatch, words):
+    from tove_llava.train import run
+
+    seen = []
+    monkeypatch.setattr(run, "main", lambda words, command: seen.append(Parser().given(words)) or 0)
+    manifest = dataclasses.replace(Manifest.read(root / "lora"), preset="small")
+    monkeypatch.setattr(Manifest, "read", lambda folder: manifest)
+    assert cli(["merge", *words, "--max_steps", "1"]) == 0
+    preset = "tiny" if any("preset" in word for word in words) else "small"
+    expected = {"pretrained": "lora", "preset": preset, "stage": "merge", "max_steps": 1}
+    assert {key: seen[0][key] for key in expected} == expected
+    assert seen[0].get("bf16", False) == ("--bf16=True" in words)
+
+
+def test_refusals_are_headed_by_the_verb(root, tmp_path, capsys):
+    without = ["--set", "vision.fusion=none", "--set", "vision.experts=[]"]
+    assert main(flags(root, "pretrain", tmp_path / "plain", "--max_steps", "1", *without)) == 0
+    assert main(flags(root, "merge", tmp_path / "out", "--pretrained", str(tmp_path / "plain"))) == 2
+    assert capsys.readouterr().err.startswith("tove-llava merge: this model has no experts to merge")
+    assert cli(["merge", "--model", str(root / "lora"), "--preset", "tiny", "--no_such_flag", "1"]) == 2
+    assert capsys.readouterr().err.startswith("tove-llava merge: unknown flag")
 
 
 def test_bad_input_of_the_verb(root, tmp_path, capsys):
