@@ -11,16 +11,18 @@ import sys
 import pytest
 import torch
 from data_helpers import CHATML
+from export_parts import both_logits, compare_in_clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tower_parts import make_tower, open_output, pixels
 from train_parts import ROOT, environment, flags, write_parts, write_records
-from transformers import CLIPVisionModel
+from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError
+from tove_llava.export import export_model
 from tove_llava.llava.checkpoint import Manifest
 from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
@@ -245,6 +247,48 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
         assert after.keys() == before.keys()
         distance = sum(float((after[n] - before[n]).abs().sum()) for n in before)
         assert 0 < distance < 0.5 * sum(float(value.abs().sum()) for value in before.values())
+
+
+ENCODERS = [("lora", []), ("full", []), ("lora", ["--merge_lora_r", "2"])]
+ENCODER_IDS = ["adapted language model", "tuned language model", "adapted encoder"]
+
+
+def merged_and_exported(root, folder, start, options):
+    """A merge that moves the encoder far, and its export."""
+    assert main(merge(root, start, folder / "merged", "--encoder_learning_rate", "0.02", *options)) == 0
+    export_model(folder / "merged", folder / "out")
+
+
+@pytest.mark.parametrize(("start", "options"), ENCODERS, ids=ENCODER_IDS)
+def test_stock_llava_of_the_export_computes_what_the_merged_model_does(root, tmp_path, start, options):
+    merged_and_exported(root, tmp_path, start, options)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(model) is LlavaForConditionalGeneration and type(model.model.vision_tower) is CLIPVisionModel
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    file, question = root / "images" / "1.png", "What is it?"
+    chat = [{"role": "user", "content": [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs).logits
+    seen = {"ids": inputs["input_ids"], "pixels": inputs["pixel_values"]}
+    expected, _ = both_logits(tmp_path / "merged", seen, file, question)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # With CLIP as it was before, the answer would be another.
+    before = CLIPVisionModel.from_pretrained(root / "clip", num_hidden_layers=2, dtype=torch.float32)
+    before.post_layernorm = torch.nn.Identity()
+    model.model.vision_tower = before.eval()
+    with torch.no_grad():
+        assert (model(**inputs).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "options"), ENCODERS, ids=ENCODER_IDS)
+def test_export_of_a_merged_model_in_an_environment_of_its_own(root, tmp_path, start, options):
+    merged_and_exported(root, tmp_path, start, options)
+    file = root / "images" / "1.png"
+    compare_in_clean_environment(tmp_path / "merged", tmp_path / "out", file, "What is it?", tmp_path)
 
 
 def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
