@@ -132,6 +132,12 @@ def test_rotary_settings_have_the_names_of_transformers_4_too(tmp_path, scaling)
     assert AutoConfig.from_pretrained(out).text_config.rope_parameters == rope
 
 
+def test_inputs_are_those_that_transformers_4_generates_from(detached):
+    """Its generate() refuses token_type_ids, which its tokenizers make unless told otherwise."""
+    settings = json.loads((detached / "out" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
+
+
 def test_code_of_the_card_runs(detached, tmp_path):
     assert run_card(detached / "out", detached / "wide.png", tmp_path)
 
