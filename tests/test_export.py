@@ -386,10 +386,23 @@ def test_interrupted_export_leaves_nothing(detached, tmp_path, monkeypatch, erro
     monkeypatch.setattr("transformers.LlavaProcessor.save_pretrained", fail)
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
-        export_model(detached / "model", tmp_path / "out")
+        export_model(detached / "model", tmp_path / "new" / "folders" / "out")
     if expected is CheckpointError:
         assert "No space left" in str(caught.value) and "nothing was left behind" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_export_keeps_the_folders_that_others_use(detached, tmp_path, monkeypatch):
+    def fail(processor, folder, **kwargs):
+        (tmp_path / "new" / "mine.txt").write_text("mine")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlavaProcessor.save_pretrained", fail)
+    (tmp_path / "old").mkdir()
+    for parent in ("new/folders", "old"):
+        with pytest.raises(CheckpointError, match="No space left"):
+            export_model(detached / "model", tmp_path / parent / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "new", "old"]
 
 
 @pytest.mark.slow
