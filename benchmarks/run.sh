@@ -16,6 +16,7 @@ bench() {
 case ${1:-} in
 cpu)
     bench tower
+    bench detached
     bench train_step
     bench data_path --tokenizer "${LLAVA_TOKENIZER:-bundled:llm}" # LLAVA_SRC, LLAVA_PYTHON: see data_path.py
     bench data_wait --repeats 2
@@ -27,6 +28,7 @@ cpu)
     ;;
 gpu)
     bench tower --device cuda --preset vicuna-7b --batch 32
+    bench detached --device cuda --preset vicuna-7b --batch 32
     bench train_step --device cuda --preset vicuna-7b --repeats 8
     bench eval_throughput --device cuda --preset vicuna-7b --questions 128 --batch 64
     ;;

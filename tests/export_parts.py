@@ -1,18 +1,23 @@
 """Small checkpoints to export, and a child process that cannot import this package or an expert's library."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from answer_parts import byte_tokenizer
 from tower_parts import open_output, text_config, tower_config
 from train_parts import environment
 
+from tove_llava.data import Turn
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.checkpoint import Manifest, save_checkpoint
 from tove_llava.llava.processing import build_processor
+from tove_llava.serve.engine import Engine
+from tove_llava.serve.generation import Answerer
 
 HIDDEN = ("tove_llava", "timm", "open_clip", "peft", "kornia", "torchvision")
 
@@ -22,7 +27,7 @@ import json, sys
 
 hidden = set(json.loads(sys.argv[5]))
 sys.modules.update(dict.fromkeys(hidden))  # None: cannot be found, cannot be imported
-import torch
+import PIL, torch, transformers
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -42,6 +47,8 @@ output = model.generate(**inputs, max_new_tokens=16)
 text = processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "text": text,
             "module": type(model).__module__, "config": type(config).__name__,
+            "tower": type(model.model.vision_tower).__name__,
+            "versions": {library.__name__: str(library.__version__) for library in (torch, transformers, PIL)},
             "hidden": [name for name in sys.modules if name.split(".")[0] in hidden and sys.modules[name]]}, out)
 """
 
@@ -86,6 +93,36 @@ def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
+
+
+def both_logits(own_folder, seen, file, question):
+    """The original's logits for the question that ``seen`` was asked, and an engine; ids and pixels are the same."""
+    answerer = Answerer.load(own_folder, "cpu", "float32")
+    ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{question}")], 1)])
+    pixels = answerer.pixels(file)[None]
+    assert ids.tolist() == seen["ids"].tolist()
+    assert torch.equal(pixels, seen["pixels"])
+    with torch.no_grad():
+        return answerer.model(input_ids=ids, pixel_values=pixels).logits, Engine(answerer)
+
+
+def compare_in_clean_environment(model, out, file, question, work, trust=False):
+    """An exported folder in the environment that TOVE_CLEAN_PYTHON names, against the model in this one.
+
+    TOVE_CLEAN_PYTHON: an interpreter with torch, transformers and pillow alone; scripts/clean_room.sh makes one.
+    """
+    python = os.environ.get("TOVE_CLEAN_PYTHON")
+    if not python:
+        pytest.skip("TOVE_CLEAN_PYTHON names no interpreter")
+    for name in HIDDEN:
+        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
+        found = subprocess.run([python, "-c", probe], cwd=work, env=environment(PYTHONPATH=""))
+        assert found.returncode == 0, f"{name} is installed there"
+    seen = ask_elsewhere(out, file, question, work, trust=trust, python=python, hidden=())
+    logits, _ = both_logits(model, seen, file, question)
+    versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
+    print(f"{versions}: {seen['tower']}, logits differ by at most {(logits - seen['logits']).abs().max():.2g}")
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
 
 
 def run_card(folder, picture, work):

@@ -1,6 +1,7 @@
 """Smaller checkpoints: the same function as the whole model with experts masked; the curve; the latency option."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -204,10 +205,10 @@ def test_curve_goes_down_to_clip_and_times_what_is_left(tmp_path, monkeypatch):
 def test_latency_drops_the_least_contributing_until_it_fits(tmp_path, monkeypatch):
     tower = make_answerer(tmp_path).tower
     ranking = ["edge", "depth", "normal"]
-    assert speed.fit_latency(tower, ranking, 1e9, rounds=1) == ()
+    assert speed.fit_latency(tower, ranking, 1e9, rounds=1).removed == ()
     monkeypatch.setattr(speed, "seconds", lambda tower, subsets, **_: [(9 - 2 * len(s)) / 1000 for s in subsets])
-    assert speed.fit_latency(tower, ranking, 7.5) == ("edge",)
-    assert speed.fit_latency(tower, ranking, 3) == ("edge", "depth", "normal")
+    assert speed.fit_latency(tower, ranking, 7.5) == speed.Fit(("edge",), 7, 9)
+    assert speed.fit_latency(tower, ranking, 3) == speed.Fit(("edge", "depth", "normal"), 3, 9)
     with pytest.raises(ConfigError, match="takes 9.00 ms .* CLIP alone still 3.00 ms"):
         speed.fit_latency(tower, ranking, 2.9)
 
@@ -252,6 +253,9 @@ def test_commands(tmp_path, capsys):
     assert load_model(tmp_path / "one")[0].tower.config.expert_names == ranking[-1:]
     code, text = run("--max-latency-ms", 1e9, "--contributions", measured, "--out", tmp_path / "fast")
     assert code == 0 and "removed nothing" in text
+    assert re.search(r"; tower (\d+\.\d\d) ms for one image, with all experts \1 ms$", text.strip())
+    code, text = run("--max-latency-ms", 1e9, "--contributions", measured, "--out", tmp_path / "again", "--json")
+    assert 0 < json.loads(text)["latency_ms"] == json.loads(text)["latency_ms_whole"]
     code, text = run("--experts", "extra, normal", "--out", tmp_path / "named")
     assert code == 0 and "left: segmentation" in text
 

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from answer_parts import byte_tokenizer, picture
-from export_parts import HIDDEN, ask_elsewhere, checkpoint, run_card
+from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -45,17 +45,6 @@ def detached(tmp_path_factory):
     return root
 
 
-def both_logits(own_folder, seen, file):
-    """The original's ids, pixels and logits for the question that ``seen`` was asked."""
-    answerer = Answerer.load(own_folder, "cpu", "float32")
-    ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{QUESTION}")], 1)])
-    pixels = answerer.pixels(file)[None]
-    assert ids.tolist() == seen["ids"].tolist()
-    assert torch.equal(pixels, seen["pixels"])
-    with torch.no_grad():
-        return answerer.model(input_ids=ids, pixel_values=pixels).logits, Engine(answerer)
-
-
 def stock(folder, file):
     """What stock classes in this process make of the question: as :func:`export_parts.ask_elsewhere`."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
@@ -79,7 +68,7 @@ def test_stock_classes_compute_the_same(tmp_path, tower, ratio):
     assert export_model(model, tmp_path / "out") == []
     picture(3, (40, 24)).save(tmp_path / "wide.png")
     seen = stock(tmp_path / "out", tmp_path / "wide.png")
-    logits, engine = both_logits(model, seen, tmp_path / "wide.png")
+    logits, engine = both_logits(model, seen, tmp_path / "wide.png", QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
     message = Message("user", QUESTION, [tmp_path / "wide.png"])
     assert engine.answer([message], max_new_tokens=16) == seen["text"]
@@ -103,7 +92,7 @@ def test_adapters_are_merged(tmp_path):
     export_model(tmp_path / "lora", tmp_path / "out")
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "lora" in name]
     seen = stock(tmp_path / "out", tmp_path / "images" / "0.png")
-    logits, _ = both_logits(tmp_path / "lora", seen, tmp_path / "images" / "0.png")
+    logits, _ = both_logits(tmp_path / "lora", seen, tmp_path / "images" / "0.png", QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
 
 
@@ -116,6 +105,8 @@ def test_folder_says_what_it_is(detached):
     assert (config["vision_feature_layer"], config["vision_feature_select_strategy"]) == (-1, "default")
     assert (config["conversation_template"], config["image_aspect_ratio"]) == ("v1", "pad")
     assert "auto_map" not in config
+    [image] = AutoTokenizer.from_pretrained(out)("<image>", add_special_tokens=False).input_ids
+    assert config["image_token_index"] == image and config["image_seq_length"] == 16
     generation = json.loads((out / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2 and generation["do_sample"] is False
     card = (out / "README.md").read_text()
@@ -139,6 +130,12 @@ def test_rotary_settings_have_the_names_of_transformers_4_too(tmp_path, scaling)
     text = json.loads((out / "config.json").read_text())["text_config"]
     assert text["rope_theta"] == 100_000.0 and text.get("rope_scaling") == (scaling if len(scaling) > 1 else None)
     assert AutoConfig.from_pretrained(out).text_config.rope_parameters == rope
+
+
+def test_inputs_are_those_that_transformers_4_generates_from(detached):
+    """Its generate() refuses token_type_ids, which its tokenizers make unless told otherwise."""
+    settings = json.loads((detached / "out" / "tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids", "attention_mask"]
 
 
 def test_code_of_the_card_runs(detached, tmp_path):
@@ -389,10 +386,23 @@ def test_interrupted_export_leaves_nothing(detached, tmp_path, monkeypatch, erro
     monkeypatch.setattr("transformers.LlavaProcessor.save_pretrained", fail)
     expected = CheckpointError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected) as caught:
-        export_model(detached / "model", tmp_path / "out")
+        export_model(detached / "model", tmp_path / "new" / "folders" / "out")
     if expected is CheckpointError:
         assert "No space left" in str(caught.value) and "nothing was left behind" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_export_keeps_the_folders_that_others_use(detached, tmp_path, monkeypatch):
+    def fail(processor, folder, **kwargs):
+        (tmp_path / "new" / "mine.txt").write_text("mine")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlavaProcessor.save_pretrained", fail)
+    (tmp_path / "old").mkdir()
+    for parent in ("new/folders", "old"):
+        with pytest.raises(CheckpointError, match="No space left"):
+            export_model(detached / "model", tmp_path / parent / "out")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine.txt", "new", "old"]
 
 
 @pytest.mark.slow
@@ -418,23 +428,14 @@ def test_loads_without_this_package(detached, tmp_path):
     file = detached / "wide.png"
     seen = ask_elsewhere(detached / "out", file, QUESTION, tmp_path)
     assert seen["hidden"] == [] and seen["module"] == "transformers.models.llava.modeling_llava"
-    logits, engine = both_logits(detached / "model", seen, file)
+    logits, engine = both_logits(detached / "model", seen, file, QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
     assert engine.answer([Message("user", QUESTION, [file])], max_new_tokens=16) == seen["text"]
 
 
 @pytest.mark.slow
 def test_loads_in_an_environment_of_its_own(detached, tmp_path):
-    """TOVE_CLEAN_PYTHON: an interpreter with torch, transformers and pillow alone; docs/export.md makes one."""
-    python = os.environ.get("TOVE_CLEAN_PYTHON")
-    if not python:
-        pytest.skip("TOVE_CLEAN_PYTHON names no interpreter")
-    for name in HIDDEN:
-        probe = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is not None)"
-        assert subprocess.run([python, "-c", probe], cwd=tmp_path).returncode == 0, f"{name} is installed there"
-    seen = ask_elsewhere(detached / "out", detached / "wide.png", QUESTION, tmp_path, python=python, hidden=())
-    logits, _ = both_logits(detached / "model", seen, detached / "wide.png")
-    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    compare_in_clean_environment(detached / "model", detached / "out", detached / "wide.png", QUESTION, tmp_path)
 
 
 def test_tokens_survive_a_tokenizer_without_sentencepiece_rules(tmp_path):

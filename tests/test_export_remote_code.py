@@ -11,15 +11,14 @@ import pytest
 import torch
 from answer_parts import picture
 from experts_zoo import CASES
-from export_parts import ask_elsewhere, checkpoint, run_card
+from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card
 from tower_parts import save_clip
 from train_parts import environment
 
-from tove_llava.data import Turn
 from tove_llava.errors import ConfigError
 from tove_llava.export import export_model
 from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
-from tove_llava.serve.engine import Engine, Message
+from tove_llava.serve.engine import Message
 from tove_llava.serve.generation import Answerer
 from tove_llava.tower import ToveVisionConfig
 
@@ -27,15 +26,9 @@ QUESTION = "What is it?"
 
 
 def compare(model, seen, file):
-    answerer = Answerer.load(model, "cpu", "float32")
-    ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{QUESTION}")], 1)])
-    pixels = answerer.pixels(file)[None]
-    assert ids.tolist() == seen["ids"].tolist() and torch.equal(pixels, seen["pixels"])
-    with torch.no_grad():
-        logits = answerer.model(input_ids=ids, pixel_values=pixels).logits
+    logits, engine = both_logits(model, seen, file, QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
-    answer = Engine(answerer).answer([Message("user", QUESTION, [file])], max_new_tokens=16)
-    assert answer == seen["text"]
+    assert engine.answer([Message("user", QUESTION, [file])], max_new_tokens=16) == seen["text"]
     return logits
 
 
@@ -62,6 +55,14 @@ def test_same_model_without_this_package(tmp_path, tower):
         with torch.no_grad():
             bare = answerer.model(input_ids=seen["ids"], pixel_values=seen["pixels"]).logits
         assert not torch.allclose(bare, with_experts, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_loads_in_an_environment_of_its_own(tmp_path):
+    model = checkpoint(tmp_path)
+    export_model(model, tmp_path / "out", "remote-code")
+    picture(5, (40, 24)).save(tmp_path / "wide.png")
+    compare_in_clean_environment(model, tmp_path / "out", tmp_path / "wide.png", QUESTION, tmp_path, trust=True)
 
 
 def test_experts_of_every_library_go_along(tmp_path):

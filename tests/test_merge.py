@@ -1,6 +1,7 @@
 """Merging: the losses, what learns and what does not, and that the result is plain CLIP."""
 
 import copy
+import dataclasses
 import json
 import shutil
 import signal
@@ -10,19 +11,22 @@ import sys
 import pytest
 import torch
 from data_helpers import CHATML
+from export_parts import both_logits, compare_in_clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tower_parts import make_tower, open_output, pixels
 from train_parts import ROOT, environment, flags, write_parts, write_records
-from transformers import CLIPVisionModel
+from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.errors import ConfigError
+from tove_llava.export import export_model
+from tove_llava.llava.checkpoint import Manifest
 from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.presets import LoraPreset, MergePreset
-from tove_llava.train.arguments import parse
+from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS, make_optimizer
 from tove_llava.train.run import main, make_dataset
 from tove_llava.train.stages import Trainable, parameter_groups
@@ -245,6 +249,48 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
         assert 0 < distance < 0.5 * sum(float(value.abs().sum()) for value in before.values())
 
 
+ENCODERS = [("lora", []), ("full", []), ("lora", ["--merge_lora_r", "2"])]
+ENCODER_IDS = ["adapted language model", "tuned language model", "adapted encoder"]
+
+
+def merged_and_exported(root, folder, start, options):
+    """A merge that moves the encoder far, and its export."""
+    assert main(merge(root, start, folder / "merged", "--encoder_learning_rate", "0.02", *options)) == 0
+    export_model(folder / "merged", folder / "out")
+
+
+@pytest.mark.parametrize(("start", "options"), ENCODERS, ids=ENCODER_IDS)
+def test_stock_llava_of_the_export_computes_what_the_merged_model_does(root, tmp_path, start, options):
+    merged_and_exported(root, tmp_path, start, options)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert type(model) is LlavaForConditionalGeneration and type(model.model.vision_tower) is CLIPVisionModel
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    file, question = root / "images" / "1.png", "What is it?"
+    chat = [{"role": "user", "content": [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]}]
+    inputs = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        found = model(**inputs).logits
+    seen = {"ids": inputs["input_ids"], "pixels": inputs["pixel_values"]}
+    expected, _ = both_logits(tmp_path / "merged", seen, file, question)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # With CLIP as it was before, the answer would be another.
+    before = CLIPVisionModel.from_pretrained(root / "clip", num_hidden_layers=2, dtype=torch.float32)
+    before.post_layernorm = torch.nn.Identity()
+    model.model.vision_tower = before.eval()
+    with torch.no_grad():
+        assert (model(**inputs).logits - expected).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("start", "options"), ENCODERS, ids=ENCODER_IDS)
+def test_export_of_a_merged_model_in_an_environment_of_its_own(root, tmp_path, start, options):
+    merged_and_exported(root, tmp_path, start, options)
+    file = root / "images" / "1.png"
+    compare_in_clean_environment(tmp_path / "merged", tmp_path / "out", file, "What is it?", tmp_path)
+
+
 def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
     """Stage 1's folder holds the plain template's form where the tokenizer's own chat template was."""
     write_parts(tmp_path)
@@ -255,6 +301,25 @@ def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
     _, processor = tove_llava.load_model(tmp_path / "merged")
     assert processor.conversation_template == "chat_template"
     assert "<|im_start|>" in processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+
+
+def test_merge_does_not_change_the_conversation_template_unasked(root, tmp_path, capsys):
+    """As where scripts/merge.sh is given a model of another preset than PRESET."""
+    other = tmp_path / "other.yaml"
+    other.write_text((root / "preset.yaml").read_text().replace("template: v1", "template: llava_v1"))
+    words = merge(root, "lora", tmp_path / "out", "--preset", str(other))
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("tove-llava merge: ")
+    assert "template 'v1'" in message and "'llava_v1'" in message and "--template v1" in message
+    assert "--preset preset" in message and not (tmp_path / "out").exists()
+    for name, template in {"its own": "v1", "another": "llava_v1", "its own by another name": "vicuna_v1"}.items():
+        assert main([*words, "--template", template, "--output_dir", str(tmp_path / name), "--max_steps", "1"]) == 0
+        assert "'other'" in capsys.readouterr().out
+        assert tove_llava.load_model(tmp_path / name)[1].conversation_template == template
+    alias = other.read_text().replace("template: llava_v1", "template: vicuna_v1")
+    other.write_text(alias)
+    assert main([*words, "--max_steps", "1"]) == 0
 
 
 def test_stage_keeps_what_it_started_from(root, tmp_path):
@@ -376,6 +441,39 @@ def test_muon_under_deepspeed_is_refused_before_anything_is_loaded(root, tmp_pat
     assert main(merge(root, "lora", tmp_path / "out", "--deepspeed", "zero2", "--merge_optimizer", "muon")) == 2
     assert "--deepspeed none" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model=lora", "--preset=tiny"],
+        ["--model", "lora", "--preset", "tiny"],
+        ["--preset=tiny", "--bf16=True", "--model", "lora"],
+        ["--model=lora", "--bf16=True"],
+    ],
+    ids=" ".join,
+)
+def test_verb_takes_flags_in_either_form(root, monkeypatch, words):
+    from tove_llava.train import run
+
+    seen = []
+    monkeypatch.setattr(run, "main", lambda words, command: seen.append(Parser().given(words)) or 0)
+    manifest = dataclasses.replace(Manifest.read(root / "lora"), preset="small")
+    monkeypatch.setattr(Manifest, "read", lambda folder: manifest)
+    assert cli(["merge", *words, "--max_steps", "1"]) == 0
+    preset = "tiny" if any("preset" in word for word in words) else "small"
+    expected = {"pretrained": "lora", "preset": preset, "stage": "merge", "max_steps": 1}
+    assert {key: seen[0][key] for key in expected} == expected
+    assert seen[0].get("bf16", False) == ("--bf16=True" in words)
+
+
+def test_refusals_are_headed_by_the_verb(root, tmp_path, capsys):
+    without = ["--set", "vision.fusion=none", "--set", "vision.experts=[]"]
+    assert main(flags(root, "pretrain", tmp_path / "plain", "--max_steps", "1", *without)) == 0
+    assert main(flags(root, "merge", tmp_path / "out", "--pretrained", str(tmp_path / "plain"))) == 2
+    assert capsys.readouterr().err.startswith("tove-llava merge: this model has no experts to merge")
+    assert cli(["merge", "--model", str(root / "lora"), "--preset", "tiny", "--no_such_flag", "1"]) == 2
+    assert capsys.readouterr().err.startswith("tove-llava merge: unknown flag")
 
 
 def test_bad_input_of_the_verb(root, tmp_path, capsys):

@@ -355,6 +355,26 @@ def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer: Any, 
     assert ids == [image if token == IMAGE_TOKEN_INDEX else token for token in expected]
 
 
+def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer: Any, tmp_path: Path) -> None:
+    """Each stage reads the tokenizer of the one before, whose own template has been replaced by the processor's."""
+    from tove_llava.llava.processing import build_processor, jinja_template
+    from tove_llava.tower import ToveVisionConfig
+
+    if not tokenizer.chat_template:
+        pytest.skip("this tokenizer ships no chat template")
+    own, written = tokenizer.chat_template, []
+    tokenizer.save_pretrained(tmp_path)
+    for _ in range(3):
+        tokenizer = load_tokenizer(tmp_path)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
+        vision = ToveVisionConfig(fusion="none", experts=[])
+        processor = build_processor(tokenizer, vision, image_token="<image>", template="chat_template")
+        processor.save_pretrained(tmp_path)
+        written.append((tmp_path / "chat_template.jinja").read_text())
+    assert written[1:] == written[:1] * 2 and written[0].endswith(own) and written[0] != own
+    assert jinja_template("chat_template", load_tokenizer(tmp_path)) == written[0]
+
+
 # --- tokenizers that do not suit --------------------------------------------------------------------------------------
 
 

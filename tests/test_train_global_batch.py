@@ -17,6 +17,7 @@ from tove_llava.train.window import Window, draw_noise
 # Plain gradient descent: after a few steps the weights differ as soon as any gradient does.
 DESCENT = ["--optim", "sgd", "--learning_rate", "0.3", "--lr_scheduler_type", "constant"]
 TEXT_HEAVY = ["--data_path", "{root}/text_heavy.json", "--group_by_modality_length", "False", "--template", "v1"]
+MERGE_OPTIONS = ["--merge_loss", "smooth_l1", "--merge_token_weights", "transfer", "--merge_lora_r", "2"]
 
 # name -> (stage, further flags, (batch, accumulation) of one rank alone, the same for one of two ranks)
 SCENARIOS = {
@@ -25,7 +26,13 @@ SCENARIOS = {
     # Micro-batches of one record: ranks, micro-batches and whole windows without an image.
     "pretrain-text": ("pretrain", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
     "lora-text": ("finetune_lora", ["--max_steps", "4", *TEXT_HEAVY], (4, 1), (1, 2)),
-    "merge-text": ("merge", ["--max_steps", "4", "--learning_rate", "0.05", *TEXT_HEAVY], (4, 1), (1, 2)),
+    # By losses that are not the default ones, into adapters; the next is by the default's into CLIP's own weights.
+    "merge-text": (
+        "merge",
+        ["--max_steps", "4", "--learning_rate", "0.3", *MERGE_OPTIONS, *TEXT_HEAVY],
+        (4, 1),
+        (1, 2),
+    ),
     "merge-further": (
         "merge",
         ["--max_steps", "3", "--learning_rate", "1e-6", "--merge_images_per_record", "2", *TEXT_HEAVY],
@@ -109,6 +116,7 @@ PADDING_FREE = ["--padding_free", "True"]
         ("lora", (2, 4), []),
         ("lora-text", (1, 4), []),
         ("lora", (4, 2), PADDING_FREE),
+        ("merge-text", (2, 2), []),
         ("merge-further", (2, 2), PADDING_FREE),
     ],
 )

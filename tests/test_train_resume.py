@@ -31,6 +31,15 @@ def lora(root, output, *more):
     return flags(root, "finetune_lora", output, "--lora_dropout", "0.2", *SCHEDULE, *more)
 
 
+def merging(root, output, *more):
+    """A merge into adapters of CLIP, with the losses that are not the default ones."""
+    start = root / "merge-start"
+    if not start.exists():
+        assert main(flags(root, "pretrain", start, "--max_steps", "2")) == 0
+    options = ["--merge_loss", "smooth_l1", "--merge_token_weights", "transfer", "--merge_lora_r", "2"]
+    return flags(root, "merge", output, "--pretrained", str(start), *options, *SCHEDULE, *more)
+
+
 @pytest.fixture(scope="module")
 def whole(root):
     assert main(lora(root, root / "whole")) == 0
@@ -39,12 +48,13 @@ def whole(root):
 
 def history(output):
     entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [(e["step"], e["lm_loss"], e["aux_loss"], e["learning_rate"]) for e in entries if "lm_loss" in e]
+    terms = ("lm_loss", "aux_loss", "merge_loss", "learning_rate")
+    return [(e["step"], *(e.get(term, 0.0) for term in terms)) for e in entries if "lm_loss" in e]
 
 
 def weights(output):
     tensors = {}
-    for file in output.glob("*.safetensors"):
+    for file in (*output.glob("*.safetensors"), *output.glob("clip/*.safetensors")):
         tensors |= load_file(file)
     return tensors
 
@@ -120,12 +130,14 @@ def test_stage_two_notices_that_stage_one_was_trained_again(root):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
-def test_killed_ranks_resume_under_deepspeed(root, deepspeed):
+@pytest.mark.parametrize("stage", [lora, merging], ids=["lora", "merge"])
+def test_killed_ranks_resume_under_deepspeed(root, deepspeed, stage):
     arguments = ["--per_device_train_batch_size", "2", "--deepspeed", deepspeed]
-    uninterrupted, output = root / f"{deepspeed}-whole", root / f"{deepspeed}-killed"
-    launch(lora(root, uninterrupted, *arguments))
+    name = f"{deepspeed}-{stage.__name__}"
+    uninterrupted, output = root / f"{name}-whole", root / f"{name}-killed"
+    launch(stage(root, uninterrupted, *arguments))
     with pytest.raises(AssertionError):  # the launcher reports the killed rank
-        launch(["between", *lora(root, output, *arguments)], module="train_killed")
+        launch(["between", *stage(root, output, *arguments)], module="train_killed")
     assert [path.name for path in checkpoints.complete(output)][-1] == "checkpoint-4"
-    assert "resuming from" in launch(lora(root, output, *arguments))
+    assert "resuming from" in launch(stage(root, output, *arguments))
     assert_same_run(output, uninterrupted)

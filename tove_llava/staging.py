@@ -3,8 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -19,10 +19,12 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
+    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
+        _remove_empty(made)
         raise CheckpointError(f"cannot write beside {out}: {error}") from error
     try:
         yield stage
@@ -35,12 +37,20 @@ def staged(out: Path) -> Iterator[Path]:
         _sync(out.parent)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
+        _remove_empty(made)
         if isinstance(error, (OSError, SafetensorError)):
             raise CheckpointError(
                 f"{out} could not be written ({error}); nothing was left behind. Make room on that disk, or give --out "
                 "a folder on another one"
             ) from error
         raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders that were made for nothing; those that hold anything by now stay."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _umask() -> int:

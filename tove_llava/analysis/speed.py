@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,8 +39,25 @@ def seconds(tower: ToveVisionModel, subsets: Sequence[Subset], batch: int, round
     return [statistics.median(taken[1:]) for taken in times]
 
 
-def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> tuple[str, ...]:
-    """Experts to leave out so that the tower takes at most ``limit_ms`` for one image on its device.
+@dataclass(frozen=True)
+class Fit:
+    """What has to go for a latency, and what it brings.
+
+    Attributes:
+        removed: experts to leave out.
+        milliseconds, whole: of the tower for one image without them, and with all experts.
+    """
+
+    removed: tuple[str, ...]
+    milliseconds: float
+    whole: float
+
+    def __str__(self) -> str:
+        return f"{self.milliseconds:.2f} ms for one image, with all experts {self.whole:.2f} ms"
+
+
+def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> Fit:
+    """Leaves out experts until the tower takes at most ``limit_ms`` for one image on its device.
 
     Args:
         ranking: attached experts, those to be dropped first in front.
@@ -51,7 +69,7 @@ def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float,
     times = [1000 * value for value in seconds(tower, subsets, batch=1, rounds=rounds)]
     for subset, taken in zip(subsets, times, strict=True):
         if taken <= limit_ms:
-            return subset
+            return Fit(subset, taken, times[0])
     raise ConfigError(
         f"--max-latency-ms {limit_ms:g}: with all experts the tower takes {times[0]:.2f} ms for one image on "
         f"{tower.device}, and CLIP alone still {times[-1]:.2f} ms; allow more time, or use a faster device or dtype"

@@ -7,10 +7,13 @@ CLIP alone.
 """
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tove_llava.cli._loading import add_loading_arguments, loading_options
 from tove_llava.cli.contributions import add_data_arguments
+
+if TYPE_CHECKING:
+    from tove_llava.analysis.speed import Fit
 
 HELP = "take experts out: the detach curve, or a smaller checkpoint"
 
@@ -50,14 +53,22 @@ def run(args: argparse.Namespace) -> int:
         return _curve(args)
     Manifest.read(args.model)
     check_out(args.out)
+    fit = None
     if args.experts is not None:
         experts = [name.strip() for name in args.experts.split(",") if name.strip()]
         if not experts:
             raise ConfigError("--experts names no expert; write them separated by commas")
+    elif args.max_latency_ms is not None:
+        fit = _fit(args)
+        experts = list(fit.removed)
     else:
-        experts = _choose(args)
+        experts = _least(args)
     found = detach_checkpoint(args.model, args.out, experts)
-    _print(args, str(found), {"out": args.out, "kept": found.kept, "removed": found.removed})
+    text, record = str(found), {"out": args.out, "kept": found.kept, "removed": found.removed}
+    if fit is not None:
+        text += f"; tower {fit}"
+        record |= {"latency_ms": fit.milliseconds, "latency_ms_whole": fit.whole}
+    _print(args, text, record)
     return 0
 
 
@@ -91,14 +102,19 @@ def _curve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _choose(args: argparse.Namespace) -> list[str]:
-    """The experts to take out by --keep or --max-latency-ms."""
+def _fit(args: argparse.Namespace) -> "Fit":
+    """The experts to take out by --max-latency-ms, and the time that is reached."""
     from tove_llava.analysis.speed import fit_latency
-    from tove_llava.errors import ConfigError
 
     answerer, _, ranking = _ranked(args)
-    if args.max_latency_ms is not None:
-        return list(fit_latency(answerer.tower, ranking, args.max_latency_ms))
+    return fit_latency(answerer.tower, ranking, args.max_latency_ms)
+
+
+def _least(args: argparse.Namespace) -> list[str]:
+    """The experts to take out by --keep."""
+    from tove_llava.errors import ConfigError
+
+    _, _, ranking = _ranked(args)
     if args.keep > len(ranking):
         raise ConfigError(f"--keep {args.keep}: this model has {len(ranking)} experts ({', '.join(ranking)})")
     return ranking[: len(ranking) - args.keep]

@@ -27,16 +27,27 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.presets import preset_names
     from tove_llava.train.run import main
 
-    if "--model" not in words or words.index("--model") + 1 == len(words):
+    folder = _take(words, "--model")
+    if not folder:
         raise ConfigError("--model DIR is needed: the folder of the model to merge")
-    at = words.index("--model")
-    folder = words[at + 1]
-    words[at : at + 2] = ["--pretrained", folder]
-    if "--preset" not in words:
+    preset = _take(words, "--preset")
+    if preset is None:
         preset = Manifest.read(folder).preset
         if preset not in preset_names():
             raise ConfigError(
                 f"{folder} was trained with the preset {preset!r}, which is a file; name it with --preset"
             )
-        words += ["--preset", preset]
-    return main([*words, "--stage", "merge"])
+    return main(["--pretrained", folder, "--preset", preset, *words, "--stage", "merge"], command="merge")
+
+
+def _take(words: list[str], flag: str) -> str | None:
+    """Takes a flag out of ``words``, written ``--flag VALUE`` or ``--flag=VALUE``; returns its value."""
+    for at, word in enumerate(words):
+        if word == flag:
+            value = words[at + 1] if at + 1 < len(words) else ""
+            del words[at : at + 2]
+            return value
+        if word.startswith(f"{flag}="):
+            del words[at]
+            return word.partition("=")[2]
+    return None

@@ -119,6 +119,7 @@ def save_processor(processor: LlavaProcessor, folder: Path) -> None:
     settings = json.loads(file.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both know
     settings["padding_side"] = "left"  # for batches of prompts
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 adds token_type_ids
     settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
     for key in ("backend", "is_local", "local_files_only"):  # of this machine
         settings.pop(key, None)

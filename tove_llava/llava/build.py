@@ -21,7 +21,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from tove_llava.data import load_tokenizer
 from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts import complete_specs
-from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.whole import is_whole_model, language_model_of, load_whole
@@ -131,7 +131,7 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
     if source.path is not None and is_whole_model(source.path):
         return language_model_of(load_whole(source.path, wanted))
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             **source.pretrained(),
             revision=language.revision or "main",
             dtype=wanted,
@@ -139,6 +139,10 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the language model from {source}: {error}") from error
+    if source.scheme == "gguf":  # read into ordinary weights, yet marked as quantised
+        forget_gguf(model.config)
+        model.hf_quantizer = None
+    return model
 
 
 def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:

@@ -49,3 +49,21 @@ class ToveLlavaConfig(LlavaConfig):
                 "vision_feature_select_strategy='full' (CLIP's layer is the tower's clip_layer)"
             )
         self.image_seq_length = self.vision_config.num_image_tokens
+        forget_gguf(self)
+        forget_gguf(self.text_config)
+
+
+def forget_gguf(config: Any) -> None:
+    """Takes out what transformers' GGUF loader leaves in a configuration; quantisations of other kinds stay.
+
+    The weights are ordinary ones by then. A saved mark would have ``from_pretrained`` attach GGUF's quantiser to them,
+    which refuses to save them, and servers look for blocks that are not there.
+    """
+    kept = vars(config)
+    kept.pop("_model_name_or_path", None)  # the title in the file
+    quantization = kept.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    if getattr(method, "value", method) == "gguf":
+        del kept["quantization_config"]

@@ -71,8 +71,10 @@ def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | N
         own = tokenizer.chat_template
         if not isinstance(own, str):
             return None
-        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts.
-        return (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image) + own
+        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts. What an earlier stage saved
+        # has this in front already.
+        flatten = (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)
+        return own if flatten in own else flatten + own
     file = _TEMPLATES / f"{get_template(template).name}.jinja"
     if not file.is_file():
         return None

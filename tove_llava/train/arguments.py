@@ -139,6 +139,7 @@ class Settings:
     merge_data_path: Path
     merge_image_folder: Path
     merge_feature_cache: Path | None
+    template_given: bool  # by a flag, not by the preset
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
     def training_arguments(self) -> TrainingArguments:
@@ -290,6 +291,7 @@ def parse(argv: Sequence[str]) -> Settings:
         merge_data_path=_existing(run.merge_data_path or run.data_path, "--merge_data_path"),
         merge_image_folder=_existing(run.merge_image_folder or run.image_folder, "--merge_image_folder"),
         merge_feature_cache=_existing(cache, "--merge_feature_cache") if cache else None,
+        template_given=run.template is not None,
         training=training,
     )
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
+from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template
 from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
 from tove_llava.errors import CheckpointError, ConfigError, ToveError
@@ -57,6 +57,7 @@ def run(settings: Settings) -> None:
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
     _check_deepspeed(settings)
+    _check_template(settings)
     if settings.stage.fused_kernels:
         check_kernels(settings.device())
     unset_hf_deepspeed_config()  # of an earlier run in this process; the model is built as if DeepSpeed were not there
@@ -301,6 +302,24 @@ def _check_deepspeed(settings: Settings) -> None:
         )
 
 
+def _check_template(settings: Settings) -> None:
+    """Refuses a merge that would teach a model another conversation template unasked; stage 1's model has none yet."""
+    if settings.stage.merge is None or settings.pretrained is None:
+        return
+    there, folder = Manifest.read(settings.pretrained), settings.pretrained
+    ours = f"the preset {settings.preset.name!r}"
+    same = get_template(there.template) is get_template(settings.stage.template)
+    if not (same or settings.template_given or there.kind == "trained"):
+        raise ConfigError(
+            f"{folder} was trained with the conversation template {there.template!r}, and the stage "
+            f"{settings.stage_name!r} of {ours} has {settings.stage.template!r}. Merge it with its own preset "
+            f"(--preset {there.preset}; for the script PRESET={there.preset}), or say which template is meant: "
+            f"--template {there.template}"
+        )
+    if there.preset != settings.preset.name:
+        _say(f"settings of {ours}; {folder} was trained with {there.preset!r}")
+
+
 def _run_record(settings: Settings) -> dict[str, Any]:
     record = settings.record()
     record["deepspeed"] = Path(
@@ -390,21 +409,23 @@ def print_sizes(argv: Sequence[str]) -> None:
     print(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: 0 when the run is finished, 2 for bad input."""
+def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
+    """The command line: 0 when the run is finished, 2 for bad input. ``command`` heads messages."""
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
         if "--meta" in arguments:
             print_sizes(arguments)
         else:
-            run(parse(arguments))
+            settings = parse(arguments)
+            command = "merge" if settings.stage.merge is not None else command
+            run(settings)
         return 0
     except ToveError as error:
         # Errors that all ranks meet alike are told once; after the start of communication a rank may be alone with one.
         if _is_main() or dist.is_initialized():
             rank = f" (rank {os.environ['RANK']})" if dist.is_initialized() and not _is_main() else ""
-            print(f"tove-llava train{rank}: {error}", file=sys.stderr, flush=True)
+            print(f"tove-llava {command}{rank}: {error}", file=sys.stderr, flush=True)
         return 2
 
 
