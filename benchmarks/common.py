@@ -595,15 +595,16 @@ def milliseconds(samples: Sequence[float], per: int = 1) -> str:
     )
 
 
-def write_results(folder: Path, record: dict[str, Any], markdown: str) -> Path:
-    """Writes ``<benchmark>-<preset>-<device>.json`` and ``.md``, prints the latter, and returns the JSON's path.
+def write_results(folder: Path, record: dict[str, Any], markdown: str, *, show: bool = True) -> Path:
+    """Writes ``<benchmark>-<preset>-<device>.json`` and ``.md``, and returns the JSON's path.
 
-    The record gets the seconds that the program has taken so far.
+    The page is printed too where ``show``. The record gets the seconds that the program has taken so far.
     """
     folder.mkdir(parents=True, exist_ok=True)
     record["seconds"] = round(seconds_since_start(), 1)
     file = folder / f"{record['benchmark']}-{record['preset']}-{record['device']['type']}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown.rstrip() + "\n")
-    print(markdown)
+    if show:
+        print(markdown)
     return file
