@@ -22,6 +22,7 @@ there is so far is on disk after each.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,22 +124,20 @@ def benchmark(bench: Bench) -> dict[str, Any]:
         write_results(bench.args.output, record, render(record), show=show)
 
     for name in names:
-        if row := bench.attempt(record, f"stage {name}", lambda name=name: measure_stage(bench, shared, name)):
+        if row := bench.attempt(record, f"stage {name}", partial(measure_stage, bench, shared, name)):
             record["stages"][name] = row
         save()
     if not bench.args.no_mix:
         record |= {"mix": None, "qlora": None, "beside_clip": {}}
-        record["mix"] = bench.attempt(record, MIX, lambda: measure_mix(bench, shared, record))
+        record["mix"] = bench.attempt(record, MIX, partial(measure_mix, bench, shared, record))
         save()
         for name in (name for name in STAGES if name in bench.preset.stages):
             row = record["beside_clip"][name] = {"time": None, "flops": None}
-            row["flops"] = bench.attempt(record, flops_part(name), lambda name=name: flops_beside_clip(name))
-            row["time"] = bench.attempt(
-                record, time_part(name), lambda name=name: measure_beside_clip(bench, shared, name)
-            )
+            row["flops"] = bench.attempt(record, flops_part(name), partial(flops_beside_clip, name))
+            row["time"] = bench.attempt(record, time_part(name), partial(measure_beside_clip, bench, shared, name))
             save()
         if bench.device.type == "cuda" and QUANTISED in bench.preset.stages:  # a CPU has no such limit
-            record["qlora"] = bench.attempt(record, QLORA_MEMORY, lambda: measure_qlora(bench, shared))
+            record["qlora"] = bench.attempt(record, QLORA_MEMORY, partial(measure_qlora, bench, shared))
     save(show=True)
     return record
 
