@@ -557,12 +557,13 @@ def circumstances(record: dict[str, Any]) -> str:
 
 
 def target(
-    name: str, value: float | None, wanted: float, *, at_least: bool = True, reason: str | None = None
+    name: str, value: float | None, wanted: float | None, *, at_least: bool = True, reason: str | None = None
 ) -> dict[str, Any]:
     """One entry of ``record["targets"]``.
 
     Args:
         value: None where this run could not measure it.
+        wanted: None where there is no limit, and the value is reported.
         reason: why, where it tried to.
     """
     entry = {"name": name, "value": value, "target": wanted, "at_least": at_least}

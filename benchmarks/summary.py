@@ -56,19 +56,22 @@ class Target:
     preset: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    report: bool = False
 
     def __post_init__(self) -> None:
-        if (self.at_least is None) == (self.at_most is None) or self.device not in ALL:
-            raise ConfigError(f"{TARGETS}: {self.key}: give at_least or at_most, and a device of {', '.join(ALL)}")
+        given = (self.at_least is not None) + (self.at_most is not None) + self.report
+        if given != 1 or self.device not in ALL:
+            one = "one of at_least, at_most and report"
+            raise ConfigError(f"{TARGETS}: {self.key}: give {one}, and a device of {', '.join(ALL)}")
 
     @property
-    def wanted(self) -> float:
-        value = self.at_most if self.at_least is None else self.at_least
-        assert value is not None
-        return value
+    def wanted(self) -> float | None:
+        return self.at_most if self.at_least is None else self.at_least
 
     @property
     def limit(self) -> str:
+        if self.wanted is None:
+            return "none"
         return f"{'≤' if self.at_least is None else '≥'} {self.wanted:g}"
 
     def is_named(self, record: dict[str, Any], entry: dict[str, Any]) -> bool:
@@ -79,6 +82,8 @@ class Target:
         return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
 
     def state(self, value: float) -> str:
+        if self.wanted is None:
+            return "reported"
         met = value <= self.wanted if self.at_least is None else value >= self.wanted
         return "met" if met else "missed"
 
@@ -88,7 +93,7 @@ class Row:
     """A target with what one result says of it; without a file, nothing was measured."""
 
     target: Target
-    state: str  # "met", "missed", "unmeasured", or "elsewhere": measured on what the target is not for
+    state: str  # "met", "missed", "reported", "unmeasured", or "elsewhere": measured on what the target is not for
     name: str | None = None
     value: float | None = None
     file: str | None = None
@@ -160,7 +165,7 @@ def _listed(file: Path, record: dict[str, Any], entry: dict[str, Any], targets: 
     meant = [target for target in named if target.is_for(record)]
     for target in meant:
         if (entry["target"], entry["at_least"]) != (target.wanted, target.at_least is not None):
-            told = f"{'≥' if entry['at_least'] else '≤'} {entry['target']:g}"
+            told = f"{'≥' if entry['at_least'] else '≤'} {entry['target']}"
             raise ConfigError(f"{file}: {entry['name']!r} is {told} there and {target.limit} in {TARGETS.name}")
     return meant or named
 
@@ -241,7 +246,7 @@ def _cells(row: Row) -> list[str]:
         where = _meant(target) if row.reason is None else f"{row.reason} ({_link(row)})"
         return [target.what, target.than, target.limit, "", "unmeasured", where, command]
     several = f" ({row.name})" if ".*" in target.named else ""  # one target, a row for each of its names
-    state = "met" if row.state == "met" else "**missed**"
+    state = "**missed**" if row.state == "missed" else row.state
     return [target.what + several, target.than, target.limit, f"{row.value:.3g}", state, _link(row), command]
 
 

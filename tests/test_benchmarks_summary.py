@@ -219,3 +219,13 @@ def test_the_limits_of_the_gpus_run_are_below_nine_minutes(summary):
     commands = script.count("    bench ")
     limits = [int(number) for number in re.findall(r"--limit (\d+)", script)]
     assert commands == len(limits) == 3 and sum(limits) <= 60 * summary.MINUTES - 30
+
+
+def test_a_row_without_a_limit_is_reported(summary, tmp_path):
+    name = "samples/s with cached features over without, pretrain"
+    write(tmp_path, "cached_features", "tiny", "cpu", [goal(name, 1.5, None, at_least=False)])
+    states, page = run(summary, tmp_path)
+    assert states["cached-features"] == [("reported", 1.5, "cached_features-tiny-cpu.md")]
+    assert f"({name}) | the same without | none | 1.5 | reported |" in page and "0 met, 0 missed" in page
+    write(tmp_path, "cached_features", "tiny", "cpu", [goal(name, 1.5, 1.0)])
+    assert summary.main(["--output", str(tmp_path)]) == 2
