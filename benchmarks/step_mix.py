@@ -6,6 +6,7 @@ Both train the same model, with the same optimiser, on the same micro-batches, i
   fused kernels where they can run, and the tower's encoders side by side (a GPU).
 - the original recipe: rows padded to the longest, all logits, in float32 in the loss, every layer computed once more
   in the backward pass, encoders one after another. A restatement of LLaVA-1.5's settings on this model.
+- LLaVA's own code (step_llava.py), where LLAVA_SRC names its folder, on the same micro-batches after the others.
 
 Micro-batches are what one of 8 devices gets from LLaVA's sampler, which groups records by modality and length. Their
 lengths come from a committed table (mix_lengths.py), or with --tokenizer from records that are made and tokenised here.
@@ -23,6 +24,7 @@ from common import GB, Bench, Samples, measure, peak_memory, ratio, table, targe
 from llava_mix import write_mix
 from mix_lengths import DrawnMix, Length, read_lengths
 from step_flops import RecordFlops, record_flops
+from step_llava import LlavaStep, is_there
 from step_parts import SharedModel, TrainingStep, utilisation_of
 from step_paths import MEMORY_GB, FastPath, original_recipe
 
@@ -48,7 +50,7 @@ QLORA_GIB = 5.0  # for the layers' activations, of 20 GB (docs/memory.md)
 OURS, ORIGINAL = "ours", "original"
 TITLES = {OURS: "ours", ORIGINAL: "the original recipe, restated"}
 LORA_MEMORY, QLORA_MEMORY = "memory of LoRA", "memory of QLoRA"  # parts, beside the mix itself
-MIX = "the mix"
+MIX, LLAVA = "the mix", "LLaVA's own step"
 
 
 @dataclass
@@ -206,6 +208,10 @@ def measure_mix(bench: Bench, shared: SharedModel, record: dict[str, Any]) -> di
             full = bench.attempt(record, LORA_MEMORY, lambda: _full_length(bench, both, size, stage.model_max_length))
         finally:
             both.close()
+        bench.free()
+        llava = None
+        if is_there():
+            llava = bench.attempt(record, LLAVA, lambda: _llava(bench, step.model, batches, samples.get(OURS)))
         return {
             "records": "LLaVA-1.5's mix (llava_mix.py)",
             "lengths": read_lengths().tokenizer if args.tokenizer is None else Path(args.tokenizer).name,
@@ -222,8 +228,32 @@ def measure_mix(bench: Bench, shared: SharedModel, record: dict[str, Any]) -> di
             "needed_tflop": needed / 1e12,
             "contenders": rows,
             "full_length": full,
+            "llava": llava,
             "ratio": None if lost else ratio(samples[ORIGINAL], samples[OURS]),
         }
+
+
+def _llava(
+    bench: Bench, model: ToveLlavaForConditionalGeneration, batches: list[MicroBatch], ours: Samples | None
+) -> dict[str, Any]:
+    """LLaVA's own code on the same micro-batches."""
+    pictured = model.config.vision_config.num_image_tokens
+    rows = []
+    for batch in batches:
+        records = zip(batch.lengths, batch.supervised, batch.pictures, strict=True)
+        rows.append([(length - pictured * picture, scored, picture) for length, scored, picture in records])
+    child = LlavaStep(bench, model, bench.preset.stage(STAGE), rows)
+    try:
+        samples, peak = child.measure(bench.args.mix_repeats, bench.is_over)
+    finally:
+        child.close()
+    return {
+        **child.made,
+        **samples.to_dict(),
+        "samples_per_second": sum(map(len, rows)) / samples.median,
+        "peak_bytes": peak,
+        "over_ours": None if ours is None else samples.median / ours.median,
+    }
 
 
 def _full_length(bench: Bench, both: Contenders, size: int, longest: int) -> dict[str, Any]:
@@ -287,13 +317,14 @@ def mix_targets(
     on_gpu, name, found = bench.device.type == "cuda", bench.preset.name, mix or {"contenders": {}}
     ours, full, compared = found["contenders"].get(OURS), found.get("full_length"), found.get("ratio")
     lora = full["peak_bytes"] / GB if on_gpu and full and full["batch"] == LORA_BATCH else None
+    llava = found.get("llava")
     broken = next((reason for part, reason in lost.items() if part.startswith(MIX)), None)
     mfu = ours["mfu"] if on_gpu and ours else None
     tried = broken if on_gpu else None
     return [
         target(
             f"samples/s over the original recipe's, {name}, LLaVA-1.5's mix",
-            compared and compared["value"], FASTER, reason=broken,
+            llava["over_ours"] if llava else compared and compared["value"], FASTER, reason=broken,
         ),
         target(f"MFU of stage 2, {name}, LLaVA-1.5's mix", mfu, MFU, reason=tried),
         target(
@@ -337,6 +368,14 @@ def render_mix(mix: dict[str, Any], qlora: dict[str, Any] | None) -> str:
         parts.append(
             f"Ours takes **{found['value']:.2f} times** as many samples a second (quartiles {found['paired_q1']:.2f} "
             f"to {found['paired_q3']:.2f} repeat by repeat; processor time {found['cpu_time']:.2f})."
+        )
+    if mix["llava"] is not None:
+        row = mix["llava"]
+        memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / GB:.3g} GB at most"
+        over = "" if row["over_ours"] is None else f": ours takes **{row['over_ours']:.2f} times** as many"
+        parts.append(
+            f"LLaVA's own code ({row['versions']}; CLIP alone, no experts) on the same micro-batches takes "
+            f"{row['samples_per_second']:.4g} samples a second{memory}{over}."
         )
     for name, row in (("LoRA", full), ("QLoRA", qlora)):
         if row is not None:

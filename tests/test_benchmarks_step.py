@@ -405,3 +405,29 @@ def test_the_mix_may_be_tokenised_here(parts, bench, step, monkeypatch):
     finally:
         bench.args.tokenizer = None
     assert len(batch.lengths) == 2 and max(batch.lengths) <= 512
+
+
+def test_llavas_own_step_stands_beside_ours(parts, brief, monkeypatch):
+    """Its code, where LLAVA_SRC names it: the same records, adapters on every layer of LLaMA but its head."""
+    if "LLAVA_SRC" not in os.environ:
+        pytest.skip("LLAVA_SRC does not name the folder of haotian-liu/LLaVA")
+    monkeypatch.setenv("PYTHONPATH", "")
+    code, record, page = brief("--stages", "finetune_lora")
+    assert code == 0, record["not_measured"]
+    found, mix = record["mix"]["llava"], record["mix"]
+    language = build_model("tiny")[0].config.text_config
+    lora = load_preset("tiny").stage("finetune_lora").lora
+    assert found["adapters"] == 7 * language.num_hidden_layers and found["trained"] > 7 * lora.r
+    assert found["samples_per_second"] == pytest.approx(2 / found["wall_seconds"]["median"])
+    ours = mix["contenders"]["ours"]["wall_seconds"]["median"]
+    assert found["over_ours"] == pytest.approx(found["wall_seconds"]["median"] / ours)
+    speed = next(row for row in record["targets"] if row["name"].startswith("samples/s"))
+    assert speed["value"] == found["over_ours"] and "LLaVA's own code (transformers" in page
+
+
+def test_llavas_own_step_that_does_not_run_is_told(parts, brief, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAVA_SRC", str(tmp_path))
+    code, record, _ = brief("--stages", "finetune_lora")
+    assert code == 1 and "ended with exit code 1" in record["not_measured"]["LLaVA's own step"]
+    speed = next(row for row in record["targets"] if row["name"].startswith("samples/s"))
+    assert record["mix"]["llava"] is None and speed["value"] == record["mix"]["ratio"]["value"]
