@@ -54,8 +54,8 @@ FEWEST = 2  # repeats that are made after --limit too
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have."""
+def argument_parser(description: str, *, limit: bool = False) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have, and where wanted --limit."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--preset", default="tiny", help="name of a preset or path of a .yaml file (default: tiny)")
@@ -74,11 +74,12 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
         "(default: source where all of them are local, else random)",
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--limit", type=float, metavar="SECONDS",
-        help="since the program began: later no part is begun, and no repeat beyond the second (default: none)",
-    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    if limit:
+        parser.add_argument(
+            "--limit", type=float, metavar="SECONDS",
+            help="since the program began: later no part is begun, and no repeat beyond the second (default: none)",
+        )  # fmt: skip
     return parser
 
 
@@ -161,7 +162,7 @@ class Bench:
         """
         lost = record["not_measured"]
         if self.is_over():
-            lost[part] = f"the {self.args.limit:g} s of --limit were over"
+            lost[part] = f"the {self._limit:g} s of --limit were over"
             return None
         try:
             return run()
@@ -172,7 +173,11 @@ class Bench:
 
     def is_over(self) -> bool:
         """Whether the time of --limit is."""
-        return self.args.limit is not None and seconds_since_start() > self.args.limit
+        return self._limit is not None and seconds_since_start() > self._limit
+
+    @property
+    def _limit(self) -> float | None:
+        return getattr(self.args, "limit", None)
 
     def free(self) -> None:
         """Gives memory back that nothing uses any more."""

@@ -308,7 +308,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, limit=True)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time (default: 32)")
     parser.add_argument("--questions", type=int, default=64, metavar="N", help="for the runner (default: 64)")
     parser.add_argument("--single", type=int, default=8, metavar="N", help="for one by one (default: 8)")

@@ -487,7 +487,7 @@ def _profile(found: dict[str, Any] | None) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, limit=True)
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at a time (default: 16)")
     parser.add_argument(
         "--executions",

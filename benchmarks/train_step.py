@@ -216,7 +216,7 @@ def render(record: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, limit=True)
     parser.add_argument(
         "--stages",
         default="pretrain,finetune_lora",

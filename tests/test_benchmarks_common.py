@@ -28,7 +28,7 @@ def common():
 
 
 def bench(common, *flags):
-    parser = common.argument_parser("")
+    parser = common.argument_parser("", limit=True)
     parser.set_defaults(device="cpu", batch=2)
     return common.Bench(parser.parse_args(flags))
 
