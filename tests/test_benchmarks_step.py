@@ -295,7 +295,9 @@ def test_the_hub_is_timed_on_the_fast_path_and_the_original_keeps_its_own(parts,
         both.prepare("original")
         assert step.model.tower.execution == "eager"
         assert "context_fn" not in step.model.model.language_model.layers[0]._gradient_checkpointing_func.keywords
+        both.prepare("ours")
         both.close()
+        assert step.model.tower.execution == "eager"
     finally:
         step.encode = encode
     shared, seen = SharedModel(bench, "source"), []
