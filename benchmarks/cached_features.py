@@ -21,7 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bench, argument_parser, circumstances, run_command, spread, table, vision_sources, write_results
+from common import (
+    Bench,
+    argument_parser,
+    circumstances,
+    run_command,
+    spread,
+    table,
+    target,
+    vision_sources,
+    write_results,
+)
 
 from tove_llava.cli import main as tove_llava
 from tove_llava.errors import ConfigError
@@ -223,6 +233,10 @@ def benchmark(bench: Bench) -> None:
         for stage in STAGES
     }
     record["cache"] = {"seconds": spread(many), **cost, "bytes_per_picture": size / args.scenes, "stores": stores}
+    record["targets"] = [
+        target(f"samples/s with cached features over without, {stage}", row["ratio"]["value"], None, at_least=False)
+        for stage, row in record["stages"].items()
+    ]
     record["computed"] = consequences(rates, cost, args.study_runs, args.study_scenes)
     write_results(args.output, record, render(record))
 

@@ -6,18 +6,21 @@ results say which it was.
 """
 
 import argparse
+import gc
 import importlib.metadata
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported
 
@@ -39,15 +42,20 @@ from tove_llava.presets import Preset, load_preset
 from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionModel
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "timm", "open_clip_torch", "kornia", "accelerate", "peft", "deepspeed")
+PACKAGES = (
+    "torch", "transformers", "timm", "open_clip_torch", "kornia", "accelerate", "peft", "deepspeed", "triton",
+    "liger-kernel", "bitsandbytes",
+)  # fmt: skip
 GB, MB = 1e9, 1e6
+FEWEST = 2  # repeats that are made after --limit too
 
 # -- command line -----------------------------------------------------------------------------------------------------
 
 
-def argument_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that all benchmarks have."""
+def argument_parser(description: str, *, limit: bool = False) -> argparse.ArgumentParser:
+    """The flags that all benchmarks have, and where wanted --limit."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--preset", default="tiny", help="name of a preset or path of a .yaml file (default: tiny)")
@@ -67,19 +75,27 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    if limit:
+        parser.add_argument(
+            "--limit", type=float, metavar="SECONDS",
+            help="since the program began: later no part is begun, and no repeat beyond the second (default: none)",
+        )  # fmt: skip
     return parser
 
 
-def run_command(main: Callable[[], None]) -> int:
-    """0, or 2 and the message of an error that the user can mend."""
+def run_command(main: Callable[[], dict[str, Any] | None]) -> int:
+    """0; 1 where ``main`` returns a record of which a part was not measured; 2 and an error that the user can mend."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        main()
+        record = main()
     except ToveError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
-    return 0
+    lost = (record or {}).get("not_measured", {})
+    for part, reason in lost.items():
+        print(f"benchmark: {part} was not measured: {reason}", file=sys.stderr)
+    return 1 if lost else 0
 
 
 @dataclass
@@ -97,7 +113,7 @@ class Bench:
     load: float = field(init=False)  # cores that others kept busy while this one waited
 
     def __post_init__(self) -> None:
-        self.load = psutil.cpu_percent(interval=0.5) / 100 * (os.cpu_count() or 1)
+        self.load = others_load()
         for flag in ("repeats", "batch"):
             if getattr(self.args, flag) is not None and getattr(self.args, flag) < 1:
                 raise ConfigError(f"--{flag} must be at least 1, not {getattr(self.args, flag)}")
@@ -136,7 +152,70 @@ class Bench:
                 "shared": shared,
             },
             "settings": {"repeats": self.args.repeats, "warmup": self.args.warmup, "seed": self.args.seed, **settings},
+            "not_measured": {},
         }
+
+    def attempt(self, record: dict[str, Any], part: str, run: Callable[[], T]) -> T | None:
+        """What ``run`` returns; None where it fails, and then ``record["not_measured"]`` has the reason.
+
+        What one part runs into (no memory left, a package that is not there) must not take the others' results.
+        """
+        lost = record["not_measured"]
+        if self.is_over():
+            lost[part] = f"the {self._limit:g} s of --limit were over"
+            return None
+        try:
+            return run()
+        except Exception as error:
+            lost[part] = reason_of(error)
+        self.free()  # only here: the error held what its frames hold
+        return None
+
+    def is_over(self) -> bool:
+        """Whether the time of --limit is."""
+        return self._limit is not None and seconds_since_start() > self._limit
+
+    @property
+    def _limit(self) -> float | None:
+        return getattr(self.args, "limit", None)
+
+    def free(self) -> None:
+        """Gives memory back that nothing uses any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, for a table, without this machine's folders. A program's fault is printed whole too."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if not isinstance(error, ToveError):
+        traceback.print_exception(error)
+        text = f"{type(error).__name__}: {text}".removesuffix(": ")
+    return re.sub(r"(?<![\w.])/(?:[\w.+-]+/)+", "", text).replace("|", "/")
+
+
+def seconds_since_start() -> float:
+    """Since this process began, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def others_load(seconds: float = 0.5) -> float:
+    """Cores that other programs keep busy while this one waits.
+
+    The system's load average would still hold the benchmark before this one.
+    """
+    busy, own, started = _busy_seconds(), time.process_time(), time.perf_counter()
+    time.sleep(seconds)
+    passed = time.perf_counter() - started
+    return max(0.0, _busy_seconds() - busy - (time.process_time() - own)) / passed
+
+
+def _busy_seconds() -> float:
+    """Of all cores together since the machine started."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is its host's user time too
+    return float(sum(value for name, value in times.items() if name not in idle))
 
 
 def describe_device(device: torch.device) -> str:
@@ -168,12 +247,15 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that is measured, with ``+`` where files differ from it; ``"unknown"`` outside a repository."""
+    """The commit that is measured, with ``+`` where files differ from it.
+
+    Outside a repository it is what TOVE_COMMIT says, else ``"unknown"``.
+    """
     try:
         found = _git("rev-parse", "--short=10", "HEAD")
         changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("TOVE_COMMIT") or "unknown"
     return found + ("+" if changed else "")
 
 
@@ -340,6 +422,8 @@ def measure(
     device: torch.device,
     clocks: Mapping[str, Callable[[], float]] | None = None,
     prepare: Callable[[str], Any] = lambda name: None,
+    lost: dict[str, str] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> dict[str, Samples]:
     """Times every contender once per repeat, each repeat beginning with another one.
 
@@ -348,25 +432,44 @@ def measure(
     Args:
         clocks: processor seconds so far, of contenders that work in a process of their own.
         prepare: called with a contender's name before its clock starts.
+        lost: where given, a contender that fails is left out, with its reason here, and the others go on.
+        is_over: no repeat beyond :data:`FEWEST` is begun when this says so.
     """
-    for name, run in contenders.items():
-        prepare(name)
-        for _ in range(warmup):
-            run()
+
+    def run(name: str, times: int, samples: Samples | None = None) -> None:
+        try:
+            prepare(name)
+            for _ in range(times):
+                synchronize(device)
+                clock = (clocks or {}).get(name, time.process_time)
+                wall, cpu = time.perf_counter(), clock()
+                contenders[name]()
+                synchronize(device)
+                if samples is not None:
+                    samples.wall.append(time.perf_counter() - wall)
+                    samples.cpu.append(clock() - cpu)
+        except Exception as error:
+            if lost is None:
+                raise
+            lost[name] = reason_of(error)
+        if name in given:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    given = {} if lost is None else lost
+    for name in contenders:
+        run(name, warmup)
     names = list(contenders)
     samples = {name: Samples() for name in names}
     for repeat in range(repeats):
+        if repeat >= FEWEST and is_over():
+            break
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
-            prepare(name)
-            synchronize(device)
-            clock = (clocks or {}).get(name, time.process_time)
-            wall, cpu = time.perf_counter(), clock()
-            contenders[name]()
-            synchronize(device)
-            samples[name].wall.append(time.perf_counter() - wall)
-            samples[name].cpu.append(clock() - cpu)
-    return samples
+            if name not in given:
+                run(name, 1, samples[name])
+    return {name: found for name, found in samples.items() if name not in given}
 
 
 def synchronize(device: torch.device) -> None:
@@ -458,9 +561,36 @@ def circumstances(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def target(name: str, value: float | None, wanted: float, *, at_least: bool = True) -> dict[str, Any]:
-    """One entry of ``record["targets"]``; the value is None where this run could not measure it."""
-    return {"name": name, "value": value, "target": wanted, "at_least": at_least}
+def target(
+    name: str, value: float | None, wanted: float | None, *, at_least: bool = True, reason: str | None = None
+) -> dict[str, Any]:
+    """One entry of ``record["targets"]``.
+
+    Args:
+        value: None where this run could not measure it.
+        wanted: None where there is no limit, and the value is reported.
+        reason: why, where it tried to.
+    """
+    entry = {"name": name, "value": value, "target": wanted, "at_least": at_least}
+    return entry if reason is None or value is not None else {**entry, "reason": reason}
+
+
+def targets_table(targets: Sequence[dict[str, Any]]) -> str:
+    """Targets of a record with what was measured, and whether they are met."""
+    rows = []
+    for row in targets:
+        value, goal = row["value"], row["target"]
+        met = value is not None and (value >= goal if row["at_least"] else value <= goal)
+        shown = f"not measured ({row.get('reason', 'needs a GPU')})" if value is None else f"{value:.3g}"
+        word = "at least" if row["at_least"] else "at most"
+        rows.append([row["name"], shown, f"{word} {goal:g}", "" if value is None else "met" if met else "missed"])
+    return table(["target", "measured", "wanted", ""], rows)
+
+
+def lost_table(record: dict[str, Any]) -> list[str]:
+    """What was not measured and why; nothing where all was."""
+    lost = record["not_measured"]
+    return [table(["not measured", "why"], [[part, reason] for part, reason in lost.items()])] if lost else []
 
 
 def milliseconds(samples: Sequence[float], per: int = 1) -> str:
@@ -471,11 +601,16 @@ def milliseconds(samples: Sequence[float], per: int = 1) -> str:
     )
 
 
-def write_results(folder: Path, record: dict[str, Any], markdown: str) -> Path:
-    """Writes ``<benchmark>-<preset>-<device>.json`` and ``.md``, prints the latter, and returns the JSON's path."""
+def write_results(folder: Path, record: dict[str, Any], markdown: str, *, show: bool = True) -> Path:
+    """Writes ``<benchmark>-<preset>-<device>.json`` and ``.md``, and returns the JSON's path.
+
+    The page is printed too where ``show``. The record gets the seconds that the program has taken so far.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    record["seconds"] = round(seconds_since_start(), 1)
     file = folder / f"{record['benchmark']}-{record['preset']}-{record['device']['type']}.json"
     file.write_text(json.dumps(record, indent=1) + "\n")
     file.with_suffix(".md").write_text(markdown.rstrip() + "\n")
-    print(markdown)
+    if show:
+        print(markdown)
     return file

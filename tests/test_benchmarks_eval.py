@@ -109,3 +109,20 @@ def test_random_weights_where_the_sources_are_out_of_reach(program, tmp_path, ca
 def test_bad_flags_are_told(program, tmp_path, capsys, flags, message):
     assert program.main([*BRIEF, "--output", str(tmp_path), *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_case_that_fails_leaves_the_other(program, tmp_path, monkeypatch):
+    case = program.case
+
+    def second_fails(bench, answerer, questions, each, *rest):
+        if each == 3:
+            raise RuntimeError("out of memory")
+        return case(bench, answerer, questions, each, *rest)
+
+    monkeypatch.setattr(program, "case", second_fails)
+    assert program.main([*BRIEF, "--answer-tokens", "2", "--output", str(tmp_path)]) == 1
+    record = json.loads((tmp_path / "eval_throughput-tiny-cpu.json").read_text())
+    assert [row["questions_per_picture"] for row in record["cases"]] == [1]
+    assert record["not_measured"] == {"answers of 2 tokens, 3 a picture": "RuntimeError: out of memory"}
+    assert record["targets"][0]["value"] is None  # it is for the slowest case
+    assert "| answers of 2 tokens, 3 a picture | RuntimeError" in (tmp_path / "eval_throughput-tiny-cpu.md").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_it_tells_what_is_met_missed_and_unmeasured(summary, tmp_path):
     assert f"2 met, 1 missed, {len(untold)} unmeasured" in page
     assert f"| ≥ 1.3 | 1.5 | met | [a CPU](tower-tiny-cpu.md) | `{'python benchmarks/tower.py --device cpu'}` |" in page
     assert "| ≥ 2 | 1.9 | **missed** | [a GPU](tower-vicuna-7b-cuda.md) |" in page
-    assert "| [`tower-tiny-cpu.md`](tower-tiny-cpu.md) | a CPU | abc+ | torch 9.9 |" in page
+    assert "| [`tower-tiny-cpu.md`](tower-tiny-cpu.md) | a CPU |  | abc+ | torch 9.9 |" in page
     assert run(summary, tmp_path)[0] == states, "its own file is no result"
 
 
@@ -148,11 +149,83 @@ def test_the_list_has_one_limit_and_a_pattern_each(summary, tmp_path):
     targets = summary.load_targets()
     for target in targets:
         re.compile(target.named)
-        assert target.command.startswith(f"python benchmarks/{target.benchmark}.py")
-        assert (target.device == "cuda") == ("--device cuda" in target.command)
+        one, whole = f"python benchmarks/{target.benchmark}.py", "bash benchmarks/run.sh "
+        assert target.command.startswith(whole if target.benchmark == "run" else one)
+        assert (target.device == "cuda") == ("--device cuda" in target.command or target.command.endswith("gpu"))
     odd = tmp_path / "targets.yaml"
     for entry in ("at_least: 1, at_most: 2", "atleast: 1", ""):
         keys = "what: a, than: b, benchmark: c, named: d, command: e, device: any"
         odd.write_text(f"x: {{{keys}{', ' if entry else ''}{entry}}}")
         with pytest.raises(summary.ConfigError):
             summary.load_targets(odd)
+
+
+def test_it_says_what_was_tried_and_why_it_was_not_measured(summary, tmp_path):
+    entry = {**goal(CEILING, None, 0.55), "reason": "CUDA out of memory"}
+    lost = {"the loop": "CUDA out of memory"}
+    write(tmp_path, "tower", "vicuna-7b", "cuda", [entry], not_measured=lost, seconds=71.2)
+    states, page = run(summary, tmp_path)
+    assert states["tower-ceiling"] == [("unmeasured", None, "tower-vicuna-7b-cuda.md")]
+    assert "| unmeasured | CUDA out of memory ([a GPU](tower-vicuna-7b-cuda.md)) |" in page
+    assert "| [`tower-vicuna-7b-cuda.md`](tower-vicuna-7b-cuda.md) | the loop | CUDA out of memory |" in page
+    assert "| a GPU | 71 | unknown |" in page
+    write(tmp_path, "tower", "tiny", "cpu", [{**goal(CEILING, None, 0.55), "reason": "said on a CPU"}])
+    assert run(summary, tmp_path)[0]["tower-ceiling"] == states["tower-ceiling"]
+
+
+@pytest.mark.parametrize("entry", [{"reason": 3}, {"why": "x"}])
+def test_a_reason_is_text(summary, tmp_path, entry):
+    write(tmp_path, "tower", "tiny", "cpu", [{**goal(CEILING, None, 0.55), **entry}])
+    assert summary.main(["--output", str(tmp_path)]) == 2
+
+
+def test_a_whole_run_is_a_row_with_its_minutes_and_failures(summary, tmp_path):
+    flags = ["--output", str(tmp_path), "--run", "cpu", "--seconds", "558", "--codes", "tower=0", "scaling=1", "x=137"]
+    assert summary.main(flags) == 0
+    rows = {row["target"]["key"]: row for row in json.loads((tmp_path / "summary.json").read_text())}
+    assert (rows["run-cpu"]["state"], rows["run-cpu"]["value"]) == ("missed", 9.3)
+    assert rows["run-gpu"]["state"] == "unmeasured"
+    record = json.loads((tmp_path / "run-tiny-cpu.json").read_text())
+    assert record["not_measured"].keys() == {"scaling.py", "x.py"}
+    page = (tmp_path / "SUMMARY.md").read_text()
+    assert "| scaling.py | exit code 1: some parts were not measured |" in page
+    assert summary.main(["--output", str(tmp_path), "--run", "cpu", "--codes", "tower"]) == 2
+
+
+def test_the_run_goes_on_after_a_failure_and_ends_with_its_code(tmp_path):
+    """The script itself, with a Python that fails on one benchmark and on another later."""
+    fake, said = tmp_path / "bin" / "python3", tmp_path / "said"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\necho "$@" >> ' + str(said) + "\ncase $1 in *train_step*) exit 3;; *scaling*) exit 1;; esac\n"
+    )
+    fake.chmod(0o755)
+    root = tmp_path / "root"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "benchmarks" / "run.sh").write_text((BENCHMARKS / "run.sh").read_text())
+    env = {"PATH": f"{fake.parent}:/usr/bin:/bin", "OUTPUT": "out"}
+    for kind, count in (("cpu", 9), ("gpu", 3)):
+        said.unlink(missing_ok=True)
+        done = subprocess.run(["bash", root / "benchmarks" / "run.sh", kind], env=env, capture_output=True, text=True)
+        lines = said.read_text().splitlines()
+        assert done.returncode == 3 and len(lines) == count + 1 and "done" in done.stdout
+        assert lines[-1].startswith(f"benchmarks/summary.py --output out --run {kind} --seconds ")
+        assert "tower=0 train_step=3" in lines[-1] and ("scaling=1" in lines[-1]) == (kind == "cpu")
+    assert subprocess.run(["bash", root / "benchmarks" / "run.sh"], env=env, capture_output=True).returncode == 2
+
+
+def test_the_limits_of_the_gpus_run_are_below_nine_minutes(summary):
+    script = (BENCHMARKS / "run.sh").read_text().partition("gpu)")[2]
+    commands = script.count("    bench ")
+    limits = [int(number) for number in re.findall(r"--limit (\d+)", script)]
+    assert commands == len(limits) == 3 and sum(limits) <= 60 * summary.MINUTES - 30
+
+
+def test_a_row_without_a_limit_is_reported(summary, tmp_path):
+    name = "samples/s with cached features over without, pretrain"
+    write(tmp_path, "cached_features", "tiny", "cpu", [goal(name, 1.5, None, at_least=False)])
+    states, page = run(summary, tmp_path)
+    assert states["cached-features"] == [("reported", 1.5, "cached_features-tiny-cpu.md")]
+    assert f"({name}) | the same without | none | 1.5 | reported |" in page and "0 met, 0 missed" in page
+    write(tmp_path, "cached_features", "tiny", "cpu", [goal(name, 1.5, 1.0)])
+    assert summary.main(["--output", str(tmp_path)]) == 2
