@@ -8,6 +8,7 @@ from common import GB, Bench, reason_of
 from step_parts import TrainingStep
 
 from tove_llava.errors import ConfigError
+from tove_llava.llava.adapters import inputs_left_to_autocast
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset
@@ -52,7 +53,9 @@ class FastPath:
         try:
             self._set_tower(pictures)
             set_checkpointing(model, self.kind, budget_gib=self.budget, whole=whole)
-            with packed_rows(language), fused_kernels(language) if self.kernels else nullcontext():
+            kernels = fused_kernels(language) if self.kernels else nullcontext()
+            casts = nullcontext() if self.step.dtype == torch.float32 else inputs_left_to_autocast(model)
+            with packed_rows(language), kernels, casts:
                 yield
         finally:
             set_checkpointing(model, NONE)
