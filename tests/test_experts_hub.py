@@ -196,9 +196,9 @@ for name, scheme in (("dinov2", "timm"), ("edge", "kornia"), ("eva", "open_clip"
 def test_a_library_is_not_imported_onto_the_meta_device(tmp_path, monkeypatch):
     (tmp_path / "some_library.py").write_text("import torch\nCONSTANT = torch.ones(2)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with torch.device("meta"):
-        module = library(Source.parse("bundled:clip"), "some_library", "some-library")
-    assert module.CONSTANT.tolist() == [1, 1]
+    with torch.device("meta"), library(Source.parse("bundled:clip"), "some-library"):
+        import some_library
+    assert some_library.CONSTANT.tolist() == [1, 1]
     sys.modules.pop("some_library")
 
 

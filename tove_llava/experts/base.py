@@ -4,10 +4,10 @@ A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, s
 ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
-import importlib
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -313,15 +313,16 @@ def _summary(error: BaseException) -> str:
     return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
 
-def library(source: Source, module: str, distribution: str) -> Any:
-    """A module that some experts alone need: imported when one is used, so that the others do without it.
+@contextmanager
+def library(source: Source, distribution: str) -> Iterator[None]:
+    """Around the import of a library that some experts alone need: made when one is used, the others do without it.
 
     Raises:
         ConfigError: it cannot be imported; the message says what to install.
     """
     try:
         with torch.device("cpu"):  # a network may be wanted on the meta device; the library's own constants are not
-            return importlib.import_module(module)
+            yield
     except ImportError as error:
         raise ConfigError(f"source {source} needs {distribution} (pip install {distribution}): {error}") from error
 

@@ -45,8 +45,9 @@ class DexiNedEdge(Expert):
             raise ConfigError(
                 f"expert {self.name!r}: kornia has no {self.source.target!r}; use kornia:dexined or a file"
             )
-        dexined = library(self.source, "kornia.models.dexined", "kornia")
-        model = dexined.DexiNed(pretrained=pretrained and self.source.path is None)
+        with library(self.source, "kornia"):
+            from kornia.models.dexined import DexiNed
+        model = DexiNed(pretrained=pretrained and self.source.path is None)
         taken: tuple[str, ...] = ()
         if self.spec.mode == "features":
             for name in _DECODER:

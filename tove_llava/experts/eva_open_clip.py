@@ -42,7 +42,8 @@ class EvaOpenClip(TimmExpert):
             )
             trunk = clip.visual.trunk
         else:
-            timm = library(self.source, "timm", "timm")
+            with library(self.source, "timm"):
+                import timm
             trunk = timm.create_model(self._vision["timm_model_name"], img_size=self.image_size, **self._model_args)
         trunk.reset_classifier(0)
         return trunk
@@ -55,7 +56,9 @@ class EvaOpenClip(TimmExpert):
 
 
 def _open_clip(source: Source) -> Any:
-    return library(source, "open_clip", "open_clip_torch")
+    with library(source, "open_clip_torch"):
+        import open_clip
+    return open_clip
 
 
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:

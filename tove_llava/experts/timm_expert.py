@@ -85,7 +85,9 @@ class TimmExpert(Expert):
 
 
 def _timm(source: Source) -> Any:
-    return library(source, "timm", "timm")
+    with library(source, "timm"):
+        import timm
+    return timm
 
 
 def _block(layer: int, depth: int, name: str) -> int:
