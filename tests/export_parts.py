@@ -11,6 +11,7 @@ import torch
 from answer_parts import byte_tokenizer
 from tower_parts import open_output, text_config, tower_config
 from train_parts import environment
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tove_llava.data import Turn
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
@@ -93,6 +94,22 @@ def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
+
+
+def ask_stock(folder, file, question):
+    """(model, what it makes of the question): stock classes in this process, as :func:`ask_elsewhere`."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    content = [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    output = model.generate(**inputs, max_new_tokens=16)
+    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return model, {"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "text": text}
 
 
 def both_logits(own_folder, seen, file, question):

@@ -48,7 +48,7 @@ NOT_RUN = {
     "faster-training.md": 1,  # a training
     "harnesses.md": 4,
     "lora.md": 2,
-    "merging.md": 1,
+    "merging.md": 2,
     "original-llava.md": 4,
     "your-own-data.md": 1,
 }

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 import torch
 from answer_parts import byte_tokenizer, picture
-from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card
+from export_parts import ask_elsewhere, ask_stock, both_logits, checkpoint, compare_in_clean_environment, run_card
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from train_parts import flags, write_parts, write_records
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     LlavaForConditionalGeneration,
@@ -45,29 +44,13 @@ def detached(tmp_path_factory):
     return root
 
 
-def stock(folder, file):
-    """What stock classes in this process make of the question: as :func:`export_parts.ask_elsewhere`."""
-    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    content = [{"type": "image", "url": str(file)}, {"type": "text", "text": QUESTION}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-    )  # fmt: skip
-    with torch.no_grad():
-        logits = model(**inputs).logits
-    output = model.generate(**inputs, max_new_tokens=16)
-    text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    return {"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixel_values"], "text": text}
-
-
 @pytest.mark.parametrize("ratio", ["pad", "square"])
 @pytest.mark.parametrize("tower", [{"detached": ALL}, {"fusion": "none"}, {"fusion": "none", "names": ()}])
 def test_stock_classes_compute_the_same(tmp_path, tower, ratio):
     model = checkpoint(tmp_path, ratio=ratio, **tower)
     assert export_model(model, tmp_path / "out") == []
     picture(3, (40, 24)).save(tmp_path / "wide.png")
-    seen = stock(tmp_path / "out", tmp_path / "wide.png")
+    seen = ask_stock(tmp_path / "out", tmp_path / "wide.png", QUESTION)[1]
     logits, engine = both_logits(model, seen, tmp_path / "wide.png", QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
     message = Message("user", QUESTION, [tmp_path / "wide.png"])
@@ -91,7 +74,7 @@ def test_adapters_are_merged(tmp_path):
     assert train(flags(tmp_path, "finetune_lora", tmp_path / "lora", *options)) == 0
     export_model(tmp_path / "lora", tmp_path / "out")
     assert not [name for name in load_file(tmp_path / "out" / "model.safetensors") if "lora" in name]
-    seen = stock(tmp_path / "out", tmp_path / "images" / "0.png")
+    seen = ask_stock(tmp_path / "out", tmp_path / "images" / "0.png", QUESTION)[1]
     logits, _ = both_logits(tmp_path / "lora", seen, tmp_path / "images" / "0.png", QUESTION)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
 

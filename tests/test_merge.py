@@ -11,13 +11,13 @@ import sys
 import pytest
 import torch
 from data_helpers import CHATML
-from export_parts import both_logits, compare_in_clean_environment
+from export_parts import ask_stock, both_logits, compare_in_clean_environment
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tower_parts import make_tower, open_output, pixels
 from train_parts import ROOT, environment, flags, write_parts, write_records
-from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
 from tove_llava.cli import main as cli
@@ -262,25 +262,18 @@ def merged_and_exported(root, folder, start, options):
 @pytest.mark.parametrize(("start", "options"), ENCODERS, ids=ENCODER_IDS)
 def test_stock_llava_of_the_export_computes_what_the_merged_model_does(root, tmp_path, start, options):
     merged_and_exported(root, tmp_path, start, options)
-    model = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
-    assert type(model) is LlavaForConditionalGeneration and type(model.model.vision_tower) is CLIPVisionModel
-    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     file, question = root / "images" / "1.png", "What is it?"
-    chat = [{"role": "user", "content": [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]}]
-    inputs = processor.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
-    with torch.no_grad():
-        found = model(**inputs).logits
-    seen = {"ids": inputs["input_ids"], "pixels": inputs["pixel_values"]}
+    model, seen = ask_stock(tmp_path / "out", file, question)
+    assert type(model) is LlavaForConditionalGeneration and type(model.model.vision_tower) is CLIPVisionModel
     expected, _ = both_logits(tmp_path / "merged", seen, file, question)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-5)
     # With CLIP as it was before, the answer would be another.
     before = CLIPVisionModel.from_pretrained(root / "clip", num_hidden_layers=2, dtype=torch.float32)
     before.post_layernorm = torch.nn.Identity()
     model.model.vision_tower = before.eval()
     with torch.no_grad():
-        assert (model(**inputs).logits - expected).abs().max() > 1e-3
+        other = model(input_ids=seen["ids"], pixel_values=seen["pixels"]).logits
+    assert (other - expected).abs().max() > 1e-3
 
 
 @pytest.mark.slow

@@ -188,6 +188,16 @@ def run_group(command: list[str], timeout: int) -> tuple[int, str]:
     return process.returncode, output
 
 
+def run_script(name: str, settings: dict[str, object], *words: str) -> str:
+    """Runs a training script in one process with its settings as environment variables; returns its output."""
+    given = [f"{key}={value}" for key, value in {"NUM_GPUS": 1, **settings}.items()]
+    brief = ["--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"]
+    brief += ["--per_device_train_batch_size", "2"]
+    code, text = run_group(["env", *given, "bash", str(ROOT / "scripts" / name), *brief, *words], timeout=1800)
+    assert code == 0, text[-6000:]
+    return text
+
+
 def free_port() -> int:
     import socket
 
