@@ -33,7 +33,6 @@ cpu)
     ;;
 gpu) # the limits bound the repeats; together they are below nine minutes
     bench tower --device cuda --preset vicuna-7b --batch 32 --repeats 8 --limit 190
-    bench detached --device cuda --preset vicuna-7b --batch 32 --repeats 5
     bench train_step --device cuda --preset vicuna-7b --repeats 3 --mix-repeats 3 --limit 220
     bench eval_throughput --device cuda --preset vicuna-7b --questions 128 --batch 64 --answer-tokens 5 --repeats 2 \
         --single 4 --limit 90
