@@ -114,7 +114,7 @@ def on_gpu(parts, bench, monkeypatch):
     monkeypatch.setattr(bench, "device", PretendedGpu("cpu"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GB)
-    monkeypatch.setattr(parts[0], "check_kernels", refuse_kernels)
+    monkeypatch.setattr(sys.modules["step_paths"], "check_kernels", refuse_kernels)
     monkeypatch.setattr(parts[0], "peak_memory", lambda run, device: peak_memory(run, torch.device("cpu")))
     return bench
 
@@ -126,6 +126,7 @@ def refuse_kernels(device):
 @pytest.mark.parametrize(("total", "gib"), [(80, 75), (12, 0)])
 def test_the_budget_is_what_is_free_between_steps(parts, on_gpu, step, batches, monkeypatch, total, gib):
     from common import GB
+    from step_paths import MARGIN
 
     memory = SimpleNamespace(total_memory=total * GB)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
@@ -133,22 +134,22 @@ def test_the_budget_is_what_is_free_between_steps(parts, on_gpu, step, batches, 
     step.optimizer.state.clear()
     both.fit_budget()
     assert step.optimizer.state, "measured before the optimiser has its state"
-    assert both.budget == pytest.approx(max(0, (gib - 10) * GB - parts[0].MARGIN) / 2**30, abs=0.051)
+    assert both.fast.budget == pytest.approx(max(0, (gib - 10) * GB - MARGIN) / 2**30, abs=0.051)
     both.prepare("ours")
     assert step.model.model.language_model.layers[0].gradient_checkpointing
     both.run("ours")
     both.close()
-    both.budget = 3.0
+    both.fast.budget = 3.0
     both.fit_budget()
-    assert both.budget == 3.0  # as given
+    assert both.fast.budget == 3.0  # as given
 
 
-def test_the_memory_of_qlora_is_measured(parts, on_gpu, monkeypatch):
+def test_the_memory_of_qlora_is_measured(parts, on_gpu):
     pytest.importorskip("bitsandbytes")
     from common import GB
+    from step_parts import SharedModel
 
-    monkeypatch.setattr(on_gpu.args, "mix_batches", 1, raising=False)
-    found = parts[0].measure_qlora(on_gpu, "source")
+    found = parts[0].measure_qlora(on_gpu, SharedModel(on_gpu, "source"))
     assert found["batch"] == 4 and found["checkpointing_gib"] == 5.0
     assert 10 * GB < found["peak_bytes"] < 11 * GB
 
