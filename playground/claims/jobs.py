@@ -14,7 +14,8 @@ from records import ROOT, digest, is_done, parts, recorded, weights
 ARMS = Path(__file__).parent / "arms"
 COMMON = (
     "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--image_aspect_ratio", "square",
-    "--bf16", "True", "--logging_steps", "50", "--dataloader_num_workers", "0",  # a run has one core
+    "--bf16", "True", "--padding_free", "True", "--logging_steps", "50",
+    "--dataloader_num_workers", "0",  # a run has one core
 )  # fmt: skip
 
 
