@@ -55,7 +55,7 @@ def test_interval_is_students():
     found = Interval.of([1.0, 2.0, 3.0])
     assert found.mean == 2
     assert found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert math.isnan(Interval.of([1.0]).half)
+    assert math.isnan(Interval.of([1.0]).half) and str(Interval.of([1.0])) == "1.0" and str(found) == "2.0 ± 2.5"
 
 
 def test_gains_are_paired_by_seed(settings):

@@ -47,11 +47,16 @@ class Interval:
         return self.mean + self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.half:.1f}"
+        return f"{self.mean:.1f}{self._half}"
 
     @property
     def signed(self) -> str:
-        return f"{self.mean:+.1f} ± {self.half:.1f}"
+        return f"{self.mean:+.1f}{self._half}"
+
+    @property
+    def _half(self) -> str:
+        """Nothing where there is one seed, of which no interval can be told."""
+        return "" if math.isnan(self.half) else f" ± {self.half:.1f}"
 
 
 @dataclass(frozen=True)
