@@ -25,7 +25,7 @@ cpu)
     bench train_step
     bench data_path --tokenizer "${LLAVA_TOKENIZER:-bundled:llm}" # LLAVA_SRC, LLAVA_PYTHON: see data_path.py
     bench data_wait --repeats 2
-    bench eval_throughput
+    bench eval_throughput --repeats 3
     bench serve_load
     bench cached_features --repeats 2
     bench scaling --repeats 2
