@@ -110,7 +110,7 @@ def provenance(settings: Settings, name: str, typed: str) -> str:
         if whole.resumed
         else ""
     )
-    return f"""*Produced* by `bash playground/claims.sh {typed}`, run {ran}{written}, commit {" and ".join(commits)}; {settings.seeds} seed(s),
+    return f"""*Produced* by `bash playground/claims.sh {typed}`, run {ran}{written}, commit {" and ".join(commits)}; {settings.seeds} {"seed" if settings.seeds == 1 else "seeds"},
 {settings.train:,} training scenes for each stage, {settings.val:,} held-out scenes; {" / ".join(machines)}. {len(jobs)} runs{also}: {whole.cpu_seconds:,.0f}
 processor seconds{minutes}.{resumed}"""
 
