@@ -34,7 +34,7 @@ from common import (
 )
 
 from tove_llava.cli import main as tove_llava
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.scenes.writer import Request, write_scenes
 from tove_llava.train.feature_filling import SHARD_IMAGES
 from tove_llava.train.feature_stores import STORES, Shards, write_shard

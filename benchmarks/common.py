@@ -34,12 +34,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLI
 from transformers.utils import logging as transformers_logging
 
 import tove_llava
-from tove_llava.errors import ConfigError, ToveError
+from tove_llava.core.errors import ConfigError, ToveError
+from tove_llava.core.sources import Source
 from tove_llava.experts import Expert, ExpertHub
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.build import assemble, build_model, grow_vocabulary, torch_dtype, vision_config
 from tove_llava.presets import Preset, load_preset
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionModel
 
 T = TypeVar("T")

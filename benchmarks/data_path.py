@@ -31,10 +31,10 @@ from llava_mix import describe, write_mix
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, load_tokenizer
 from tove_llava.data.images import CLIP_MEAN
 from tove_llava.data.resize import TOLERANCE, ImageResize, pad_to_square
-from tove_llava.errors import ConfigError
 
 SIDE, TOKENS, IMAGE_ID = 336, 576, -200
 SYSTEM = (

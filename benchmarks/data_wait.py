@@ -19,7 +19,7 @@ from typing import Any
 from common import Bench, argument_parser, circumstances, run_command, spread, table, target, write_results
 
 from tove_llava.cli import main as cli
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.train.run import main as train
 
 TARGET = 0.02

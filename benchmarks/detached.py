@@ -35,7 +35,7 @@ from common import (
 from tower import to_unit_range
 
 from tove_llava.analysis.detach import cut_state, reduced_config
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import ExpertHub
 from tove_llava.tower import ToveVisionModel
 

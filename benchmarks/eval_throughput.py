@@ -46,16 +46,16 @@ from common import (
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.conditions import FULL
 from tove_llava.eval.decoding import Decoding
 from tove_llava.eval.feed import prompt_ids
 from tove_llava.eval.rows import Row
 from tove_llava.eval.runner import Settings, run_benchmark
+from tove_llava.inference.generation import Answerer
 from tove_llava.llava.build import prepare_processor
 from tove_llava.presets import load_preset
-from tove_llava.serve.generation import Answerer
 
 WORDS = ("red", "green", "small", "large", "left", "right", "box", "ball", "behind", "above", "number", "colour")
 TARGET = 4.0

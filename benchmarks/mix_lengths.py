@@ -21,8 +21,8 @@ from common import run_command
 from llava_mix import MIX, conversation
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ImageTransform, LlavaDataset, load_tokenizer
-from tove_llava.errors import ConfigError
 
 FILE = Path(__file__).with_suffix(".json")
 WHOLE = 10**6  # longer than any record

@@ -36,7 +36,7 @@ from typing import Any
 from common import Bench, argument_parser, circumstances, run_command, spread, table, write_results
 from scaling_worker import write_json
 
-from tove_llava.errors import ConfigError, ToveError
+from tove_llava.core.errors import ConfigError, ToveError
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 1.8

@@ -35,9 +35,9 @@ from common import (
 )
 from eval_throughput import build_answerer, write_data
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.eval.benchmarks import Question
-from tove_llava.serve.engine import Engine, Message, Sampling
+from tove_llava.inference.engine import Engine, Message, Sampling
 
 TITLES = {"together": "together", "single": "one by one"}
 

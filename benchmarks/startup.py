@@ -42,9 +42,9 @@ from common import (
 
 import tove_llava
 from tove_llava.cli import main as cli
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.presets import load_preset
-from tove_llava.train import checkpoints
+from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.memory import checkpoint_size
 from tove_llava.train.run import main as train
 from tove_llava.train.shapes import stage_shape

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from common import Bench, Samples, dtype_name
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.presets import StagePreset
 

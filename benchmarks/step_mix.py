@@ -28,6 +28,7 @@ from step_llava import LlavaStep, is_there
 from step_parts import SharedModel, TrainingStep, utilisation_of
 from step_paths import MEMORY_GB, FastPath, original_recipe
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -37,7 +38,6 @@ from tove_llava.data import (
     LlavaDataset,
     load_tokenizer,
 )
-from tove_llava.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.quantization import quantize, set_compute_dtype
 from tove_llava.train.recomputation import FULL

@@ -7,7 +7,7 @@ import torch
 from common import GB, Bench, reason_of
 from step_parts import TrainingStep
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.adapters import inputs_left_to_autocast
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.varlen import packed_rows

@@ -34,7 +34,7 @@ from common import (
 )
 from common import target as measured
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 TARGETS = Path(__file__).with_name("targets.yaml")
 ALL = {"cuda": "bash benchmarks/run.sh gpu", "cpu": "bash benchmarks/run.sh cpu", "any": "bash benchmarks/run.sh cpu"}

@@ -53,7 +53,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import Expert, build_expert
 from tove_llava.experts.cost import expert_cost
 from tove_llava.llava.build import vision_config

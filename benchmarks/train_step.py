@@ -56,7 +56,7 @@ from step_clip import (
 from step_mix import MIX, QLORA_MEMORY, QUANTISED, check_mix, measure_mix, measure_qlora, mix_targets, render_mix
 from step_parts import SharedModel, TrainingStep, make_batch, utilisation, with_features
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import KINDS, NONE, set_checkpointing
 

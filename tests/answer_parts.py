@@ -9,10 +9,10 @@ from tokenizers.models import BPE
 from tower_parts import open_output, text_config, tower_config
 from transformers import PreTrainedTokenizerFast
 
+from tove_llava.checkpoints.checkpoint import Manifest, save_checkpoint
+from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
-from tove_llava.llava.checkpoint import Manifest, save_checkpoint
 from tove_llava.llava.processing import build_processor
-from tove_llava.serve.generation import Answerer
 
 
 def byte_tokenizer():

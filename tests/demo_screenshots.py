@@ -6,7 +6,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, sync_playwright
 
-from tove_llava.serve.engine import Engine
+from tove_llava.inference.engine import Engine
 from tove_llava.serve.gradio_app import launch
 
 DESKTOP = {"width": 1280, "height": 860}

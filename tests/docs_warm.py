@@ -10,7 +10,7 @@ for module in (
     "peft",
     "torch.utils.tensorboard",
     "tove_llava.train.run",
-    "tove_llava.serve.engine",
+    "tove_llava.inference.engine",
     "tove_llava.analysis.plots",
 ):
     importlib.import_module(module)

@@ -13,12 +13,12 @@ from tower_parts import open_output, text_config, tower_config
 from train_parts import environment
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tove_llava.checkpoints.checkpoint import Manifest, save_checkpoint
 from tove_llava.data import Turn
+from tove_llava.inference.engine import Engine
+from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
-from tove_llava.llava.checkpoint import Manifest, save_checkpoint
 from tove_llava.llava.processing import build_processor
-from tove_llava.serve.engine import Engine
-from tove_llava.serve.generation import Answerer
 
 HIDDEN = ("tove_llava", "timm", "open_clip", "peft", "kornia", "torchvision")
 

@@ -13,7 +13,7 @@ from torch import nn
 from train_parts import IMAGE, write_parts
 from transformers import CLIPImageProcessor, Trainer, TrainingArguments
 
-from tove_llava.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError
 from tove_llava.integrations.llava import ToveVisionTower, register
 
 register()

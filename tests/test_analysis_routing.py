@@ -10,9 +10,10 @@ from PIL import Image
 from tower_parts import make_tower, open_output, pixels
 
 from tove_llava import cli
-from tove_llava.analysis.routing import RoutingMap, routing_map, seen_picture, show_routing
-from tove_llava.errors import ConfigError, DataError
-from tove_llava.serve.engine import Engine
+from tove_llava.analysis.routing import seen_picture, show_routing
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.inference.engine import Engine
+from tove_llava.inference.routing import RoutingMap, routing_map
 
 
 def test_grid_is_the_towers_routing_in_reading_order(tmp_path):

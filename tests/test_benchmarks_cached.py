@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from train_parts import ROOT
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from train_parts import ROOT
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from PIL import Image
 from train_parts import ROOT
 
 from tove_llava import build_model, load_preset
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import load_tokenizer
-from tove_llava.errors import ConfigError
 from tove_llava.llava.varlen import packed_rows
 
 NAMES = (

@@ -15,10 +15,10 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 
+from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.experts import ExpertSpec, build_expert
 from tove_llava.scenes import render, sample_scene
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "playground"))

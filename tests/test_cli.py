@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from tove_llava import cli
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 
 
 def run_cli(*arguments, code):

@@ -29,12 +29,12 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, MistralForCausalLM
 
 from tove_llava import convert_checkpoint, load_model, open_llava
+from tove_llava.checkpoints.checkpoint import Manifest
 from tove_llava.cli import main as cli
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn, encode_prompt, load_tokenizer
-from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.eval.rows import read_answers
-from tove_llava.llava.checkpoint import Manifest
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main as train
 
 ROWS = 600  # of the original's embeddings; transformers' LLaVA has 640

@@ -28,11 +28,11 @@ from safetensors.torch import save_file
 from train_parts import environment
 
 from tove_llava import convert_checkpoint, load_model, open_llava
+from tove_llava.checkpoints.base import FORMATS, LlavaFormat, find_format, register_format
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.tensors import file_tensors, folder_tensors
 from tove_llava.cli import main
-from tove_llava.convert import FORMATS, LlavaFormat, find_format, register_format
-from tove_llava.convert.tensors import file_tensors, folder_tensors
-from tove_llava.errors import CheckpointError, ConfigError, ToveError
-from tove_llava.llava.checkpoint import Manifest
+from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 
 
 class World:
@@ -363,9 +363,9 @@ def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
         raise error
 
     last = {
-        "tove": "tove_llava.llava.checkpoint._write_atomically",
-        "original": "tove_llava.convert.formats.original.original_config",
-        "llava-hf": "tove_llava.convert.formats.llava_hf.add_sentencepiece",
+        "tove": "tove_llava.checkpoints.checkpoint._write_atomically",
+        "original": "tove_llava.checkpoints.formats.original.original_config",
+        "llava-hf": "tove_llava.checkpoints.formats.llava_hf.add_sentencepiece",
     }
     monkeypatch.setattr(last[to], fail)
     source = world.tove if to == "original" else world.whole

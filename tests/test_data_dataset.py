@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -26,7 +27,6 @@ from tove_llava.data import (
     load_tokenizer,
 )
 from tove_llava.data.dataset import truncate
-from tove_llava.errors import ConfigError, DataError
 
 TOKENS = 9  # an image's
 

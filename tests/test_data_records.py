@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from tove_llava.core.errors import DataError
 from tove_llava.data import Turn, get_template, load_records, parse_record, read_records
 from tove_llava.data.records import prepare_turns
-from tove_llava.errors import DataError
 
 V1, PLAIN, MMTAG = get_template("v1"), get_template("plain"), get_template("v1_mmtag")
 

@@ -11,8 +11,8 @@ from PIL import Image
 from test_eval_layouts import LAYOUTS, write
 
 from tove_llava import cli
+from tove_llava.core.errors import ConfigError
 from tove_llava.data.sets import BENCHMARK, TRAINING, Part, get_set, set_names
-from tove_llava.errors import ConfigError
 from tove_llava.eval.benchmarks import BENCHMARKS, get_benchmark
 from tove_llava.eval.completeness import check_set
 

@@ -7,8 +7,8 @@ import torch
 from answer_parts import make_answerer, make_scenes
 
 from tove_llava import cli
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn
-from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.answering import MODES, Job, get_option_mode
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark
 from tove_llava.eval.decoding import Decoding

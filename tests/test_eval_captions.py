@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from score_parts import SAMPLES, refuse, score, truth_file
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval import java
 from tove_llava.eval.benchmarks import get_benchmark
 from tove_llava.eval.captions import Tokens, caption_scores

@@ -10,7 +10,7 @@ from score_parts import SAMPLES, differences, refuse, score, truth_file
 from test_eval_layouts import LAYOUTS
 
 from tove_llava import cli
-from tove_llava.errors import ServiceError
+from tove_llava.core.errors import ServiceError
 from tove_llava.eval.benchmarks import get_benchmark
 from tove_llava.eval.benchmarks.llava_bench import parse_review
 from tove_llava.eval.benchmarks.mmvet import parse_grade

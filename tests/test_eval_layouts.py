@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from score_parts import SAMPLES, score
 
+from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER
-from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, Question, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
 from tove_llava.eval.pictures import EmbeddedPicture

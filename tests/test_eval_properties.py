@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from score_parts import SAMPLES, truth_file
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import agreement, record_copies, rounded
 from tove_llava.eval.benchmarks import get_benchmark as get
 from tove_llava.eval.benchmarks import gqa, llava_bench, mme, mmvet, pope, scienceqa, vsr

@@ -7,7 +7,7 @@ import torch
 from answer_parts import make_answerer, make_scenes, save_model
 
 from tove_llava import cli
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
 from tove_llava.eval.pictures import EmbeddedPicture
@@ -255,7 +255,7 @@ def test_json_has_the_scores_of_every_benchmark(model_folder, data, tmp_path, ca
 
 
 def test_saved_model_answers_as_the_one_in_memory(model_folder, data, tmp_path, answerer):
-    from tove_llava.serve.generation import Answerer
+    from tove_llava.inference.generation import Answerer
 
     loaded = Answerer.load(model_folder, device="cpu")
     assert answer(loaded, data, tmp_path / "a") == answer(answerer, data, tmp_path / "b")

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.cache_utils import DynamicCache
 
 from tove_llava.data import Turn
-from tove_llava.serve.prefill import Prefill, Prompt, pad_left
-from tove_llava.serve.sequences import Sequences, has_plain_cache
+from tove_llava.inference.prefill import Prefill, Prompt, pad_left
+from tove_llava.inference.sequences import Sequences, has_plain_cache
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tower_parts import make_tower, pixels, save_clip
 from train_parts import flags, write_parts, write_records
 
-from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.core.errors import ConfigError, NonFiniteError
 from tove_llava.tower import execution
 from tove_llava.tower.balance import balance_loss
 from tove_llava.tower.frozen import CLIP

@@ -8,10 +8,10 @@ from experts_zoo import CASES
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.experts import EXPERTS, Expert, ExpertHub, build_expert, complete_specs
 from tove_llava.experts.dense import DENSE
-from tove_llava.sources import Source
 
 PIXELS = torch.rand(2, 3, 50, 60, generator=torch.Generator().manual_seed(1))
 

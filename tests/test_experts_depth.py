@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import ExpertSpec, build_expert
 
 PICTURES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))

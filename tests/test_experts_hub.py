@@ -10,12 +10,12 @@ from experts_zoo import CASES
 from train_parts import environment
 
 from tove_llava.cli import main
-from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.core.errors import ConfigError, NonFiniteError
+from tove_llava.core.sources import Source
 from tove_llava.experts import ExpertHub, ExpertSpec, build_expert, complete_specs
 from tove_llava.experts.base import library
 from tove_llava.experts.cost import expert_cost
 from tove_llava.experts.preparation import unnormalise
-from tove_llava.sources import Source
 
 PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -175,7 +175,7 @@ def test_a_missing_library_breaks_its_own_experts_alone():
     program = f"""
 import sys
 sys.modules |= dict.fromkeys({list(packages)})
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import EXPERTS, build_expert
 from tove_llava.presets import load_preset
 for entry in load_preset("tiny").vision.experts:

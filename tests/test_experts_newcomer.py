@@ -6,7 +6,7 @@ from docs_pages import DOCS, read_page
 from safetensors.torch import save_file
 from torch import nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import EXPERTS, ExpertHub, base, complete_specs, register_expert
 from tove_llava.experts.cost import expert_cost
 

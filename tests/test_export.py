@@ -22,12 +22,13 @@ from transformers import (
 )
 
 from tove_llava import load_model
+from tove_llava.checkpoints.export_format import format_names
+from tove_llava.checkpoints.exporting import export_model
 from tove_llava.cli import main
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn, encode_prompt, get_template, load_tokenizer
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.export import export_model, format_names
-from tove_llava.serve.engine import Engine, Message
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.engine import Engine, Message
+from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main as train
 
 ALL = ("depth", "edge", "normal")

@@ -15,11 +15,11 @@ from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clea
 from tower_parts import save_clip
 from train_parts import environment
 
-from tove_llava.errors import ConfigError
-from tove_llava.export import export_model
-from tove_llava.export.flatten import flat_name, flatten_modules, third_party_imports
-from tove_llava.serve.engine import Message
-from tove_llava.serve.generation import Answerer
+from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
+from tove_llava.core.errors import ConfigError
+from tove_llava.inference.engine import Message
+from tove_llava.inference.generation import Answerer
 from tove_llava.tower import ToveVisionConfig
 
 QUESTION = "What is it?"

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from tower_parts import GRID, make_tower, pixels, text_config, tower_config
 from transformers import LlamaForCausalLM
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.build import assemble
 from tove_llava.presets import ProjectorPreset
 from tove_llava.tower import FUSIONS, ToveVisionModel

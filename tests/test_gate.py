@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from tower_parts import make_tower, open_output, pixels
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower.gate import TokenGate
 
 

@@ -19,12 +19,12 @@ from train_parts import ROOT, environment
 from transformers import AutoProcessor
 
 from tove_llava import cli
+from tove_llava.checkpoints.exporting import export_model
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, load_tokenizer
-from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.rows import read_answers, read_jsonl
-from tove_llava.export import export_model
+from tove_llava.inference.generation import Answerer
 from tove_llava.integrations.lmms_eval.asking import Request, answer, cut, decoding_of, loss, user_turn
-from tove_llava.serve.generation import Answerer
 from tove_llava.tower import ToveVisionConfig
 
 SIDE = 96  # pixels of the bundled CLIP: nothing is resized, by whichever library

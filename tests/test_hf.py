@@ -24,12 +24,12 @@ from transformers import (
 )
 
 import tove_llava
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.adapters import fold_adapters
-from tove_llava.llava.checkpoint import Manifest
-from tove_llava.serve.generation import Answerer
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 from tove_llava.train.run import main
 

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import ImageTransform, open_image, to_rgb
 from tove_llava.data.images import CLIP_MEAN, CLIP_STD, resolve_image
 from tove_llava.data.resize import TOLERANCE, pad_to_square
-from tove_llava.errors import ConfigError, DataError
 
 
 def _bytes(pixels: torch.Tensor) -> np.ndarray:

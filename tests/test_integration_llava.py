@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from tower_parts import GRID, IMAGE, expert_entries, open_output, pixels, save_clip, text_config
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.integrations.llava import ToveVisionTower, register
 from tove_llava.integrations.llava.balance import BalancedLoss
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration

@@ -13,7 +13,7 @@ from test_packing import COLLATORS, EXAMPLES
 from tower_parts import text_config
 from train_parts import ROOT, environment, flags, write_parts, write_records
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava import kernels
 from tove_llava.llava.kernels import KNOWN, check_kernels, fused_kernels
 from tove_llava.llava.varlen import packed_rows

@@ -23,7 +23,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, all_reduce_statistics, balance_loss
 

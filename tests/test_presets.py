@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.build import build_on_meta, parameter_table
 from tove_llava.presets import load_preset, preset_names
 from tove_llava.train.arguments import RunArguments, parse

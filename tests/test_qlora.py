@@ -14,13 +14,13 @@ from torch import nn
 from train_parts import ROOT, environment, flags, launch, run_group, run_script, write_parts, write_records
 
 from tove_llava import build_model, load_model
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.llava.checkpoint import Manifest
-from tove_llava.llava.merge_lora import merge_lora
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava.quantization import loaded_bits, parameter_count, quantize, round_weights
 from tove_llava.presets import QuantizationPreset
-from tove_llava.train import checkpoints
+from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze
@@ -375,8 +375,8 @@ def test_folding_into_quantised_weights_is_refused(root):
 @pytest.mark.parametrize("flag", ["--load-4bit", "--load-8bit"])
 def test_verbs_load_in_few_bits(root, tmp_path, flag, monkeypatch, capsys):
     """chat and eval, a checkpoint and a stock LLaVA; serve takes the same way."""
+    from tove_llava.inference.generation import Answerer
     from tove_llava.serve import gradio_app
-    from tove_llava.serve.generation import Answerer
 
     seen = []
     load = Answerer.load.__func__

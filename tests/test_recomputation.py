@@ -12,7 +12,7 @@ from tower_parts import text_config
 from train_parts import ROOT, flags, launch, write_parts, write_records
 
 from tove_llava import load_preset
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import LoraPreset, StagePreset
 from tove_llava.train import recomputation

@@ -18,10 +18,10 @@ from tove_llava import cli
 from tove_llava.eval import record
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, Score, get_benchmark
 from tove_llava.eval.captions import METRICS
+from tove_llava.eval.report import markdown
+from tove_llava.eval.report.published import read_published
+from tove_llava.eval.report.statistics import Bootstrap, holm, mcnemar
 from tove_llava.eval.rows import read_answers
-from tove_llava.report import markdown
-from tove_llava.report.published import read_published
-from tove_llava.report.statistics import Bootstrap, holm, mcnemar
 
 # -- statistics -------------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ def test_intervals_are_as_wide_as_the_normal_ones(values):
 def test_drawing_counts_is_drawing_questions(monkeypatch):
     values = np.repeat([0.0, 0.3, 0.9, 1.0], [40, 30, 20, 10])
     counted = Bootstrap(20_000).means(values)
-    monkeypatch.setattr("tove_llava.report.statistics._FEW", 0)
+    monkeypatch.setattr("tove_llava.eval.report.statistics._FEW", 0)
     drawn = Bootstrap(20_000).means(values)
     assert not np.array_equal(counted, drawn)
     assert np.quantile(counted, [0.025, 0.5, 0.975]) == pytest.approx(np.quantile(drawn, [0.025, 0.5, 0.975]), abs=5e-3)

@@ -10,8 +10,8 @@ from data_helpers import SAMPLE, jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import LengthGroupedSampler
-from tove_llava.errors import ConfigError, DataError
 
 LENGTHS = st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=80)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.records import parse_record
-from tove_llava.errors import ConfigError, DataError
 from tove_llava.scenes import Scene, ask, caption, describe, render, sample_scene
 from tove_llava.scenes.language import CATEGORIES, SHORT_ANSWER, contrast
 from tove_llava.scenes.render import CLASSES, FAR, GROUND, SKY, coverage

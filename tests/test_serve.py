@@ -6,10 +6,10 @@ from answer_parts import make_answerer, picture
 from PIL import Image
 
 from tove_llava import cli
+from tove_llava.core.errors import AnswerError, CheckpointError, DataError
 from tove_llava.data import get_template
-from tove_llava.errors import AnswerError, CheckpointError, DataError
+from tove_llava.inference.engine import Engine, Message
 from tove_llava.serve import models
-from tove_llava.serve.engine import Engine, Message
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_the_newest_finished_model_is_served(tmp_path):
 
 
 def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
-    from tove_llava.llava.checkpoint import MANIFEST
+    from tove_llava.checkpoints.checkpoint import MANIFEST
 
     assert models.MANIFEST == MANIFEST
     monkeypatch.chdir(tmp_path)

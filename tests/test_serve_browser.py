@@ -6,7 +6,7 @@ import threading
 import pytest
 from answer_parts import make_answerer, picture
 
-from tove_llava.serve.engine import Engine, Message
+from tove_llava.inference.engine import Engine, Message
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")

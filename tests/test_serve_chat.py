@@ -10,7 +10,7 @@ import pytest
 from answer_parts import make_answerer, picture, save_model
 
 from tove_llava import cli
-from tove_llava.serve.engine import Engine, Message, Sampling
+from tove_llava.inference.engine import Engine, Message, Sampling
 
 TOKENS = 8
 

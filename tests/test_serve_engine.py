@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tower_parts import text_config, tower_config
 
+from tove_llava.core.errors import AnswerError, BusyError, DataError
 from tove_llava.data import get_template
-from tove_llava.errors import AnswerError, BusyError, DataError
+from tove_llava.inference import rolling_batch as batches
+from tove_llava.inference.engine import Engine, Message, Sampling
+from tove_llava.inference.generation import Answerer
+from tove_llava.inference.pieces import Pieces
+from tove_llava.inference.replies import Request
+from tove_llava.inference.rolling_batch import Together
+from tove_llava.inference.vision import Vision
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
-from tove_llava.serve import batch as batches
-from tove_llava.serve.batch import Together
-from tove_llava.serve.engine import Engine, Message, Sampling
-from tove_llava.serve.generation import Answerer
-from tove_llava.serve.pieces import Pieces
-from tove_llava.serve.replies import Request
-from tove_llava.serve.vision import Vision
 
 TOKENS = 10
 EXPERTS = ("depth", "edge", "normal")

@@ -19,8 +19,8 @@ from abuse_parts import FILES, HTML, SVG
 from answer_parts import make_answerer, picture, save_model
 from PIL import Image
 
-from tove_llava.errors import ConfigError, DataError
-from tove_llava.serve.engine import Engine, Message, Sampling
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.inference.engine import Engine, Message, Sampling
 
 gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")

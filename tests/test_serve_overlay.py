@@ -6,7 +6,7 @@ from PIL import Image
 
 from tove_llava.analysis.colours import column_colour, heat_colours
 from tove_llava.data.images import ImageTransform
-from tove_llava.serve.engine import Routing, Timing
+from tove_llava.inference.engine import Routing, Timing
 from tove_llava.serve.ui.answers import timing_line
 from tove_llava.serve.ui.examples import make_examples
 from tove_llava.serve.ui.legend import legend

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from tower_parts import text_config
 from transformers import GenerationConfig, LlamaForCausalLM
 
+from tove_llava.core.errors import DataError
 from tove_llava.data import load_tokenizer
-from tove_llava.errors import DataError
-from tove_llava.serve.pieces import BROKEN, Pieces
-from tove_llava.serve.sampling import Sampling, drawn, next_tokens, warped
+from tove_llava.inference.pieces import BROKEN, Pieces
+from tove_llava.inference.sampling import Sampling, drawn, next_tokens, warped
 
 TOKENIZERS = {"bytes": byte_tokenizer(), "bundled": load_tokenizer("bundled:llm")}
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from train_parts import run_script
 from transformers import CLIPVisionModel
 
+from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.exporting import export_model
 from tove_llava.cli import main as cli
-from tove_llava.export import export_model
-from tove_llava.llava.checkpoint import Manifest
 
 EXPERTS = {"depth", "normal", "edge", "segmentation"}
 

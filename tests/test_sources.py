@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.sources import SCHEMES, BundledSource, Source
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import SCHEMES, BundledSource, Source
 
 GOOD = [
     "hf:openai/clip-vit-large-patch14-336",

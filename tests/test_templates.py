@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 from data_helpers import SAMPLE, byte_level_tokenizer, jsonl
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, get_template, parse_record, template_names
 from tove_llava.data.records import prepare_turns
 from tove_llava.data.templates import Template, register_template
-from tove_llava.errors import ConfigError, DataError
 
 
 class Llama:

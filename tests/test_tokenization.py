@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from tove_llava.core.errors import CheckpointError, ConfigError, DataError
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -27,7 +28,6 @@ from tove_llava.data import (
     template_names,
 )
 from tove_llava.data.tokenizer import text_encoder
-from tove_llava.errors import CheckpointError, ConfigError, DataError
 
 SLOW_FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 

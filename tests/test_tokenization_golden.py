@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_helpers import MENDED, decode_spans, jsonl
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import (
     IGNORE_INDEX,
     LlavaCollator,
@@ -22,7 +23,6 @@ from tove_llava.data import (
 from tove_llava.data.dataset import truncate
 from tove_llava.data.records import prepare_turns
 from tove_llava.data.tokenization import Encoded
-from tove_llava.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tower_parts import DummyExpert, expert_entries, make_tower, open_output, pixels, save_clip, tower_config
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, CLIPVisionModel
 
-from tove_llava.errors import CheckpointError, ConfigError, NonFiniteError
+from tove_llava.core.errors import CheckpointError, ConfigError, NonFiniteError
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 from tove_llava.tower.embedding import resample_grid
 

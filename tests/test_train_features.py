@@ -16,11 +16,11 @@ from torch.utils.data._utils.pin_memory import pin_memory
 from train_parts import flags, write_parts, write_records
 
 from tove_llava.cli import main as cli
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.sources import Source
 from tove_llava.data import ImageTransform
-from tove_llava.errors import ConfigError, DataError
 from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionModel, TowerFeatures, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones
 from tove_llava.train.arguments import parse

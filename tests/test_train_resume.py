@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from train_parts import ROOT, environment, flags, launch, write_parts, write_records
 
-from tove_llava.errors import CheckpointError
-from tove_llava.train import checkpoints
+from tove_llava.core.errors import CheckpointError
+from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
 

@@ -5,8 +5,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
+from tove_llava.core.sources import HubSource
 from tove_llava.experts import Expert, ExpertSpec, register_expert
-from tove_llava.sources import HubSource
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 IMAGE = 32  # pixels per side

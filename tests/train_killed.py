@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from tove_llava.train import checkpoints, run
+from tove_llava.train import run
+from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.trainer import ToveTrainer
 
 

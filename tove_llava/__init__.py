@@ -7,26 +7,27 @@ quick. Importing the tower registers its configuration and model with transforme
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from tove_llava.core.version import __version__
 
 if TYPE_CHECKING:
-    from tove_llava.convert import convert_checkpoint, open_llava
-    from tove_llava.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
+    from tove_llava.checkpoints.checkpoint import load_model
+    from tove_llava.checkpoints.conversion import convert_checkpoint, open_llava
+    from tove_llava.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
     from tove_llava.experts import Expert, ExpertSpec, register_expert
     from tove_llava.llava import (
         ToveLlavaConfig,
         ToveLlavaForConditionalGeneration,
         build_model,
-        load_model,
     )
     from tove_llava.presets import load_preset
     from tove_llava.tower import ToveVisionConfig, ToveVisionModel, ToveVisionOutput
 
 _HOMES = {
-    "tove_llava.convert": ("convert_checkpoint", "open_llava"),
-    "tove_llava.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
+    "tove_llava.checkpoints.checkpoint": ("load_model",),
+    "tove_llava.checkpoints.conversion": ("convert_checkpoint", "open_llava"),
+    "tove_llava.core.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
-    "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model", "load_model"),
+    "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model"),
     "tove_llava.presets": ("load_preset",),
     "tove_llava.tower": ("ToveVisionConfig", "ToveVisionModel", "ToveVisionOutput"),
 }

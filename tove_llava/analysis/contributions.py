@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,11 @@ from typing import Any
 
 from tove_llava.analysis.measure import Measurement, Subset, measure, tower_with_experts
 from tove_llava.analysis.samples import COUNTED, Sample, Samples
-from tove_llava.errors import ConfigError, DataError
-from tove_llava.eval.evaluate import versions
-from tove_llava.eval.report import aligned
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.eval.provenance import provenance
 from tove_llava.eval.rows import write_atomically
-from tove_llava.llava.checkpoint import MANIFEST, Manifest
-from tove_llava.llava.fingerprints import fingerprint
-from tove_llava.serve.generation import Answerer
+from tove_llava.eval.score_table import aligned
+from tove_llava.inference.generation import Answerer
 
 FILE = "contributions.json"
 _KIND = "contributions"
@@ -153,25 +150,6 @@ def _group(names: list[str], samples: Sequence[Sample], found: Measurement, rows
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
-
-
-def provenance(answerer: Answerer, model: str | Path) -> dict[str, Any]:
-    """What a result belongs to: the model and its fingerprint, versions, the command, device and dtype."""
-    return {
-        "model": os.fspath(model),
-        "fingerprint": model_fingerprint(answerer, model),
-        "versions": versions(),
-        "command": sys.argv,
-        "device": str(answerer.device),
-        "dtype": str(answerer.model.dtype).removeprefix("torch."),
-    }
-
-
-def model_fingerprint(answerer: Answerer, model: str | Path) -> str:
-    """That of the checkpoint's trained weights; for a stock LLaVA folder, of the loaded weights."""
-    if (Path(model) / MANIFEST).exists():
-        return Manifest.read(model).fingerprint
-    return fingerprint(answerer.model)
 
 
 def save_contributions(

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tove_llava.analysis.contributions import loss_and_accuracy, number, percent, provenance
+from tove_llava.analysis.contributions import loss_and_accuracy, number, percent
 from tove_llava.analysis.measure import measure, tower_with_experts
 from tove_llava.analysis.plots import plot_curve
 from tove_llava.analysis.samples import COUNTED, Samples
 from tove_llava.analysis.speed import seconds
-from tove_llava.eval.report import aligned
+from tove_llava.eval.provenance import provenance
 from tove_llava.eval.rows import write_atomically
-from tove_llava.serve.generation import Answerer
+from tove_llava.eval.score_table import aligned
+from tove_llava.inference.generation import Answerer
 
 ROUNDS = 7
 

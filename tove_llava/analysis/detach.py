@@ -20,11 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tove_llava.analysis.measure import check_fusion
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.eval.rows import write_atomically
-from tove_llava.llava import ToveLlavaConfig
-from tove_llava.llava.card import write_card
-from tove_llava.llava.checkpoint import (
+from tove_llava.checkpoints.card import write_card
+from tove_llava.checkpoints.checkpoint import (
     ADAPTER,
     ADAPTER_PREFIX,
     MANIFEST,
@@ -34,7 +31,10 @@ from tove_llava.llava.checkpoint import (
     load_processor,
     read_tensors,
 )
-from tove_llava.staging import staged
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import staged
+from tove_llava.eval.rows import write_atomically
+from tove_llava.llava import ToveLlavaConfig
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
 FUSION = "model.vision_tower.fusion."
@@ -248,7 +248,7 @@ def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: Tov
 
 def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:
     """Folders inside the checkpoint that experts are read from."""
-    from tove_llava.sources import Source
+    from tove_llava.core.sources import Source
 
     paths = [Source.parse(spec.source).resolve(folder).path for spec in config.expert_specs if spec.source]
     return {path.resolve() for path in paths if path is not None and folder.resolve() in path.resolve().parents}

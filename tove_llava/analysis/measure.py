@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from tove_llava.analysis.samples import Sample
+from tove_llava.core.errors import ConfigError
 from tove_llava.data import LlavaCollator
-from tove_llava.errors import ConfigError
 from tove_llava.eval.benchmarks.scenes import normalise
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 from tove_llava.tower import FUSIONS, ToveVisionConfig, ToveVisionModel, ToveVisionOutput, TowerFeatures
 from tove_llava.tower.fusion.base import Fusion
 

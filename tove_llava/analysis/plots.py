@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tove_llava.analysis.colours import column_colour
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,60 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tove_llava.errors import ConfigError
-from tove_llava.eval.report import aligned
+from tove_llava.core.errors import ConfigError
+from tove_llava.eval.score_table import aligned
+from tove_llava.inference.routing import RoutingMap, routing_map
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
-
-NULL_SLOT = "none"
-
-
-@dataclass(frozen=True)
-class RoutingMap:
-    """Gate weights of one image.
-
-    Attributes:
-        names: one per column.
-        weights: float32 ``[g,g,S]`` on the CPU; each token's sum to 1 (to less where the fusion keeps probabilities,
-            and to 0 where no column is allowed).
-    """
-
-    names: tuple[str, ...]
-    weights: torch.Tensor
-
-    @property
-    def means(self) -> dict[str, float]:
-        """Mean over the tokens, by column."""
-        return dict(zip(self.names, self.weights.mean(dim=(0, 1)).tolist(), strict=True))
-
-    @property
-    def argmax(self) -> torch.Tensor:
-        """int64 ``[g,g]``: the column with the largest weight."""
-        return self.weights.argmax(dim=-1)
-
-    @property
-    def chosen(self) -> dict[str, float]:
-        """Share of the tokens for which a column has the largest weight."""
-        return {name: (self.argmax == column).float().mean().item() for column, name in enumerate(self.names)}
-
-
-@torch.inference_mode()
-def routing_map(tower: ToveVisionModel, pixels: torch.Tensor) -> RoutingMap | None:
-    """The routing of one image; None for a tower without a gate.
-
-    Args:
-        pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device.
-
-    Raises:
-        ConfigError: pixels of another size. CheckpointError: the tower's backbones are not loaded.
-    """
-    batch = pixels if pixels.ndim == 4 else pixels[None]
-    weights = tower(batch.to(tower.device, tower.dtype)).routing  # [1,N,S]
-    if weights is None:
-        return None
-    columns = weights.shape[-1]
-    names = (*tower.config.expert_names, NULL_SLOT)[:columns]
-    side = tower.config.grid
-    return RoutingMap(names, weights[0].float().cpu().reshape(side, side, columns))
 
 
 def seen_picture(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
@@ -110,7 +59,7 @@ def show_routing(
     two have the same name, after its place in ``images`` too.
 
     Args:
-        answerer: a loaded :class:`~tove_llava.serve.generation.Answerer`.
+        answerer: a loaded :class:`~tove_llava.inference.generation.Answerer`.
 
     Raises:
         ConfigError: the model has no gate, or all its experts are detached. DataError: a picture cannot be read.

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
+from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest
+from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Record, encode_record, parse_record, read_records
 from tove_llava.data.dataset import Example, truncate
 from tove_llava.data.images import resolve_image
 from tove_llava.data.records import prepare_turns
-from tove_llava.errors import DataError
 from tove_llava.eval.rows import spread
-from tove_llava.llava.checkpoint import MANIFEST, Manifest
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 
 SHORT_REPLY_WORDS = 5
 COUNTED = f"the first reply of each record, where it has at most {SHORT_REPLY_WORDS} words"

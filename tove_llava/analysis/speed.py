@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from tove_llava.analysis.measure import Subset, without
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower import ToveVisionModel
 
 

@@ -6,7 +6,7 @@ A verb ``some-verb`` is the file ``some_verb.py`` with three module-level names:
     def add_arguments(parser): ...                    # argparse
     def run(args) -> int: ...                         # the exit code
 
-Heavy libraries are imported inside ``run``. Exit codes: 0 done, 2 bad input (:class:`~tove_llava.errors.ToveError`
+Heavy libraries are imported inside ``run``. Exit codes: 0 done, 2 bad input (:class:`~tove_llava.core.errors.ToveError`
 or a wrong flag; the message goes to stderr without a traceback), 130 interrupted.
 """
 
@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from tove_llava import __version__
-from tove_llava.errors import ToveError
-from tove_llava.logs import keep_stdout_clean
+from tove_llava.core.errors import ToveError
+from tove_llava.core.logs import keep_stdout_clean
+from tove_llava.core.version import __version__
 
 PROGRAM = "tove-llava"
 

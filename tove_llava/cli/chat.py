@@ -35,15 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
     from tove_llava.serve.models import find_model
 
     if args.json and args.question is None:
         raise ConfigError("--json needs --question")
     folder = find_model(args.model)
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.core.logs import quiet_transformers
+    from tove_llava.inference.engine import Engine, Sampling
     from tove_llava.serve.commands import Talk
-    from tove_llava.serve.engine import Engine, Sampling
 
     quiet_transformers()
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p)
@@ -87,7 +87,7 @@ def _print_json(talk: "Talk", question: str) -> int:
 
 
 def _talk(talk: "Talk") -> int:
-    from tove_llava.errors import ToveError
+    from tove_llava.core.errors import ToveError
     from tove_llava.serve.commands import run_command
 
     print(f"{talk.engine.name}: type a question; /help lists the commands, an empty line ends.")

@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.measure import tower_with_experts
     from tove_llava.analysis.plots import figure
     from tove_llava.analysis.samples import load_samples
-    from tove_llava.logs import quiet_transformers
-    from tove_llava.serve.generation import Answerer
+    from tove_llava.core.logs import quiet_transformers
+    from tove_llava.inference.generation import Answerer
     from tove_llava.serve.models import find_model
 
     check_counts(args)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check_counts(args: argparse.Namespace) -> None:
     """Raises ConfigError for numbers that cannot be meant."""
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
 
     for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
         if value is not None and value < 1:

@@ -28,8 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from tove_llava.convert import convert_checkpoint
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.checkpoints.conversion import convert_checkpoint
+    from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()
     remarks = convert_checkpoint(

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         return _list(args)
     if args.action == "show":
         return _show(args)
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
 
     if bool(args.names) == bool(args.data_path):
         raise ConfigError("give names of public data sets ('tove-llava data list') or --data-path, and not both")
@@ -93,7 +93,7 @@ def _root(data_set: Any, args: argparse.Namespace) -> Any:
 def _list(args: argparse.Namespace) -> int:
     from tove_llava.data.presence import present
     from tove_llava.data.sets import get_set, set_names
-    from tove_llava.eval.report import aligned
+    from tove_llava.eval.score_table import aligned
 
     sets = {name: get_set(name) for name in set_names()}
     there = {name: present(data_set, _root(data_set, args)) for name, data_set in sets.items()}
@@ -153,9 +153,9 @@ def _description(data_set: Any, root: Any) -> str:
 
 
 def _check_public(args: argparse.Namespace) -> int:
+    from tove_llava.core.errors import DataError
     from tove_llava.data.presence import present
     from tove_llava.data.sets import get_set, set_names
-    from tove_llava.errors import DataError
     from tove_llava.eval.completeness import check_set
 
     names = set_names() if args.names == ["all"] else list(dict.fromkeys(args.names))

@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     model = find_model(args.model)
     other = None if args.compare is None else find_model(args.compare)
     auth = read_auth(args.auth)
-    from tove_llava.logs import quiet_transformers
-    from tove_llava.serve.engine import Engine
+    from tove_llava.core.logs import quiet_transformers
+    from tove_llava.inference.engine import Engine
     from tove_llava.serve.gradio_app import launch
 
     quiet_transformers()

@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.detach import check_out, detach_checkpoint
-    from tove_llava.errors import ConfigError
-    from tove_llava.llava.checkpoint import Manifest
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.core.errors import ConfigError
+    from tove_llava.core.logs import quiet_transformers
     from tove_llava.serve.models import find_model
 
     _check(args)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     from tove_llava.cli.contributions import check_counts
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
 
     check_counts(args)
     if args.keep is not None and args.keep < 0:
@@ -112,7 +112,7 @@ def _fit(args: argparse.Namespace) -> "Fit":
 
 def _least(args: argparse.Namespace) -> list[str]:
     """The experts to take out by --keep."""
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
 
     _, _, ranking = _ranked(args)
     if args.keep > len(ranking):
@@ -124,13 +124,13 @@ def _ranked(args: argparse.Namespace) -> Any:
     """(model, samples (None without --data), its experts, the least contributing first)."""
     from tove_llava.analysis.contributions import (
         measure_contributions,
-        model_fingerprint,
         read_ranking,
         save_contributions,
     )
     from tove_llava.analysis.measure import tower_with_experts
     from tove_llava.analysis.samples import load_samples
-    from tove_llava.serve.generation import Answerer
+    from tove_llava.eval.provenance import model_fingerprint
+    from tove_llava.inference.generation import Answerer
 
     answerer = Answerer.load(args.model, **loading_options(args))
     attached = tower_with_experts(answerer).config.attached_experts

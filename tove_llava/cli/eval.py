@@ -72,11 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from functools import partial
 
-    from tove_llava.errors import ConfigError
+    from tove_llava.core.errors import ConfigError
+    from tove_llava.core.logs import quiet_transformers
     from tove_llava.eval.conditions import parse_conditions
     from tove_llava.eval.evaluate import evaluate
     from tove_llava.eval.judge import judge_from
-    from tove_llava.logs import quiet_transformers
 
     numbers = {"--batch-size": args.batch_size, "--limit": args.limit, "--workers": args.workers}
     for flag, value in numbers.items():

@@ -45,7 +45,7 @@ def _entries(preset: str | None) -> list[dict[str, Any]]:
 
 def describe(entry: dict[str, Any]) -> dict[str, Any]:
     """One expert's row; an expert whose configuration cannot be read has None for what is not known."""
-    from tove_llava.errors import ToveError
+    from tove_llava.core.errors import ToveError
     from tove_llava.experts import EXPERTS, ExpertSpec, build_expert
     from tove_llava.experts.availability import availability
     from tove_llava.experts.cost import expert_cost

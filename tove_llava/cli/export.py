@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from tove_llava.export import export_model
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.checkpoints.exporting import export_model
+    from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()
     begins = args.bos == "template"

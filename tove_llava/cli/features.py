@@ -9,7 +9,7 @@ processes fill one cache with --share 0/4 to --share 3/4.
 import argparse
 import re
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 HELP = "compute the frozen encoders' output for a data set's images once, for training with --feature_cache"
 
@@ -31,11 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from tove_llava.core.logs import quiet_transformers
     from tove_llava.data import load_records
+    from tove_llava.inference.generation import choose_device
     from tove_llava.llava.build import torch_dtype, vision_config
-    from tove_llava.logs import quiet_transformers
     from tove_llava.presets import load_preset
-    from tove_llava.serve.generation import choose_device
     from tove_llava.tower import ToveVisionModel
     from tove_llava.train.feature_filling import fill_cache
 

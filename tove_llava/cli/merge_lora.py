@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.llava.merge_lora import merge_lora
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.checkpoints.merge_lora import merge_lora
+    from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()
     merge_lora(args.model, args.out, dtype=args.dtype, self_contained=args.self_contained)

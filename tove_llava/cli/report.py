@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from tove_llava.errors import ConfigError
-    from tove_llava.report.published import read_published
-    from tove_llava.report.write import Options, write_report
+    from tove_llava.core.errors import ConfigError
+    from tove_llava.eval.report.published import read_published
+    from tove_llava.eval.report.write import Options, write_report
 
     if args.list_published:
         for key, model in read_published().items():

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from tove_llava.analysis.routing import routing_table, show_routing
-    from tove_llava.logs import quiet_transformers
-    from tove_llava.serve.generation import Answerer
+    from tove_llava.core.logs import quiet_transformers
+    from tove_llava.inference.generation import Answerer
     from tove_llava.serve.models import find_model
 
     quiet_transformers()

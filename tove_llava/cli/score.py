@@ -29,12 +29,12 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from tove_llava.errors import ConfigError, DataError
+    from tove_llava.core.errors import ConfigError, DataError
     from tove_llava.eval.benchmarks import get_benchmark
     from tove_llava.eval.judge import judge_from
     from tove_llava.eval.judged import JudgedBenchmark
-    from tove_llava.eval.report import notes, score_table
     from tove_llava.eval.rows import read_answers
+    from tove_llava.eval.score_table import notes, score_table
 
     benchmark = get_benchmark(args.benchmark, args.rule)
     benchmark.check_requirements()

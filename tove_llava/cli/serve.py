@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.serve.models import find_model
 
     folder = find_model(args.model)
-    from tove_llava.logs import quiet_transformers
+    from tove_llava.core.logs import quiet_transformers
     from tove_llava.serve.openai_api import serve_openai
 
     quiet_transformers()

@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     import sys
     from pathlib import Path
 
-    from tove_llava.errors import ConfigError, DataError
+    from tove_llava.core.errors import ConfigError, DataError
     from tove_llava.eval.benchmarks import get_benchmark
-    from tove_llava.eval.report import first_ids
     from tove_llava.eval.rows import read_answers, write_atomically
+    from tove_llava.eval.score_table import first_ids
     from tove_llava.eval.submission import Submitting
 
     benchmark = get_benchmark(args.benchmark)

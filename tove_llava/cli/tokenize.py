@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
+    from tove_llava.core.errors import DataError
     from tove_llava.data.records import parse_record
-    from tove_llava.errors import DataError
 
     row: dict[str, Any] = {
         "id": raw.get("id") if isinstance(raw, dict) else None,
@@ -70,10 +70,10 @@ def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, token
 
 def _example(record: Any, args: argparse.Namespace, template: Any, tokenizer: Any) -> tuple[Any, list[str]]:
     """A record as training feeds it, and what is to be said of it."""
+    from tove_llava.core.errors import DataError
     from tove_llava.data.dataset import truncate
     from tove_llava.data.records import prepare_turns
     from tove_llava.data.tokenization import encode_record
-    from tove_llava.errors import DataError
 
     warnings = []
     whole = encoded = encode_record(record, tokenizer, template, check_images=False)

@@ -10,13 +10,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.dataset import truncate
 from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.records import Record, parse_record, prepare_turns, read_records
 from tove_llava.data.templates import Template, get_template
 from tove_llava.data.tokenization import encode_record
-from tove_llava.errors import ConfigError, DataError
 
 #: kinds of problem, in the order in which a record is looked at
 KINDS = ("structure", "conversation", "length", "image")

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.dataset import Example
 from tove_llava.data.tokenization import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from tove_llava.errors import ConfigError, DataError
 
 
 @dataclass

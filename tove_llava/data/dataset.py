@@ -12,12 +12,12 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.images import ImageTransform, resolve_image
 from tove_llava.data.records import Record, load_records, prepare_turns
 from tove_llava.data.templates import Template, get_template
 from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_record
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
-from tove_llava.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from tove_llava.tower import TowerFeatures

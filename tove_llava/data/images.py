@@ -14,8 +14,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.resize import ImageResize, Levels, pad_and_resize, pad_to_square, resize
-from tove_llava.errors import ConfigError, DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

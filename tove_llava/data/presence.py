@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data.sets import DataSet, Part
-from tove_llava.errors import ConfigError
 
 _DEPTH = 4  # folders below the root in which a misplaced part is looked for
 _BLOCK = 1 << 22  # bytes

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tove_llava.core.errors import DataError
 from tove_llava.data.templates.base import Role, Template, Turn, split_system
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
-from tove_llava.errors import DataError
 
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 

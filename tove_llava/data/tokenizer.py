@@ -9,9 +9,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as _Generic
 
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.sources import Source
 
 IMAGE_PLACEHOLDER = "<image>"
 

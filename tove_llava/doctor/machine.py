@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tove_llava import __version__
+from tove_llava.core.version import __version__
 from tove_llava.doctor.finding import Finding
 
 GIB = 2**30

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tove_llava.core.errors import ToveError
 from tove_llava.data import get_template
 from tove_llava.doctor.finding import Finding
 from tove_llava.doctor.machine import GIB, Machine
 from tove_llava.doctor.sources import SourceState, preset_sources
-from tove_llava.errors import ToveError
 from tove_llava.presets import Preset, load_preset
 from tove_llava.train.memory import (
     Memory,

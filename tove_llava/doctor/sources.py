@@ -6,11 +6,11 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
-from tove_llava.errors import ToveError
+from tove_llava.core.errors import ToveError
+from tove_llava.core.sources import Source
 from tove_llava.experts import build_expert
 from tove_llava.experts.availability import availability, downloadable
 from tove_llava.presets import Preset
-from tove_llava.sources import Source
 
 # What transformers looks for, in this order.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from tove_llava.core.sources import BundledSource
 from tove_llava.doctor.finding import Finding
-from tove_llava.sources import BundledSource
 
 
 def bundled_weights(root: Path | None = None) -> list[Finding]:

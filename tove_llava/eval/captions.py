@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval import java
 from tove_llava.eval.benchmarks import Benchmark
 from tove_llava.eval.matching import Matched

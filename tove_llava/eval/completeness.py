@@ -6,15 +6,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tove_llava.core.errors import DataError
 from tove_llava.data.check import CheckOptions, check_dataset
 from tove_llava.data.images import open_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.presence import Finding, check_parts
 from tove_llava.data.sets import BENCHMARK, DataSet
-from tove_llava.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Question, get_benchmark
 from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.eval.report import first_ids
+from tove_llava.eval.score_table import first_ids
 
 TEXT_ONLY = "text only"  # the group of a training set's records without a picture
 _GROUPS = ("category", "domain")  # of a question's metadata

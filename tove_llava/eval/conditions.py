@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 ALL = "all"
 

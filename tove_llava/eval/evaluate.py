@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError
 from tove_llava.eval import record
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.judge import Judge
 from tove_llava.eval.judged import JudgedBenchmark
-from tove_llava.eval.report import notes, score_table
 from tove_llava.eval.rows import write_atomically
+from tove_llava.eval.score_table import notes, score_table
 from tove_llava.eval.tasks import Task, find_data
 from tove_llava.presets import QuantizationPreset
 
@@ -45,7 +45,7 @@ def evaluate(
         benchmarks: comma-separated names, or ``all`` for those whose data is there.
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
-        quantization, tower_execution: see :meth:`tove_llava.serve.generation.Answerer.load`.
+        quantization, tower_execution: see :meth:`tove_llava.inference.generation.Answerer.load`.
         decoding: overrides of each benchmark's own settings; see :class:`~tove_llava.eval.decoding.Decoding`.
         conv_mode: conversation template; by default the one that the model was trained with, or where its folder does
             not say, the benchmark's.
@@ -73,13 +73,13 @@ def evaluate(
     if judge is not None:
         judge(Path("answers.jsonl"))
 
-    from tove_llava.analysis.contributions import provenance
     from tove_llava.data import get_template
     from tove_llava.eval.answering import get_option_mode
+    from tove_llava.eval.provenance import provenance
     from tove_llava.eval.ranks import Ranks
     from tove_llava.eval.runner import Settings, forget, run_benchmark
+    from tove_llava.inference.generation import Answerer
     from tove_llava.llava.quantization import loaded_bits
-    from tove_llava.serve.generation import Answerer
 
     if score_options is not None:
         get_option_mode(score_options)
@@ -151,20 +151,3 @@ def local_device() -> str:
     import torch
 
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    import platform
-
-    import torch
-    import transformers
-
-    from tove_llava import __version__
-
-    return {
-        "tove_llava": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }

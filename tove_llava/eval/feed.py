@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
-from tove_llava.errors import DataError
 from tove_llava.eval.answering import Job
 from tove_llava.eval.benchmarks import Question
 from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 
 Picture = Path | EmbeddedPicture
 Options = Callable[[Question], Mapping[str, str]]

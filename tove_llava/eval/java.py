@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 _TOKENIZER = ("-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTBTokenizer")
 _METEOR = ("-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tove_llava.errors import ConfigError, ServiceError, ToveError
+from tove_llava.core.errors import ConfigError, ServiceError, ToveError
 from tove_llava.eval.rows import AppendFile, read_jsonl
 
 T = TypeVar("T")

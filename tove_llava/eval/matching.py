@@ -4,7 +4,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.pictures import EmbeddedPicture

@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 
 if TYPE_CHECKING:
     from PIL import Image

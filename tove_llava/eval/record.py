@@ -139,7 +139,7 @@ def _relative(question: Question, root: Path) -> str | None:
 
 def backbone_fingerprints(model: Any) -> dict[str, str]:
     """Digests of a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
-    from tove_llava.llava.fingerprints import fingerprint
+    from tove_llava.checkpoints.weight_fingerprints import fingerprint
 
     frozen = getattr(model.base_model.vision_tower, "frozen", None)
     if frozen is None or frozen.clip is None:

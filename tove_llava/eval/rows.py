@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 
 Row = dict[str, Any]
 T = TypeVar("T")

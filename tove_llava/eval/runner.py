@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from tove_llava.errors import DataError
+from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.core.errors import DataError
 from tove_llava.eval.answering import MODES, Answer
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
@@ -26,9 +27,8 @@ from tove_llava.eval.feed import Feed, portions
 from tove_llava.eval.progress import Progress
 from tove_llava.eval.ranks import Ranks
 from tove_llava.eval.rows import AppendFile, Row, read_jsonl, write_atomically
-from tove_llava.llava.fingerprints import fingerprint
-from tove_llava.serve.generation import Answerer
-from tove_llava.serve.sequences import has_plain_cache
+from tove_llava.inference.generation import Answerer
+from tove_llava.inference.sequences import has_plain_cache
 
 Key = tuple[int | str, str]  # see Question.key
 

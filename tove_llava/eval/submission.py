@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.matching import match
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row, read_jsonl

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
 from tove_llava.eval.decoding import Decoding
 from tove_llava.eval.rows import Row

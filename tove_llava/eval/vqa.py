@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import agreement, mean, record_copies, rounded
 from tove_llava.eval.benchmarks import Benchmark, Score
 from tove_llava.eval.normalisation import flatten, normalise_evalai, normalise_vqa

@@ -17,12 +17,12 @@ from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tove_llava.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.licences import NOT_STATED
+from tove_llava.core.registry import Registry
+from tove_llava.core.sources import Source
 from tove_llava.experts.preparation import normalise, resize
 from tove_llava.experts.spec import ExpertSpec
-from tove_llava.licences import NOT_STATED
-from tove_llava.registry import Registry
-from tove_llava.sources import Source
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

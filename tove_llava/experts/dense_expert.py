@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import BundledSource, Source
 from tove_llava.experts.architectures import known_architecture
 from tove_llava.experts.base import Expert
 from tove_llava.experts.dense import DENSE, DenseArchitecture
-from tove_llava.sources import BundledSource, Source
 
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 

@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.experts.base import Expert, library, register_expert
-from tove_llava.sources import Source
 
 _WEIGHTS = "DexiNed_BIPED_10.pth"
 _DECODER = tuple(f"up_block_{k}" for k in range(1, 7))

@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.sources import OpenClipSource, Source
 from tove_llava.experts.base import Expert, library, register_expert
 from tove_llava.experts.timm_expert import TimmExpert
-from tove_llava.sources import OpenClipSource, Source
 
 
 @register_expert("eva", "open_clip")

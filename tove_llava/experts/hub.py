@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tove_llava.errors import ConfigError, NonFiniteError
+from tove_llava.core.errors import ConfigError, NonFiniteError
+from tove_llava.core.licences import known
+from tove_llava.core.sources import write_origin
 from tove_llava.experts.base import Expert, build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
-from tove_llava.licences import known
-from tove_llava.sources import write_origin
 
 
 @dataclass

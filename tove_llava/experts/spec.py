@@ -5,7 +5,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 MODES = ("features", "map")
 
@@ -17,7 +17,7 @@ class ExpertSpec:
     Attributes:
         name: unique in the hub, such as "depth".
         expert: the registered expert; ``name`` when left out.
-        source: where the weights are (:mod:`tove_llava.sources`); the expert's default when left out.
+        source: where the weights are (:mod:`tove_llava.core.sources`); the expert's default when left out.
         revision: commit, branch or tag of a hub source.
         mode: "features" for the encoder's own tokens, "map" for the dense prediction.
         image_size: pixels per side that this expert works at; the source's own when left out.

@@ -6,9 +6,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source, TimmSource
 from tove_llava.experts.base import Expert, library
-from tove_llava.sources import Source, TimmSource
 
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
 

@@ -10,9 +10,8 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration, ToveLla
 
 if TYPE_CHECKING:
     from tove_llava.llava.build import build_model
-    from tove_llava.llava.checkpoint import load_model
 
-ToveLlavaForConditionalGeneration.folders = "tove_llava.llava.folders"
+ToveLlavaForConditionalGeneration.folders = "tove_llava.checkpoints.folders"
 AutoConfig.register("tove_llava", ToveLlavaConfig)
 AutoModelForImageTextToText.register(ToveLlavaConfig, ToveLlavaForConditionalGeneration)
 
@@ -21,10 +20,9 @@ __all__ = [
     "ToveLlavaForConditionalGeneration",
     "ToveLlavaOutput",
     "build_model",
-    "load_model",
 ]
 
-_HOME_OF = {"build_model": "tove_llava.llava.build", "load_model": "tove_llava.llava.checkpoint"}
+_HOME_OF = {"build_model": "tove_llava.llava.build"}
 
 
 def __getattr__(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tove_llava.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError
 
 
 def add_adapters(

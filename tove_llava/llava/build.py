@@ -18,15 +18,15 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
-from tove_llava.errors import CheckpointError, ConfigError
 from tove_llava.experts import complete_specs
 from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
-from tove_llava.llava.whole import is_whole_model, language_model_of, load_whole
+from tove_llava.llava.whole_model import is_whole_model, language_model_of, load_whole
 from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPreset, load_preset
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")

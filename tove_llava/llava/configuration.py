@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower import ToveVisionConfig
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 # Architectures for which equality is tested; their rotation is a function of this name in their module.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")

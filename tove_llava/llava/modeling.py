@@ -13,7 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.loss import supervised_loss
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
@@ -43,7 +43,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """transformers' LLaVA with a :class:`~tove_llava.tower.ToveVisionModel` as its vision tower.
 
     Attributes:
-        origin: the checkpoint that the model was loaded from (:class:`~tove_llava.llava.origin.Origin`), if any.
+        origin: the checkpoint that the model was loaded from (:class:`~tove_llava.checkpoints.origin.Origin`), if any.
     """
 
     config: ToveLlavaConfig

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.presets import QuantizationPreset
 
 INT8_THRESHOLD = 6.0  # activations beyond it are multiplied in 16 bits (Dettmers et al. 2022, and LLaVA's setting)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 NAME = "tove_varlen"
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 _HERE = Path(__file__).parent
 T = TypeVar("T")
@@ -99,7 +99,7 @@ class QuantizationPreset:
 
 @dataclass
 class MergePreset:
-    """How a copy of CLIP learns to predict the tower's tokens (:mod:`tove_llava.merge`)."""
+    """How a copy of CLIP learns to predict the tower's tokens (:mod:`tove_llava.train.merging`)."""
 
     loss: str = "mse"  # a registered merge loss: mse, smooth_l1, cosine
     coefficient: float = 1.0  # of the merge loss beside the language model's

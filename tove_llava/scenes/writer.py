@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tove_llava.errors import CheckpointError, ConfigError, DataError
+from tove_llava.core.errors import CheckpointError, ConfigError, DataError
+from tove_llava.core.files import staged
 from tove_llava.scenes.language import SHORT_ANSWER, Question, absent_pair, ask, describe, with_article
 from tove_llava.scenes.render import Rendering, render
 from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, sample_scene, scene_rng
-from tove_llava.staging import staged
 
 POPE_QUESTIONS = 3  # of each answer, image and category, as in POPE
 MANIFEST = "scenes.json"

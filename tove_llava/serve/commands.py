@@ -4,9 +4,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tove_llava.errors import ConfigError, DataError, ToveError
-from tove_llava.registry import Registry
-from tove_llava.serve.engine import Engine, Message, Reply, Sampling
+from tove_llava.core.errors import ConfigError, DataError, ToveError
+from tove_llava.core.registry import Registry
+from tove_llava.inference.engine import Engine, Message, Reply, Sampling
 
 
 @dataclass

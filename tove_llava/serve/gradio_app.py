@@ -10,8 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import ConfigError
-from tove_llava.serve.engine import Engine
+from tove_llava.core.errors import ConfigError
+from tove_llava.inference.engine import Engine
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, open_image
-from tove_llava.errors import DataError
 
 MAX_BODY = 64 * 2**20  # bytes
 MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.serve.guard import Guard
 from tove_llava.serve.models import MANIFEST
 
@@ -32,7 +32,7 @@ def serve_openai(
         CheckpointError: the folder holds no model.
     """
     serve = _server_class()
-    from tove_llava.serve.generation import choose_device, choose_dtype
+    from tove_llava.inference.generation import choose_device, choose_dtype
 
     where = choose_device(device)
     kind = str(choose_dtype(dtype, where)).removeprefix("torch.")
@@ -97,7 +97,7 @@ def _servable(model: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tove-llava-") as parent:
         folder = Path(parent) / name
         if (model / MANIFEST).is_file():
-            from tove_llava.export import export_model
+            from tove_llava.checkpoints.exporting import export_model
 
             export_model(model, folder, "remote-code")
         else:
@@ -108,7 +108,7 @@ def _servable(model: Path) -> Iterator[Path]:
 
 def _check_exported(model: Path) -> None:
     """Refuse a folder that ``transformers serve`` would not understand."""
-    from tove_llava.serve.generation import is_stock_llava
+    from tove_llava.inference.generation import is_stock_llava
 
     if is_stock_llava(model):
         return

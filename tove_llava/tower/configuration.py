@@ -12,8 +12,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.sources import Source
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 
 if TYPE_CHECKING:
     from tove_llava.experts.spec import ExpertSpec

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower.configuration import ToveVisionConfig
 
 STEM_WIDTH = 16  # channels of the stem that embeds a dense prediction

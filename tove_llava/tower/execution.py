@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tove_llava.errors import ConfigError, ToveError
+from tove_llava.core.errors import ConfigError, ToveError
 
 # What is more than so many is run eagerly.
 MAX_SIZES = 8  # batch sizes that something is compiled or recorded for

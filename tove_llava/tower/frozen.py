@@ -21,11 +21,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.experts.base import Expert
 from tove_llava.experts.hub import ExpertHub
 from tove_llava.experts.preparation import unnormalise
-from tove_llava.sources import Source
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.execution import Execution
 

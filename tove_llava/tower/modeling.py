@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from tove_llava.errors import CheckpointError, ConfigError
-from tove_llava.licences import known, licence_of
-from tove_llava.sources import Source, write_origin
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.licences import known, licence_of
+from tove_llava.core.sources import Source, write_origin
 from tove_llava.tower.balance import BalanceStatistics, balance_loss
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
@@ -33,7 +33,7 @@ class ToveVisionOutput(ModelOutput):
         routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
         gate_logits: ``[B,N,S]`` float32, before noise and masks.
         gate_inputs: what ``tower.fusion.balance_statistics`` takes; in training alone.
-        merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.merge`).
+        merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.train.merging`).
     """
 
     last_hidden_state: torch.FloatTensor | None = None

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.presets import LoraPreset, Preset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind

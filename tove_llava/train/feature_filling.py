@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from tove_llava.core.errors import ConfigError
 from tove_llava.data.images import AspectRatio, ImageTransform, resolve_image
-from tove_llava.errors import ConfigError
 from tove_llava.tower import ToveVisionModel
 from tove_llava.train.feature_stores import STORES, write_shard
 from tove_llava.train.features import (
@@ -30,7 +30,7 @@ from tove_llava.train.features import (
     write_json,
     write_part,
 )
-from tove_llava.train.fingerprint import Fingerprint, fingerprint
+from tove_llava.train.file_fingerprints import Fingerprint, fingerprint
 
 SHARD_IMAGES = 256
 

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.core.errors import ConfigError, DataError
 
 BLOCK = 32  # values that share a scale, at most
 

@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from tove_llava.errors import ConfigError, DataError
-from tove_llava.sources import Source
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, TowerFeatures
 from tove_llava.train.feature_stores import STORES, Shards
-from tove_llava.train.fingerprint import fingerprint, has_changed, source_files
+from tove_llava.train.file_fingerprints import fingerprint, has_changed, source_files
 
 CLIP = "clip"
 FILES = "files"  # fingerprints of weights, in a part's description

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
 from tove_llava.presets import Preset, QuantizationPreset, StagePreset

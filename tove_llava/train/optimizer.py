@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from tove_llava.merge import MergingTower
-from tove_llava.registry import Registry
+from tove_llava.core.registry import Registry
+from tove_llava.train.merging import MergingTower
 
 MERGE_OPTIMIZERS: Registry[Callable[[MergingTower], list[nn.Parameter]]] = Registry("merge optimizer")
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 NONE, FULL, SELECTIVE = KINDS = ("none", "full", "selective")
 GIB = 2**30

@@ -14,25 +14,25 @@ import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest, save_checkpoint
+from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.logs import quiet_transformers
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template
 from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
-from tove_llava.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.llava.adapters import inputs_left_to_autocast
 from tove_llava.llava.build import torch_dtype
-from tove_llava.llava.checkpoint import MANIFEST, Manifest, save_checkpoint
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.llava.varlen import packed_rows
-from tove_llava.logs import quiet_transformers
-from tove_llava.merge import FurtherImages, MergingTower, Pictures
 from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
-from tove_llava.train import checkpoints
+from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
 from tove_llava.train.features import FeatureCache
+from tove_llava.train.merging import FurtherImages, MergingTower, Pictures
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.shapes import kept_by_layer

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import Registry
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.adapters import adapter_parameters
 from tove_llava.llava.quantization import loaded_bits, parameter_count
 from tove_llava.presets import StagePreset
-from tove_llava.registry import Registry
 
 Policy = Callable[[ToveLlavaForConditionalGeneration, StagePreset], "Trainable"]
 POLICIES: Registry[Policy] = Registry("freezing policy")
@@ -86,12 +86,12 @@ def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
 
 @POLICIES.register("merge")
 def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """A copy of CLIP learns the tower's tokens (:mod:`tove_llava.merge`), with projector and language model.
+    """A copy of CLIP learns the tower's tokens (:mod:`tove_llava.train.merging`), with projector and language model.
 
     The language model's adapters are continued where the model has some, else made by the stage's ``lora`` settings; a
     stage without these trains the whole language model.
     """
-    from tove_llava.merge import MergingTower
+    from tove_llava.train.merging import MergingTower
 
     if stage.merge is None:
         raise ConfigError("freezing policy 'merge' needs the stage's 'merge' settings: {loss, coefficient, ...}")

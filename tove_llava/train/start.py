@@ -10,7 +10,11 @@ from typing import Any, Protocol
 import torch
 from transformers import LlavaProcessor
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.checkpoints.checkpoint import Manifest, load_model, load_processor, load_trained, read_config
+from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.registry import Registry
+from tove_llava.core.sources import Source
 from tove_llava.llava.build import (
     assemble,
     fit_to_processor,
@@ -19,15 +23,11 @@ from tove_llava.llava.build import (
     read_tokenizer,
     vision_config,
 )
-from tove_llava.llava.checkpoint import Manifest, load_model, load_processor, load_trained, read_config
-from tove_llava.llava.fingerprints import fingerprint
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import quantize
-from tove_llava.llava.whole import language_model_of
+from tove_llava.llava.whole_model import language_model_of
 from tove_llava.presets import LanguagePreset, Preset, QuantizationPreset, StagePreset
-from tove_llava.registry import Registry
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig
 
 

@@ -24,13 +24,13 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from tove_llava.core.errors import NonFiniteError
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.data.parcel import Parcel
-from tove_llava.errors import NonFiniteError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
-from tove_llava.merge import FurtherImages
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
-from tove_llava.train import checkpoints
+from tove_llava.train import step_checkpoints as checkpoints
+from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter
 from tove_llava.train.optimizer import make_optimizer
 from tove_llava.train.progress import TrainingLines, TrainingProgress

@@ -36,8 +36,8 @@ from typing import Any
 
 import yaml
 
-from tove_llava.errors import ConfigError
-from tove_llava.registry import closest
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import closest
 
 BENCHMARK, TRAINING = "benchmark", "training"
 

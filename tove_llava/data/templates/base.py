@@ -7,8 +7,8 @@ from typing import Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tove_llava.errors import DataError
-from tove_llava.registry import Registry
+from tove_llava.core.errors import DataError
+from tove_llava.core.registry import Registry
 
 Role = Literal["system", "user", "assistant"]
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
-from tove_llava.errors import ConfigError, DataError
 
 
 @register_template("chat_template")

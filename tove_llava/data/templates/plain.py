@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import DataError
 from tove_llava.data.templates.base import Segment, Template, Turn, register_template
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
-from tove_llava.errors import DataError
 
 
 @register_template("plain")

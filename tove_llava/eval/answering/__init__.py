@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import Registry
 from tove_llava.eval.benchmarks import Question
 from tove_llava.eval.decoding import Decoding
-from tove_llava.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tove_llava.serve.generation import Answerer
+    from tove_llava.inference.generation import Answerer
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
 from tove_llava.eval.decoding import Decoding
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 
 
 @register_mode("batches")

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
 from tove_llava.eval.decoding import Decoding
-from tove_llava.serve.generation import Answerer
-from tove_llava.serve.prefill import Prefill, Prompt
-from tove_llava.serve.sampling import drawn, warped
-from tove_llava.serve.sequences import Sequences
+from tove_llava.inference.generation import Answerer
+from tove_llava.inference.prefill import Prefill, Prompt
+from tove_llava.inference.sampling import drawn, warped
+from tove_llava.inference.sequences import Sequences
 
 # A batch is put together anew when this share of its rows has ended: each time moves the whole cache.
 ENDED = 0.25

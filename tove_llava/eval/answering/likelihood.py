@@ -7,12 +7,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
 from tove_llava.eval.decoding import Decoding
-from tove_llava.serve.generation import Answerer
-from tove_llava.serve.prefill import Prefill, Prompt, pad_left
-from tove_llava.serve.sequences import Sequences
+from tove_llava.inference.generation import Answerer
+from tove_llava.inference.prefill import Prefill, Prompt, pad_left
+from tove_llava.inference.sequences import Sequences
 
 
 class _Likelihood(Mode):

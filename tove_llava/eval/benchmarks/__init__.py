@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import Registry
 from tove_llava.eval.matching import Matched, match
 from tove_llava.eval.options import lettered_options
 from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl, spread
-from tove_llava.registry import Registry
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."

@@ -10,7 +10,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Question, Score, register_benchmark
 from tove_llava.eval.judge import Conversation, Judge, Request

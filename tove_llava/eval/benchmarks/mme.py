@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import read_questions
 from tove_llava.eval.matching import Matched

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import read_questions

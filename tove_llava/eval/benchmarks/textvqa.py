@@ -10,7 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import DataError
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.layout import read_questions

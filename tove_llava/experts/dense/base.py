@@ -7,8 +7,8 @@ from typing import Any, ClassVar, TypeVar
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tove_llava.errors import ConfigError
-from tove_llava.registry import Registry
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import Registry
 
 DENSE: Registry[type["DenseArchitecture"]] = Registry("dense architecture", "tove_llava.experts.dense")
 

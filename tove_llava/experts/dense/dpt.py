@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation, DPTForSemanticSegmentation, DPTModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts.dense.base import DenseArchitecture, register_dense, tokens_to_map
 
 

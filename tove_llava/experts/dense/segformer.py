@@ -5,7 +5,7 @@ import copy
 from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation, SegformerModel
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
 
 _PER_STAGE = (

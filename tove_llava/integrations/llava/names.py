@@ -8,9 +8,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
 import tove_llava.llava  # noqa: F401 - its configuration must be known to AutoConfig
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
-from tove_llava.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 PREFIX = "tove:"

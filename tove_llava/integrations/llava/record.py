@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tove_llava.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError
 from tove_llava.tower import ToveVisionConfig
 
 RECORD = "tove_vision_config"  # key of LLaVA's config.json

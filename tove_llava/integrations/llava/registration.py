@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.experts import EXPERTS
 from tove_llava.integrations.llava.balance import BalancedLoss
 from tove_llava.integrations.llava.names import is_ours

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from tove_llava.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.integrations.llava.names import TowerName
 from tove_llava.integrations.llava.record import RECORD, check_first_stage, recorded_config
 from tove_llava.llava.processing import build_image_processor

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
-from tove_llava.errors import ConfigError, DataError
 from tove_llava.eval.decoding import Decoding
-from tove_llava.serve.generation import Answerer
+from tove_llava.inference.generation import Answerer
 from tove_llava.tower import ToveVisionOutput
 
 DEFAULT_MAX_NEW_TOKENS = 1024

@@ -10,11 +10,11 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
 
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.logs import quiet_transformers
 from tove_llava.data import Turn
-from tove_llava.errors import ConfigError, DataError
+from tove_llava.inference.generation import Answerer
 from tove_llava.integrations.lmms_eval.asking import Request, answer, loss, user_turn
-from tove_llava.logs import quiet_transformers
-from tove_llava.serve.generation import Answerer
 
 
 class _ToveLlava(lmms):  # type: ignore[misc]

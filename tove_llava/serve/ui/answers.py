@@ -9,7 +9,7 @@ from typing import TypeVar
 import anyio
 import anyio.to_thread
 
-from tove_llava.serve.engine import Engine, Reply, Sampling, Timing
+from tove_llava.inference.engine import Engine, Reply, Sampling, Timing
 from tove_llava.serve.ui.conversation import Said, checked_text, messages
 
 AT_ONCE = 64  # answers that the page asks of an engine at a time

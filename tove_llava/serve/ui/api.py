@@ -9,8 +9,8 @@ from typing import Any
 import anyio
 import gradio as gr
 
-from tove_llava.errors import DataError
-from tove_llava.serve.engine import Engine
+from tove_llava.core.errors import DataError
+from tove_llava.inference.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Answer, Desk, Settings
 from tove_llava.serve.ui.conversation import Said, answered, question
 from tove_llava.serve.ui.overlay import ALL, draw, look, views

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 
 
 def read_auth(given: str | None) -> list[tuple[str, str]] | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import gradio as gr
 
-from tove_llava.errors import ToveError
-from tove_llava.serve.engine import Engine
+from tove_llava.core.errors import ToveError
+from tove_llava.inference.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
 from tove_llava.serve.ui.conversation import PASTED, Said, answered, pictures, question, shown, unanswered
 from tove_llava.serve.ui.examples import Example

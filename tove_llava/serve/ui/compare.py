@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from tove_llava.serve.engine import Engine
+from tove_llava.inference.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
 from tove_llava.serve.ui.conversation import PASTED, Said, question, shown
 from tove_llava.serve.ui.legend import legend

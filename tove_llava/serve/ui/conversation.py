@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tove_llava.core.errors import DataError
 from tove_llava.data.images import open_image
-from tove_llava.errors import DataError
-from tove_llava.serve.engine import Message
+from tove_llava.inference.engine import Message
 
 MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB
 MAX_PICTURES = 8  # of one question

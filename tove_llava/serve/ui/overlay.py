@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tove_llava.analysis.colours import column_colour, heat_colours
-from tove_llava.serve.engine import Engine, Routing
+from tove_llava.inference.engine import Engine, Routing
 from tove_llava.serve.ui.conversation import picture
 
 ALL = "all experts"  # the view of the largest weight; any other is an expert's name

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from tove_llava.serve.engine import Engine
+from tove_llava.inference.engine import Engine
 from tove_llava.serve.ui.answers import AT_ONCE, Desk
 from tove_llava.serve.ui.legend import legend
 from tove_llava.serve.ui.overlay import ALL, Look, draw, look, views

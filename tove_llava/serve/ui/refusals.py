@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import gradio as gr
 
-from tove_llava.errors import ToveError
+from tove_llava.core.errors import ToveError
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """The answer that a visitor waits for, so that another of the page's listeners can end it."""
 
-from tove_llava.serve.engine import Reply
+from tove_llava.inference.engine import Reply
 
 
 class Running:

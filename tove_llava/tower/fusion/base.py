@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from tove_llava.errors import ConfigError
-from tove_llava.registry import Registry
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import Registry
 
 if TYPE_CHECKING:
     from tove_llava.tower.balance import BalanceStatistics

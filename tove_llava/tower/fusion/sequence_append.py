@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
 from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput

@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from tove_llava.errors import ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance import BalanceStatistics
 from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings

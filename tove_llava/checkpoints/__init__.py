@@ -1,0 +1,1 @@
+"""Checkpoint folders of every format: reading, writing, converting, exporting and the hub."""

@@ -1,0 +1,116 @@
+"""What a format of LLaVA checkpoints has to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from tove_llava.checkpoints.parts import LlavaParts
+from tove_llava.checkpoints.tensors import read_json
+from tove_llava.core.errors import CheckpointError
+from tove_llava.core.registry import Registry
+
+FORMATS: Registry[type[LlavaFormat]] = Registry("checkpoint format", "tove_llava.checkpoints.formats")
+
+OWN = "tove"
+
+F = TypeVar("F", bound="type[LlavaFormat]")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user says beyond the folder.
+
+    Attributes:
+        base: source of the language model, for folders that hold none.
+        clip: source of CLIP, where the folder does not say it or what it says leads nowhere.
+        template: conversation template; the format's own default where it is None.
+        preset: whose experts and fusion the tower gets; None leaves CLIP alone.
+        out: where the written folder will lie.
+    """
+
+    base: str | None = None
+    clip: str | None = None
+    template: str | None = None
+    preset: Any = None
+    out: Path | None = None
+
+
+class LlavaFormat(ABC):
+    """One kind of folder. A subclass registers itself with :func:`register_format`, in a file of its own."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""  # one line for the command's help
+
+    @abstractmethod
+    def detect(self, folder: Path, config: dict[str, Any]) -> bool:
+        """Whether a folder is of this format, whole or not.
+
+        Args:
+            config: its ``config.json``, empty where there is none.
+        """
+
+    @abstractmethod
+    def read(self, folder: Path, request: Request) -> LlavaParts:
+        """Reads configurations and tokenizer, and maps the weights.
+
+        Raises:
+            CheckpointError: the folder is incomplete or damaged.
+            ConfigError: it is a kind of model that LLaVA-1.5 is not; or a flag is missing or wrong.
+        """
+
+    @abstractmethod
+    def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
+        """Writes everything into the empty ``folder``, and adds to ``parts.remarks``.
+
+        Raises:
+            ConfigError: this format cannot hold such a model.
+        """
+
+
+def register_format(name: str) -> Callable[[F], F]:
+    """Class decorator that registers a format under its name."""
+
+    def add(cls: F) -> F:
+        cls.name = name
+        FORMATS.register(name)(cls)
+        return cls
+
+    return add
+
+
+def find_format(folder: Path) -> LlavaFormat:
+    """The format of a folder.
+
+    Raises:
+        CheckpointError: there is no folder, or it is of no known format.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder} is not a folder; a repository of the hub has to be downloaded first: hf download NAME "
+            "--local-dir FOLDER"
+        )
+    file = folder / "config.json"
+    config = read_json(file) if file.is_file() else {}
+    for name in FORMATS:
+        candidate = FORMATS.get(name)()
+        if candidate.detect(folder, config):
+            return candidate
+    if not config:
+        raise CheckpointError(f"{folder} holds no config.json: it is no checkpoint, or an unfinished copy of one")
+    raise CheckpointError(
+        f"{folder} is not a LLaVA checkpoint: its config.json says model_type {config.get('model_type')!r}. Known "
+        f"formats: {', '.join(FORMATS)}"
+    )
+
+
+def foreign_format(folder: Path) -> str | None:
+    """The name of the format of a folder that is another one's than this package's own, whole or not; else None."""
+    try:
+        name = find_format(folder).name
+    except CheckpointError:
+        return None
+    return None if name == OWN else name

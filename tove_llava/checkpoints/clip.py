@@ -1,0 +1,147 @@
+"""CLIP's vision encoder as a part: out of a folder, into a folder."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from tove_llava.checkpoints.parts import ClipPart
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors, read_json
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
+from tove_llava.presets import load_preset, preset_names
+
+_PREFIX = "vision_model."  # in front of every name in files; transformers from 5.6 on has it no more in the module
+_NORM = "post_layernorm."
+_NAME = "_name_or_path"  # transformers' own key for where a model came from
+
+
+def clip_config(source: str, advice: str) -> CLIPVisionConfig:
+    """CLIP's architecture: as a preset records it (so that no network is needed), else read from its source.
+
+    Args:
+        advice: the end of the message when it cannot be read.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    for name in preset_names():
+        vision = load_preset(name).vision
+        if vision.clip == source and vision.clip_config is not None:
+            return CLIPVisionConfig(**vision.clip_config)
+    try:
+        return CLIPVisionConfig.from_pretrained(**Source.parse(source).pretrained())
+    except (OSError, ValueError, StrictDataclassError, CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"CLIP's configuration cannot be read from {source}: {error}. {advice}") from error
+
+
+def normalisation(folder: Path | None) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation in a folder's ``preprocessor_config.json``, or None for each."""
+    file = None if folder is None else folder / "preprocessor_config.json"
+    if file is None or not file.is_file():
+        return None, None
+    data = read_json(file)
+    try:
+        mean, std = ([float(x) for x in data[key]] for key in ("image_mean", "image_std"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error!r}") from error
+    return mean, std
+
+
+def read_clip(folder: Path, depth: int) -> ClipPart:
+    """A folder's CLIP by value.
+
+    A checkpoint may hold CLIP only up to the block whose tokens are used, without the norm behind the last one. LLaVA
+    does not use that norm; a neutral one makes the encoder whole.
+
+    Args:
+        depth: how many blocks lie below the tokens that are used.
+
+    Raises:
+        CheckpointError: the folder is incomplete or damaged.
+    """
+    config = clip_config(f"hf:{folder}", "The folder is incomplete")
+    found = folder_tensors(folder)
+    inner = {name.removeprefix(_PREFIX): value for name, value in found.items() if name.startswith(_PREFIX)}
+    tensors: Tensors = inner or found  # a whole CLIP has a text encoder beside
+    if not any(name.startswith(_NORM) for name in tensors):
+        like = tensors.get("embeddings.class_embedding", torch.zeros(config.hidden_size))
+        tensors = tensors | {_NORM + "weight": torch.ones_like(like), _NORM + "bias": torch.zeros_like(like)}
+    config.dtype = None
+    name = read_json(folder / "config.json").get(_NAME, "")
+    mean, std = normalisation(folder)
+    return ClipPart(
+        config=config,
+        layer=depth - config.num_hidden_layers - 1,
+        tensors=tensors,
+        source=f"hf:{name}" if is_hub_name(name) else "",
+        image_mean=mean,
+        image_std=std,
+    )
+
+
+def fetch_clip(part: ClipPart) -> ClipPart:
+    """The part by value, from its source.
+
+    Raises:
+        CheckpointError: the source is not there or lacks tensors.
+    """
+    if part.tensors is not None:
+        return part
+    source = Source.parse(part.source)
+    if source.path is not None:
+        return read_clip(source.require(), part.depth)
+    try:
+        clip, info = CLIPVisionModel.from_pretrained(
+            **source.pretrained(), revision=part.revision or "main", dtype="auto", output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
+    if info["missing_keys"]:
+        raise CheckpointError(f"{source} lacks CLIP's {sorted(info['missing_keys'])[0]!r}")
+    return replace(part, tensors=dict(clip.state_dict()))
+
+
+def has_published_names(part: ClipPart) -> bool:
+    """Whether a reference is one that transformers 4 reads too: it silently takes random numbers for other names."""
+    source = Source.parse(part.source)
+    if source.path is None:
+        return True
+    return any(name.startswith(_PREFIX) for name in folder_tensors(source.require()))
+
+
+def save_clip(part: ClipPart, folder: Path) -> None:
+    """Writes a by-value part as a folder that every version of transformers reads as a ``CLIPVisionModel``."""
+    assert part.tensors is not None
+    folder.mkdir(parents=True)
+    config = CLIPVisionConfig.from_dict(part.config.to_dict())
+    config.architectures = ["CLIPVisionModel"]
+    config.save_pretrained(folder)
+    if part.source:
+        file = folder / "config.json"  # transformers does not write this key itself
+        name = Source.parse(part.source).target
+        file.write_text(json.dumps(read_json(file) | {_NAME: name}, indent=2) + "\n", encoding="utf-8")
+    tensors = {_PREFIX + name: value.contiguous() for name, value in part.tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_image_processor(part, folder)
+
+
+def save_image_processor(part: ClipPart, folder: Path) -> None:
+    """Writes CLIP's image processor: shortest side to the image size, bicubic, middle cut out, normalised."""
+    size = part.config.image_size
+    given = {"image_mean": part.image_mean, "image_std": part.image_std}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        **{key: value for key, value in given.items() if value is not None},
+    ).save_pretrained(folder)
+
+
+def is_hub_name(name: object) -> bool:
+    """Whether a recorded name is ``owner/repository`` and not a path."""
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()

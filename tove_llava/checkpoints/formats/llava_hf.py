@@ -1,0 +1,169 @@
+"""``llava-hf``: a folder of transformers' ``LlavaForConditionalGeneration``, such as llava-hf/llava-1.5-7b-hf.
+
+The names of the weights changed with transformers: ``language_model.model.*`` is today's ``model.language_model.*``,
+``vision_tower.vision_model.*`` is ``model.vision_tower.*``. All of them are read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
+
+from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
+from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
+from tove_llava.checkpoints.clip import fetch_clip, normalisation
+from tove_llava.checkpoints.export_format import ExportSource
+from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
+from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source, weights_dtype
+from tove_llava.checkpoints.tensors import folder_tensors, read_json, split_by_prefix
+from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
+from tove_llava.core.errors import CheckpointError, ConfigError
+
+_TABLE = (
+    ("model.language_model.", "language", "model."),
+    ("language_model.model.", "language", "model."),
+    ("language_model.lm_head.", "language", "lm_head."),
+    ("lm_head.", "language", "lm_head."),
+    ("model.vision_tower.vision_model.", "clip", ""),
+    ("vision_tower.vision_model.", "clip", ""),
+    ("model.vision_tower.", "clip", ""),
+    ("vision_tower.", "clip", ""),
+    ("model.multi_modal_projector.", "projector", ""),
+    ("multi_modal_projector.", "projector", ""),
+)
+
+
+@register_format("llava-hf")
+class LlavaHf(LlavaFormat):
+    """What transformers calls LLaVA."""
+
+    summary = "transformers' LlavaForConditionalGeneration"
+
+    def detect(self, folder: Path, config: dict[str, Any]) -> bool:
+        return config.get("model_type") == "llava" and "mm_vision_tower" not in config
+
+    def read(self, folder: Path, request: Request) -> LlavaParts:
+        if request.base is not None:
+            raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
+        raw = read_json(folder / "config.json")
+        config = _config(raw, folder)
+        found = split_by_prefix(folder_tensors(folder), _TABLE, folder)
+        generation = folder / "generation_config.json"
+        language = LanguagePart(
+            config=config.text_config,
+            dtype=weights_dtype(found["language"], folder),
+            tensors=found["language"],
+            tokenizer_folders=[folder],
+            generation=read_json(generation) if generation.is_file() else None,
+        )
+        mean, std = normalisation(folder)
+        tokenizer = read_tokenizer(language, folder)
+        parts = LlavaParts(
+            folder=folder,
+            language=language,
+            projector=found["projector"],
+            clip=ClipPart(
+                config=config.vision_config,
+                layer=config.vision_feature_layer,
+                tensors=found["clip"],
+                source=parse_source(request.clip) if request.clip is not None else "",
+                image_mean=mean,
+                image_std=std,
+            ),
+            tokenizer=tokenizer,
+            image_token=_image_token(config, tokenizer, folder),
+            template=request.template or raw.get("conversation_template") or "v1",
+            image_aspect_ratio=_aspect_ratio(raw, folder),
+            projector_act=config.projector_hidden_act,
+        )
+        parts.check()
+        return parts
+
+    def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
+        clip = fetch_clip(parts.clip)
+        parts.clip = clip
+        vision = tower_config(parts, clip_source=clip.source or f"hf:{parts.folder}")
+        language = load_language(parts.language, parts.language.dtype)
+        model, processor = assemble_model(parts, vision, language, merge_lora=True)
+        load_clip_of(parts, model)
+        source = ExportSource(
+            folder=parts.folder,
+            model=model.eval(),
+            processor=processor,
+            template=parts.template,
+            image_aspect_ratio=parts.image_aspect_ratio,
+            language_source=parts.language.source or f"hf:{parts.folder}",
+            stage="converted",
+            preset=parts.folder.name,
+        )
+        stock = stock_model(source)
+        assert clip.tensors is not None
+        # All of CLIP, the blocks and the norm that LLaVA does not use included.
+        stock.model.vision_tower = CLIPVisionModel.from_pretrained(
+            None, config=clip.config, state_dict=dict(clip.tensors), dtype=model.dtype
+        )
+        stock.config.vision_config, stock.config.vision_feature_layer = clip.config, clip.layer
+        stored = {f"model.vision_tower.{name}": value for name, value in clip.tensors.items()}
+        stored |= {f"model.multi_modal_projector.{name}": value for name, value in parts.projector.items()}
+        parts.remarks += write_stock(source, stock.eval(), folder, stored)
+        add_sentencepiece(parts, processor.tokenizer, folder)
+
+
+def _config(raw: dict[str, Any], folder: Path) -> LlavaConfig:
+    """The folder's configuration, of a LLaVA-1.5.
+
+    Raises:
+        ConfigError: of another LLaVA. CheckpointError: it is damaged.
+    """
+    vision = raw.get("vision_config")
+    kind = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else "clip_vision_model"
+    if kind != "clip_vision_model":
+        raise ConfigError(f"{folder}: its vision tower is a {kind!r}; only CLIP can be taken over")
+    if raw.get("quantization_config"):
+        raise ConfigError(f"{folder}: quantised weights cannot be converted; take the checkpoint in 16 bits")
+    try:
+        config = LlavaConfig.from_dict(raw)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json does not describe a LLaVA: {error}") from error
+    layer, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+    if isinstance(layer, list) and len(layer) == 1:
+        config.vision_feature_layer = layer[0]
+    elif not isinstance(layer, int):
+        raise ConfigError(f"{folder}: vision_feature_layer {layer}: only models that read one layer can be taken over")
+    if strategy != "default":
+        raise ConfigError(
+            f"{folder}: with vision_feature_select_strategy {strategy!r} the projector also reads CLIP's class token, "
+            "which a ToVE tower has not; only 'default' can be taken over"
+        )
+    assert isinstance(config.vision_config, CLIPVisionConfig)
+    return config
+
+
+def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:
+    """The image token's text.
+
+    Raises:
+        CheckpointError: the tokenizer has no such token, or an ordinary one in its place.
+    """
+    index = config.image_token_index
+    added = tokenizer.added_tokens_decoder.get(index)
+    if added is None or index >= config.text_config.vocab_size:
+        there = tokenizer.convert_ids_to_tokens(index) if 0 <= index < len(tokenizer) else None
+        raise CheckpointError(
+            f"{folder}: config.json says that token {index} is the image token, but the tokenizer has "
+            f"{'no such token' if there is None else f'{there!r} there'}; the tokenizer is not this model's"
+        )
+    return str(added.content)
+
+
+def _aspect_ratio(raw: dict[str, Any], folder: Path) -> str:
+    """How pictures were shown in training: as an export of this package says it, else as LLaVA-1.5 was trained."""
+    named = raw.get("image_aspect_ratio")
+    if named in ("pad", "square"):
+        return str(named)
+    file = folder / "preprocessor_config.json"
+    pads = read_json(file).get("do_pad") if file.is_file() else None
+    return "square" if pads is False else "pad"

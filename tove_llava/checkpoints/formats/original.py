@@ -1,0 +1,318 @@
+"""``original``: the folders of haotian-liu/LLaVA 1.5.
+
+Three layouts: a whole model; stage 1's ``mm_projector.bin``; adapters (``adapter_model.*``) beside
+``non_lora_trainables.bin``. The last two need the language model that they were trained on.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+
+from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
+from tove_llava.checkpoints.clip import (
+    clip_config,
+    fetch_clip,
+    has_published_names,
+    is_hub_name,
+    normalisation,
+    read_clip,
+    save_clip,
+)
+from tove_llava.checkpoints.original_layout import (
+    PEFT_PREFIX,
+    check_supported,
+    check_writable,
+    clip_names,
+    language_config,
+    original_config,
+    projector_names,
+    sort_tensors,
+)
+from tove_llava.checkpoints.parts import (
+    EMBEDDINGS,
+    HEAD,
+    AdapterPart,
+    ClipPart,
+    LanguagePart,
+    LlavaParts,
+    language_by_reference,
+    parse_source,
+    weights_dtype,
+)
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, read_json
+from tove_llava.checkpoints.tokenizer_files import foreign_tokens, legacy_remarks, read_tokenizer, write_tokenizer
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
+
+PROJECTOR, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CLIP_FOLDER = "vision_tower"  # where a CLIP goes that the original cannot read by a public name
+
+_ADAPTER_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
+_ADAPTER_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "use_dora")
+
+
+@register_format("original")
+class Original(LlavaFormat):
+    """What haotian-liu/LLaVA trains and reads."""
+
+    summary = "haotian-liu/LLaVA: a whole model, stage 1's projector, or LoRA adapters"
+
+    def detect(self, folder: Path, config: dict[str, Any]) -> bool:
+        return "mm_vision_tower" in config or any((folder / name).is_file() for name in (PROJECTOR, NON_LORA))
+
+    def read(self, folder: Path, request: Request) -> LlavaParts:
+        config = read_json(folder / "config.json")
+        check_supported(config, folder)
+        if (folder / ADAPTER_CONFIG).is_file() or (folder / NON_LORA).is_file():
+            parts = _read_adapters(folder, config, request)
+        elif has_weights(folder) or not (folder / PROJECTOR).is_file():
+            parts = _read_whole(folder, config, request)
+        else:
+            parts = _read_projector(folder, config, request)
+        parts.check()
+        return parts
+
+    def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
+        check_writable(parts)
+        if parts.language.tensors is not None and parts.adapter is not None:
+            raise ConfigError(
+                f"{parts.folder} holds adapters and their language model in one folder, for which the original has no "
+                "layout; merge them first (tove-llava merge-lora)"
+            )
+        if parts.language.tensors is None:
+            vocab_size = parts.language.config.vocab_size
+            clip_name = _write_clip(parts, folder, request, named=False)
+            write = _write_projector if parts.adapter is None else _write_adapters
+            write(parts, folder)
+        else:
+            clip_name = _write_clip(parts, folder, request, named=True)
+            vocab_size = _write_whole(parts, folder)
+        config = original_config(parts, vocab_size, clip_name)
+        if parts.language.tensors is None:
+            config["_name_or_path"] = Source.parse(parts.language.source).target
+        _write_json(folder / "config.json", config)
+        _remark_on_name(parts, request)
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_whole(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
+    if request.base is not None:
+        raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
+    found = sort_tensors(folder_tensors(folder), folder)
+    generation = folder / "generation_config.json"
+    language = LanguagePart(
+        config=language_config(config, folder),
+        dtype=weights_dtype(found["language"], folder),
+        tensors=found["language"],
+        tokenizer_folders=[folder],
+        generation=read_json(generation) if generation.is_file() else None,
+    )
+    return _parts(folder, config, request, language, found, "v1")
+
+
+def _read_projector(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
+    found = sort_tensors(file_tensors(folder / PROJECTOR), folder)
+    if found["language"]:
+        raise ConfigError(
+            f"{folder / PROJECTOR} also holds {sorted(found['language'])[0]!r}; LLaVA-1.5's stage 1 trains the "
+            "projector alone"
+        )
+    return _parts(folder, config, request, _base(folder, config, request), found, "plain")
+
+
+def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
+    settings = read_json(folder / ADAPTER_CONFIG)
+    refused = [key for key in _ADAPTER_REFUSED if settings.get(key)]
+    if settings.get("peft_type") != "LORA" or refused or settings.get("bias", "none") != "none":
+        odd = ", ".join(refused) or f"peft_type {settings.get('peft_type')}, bias {settings.get('bias')}"
+        raise ConfigError(
+            f"{folder / ADAPTER_CONFIG}: only plain LoRA can be taken over, not {odd}; merge the adapters with the "
+            "original's scripts/merge_lora_weights.py and convert the result"
+        )
+    language = _base(folder, config, request)
+    files = [folder / name for name in (ADAPTER, "adapter_model.bin")]
+    file = next((file for file in files if file.is_file()), files[0])
+    tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in file_tensors(file).items()}
+    odd = next((name for name in tensors if not name.startswith("model.layers.") or ".lora_" not in name), "")
+    if odd or not tensors:
+        raise CheckpointError(f"{file}: {odd or 'empty'!r} is no LoRA tensor of the language model's layers")
+    others = {name.removeprefix(PEFT_PREFIX): value for name, value in file_tensors(folder / NON_LORA).items()}
+    found = sort_tensors(others, folder)
+    if found["language"]:
+        raise ConfigError(
+            f"{folder / NON_LORA} holds trained weights of the language model beside the adapters, such as "
+            f"{sorted(found['language'])[0]!r}; merge with the original's scripts/merge_lora_weights.py first"
+        )
+    parts = _parts(folder, config, request, language, found, "v1")
+    parts.adapter = AdapterPart({key: settings[key] for key in _ADAPTER_KEYS if key in settings}, tensors)
+    return parts
+
+
+def _parts(
+    folder: Path,
+    config: dict[str, Any],
+    request: Request,
+    language: LanguagePart,
+    found: dict[str, Tensors],
+    template: str,
+) -> LlavaParts:
+    clip = _clip(folder, config, found["clip"], request)
+    if clip.config.hidden_size != config.get("mm_hidden_size", clip.config.hidden_size):
+        raise CheckpointError(
+            f"{folder}: the projector reads tokens of width {config['mm_hidden_size']}, but CLIP's are "
+            f"{clip.config.hidden_size} wide; give the right one with --clip"
+        )
+    return LlavaParts(
+        folder=folder,
+        language=language,
+        remarks=legacy_remarks(language),
+        projector=found["projector"],
+        clip=clip,
+        tokenizer=read_tokenizer(language, folder),
+        template=request.template or template,
+        image_aspect_ratio=config.get("image_aspect_ratio") or "square",
+        model_max_length=config.get("tokenizer_model_max_length") or 2048,
+    )
+
+
+def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePart:
+    """The language model that a folder without one was trained on."""
+    if request.base is None:
+        name = config.get("_name_or_path")
+        raise ConfigError(
+            f"{folder} holds no language model: give the one that it was trained on with --base"
+            + (f" (its config.json says {name!r})" if isinstance(name, str) and name else "")
+            + f": tove-llava convert --model {folder} --base SOURCE --out NEW_FOLDER"
+        )
+    language = language_by_reference(parse_source(request.base))
+    own = language_config(config, folder)
+    for key in ("model_type", "hidden_size"):
+        if getattr(language.config, key, None) != getattr(own, key):
+            raise CheckpointError(
+                f"{folder} was trained on a language model with {key} {getattr(own, key)!r}, but that of "
+                f"{language.source} is {getattr(language.config, key, None)!r}; give the right one with --base"
+            )
+    return language
+
+
+def _clip(folder: Path, config: dict[str, Any], stored: Tensors, request: Request) -> ClipPart:
+    """CLIP by value where the folder holds it, else by what ``mm_vision_tower`` or ``--clip`` names."""
+    name, layer = config["mm_vision_tower"], config["mm_vision_select_layer"]
+    inside = folder / CLIP_FOLDER
+    advice = f"{folder}: give CLIP's folder or its name on the hub with --clip"
+    if request.clip is not None:
+        source = parse_source(request.clip)
+    elif inside.is_dir():
+        source = f"hf:{inside.absolute()}"
+    elif is_hub_name(name) or Path(name).is_dir():
+        source = str(Source.parse(f"hf:{name}").absolute())
+    else:
+        raise CheckpointError(f"mm_vision_tower {name!r} is no folder here and no name on the hub. {advice}")
+    architecture = clip_config(source, advice)
+    path = Source.parse(source).path
+    mean, std = normalisation(path)
+    part = ClipPart(architecture, layer, source=source, image_mean=mean, image_std=std)
+    if stored:
+        public = path is None and (request.clip is not None or not config.get("unfreeze_mm_vision_tower"))
+        part.tensors, part.source = stored, source if public else ""
+    elif request.clip is None and inside.is_dir():
+        part = read_clip(inside, part.depth)
+    return part
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _write_whole(parts: LlavaParts, folder: Path) -> int:
+    """Weights and tokenizer; returns the number of tokens."""
+    language, rows = parts.language, parts.language.config.vocab_size
+    assert language.tensors is not None
+    gone = foreign_tokens(parts)
+    tensors = dict(language.tensors)
+    if gone:
+        rows = 1 + max(index for token, index in parts.tokenizer.get_vocab().items() if token not in gone)
+        tensors |= {name: tensors[name][:rows].clone() for name in (EMBEDDINGS, HEAD) if name in tensors}
+        parts.remarks.append(f"Tokens that the original does not have were left out: {', '.join(gone)}.")
+    tensors |= projector_names(parts.projector)
+    if parts.clip.tensors is not None:
+        tensors |= clip_names(parts.clip.tensors)
+    save_torch_state_dict(tensors, folder)
+    write_tokenizer(parts, folder, gone, portable=True)
+    if not (folder / "tokenizer.model").is_file():
+        parts.remarks.append(
+            "The tokenizer has no SentencePiece file: the original opens it, but its training code asks for one."
+        )
+    generation = language.generation or {}
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    named = {key: generation.get(key, getattr(language.config, key, None)) for key in keys}
+    _write_json(folder / "generation_config.json", {key: value for key, value in named.items() if value is not None})
+    return rows
+
+
+def _write_projector(parts: LlavaParts, folder: Path) -> None:
+    torch.save(_copied(projector_names(parts.projector)), folder / PROJECTOR)
+    parts.remarks.append(f"Its language model is {parts.language.source}: give it to the original as --model-base.")
+
+
+def _write_adapters(parts: LlavaParts, folder: Path) -> None:
+    assert parts.adapter is not None
+    projector = {PEFT_PREFIX + name: value for name, value in projector_names(parts.projector).items()}
+    torch.save(_copied(projector), folder / NON_LORA)
+    adapter = {PEFT_PREFIX + name: value.contiguous() for name, value in parts.adapter.tensors.items()}
+    save_file(adapter, folder / ADAPTER, metadata={"format": "pt"})
+    own = parts.adapter.settings
+    settings = {
+        **{key: value for key, value in own.items() if value is not False},  # old versions of peft know fewer keys
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": Source.parse(parts.language.source).target,
+        "target_modules": parts.adapter.layers,
+        "inference_mode": True,
+    }
+    _write_json(folder / ADAPTER_CONFIG, settings)
+    parts.remarks.append(f"Its language model is {parts.language.source}: give it to the original as --model-base.")
+
+
+def _write_clip(parts: LlavaParts, folder: Path, request: Request, *, named: bool) -> str:
+    """What ``mm_vision_tower`` has to say; writes CLIP as a folder where the original could not find it otherwise.
+
+    Args:
+        named: CLIP by value may be left to its public name, because its tensors go into the weights as well.
+    """
+    clip = parts.clip
+    if clip.tensors is None and not has_published_names(clip):
+        clip = fetch_clip(clip)
+    elif clip.source and (clip.tensors is None or named):
+        return Source.parse(clip.source).target
+    save_clip(clip, folder / CLIP_FOLDER)
+    assert request.out is not None
+    path = request.out.absolute() / CLIP_FOLDER
+    parts.remarks.append(f"The original reads CLIP from {path}: correct mm_vision_tower in config.json after a move.")
+    return str(path)
+
+
+def _remark_on_name(parts: LlavaParts, request: Request) -> None:
+    """The original chooses its classes by fragments of the folder's name (``llava/model/builder.py``)."""
+    assert request.out is not None
+    wanted = ["llava"] + (["lora"] if parts.adapter is not None else [])
+    lacking = [word for word in wanted if word not in request.out.name.lower()]
+    if lacking:
+        parts.remarks.append(f"The original wants {' and '.join(lacking)} in the folder's name; rename it.")
+
+
+def _copied(tensors: Tensors) -> Tensors:
+    """Without the storage that a mapped tensor may be part of."""
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def _write_json(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

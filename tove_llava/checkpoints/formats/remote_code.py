@@ -1,0 +1,150 @@
+"""``remote-code``: a model with its experts, with its code and its backbones in the folder.
+
+The code is this package's own, made flat (:mod:`tove_llava.checkpoints.flatten`): the modules that this model's fusion
+and experts need, and one entry module, to which ``auto_map`` points. The processor is a stock one.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tove_llava.checkpoints.card import expert_licence
+from tove_llava.checkpoints.export_format import ExportFormat, ExportSource, register_format
+from tove_llava.checkpoints.export_parts import (
+    EXCEPTIONS,
+    check_prompts,
+    export_processor,
+    generation_config,
+    model_card,
+    save_processor,
+    usage,
+    without_paths,
+)
+from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
+from tove_llava.core.licences import licence_of
+from tove_llava.core.sources import display_source
+from tove_llava.core.version import __version__
+from tove_llava.experts import ExpertHub
+from tove_llava.llava.configuration import ToveLlavaConfig
+from tove_llava.tower import Fusion
+
+ENTRY = "modeling_tove_llava"
+_CONFIG = ("tove_llava.llava.configuration", "ToveLlavaConfig")
+_MODEL = ("tove_llava.llava.modeling", "ToveLlavaForConditionalGeneration")
+_TOWER_CONFIG = ("tove_llava.tower.configuration", "ToveVisionConfig")
+_TOWER = ("tove_llava.tower.modeling", "ToveVisionModel")
+_CORE = (_CONFIG, _MODEL, _TOWER_CONFIG, _TOWER)
+
+
+@register_format("remote-code")
+class RemoteCode(ExportFormat):
+    """A folder that transformers opens with ``trust_remote_code=True``."""
+
+    summary = "a model with its experts, code and backbones included; needs trust_remote_code=True"
+
+    def check(self, config: Any) -> None:
+        """Every model can be written so."""
+
+    def write(self, source: ExportSource, folder: Path) -> list[str]:
+        model = source.model
+        config = ToveLlavaConfig.from_dict(model.config.to_dict())
+        # Every expert of the configuration, detached ones included: the fusion has a column for each.
+        model.tower.load_backbones(config.vision_config.expert_names, base_dir=source.folder)
+        config.vision_config = model.tower.save_backbones(folder)
+        # Saved by value an expert may be read by another class than the one that loaded it (open_clip's, by timm's).
+        files = code_files(model.tower.fusion, ExpertHub(config.vision_config.experts, base_dir=folder))
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        config.conversation_template = source.template
+        config.image_aspect_ratio = source.image_aspect_ratio
+        config.auto_map = {
+            "AutoConfig": f"{ENTRY}.{_CONFIG[1]}",
+            "AutoModelForImageTextToText": f"{ENTRY}.{_MODEL[1]}",
+        }
+        without_paths(config)
+        without_paths(config.vision_config)
+        own = model.config
+        model.config = config
+        try:
+            PreTrainedModel.save_pretrained(model, folder)  # weights and configuration alone
+        finally:
+            model.config = own
+        generation_config(source).save_pretrained(folder)
+        vision = own.vision_config
+        processor = export_processor(
+            source,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            strategy="full",
+            additional_tokens=0,
+        )
+        save_processor(processor, folder)
+        check_prompts(source, folder, vision.num_patches)
+        needs = sorted(third_party_imports(files.values()) - {"huggingface_hub", "safetensors", "numpy", "yaml"})
+        remarks = [f"The code in this folder imports {', '.join(needs)}."]
+        parts = [
+            ("vision tower's CLIP", display_source(vision.clip_source), licence_of(vision.clip_source)),
+            *(_expert_part(entry, model) for entry in vision.experts),
+            ("language model", display_source(source.language_source), licence_of(source.language_source)),
+            ("gate, projections, projector, adapters", "trained", "the trainer's to choose"),
+            ("code", f"tove_llava {__version__}", "Apache-2.0"),
+        ]
+        attached = ", ".join(vision.attached_experts) or "none"
+        what = (
+            f"A LLaVA whose vision tower is ToVE: CLIP's tokens with the knowledge of vision experts (attached: "
+            f"{attached}), added by a token-aware gate (arXiv 2504.00691). The modelling code is in this folder, so "
+            "transformers asks for `trust_remote_code=True`; the backbones are in `backbones/`. Download or copy the "
+            "whole folder and load it from there."
+        )
+        card = model_card(
+            source, what=what, how=usage(trust_remote_code=True), parts=parts, remarks=[*remarks, *EXCEPTIONS]
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        return remarks
+
+
+def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
+    """Sources that a tower of this fusion and these experts needs, by file name; the entry module among them."""
+    core = flatten_modules([home for home, _ in _CORE])
+    parts = {module: name for module, name in _components(fusion, hub).items() if f"{flat_name(module)}.py" not in core}
+    return {**core, **flatten_modules(parts), f"{ENTRY}.py": _entry(parts)}
+
+
+def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
+    """The fusion, the experts, and the parts of this package that those hold: module -> the class in it."""
+    found: list[type] = [type(fusion)]
+    for name in hub.names:
+        expert = hub[name].meta_twin()  # with its configuration read
+        found.append(type(expert))
+        # For instance a dense network's architecture.
+        found += [type(value) for value in vars(expert).values() if type(value).__module__.startswith("tove_llava.")]
+    return {cls.__module__: cls.__name__ for cls in sorted(found, key=lambda cls: (cls.__module__, cls.__name__))}
+
+
+def _entry(parts: dict[str, str]) -> str:
+    """The module that ``auto_map`` names. All classes come from one module, so that each exists once."""
+    named = "\n".join(f"from .{flat_name(home)} import {name}" for home, name in _CORE)
+    others = "\n".join(f"from .{flat_name(module)} import {name}  # noqa: F401" for module, name in parts.items())
+    return f'''"""ToVE-LLaVA for transformers' trust_remote_code: what config.json's auto_map names.
+
+Written by tove_llava {__version__} from its own sources, which lie beside this file.
+"""
+
+from transformers import AutoModel
+
+{named}
+
+# These register the parts that this model is made of.
+{others}
+
+# By this class, not by name: another such folder has a tower of its own.
+AutoModel.register(ToveVisionConfig, ToveVisionModel, exist_ok=True)
+
+__all__ = ["ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "ToveVisionConfig", "ToveVisionModel"]
+'''
+
+
+def _expert_part(entry: dict[str, Any], model: Any) -> tuple[str, str, str]:
+    licence = expert_licence(model.config.vision_config, entry["name"])
+    return f"expert {entry['name']}", display_source(entry["source"]), licence

@@ -1,0 +1,207 @@
+"""``hf-llava``: a stock ``LlavaForConditionalGeneration``, for a model whose tower is CLIP alone.
+
+The tower's CLIP, which ends at the layer whose tokens are used, becomes the vision tower with
+``vision_feature_layer=-1``; projector and language model stay what they are. Weights have the names of LLaVA's public
+checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which every server reads; transformers from
+5.6 on writes the vision tower's without ``vision_model``, which vLLM does not.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+
+from tove_llava.checkpoints.export_format import ExportFormat, ExportSource, register_format
+from tove_llava.checkpoints.export_parts import (
+    EXCEPTIONS,
+    check_prompts,
+    export_processor,
+    generation_config,
+    model_card,
+    save_processor,
+    usage,
+    without_paths,
+)
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.licences import licence_of
+from tove_llava.core.sources import display_source
+from tove_llava.tower import FUSIONS
+
+
+@register_format("hf-llava")
+class HfLlava(ExportFormat):
+    """A folder that transformers, vLLM and SGLang open as LLaVA-1.5."""
+
+    summary = "a stock LlavaForConditionalGeneration; the tower has to be CLIP alone"
+
+    def check(self, config: Any) -> None:
+        vision = config.vision_config
+        if FUSIONS.get(vision.fusion).uses_experts and vision.attached_experts:
+            raise ConfigError(
+                f"stock LLaVA has no place for the attached expert(s) {', '.join(vision.attached_experts)}. Merge them "
+                "into CLIP (tove-llava merge) or take them out (tove-llava detach), and export that; or export with "
+                "--format remote-code, which keeps them"
+            )
+
+    def write(self, source: ExportSource, folder: Path) -> list[str]:
+        return write_stock(source, stock_model(source), folder)
+
+
+def write_stock(
+    source: ExportSource,
+    stock: LlavaForConditionalGeneration,
+    folder: Path,
+    stored: Mapping[str, torch.Tensor] | None = None,
+) -> list[str]:
+    """Writes a stock LLaVA with the processor, template and card of a checkpoint.
+
+    Args:
+        stock: made of the checkpoint's parts.
+        stored: values to write instead of ``stock``'s own, by its names: the same weights in another dtype.
+
+    Returns:
+        what a user has to know of this export.
+
+    Raises:
+        CheckpointError: ``stock`` does not compute what the checkpoint does.
+    """
+    remarks = _remarks(source)
+    check_tower(source, stock)
+    state = {_public_name(name): value for name, value in {**stock.state_dict(), **(stored or {})}.items()}
+    stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
+    _name_rope_as_before(folder / "config.json")
+    vision = stock.config.vision_config
+    processor = export_processor(
+        source,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        strategy="default",
+        additional_tokens=1,
+    )
+    save_processor(processor, folder)
+    check_prompts(source, folder, stock.config.image_seq_length)
+    tower = source.model.config.vision_config
+    parts = [
+        ("vision tower", display_source(tower.clip_source), licence_of(tower.clip_source)),
+        ("language model", display_source(source.language_source), licence_of(source.language_source)),
+        ("projector, adapters", "trained", "the trainer's to choose"),
+    ]
+    what = (
+        "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
+        "adapters merged. No code beyond transformers is needed."
+    )
+    card = model_card(source, what=what, how=usage(), parts=parts, remarks=[*remarks, *EXCEPTIONS, _NEUTRAL_NORM])
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    return remarks
+
+
+MAX_SHARD_SIZE = "5GB"  # what writing holds beside the model
+
+_NEUTRAL_NORM = "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it."
+
+
+def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
+    """The checkpoint's parts in a stock LLaVA; no weight is copied.
+
+    Raises:
+        CheckpointError: the tower's CLIP is not loaded.
+    """
+    model = source.model
+    clip = model.tower.frozen.clip
+    if clip is None:
+        raise CheckpointError(f"{source.folder}: the tower's CLIP is not loaded; it cannot be exported without weights")
+    text = type(model.config.text_config).from_dict(model.config.text_config.to_dict())
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig.from_dict(clip.config.to_dict()),
+        text_config=text,
+        image_token_index=model.config.image_token_id,
+        projector_hidden_act=model.config.projector_hidden_act,
+        multimodal_projector_bias=model.config.multimodal_projector_bias,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=model.config.vision_config.num_patches,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        pad_token_id=source.processor.tokenizer.pad_token_id,
+        conversation_template=source.template,
+        image_aspect_ratio=source.image_aspect_ratio,
+    )
+    without_paths(config)
+    config.dtype = model.dtype
+    with torch.device("meta"):
+        stock = LlavaForConditionalGeneration(config)
+    stock.model.vision_tower = _whole_clip(clip, config.vision_config)
+    stock.model.multi_modal_projector = model.model.multi_modal_projector
+    stock.model.language_model = model.model.language_model
+    stock.lm_head = model.lm_head
+    stock.generation_config = generation_config(source)
+    return stock.eval()
+
+
+def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionModel:
+    """The tower's CLIP with a norm where it has none; the modules are shared, the tower's own is not changed."""
+    whole = copy.copy(clip)
+    whole._modules = dict(clip._modules)
+    whole.config = config
+    width = config.hidden_size
+    whole.post_layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps).to(clip.device, clip.dtype)
+    return whole
+
+
+def _name_rope_as_before(file: Path) -> None:
+    """Rotary settings under transformers 4's names too: it would silently take its defaults for ``rope_parameters``."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    settings = dict(config["text_config"].get("rope_parameters") or {})
+    if "rope_theta" not in settings:  # none, or one set for each kind of layer, which transformers 4 names elsewhere
+        return
+    config["text_config"]["rope_theta"] = settings.pop("rope_theta")
+    if settings.get("rope_type", "default") != "default":
+        config["text_config"]["rope_scaling"] = settings
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> None:
+    """Compares the tower's tokens with stock CLIP's on a random picture.
+
+    Raises:
+        CheckpointError: they differ, so the tower is more than CLIP.
+    """
+    tower, config = source.model.tower, source.model.config.vision_config
+    size, clip_size = config.image_size, config.clip_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(tower.device, tower.dtype)
+    own = tower(pixels).last_hidden_state
+    if size != clip_size:
+        pixels = nn.functional.interpolate(
+            pixels.float(), (clip_size, clip_size), mode="bicubic", align_corners=False, antialias=True
+        ).to(tower.dtype)
+    seen = stock.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    features = seen[stock.config.vision_feature_layer][:, 1:]
+    tolerance = 1e-5 if tower.dtype == torch.float32 else 2e-2
+    if not torch.allclose(own, features, rtol=tolerance, atol=tolerance * float(own.abs().max())):
+        raise CheckpointError(
+            f"{source.folder}: the tower's tokens are not its CLIP's, so stock LLaVA cannot hold it (fusion "
+            f"{config.fusion!r}). Merge it first (tove-llava merge), or export with --format remote-code"
+        )
+
+
+def _remarks(source: ExportSource) -> list[str]:
+    vision, remarks = source.model.config.vision_config, []
+    size, clip_size = vision.image_size, vision.clip_config.image_size
+    if size != clip_size:
+        remarks.append(
+            f"The tower was trained on pictures of {size} pixels, which it reduced to CLIP's {clip_size}; here the "
+            f"processor resizes to {clip_size} at once, so tokens differ slightly."
+        )
+    if source.template == "plain":
+        remarks.append("Stage 1's template has no end token: answers are to be cut at their first line break.")
+    return remarks
+
+
+def _public_name(name: str) -> str:
+    """The name of a weight before transformers took ``vision_model`` out of CLIP."""
+    return name.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)

@@ -1,0 +1,239 @@
+"""``tove``: this package's own checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+
+from tove_llava.checkpoints.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
+from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
+from tove_llava.checkpoints.checkpoint import (
+    ADAPTER,
+    ADAPTER_PREFIX,
+    MANIFEST,
+    TRAINED,
+    Manifest,
+    load_processor,
+    read_config,
+    read_tensors,
+    save_checkpoint,
+    trained_names,
+)
+from tove_llava.checkpoints.clip import read_clip, save_clip
+from tove_llava.checkpoints.parts import (
+    AdapterPart,
+    ClipPart,
+    LanguagePart,
+    LlavaParts,
+    language_by_reference,
+    weights_dtype,
+)
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors, read_json, split_by_prefix
+from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
+from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.sources import BundledSource, Source
+from tove_llava.presets import LanguagePreset, Preset
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
+
+CLIP_FOLDER, LANGUAGE_FOLDER = "backbones/clip", "language"
+
+_FULL = (
+    (LANGUAGE_PATH, "language", "model."),
+    ("lm_head.", "language", "lm_head."),
+    (PROJECTOR_PATH, "projector", ""),
+)
+
+
+@register_format("tove")
+class Tove(LlavaFormat):
+    """What ``tove-llava train`` writes."""
+
+    summary = "this package's own: to evaluate, to chat with, or, with --preset, to train from"
+
+    def detect(self, folder: Path, config: dict[str, Any]) -> bool:
+        return (folder / MANIFEST).is_file() or config.get("model_type") == "tove_llava"
+
+    def read(self, folder: Path, request: Request) -> LlavaParts:
+        manifest = Manifest.read(folder)
+        if request.base is not None or request.clip is not None:
+            raise ConfigError(f"{folder} names its own language model and CLIP; leave --base and --clip out")
+        config = read_config(folder)
+        _check_tower(config.vision_config, folder)
+        processor = load_processor(folder)
+        tokenizer = processor.tokenizer
+        if manifest.kind == "full":
+            language, projector = _read_full(folder, manifest)
+            language.config = config.text_config
+        else:
+            language = _language(folder, manifest)
+            if language.tensors is not None:
+                tokenizer = read_tokenizer(language, language.tokenizer_folders[0])  # its own, image token or not
+            stored = read_tensors(folder / TRAINED)
+            projector = split_by_prefix(stored, [(PROJECTOR_PATH, "projector", "")], folder)["projector"]
+        parts = LlavaParts(
+            folder=folder,
+            language=language,
+            projector=projector,
+            clip=_clip(config.vision_config, folder),
+            tokenizer=tokenizer,
+            template=request.template or manifest.template,
+            image_aspect_ratio=manifest.image_aspect_ratio,
+            image_token=processor.image_token,
+            projector_act=config.projector_hidden_act,
+            model_max_length=manifest.model_max_length,
+            adapter=_adapter(folder) if manifest.kind == "lora" else None,
+        )
+        parts.check()
+        return parts
+
+    def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
+        preset: Preset | None = request.preset
+        source = None
+        if parts.clip.tensors is not None:
+            source = f"hf:./{CLIP_FOLDER}"
+            save_clip(parts.clip, folder / CLIP_FOLDER)
+        vision = tower_config(parts, preset, source)
+        asked = LanguagePreset("") if preset is None else preset.language
+        dtype = parts.language.dtype if preset is None else preset.language.dtype
+        entry = LanguagePreset(
+            source=parts.language.source or f"hf:./{LANGUAGE_FOLDER}",
+            revision=parts.language.revision,
+            dtype=dtype,
+            attention=asked.attention,
+            image_token=parts.image_token,
+        )
+        if parts.language.tensors is not None:
+            _write_language(parts, folder / LANGUAGE_FOLDER)
+        language = load_language(parts.language, dtype, asked.attention)
+        digest = fingerprint(language)
+        model, processor = assemble_model(parts, vision, language)
+        manifest = Manifest(
+            kind="trained" if parts.adapter is None else "lora",
+            stage="converted",
+            preset=parts.folder.name if preset is None else preset.name,
+            template=parts.template,
+            image_aspect_ratio=parts.image_aspect_ratio,
+            model_max_length=parts.model_max_length,
+            language=dataclasses.asdict(entry),
+            language_fingerprint=digest,
+        )
+        save_checkpoint(folder, model, processor, manifest, _trained(parts, model), in_place=True)
+        if not _starts_as_clip(model.tower):
+            parts.remarks.append(
+                f"With fusion {vision.fusion!r} the tower's tokens are not CLIP's at first, so the answers are not the "
+                "checkpoint's before it is trained."
+            )
+
+
+@torch.no_grad()
+def _starts_as_clip(tower: ToveVisionModel) -> bool:
+    """Whether the fusion returns CLIP's tokens as they are, tried on random features."""
+    config, generator = tower.config, torch.Generator().manual_seed(0)
+    specs = {spec.name: (1, spec.width, *spec.grid) for spec in config.expert_specs}
+    shapes = {"": (1, config.num_patches, config.clip_width), **(specs if tower.fusion.uses_experts else {})}
+    drawn = {name: torch.randn(shape, generator=generator).to(tower.dtype) for name, shape in shapes.items()}
+    base = drawn.pop("")
+    return torch.equal(tower.eval().fuse(TowerFeatures(base=base, experts=drawn)).last_hidden_state, base)
+
+
+def _trained(parts: LlavaParts, model: Any) -> Tensors:
+    """What the checkpoint stores: the parts' own tensors, and the tower's new ones."""
+    parameters = dict(model.named_parameters())
+    stored = {name: parameters[name].detach() for name in trained_names(model)}
+    stored |= {PROJECTOR_PATH + name: value.contiguous() for name, value in parts.projector.items()}
+    for name, value in (parts.adapter.tensors if parts.adapter is not None else {}).items():
+        layer, _, last = (LANGUAGE_PATH + name.removeprefix("model.")).rpartition(".")
+        stored[f"{layer}.default.{last}"] = value.contiguous()
+    return stored
+
+
+def _write_language(parts: LlavaParts, folder: Path) -> None:
+    """The language model as a folder of its own, with its own tokens alone."""
+    language = parts.language
+    assert language.tensors is not None
+    folder.mkdir()
+    save_torch_state_dict(language.tensors, folder)
+    config = type(language.config).from_dict(language.config.to_dict())
+    config.dtype = language.dtype
+    config.save_pretrained(folder)
+    if language.generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(language.generation, indent=2) + "\n")
+    write_tokenizer(parts, folder)
+
+
+def _check_tower(vision: ToveVisionConfig, folder: Path) -> None:
+    """Raises ConfigError for a tower that is more than CLIP."""
+    if vision.fusion != "none":
+        raise ConfigError(
+            f"{folder}: the tower has fusion {vision.fusion!r} with {', '.join(vision.expert_names) or 'no experts'}; "
+            "other formats hold CLIP alone. Merge the experts into CLIP (tove-llava merge) or take all of them out "
+            "(tove-llava detach), and convert that"
+        )
+    if vision.image_size != vision.clip_config.image_size:
+        raise ConfigError(
+            f"{folder}: the tower reduces pictures of {vision.image_size} pixels to CLIP's "
+            f"{vision.clip_config.image_size}, which other formats cannot say"
+        )
+
+
+def _read_full(folder: Path, manifest: Manifest) -> tuple[LanguagePart, Tensors]:
+    found = split_by_prefix(folder_tensors(folder), _FULL, folder)
+    generation = folder / "generation_config.json"
+    base = Source.parse(manifest.language["source"]).resolve(folder).path
+    language = LanguagePart(
+        config=None,
+        dtype=weights_dtype(found["language"], folder),
+        tensors=found["language"],
+        tokenizer_folders=[*([base] if base is not None else []), folder],
+        generation=read_json(generation) if generation.is_file() else None,
+    )
+    return language, found["projector"]
+
+
+def _language(folder: Path, manifest: Manifest) -> LanguagePart:
+    """The language model that the manifest names: by value where it lies in the checkpoint."""
+    entry = manifest.language
+    source = Source.parse(entry["source"])
+    path = source.path
+    inside = source.resolve(folder)
+    if path is None or inside == source:
+        return language_by_reference(str(source), entry.get("revision"), entry.get("dtype"))
+    place = inside.require()
+    part = language_by_reference(str(inside))
+    tensors = folder_tensors(place)
+    generation = place / "generation_config.json"
+    return LanguagePart(
+        config=part.config,
+        dtype=weights_dtype(tensors, place),
+        tensors=tensors,
+        tokenizer_folders=[place],
+        generation=read_json(generation) if generation.is_file() else None,
+    )
+
+
+def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
+    """CLIP: by value where it lies in the checkpoint or in this package."""
+    source = Source.parse(vision.clip_source)
+    inside = source.resolve(folder)
+    means: dict[str, Any] = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
+    if inside != source or isinstance(source, BundledSource):
+        return dataclasses.replace(read_clip(inside.require(), vision.num_clip_layers), **means)
+    return ClipPart(
+        config=vision.clip_config, layer=vision.clip_layer, source=str(source), revision=vision.clip_revision, **means
+    )
+
+
+def _adapter(folder: Path) -> AdapterPart:
+    settings = read_json(folder / "adapter_config.json")
+    keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
+    tensors = {
+        "model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value
+        for name, value in read_tensors(folder / ADAPTER).items()
+    }
+    return AdapterPart({key: settings[key] for key in keys if key in settings}, tensors)

@@ -1,0 +1,88 @@
+"""Repositories of the Hugging Face hub: bringing one here, and putting a folder there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+from tove_llava.checkpoints.card import CARD, is_ours
+from tove_llava.core.errors import CheckpointError
+
+_DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+# Of a model's repository: no pickles, code, evaluations or interrupted runs.
+_LEFT_THERE = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.py", "eval/*", "*checkpoint-*/*"]
+_PREFIX = "hf:"
+
+
+def download(repository: str, options: Mapping[str, Any]) -> Path | None:
+    """The local copy of a model's repository; None where it cannot be had.
+
+    Args:
+        options: of ``from_pretrained``; those that say which repository and how are used.
+    """
+    wanted = {key: options[key] for key in _DOWNLOAD if options.get(key) is not None}
+    try:
+        folder = Path(snapshot_download(repository, ignore_patterns=_LEFT_THERE, **wanted))
+    except (HFValidationError, HfHubHTTPError, OSError):
+        return None
+    return folder / (options.get("subfolder") or "")
+
+
+def checkpoint_folder(place: str | os.PathLike[str]) -> Path:
+    """A folder, or, written ``hf:owner/name``, the local copy of a repository.
+
+    Raises:
+        CheckpointError: the repository cannot be had.
+    """
+    text = os.fspath(place)
+    if not text.startswith(_PREFIX):
+        return Path(place)
+    folder = download(text.removeprefix(_PREFIX), {})
+    if folder is None:
+        raise CheckpointError(f"{text} cannot be fetched: there is no such model on the hub, or no way to it from here")
+    return folder
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+) -> Any:
+    """Puts a folder's files into a repository, which is made where there is none. A card that people wrote there stays.
+
+    Returns:
+        huggingface_hub's ``CommitInfo``.
+    """
+    api = HfApi(token=token, library_name="tove_llava")
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    theirs = _card_of(api, repo_id, revision)
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        revision=revision,
+        create_pr=create_pr,
+        commit_message=commit_message or "Upload model",
+        commit_description=commit_description,
+        ignore_patterns=[CARD] if theirs is not None and not is_ours(theirs) else None,
+    )
+
+
+def _card_of(api: HfApi, repo_id: str, revision: str | None) -> str | None:
+    try:
+        file = api.hf_hub_download(repo_id, CARD, revision=revision)
+    except EntryNotFoundError:
+        return None
+    return Path(file).read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,59 @@
+"""What a model remembers of the checkpoint it was loaded from, so that it can be saved again."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tove_llava.checkpoints.weight_fingerprints import sampled
+from tove_llava.core.sources import Source
+from tove_llava.llava.adapters import adapter_parameters
+
+if TYPE_CHECKING:
+    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Origin:
+    """
+    Attributes:
+        folder: the checkpoint's; it may be gone by now.
+        manifest: its manifest, the language model's source written out as an absolute path.
+        holds_language: whether the language model's source lies in the folder.
+        language: digest of the language model as it was loaded, adapters left out; "" where it could not be read.
+    """
+
+    folder: Path
+    manifest: Manifest
+    holds_language: bool
+    language: str
+
+    @classmethod
+    def of(cls, model: ToveLlavaForConditionalGeneration, folder: Path, manifest: Manifest) -> Origin:
+        """The origin of a model that was just loaded from ``folder``."""
+        source = Source.parse(manifest.language["source"])
+        resolved = str(source.resolve(folder).absolute())
+        return cls(
+            folder=folder.absolute(),
+            manifest=dataclasses.replace(manifest, language=manifest.language | {"source": resolved}),
+            holds_language=source.is_relative,
+            language=language_digest(model),
+        )
+
+
+def language_digest(model: ToveLlavaForConditionalGeneration) -> str:
+    """Of a model's language model without its adapters: values, shapes and dtypes. "" where weights are offloaded."""
+    config = (getattr(model, "peft_config", None) or {}).get("default")
+    adapters = {id(p) for p in adapter_parameters(model.model.language_model, config.bias)} if config else set()
+    tensors: dict[str, Any] = {}
+    for part in (model.model.language_model, model.lm_head):
+        for name, parameter in part.named_parameters():
+            if parameter.is_meta:
+                return ""
+            if id(parameter) not in adapters:
+                plain = ".".join(word for word in name.split(".") if word != "base_layer")  # as without adapters
+                tensors[f"{type(part).__name__}.{plain}:{parameter.dtype}"] = parameter
+    return sampled(tensors)

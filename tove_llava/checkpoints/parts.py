@@ -1,0 +1,236 @@
+"""A LLaVA as its parts, in no format's terms: what the format that is read hands to the one that is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN
+
+from tove_llava.checkpoints.tensors import Tensors, check_tensors
+from tove_llava.core.errors import CheckpointError
+from tove_llava.core.sources import Source
+
+HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass
+class LanguagePart:
+    """The language model.
+
+    Attributes:
+        config: its own, with as many tokens as it has rows.
+        dtype: its weights', such as "float16".
+        tensors: by the names of its causal-LM class; None when ``source`` says where they are.
+        source, revision: of a language model by reference.
+        tokenizer_folders: where its tokenizer's files may be, the best first.
+        generation: ``generation_config.json``.
+    """
+
+    config: PreTrainedConfig
+    dtype: str
+    tensors: Tensors | None = None
+    source: str = ""
+    revision: str | None = None
+    tokenizer_folders: list[Path] = field(default_factory=list)
+    generation: dict[str, Any] | None = None
+
+
+@dataclass
+class ClipPart:
+    """The vision encoder.
+
+    Attributes:
+        layer: the hidden state that the projector reads; negative ones count from the last block.
+        tensors: all of ``CLIPVisionModel``'s, by its names; None when ``source`` says where they are.
+        source: ``hf:...``; beside ``tensors`` it is their public name, and empty where that is not known.
+    """
+
+    config: CLIPVisionConfig
+    layer: int
+    tensors: Tensors | None = None
+    source: str = ""
+    revision: str | None = None
+    image_mean: list[float] | None = None  # None: OpenAI's
+    image_std: list[float] | None = None
+
+    @property
+    def depth(self) -> int:
+        """How many blocks lie below the tokens that are used."""
+        return self.layer if self.layer >= 0 else self.config.num_hidden_layers + 1 + self.layer
+
+
+@dataclass
+class AdapterPart:
+    """LoRA adapters of the language model.
+
+    Attributes:
+        settings: of peft's ``LoraConfig``, without the names of layers.
+        tensors: by the language model's names: ``model.layers.0.self_attn.q_proj.lora_A.weight``.
+    """
+
+    settings: dict[str, Any]
+    tensors: Tensors
+
+    @property
+    def layers(self) -> list[str]:
+        """Last names of the adapted layers."""
+        return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in self.tensors})
+
+
+@dataclass
+class LlavaParts:
+    """A LLaVA-1.5: CLIP's patch tokens, a projector of two layers, a language model.
+
+    Attributes:
+        folder: where it was read.
+        projector: ``linear_1.weight``, ``linear_1.bias``, ``linear_2.weight``, ``linear_2.bias``.
+        tokenizer: the language model's; it may lack the image token.
+        template: registered name of the conversation template.
+        image_aspect_ratio: how the model was shown pictures, "pad" or "square".
+        remarks: what a user has to know about the conversion, one sentence each.
+    """
+
+    folder: Path
+    language: LanguagePart
+    projector: Tensors
+    clip: ClipPart
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    image_aspect_ratio: str = "pad"
+    image_token: str = "<image>"
+    projector_act: str = "gelu"
+    model_max_length: int = 2048
+    adapter: AdapterPart | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Compares every tensor with what the configurations ask for.
+
+        Raises:
+            CheckpointError: one is missing, too many, or of another shape.
+        """
+        language, clip = self.language, self.clip
+        if language.tensors is not None:
+            settle_tying(language, self.folder)
+            model = self._on_meta("language model", lambda: AutoModelForCausalLM.from_config(language.config))
+            tied = (HEAD,) if language.config.tie_word_embeddings else ()
+            check_tensors(language.tensors, model, "language model", self.folder, tied)
+        if clip.tensors is not None:
+            encoder = self._on_meta("CLIP", lambda: CLIPVisionModel(clip.config))
+            check_tensors(clip.tensors, encoder, "CLIP", self.folder)
+        widths = clip.config.hidden_size, language.config.hidden_size
+        check_tensors(
+            self.projector,
+            self._on_meta("projector", lambda: Projector(*widths, bias=self.has_bias)),
+            "projector",
+            self.folder,
+        )
+        if self.projector_act not in ACT2FN:
+            raise CheckpointError(f"{self.folder}: unknown projector activation {self.projector_act!r}")
+
+    def _on_meta(self, what: str, build: Callable[[], nn.Module]) -> nn.Module:
+        try:
+            with torch.device("meta"):
+                return build()
+        except Exception as error:  # what values that cannot be raise is not bounded
+            raise CheckpointError(f"{self.folder}/config.json describes no {what}: {error!r}") from error
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projector's layers have one."""
+        return any(name.endswith(".bias") for name in self.projector)
+
+
+class Projector(nn.Module):
+    """Names and shapes of LLaVA's two-layer projector."""
+
+    def __init__(self, vision: int, language: int, bias: bool) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(vision, language, bias=bias)
+        self.linear_2 = nn.Linear(language, language, bias=bias)
+
+
+def settle_tying(language: LanguagePart, where: Path) -> None:
+    """Checks that stored embeddings and head are what the configuration's ``tie_word_embeddings`` says.
+
+    Raises:
+        CheckpointError: it says that they are one, and they are two.
+    """
+    assert language.tensors is not None
+    head, embeddings = language.tensors.get(HEAD), language.tensors.get(EMBEDDINGS)
+    if not language.config.tie_word_embeddings or head is None or embeddings is None:
+        return
+    if head.shape != embeddings.shape or not torch.equal(head, embeddings):
+        raise CheckpointError(f"{where}: config.json says tie_word_embeddings, but {HEAD} is not {EMBEDDINGS}; correct "
+                              "config.json")  # fmt: skip
+
+
+def weights_dtype(tensors: Tensors, where: Path) -> str:
+    """The dtype of a language model's embeddings.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if EMBEDDINGS not in tensors:
+        raise CheckpointError(f"{where}: the language model's {EMBEDDINGS!r} is missing; the checkpoint is incomplete")
+    return str(tensors[EMBEDDINGS].dtype).removeprefix("torch.")
+
+
+def parse_source(text: str) -> str:
+    """A source as it is recorded; a bare name or folder is one of the hub's kind.
+
+    Raises:
+        ConfigError: it cannot be one, or it is a folder that does not exist.
+    """
+    known = text.partition(":")[0] in ("hf", "bundled", "gguf")
+    source = Source.parse(text if known else f"hf:{text}").absolute()
+    if source.path is not None:
+        source.require()
+    return str(source)
+
+
+def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a language model by reference.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    try:
+        return AutoConfig.from_pretrained(**Source.parse(source).pretrained(), revision=revision or "main")
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise CheckpointError(f"the language model's configuration cannot be read from {source}: {error}") from error
+
+
+def language_by_reference(source: str, revision: str | None = None, dtype: str | None = None) -> LanguagePart:
+    """A language model that stays where it is.
+
+    Args:
+        dtype: in which it is used; what its configuration says by default.
+
+    Raises:
+        CheckpointError: its configuration is not there.
+    """
+    config = read_config(source, revision)
+    path = Source.parse(source).path
+    named = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
+    return LanguagePart(
+        config=config,
+        dtype=dtype or named,
+        source=source,
+        revision=revision,
+        tokenizer_folders=[] if path is None else [path],
+    )

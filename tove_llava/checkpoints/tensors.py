@@ -1,0 +1,181 @@
+"""Weights and settings of a foreign folder, which is untrusted input.
+
+Tensors are mapped from the disk and not read: one costs memory when it is used, whatever the size of its file. The
+mapping is private, so nothing that is done to a tensor reaches the file.
+"""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from tove_llava.core.errors import CheckpointError
+
+Tensors = dict[str, Tensor]
+
+_STEMS = (
+    ("model", ".safetensors"),
+    ("pytorch_model", ".bin"),
+)  # as transformers looks for them, the first that is there
+
+# Values that older versions of transformers saved though they follow from the configuration.
+_DERIVED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a model's weights, whole or in shards."""
+    return any(any(folder.glob(f"{stem}*{suffix}")) for stem, suffix in _STEMS) or any(
+        (folder / f"{stem}{suffix}.index.json").is_file() for stem, suffix in _STEMS
+    )
+
+
+def folder_tensors(folder: Path) -> Tensors:
+    """All tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or holds other things than tensors.
+    """
+    for stem, suffix in _STEMS:
+        whole = folder / f"{stem}{suffix}"
+        index = folder / f"{stem}{suffix}.index.json"
+        if index.is_file():
+            return _without_derived(_shards(index))
+        if whole.is_file():
+            return _without_derived(file_tensors(whole))
+        parts = sorted(folder.glob(f"{stem}-*-of-*{suffix}"))
+        if parts:
+            raise CheckpointError(f"{folder} holds shards ({parts[0].name}) but not {index.name}, which says what is "
+                                  "in them; the copy is incomplete")  # fmt: skip
+    raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor shards")
+
+
+def file_tensors(file: Path) -> Tensors:
+    """The tensors of one ``.safetensors`` or ``.bin`` file. Of a pickle, nothing but tensors is ever unpickled.
+
+    Raises:
+        CheckpointError: the file is missing, truncated, damaged, or holds other things than tensors.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete")
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged ({error}); copy it again") from error
+    try:
+        # Pickles from before torch 1.6 are no archives and cannot be mapped: those are read.
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file} is damaged, or holds pickled objects other than tensors, which are not loaded because that would "
+            f"run code from the file: {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # what a damaged pickle raises is not bounded
+        raise CheckpointError(f"{file} is truncated or damaged ({_first_line(error)}); copy it again") from error
+    if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
+        raise CheckpointError(f"{file} is not a table of tensors by name, as weights are")
+    return {name: value.detach() for name, value in found.items()}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file} is damaged: a JSON object is expected")
+    return data
+
+
+def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], where: Path) -> dict[str, Tensors]:
+    """Sorts tensors into parts.
+
+    Args:
+        table: (prefix of the names, part, what stands there instead of the prefix); the first that fits counts.
+
+    Raises:
+        CheckpointError: a tensor that no prefix fits, or two that come to one name.
+    """
+    table = list(table)
+    found: dict[str, Tensors] = {part: {} for _, part, _ in table}
+    for name, value in tensors.items():
+        fitting = next((row for row in table if name.startswith(row[0])), None)
+        if fitting is None:
+            raise CheckpointError(f"{where}: there is no place for the tensor {name!r} in a LLaVA-1.5")
+        prefix, part, instead = fitting
+        new = instead + name.removeprefix(prefix)
+        if new in found[part]:
+            raise CheckpointError(f"{where}: the tensor {name!r} is there twice, under two names")
+        found[part][new] = value
+    return found
+
+
+def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, optional: Iterable[str] = ()) -> None:
+    """Compares names, shapes and kinds of tensors with those of a module, which may be on the meta device.
+
+    Raises:
+        CheckpointError: one is missing, too many, of another shape, or not floating-point.
+    """
+    shapes = {name: tuple(value.shape) for name, value in expected.state_dict().items()}
+    missing = sorted(shapes.keys() - found.keys() - set(optional))
+    if missing:
+        raise CheckpointError(f"{where}: {what}: {len(missing)} tensor(s) missing, such as {missing[0]!r}; the "
+                              "checkpoint is incomplete, or config.json is another model's")  # fmt: skip
+    extra = sorted(found.keys() - shapes.keys())
+    if extra:
+        raise CheckpointError(f"{where}: {what}: {len(extra)} tensor(s) that config.json knows nothing of, such as "
+                              f"{extra[0]!r}")  # fmt: skip
+    for name, value in found.items():
+        if tuple(value.shape) != shapes[name]:
+            raise CheckpointError(f"{where}: {what}: {name!r} is {list(value.shape)}, but config.json asks for "
+                                  f"{list(shapes[name])}")  # fmt: skip
+        if not value.is_floating_point():
+            raise CheckpointError(f"{where}: {what}: {name!r} is {value.dtype}: quantised weights cannot be converted; "
+                                  "take the checkpoint in 16 bits")  # fmt: skip
+
+
+def _shards(index: Path) -> Tensors:
+    """What an index lists, from the files that it names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if Path(name).name != name:
+            raise CheckpointError(f"{index} names the file {name!r}, which is not in its folder")
+    absent = [name for name in files if not (index.parent / name).is_file()]
+    if absent:
+        raise CheckpointError(f"{index.parent}: {len(absent)} of {len(files)} shards are missing, such as {absent[0]}; "
+                              "copy them again")  # fmt: skip
+    found: Tensors = {}
+    for file in files:
+        held = file_tensors(index.parent / file)
+        lost = sorted(name for name, place in weight_map.items() if place == file and name not in held)
+        if lost:
+            raise CheckpointError(
+                f"{index.parent / file} lacks the tensor {lost[0]!r}, which {index.name} places there"
+            )
+        found |= held
+    return found
+
+
+def _without_derived(tensors: Mapping[str, Tensor]) -> Tensors:
+    return {name: value for name, value in tensors.items() if not name.endswith(_DERIVED)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

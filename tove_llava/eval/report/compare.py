@@ -1,0 +1,247 @@
+"""The comparison of runs, as data: what the pages show."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tove_llava.core.errors import ConfigError
+from tove_llava.eval.record import MARK
+from tove_llava.eval.report.runs import Item, Run
+from tove_llava.eval.report.statistics import Bootstrap, Difference, Interval, holm
+
+# What should be the same in all columns but for what is compared, by the key in ``result.json``.
+_SETTINGS = {
+    "rule": "the rule of scoring, so they cannot be compared",
+    "answering": "the way of answering",
+    "decoding": "the decoding",
+    "template": "the conversation template",
+    "dtype": "the number format",
+}
+
+ALL = "all questions"
+OVERALL = ""  # the level of the group of all questions
+
+
+@dataclass(frozen=True)
+class Line:
+    """One group of questions under one metric.
+
+    Attributes:
+        level: kind of group, "category" and the like; empty for all questions.
+        group: its name.
+        metric: what the questions earned.
+        intervals: run -> mean with its interval, over the run's own questions; without those that have none there.
+        differences: run -> difference from the baseline, over the questions that both answered.
+        corrected: run -> the difference's p after Holm's correction.
+    """
+
+    level: str
+    group: str
+    metric: str
+    intervals: Mapping[str, Interval]
+    differences: Mapping[str, Difference]
+    corrected: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Differing:
+    """A question on which two runs earned different values."""
+
+    item: Item
+    first: Item
+    second: Item
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The baseline and another run on one benchmark.
+
+    Attributes:
+        shared: questions that both have, with the same words, picture and right answer.
+        left_out: questions that only one has, or that are put differently.
+        differing: how many of the shared earned different values.
+        shown: some of those.
+    """
+
+    first: str
+    second: str
+    shared: int
+    left_out: int
+    differing: int
+    shown: Sequence[Differing]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One benchmark."""
+
+    benchmark: str
+    runs: Sequence[Run]
+    lines: Sequence[Line]
+    pairs: Sequence[Pair]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a page shows.
+
+    Attributes:
+        baseline: heading of the run that others are compared with.
+        bootstrap: how intervals and tests were made.
+        shown: at most so many differing questions per pair.
+    """
+
+    baseline: str
+    bootstrap: Bootstrap
+    shown: int
+    sections: Sequence[Section]
+
+
+def compare(
+    runs: Sequence[Run], baseline: str | None = None, bootstrap: Bootstrap | None = None, shown: int = 20
+) -> Comparison:
+    """Compare runs benchmark by benchmark.
+
+    Args:
+        baseline: heading of the run that others are compared with; the first by default.
+        bootstrap: how intervals and tests are made.
+        shown: how many differing questions to show per pair of runs.
+
+    Raises:
+        ConfigError: no run has that heading.
+    """
+    labels = list(dict.fromkeys(run.label for run in runs))
+    baseline = labels[0] if baseline is None else baseline
+    if baseline not in labels:
+        raise ConfigError(f"no run is called {baseline!r}; runs: {', '.join(labels)}")
+    bootstrap = bootstrap or Bootstrap()
+    sections = []
+    for benchmark in dict.fromkeys(run.benchmark for run in runs):
+        mine = [run for run in runs if run.benchmark == benchmark]
+        # The baseline's column comes first.
+        mine.sort(key=lambda run: run.label != baseline)
+        sections.append(_section(benchmark, mine, baseline, bootstrap, shown))
+    return Comparison(baseline, bootstrap, shown, _corrected(sections))
+
+
+def _section(benchmark: str, runs: Sequence[Run], baseline: str, bootstrap: Bootstrap, shown: int) -> Section:
+    base = next((run for run in runs if run.label == baseline and run.items), None)
+    others = [run for run in runs if base is not None and run is not base and run.items]
+    common = {run.label: shared_names(base, run) for run in others} if base is not None else {}
+    lines = []
+    for level, group, metric in _groups(runs):
+        intervals = {}
+        for run in runs:
+            values = [item.values[metric] for item in _members(run, level, group) if metric in item.values]
+            if values:
+                intervals[run.label] = bootstrap.interval(values)
+        differences = {}
+        for run in others:
+            assert base is not None
+            members = [i for i in _members(base, level, group) if i.name in common[run.label]]
+            if metric in base.metrics and metric in run.metrics and members:
+                second = [run.items[item.name].values[metric] for item in members]
+                differences[run.label] = bootstrap.difference([i.values[metric] for i in members], second)
+        lines.append(Line(level, group, metric, intervals, differences))
+    pairs = [_pair(base, run, common[run.label], shown) for run in others if base is not None]
+    return Section(benchmark, runs, lines, pairs, _notes(runs, base))
+
+
+def shared_names(first: Run, second: Run) -> set[str]:
+    """Names of the items that are the same question in both runs."""
+    return {
+        name for name, item in first.items.items() if name in second.items and second.items[name].asked == item.asked
+    }
+
+
+def _groups(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
+    """(level, group, metric) of every line: all questions first, then level by level, groups by name."""
+    metrics = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for item in run.items.values():
+            for level, names in item.groups.items():
+                found.setdefault(level, set()).update(names)
+    yield from ((OVERALL, ALL, metric) for metric in metrics)
+    yield from ((level, name, metric) for level in found for name in sorted(found[level]) for metric in metrics)
+
+
+def _members(run: Run, level: str, group: str) -> list[Item]:
+    return [item for item in run.items.values() if level == OVERALL or group in item.groups.get(level, ())]
+
+
+def _pair(first: Run, second: Run, shared: set[str], shown: int) -> Pair:
+    left_out = len(set(first.items) | set(second.items)) - len(shared)
+    metric = MARK if MARK in first.metrics else first.metrics[-1]  # CIDEr is the last of the caption metrics
+    changes = {
+        name: second.items[name].values.get(metric, 0.0) - item.values[metric]
+        for name, item in first.items.items()
+        if name in shared
+    }
+    better = [name for name, change in changes.items() if change > 0]
+    worse = [name for name, change in changes.items() if change < 0]
+    # Half of each kind, the largest changes first; where one kind is rarer, the other fills up.
+    half = shown // 2
+    some = max(shown - half, shown - len(worse))
+    chosen = _largest(worse, changes, shown - min(some, len(better))) + _largest(better, changes, some)
+    items = [Differing(first.items[name], first.items[name], second.items[name]) for name in chosen]
+    return Pair(first.label, second.label, len(shared), left_out, len(better) + len(worse), items)
+
+
+def _largest(names: Sequence[str], changes: Mapping[str, float], number: int) -> list[str]:
+    """The largest changes; of equal ones some at even distances, so that no part of the file is favoured."""
+    ranked = sorted(names, key=lambda name: -abs(changes[name]))
+    if number >= len(ranked):
+        return ranked
+    if number <= 0:
+        return []
+    edge = abs(changes[ranked[number - 1]])
+    above = [name for name in ranked if abs(changes[name]) > edge]
+    equal = [name for name in ranked if abs(changes[name]) == edge]
+    left = number - len(above)
+    return above + [equal[index * len(equal) // left] for index in range(left)]
+
+
+def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
+    """What a reader must know before comparing the columns."""
+    notes = []
+    for run in runs:
+        if not run.items:
+            notes.append(f"{run.label}: this score is no mean over questions, so it has no interval and no test.")
+        for name, reason in (run.result.get("unavailable") or {}).items():
+            notes.append(f"{run.label}: {name} is unavailable ({reason}).")
+        for key in ("unanswered", "duplicated", "unknown"):
+            ids = run.result.get(key)
+            if isinstance(ids, list) and ids:
+                notes.append(f"{run.label}: {len(ids)} {key} (first: {', '.join(map(str, ids[:5]))}).")
+        if run.result.get("limit") is not None:
+            notes.append(f"{run.label}: {run.result['count']} questions by --limit, not the whole benchmark.")
+    for key, what in _SETTINGS.items():
+        if len({str(run.result.get(key)) for run in runs}) > 1:
+            values = "; ".join(f"{run.label}: {run.result.get(key)}" for run in runs)
+            notes.append(f"The columns differ in {what}: {values}.")
+    for run in runs:
+        if base is not None and run.result["data"] != base.result["data"]:
+            notes.append(f"{run.label} and {base.label} were asked different questions; see the shared ones below.")
+    return notes
+
+
+def _corrected(sections: Sequence[Section]) -> list[Section]:
+    """Holm's correction: once over the lines of all questions, and once in each level of each benchmark."""
+    families: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
+    for section in sections:
+        for index, line in enumerate(section.lines):
+            family = (OVERALL, OVERALL) if line.level == OVERALL else (section.benchmark, line.level)
+            for label, difference in line.differences.items():
+                families.setdefault(family, {})[section.benchmark, index, label] = difference.p
+    known = {key: p for family in families.values() for key, p in holm(family).items()}
+    return [
+        replace(
+            section,
+            lines=[
+                replace(line, corrected={label: known[section.benchmark, index, label] for label in line.differences})
+                for index, line in enumerate(section.lines)
+            ],
+        )
+        for section in sections
+    ]

@@ -1,0 +1,67 @@
+"""Thumbnails of the pictures that differing questions are about."""
+
+import io
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+from tove_llava.core.errors import DataError, ToveError
+from tove_llava.eval.benchmarks import get_benchmark
+from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.report.runs import Run
+
+QUALITY = 80  # of the JPEG
+
+
+class Thumbnails:
+    """Finds and shrinks pictures; each is made once.
+
+    Args:
+        side: pixels of the longer side.
+        root: where the benchmarks' data lies; the place that each run recorded by default.
+    """
+
+    def __init__(self, side: int = 160, root: str | None = None) -> None:
+        self.side = side
+        self.root = root
+        self._made: dict[tuple[Path, str], bytes | str] = {}
+
+    def of(self, run: Run, name: str) -> bytes | str | None:
+        """JPEG of an item's picture; a sentence where it cannot be shown; None where the question has none."""
+        image = run.items[name].image
+        root = Path(self.root or str(run.result.get("data_root", "")))
+        if image is None:
+            embedded = _embedded(run.benchmark, root)
+            if name not in embedded:
+                return None
+            image = name
+        key = (root, f"{run.benchmark}/{image}")
+        if key not in self._made:
+            self._made[key] = self._make(run, root, image, name)
+        return self._made[key]
+
+    def _make(self, run: Run, root: Path, image: str, name: str) -> bytes | str:
+        from tove_llava.data.images import open_image, resolve_image, to_rgb
+
+        try:
+            if run.items[name].image is None:
+                picture = _embedded(run.benchmark, root)[name].open()
+            else:
+                picture = open_image(resolve_image(root, image, allow_links=True))
+            picture = to_rgb(picture)
+        except DataError as error:
+            return f"no picture: {error}"
+        picture.thumbnail((self.side, self.side))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=QUALITY)
+        return buffer.getvalue()
+
+
+@lru_cache(maxsize=4)
+def _embedded(benchmark: str, root: Path) -> Mapping[str, EmbeddedPicture]:
+    """Pictures inside a benchmark's question file, by the question's id; empty where it has none or is not there."""
+    try:
+        questions = get_benchmark(benchmark).questions(root)
+    except ToveError:
+        return {}
+    return {str(q.question_id): q.image for q in questions if isinstance(q.image, EmbeddedPicture)}

@@ -1,0 +1,80 @@
+"""Figures from papers, shipped as data. They are shown apart from measured ones and marked as published.
+
+One YAML file a model in ``published/``::
+
+    name: LLaVA-1.5 7B
+    paper: Improved Baselines with Visual Instruction Tuning
+    arxiv: "2310.03744"
+    source: table and place that the figures were read from
+    url: where that is
+    note: what differs from how this package measures (optional)
+    scores:
+      gqa: {accuracy: 62.0}          # benchmark -> label of the scorer's table -> figure
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from tove_llava.core.errors import ConfigError
+
+_KEYS = {"name": str, "paper": str, "arxiv": str, "source": str, "url": str, "scores": dict}
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures of one model as its authors give them; fields as in the file."""
+
+    key: str
+    name: str
+    paper: str
+    arxiv: str
+    source: str
+    url: str
+    scores: Mapping[str, Mapping[str, float]]
+    note: str = ""
+
+
+def read_published() -> dict[str, Published]:
+    """All models by the name of their file.
+
+    Raises:
+        ConfigError: a file is malformed.
+    """
+    files = sorted(resources.files(__package__).joinpath("published").iterdir(), key=lambda file: file.name)
+    return {file.name[:-5]: _parse(file.name, file.read_text("utf-8")) for file in files if file.name.endswith(".yaml")}
+
+
+def _parse(name: str, text: str) -> Published:
+    content: Any = yaml.safe_load(text)
+    if not isinstance(content, dict) or set(content) - {*_KEYS, "note"}:
+        raise ConfigError(f"published figures {name}: unknown keys; known: {', '.join(_KEYS)}, note")
+    for key, kind in _KEYS.items():
+        if not isinstance(content.get(key), kind):
+            raise ConfigError(f"published figures {name}: {key!r} is missing or of the wrong type")
+    for benchmark, rows in content["scores"].items():
+        if not isinstance(rows, dict) or not all(isinstance(value, int | float) for value in rows.values()):
+            raise ConfigError(f"published figures {name}: {benchmark!r} must be labels with numbers")
+    return Published(key=name[:-5], **content)
+
+
+def choose_published(names: str, benchmarks: Sequence[str]) -> list[Published]:
+    """Models to show beside these benchmarks.
+
+    Args:
+        names: "all", "none", or file names separated by commas.
+
+    Raises:
+        ConfigError: no model has that name.
+    """
+    known = read_published()
+    if names == "none":
+        return []
+    chosen = list(known) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise ConfigError(f"no published figures of {unknown[0]!r}; there are: {', '.join(known)}, or all, or none")
+    return [known[name] for name in chosen if set(known[name].scores) & set(benchmarks)]

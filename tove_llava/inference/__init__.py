@@ -1,0 +1,1 @@
+"""Answering with a loaded model: prompts, generation, sampling, batches and the engine."""

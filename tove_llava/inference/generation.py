@@ -1,0 +1,373 @@
+"""From conversations and pictures to answers: what the evaluation and the demo share.
+
+``B`` prompts in a batch, ``N`` vision tokens an image, ``D`` the language model's width.
+"""
+
+import json
+from collections.abc import Sequence
+from copy import copy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from tove_llava.checkpoints.checkpoint import MANIFEST, load_model
+from tove_llava.core.errors import CheckpointError, ConfigError, DataError
+from tove_llava.data import (
+    IGNORE_INDEX,
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_INDEX,
+    ImageTransform,
+    Turn,
+    encode_prompt,
+    encode_turns,
+    get_template,
+    load_tokenizer,
+)
+from tove_llava.data.images import AspectRatio
+from tove_llava.llava.quantization import quantize
+from tove_llava.presets import QuantizationPreset
+from tove_llava.tower import ToveVisionModel, ToveVisionOutput
+from tove_llava.tower.execution import execution_mode
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The device called ``name``; without one, the first GPU, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {name!r}; use cpu, cuda or cuda:0") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, but there is no CUDA device here; use --device cpu")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called ``name``; without one, bfloat16 on a GPU that has it (else float16), float32 on the CPU.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name is not None:
+        if name not in DTYPES:
+            raise ConfigError(f"unknown dtype {name!r}; use one of {', '.join(DTYPES)}")
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def is_stock_llava(folder: str | Path) -> bool:
+    """Whether a folder is a ``LlavaForConditionalGeneration`` that this package did not train."""
+    file = Path(folder) / "config.json"
+    if (Path(folder) / MANIFEST).exists() or not file.is_file():
+        return False
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        # The original's own folders say "llava" as well.
+        return config.get("model_type") == "llava" and "mm_vision_tower" not in config
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+
+
+def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LlavaProcessor]:
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        processor = LlavaProcessor.from_pretrained(folder)
+        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, where the folder has its model
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
+    processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
+    tower = model.model.vision_tower
+    if isinstance(tower, ToveVisionModel):
+        tower.load_backbones(base_dir=folder)
+    return model, processor
+
+
+def _set_execution(model: PreTrainedModel, name: str) -> None:
+    tower = model.base_model.vision_tower
+    if isinstance(tower, ToveVisionModel):
+        tower.set_execution(name)
+    elif name != "eager":
+        raise ConfigError(f"this model's tower is plain CLIP, which is run as it is; leave out the execution {name!r}")
+
+
+class _EndOfLine(StoppingCriteria):
+    """Ends an answer at its first line break: what a model says that was trained on captions, without an end token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        last = self.tokenizer.batch_decode(input_ids[:, -1:])
+        return torch.tensor(["\n" in text for text in last], device=input_ids.device)
+
+
+class Answerer:
+    """A model and its processor, ready to answer. Not thread-safe: see :class:`~tove_llava.inference.engine.Engine`.
+
+    Args:
+        model: a LLaVA model (ours or stock), on its device.
+        processor: its ``LlavaProcessor``.
+        template: registered name of the conversation template that the model was trained with; where its folder does
+            not record one, LLaVA-1.5's.
+        aspect_ratio: how it was shown its pictures, "pad" or "square".
+
+    Attributes:
+        recorded_template: the template's name, if the model's folder records it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        template: str | None = None,
+        aspect_ratio: AspectRatio = "pad",
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = processor.tokenizer
+        self.recorded_template = template
+        self.template = get_template(template or "v1")
+        images = processor.image_processor
+        side = images.crop_size["height"]
+        self.transform, self.upright_transform = (
+            ImageTransform(side, aspect_ratio, mean=images.image_mean, std=images.image_std, exif_transpose=upright)
+            for upright in (False, True)
+        )
+        self.image_token_id: int = model.config.image_token_id
+        text_config = model.config.get_text_config()
+        self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        device: str | None = None,
+        dtype: str | None = None,
+        quantization: QuantizationPreset | None = None,
+        tower_execution: str = "eager",
+    ) -> "Answerer":
+        """Load any folder that training or ``tove-llava export`` writes, or a stock transformers LLaVA.
+
+        A stock folder is read with the template and aspect ratio that its config.json records, as exported ones do, and
+        else with LLaVA-1.5's.
+
+        Args:
+            quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay beside them; else
+                they are folded in.
+            tower_execution: see :meth:`~tove_llava.tower.ToveVisionModel.set_execution`.
+
+        Raises:
+            CheckpointError: the folder holds no model.
+            ConfigError: an unknown device, dtype or execution, or bitsandbytes is not installed.
+        """
+        execution_mode(tower_execution)
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        if is_stock_llava(folder):
+            model, processor = _load_stock(folder, kind)
+            if quantization is not None:
+                quantize(model, quantization, compute_dtype=kind, device=where)
+            template = getattr(model.config, "conversation_template", None)
+            ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
+            _set_execution(model, tower_execution)
+            return cls(model.to(where), processor, template, ratio)
+        model, processor = load_model(
+            folder, dtype=kind, device=where, merge_lora=quantization is None, quantization=quantization
+        )
+        _set_execution(model, tower_execution)
+        return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
+
+    def with_template(self, name: str) -> "Answerer":
+        """The same model, spoken to with another conversation template.
+
+        Raises:
+            ConfigError: there is no such template.
+        """
+        other = copy(self)
+        other.template = get_template(name)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Positions that an image takes; with some fusions it depends on which experts are attached."""
+        config = self.model.config
+        return getattr(config.vision_config, "num_image_tokens", config.image_seq_length)
+
+    @property
+    def tower(self) -> Any:
+        """The vision tower inside the model."""
+        return self.model.base_model.vision_tower
+
+    def encode(self, turns: Sequence[Turn], num_images: int, image_tokens: int | None = None) -> list[int]:
+        """Prompt ids of a conversation that waits for an answer; each image takes ``num_image_tokens`` ids.
+
+        Args:
+            image_tokens: ``num_image_tokens``, for callers with many conversations: looking it up takes longer than
+                the text.
+
+        Raises:
+            DataError: placeholders and images differ in number, the turns do not alternate, or the prompt leaves the
+                model no room for an answer.
+        """
+        found = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns) if num_images else 0
+        if found != num_images:
+            raise DataError(f"{found} {IMAGE_PLACEHOLDER} placeholders for {num_images} images; they must be as many")
+        ids = encode_prompt(turns, self.tokenizer, self.template, images=num_images > 0)
+        if self.image_token_id in ids:
+            raise DataError("the text contains the image token itself; take it out")
+        if num_images and image_tokens is None:
+            image_tokens = self.num_image_tokens
+        expanded: list[int] = []
+        for token in ids:
+            expanded += [self.image_token_id] * (image_tokens or 0) if token == IMAGE_TOKEN_INDEX else [token]
+        if len(expanded) >= self.max_length:
+            raise DataError(
+                f"the conversation is {len(expanded)} tokens long, and the model takes {self.max_length}; "
+                "shorten it, use fewer images, or start a new one"
+            )
+        return expanded
+
+    def pixels(self, image: Image.Image | str | Path, upright: bool = False) -> Tensor:
+        """float32 [3, S, S] of a picture or a picture file.
+
+        Args:
+            upright: turn the picture as its EXIF orientation says, as a person sees it. Benchmarks do not (nor does
+                LLaVA); a chat does.
+
+        Raises:
+            DataError: the file is missing, damaged, not a picture, or too large.
+        """
+        transform = self.upright_transform if upright else self.transform
+        return transform(image) if isinstance(image, Image.Image) else transform.open(image)
+
+    @torch.inference_mode()
+    def features(self, pixels: Tensor) -> list[Tensor]:
+        """What the language model reads of each image.
+
+        Args:
+            pixels: float [n, 3, S, S].
+
+        Returns:
+            n tensors [N, D].
+        """
+        pixels = pixels.to(self.device, self.model.dtype)
+        return list(self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        features: Sequence[Tensor],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        streamer: Any = None,
+        stop: StoppingCriteria | None = None,
+        num_beams: int = 1,
+        min_new_tokens: int = 0,
+    ) -> list[str]:
+        """Answers of a batch, greedy at temperature 0.
+
+        The evaluation has a faster way for many questions, :mod:`tove_llava.eval.answering.generate`.
+
+        Args:
+            prompts: ids from :meth:`encode`; they are padded on the left.
+            features: of all images of the batch, in the order of their placeholders, each [N, D].
+
+        Returns:
+            the answers, without special tokens, stripped.
+        """
+        longest = max(len(prompt) for prompt in prompts)
+        pad = self.pad_id
+        ids = torch.full((len(prompts), longest), pad, dtype=torch.long)  # [B, L]
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+        )
+        config = GenerationConfig(
+            max_new_tokens=max(1, min(max_new_tokens, self.max_length - longest)),
+            min_new_tokens=min_new_tokens or None,
+            num_beams=num_beams,
+            eos_token_id=self.end_ids,
+            pad_token_id=pad,
+            bos_token_id=self.tokenizer.bos_token_id,
+            **sampling,
+        )
+        stops = [] if stop is None else [stop]
+        if self.template.single_turn:
+            stops.append(_EndOfLine(self.tokenizer))
+        images = {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}}
+        output = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=config,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList(stops),
+            **(images if features else {}),
+        )
+        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def answer_ids(self, words: str) -> list[int]:
+        """Ids with which the model would say these words as its answer, without the end of the answer.
+
+        Raises:
+            ConfigError: the template has no questions and answers.
+        """
+        if self.template.single_turn:
+            raise ConfigError(
+                f"the template {self.template.name!r} shows the model no question, so no option can be scored"
+            )
+        turns = [Turn("user", "?"), Turn("assistant", words)]
+        encoded = encode_turns(turns, self.tokenizer, self.template, images=False)
+        ids = [label for label in encoded.labels if label != IGNORE_INDEX]
+        ends = [place for place, token in enumerate(ids) if token in self.end_ids]
+        return ids[: ends[0]] if ends else ids
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that generated tokens say, without special tokens, stripped."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def ends(self, token: int) -> bool:
+        """Whether an answer ends with this token."""
+        return token in self.end_ids or (self.template.single_turn and "\n" in self.tokenizer.decode([token]))
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a row up; it is masked wherever it stands."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else 0
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: the tokenizer's, and those that the model itself names."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        named = named if isinstance(named, list) else [named]
+        return sorted({token for token in (*named, self.tokenizer.eos_token_id) if token is not None})

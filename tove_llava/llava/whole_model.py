@@ -1,0 +1,50 @@
+"""Folders that hold a whole model, and the language model inside."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tove_llava.core.errors import CheckpointError
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
+
+
+def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
+    """Loads everything but the frozen backbones.
+
+    Raises:
+        CheckpointError: weights are missing, damaged, or of another model than the folder's configuration.
+    """
+    try:
+        model, info = ToveLlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder}: weights and config.json do not belong together: missing {sorted(info['missing_keys'])[:3]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:3]}, other shapes {sorted(info['mismatched_keys'])[:3]}"
+        )
+    return model
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a folder is a saved :class:`ToveLlavaForConditionalGeneration`."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "tove_llava"
+
+
+def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedModel:
+    """The language model of a LLaVA as a model of its own; it shares the weights."""
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(language, language.base_model_prefix, model.model.language_model)
+    language.set_output_embeddings(model.lm_head)
+    language.generation_config = model.generation_config
+    return language

@@ -1,0 +1,80 @@
+"""Further images for the merge loss, which needs no text: an encoder learns from many pictures, and text costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.data import ImageTransform, load_records
+from tove_llava.data.dataset import FeatureSource
+from tove_llava.data.images import resolve_image
+from tove_llava.tower import TowerFeatures
+
+
+@dataclass
+class Pictures:
+    """The pictures of a file of records, whatever is said about them.
+
+    Args:
+        data_path: LLaVA records.
+        folder: that their image paths start from.
+        transform: makes the tower's input.
+        features: reads their features, where they were computed earlier.
+        allow_links: see :func:`tove_llava.data.images.resolve_image`.
+
+    Raises:
+        DataError: the file is not usable, or names no image.
+    """
+
+    data_path: Path
+    folder: Path
+    transform: ImageTransform
+    features: FeatureSource | None = None
+    allow_links: bool = False
+
+    def __post_init__(self) -> None:
+        self.names = list(dict.fromkeys(name for record in load_records(self.data_path) for name in record.images))
+        if not self.names:
+            raise DataError(f"{self.data_path} names no image to merge on; set merge_images_per_record to 0")
+
+    def read(self, names: Sequence[str]) -> tuple[torch.Tensor, TowerFeatures | None]:
+        """``[k,3,S,S]`` pixels of named pictures, and their features if there are some.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+        pixels = []
+        for name in names:
+            try:
+                pixels.append(self.transform.open(resolve_image(self.folder, name, self.allow_links)))
+            except DataError as error:
+                raise DataError(f"{self.data_path}: image {name!r}: {error}") from error
+        return torch.stack(pixels), None if self.features is None else self.features.read(names)
+
+
+class FurtherImages:
+    """Deals pictures out to a data set's records, ``per_record`` to each, evenly.
+
+    Which pictures a record brings follows from the seed and the record's index alone, so those of a global batch do not
+    depend on how it was split into micro-batches and ranks.
+
+    Raises:
+        ConfigError: ``per_record`` is not positive.
+    """
+
+    def __init__(self, pictures: Pictures, per_record: int, seed: int) -> None:
+        if per_record < 1:
+            raise ConfigError(f"merge_images_per_record={per_record} must not be negative")
+        self.pictures = pictures
+        self.per_record = per_record
+        order = torch.randperm(len(pictures.names), generator=torch.Generator().manual_seed(seed)).tolist()
+        self._names = [pictures.names[place] for place in order]
+
+    def of(self, index: int) -> tuple[torch.Tensor, TowerFeatures | None]:
+        """Pixels ``[k,3,S,S]``, and features if there are some, of the pictures that record ``index`` brings."""
+        first = index * self.per_record
+        return self.pictures.read([self._names[(first + k) % len(self._names)] for k in range(self.per_record)])

@@ -1,0 +1,86 @@
+"""How far the student's tokens are from the tower's: ``L_merge``, one number per image.
+
+The paper gives no formula; these are our choices. ``S`` is what the student gives, ``T'`` the tower's tokens (no
+gradient), ``T`` CLIP's. Distances are measured in units of what was transferred to the image, the mean square of
+``T' - T``: a student that is still CLIP has a loss of 1 (with ``mse``), whatever CLIP's scale, and 0.1 means that nine
+tenths of the transferred knowledge are learned. Each image's loss depends on that image alone, so the mean over a
+global batch does not depend on how it was split.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from tove_llava.core.registry import Registry
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MERGE_LOSSES: Registry[TokenLoss] = Registry("merge loss")
+TokenWeights = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+TOKEN_WEIGHTS: Registry[TokenWeights] = Registry("kind of token weights")
+
+# Where a tower has transferred (next to) nothing, this share of CLIP's own mean square is the unit instead.
+_FLOOR = 1e-4
+
+
+@MERGE_LOSSES.register("mse")
+def mse(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Mean squared error: tokens ``[B,N,d]``, unit ``[B,1,1]`` -> ``[B,N]``."""
+    return ((student - target) / unit).square().mean(-1)
+
+
+@MERGE_LOSSES.register("smooth_l1")
+def smooth_l1(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Quadratic below one unit and linear above: a few channels of huge values, as large CLIPs have, weigh less."""
+    return F.smooth_l1_loss(student / unit, target / unit, reduction="none").mean(-1)
+
+
+@MERGE_LOSSES.register("cosine")
+def cosine(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """One minus the cosine of a token and its target; says nothing of a token's length."""
+    return 1 - F.cosine_similarity(student, target, dim=-1)
+
+
+@TOKEN_WEIGHTS.register("uniform")
+def uniform(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Every token alike: ``[B,N,d]`` twice -> ``[B,N]``."""
+    return torch.ones_like(base[..., 0])
+
+
+@TOKEN_WEIGHTS.register("transfer")
+def transfer(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """As much as was transferred to a token: ``|T' - T|``."""
+    return (target - base).norm(dim=-1)
+
+
+def merge_loss(
+    student: torch.Tensor,
+    base: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    loss: str = "mse",
+    token_weights: str = "uniform",
+) -> torch.Tensor:
+    """``L_merge`` of each image.
+
+    Args:
+        student: ``[B,N,d]`` tokens that learn.
+        base: ``[B,N,d]`` CLIP's tokens.
+        target: ``[B,N,d]`` the tower's tokens; no gradient flows into them.
+        loss: a registered merge loss.
+        token_weights: a registered kind of weights; they are brought to a mean of 1 in each image.
+
+    Returns:
+        ``[B]`` float32.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    student, base, target = student.float(), base.detach().float(), target.detach().float()
+    transferred = (target - base).square().mean((1, 2), keepdim=True)  # [B,1,1]
+    floor = _FLOOR * base.square().mean((1, 2), keepdim=True)
+    unit = torch.maximum(transferred, floor).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    weights = TOKEN_WEIGHTS.get(token_weights)(base, target)  # [B,N]
+    total = weights.sum(1, keepdim=True)
+    weights = torch.where(total > 0, weights * weights.shape[1] / total.clamp(min=1e-20), torch.ones_like(weights))
+    return (weights * MERGE_LOSSES.get(loss)(student, target, unit)).mean(1)

@@ -1,0 +1,112 @@
+"""Checkpoints inside a run: written whole or not at all, and found again."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tove_llava.core.errors import CheckpointError
+from tove_llava.train.stages import Trainable
+
+STAGING = "incomplete-checkpoint-"
+WEIGHTS = "trained.safetensors"
+METER = "meter.json"
+_PREFIX = "checkpoint-"
+
+
+def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
+    """The trainable parameters on the CPU, by name; under ZeRO-3 every rank calls this, only the writer gets them."""
+    tensors: dict[str, torch.Tensor] = {}
+    for part in trainable.parts.values():
+        for name, parameter in part.items():
+            with _whole(parameter):
+                if is_writer:
+                    tensors[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _whole(parameter: torch.nn.Parameter) -> Any:
+    import contextlib
+
+    if not hasattr(parameter, "ds_id"):  # set by DeepSpeed on the parameters that ZeRO-3 partitions
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([parameter])
+
+
+def save_weights(file: Path, trainable: Trainable, is_writer: bool) -> None:
+    """Writes the trainable parameters; every rank calls this."""
+    tensors = gather(trainable, is_writer)
+    if is_writer:
+        save_file(tensors, file)
+
+
+def load_weights(file: Path, trainable: Trainable) -> None:
+    """Puts saved parameters back; the set of names must be the same.
+
+    Raises:
+        CheckpointError: the file is missing, or belongs to another stage or tower.
+    """
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} does not exist; the checkpoint is incomplete. Remove its folder to start without it"
+        )
+    tensors = load_file(file)
+    parameters = {name: p for part in trainable.parts.values() for name, p in part.items()}
+    if tensors.keys() != parameters.keys():
+        odd = sorted(tensors.keys() ^ parameters.keys())
+        raise CheckpointError(f"{file} belongs to another stage or tower: {len(odd)} names differ, such as {odd[:3]}")
+    for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise CheckpointError(
+                f"{file}: {name} has shape {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+            )
+        parameter.data.copy_(tensors[name])
+
+
+def publish(staging: Path, final: Path, keep: int | None) -> None:
+    """Makes a staged checkpoint the newest complete one, then removes those that it supersedes.
+
+    Its files reach the disk before its name does; an interruption at any point leaves an older complete checkpoint or
+    this one.
+    """
+    for path in sorted(staging.rglob("*")):
+        sync(path)
+    sync(staging)
+    if final.exists():
+        shutil.rmtree(final)
+    os.rename(staging, final)
+    sync(final.parent)
+    older = complete(final.parent)[:-1]
+    for path in older[: len(older) - (keep - 1)] if keep else []:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in incomplete(final.parent):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete(run: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    numbered = []
+    for path in run.glob(f"{_PREFIX}*"):
+        number = path.name.removeprefix(_PREFIX)
+        if path.is_dir() and number.isdigit():
+            numbered.append((int(number), path))
+    return [path for _, path in sorted(numbered)]
+
+
+def incomplete(run: Path) -> list[Path]:
+    """What interrupted saves left behind."""
+    return sorted(run.glob(f"{STAGING}*"))
