@@ -21,7 +21,8 @@ from training import Run, train
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, PreTrainedTokenizerFast
 
 from tove_llava.scenes import Scene, caption, render, sample_scene
-from tove_llava.scenes.world import COLOURS, SHAPES, scene_rng
+from tove_llava.scenes.objects import COLOURS, SHAPES
+from tove_llava.scenes.world import scene_rng
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's own
 PATCH = 16

@@ -41,8 +41,9 @@ from tove_llava.scenes.language import (
     metres,
     size,
 )
+from tove_llava.scenes.objects import COLOURS, SHAPES, Scene
 from tove_llava.scenes.render import coverage
-from tove_llava.scenes.world import COLOURS, SHAPES, Scene, scene_rng
+from tove_llava.scenes.world import scene_rng
 
 GRID = 6  # places per side of a word grid: the vision tokens of the tiny CLIP
 LENGTHS = {"caption": 112, "conversation": 448}  # tokens per sequence after a grid is expanded

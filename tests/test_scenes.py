@@ -13,8 +13,9 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.records import parse_record
 from tove_llava.scenes import Scene, ask, caption, describe, render, sample_scene
 from tove_llava.scenes.language import CATEGORIES, SHORT_ANSWER, contrast
+from tove_llava.scenes.objects import SHAPES, Camera, Object
 from tove_llava.scenes.render import CLASSES, FAR, GROUND, SKY, coverage
-from tove_llava.scenes.world import HELD_OUT_PAIRS, SHAPES, Camera, Object, scene_rng
+from tove_llava.scenes.world import HELD_OUT_PAIRS, scene_rng
 from tove_llava.scenes.writer import Request, instruct_record, write_scenes
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, MAX_RADIUS, MIN_RADIUS, SHAPES, Object, Scene
+from tove_llava.scenes.objects import COLOURS, SHAPES, Object, Scene
+from tove_llava.scenes.world import HELD_OUT_PAIRS, MAX_RADIUS, MIN_RADIUS
 
 COLUMNS, ROWS = "ABCDEF", "123456"  # places: column A is at the left, row 1 at the top
 METRES = ("three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen")

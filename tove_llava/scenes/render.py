@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tove_llava.scenes.world import COLOURS, SHAPES, Object, Scene
+from tove_llava.scenes.objects import COLOURS, SHAPES, Object, Scene
 
 CLASSES = ("sky", "ground", *SHAPES)
 SKY, GROUND = -2, -1  # instance ids of what is no object

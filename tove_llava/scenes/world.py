@@ -1,26 +1,9 @@
-"""What a scene is, and how one is drawn from a seed.
-
-World coordinates are in metres, z up, ground at z = 0. A point's depth is its distance along the camera's optical
-axis, its position (u, v) lies in 0..1 from the picture's left and top.
-"""
-
-from dataclasses import asdict, dataclass, field
-from typing import Any
+"""Draw a scene from a seed."""
 
 import numpy as np
 
-SHAPES = ("sphere", "cube", "cylinder", "cone")
-COLOURS = {
-    "red": (0.85, 0.12, 0.12),
-    "green": (0.15, 0.65, 0.18),
-    "blue": (0.15, 0.28, 0.88),
-    "yellow": (0.93, 0.85, 0.15),
-    "purple": (0.58, 0.18, 0.72),
-    "cyan": (0.15, 0.80, 0.82),
-    "orange": (0.95, 0.52, 0.10),
-    "white": (0.92, 0.92, 0.92),
-}
-MATERIALS = ("matte", "shiny")
+from tove_llava.scenes.objects import COLOURS, MATERIALS, SHAPES, Camera, Object, Scene
+from tove_llava.scenes.render import silhouettes
 
 # These pairs occur in no training scene of any kind: they test whether a model composes what it knows.
 HELD_OUT_PAIRS = frozenset({("purple", "cone"), ("cyan", "cube"), ("orange", "sphere"), ("white", "cylinder")})
@@ -34,78 +17,6 @@ MIN_OBJECTS, MAX_OBJECTS = 2, 5
 MIN_VISIBLE_SHARE = 0.45  # of an object's own silhouette
 MIN_VISIBLE_AREA = 0.006  # of the picture
 CHECK_SIZE = 48  # pixels per side of the draft on which visibility is judged, whatever size is rendered afterwards
-
-
-@dataclass
-class Camera:
-    """A pinhole camera with orthonormal axes; ``tangent`` is tan(half the field of view)."""
-
-    position: tuple[float, float, float]
-    forward: tuple[float, float, float]
-    right: tuple[float, float, float]
-    up: tuple[float, float, float]
-    tangent: float
-
-    @classmethod
-    def look_at(cls, position: np.ndarray, target: np.ndarray, fov_degrees: float) -> "Camera":
-        forward = target - position
-        forward = forward / np.linalg.norm(forward)
-        right = np.cross(forward, [0.0, 0.0, 1.0])
-        right = right / np.linalg.norm(right)
-        up = np.cross(right, forward)
-        as_tuple = [tuple(float(x) for x in vector) for vector in (position, forward, right, up)]
-        return cls(*as_tuple, tangent=float(np.tan(np.radians(fov_degrees) / 2)))  # type: ignore[arg-type, misc]
-
-    def project(self, point: np.ndarray) -> tuple[float, float, float]:
-        """(u, v, depth) of a world point."""
-        offset = np.asarray(point) - np.asarray(self.position)
-        depth = float(offset @ np.asarray(self.forward))
-        u = 0.5 + 0.5 * float(offset @ np.asarray(self.right)) / (depth * self.tangent)
-        v = 0.5 - 0.5 * float(offset @ np.asarray(self.up)) / (depth * self.tangent)
-        return u, v, depth
-
-
-@dataclass
-class Object:
-    """One solid. ``radius`` is half its height; ``u, v, depth, area`` describe its visible part in the picture."""
-
-    shape: str
-    colour: str
-    material: str
-    radius: float
-    centre: tuple[float, float, float]
-    angle: float
-    u: float = 0.0
-    v: float = 0.0
-    depth: float = 0.0
-    area: float = 0.0
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        return self.colour, self.shape
-
-    @property
-    def name(self) -> str:
-        """The words that single this object out; colour and shape together are unique in a scene."""
-        return f"{self.colour} {self.shape}"
-
-
-@dataclass
-class Scene:
-    """A world, the camera that looks at it, and the light."""
-
-    seed: int
-    split: str
-    index: int
-    camera: Camera
-    light: tuple[float, float, float]
-    ambient: float
-    ground: tuple[float, float, float]
-    sky: tuple[float, float, float]
-    objects: list[Object] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def scene_rng(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Generator:
@@ -127,8 +38,6 @@ def sample_scene(seed: int, split: str, index: int) -> Scene:
 
 
 def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene | None:
-    from tove_llava.scenes.render import silhouettes
-
     scene = Scene(
         seed=seed,
         split=split,

@@ -18,8 +18,9 @@ from PIL import Image
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
 from tove_llava.core.files import staged
 from tove_llava.scenes.language import SHORT_ANSWER, Question, absent_pair, ask, describe, with_article
+from tove_llava.scenes.objects import COLOURS, SHAPES, Scene
 from tove_llava.scenes.render import Rendering, render
-from tove_llava.scenes.world import COLOURS, HELD_OUT_PAIRS, SHAPES, Scene, sample_scene, scene_rng
+from tove_llava.scenes.world import HELD_OUT_PAIRS, sample_scene, scene_rng
 
 POPE_QUESTIONS = 3  # of each answer, image and category, as in POPE
 MANIFEST = "scenes.json"
