@@ -13,7 +13,7 @@ from tove_llava import cli
 from tove_llava.analysis.contributions import Contributions, ExpertContribution, Group, measure_contributions
 from tove_llava.analysis.measure import image_statistics
 from tove_llava.analysis.samples import load_samples
-from tove_llava.checkpoints.checkpoint import MANIFEST
+from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import encode_record, parse_record
 from tove_llava.inference.generation import Answerer

@@ -22,7 +22,7 @@ import run  # noqa: E402
 from jobs import ARMS, Job, Settings  # noqa: E402
 from numbers_of_runs import BOTH, Interval, Runs  # noqa: E402
 
-from tove_llava.checkpoints.checkpoint import MANIFEST  # noqa: E402
+from tove_llava.checkpoints.manifest import MANIFEST  # noqa: E402
 from tove_llava.core.sources import BundledSource  # noqa: E402
 from tove_llava.presets import load_preset  # noqa: E402
 from tove_llava.scenes.language import CATEGORIES  # noqa: E402

@@ -29,7 +29,7 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, MistralForCausalLM
 
 from tove_llava import convert_checkpoint, load_model, open_llava
-from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn, encode_prompt, load_tokenizer

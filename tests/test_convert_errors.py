@@ -29,7 +29,7 @@ from train_parts import environment
 
 from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.checkpoints.base import FORMATS, LlavaFormat, find_format, register_format
-from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.tensors import file_tensors, folder_tensors
 from tove_llava.cli import main
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import tove_llava
-from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn
 from tove_llava.inference.generation import Answerer

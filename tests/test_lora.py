@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from tove_llava import build_model, load_model, load_preset
 from tove_llava.checkpoints import merge_lora as merging
-from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError

@@ -20,8 +20,8 @@ from train_parts import ROOT, environment, flags, write_parts, write_records
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
-from tove_llava.checkpoints.checkpoint import Manifest
 from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
 from tove_llava.presets import LoraPreset, MergePreset

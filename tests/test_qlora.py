@@ -14,7 +14,7 @@ from torch import nn
 from train_parts import ROOT, environment, flags, launch, run_group, run_script, write_parts, write_records
 
 from tove_llava import build_model, load_model
-from tove_llava.checkpoints.checkpoint import Manifest
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError, ConfigError

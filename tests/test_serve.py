@@ -183,7 +183,7 @@ def test_the_newest_finished_model_is_served(tmp_path):
 
 
 def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
-    from tove_llava.checkpoints.checkpoint import MANIFEST
+    from tove_llava.checkpoints.manifest import MANIFEST
 
     assert models.MANIFEST == MANIFEST
     monkeypatch.chdir(tmp_path)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from train_parts import run_script
 from transformers import CLIPVisionModel
 
-from tove_llava.checkpoints.checkpoint import Manifest
 from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 
 EXPERTS = {"depth", "normal", "edge", "segmentation"}

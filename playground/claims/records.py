@@ -111,7 +111,7 @@ def _hash_of(name: str) -> str:
 
 def weights(model: Path) -> str | None:
     """Fingerprint of a model folder's trained weights; None while there is no such model."""
-    from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest
+    from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 
     return Manifest.read(model).fingerprint if (model / MANIFEST).is_file() else None
 

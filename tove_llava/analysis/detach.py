@@ -21,16 +21,8 @@ from torch import Tensor
 
 from tove_llava.analysis.measure import check_fusion
 from tove_llava.checkpoints.card import write_card
-from tove_llava.checkpoints.checkpoint import (
-    ADAPTER,
-    ADAPTER_PREFIX,
-    MANIFEST,
-    TRAINED,
-    Manifest,
-    fingerprint_of,
-    load_processor,
-    read_tensors,
-)
+from tove_llava.checkpoints.checkpoint import fingerprint_of, load_processor, read_tensors
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import staged
 from tove_llava.eval.rows import write_atomically

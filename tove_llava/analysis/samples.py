@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest
+from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Record, encode_record, parse_record, read_records
 from tove_llava.data.dataset import Example, truncate

@@ -15,7 +15,7 @@ from tove_llava.core.sources import HubSource, Source, display_source
 from tove_llava.core.version import __version__
 
 if TYPE_CHECKING:
-    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.checkpoints.manifest import Manifest
     from tove_llava.tower import ToveVisionConfig
 
 CARD = "README.md"

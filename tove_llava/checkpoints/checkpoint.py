@@ -19,7 +19,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from transformers import LlavaProcessor
 
 from tove_llava.checkpoints.card import write_card
 from tove_llava.checkpoints.hub import checkpoint_folder
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.weight_fingerprints import fingerprint as sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -43,76 +43,6 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.quantization import quantize, round_weights
 from tove_llava.llava.whole_model import load_whole
 from tove_llava.presets import LanguagePreset, ProjectorPreset, QuantizationPreset
-
-MANIFEST = "tove_llava.json"
-TRAINED = "trained.safetensors"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."  # peft's, so that PeftModel.from_pretrained reads the adapter too
-KINDS = ("trained", "lora", "full")
-_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint folder is."""
-
-    kind: str
-    stage: str
-    preset: str
-    template: str
-    image_aspect_ratio: str
-    model_max_length: int
-    language: dict[str, Any]  # LanguagePreset
-    fingerprint: str = ""  # SHA-256 of the trained weights
-    language_fingerprint: str = ""  # of the language model named by its source, in its dtype; "" if not recorded
-    quantization: dict[str, Any] | None = None  # QuantizationPreset that the language model was trained under
-    history: list[dict[str, Any]] = field(default_factory=list)  # data and recipe of each stage, for the model card
-    format_version: int = _VERSION
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Reads a folder's manifest.
-
-        Raises:
-            CheckpointError: the folder is not a complete checkpoint.
-        """
-        path = Path(folder)
-        if not path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; give the output folder of a training run")
-        file = path / MANIFEST
-        if not file.is_file():
-            from tove_llava.checkpoints.base import foreign_format
-
-            foreign = foreign_format(path)
-            if foreign is not None:
-                raise CheckpointError(
-                    f"{path} is a LLaVA checkpoint of the format {foreign}; make one of this package's of it: "
-                    f"tove-llava convert --model {path} --out NEW_FOLDER"
-                )
-            pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            if pickles:
-                raise CheckpointError(
-                    f"{path} holds pickled weights ({pickles[0]}), which are not read; convert to safetensors"
-                )
-            if any(path.glob("*checkpoint-*")):
-                raise CheckpointError(f"{path} holds an unfinished run; run its command again, which resumes it")
-            raise CheckpointError(
-                f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
-            )
-        try:
-            data = json.loads(file.read_text())
-            manifest = cls(**data)
-            _ = manifest.trained_quantization
-        except (json.JSONDecodeError, TypeError, ConfigError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-        if manifest.format_version > _VERSION or manifest.kind not in KINDS:
-            raise CheckpointError(f"{file} is of a newer version of tove_llava; update the package")
-        return manifest
-
-    @property
-    def trained_quantization(self) -> QuantizationPreset | None:
-        """What was done to the language model's weights before this checkpoint's parts were trained upon them."""
-        return None if self.quantization is None else QuantizationPreset(**self.quantization)
 
 
 def save_checkpoint(

@@ -18,10 +18,6 @@ from transformers import PreTrainedConfig
 
 from tove_llava.checkpoints.card import read_scores, write_card
 from tove_llava.checkpoints.checkpoint import (
-    ADAPTER,
-    MANIFEST,
-    TRAINED,
-    Manifest,
     fingerprint_of,
     read_config,
     read_model,
@@ -30,6 +26,7 @@ from tove_llava.checkpoints.checkpoint import (
     write_manifest,
 )
 from tove_llava.checkpoints.hub import download, upload
+from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin, language_digest
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source

@@ -12,7 +12,7 @@ from tove_llava.core.sources import Source
 from tove_llava.llava.adapters import adapter_parameters
 
 if TYPE_CHECKING:
-    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.checkpoints.manifest import Manifest
     from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.detach import check_out, detach_checkpoint
-    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.checkpoints.manifest import Manifest
     from tove_llava.core.errors import ConfigError
     from tove_llava.core.logs import quiet_transformers
     from tove_llava.serve.models import find_model

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0
-    from tove_llava.checkpoints.checkpoint import Manifest
+    from tove_llava.checkpoints.manifest import Manifest
     from tove_llava.core.errors import ConfigError
     from tove_llava.presets import preset_names
     from tove_llava.train.run import main

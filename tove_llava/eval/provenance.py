@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest
+from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.weight_fingerprints import fingerprint
 from tove_llava.core.version import __version__
 from tove_llava.inference.generation import Answerer

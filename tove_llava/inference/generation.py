@@ -22,7 +22,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from tove_llava.checkpoints.checkpoint import MANIFEST, load_model
+from tove_llava.checkpoints.checkpoint import load_model
+from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
 from tove_llava.data import (
     IGNORE_INDEX,

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tove_llava.checkpoints.checkpoint import MANIFEST, Manifest, save_checkpoint
+from tove_llava.checkpoints.checkpoint import save_checkpoint
+from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template

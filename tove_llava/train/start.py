@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from transformers import LlavaProcessor
 
-from tove_llava.checkpoints.checkpoint import Manifest, load_model, load_processor, load_trained, read_config
+from tove_llava.checkpoints.checkpoint import load_model, load_processor, load_trained, read_config
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.weight_fingerprints import fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.registry import Registry

@@ -12,19 +12,9 @@ from huggingface_hub import save_torch_state_dict
 
 from tove_llava.checkpoints.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
 from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
-from tove_llava.checkpoints.checkpoint import (
-    ADAPTER,
-    ADAPTER_PREFIX,
-    MANIFEST,
-    TRAINED,
-    Manifest,
-    load_processor,
-    read_config,
-    read_tensors,
-    save_checkpoint,
-    trained_names,
-)
+from tove_llava.checkpoints.checkpoint import load_processor, read_config, read_tensors, save_checkpoint, trained_names
 from tove_llava.checkpoints.clip import read_clip, save_clip
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.parts import (
     AdapterPart,
     ClipPart,
