@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError
 
-MANIFEST = "tove_llava.json"  # as in tove_llava.checkpoints.checkpoint, which takes seconds to import
 OUTPUTS = Path("outputs")
 HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
 
