@@ -10,8 +10,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from tove_llava import cli
-from tove_llava.analysis.contributions import Contributions, ExpertContribution, Group, measure_contributions
+from tove_llava.analysis.contributions import measure_contributions
 from tove_llava.analysis.measure import image_statistics
+from tove_llava.analysis.results import Contributions, ExpertContribution, Group
 from tove_llava.analysis.samples import load_samples
 from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import ConfigError, DataError

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tove_llava.analysis.contributions import loss_and_accuracy, number, percent
+from tove_llava.analysis.contributions import loss_and_accuracy
 from tove_llava.analysis.measure import measure, tower_with_experts
 from tove_llava.analysis.plots import plot_curve
+from tove_llava.analysis.results import Step, number, percent
 from tove_llava.analysis.samples import COUNTED, Samples
 from tove_llava.analysis.speed import seconds
 from tove_llava.eval.provenance import provenance
@@ -21,25 +21,6 @@ from tove_llava.eval.score_table import aligned
 from tove_llava.inference.generation import Answerer
 
 ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Step:
-    """One point of the curve.
-
-    Attributes:
-        removed: the expert that this step took out; None at the first.
-        experts: those that are left.
-        loss: token-weighted LM loss.
-        accuracy: over the counted answers; None without any.
-        images_per_second: of the tower; median of several batches.
-    """
-
-    removed: str | None
-    experts: tuple[str, ...]
-    loss: float
-    accuracy: float | None
-    images_per_second: float
 
 
 def detach_curve(answerer: Answerer, samples: Samples, ranking: Sequence[str], batch_size: int = 16) -> list[Step]:

@@ -13,8 +13,7 @@ from tove_llava.core.errors import ConfigError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from tove_llava.analysis.contributions import Contributions
-    from tove_llava.analysis.curve import Step
+    from tove_llava.analysis.results import Contributions, Step
 
 DPI = 100
 ROUTING_SIZE = (6.4, 5.2)  # inches
