@@ -1,0 +1,42 @@
+"""Imports between the package's rooms run downward, in the order that docs/architecture.md gives."""
+
+import ast
+import re
+from pathlib import Path
+
+import tove_llava
+
+PACKAGE = Path(tove_llava.__file__).parent
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
+UPWARD = {("serve", "cli")}  # gradio_app is a command of its own, and starts the same one as `tove-llava demo`
+
+
+def rooms() -> list[str]:
+    """List the rooms from the top floor down."""
+    return [name for name in re.findall(r"^  (\w+)/ ", PAGE.read_text(), flags=re.M) if name != "bundled"]
+
+
+def imported(file: Path) -> set[str]:
+    """List the rooms that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {name.split(".")[1] for name in modules if name.startswith("tove_llava.")}
+    return found
+
+
+def test_every_room_is_on_the_page():
+    assert sorted(rooms()) == sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+
+
+def test_no_import_runs_upward():
+    floor = {name: number for number, name in enumerate(rooms())}
+    upward = {
+        (room, other)
+        for room in floor
+        for file in (PACKAGE / room).rglob("*.py")
+        for other in imported(file)
+        if other in floor and floor[other] < floor[room]
+    }
+    assert upward == UPWARD
