@@ -72,14 +72,8 @@ class LlavaFormat(ABC):
 
 
 def register_format(name: str) -> Callable[[F], F]:
-    """Class decorator that registers a format under its name."""
-
-    def add(cls: F) -> F:
-        cls.name = name
-        FORMATS.register(name)(cls)
-        return cls
-
-    return add
+    """Return a class decorator that registers a format under ``name``."""
+    return FORMATS.register_class(name)
 
 
 def find_format(folder: Path) -> LlavaFormat:

@@ -68,14 +68,8 @@ class ExportFormat(ABC):
 
 
 def register_format(name: str) -> Callable[[F], F]:
-    """Class decorator that registers a format under its name."""
-
-    def add(cls: F) -> F:
-        cls.name = name
-        FORMATS.register(name)(cls)
-        return cls
-
-    return add
+    """Return a class decorator that registers a format under ``name``."""
+    return FORMATS.register_class(name)
 
 
 def format_names() -> list[str]:

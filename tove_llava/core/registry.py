@@ -4,11 +4,12 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError
 
 T = TypeVar("T")
+C = TypeVar("C", bound=type)
 
 
 def closest(name: str, known: Iterable[str]) -> str:
@@ -44,6 +45,15 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{self.kind} {name!r} is registered twice: {both}")
             self._entries[name] = component
             return component
+
+        return add
+
+    def register_class(self, name: str) -> Callable[[C], C]:
+        """Return a class decorator that registers a class, and sets its ``name``; errors as in :meth:`register`."""
+
+        def add(cls: C) -> C:
+            cls.name = name  # type: ignore[attr-defined]
+            return cast(C, self.register(name)(cast(T, cls)))
 
         return add
 
