@@ -61,7 +61,7 @@ def _differences(recorded: dict[str, Any], made: dict[str, Any], prefix: str = "
 @contextmanager
 def recorded(folder: Path, made: dict[str, Any], commit: str) -> Iterator[None]:
     """Says in ``begun.json`` what is made in the block, and in ``done.json``, if it ends well, what it cost as well."""
-    from tove_llava.eval.rows import write_atomically
+    from tove_llava.core.files import write_atomically
 
     resumed = (folder / BEGUN).is_file()
     write_atomically(folder / BEGUN, json.dumps({"made": made}, indent=1) + "\n")

@@ -35,7 +35,7 @@ def write_report(settings: Settings, report: Path, claims: Sequence[str], typed:
     Args:
         typed: the flags that the study was called with.
     """
-    from tove_llava.eval.rows import write_atomically
+    from tove_llava.core.files import write_atomically
 
     assets = report.parent / "assets"
     assets.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from tove_llava.analysis.measure import Measurement, Subset, measure, tower_with
 from tove_llava.analysis.results import Contributions, ExpertContribution, Group
 from tove_llava.analysis.samples import Sample, Samples
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.files import write_atomically
 from tove_llava.eval.provenance import provenance
-from tove_llava.eval.rows import write_atomically
 from tove_llava.inference.generation import Answerer
 
 FILE = "contributions.json"

@@ -15,8 +15,8 @@ from tove_llava.analysis.plots import plot_curve
 from tove_llava.analysis.results import Step, number, percent
 from tove_llava.analysis.samples import COUNTED, Samples
 from tove_llava.analysis.speed import seconds
+from tove_llava.core.files import write_atomically
 from tove_llava.eval.provenance import provenance
-from tove_llava.eval.rows import write_atomically
 from tove_llava.eval.score_table import aligned
 from tove_llava.inference.generation import Answerer
 

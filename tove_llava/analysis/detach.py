@@ -24,8 +24,7 @@ from tove_llava.checkpoints.card import write_card
 from tove_llava.checkpoints.checkpoint import fingerprint_of, load_processor, read_tensors
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import staged
-from tove_llava.eval.rows import write_atomically
+from tove_llava.core.files import staged, write_atomically
 from tove_llava.llava import ToveLlavaConfig
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 

@@ -30,7 +30,7 @@ from transformers import LlavaProcessor
 
 from tove_llava.checkpoints.card import write_card
 from tove_llava.checkpoints.hub import checkpoint_folder
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.weight_fingerprints import fingerprint as sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -106,11 +106,6 @@ def save_checkpoint(
         folder, model.config.vision_config, manifest, scores=scores, tags=tags
     )  # of the sources, wherever copies lie
     write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Makes a folder a complete checkpoint; to be done last."""
-    _write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
 def load_model(
@@ -393,12 +388,3 @@ def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, mer
 
 def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
-
-
-def _write_atomically(file: Path, text: str) -> None:
-    staged = file.with_name(file.name + ".part")
-    with open(staged, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(staged, file)

@@ -23,10 +23,9 @@ from tove_llava.checkpoints.checkpoint import (
     read_model,
     save_checkpoint,
     trained_names,
-    write_manifest,
 )
 from tove_llava.checkpoints.hub import download, upload
-from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.origin import Origin, language_digest
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source

@@ -3,6 +3,7 @@
 It is written last, so a folder that has one is complete.
 """
 
+import dataclasses
 import json
 import os
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import write_atomically
 from tove_llava.presets import QuantizationPreset
 
 MANIFEST = "tove_llava.json"
@@ -81,3 +83,8 @@ class Manifest:
     def trained_quantization(self) -> QuantizationPreset | None:
         """What was done to the language model's weights before this checkpoint's parts were trained upon them."""
         return None if self.quantization is None else QuantizationPreset(**self.quantization)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Make a folder a complete checkpoint; call it last."""
+    write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")

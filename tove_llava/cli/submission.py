@@ -30,8 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tove_llava.core.errors import ConfigError, DataError
+    from tove_llava.core.files import write_atomically
     from tove_llava.eval.benchmarks import get_benchmark
-    from tove_llava.eval.rows import read_answers, write_atomically
+    from tove_llava.eval.rows import read_answers
     from tove_llava.eval.score_table import first_ids
     from tove_llava.eval.submission import Submitting
 

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import os
 import shutil
@@ -32,9 +32,9 @@ def staged(out: Path) -> Iterator[Path]:
         for path in (*sorted(stage.rglob("*"), reverse=True), stage):
             # mkdtemp and safetensors give the owner alone rights.
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            _sync(path)
+            sync(path)
         os.replace(stage, out)
-        _sync(out.parent)
+        sync(out.parent)
     except BaseException as error:
         shutil.rmtree(stage, ignore_errors=True)
         _remove_empty(made)
@@ -59,9 +59,25 @@ def _umask() -> int:
     return current
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None:
+    """Replace a file's content; a reader sees the old or the new content, never a part.
+
+    The folder is made where it is missing. Several processes may write the same file.
+    """
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)

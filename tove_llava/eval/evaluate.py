@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import write_atomically
 from tove_llava.eval import record
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
 from tove_llava.eval.judge import Judge
 from tove_llava.eval.judged import JudgedBenchmark
-from tove_llava.eval.rows import write_atomically
 from tove_llava.eval.score_table import notes, score_table
 from tove_llava.eval.tasks import Task, find_data
 from tove_llava.presets import QuantizationPreset

@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tove_llava.core.files import write_atomically
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.pictures import EmbeddedPicture
-from tove_llava.eval.rows import Row, write_atomically
+from tove_llava.eval.rows import Row
 
 RESULT, ITEMS = "result.json", "items.jsonl"
 MARK = "mark"  # the metric of a benchmark whose score is a mean over questions

@@ -165,18 +165,6 @@ class AppendFile:
         self._handle.close()
 
 
-def write_atomically(file: str | Path, content: str | bytes) -> None:
-    """Replace a file's content; a reader sees the old or the new content, never a part."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
     """``limit`` of the items at even distances (all, without a limit), so that every category has its share."""
     if limit is None or limit >= len(items):

@@ -19,6 +19,7 @@ import torch
 
 from tove_llava.checkpoints.weight_fingerprints import fingerprint
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import write_atomically
 from tove_llava.eval.answering import MODES, Answer
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
@@ -26,7 +27,7 @@ from tove_llava.eval.decoding import Decoding
 from tove_llava.eval.feed import Feed, portions
 from tove_llava.eval.progress import Progress
 from tove_llava.eval.ranks import Ranks
-from tove_llava.eval.rows import AppendFile, Row, read_jsonl, write_atomically
+from tove_llava.eval.rows import AppendFile, Row, read_jsonl
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.sequences import has_plain_cache
 

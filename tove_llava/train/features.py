@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.files import write_atomically
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, TowerFeatures
 from tove_llava.train.feature_stores import STORES, Shards
@@ -244,7 +245,5 @@ def read_json(file: Path) -> Any:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Writes a file, whole or not at all."""
-    staged = file.with_name(f"{file.name}.{os.getpid()}.part")  # several processes may write the same
-    staged.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    os.replace(staged, file)
+    """Write a JSON file, whole or not at all."""
+    write_atomically(file, json.dumps(value, indent=1))

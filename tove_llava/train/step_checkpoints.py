@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import sync
 from tove_llava.train.stages import Trainable
 
 STAGING = "incomplete-checkpoint-"
@@ -86,15 +87,6 @@ def publish(staging: Path, final: Path, keep: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in incomplete(final.parent):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Flushes a file or a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def complete(run: Path) -> list[Path]:
