@@ -271,7 +271,7 @@ def render(record: dict[str, Any]) -> str:
             f"{1e3 * cache['picture']:.1f} ms a picture. It takes {cache['bytes_per_picture'] / 1e3:.1f} kB a picture. "
             f"*Epochs until it pays* are for {study['scenes']:,} pictures.",
             f"**Computed from this**: {study['runs']} runs of two stages over {study['scenes']:,} scenes, as many as "
-            f"docs/claims.md has, train {study['seconds_without'] / 3600:.2f} h without a cache and "
+            f"docs/background/claims.md has, train {study['seconds_without'] / 3600:.2f} h without a cache and "
             f"{study['seconds_with'] / 3600:.2f} h with one, its making included: {study['ratio']:.2f} times as fast, "
             "without start-up and evaluation.",
             packed,

@@ -3,7 +3,7 @@
 Nothing is measured here. The share of its peak that one GPU reaches is taken from benchmarks/results
 (train_step-<preset>-cuda.json) where there is such a record, and is assumed where there is none; the tables say which.
 
-    python benchmarks/scaling_model.py            # the tables of docs/scaling.md
+    python benchmarks/scaling_model.py            # the tables of docs/background/scaling.md
     python benchmarks/scaling_model.py --write    # puts them there
 """
 
@@ -25,7 +25,7 @@ from tove_llava.presets import Preset, load_preset
 from tove_llava.train.memory import GIB, Run, largest_batch, training_memory
 from tove_llava.train.shapes import Shape, stage_shape
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "background" / "scaling.md"
 BEGIN, END = "<!-- begin: python benchmarks/scaling_model.py --write -->", "<!-- end -->"
 PRESETS = ("vicuna-7b", "vicuna-13b")
 STAGES = ("pretrain", "finetune_lora", "finetune")
@@ -277,7 +277,7 @@ def assumptions(folder: Path) -> str:
         (
             "longest record, for memory",
             f"{LONGEST_CAPTION} tokens beside the picture in stage 1, the limit of 2048 positions in stage 2",
-            "bytes as in [memory](memory.md)",
+            "bytes as in [memory](../reference/memory.md)",
         ),
     ]
     lines = ["| what | value | source or remark |", "| --- | --- | --- |"]
@@ -321,7 +321,7 @@ def generated(folder: Path = RESULTS) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    parser.add_argument("--write", action="store_true", help="replace the tables of docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="replace the tables of docs/background/scaling.md")
     args = parser.parse_args(argv)
     text = generated(args.results)
     if args.write:

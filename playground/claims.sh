@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's claims in miniature: trains, evaluates, and writes docs/claims.md. Resumable.
+# The paper's claims in miniature: trains, evaluates, and writes docs/background/claims.md. Resumable.
 #   bash playground/claims.sh [--claims a,c,f | all] [--seeds 5] [--workers N] [--out outputs/claims]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

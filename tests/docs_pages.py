@@ -79,7 +79,8 @@ class Page:
 
 
 def read_page(path: Path) -> Page:
-    """Parses a page; a fence that is not closed is an error."""
+    """Parse a page; refuse a fence that is not closed."""
+    name = path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else path.name
     blocks, needs, open_block, lines = [], set(), None, path.read_text(encoding="utf-8").splitlines()
     body: list[str] = []
     for number, line in enumerate(lines, start=1):
@@ -87,7 +88,7 @@ def read_page(path: Path) -> Page:
         if open_block is not None:
             if line.strip() == "```":
                 language, at, mark = open_block
-                blocks.append(Block(path.name, at, language, "".join(f"{x}\n" for x in body), mark))
+                blocks.append(Block(name, at, language, "".join(f"{x}\n" for x in body), mark))
                 open_block, body = None, []
             else:
                 body.append(line)
@@ -97,10 +98,10 @@ def read_page(path: Path) -> Page:
         elif found := _NEEDS.match(line.strip()):
             needs |= {name.strip() for name in found["names"].split(",")}
     if open_block is not None:
-        raise ValueError(f"{path.name}: the block that line {open_block[1]} opens is not closed")
-    return Page(path.name, frozenset(needs), tuple(blocks))
+        raise ValueError(f"{name}: the block that line {open_block[1]} opens is not closed")
+    return Page(name, frozenset(needs), tuple(blocks))
 
 
 def pages() -> list[Page]:
-    """All pages, by name."""
-    return [read_page(path) for path in sorted(DOCS.glob("*.md"))]
+    """Read all pages, sorted by name."""
+    return [read_page(path) for path in sorted(DOCS.rglob("*.md"))]

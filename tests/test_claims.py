@@ -373,7 +373,7 @@ def tables(text):
 
 def test_the_readmes_numbers_are_those_of_the_page():
     compare = (ROOT / "README.md").read_text().partition("\n## Compare\n")[2].partition("\n## ")[0]
-    page = (ROOT / "docs" / "claims.md").read_text()
+    page = (ROOT / "docs" / "background" / "claims.md").read_text()
     (head, *rows), *_ = tables(compare)
     types = [README_ROWS.get(name, name) for name in head[1:]]
     columns = []  # (arm, its cells) of every table by question type; an arm's are the same in each

@@ -1,7 +1,6 @@
 """The pages in docs/: every block is run, in order, as a new user would, or says why it is not."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,32 +25,6 @@ def test_every_block_says_what_is_to_be_done_with_it(page: Page) -> None:
         assert known, f"{block.where}: unknown mark {block.mark!r}; see tests/docs_pages.py"
         assert block.language, f"{block.where}: no language; write text for what is no code"
     assert page.needs <= {"scenes", "model"}
-
-
-def test_what_is_not_run_is_counted() -> None:
-    """Whoever adds a block that cannot be run changes these figures, and says why in the comment above it."""
-    counted = Counter(page.name for page in PAGES for block in page.blocks if block.reason)
-    assert dict(counted) == NOT_RUN
-
-
-NOT_RUN = {
-    "analysis.md": 1,
-    "another-llm.md": 1,
-    "architecture.md": 9,
-    "chat.md": 2,
-    "checkpoints.md": 1,
-    "data.md": 2,
-    "demo.md": 1,
-    "evaluation.md": 5,
-    "experts.md": 1,
-    "export.md": 3,
-    "faster-training.md": 1,  # a training
-    "harnesses.md": 4,
-    "lora.md": 2,
-    "merging.md": 2,
-    "original-llava.md": 4,
-    "your-own-data.md": 1,
-}
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +74,23 @@ def test_verbs_and_files_that_pages_name_exist() -> None:
                 assert (root / name).is_file(), f"{block.where}: there is no {name}"
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for path in sorted(DOCS.glob("*.md")):
-        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text(encoding="utf-8")):
-            assert (path.parent / target).exists(), f"docs/{path.name} links to {target}, which is not there"
+def anchors(page: Path) -> set[str]:
+    """List the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+READMES = [DOCS.parent / name / "README.md" for name in (".", "benchmarks", "playground")]
+LINKED = [*sorted(DOCS.rglob("*.md")), *READMES]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(DOCS.parent).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        file = page.parent / target if target else page
+        assert file.exists(), f"{page} links to {target}, which is not there"
+        assert not anchor or anchor in anchors(file), f"{page} links to {link}, and {file.name} has no such heading"
 
 
 # --- the mechanism itself ---------------------------------------------------------------------------------------------

@@ -182,4 +182,4 @@ def test_the_table_in_the_docs_is_what_the_function_gives(capsys):
     from train_parts import ROOT
 
     assert cli.main(["doctor", "--memory"]) == 0
-    assert capsys.readouterr().out in (ROOT / "docs" / "memory.md").read_text()
+    assert capsys.readouterr().out in (ROOT / "docs" / "reference" / "memory.md").read_text()

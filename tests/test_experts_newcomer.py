@@ -1,4 +1,4 @@
-"""A new expert is one class: those of docs/add-an-expert.md, taken from there as they stand."""
+"""A new expert is one class: those of docs/guides/add-an-expert.md, as they stand there."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def examples():
     """Runs the page's experts; what they register is forgotten afterwards."""
     before = EXPERTS.names()
     names: dict[str, object] = {}
-    for block in read_page(DOCS / "add-an-expert.md").blocks:
+    for block in read_page(DOCS / "guides" / "add-an-expert.md").blocks:
         if block.file in ("texture.py", "convnext.py"):
             exec(compile(block.text, block.where, "exec"), names)
     yield names

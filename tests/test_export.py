@@ -126,7 +126,7 @@ def test_code_of_the_card_runs(detached, tmp_path):
     assert run_card(detached / "out", detached / "wide.png", tmp_path)
 
 
-# What vLLM's LlavaForConditionalGeneration and SGLang's read: docs/export.md has the sources.
+# What vLLM's LlavaForConditionalGeneration and SGLang's read: docs/guides/export.md has the sources.
 PREFIXES = ("language_model.model.", "multi_modal_projector.linear_", "vision_tower.vision_model.")
 HEAD = "language_model.lm_head.weight"
 CLIP_NAMES = ("embeddings.class_embedding", "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight",

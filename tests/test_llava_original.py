@@ -17,7 +17,7 @@ from train_parts import ROOT, environment, free_port, run_group, write_records
 
 from tove_llava.core.sources import BundledSource
 
-PAGE = ROOT / "docs" / "original-llava.md"
+PAGE = ROOT / "docs" / "guides" / "original-llava.md"
 LLM, TINY = BundledSource("llm").require(), "tove:tiny"
 
 

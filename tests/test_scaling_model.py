@@ -1,4 +1,4 @@
-"""The model of docs/scaling.md: its page, its counts against a real step, and what must hold of any such model."""
+"""The model of docs/background/scaling.md: its page, its counts, and what must hold of any such model."""
 
 import json
 import sys

@@ -16,7 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGUN, DONE = "begun.json", "done.json"
-PAGES = ("docs/claims.md", "docs/assets")  # what the study itself writes: no change of what is measured
+PAGES = (
+    "docs/background/claims.md",
+    "docs/background/assets",
+)  # what the study itself writes: no change of what is measured
 
 
 class StaleRecord(RuntimeError):

@@ -1,4 +1,4 @@
-"""docs/claims.md: for each claim a table, a plot, and whether it holds here, worked out from the runs' results."""
+"""docs/background/claims.md: for each claim a table, a plot, and whether it holds here, worked out from the runs' results."""
 
 # ruff: noqa: E501  (the page's own lines)
 

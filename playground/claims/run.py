@@ -1,4 +1,4 @@
-"""The paper's claims in miniature: trains what they need on playground scenes, many seeds, and writes docs/claims.md.
+"""Train what the claims of docs/background/claims.md need, with many seeds, and write that page.
 
 Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the
 frozen encoders run once for all of them. The same command goes on where it was interrupted; a folder that holds a run
@@ -55,7 +55,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/claims"))
     parser.add_argument("--workers", type=int, help="trainings at a time (default: one a GPU, or one a core)")
     parser.add_argument("--shard", default="0/1", help="this machine's part of the seeds, such as 0/4")
-    parser.add_argument("--report", type=Path, help="the page, or the table of --arms (default: docs/claims.md)")
+    parser.add_argument(
+        "--report", type=Path, help="the page, or the table of --arms (default: docs/background/claims.md)"
+    )
     parser.add_argument("--no-report", action="store_true")
     args = parser.parse_args()
     args.chosen = list(STUDIES) if args.claims == "all" else args.claims.split(",")
@@ -117,7 +119,7 @@ def report(args: argparse.Namespace, settings: Settings) -> None:
     for name in args.chosen:
         if name in MEASURES:
             MEASURES[name](settings)
-    write_report(settings, args.report or ROOT / "docs" / "claims.md", args.chosen, args.typed)
+    write_report(settings, args.report or ROOT / "docs" / "background" / "claims.md", args.chosen, args.typed)
 
 
 def summarize(settings: Settings, typed: str, seconds: float) -> None:

@@ -161,7 +161,7 @@ def judge_answering(preset: Preset, shape: Shape, machine: Machine, missing: tup
     return Verdict(memory, "on the GPU" if machine.devices else "of memory", tuple(reasons))
 
 
-# -- the table of docs/memory.md ---------------------------------------------------------------------------------------
+# -- the table of docs/reference/memory.md -----------------------------------------------------------------------------
 
 
 def memory_table(names: Sequence[str]) -> str:

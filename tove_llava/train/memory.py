@@ -1,4 +1,4 @@
-"""How much memory a preset's stage needs on each device. The formulas are explained in docs/memory.md.
+"""How much memory a preset's stage needs on each device. The formulas are explained in docs/reference/memory.md.
 
 With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (records times their length):
 

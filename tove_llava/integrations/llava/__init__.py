@@ -5,7 +5,7 @@ Two lines in a launcher, before a model is built::
     from tove_llava.integrations.llava import register
     register()
 
-docs/original-llava.md shows the rest.
+docs/guides/original-llava.md shows the rest.
 """
 
 from tove_llava.integrations.llava.registration import register

@@ -1,6 +1,7 @@
-"""ToVE: a token-aware gate over experts, residual knowledge transfer (arXiv 2504.00691; our choices: docs/design.md).
+"""ToVE: a token-aware gate over experts, residual knowledge transfer (arXiv 2504.00691).
 
 ``T' = T + W_o( sum_k G_k * H_k )``, where ``H_k = GELU(Linear_k(LayerNorm(U_k)))`` on the token grid.
+The choices that the paper leaves open: docs/background/design.md.
 """
 
 from __future__ import annotations
