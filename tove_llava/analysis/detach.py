@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tove_llava.analysis.measure import check_fusion
 from tove_llava.checkpoints.card import write_card
-from tove_llava.checkpoints.checkpoint import fingerprint_of, load_processor, read_tensors
+from tove_llava.checkpoints.checkpoint import load_processor, read_tensors
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import staged, write_atomically
 from tove_llava.llava import ToveLlavaConfig
@@ -92,7 +93,7 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
         config.vision_config = small
         config.save_pretrained(staging)
         load_processor(folder).save_pretrained(staging)
-        final = dataclasses.replace(manifest, fingerprint=fingerprint_of(_by_model_names(folder, manifest, tensors)))
+        final = dataclasses.replace(manifest, fingerprint=exact_fingerprint(_by_model_names(folder, manifest, tensors)))
         write_card(staging, small, final)
         write_atomically(staging / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
     return Detached(

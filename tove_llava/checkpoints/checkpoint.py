@@ -15,7 +15,6 @@ language model's, point into the folder. Only safetensors are ever read.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -32,7 +31,7 @@ from tove_llava.checkpoints.card import write_card
 from tove_llava.checkpoints.hub import checkpoint_folder
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.origin import Origin
-from tove_llava.checkpoints.weight_fingerprints import fingerprint as sampled_fingerprint
+from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint, sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.licences import known, licence_of
 from tove_llava.core.sources import Source, write_origin
@@ -78,7 +77,7 @@ def save_checkpoint(
     config.conversation_template = manifest.template
     config.image_aspect_ratio = manifest.image_aspect_ratio
     language = dict(manifest.language)
-    fingerprint = fingerprint_of(trained)
+    fingerprint = exact_fingerprint(trained)
     prefix = next(name for name, module in model.named_modules() if module is model.tower) + "."
     if in_place:
         config.vision_config = model.tower.config
@@ -264,15 +263,6 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete") from error
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
-def fingerprint_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def read_config(folder: Path) -> ToveLlavaConfig:

@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 
 from tove_llava.checkpoints.card import read_scores, write_card
 from tove_llava.checkpoints.checkpoint import (
-    fingerprint_of,
     read_config,
     read_model,
     save_checkpoint,
@@ -27,6 +26,7 @@ from tove_llava.checkpoints.checkpoint import (
 from tove_llava.checkpoints.hub import download, upload
 from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.origin import Origin, language_digest
+from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
 from tove_llava.llava.adapters import adapter_layers, adapter_parameters
@@ -228,7 +228,7 @@ def _save_whole(
         model_max_length=old.model_max_length,
         language=old.language | {"dtype": str(model.dtype).removeprefix("torch.")},
         history=old.history,
-        fingerprint=fingerprint_of(weights) if weights else "",
+        fingerprint=exact_fingerprint(weights) if weights else "",
     )
     write_card(folder, model.config.vision_config, manifest, scores=_scores(model, weights), tags=tags)
     if self_contained and not Source.parse(manifest.language["source"]).is_portable:
@@ -312,7 +312,7 @@ def _scores(model: ToveLlavaForConditionalGeneration, weights: dict[str, torch.T
         if language_digest(model) != origin.language:
             return None
         weights = {name: weights[name] for name in trained_names(model)}
-    return report if fingerprint_of(weights) == origin.manifest.fingerprint else None
+    return report if exact_fingerprint(weights) == origin.manifest.fingerprint else None
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tove_llava.checkpoints.weight_fingerprints import sampled
+from tove_llava.checkpoints.weight_fingerprints import sampled_digest
 from tove_llava.core.sources import Source
 from tove_llava.llava.adapters import adapter_parameters
 
@@ -56,4 +56,4 @@ def language_digest(model: ToveLlavaForConditionalGeneration) -> str:
             if id(parameter) not in adapters:
                 plain = ".".join(word for word in name.split(".") if word != "base_layer")  # as without adapters
                 tensors[f"{type(part).__name__}.{plain}:{parameter.dtype}"] = parameter
-    return sampled(tensors)
+    return sampled_digest(tensors)

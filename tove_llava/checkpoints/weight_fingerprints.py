@@ -6,13 +6,22 @@ from collections.abc import Mapping
 import torch
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """A short digest of a model's weights: names, shapes and a few values of each tensor."""
-    return sampled(model.state_dict())
+def exact_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-def sampled(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A short digest of names, shapes and a few values of each tensor."""
+def sampled_fingerprint(model: torch.nn.Module) -> str:
+    """Return a short digest of a model's weights: names, shapes and a few values of each tensor."""
+    return sampled_digest(model.state_dict())
+
+
+def sampled_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a short digest of names, shapes and a few values of each tensor."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
-from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.version import __version__
 from tove_llava.inference.generation import Answerer
 
@@ -31,7 +31,7 @@ def model_fingerprint(answerer: Answerer, model: str | Path) -> str:
     """That of the checkpoint's trained weights; for a stock LLaVA folder, of the loaded weights."""
     if (Path(model) / MANIFEST).exists():
         return Manifest.read(model).fingerprint
-    return fingerprint(answerer.model)
+    return sampled_fingerprint(answerer.model)
 
 
 def versions() -> dict[str, str]:

@@ -140,7 +140,7 @@ def _relative(question: Question, root: Path) -> str | None:
 
 def backbone_fingerprints(model: Any) -> dict[str, str]:
     """Digests of a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
-    from tove_llava.checkpoints.weight_fingerprints import fingerprint
+    from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 
     frozen = getattr(model.base_model.vision_tower, "frozen", None)
     if frozen is None or frozen.clip is None:
@@ -148,7 +148,7 @@ def backbone_fingerprints(model: Any) -> dict[str, str]:
     parts = {"clip": frozen.clip}
     if frozen.hub is not None:
         parts |= {name: frozen.hub[name] for name in frozen.hub.names if frozen.hub.is_loaded([name])}
-    return {name: fingerprint(part) for name, part in parts.items()}
+    return {name: sampled_fingerprint(part) for name, part in parts.items()}
 
 
 def save(folder: Path, result: Mapping[str, Any], items: Sequence[Row]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import write_atomically
 from tove_llava.eval.answering import MODES, Answer
@@ -228,7 +228,7 @@ def _identity(
         "benchmark": type(benchmark).__name__,
         "questions": digest.hexdigest(),
         "model": model_id,
-        "weights": fingerprint(answerer.model),
+        "weights": sampled_fingerprint(answerer.model),
         "template": answerer.template.name,
         "image_aspect_ratio": answerer.transform.aspect_ratio,
         "dtype": str(answerer.model.dtype).removeprefix("torch."),

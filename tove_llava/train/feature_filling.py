@@ -30,7 +30,7 @@ from tove_llava.train.features import (
     write_json,
     write_part,
 )
-from tove_llava.train.file_fingerprints import Fingerprint, fingerprint
+from tove_llava.train.file_fingerprints import Fingerprint, file_fingerprint
 
 SHARD_IMAGES = 256
 
@@ -105,7 +105,7 @@ def fill_cache(
 
     def opened(name: str) -> Opened:
         file = resolve_image(image_folder, name)
-        return transform.open(file), fingerprint(file)
+        return transform.open(file), file_fingerprint(file)
 
     with ThreadPoolExecutor(workers, thread_name_prefix="pictures") as pool:
         pictures = _ahead(pool, opened, (name for shard in work for name in layout.of(shard)), 2 * batch_size)

@@ -27,7 +27,7 @@ from tove_llava.core.files import write_atomically
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, TowerFeatures
 from tove_llava.train.feature_stores import STORES, Shards
-from tove_llava.train.file_fingerprints import fingerprint, has_changed, source_files
+from tove_llava.train.file_fingerprints import file_fingerprint, has_changed, source_files
 
 CLIP = "clip"
 FILES = "files"  # fingerprints of weights, in a part's description
@@ -230,7 +230,7 @@ def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
     """Writes what a part is computed from."""
     files = source_files(Source.parse(description["source"]).path)
     (folder / part).mkdir(exist_ok=True)
-    weights = {file: fingerprint(path) for file, path in files.items()}
+    weights = {file: file_fingerprint(path) for file, path in files.items()}
     write_json(folder / part / "part.json", {**description, FILES: weights})
 
 

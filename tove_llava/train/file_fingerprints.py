@@ -10,7 +10,7 @@ Fingerprint = list[int | str]  # bytes, time of the last change in ns, BLAKE2 of
 _READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")  # what weights and settings are kept in
 
 
-def fingerprint(file: str | os.PathLike[str]) -> Fingerprint:
+def file_fingerprint(file: str | os.PathLike[str]) -> Fingerprint:
     """Of a file as it is now."""
     status = os.stat(file)
     return [status.st_size, status.st_mtime_ns, _digest(file)]

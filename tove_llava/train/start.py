@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 
 from tove_llava.checkpoints.checkpoint import load_model, load_processor, load_trained, read_config
 from tove_llava.checkpoints.manifest import Manifest
-from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
@@ -77,7 +77,7 @@ class FromParts:
 
     def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
         language = read_language_model(self.preset.language)
-        self.language_fingerprint = fingerprint(language)
+        self.language_fingerprint = sampled_fingerprint(language)
         model = assemble(language, self.vision, self.preset.projector, seed=seed)
         fit_to_processor(model, self.processor)
         if self.quantization is not None:
@@ -178,7 +178,7 @@ class FromModel(FromCheckpoint):
     def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
         assert self.folder is not None
         model, _ = load_model(self.folder)
-        self.language_fingerprint = fingerprint(language_model_of(model))
+        self.language_fingerprint = sampled_fingerprint(language_model_of(model))
         if self.quantization is not None:
             quantize(model, self.quantization, compute_dtype=model.dtype, device=device)
         return self._continued(model)

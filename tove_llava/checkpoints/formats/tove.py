@@ -25,7 +25,7 @@ from tove_llava.checkpoints.parts import (
 )
 from tove_llava.checkpoints.tensors import Tensors, folder_tensors, read_json, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
-from tove_llava.checkpoints.weight_fingerprints import fingerprint
+from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.presets import LanguagePreset, Preset
@@ -101,7 +101,7 @@ class Tove(LlavaFormat):
         if parts.language.tensors is not None:
             _write_language(parts, folder / LANGUAGE_FOLDER)
         language = load_language(parts.language, dtype, asked.attention)
-        digest = fingerprint(language)
+        digest = sampled_fingerprint(language)
         model, processor = assemble_model(parts, vision, language)
         manifest = Manifest(
             kind="trained" if parts.adapter is None else "lora",
