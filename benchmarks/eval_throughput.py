@@ -49,10 +49,10 @@ from torch.utils.data import DataLoader, Dataset
 from tove_llava.core.errors import ConfigError
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.conditions import FULL
-from tove_llava.eval.decoding import Decoding
-from tove_llava.eval.feed import prompt_ids
+from tove_llava.eval.question_loader import prompt_ids
 from tove_llava.eval.rows import Row
 from tove_llava.eval.runner import Settings, run_benchmark
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 from tove_llava.llava.build import prepare_processor
 from tove_llava.presets import load_preset

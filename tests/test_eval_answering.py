@@ -10,10 +10,9 @@ from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn
 from tove_llava.eval.answering import MODES, Job, get_option_mode
-from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark
-from tove_llava.eval.decoding import Decoding
-from tove_llava.eval.feed import Feed, portions, prompt_ids
-from tove_llava.eval.options import lettered_options
+from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark, lettered_options
+from tove_llava.eval.question_loader import QuestionLoader, portions, prompt_ids
+from tove_llava.eval.tasks import Decoding
 
 OPTIONS = {"A": "red", "B": "a blue ball", "C": "green"}
 CHOICE = "\n".join(["Which colour?", *(f"{letter}. {words}" for letter, words in OPTIONS.items()), "Answer."])
@@ -35,7 +34,9 @@ def run(answerer, questions, mode="generate", capacity=64, **decoding):
     """Texts and metadata by question id, and the mode's object."""
     numbers = iter(range(10**6))
     work = portions(questions, capacity)
-    with Feed(answerer, work, lambda: next(numbers), lambda question: lettered_options(question.text)) as feed:
+    with QuestionLoader(
+        answerer, work, lambda: next(numbers), lambda question: lettered_options(question.text)
+    ) as feed:
         worker = MODES.get(mode)(answerer, Decoding(**{"max_new_tokens": 12, **decoding}), feed.features, capacity)
         answers = [answer for some in worker.run(feed.take) for answer in some]
     assert sorted(str(answer.question.key) for answer in answers) == sorted(str(each.key) for each in questions)

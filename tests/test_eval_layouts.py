@@ -15,7 +15,7 @@ from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER
 from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, Question, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 
 SHORT = f"\n{SHORT_ANSWER}"
 LETTER = f"\n{OPTION_LETTER}"
@@ -191,7 +191,7 @@ def test_prompts_pictures_and_lengths(tmp_path, name):
     assert question.text == text
     assert benchmark.max_new_tokens == LENGTHS.get(name, 128)
     if image is None:
-        assert isinstance(question.image, EmbeddedPicture) and question.image.open().size == (4, 3)
+        assert isinstance(question.image, EmbeddedImage) and question.image.open().size == (4, 3)
     else:
         assert question.image == tmp_path / image
 
@@ -240,9 +240,9 @@ def test_placeholder_is_the_package_s():
 
 def test_a_damaged_embedded_picture_is_named():
     with pytest.raises(DataError, match="picture row 3 is not base64"):
-        EmbeddedPicture("row 3", "not base64!").open()
+        EmbeddedImage("row 3", "not base64!").open()
     with pytest.raises(DataError, match="picture row 3 is not a picture"):
-        EmbeddedPicture("row 3", base64.b64encode(b"text").decode()).open()
+        EmbeddedImage("row 3", base64.b64encode(b"text").decode()).open()
 
 
 def test_mme_names_a_question_without_an_answer(tmp_path):

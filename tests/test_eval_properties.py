@@ -11,8 +11,8 @@ from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import agreement, record_copies, rounded
 from tove_llava.eval.benchmarks import get_benchmark as get
 from tove_llava.eval.benchmarks import gqa, llava_bench, mme, mmvet, pope, scienceqa, vsr
+from tove_llava.eval.benchmarks.mmbench import parse_answer as parse_mmbench
 from tove_llava.eval.matching import match
-from tove_llava.eval.mmbench import parse_answer as parse_mmbench
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz, normalise_vqa
 from tove_llava.eval.vqa import vqa_accuracy
 

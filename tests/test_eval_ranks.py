@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import FULL
-from tove_llava.eval.feed import portions
+from tove_llava.eval.question_loader import portions
 from tove_llava.eval.ranks import Ranks
 from tove_llava.eval.runner import Settings, run_benchmark
 

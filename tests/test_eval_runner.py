@@ -10,7 +10,7 @@ from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.rows import AppendFile, spread
 from tove_llava.eval.runner import Settings, run_benchmark
 
@@ -53,7 +53,7 @@ def test_answer_lines_are_llavas(answerer, data, tmp_path):
 
 
 def test_the_prompt_is_llavas(answerer):
-    from tove_llava.eval.feed import prompt_ids
+    from tove_llava.eval.question_loader import prompt_ids
 
     ids = prompt_ids(answerer, Question(1, "Is it red?", Path("x.png")))
     images = [index for index, token in enumerate(ids) if token == answerer.image_token_id]
@@ -416,15 +416,13 @@ def test_pictures_inside_the_question_file(answerer, data, tmp_path):
     texts = {}
     for name, image in (
         ("file", data / "images" / "val_000000.png"),
-        ("embedded", EmbeddedPicture("row 1", content)),
+        ("embedded", EmbeddedImage("row 1", content)),
     ):
         (row,) = run_benchmark(answerer, benchmark, [Question(1, "Which?", image)], tmp_path / name, FULL).rows
         texts[name] = row["text"]
     assert texts["embedded"] == texts["file"]
     with pytest.raises(DataError, match="question 1: picture row 2 is not base64"):
-        run_benchmark(
-            answerer, benchmark, [Question(1, "Which?", EmbeddedPicture("row 2", "?"))], tmp_path / "bad", FULL
-        )
+        run_benchmark(answerer, benchmark, [Question(1, "Which?", EmbeddedImage("row 2", "?"))], tmp_path / "bad", FULL)
 
 
 def test_answers_without_public_truth_are_kept_and_not_scored(tmp_path):

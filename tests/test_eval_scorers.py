@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import get_benchmark
+from tove_llava.eval.benchmarks.playground_scenes import normalise
 from tove_llava.eval.benchmarks.pope import parse_answer
-from tove_llava.eval.benchmarks.scenes import normalise
 
 
 def close(got, expected):

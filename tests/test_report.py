@@ -15,7 +15,7 @@ from PIL import Image
 from score_parts import SAMPLES, truth_file
 
 from tove_llava import cli
-from tove_llava.eval import record
+from tove_llava.eval import result_files
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, Score, get_benchmark
 from tove_llava.eval.captions import METRICS
 from tove_llava.eval.report import markdown
@@ -124,7 +124,7 @@ def scored(name):
     truth = benchmark.read_ground_truth(truth_file(folder))
     answers = read_answers(folder / "predictions.jsonl")
     score = benchmark.score(answers, truth)
-    return score, record.item_rows(benchmark, Path("."), [], answers, truth, score)
+    return score, result_files.item_rows(benchmark, Path("."), [], answers, truth, score)
 
 
 @pytest.mark.parametrize("name", MARKED)
@@ -134,7 +134,7 @@ def test_items_give_the_score_and_its_breakdown(name):
     values = [row["values"]["mark"] for row in items]
     assert 100 * sum(values) / len(values) == pytest.approx(score.rows[MARKED[name]][0])
     assert all(row["expected"] for row in items) and any(row["answer"] is not None for row in items)
-    groups = [group for level in record.breakdown(items).values() for group in level.items()]
+    groups = [group for level in result_files.breakdown(items).values() for group in level.items()]
     compared = [(name, entry) for name, entry in groups if name in score.rows]
     assert all((100 * e["mark"], e["count"]) == pytest.approx(score.rows[n]) for n, e in compared)
     if name not in ("scienceqa", "textvqa", "mmbench", "mmbench_cn"):  # no groups, or abbreviated ones in the table
@@ -144,7 +144,7 @@ def test_items_give_the_score_and_its_breakdown(name):
 @pytest.mark.parametrize("name", ["mmbench", "pope", "mme"])
 def test_breakdowns_where_the_table_has_other_names(name):
     score, items = scored(name)
-    found = record.breakdown(items)
+    found = result_files.breakdown(items)
     if name == "pope":
         assert {n: e["mark"] for n, e in found["category"].items()} == {
             n: rates["accuracy"] for n, rates in score.scores.items()
@@ -159,11 +159,11 @@ def test_breakdowns_where_the_table_has_other_names(name):
 
 def test_values_of_pictures_stand_in_where_there_are_no_marks():
     details = {"per_item": {7: {"CIDEr": 0.5, "Bleu_4": 0.1, "note": "x"}, 8: {"CIDEr": 1.5, "Bleu_4": 0.2}}}
-    assert record.item_values(Score({}, 2, {}, details=details)) == {
+    assert result_files.item_values(Score({}, 2, {}, details=details)) == {
         "7": {"CIDEr": 0.5, "Bleu_4": 0.1},
         "8": {"CIDEr": 1.5, "Bleu_4": 0.2},
     }
-    assert record.item_values(Score({}, 2, {}, details={"per_item": {1: {"review": "x"}}})) == {}
+    assert result_files.item_values(Score({}, 2, {}, details={"per_item": {1: {"review": "x"}}})) == {}
 
 
 def evaluate(model, data, out, *flags):
@@ -225,15 +225,15 @@ def test_a_result_says_where_it_comes_from(evaluated):
 def test_the_data_digest_is_of_questions_and_answers_in_any_order():
     questions = [Question(i, f"What is {i}?", Path(f"a/{i}.png")) for i in range(3)]
     truth = [{"question_id": i, "answer": str(i)} for i in range(3)]
-    first = record.data_fingerprint(questions, truth)
-    assert first == record.data_fingerprint(questions[::-1], truth[::-1])
+    first = result_files.data_fingerprint(questions, truth)
+    assert first == result_files.data_fingerprint(questions[::-1], truth[::-1])
     moved = [Question(q.question_id, q.text, Path("b") / q.image.name) for q in questions]
-    assert first == record.data_fingerprint(moved, truth)
-    other = record.data_fingerprint([*questions[:2], Question(2, "What is 2 ?", Path("a/2.png"))], truth)
+    assert first == result_files.data_fingerprint(moved, truth)
+    other = result_files.data_fingerprint([*questions[:2], Question(2, "What is 2 ?", Path("a/2.png"))], truth)
     assert other["questions"] != first["questions"] and other["ground_truth"] == first["ground_truth"]
-    other = record.data_fingerprint(questions, [*truth[:2], {"question_id": 2, "answer": "3"}])
+    other = result_files.data_fingerprint(questions, [*truth[:2], {"question_id": 2, "answer": "3"}])
     assert other["questions"] == first["questions"] and other["ground_truth"] != first["ground_truth"]
-    assert record.data_fingerprint(questions, None)["ground_truth"] is None
+    assert result_files.data_fingerprint(questions, None)["ground_truth"] is None
 
 
 def test_a_run_that_goes_on_counts_its_own_questions(evaluated, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any
 from jobs import Settings
 from records import DONE
 
-from tove_llava.eval.benchmarks.scenes import normalise
+from tove_llava.eval.benchmarks.playground_scenes import normalise
 from tove_llava.scenes.language import CATEGORIES, DEPTH, SPATIAL
 
 BOTH = "spatial and depth"

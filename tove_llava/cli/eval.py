@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 def _judged(benchmarks: str) -> bool:
     """Whether any of the benchmarks needs a judge."""
     from tove_llava.eval.benchmarks import BENCHMARKS
-    from tove_llava.eval.judged import JudgedBenchmark
+    from tove_llava.eval.judge import JudgedBenchmark
 
     names = [name.strip() for name in benchmarks.split(",") if name.strip()]
     return names == ["all"] or any(issubclass(BENCHMARKS.get(name), JudgedBenchmark) for name in names)

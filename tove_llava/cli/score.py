@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tove_llava.core.errors import ConfigError, DataError
     from tove_llava.eval.benchmarks import get_benchmark
-    from tove_llava.eval.judge import judge_from
-    from tove_llava.eval.judged import JudgedBenchmark
+    from tove_llava.eval.judge import JudgedBenchmark, judge_from
     from tove_llava.eval.rows import read_answers
     from tove_llava.eval.score_table import notes, score_table
 

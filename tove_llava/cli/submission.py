@@ -10,7 +10,7 @@ HELP = "write the file that a benchmark's own server scores"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tove_llava.eval.benchmarks import BENCHMARKS
-    from tove_llava.eval.submission import Submitting
+    from tove_llava.eval.server_files import Submitting
 
     names = [name for name in BENCHMARKS if issubclass(BENCHMARKS.get(name), Submitting)]
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of: {', '.join(names)}")
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.eval.benchmarks import get_benchmark
     from tove_llava.eval.rows import read_answers
     from tove_llava.eval.score_table import first_ids
-    from tove_llava.eval.submission import Submitting
+    from tove_llava.eval.server_files import Submitting
 
     benchmark = get_benchmark(args.benchmark)
     if not isinstance(benchmark, Submitting):

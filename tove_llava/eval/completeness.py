@@ -13,12 +13,12 @@ from tove_llava.data.parallel import parallel_map
 from tove_llava.data.presence import Finding, check_parts
 from tove_llava.data.sets import BENCHMARK, DataSet
 from tove_llava.eval.benchmarks import Benchmark, Question, get_benchmark
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.score_table import first_ids
 
 TEXT_ONLY = "text only"  # the group of a training set's records without a picture
 _GROUPS = ("category", "domain")  # of a question's metadata
-Picture = Path | EmbeddedPicture
+Picture = Path | EmbeddedImage
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -125,7 +125,7 @@ class _PictureCheck:
     def __call__(self, picture: Picture) -> tuple[Picture, str]:
         """The picture, and what is wrong with it; an empty string if nothing is."""
         try:
-            if isinstance(picture, EmbeddedPicture):
+            if isinstance(picture, EmbeddedImage):
                 if self.decode:
                     to_rgb(picture.open())
             elif not picture.is_file():

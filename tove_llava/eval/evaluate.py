@@ -9,11 +9,10 @@ from typing import Any
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import write_atomically
-from tove_llava.eval import record
+from tove_llava.eval import result_files
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.judge import Judge
-from tove_llava.eval.judged import JudgedBenchmark
+from tove_llava.eval.judge import Judge, JudgedBenchmark
 from tove_llava.eval.score_table import notes, score_table
 from tove_llava.eval.tasks import Task, find_data
 from tove_llava.presets import QuantizationPreset
@@ -46,7 +45,7 @@ def evaluate(
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
         quantization, tower_execution: see :meth:`tove_llava.inference.generation.Answerer.load`.
-        decoding: overrides of each benchmark's own settings; see :class:`~tove_llava.eval.decoding.Decoding`.
+        decoding: overrides of each benchmark's own settings; see :class:`~tove_llava.eval.tasks.Decoding`.
         conv_mode: conversation template; by default the one that the model was trained with, or where its folder does
             not say, the benchmark's.
         score_options: name of an answering mode that scores the options of multiple-choice questions; by default the
@@ -96,7 +95,7 @@ def evaluate(
 
     origin = {
         **provenance(answerer, folder),
-        "backbones": record.backbone_fingerprints(answerer.model),
+        "backbones": result_files.backbone_fingerprints(answerer.model),
         "processes": ranks.world,
         "batch_size": batch_size,
         "language_model_bits": str(loaded_bits(answerer.model)),
@@ -123,19 +122,19 @@ def evaluate(
             if isinstance(task.benchmark, JudgedBenchmark) and judge is not None:
                 task.benchmark.judge = judge(place / "answers.jsonl")
             columns[condition.title] = score = task.score(run.rows)
-            items = record.item_rows(task.benchmark, task.root, task.asked, run.rows, task.truth or [], score)
+            items = result_files.item_rows(task.benchmark, task.root, task.asked, run.rows, task.truth or [], score)
             results[task.name][condition.name] = result = {
                 **score.to_json(task.name),
                 **run.record(),
                 "rows": score.rows,
-                "breakdown": record.breakdown(items),
+                "breakdown": result_files.breakdown(items),
                 "data_root": os.fspath(task.root),
-                "data": record.data_fingerprint(task.asked, task.truth),
+                "data": result_files.data_fingerprint(task.asked, task.truth),
                 "limit": limit,
                 "template": asker.template.name,
                 "answers": os.fspath(place / "answers.jsonl"),
             }
-            record.save(place, {**origin, "condition": dataclasses.asdict(condition), **result}, items)
+            result_files.save(place, {**origin, "condition": dataclasses.asdict(condition), **result}, items)
         if ranks.rank == 0:
             remarks = dict.fromkeys(line for score in columns.values() for line in notes(score))
             tables.append("\n".join([score_table(columns, corner=f"{task.name} (%)"), *remarks]))

@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tove_llava.core.errors import ConfigError, ServiceError, ToveError
+from tove_llava.eval.benchmarks import Benchmark, Score
 from tove_llava.eval.rows import AppendFile, read_jsonl
 
 T = TypeVar("T")
@@ -41,7 +43,7 @@ class Request:
 
 
 #: Sends requests, is sent the replies, and returns a verdict.
-Conversation = Generator[Request, str, T]
+Exchange = Generator[Request, str, T]
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Judge:
     calls: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
 
-    def hold(self, conversations: Sequence[Conversation[T]]) -> list[T]:
+    def hold(self, conversations: Sequence[Exchange[T]]) -> list[T]:
         """Hold all conversations, several at a time, and return their verdicts in order.
 
         Raises:
@@ -116,7 +118,7 @@ class Judge:
                     self.calls += 1
                 return reply
 
-            def finish(conversation: Conversation[T], request: Request) -> T:
+            def finish(conversation: Exchange[T], request: Request) -> T:
                 try:
                     while True:
                         request = conversation.send(ask(request))
@@ -186,6 +188,44 @@ class Judge:
 
 def _digest(model: str, request: Request) -> str:
     return hashlib.sha256(json.dumps([model, asdict(request)], sort_keys=True).encode()).hexdigest()
+
+
+class JudgedBenchmark(Benchmark):
+    """Scored by a judge; without one the scores are unavailable.
+
+    Attributes:
+        judge: who judges; set it before :meth:`score`.
+    """
+
+    max_new_tokens = 1024
+    judge: Judge | None = None
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+
+        def unavailable(reason: str) -> Score:
+            return Score({}, len(truth), {}, matched.notes(), unavailable={"scores": reason})
+
+        if self.judge is None:
+            return unavailable(f"no judge; {HOW}")
+        try:
+            score = self.verdicts(self.judge, truth, matched.texts)
+        except OnlyEstimated as estimate:
+            return unavailable(str(estimate))
+        judge = {"model": self.judge.model, "calls": self.judge.calls, "cached": self.judge.cached}
+        extras = {**score.extras, **matched.notes(), "judge": judge}
+        return Score(score.scores, score.count, score.rows, extras, score.details, score.marks)
+
+    @abstractmethod
+    def verdicts(self, judge: Judge, truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> Score:
+        """Have the answers judged and sum up.
+
+        Args:
+            texts: the answers in the ground truth's order; None where one is missing.
+
+        Raises:
+            ServiceError: the judge cannot be reached, or refuses.
+        """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-from tove_llava.eval.tables import table
+from tove_llava.eval.scorer_data import scorer_data
 
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 ARTICLES = frozenset({"a", "an", "the"})
@@ -71,17 +71,17 @@ def canonical_words(text: str, contractions: Mapping[str, str]) -> str:
 @lru_cache(_CACHE)
 def normalise_vqa(text: str) -> str:
     """The official VQA form of a text that :func:`flatten` has seen."""
-    return canonical_words(strip_punctuation(text), table("contractions"))
+    return canonical_words(strip_punctuation(text), scorer_data("contractions"))
 
 
 @lru_cache(_CACHE)
 def normalise_evalai(text: str) -> str:
     """The EvalAI form of a raw text, as LLaVA writes it into submission files."""
     text = flatten(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
-    return canonical_words(strip_punctuation(text, unicode_digits=True), table("contractions"))
+    return canonical_words(strip_punctuation(text, unicode_digits=True), scorer_data("contractions"))
 
 
 @lru_cache(_CACHE)
 def normalise_vizwiz(text: str) -> str:
     """The VizWiz API's form of a raw text."""
-    return canonical_words(strip_punctuation(flatten(text), unicode_digits=True), table("contractions_vizwiz"))
+    return canonical_words(strip_punctuation(flatten(text), unicode_digits=True), scorer_data("contractions_vizwiz"))

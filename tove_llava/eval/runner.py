@@ -23,11 +23,11 @@ from tove_llava.core.files import write_atomically
 from tove_llava.eval.answering import MODES, Answer
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.decoding import Decoding
-from tove_llava.eval.feed import Feed, portions
 from tove_llava.eval.progress import Progress
+from tove_llava.eval.question_loader import QuestionLoader, portions
 from tove_llava.eval.ranks import Ranks
 from tove_llava.eval.rows import AppendFile, Row, read_jsonl
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.sequences import has_plain_cache
 
@@ -142,7 +142,7 @@ def run_benchmark(
     peak_memory(answerer.device, start=True)
     with (
         condition.applied(answerer.model),
-        Feed(
+        QuestionLoader(
             answerer,
             portions(left, settings.batch_size, ranks.world),
             claim=lambda: ranks.add(f"{name}/claimed", 1) - 1,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import Registry
 from tove_llava.eval.benchmarks import Question
-from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.tasks import Decoding
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,7 +7,7 @@ For beam search, and for language models whose cache is not a plain one (sliding
 from collections.abc import Sequence
 
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
-from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
-from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.prefill import Prefill, Prompt
 from tove_llava.inference.sampling import drawn, warped

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.answering import Answer, Features, Job, Mode, register_mode
-from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.prefill import Prefill, Prompt, pad_left
 from tove_llava.inference.sequences import Sequences

@@ -1,6 +1,6 @@
 """Benchmarks: one registered file each, with its file layout, prompts, answer length and scorer.
 
-A newcomer adds a file like this (see ``scenes.py``)::
+A newcomer adds a file like this (see ``playground_scenes.py``)::
 
     @register_benchmark("mine")
     class Mine(Benchmark):
@@ -11,21 +11,25 @@ A newcomer adds a file like this (see ``scenes.py``)::
         def score(self, predictions, truth): ...
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any, ClassVar
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import Registry
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.matching import Matched, match
-from tove_llava.eval.options import lettered_options
-from tove_llava.eval.pictures import EmbeddedPicture
 from tove_llava.eval.rows import Row, read_jsonl, spread
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+
+_OPTION_LINE = re.compile(r"^([A-Z])\. ?(.*)$")  # "B. a red ball"
+_INLINE_OPTION = re.compile(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |\n|$)")  # "(A) blue (B) red"
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Question:
 
     question_id: int | str
     text: str
-    image: Path | EmbeddedPicture | None
+    image: Path | EmbeddedImage | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -197,3 +201,44 @@ def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
         ConfigError: there is none, or it has no such rule; the message lists those that exist.
     """
     return BENCHMARKS.get(name)(rule)
+
+
+def read_questions(file: Path, images: Path, required: Sequence[str] = ()) -> list[Question]:
+    """Read a JSONL file of LLaVA's layout: ``question_id``, ``image``, and ``text``, the whole prompt.
+
+    Args:
+        images: folder that the image names are relative to.
+        required: further keys that each row must have.
+
+    Raises:
+        DataError: the file is missing or malformed.
+    """
+    rows = read_jsonl(file, required=("question_id", "image", "text", *required))
+    return [
+        Question(
+            row["question_id"],
+            row["text"],
+            images / row["image"],
+            {"category": row["category"]} if "category" in row else {},
+        )
+        for row in rows
+    ]
+
+
+def first_of(*files: Path) -> Path:
+    """Return the first file that exists, or the first of all, so that messages name it."""
+    return next((file for file in files if file.is_file()), files[0])
+
+
+def lettered_options(text: str) -> dict[str, str]:
+    """Read letter -> words of a question's options from its text; empty where it lists none.
+
+    They stand on lines of their own (``A. red``), as in LLaVA's question files, or in one line (``(A) red (B) blue``),
+    from A on and without a gap.
+    """
+    lines = [found.groups() for line in text.split("\n") if (found := _OPTION_LINE.match(line.rstrip()))]
+    for options in (lines, _INLINE_OPTION.findall(text)):
+        letters = "".join(letter for letter, _ in options)
+        if len(options) > 1 and letters == ascii_uppercase[: len(options)]:
+            return {letter: words.strip() for letter, words in options}
+    return {}

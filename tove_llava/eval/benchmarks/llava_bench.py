@@ -12,12 +12,10 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Question, Score, register_benchmark
-from tove_llava.eval.judge import Conversation, Judge, Request
-from tove_llava.eval.judged import JudgedBenchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import Question, Score, read_questions, register_benchmark
+from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
 from tove_llava.eval.rows import Row, read_jsonl, require
-from tove_llava.eval.tables import table
+from tove_llava.eval.scorer_data import scorer_data
 
 _TEMPERATURE = 0.2
 _MAX_TOKENS = 1024
@@ -38,7 +36,7 @@ def parse_review(review: str) -> tuple[float, float]:
 
 def request(row: Mapping[str, Any], answer: str) -> Request:
     """What the judge is asked about an answer."""
-    fixed = table("llava_bench")
+    fixed = scorer_data("llava_bench")
     role = fixed["role"]
     parts = (
         f"[Context]\n{row['context']}",
@@ -74,7 +72,7 @@ class LlavaBench(JudgedBenchmark):
         keys = {"question_id": (int, str), "image": str, "text": str, "category": str}
         rows = require(read_jsonl(file), file, keys)
         for row in rows:
-            if row["category"] not in table("llava_bench")["prompts"]:
+            if row["category"] not in scorer_data("llava_bench")["prompts"]:
                 raise DataError(
                     f"{file}, question {row['question_id']!r}: unknown category {row['category']!r}; is it another "
                     "benchmark's file?"
@@ -123,7 +121,7 @@ class LlavaBench(JudgedBenchmark):
         return Score(scores, len(truth), rows, {"unread_reviews": unread}, {"per_item": per_item})
 
 
-def _conversation(row: Mapping[str, Any], answer: str) -> Conversation[str]:
+def _conversation(row: Mapping[str, Any], answer: str) -> Exchange[str]:
     return (yield request(row, answer))
 
 

@@ -1,7 +1,236 @@
-"""MMBench, English: LLaVA's layout, ``mmbench/mmbench_dev_20230712.tsv``."""
+"""MMBench (Liu et al. 2023, arXiv 2307.06281), English: LLaVA's layout, ``mmbench/mmbench_dev_20230712.tsv``.
 
-from tove_llava.eval.benchmarks import OPTION_LETTER, register_benchmark
-from tove_llava.eval.mmbench import MmBenchmark
+Answers are read and scored as by VLMEvalKit without a judge model ("exact matching"): ``matching_util.py`` and
+``multiple_choice.py``. The question files are LLaVA's and MMBench's own: tab-separated, with the picture inside.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.eval.agreement import mean
+from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.server_files import Submission, Submitting, known
+
+LETTERS = "ABCD"
+ROTATION = 1_000_000  # added to a question's index once for each turn of its options
+
+#: how reports abbreviate the upper level of categories
+ABBREVIATIONS = {
+    "coarse_perception": "CP",
+    "finegrained_perception (instance-level)": "FP-S",
+    "finegrained_perception (cross-instance)": "FP-C",
+    "logic_reasoning": "LR",
+    "relation_reasoning": "RR",
+    "attribute_reasoning": "AR",
+}
+
+_API_FAILED = "Failed to obtain answer via API"
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_SEPARATORS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_LAST_TOKENS = 4
+# There is no word boundary after the letter: "answer is between" reads as B. So does the reference.
+_SENTENCE = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+
+_NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
+_PREDICTION_COLUMN = 6  # after index, question and four options
+_CELL = 32767
+
+
+def parse_answer(text: str, options: Mapping[str, str]) -> str | bool:
+    """The option that an answer names: its letter, ``Z`` for a refusal, or False.
+
+    Args:
+        options: letter -> text of the options of this row.
+    """
+    return _letter(text, options) or _option_text(text, options)
+
+
+def _letter(text: str, options: Mapping[str, str]) -> str | bool:
+    if _API_FAILED in text:
+        return False
+    if any(phrase in text for phrase in _REFUSALS):
+        return "Z"
+    tokens = text.translate(_SEPARATORS).split()
+    alone = [letter for letter in options if letter in tokens]
+    if len(alone) == 1 and tokens.index(alone[0]) >= len(tokens) - _LAST_TOKENS:
+        return alone[0]
+    if not alone and "Z" in tokens:
+        return "Z"
+    found = _SENTENCE.search(text)
+    letter = found.group(1).upper() if found else ""
+    return letter if letter in options else False
+
+
+def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
+    """The single option whose text occurs in an answer that is not much longer than all options together."""
+    lowered = text.lower()
+    if len(lowered) > 2 * sum(len(option) for option in options.values()):
+        return False
+    named = [letter for letter, option in options.items() if option.lower() in lowered]
+    return named[0] if len(named) == 1 else False
+
+
+def is_missing(value: Any) -> bool:
+    """Whether LLaVA's runner takes a cell for an absent option or hint."""
+    return value is None or value != value or (isinstance(value, str) and value.lower() in ("nan", "none"))
+
+
+def read_table(file: str | Path) -> Any:
+    """An MMBench sheet (TSV) as a pandas data frame, whose reading of cells (``N/A`` is missing) is the official one.
+
+    Raises:
+        ConfigError: pandas is not installed.
+        DataError: the file is missing or no such sheet.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ConfigError("MMBench's sheets need pandas; install it: pip install 'tove-llava[eval]'") from error
+    if not Path(file).is_file():
+        raise DataError(f"there is no file {file}")
+    try:
+        sheet = pandas.read_table(file)
+    except (ValueError, OSError) as error:  # pandas' parsing errors and bad UTF-8 are ValueErrors
+        raise DataError(f"{file} is no tab-separated sheet ({error})") from error
+    missing = [name for name in ("index", "question", "A", "B") if name not in sheet]
+    if missing:
+        raise DataError(f"{file} has no column {missing[0]!r}; give MMBench's TSV file")
+    return sheet
+
+
+def workbook(sheet: Any) -> bytes:
+    """An Excel workbook of a data frame, every text as text.
+
+    Raises:
+        ConfigError: openpyxl is not installed.
+        DataError: a text holds a character that Excel's format cannot.
+    """
+    try:
+        import pandas
+        from openpyxl.utils.exceptions import IllegalCharacterError
+    except ImportError as error:
+        raise ConfigError("MMBench's submission needs openpyxl: pip install 'tove-llava[eval]'") from error
+    buffer = io.BytesIO()
+    try:
+        with pandas.ExcelWriter(buffer, engine="openpyxl") as writer:
+            sheet.to_excel(writer, index=False)
+            for row in writer.book.active.iter_rows():
+                for cell in row:
+                    if cell.data_type == "f":  # an answer that starts with "=" is no formula
+                        cell.data_type = "s"
+    except IllegalCharacterError as error:
+        raise DataError(f"a text holds a control character, which Excel cannot take: {str(error)[:200]!r}") from error
+    return buffer.getvalue()
+
+
+class MmBenchmark(Benchmark, Submitting):
+    """Circular evaluation: a question counts when every rotation of its options is answered rightly."""
+
+    max_new_tokens = 1024
+    submission_suffix = ".xlsx"
+    folder: ClassVar[str]
+    sheet: ClassVar[str]
+    request: ClassVar[str]  # for an answer by letter
+
+    def question_file(self, root: Path) -> Path:
+        return root / self.folder / self.sheet
+
+    def questions(self, root: Path) -> list[Question]:
+        file = self.question_file(root)
+        questions = []
+        for row in read_table(file).to_dict("records"):
+            lines = [] if is_missing(row.get("hint")) else [str(row["hint"])]
+            lines.append(str(row["question"]))
+            options = []
+            for letter in LETTERS:
+                if is_missing(row.get(letter)):
+                    break  # LLaVA's runner stops at the first missing option
+                options.append(f"{letter}. {row[letter]}")
+            name = f"{file.name} row {row['index']}"
+            if not isinstance(row.get("image"), str):
+                raise DataError(f"{name} of {file} has no picture")
+            text = "\n".join([*lines, *options, self.request])
+            questions.append(Question(int(row["index"]), text, EmbeddedImage(name, row["image"])))
+        return questions
+
+    def ground_truth(self, root: Path) -> list[Row] | None:
+        file = self.question_file(root)
+        return self.read_ground_truth(file) if "answer" in read_table(file) else None
+
+    def read_ground_truth(self, file: str | Path) -> list[Row]:
+        if Path(file).suffix == ".jsonl":
+            rows = read_jsonl(file)
+        else:
+            sheet = read_table(file)
+            rows = sheet.astype(object).where(sheet.notna(), None).to_dict("records")
+        truth = []
+        for row in require(rows, file, {"index": int, "answer": str, "A": object, "B": object}):
+            options = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
+            # An option such as "N/A" reads as missing, and its letter can then not be told: so it is officially too.
+            if row["answer"] not in tuple(LETTERS):
+                raise DataError(f"{file}, row {row['index']}: the answer must be A to D, not {row['answer']!r}")
+            labels = {key: row.get(key) for key in ("category", "l2-category", "split")}
+            truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
+        return truth
+
+    def unit(self, question: Question) -> int:
+        return int(question.question_id) % ROTATION  # of all rotations, of which each has to be right
+
+    def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
+        return {level: [str(row[level])] for level in ("l2-category", "category") if row[level] is not None}
+
+    def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
+        matched = self.match(predictions, truth)
+        parsed: dict[int, str | bool] = {}
+        right: dict[int, float] = {}
+        groups: dict[int, list[float]] = {}
+        first: dict[int, Mapping[str, Any]] = {}
+        for row, text in zip(truth, matched.texts, strict=True):
+            index = row["question_id"]
+            parsed[index] = False if text is None else parse_answer(text, row["options"])
+            right[index] = float(parsed[index] == row["answer"])
+            groups.setdefault(index % ROTATION, []).append(right[index])
+            first.setdefault(index % ROTATION, row)
+        hits = {index: float(all(rotations)) for index, rotations in groups.items()}
+        splits = sorted({str(row["split"]) for row in first.values() if row["split"] is not None})
+        scores: dict[str, Any] = {"split": ", ".join(splits) or "none", "Overall": mean(list(hits.values()))}
+        rows = {"overall": (100 * scores["Overall"], len(hits))}
+        for level in ("l2-category", "category"):
+            names = sorted({str(row[level]) for row in first.values() if row[level] is not None})
+            for name in names:
+                values = [hits[index] for index, row in first.items() if str(row[level]) == name]
+                label = ABBREVIATIONS.get(name, name)
+                scores[label] = mean(values)
+                rows[label] = (100 * scores[label], len(values))
+        unturned = [mark for index, mark in right.items() if index < ROTATION]
+        extra = {"all_rows_independent": mean(list(right.values()))}
+        if unturned:
+            extra["first_rotation_only"] = mean(unturned)
+        extras = {"count_questions": len(hits), "count_rows": len(right), "extra": extra, **matched.notes()}
+        details = {"per_question_hit": hits, "per_row_parsed": parsed}
+        return Score(scores, len(hits), rows, extras, details, hits)
+
+    def submission_questions(self, root: Path) -> Path:
+        return self.question_file(root)
+
+    def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
+        sheet = read_table(known(questions))
+        matched = self.match(predictions, [{"question_id": int(index)} for index in sheet["index"]])
+        sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
+        sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)
+        cut = [row["question_id"] for row in matched.answers if row is not None and len(row["text"]) > _CELL]
+        return Submission(workbook(sheet), {**matched.notes(), f"cut to Excel's {_CELL} characters": cut})
 
 
 @register_benchmark("mmbench")

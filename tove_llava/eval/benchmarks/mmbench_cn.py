@@ -1,7 +1,7 @@
 """MMBench, Chinese: LLaVA's layout, ``mmbench_cn/mmbench_dev_cn_20231003.tsv``."""
 
 from tove_llava.eval.benchmarks import register_benchmark
-from tove_llava.eval.mmbench import MmBenchmark
+from tove_llava.eval.benchmarks.mmbench import MmBenchmark
 
 
 @register_benchmark("mmbench_cn")

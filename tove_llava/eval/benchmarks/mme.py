@@ -13,8 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.matching import Matched
 from tove_llava.eval.rows import Row, read_jsonl, read_text, require
 

@@ -12,13 +12,11 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Question, Score, register_benchmark
-from tove_llava.eval.judge import Conversation, Judge, Request
-from tove_llava.eval.judged import JudgedBenchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import Question, Score, read_questions, register_benchmark
+from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
 from tove_llava.eval.rows import Row, read_json, require
-from tove_llava.eval.submission import Submission, Submitting
-from tove_llava.eval.tables import table
+from tove_llava.eval.scorer_data import scorer_data
+from tove_llava.eval.server_files import Submission, Submitting
 
 _PREFIX = "v1_"  # MM-Vet's ids are LLaVA's with this in front
 _MAX_TOKENS = 3
@@ -34,9 +32,9 @@ def parse_grade(reply: str) -> float | None:
     return grade if 0.0 <= grade <= 1.0 else None
 
 
-def conversation(row: Mapping[str, Any], answer: str) -> Conversation[float]:
+def conversation(row: Mapping[str, Any], answer: str) -> Exchange[float]:
     """Ask for a grade, and ask again, less and less coldly, while the reply is none."""
-    fixed = table("mmvet")
+    fixed = scorer_data("mmvet")
     truth = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = fixed["prompt"] + "\n" + " | ".join([row["question"], truth, answer, ""])
     grade = parse_grade((yield _request(text, 0.0)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -58,12 +58,7 @@ class Pope(Benchmark):
         return root / "pope" / "llava_pope_test.jsonl"
 
     def questions(self, root: Path) -> list[Question]:
-        images = root / "pope" / "val2014"
-        rows = read_jsonl(self.question_file(root), required=("question_id", "image", "text", "category"))
-        return [
-            Question(row["question_id"], row["text"], images / row["image"], {"category": row["category"]})
-            for row in rows
-        ]
+        return read_questions(self.question_file(root), root / "pope" / "val2014", required=("category",))
 
     def ground_truth(self, root: Path) -> list[Row]:
         # Labels belong to questions by position within a category: the two files number them differently.

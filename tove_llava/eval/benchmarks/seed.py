@@ -10,10 +10,9 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.rows import Row, read_json, require
-from tove_llava.eval.submission import Submission, Submitting, json_lines, known, require_all
+from tove_llava.eval.server_files import Submission, Submitting, json_lines, known, require_all
 
 
 def answer_id(key: str | int) -> str | int:

@@ -12,8 +12,7 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import agreement, mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row, read_json, require
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.eval.benchmarks import Question, register_benchmark
-from tove_llava.eval.layout import read_questions
+from tove_llava.eval.benchmarks import Question, read_questions, register_benchmark
 from tove_llava.eval.rows import Row
-from tove_llava.eval.submission import Submission, Submitting, normalised_answers
+from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
 from tove_llava.eval.vqa import VqaBenchmark
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
-from tove_llava.eval.tables import table
+from tove_llava.eval.scorer_data import scorer_data
 
 _WORD = re.compile(r"\b(?:(yes|true)|(no|false))\b", re.IGNORECASE)
 
@@ -54,12 +54,12 @@ class Vsr(Benchmark):
         return [{"question_id": number, **row} for number, row in enumerate(rows)]
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
-        category = table("vsr_relations").get(row["relation"])
+        category = scorer_data("vsr_relations").get(row["relation"])
         return {"category": [category] if category else [], "relation": [row["relation"]]}
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
-        categories_of = table("vsr_relations")
+        categories_of = scorer_data("vsr_relations")
         per_item: dict[Any, bool | None] = {}
         marks: dict[Any, float] = {}
         relations: dict[str, list[float]] = {}

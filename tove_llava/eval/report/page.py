@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tove_llava.eval.record import MARK
-from tove_llava.eval.report.compare import OVERALL, Comparison, Differing, Line, Pair, Section
+from tove_llava.eval.report.comparison import OVERALL, Comparison, Differing, Line, Pair, Section
 from tove_llava.eval.report.document import Block, Bullets, Cell, Fold, Heading, Picture, Table, Text
-from tove_llava.eval.report.pictures import Thumbnails
 from tove_llava.eval.report.published import Published
 from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Difference, Interval
+from tove_llava.eval.report.thumbnails import Thumbnails
+from tove_llava.eval.result_files import MARK
 
 TITLE = "Comparison of runs"
 SIGNIFICANT = 0.05

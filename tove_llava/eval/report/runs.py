@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.eval.record import ITEMS, RESULT
+from tove_llava.eval.result_files import ITEMS, RESULT
 from tove_llava.eval.rows import read_json, read_jsonl
 
 _PLACES = ("", "*", "*/*", "eval/*", "eval/*/*")  # of result.json under the folder that a user names

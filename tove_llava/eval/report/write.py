@@ -10,12 +10,12 @@ from typing import Any
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
 from tove_llava.eval.report import html, markdown, page
-from tove_llava.eval.report.compare import compare
+from tove_llava.eval.report.comparison import compare
 from tove_llava.eval.report.document import pictures
-from tove_llava.eval.report.pictures import Thumbnails
 from tove_llava.eval.report.published import choose_published
 from tove_llava.eval.report.runs import read_runs
 from tove_llava.eval.report.statistics import Bootstrap
+from tove_llava.eval.report.thumbnails import Thumbnails
 
 
 @dataclass(frozen=True)

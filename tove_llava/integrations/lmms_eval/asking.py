@@ -10,7 +10,7 @@ from PIL import Image
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
-from tove_llava.eval.decoding import Decoding
+from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
 from tove_llava.tower import ToveVisionOutput
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.eval.record import MARK
 from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Bootstrap, Difference, Interval, holm
+from tove_llava.eval.result_files import MARK
 
 # What should be the same in all columns but for what is compared, by the key in ``result.json``.
 _SETTINGS = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
 
 
@@ -27,15 +27,7 @@ class Scenes(Benchmark):
         return root / "val_questions.jsonl"
 
     def questions(self, root: Path) -> list[Question]:
-        rows = read_jsonl(self.question_file(root), required=("question_id", "image", "text", "category"))
-        return [
-            Question(row["question_id"], row["text"], self._image(root, row["image"]), {"category": row["category"]})
-            for row in rows
-        ]
-
-    @staticmethod
-    def _image(root: Path, name: str) -> Path:
-        return root / "images" / name
+        return read_questions(self.question_file(root), root / "images", required=("category",))
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(self.question_file(root))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EmbeddedPicture:
+class EmbeddedImage:
     """A picture in base64 text.
 
     Attributes:

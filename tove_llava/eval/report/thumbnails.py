@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tove_llava.core.errors import DataError, ToveError
 from tove_llava.eval.benchmarks import get_benchmark
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.report.runs import Run
 
 QUALITY = 80  # of the JPEG
@@ -58,10 +58,10 @@ class Thumbnails:
 
 
 @lru_cache(maxsize=4)
-def _embedded(benchmark: str, root: Path) -> Mapping[str, EmbeddedPicture]:
+def _embedded(benchmark: str, root: Path) -> Mapping[str, EmbeddedImage]:
     """Pictures inside a benchmark's question file, by the question's id; empty where it has none or is not there."""
     try:
         questions = get_benchmark(benchmark).questions(root)
     except ToveError:
         return {}
-    return {str(q.question_id): q.image for q in questions if isinstance(q.image, EmbeddedPicture)}
+    return {str(q.question_id): q.image for q in questions if isinstance(q.image, EmbeddedImage)}

@@ -12,10 +12,10 @@ from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.eval.answering import Job
 from tove_llava.eval.benchmarks import Question
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.inference.generation import Answerer
 
-Picture = Path | EmbeddedPicture
+Picture = Path | EmbeddedImage
 Options = Callable[[Question], Mapping[str, str]]
 
 
@@ -48,7 +48,7 @@ def _length(question: Question) -> int:
     return len(question.text)
 
 
-class Feed:
+class QuestionLoader:
     """Hands out questions, with pictures opened ahead in other threads.
 
     Args:
@@ -82,7 +82,7 @@ class Feed:
         self._opening: dict[Picture, Future[Tensor]] = {}
         self._known: OrderedDict[Picture, Tensor] = OrderedDict()  # the least recently used comes first
 
-    def __enter__(self) -> "Feed":
+    def __enter__(self) -> "QuestionLoader":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -142,7 +142,7 @@ class Feed:
         return self._opening[image]
 
     def _read(self, image: Picture) -> Tensor:
-        return self.answerer.pixels(image.open() if isinstance(image, EmbeddedPicture) else image)
+        return self.answerer.pixels(image.open() if isinstance(image, EmbeddedImage) else image)
 
     def _pixels(self, question: Question) -> Tensor:
         assert question.image is not None

@@ -7,8 +7,8 @@ from typing import Any
 
 
 @lru_cache
-def table(name: str) -> dict[str, Any]:
-    """The table of ``NAME.json`` in this folder."""
+def scorer_data(name: str) -> dict[str, Any]:
+    """Read the table of ``NAME.json`` in this folder."""
     text = resources.files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8")
     value: dict[str, Any] = json.loads(text)["table"]
     return value

@@ -14,7 +14,7 @@ from typing import Any
 
 from tove_llava.core.files import write_atomically
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
-from tove_llava.eval.pictures import EmbeddedPicture
+from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.rows import Row
 
 RESULT, ITEMS = "result.json", "items.jsonl"
@@ -125,7 +125,7 @@ def _digest(rows: Iterable[Any]) -> str:
 def picture_name(question: Question) -> str | None:
     """What stands for a question's picture; None without one."""
     image = question.image
-    return None if image is None else image.name if isinstance(image, EmbeddedPicture) else os.fspath(image.name)
+    return None if image is None else image.name if isinstance(image, EmbeddedImage) else os.fspath(image.name)
 
 
 def _relative(question: Question, root: Path) -> str | None:
