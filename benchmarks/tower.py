@@ -3,7 +3,7 @@
 Contenders, timed in turn within one run:
 
 - ToVE: the tower, encoders and fusion, as it runs by default, and by each further execution that it has
-  (docs/guides/speed.md).
+  (docs/guides/train.md).
 - loop: the same encoders as public multi-encoder codebases run them, one whole network after another, eagerly: CLIP to
   its last layer with every hidden state kept, transformers through their last block, dense predictors with their
   decoder; then the same fusion. Attention kernels, dtype and device are the same.
@@ -458,7 +458,7 @@ def render(record: dict[str, Any]) -> str:
             f"Fastest: {TITLES[found['fastest']]}, {over}"
             f"{found['achieved_tflops']:.3g} TFLOP/s, {found['share_of_matrix_product']:.0%} of the matrix product's "
             f"{found['matrix_product_tflops']:.3g}; gate, projections and transfer take "
-            f"{found['fusion_share_of_time']:.1%} of its time. Executions are those of docs/guides/speed.md. "
+            f"{found['fusion_share_of_time']:.1%} of its time. Executions are those of docs/guides/train.md. "
             "What they compile and record was made before; a CUDA graph's own memory is not in the table.",
             *_equality(record["equality"]),
             targets_table(record["targets"]),

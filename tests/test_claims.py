@@ -346,49 +346,10 @@ def test_summary_has_every_run(settings):
     assert rows["tove", 2]["seconds"] == 30 and rows["tove", 2]["cpu_seconds"] == 60
 
 
-README_ARMS = {
-    "CLIP alone": "clip",
-    "**ToVE**: gate and residual": "tove",
-    "uniform instead of the gate (`add`)": "add",
-    "one expert a token (`top1`)": "top1",
-    "replacement instead of the residual (`replace`)": "replace",
-    "channel concatenation": "channel_concat",
-    "sequence appending": "sequence_append",
-    "**ToVE-lite**: merged, runs no expert": "lite",
-    "CLIP alone, tuned as long as ToVE-lite": "clip_tuned",
-}
-README_ROWS = {"all ten types": "overall"}
-
-
-def tables(text):
-    """The tables of a page, each a list of rows of cells."""
-    found = [[]]
-    for line in text.splitlines():
-        if line.startswith("|"):
-            found[-1].append([cell.strip() for cell in line.strip("| ").split(" | ")])
-        elif found[-1]:
-            found.append([])
-    return [[rows[0], *rows[2:]] for rows in found if rows]
-
-
 def test_the_readmes_numbers_are_those_of_the_page():
-    compare = (ROOT / "README.md").read_text().partition("\n## Compare\n")[2].partition("\n## ")[0]
     page = (ROOT / "docs" / "background" / "claims.md").read_text()
-    (head, *rows), *_ = tables(compare)
-    types = [README_ROWS.get(name, name) for name in head[1:]]
-    columns = []  # (arm, its cells) of every table by question type; an arm's are the same in each
-    for header, *lines in tables(page):
-        if header[0] == "accuracy, %":
-            cells = {line[0]: line[1:] for line in lines}
-            columns += [(arm, [cells[row][i] for row in types]) for i, arm in enumerate(header[1:])]
-    assert [row[0] for row in rows] == list(README_ARMS)
-    for label, *numbers in rows:
-        found = [cells for arm, cells in columns if arm == README_ARMS[label]]
-        assert found and all(cells == numbers for cells in found), (label, numbers, found)
-    for number in re.findall(r"[\d.]+ ± [\d.]+", compare):
-        assert number in page, number
-    share = re.search(r"with (\d+) % of the scenes", compare)[1]
-    assert f"on all scenes with {share} % of them" in page
+    numbers = re.findall(r"[\d.]+ ± [\d.]+", (ROOT / "README.md").read_text())
+    assert numbers and not [number for number in numbers if number not in page]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The optimiser: the one of ``--optim``, or Muon for the matrices that a merge chose for it.
 
 Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before the step. Its steps are scaled to AdamW's
-size (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rates. What it brings: docs/guides/merging.md.
+size (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rates.
 """
 
 from collections.abc import Callable
