@@ -27,7 +27,6 @@ from common import (
     circumstances,
     run_command,
     spread,
-    table,
     target,
     vision_sources,
     write_results,
@@ -35,6 +34,7 @@ from common import (
 
 from tove_llava.cli import main as tove_llava
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.scenes.writer import Request, write_scenes
 from tove_llava.train.feature_filling import SHARD_IMAGES
 from tove_llava.train.feature_stores import STORES, Shards, write_shard
@@ -252,8 +252,10 @@ def render(record: dict[str, Any]) -> str:
         cells = [f"{rate[kind]['median']:.1f} ({rate[kind]['q1']:.1f} to {rate[kind]['q3']:.1f})" for kind in rate]
         rows.append([stage, *reversed(cells), f"{row['ratio']['value']:.2f} ({ratios})"])
         rows[-1].append("never" if even is None else f"{even:.2f}")
-    speed = table(["stage", "samples/s", "with the cache", "ratio (each repeat)", "epochs until it pays"], rows)
-    packed = table(
+    speed = markdown_table(
+        ["stage", "samples/s", "with the cache", "ratio (each repeat)", "epochs until it pays"], rows
+    )
+    packed = markdown_table(
         ["stored as", "size", "read, MB/s", "written, MB/s", "error, rms", "largest"],
         [
             [row["store"] + ("" if row["codec"] == "none" else f" + {row['codec']}"), f"{row['size']:.2f}"]

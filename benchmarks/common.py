@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 import tove_llava
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.sources import Source
+from tove_llava.core.text import markdown_table
 from tove_llava.experts import Expert, ExpertHub
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.build import assemble, build_model, grow_vocabulary, torch_dtype, vision_config
@@ -536,12 +537,6 @@ def count_flops(run: Callable[[], Any]) -> int:
 # -- results ----------------------------------------------------------------------------------------------------------
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def circumstances(record: dict[str, Any]) -> str:
     """The lines above a table: what was measured, where, with what."""
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
@@ -584,13 +579,13 @@ def targets_table(targets: Sequence[dict[str, Any]]) -> str:
         shown = f"not measured ({row.get('reason', 'needs a GPU')})" if value is None else f"{value:.3g}"
         word = "at least" if row["at_least"] else "at most"
         rows.append([row["name"], shown, f"{word} {goal:g}", "" if value is None else "met" if met else "missed"])
-    return table(["target", "measured", "wanted", ""], rows)
+    return markdown_table(["target", "measured", "wanted", ""], rows)
 
 
 def lost_table(record: dict[str, Any]) -> list[str]:
     """What was not measured and why; nothing where all was."""
     lost = record["not_measured"]
-    return [table(["not measured", "why"], [[part, reason] for part, reason in lost.items()])] if lost else []
+    return [markdown_table(["not measured", "why"], [[part, reason] for part, reason in lost.items()])] if lost else []
 
 
 def milliseconds(samples: Sequence[float], per: int = 1) -> str:

@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Bench, argument_parser, circumstances, measure, ratio, run_command, table, target, write_results
+from common import Bench, argument_parser, circumstances, measure, ratio, run_command, target, write_results
 from llava_mix import describe, write_mix
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, load_tokenizer
 from tove_llava.data.images import CLIP_MEAN
 from tove_llava.data.resize import TOLERANCE, ImageResize, pad_to_square
@@ -192,7 +193,7 @@ def markdown(record: dict[str, Any]) -> str:
         [
             "# Data path",
             circumstances(record),
-            table(["", "records per core-second", "ms a record", "times LLaVA's steps"], rows),
+            markdown_table(["", "records per core-second", "ms a record", "times LLaVA's steps"], rows),
             f"With torch's resize, whose levels differ from Pillow's by at most {TOLERANCE['torch']} of 255, ours "
             f"makes **{found['cpu_time']:.2f} times** as many records per core-second ({found['value']:.2f} in "
             f"wall-clock time, quartiles {found['paired_q1']:.2f} to {found['paired_q3']:.2f}). Target: "

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Bench, argument_parser, circumstances, run_command, spread, table, target, write_results
+from common import Bench, argument_parser, circumstances, run_command, spread, target, write_results
 
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.train.run import main as train
 
 TARGET = 0.02
@@ -104,7 +105,7 @@ def render(record: dict[str, Any]) -> str:
             ]
         )
     header = ["stage", "batch", "workers", "samples/s", "waits for data", f"target {TARGET:.0%}"]
-    return "\n\n".join(["# Waiting for data", circumstances(record), table(header, rows)])
+    return "\n\n".join(["# Waiting for data", circumstances(record), markdown_table(header, rows)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,6 @@ from common import (
     measure,
     milliseconds,
     run_command,
-    table,
     target,
     vision_sources,
     write_results,
@@ -36,6 +35,7 @@ from tower import to_unit_range
 
 from tove_llava.analysis.detach import cut_state, reduced_config
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.experts import ExpertHub
 from tove_llava.tower import ToveVisionModel
 
@@ -164,8 +164,8 @@ def render(record: dict[str, Any], samples: Mapping[str, Samples]) -> str:
         [
             "# What detaching saves",
             circumstances(record),
-            table(header, rows),
-            table(["target", "wanted", "measured"], goals),
+            markdown_table(header, rows),
+            markdown_table(["target", "wanted", "measured"], goals),
             f"In processor time: {cpu}.",
         ]
     )

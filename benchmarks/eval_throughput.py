@@ -38,7 +38,6 @@ from common import (
     peak_memory,
     ratio,
     run_command,
-    table,
     target,
     vision_sources,
     write_results,
@@ -47,6 +46,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.eval.benchmarks import Benchmark, Question, Score
 from tove_llava.eval.conditions import FULL
 from tove_llava.eval.question_loader import prompt_ids
@@ -274,7 +274,7 @@ def render(record: dict[str, Any]) -> str:
             + ("each question about a picture of its own" if each == 1 else f"{each} questions about each picture")
         )
         parts.append(
-            table(
+            markdown_table(
                 ["", "questions/s", "ms a question (quartiles)", "CPU ms a question", "peak above weights MB", "same"],
                 [
                     [

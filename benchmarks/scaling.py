@@ -33,10 +33,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Bench, argument_parser, circumstances, run_command, spread, table, write_results
+from common import Bench, argument_parser, circumstances, run_command, spread, write_results
 from scaling_worker import write_json
 
 from tove_llava.core.errors import ConfigError, ToveError
+from tove_llava.core.text import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = 1.8
@@ -345,8 +346,8 @@ def render(record: dict[str, Any]) -> str:
         [
             "# One rank and two",
             circumstances(record),
-            table(header, rates),
-            table(COLUMNS, ratios),
+            markdown_table(header, rates),
+            markdown_table(COLUMNS, ratios),
             "One thread a rank, each rank on a core of its own; speeds are those of the median step. *Apart* are two "
             "runs of one rank at the same time, which know nothing of each other: what the two cores can do at most. "
             "*Busy* is a rank's processor time over the time on the clock. *Work of a core-second*: samples for a "

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from common import RESULTS, table
+from common import RESULTS
 from llava_mix import MIX
 from step_parts import PEAK_TFLOPS
 from work import Work
 
+from tove_llava.core.text import GIB, markdown_table
 from tove_llava.presets import Preset, load_preset
-from tove_llava.train.memory import GIB, Run, largest_batch, training_memory
+from tove_llava.train.memory import Run, largest_batch, training_memory
 from tove_llava.train.shapes import Shape, stage_shape
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "background" / "scaling.md"
@@ -280,8 +281,7 @@ def assumptions(folder: Path) -> str:
             "bytes as in [memory](../reference/memory.md)",
         ),
     ]
-    lines = ["| what | value | source or remark |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {' | '.join(row)} |" for row in rows])
+    return markdown_table(["what", "value", "source or remark"], rows, left=3)
 
 
 def results(name: str, folder: Path) -> str:
@@ -294,7 +294,7 @@ def results(name: str, folder: Path) -> str:
                 step = model_step(preset, stage, shape, level, cluster, flops=flops, share=share)
                 rows.append([f"{stage}, {level}", str(cluster), *_cells(step)])
     header = ["stage", "GPUs", "records", "compute s", "links s", "exposed s", "step s", "samples/s", "efficiency"]
-    return table([*header, "GiB a GPU", "fits"], rows)
+    return markdown_table([*header, "GiB a GPU", "fits"], rows)
 
 
 def _cells(step: Step) -> list[str]:

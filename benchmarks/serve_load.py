@@ -29,13 +29,13 @@ from common import (
     measure,
     ratio,
     run_command,
-    table,
     vision_sources,
     write_results,
 )
 from eval_throughput import build_answerer, write_data
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.eval.benchmarks import Question
 from tove_llava.inference.engine import Engine, Message, Sampling
 
@@ -152,7 +152,7 @@ def render(record: dict[str, Any]) -> str:
         [
             f"# {settings['clients']} clients of the chat at once",
             circumstances(record),
-            table(header, rows),
+            markdown_table(header, rows),
             f"Together the engine answers **{together['value']:.2f} times** as many questions (quartiles "
             f"{together['paired_q1']:.2f} to {together['paired_q3']:.2f} repeat by repeat; {together['cpu_time']:.2f} "
             "in processor time).",

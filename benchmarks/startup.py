@@ -35,7 +35,6 @@ from common import (
     milliseconds,
     run_command,
     spread,
-    table,
     target,
     write_results,
 )
@@ -43,6 +42,7 @@ from common import (
 import tove_llava
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.presets import load_preset
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.memory import checkpoint_size
@@ -254,7 +254,10 @@ def render(record: dict[str, Any]) -> str:
         "load_model s",
     ]
     parts = ["# Start-up and checkpoints", circumstances(record)]
-    parts += [table(["fresh process", "ms (quartiles)", "CPU ms", "target ms"], starts), table(header, rows)]
+    parts += [
+        markdown_table(["fresh process", "ms (quartiles)", "CPU ms", "target ms"], starts),
+        markdown_table(header, rows),
+    ]
     parts.append(
         "Saving includes that the files reach the disk. *Ready*: the resumed run until its first step, without the "
         "import of libraries. *Folder*: what the stage leaves for `load_model`, which also loads CLIP, the experts and "
@@ -265,7 +268,10 @@ def render(record: dict[str, Any]) -> str:
             [stage, f"{row['trained_parameters'] / 1e6:,.1f} M", f"{row['checkpoint_bytes'] / GB:.1f}"]
             for stage, row in stages.items()
         ]
-        parts += [f"## `{name}`, by count", table(["stage", "trained", "checkpoint to resume from, GB"], found)]
+        parts += [
+            f"## `{name}`, by count",
+            markdown_table(["stage", "trained", "checkpoint to resume from, GB"], found),
+        ]
     return "\n\n".join(parts)
 
 

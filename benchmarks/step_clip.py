@@ -3,11 +3,12 @@
 from contextlib import ExitStack
 from typing import Any
 
-from common import Bench, measure, ratio, table, target
+from common import Bench, measure, ratio, target
 from step_flops import step_flops_on_meta, without_experts
 from step_parts import SharedModel, make_batch, packed
 from step_paths import FastPath
 
+from tove_llava.core.text import markdown_table
 from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionModel
@@ -109,7 +110,7 @@ def render_clip(preset: str, found: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "## With the hub, over CLIP alone",
-            table(["", "hub over CLIP alone", "at most"], rows),
+            markdown_table(["", "hub over CLIP alone", "at most"], rows),
             "The same code and model with and without its experts, one row without padding, one picture a record and "
             + ", ".join(f"{text} tokens of text ({name})" for name, (text, _, _) in STAGES.items())
             + ". In the small presets experts are large beside the language model.",

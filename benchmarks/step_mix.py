@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GB, Bench, Samples, measure, peak_memory, ratio, table, target
+from common import GB, Bench, Samples, measure, peak_memory, ratio, target
 from llava_mix import write_mix
 from mix_lengths import DrawnMix, Length, read_lengths
 from step_flops import RecordFlops, record_flops
@@ -29,6 +29,7 @@ from step_parts import SharedModel, TrainingStep, utilisation_of
 from step_paths import MEMORY_GB, FastPath, original_recipe
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -362,7 +363,7 @@ def render_mix(mix: dict[str, Any], qlora: dict[str, Any] | None) -> str:
         f"{mix['longest']} the longest. Ours: one row without padding, logits at supervised positions, checkpointing "
         f"{mix['checkpointing'][OURS]}{limit}, {kernels}, tower {execution[OURS]}{fallback}. The original recipe: "
         "padded rows, all logits, every layer computed twice, tower eager.",
-        table(["", "samples/s", "positions", "needed TFLOP/s", "MFU", "peak memory GB"], rows),
+        markdown_table(["", "samples/s", "positions", "needed TFLOP/s", "MFU", "peak memory GB"], rows),
     ]
     if found is not None:
         parts.append(

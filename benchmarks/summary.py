@@ -28,13 +28,13 @@ from common import (
     circumstances,
     lost_table,
     run_command,
-    table,
     targets_table,
     write_results,
 )
 from common import target as measured
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 
 TARGETS = Path(__file__).with_name("targets.yaml")
 ALL = {"cuda": "bash benchmarks/run.sh gpu", "cpu": "bash benchmarks/run.sh cpu", "any": "bash benchmarks/run.sh cpu"}
@@ -213,13 +213,13 @@ def markdown(rows: Sequence[Row], taken: Sequence[Taken] = ()) -> str:
         f"Written by `python benchmarks/summary.py` from the results beside it: {count['met']} met, "
         f"{count['missed']} missed, {count['unmeasured']} unmeasured. All at once: `{ALL['cpu']}`, and on one GPU "
         f"`{ALL['cuda']}`. [NOTES.md](../NOTES.md) has the reasons.",
-        table(header, [_cells(row) for row in rows if row.state != "elsewhere"]),
+        markdown_table(header, [_cells(row) for row in rows if row.state != "elsewhere"]),
     ]
     if elsewhere:
         parts += [
             "## The same quantities on other devices and at other sizes",
             "These targets are for a GPU or for another preset; what is measured here says nothing of them.",
-            table(
+            markdown_table(
                 ["target", "as measured here", "value", "preset", "on"],
                 [
                     [row.target.what, str(row.name), f"{row.value:.3g}", f"`{row.preset}`", _link(row)]
@@ -229,14 +229,16 @@ def markdown(rows: Sequence[Row], taken: Sequence[Taken] = ()) -> str:
         ]
     lost = [[f"[`{one.file}`]({one.file})", part, why] for one in taken for part, why in one.not_measured.items()]
     if lost:
-        parts += ["## Not measured", table(["file", "part", "why"], lost)]
+        parts += ["## Not measured", markdown_table(["file", "part", "why"], lost)]
     results = {row.file: row for row in rows if row.file is not None}
     seconds = {one.file: f"{one.seconds:.0f}" for one in taken if one.seconds is not None}
     files = [
         [_link(row, f"`{name}`"), str(row.device), seconds.get(name, ""), str(row.commit), ", ".join(_versions(row))]
         for name, row in results.items()
     ]
-    return "\n\n".join([*parts, "## Results", table(["file", "device", "seconds", "commit", "versions"], files)])
+    return "\n\n".join(
+        [*parts, "## Results", markdown_table(["file", "device", "seconds", "commit", "versions"], files)]
+    )
 
 
 def _cells(row: Row) -> list[str]:

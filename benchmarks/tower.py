@@ -41,7 +41,6 @@ from common import (
     ratio,
     run_command,
     synchronize,
-    table,
     target,
     targets_table,
     vision_sources,
@@ -54,6 +53,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.experts import Expert, build_expert
 from tove_llava.experts.cost import expert_cost
 from tove_llava.llava.build import vision_config
@@ -389,7 +389,7 @@ TITLES = {
 def render(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     batch, ratios = record["settings"]["batch"], record["ratios"]
-    speed = table(
+    speed = markdown_table(
         [
             "",
             "images/s",
@@ -412,7 +412,7 @@ def render(record: dict[str, Any]) -> str:
             for name, row in record["contenders"].items()
         ],
     )
-    shares = table(
+    shares = markdown_table(
         [
             "part",
             "share of the time",
@@ -475,7 +475,7 @@ def _equality(found: dict[str, Any]) -> list[str]:
         distance, allowed = row["distance"][row["worst"]], row["allowed"][row["worst"]]
         state = "equal" if row["equal"] else "**different**, and does not count"
         rows.append([TITLES[name], f"{distance:.1e} ({row['worst']})", f"{allowed:.1e}", row["compared_with"], state])
-    return [table(["features, relative to their size", "off by", "at most", "from", ""], rows)] if rows else []
+    return [markdown_table(["features, relative to their size", "off by", "at most", "from", ""], rows)] if rows else []
 
 
 def _profile(found: dict[str, Any] | None) -> list[str]:
@@ -483,7 +483,7 @@ def _profile(found: dict[str, Any] | None) -> list[str]:
         return []
     kinds = list(next(iter(found.values())))
     rows = [[TITLES[name], *(f"{shares[kind]:.0%}" for kind in kinds)] for name, shares in found.items()]
-    return ["Share of the time that operators take themselves, by kind:", table(["", *kinds], rows)]
+    return ["Share of the time that operators take themselves, by kind:", markdown_table(["", *kinds], rows)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

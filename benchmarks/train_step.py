@@ -39,7 +39,6 @@ from common import (
     peak_memory,
     ratio,
     run_command,
-    table,
     targets_table,
     vision_sources,
     write_results,
@@ -57,6 +56,7 @@ from step_mix import MIX, QLORA_MEMORY, QUANTISED, check_mix, measure_mix, measu
 from step_parts import SharedModel, TrainingStep, make_batch, utilisation, with_features
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import KINDS, NONE, set_checkpointing
 
@@ -168,7 +168,7 @@ def _again(checkpointing: str) -> str:
 def render(record: dict[str, Any]) -> str:
     """The record as Markdown."""
     stages = record["stages"]
-    speed = table(
+    speed = markdown_table(
         ["stage", "batch x length", "samples/s", "tokens/s", "ms per step (quartiles)", "CPU ms per step", "encoders"],
         [
             [
@@ -183,7 +183,7 @@ def render(record: dict[str, Any]) -> str:
             for name, row in stages.items()
         ],
     )
-    work = table(
+    work = markdown_table(
         ["stage", "needed GFLOP per step", "TFLOP/s", "matrix product TFLOP/s", "share of it", "MFU", "peak memory GB"],
         [
             [

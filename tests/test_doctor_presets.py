@@ -7,7 +7,8 @@ from huggingface_hub import constants
 from train_parts import write_parts
 
 from tove_llava import cli
-from tove_llava.doctor.machine import GIB, Machine
+from tove_llava.core.text import GIB
+from tove_llava.doctor.machine import Machine
 from tove_llava.doctor.presets import judge, judge_answering, preset_findings
 from tove_llava.doctor.sources import missing_from_cache, preset_sources
 from tove_llava.experts import availability

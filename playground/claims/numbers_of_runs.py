@@ -12,6 +12,7 @@ from typing import Any
 from jobs import Settings
 from records import DONE
 
+from tove_llava.core.text import markdown_table
 from tove_llava.eval.benchmarks.playground_scenes import normalise
 from tove_llava.scenes.language import CATEGORIES, DEPTH, SPATIAL
 
@@ -133,13 +134,7 @@ def _truth(scenes: Path) -> dict[str, str]:
     return {row["question_id"]: normalise(str(row["answer"])) for row in rows}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown, numbers to the right."""
-    lines = [f"| {' | '.join(header)} |", "| --- |" + " ---: |" * (len(header) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
-
-
 def by_type(arms: Sequence[Runs]) -> str:
     """Question types down, arms across."""
     rows = [[row, *(str(arm.interval(row)) for arm in arms)] for row in ROWS]
-    return table(["accuracy, %", *(arm.name for arm in arms)], rows)
+    return markdown_table(["accuracy, %", *(arm.name for arm in arms)], rows)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import yaml
 from jobs import Job, Settings
-from numbers_of_runs import BOTH, Interval, Runs, by_type, table
+from numbers_of_runs import BOTH, Interval, Runs, by_type
 from records import DONE, Cost, today
+
+from tove_llava.core.text import markdown_table
 
 STUDIES = yaml.safe_load((Path(__file__).parent / "studies.yaml").read_text())
 HOLDS, PART, NOT = "**Holds here.**", "**Holds in part.**", "**Does not hold here.**"
@@ -164,7 +166,7 @@ def fusions(settings: Settings, assets: Path) -> str:
 
 ToVE's gain, in points, over each:
 
-{table(["over", BOTH, "shape", "counting", "overall"], rows)}
+{markdown_table(["over", BOTH, "shape", "counting", "overall"], rows)}
 
 ![Accuracy of each fusion](assets/claims-fusions.png)
 
@@ -194,7 +196,7 @@ def data_efficiency(settings: Settings, assets: Path) -> str:
     less = f"ToVE passes CLIP alone's accuracy on all scenes with {reached} % of them. " if reached else ""
     return f"""The first scenes of the training set, in both stages; always as many steps as one pass over all of them.
 
-{table(["scenes", "clip", "tove", "gain"], rows)}
+{markdown_table(["scenes", "clip", "tove", "gain"], rows)}
 
 ![Accuracy against training scenes](assets/claims-data.png)
 
@@ -229,7 +231,7 @@ Over `clip_tuned`: {over.signed} on spatial and depth questions, {merged.gain(tu
 
 Tower alone, batch of {speed["batch"]}, {speed["threads"]} thread(s), median of {speed["rounds"]} alternating rounds:
 
-{table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
+{markdown_table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
 
 {outcome} The settings of the merge were chosen before, on another model and in four tries on seed 0 at the default sizes (at
 commits up to ab4f225): with these sizes, that seed's numbers are not independent of the choice.
@@ -269,7 +271,7 @@ def detach_curve(settings: Settings, assets: Path) -> str:
     return f"""From each seed's ToVE, experts removed one by one, least contribution first, without training again. Contributions were measured on
 {ranked} records of the training set; each step was scored on {curves[0]["records"]:,} of {curves[0]["records_in_file"]:,} held-out questions.
 
-{table(["experts left", "which", "accuracy, %", "images/s"], rows)}
+{markdown_table(["experts left", "which", "accuracy, %", "images/s"], rows)}
 
 ![Accuracy against experts left](assets/claims-detach.png)
 
@@ -298,7 +300,7 @@ def balance(settings: Settings, assets: Path) -> str:
     drawn = [Interval.of([b - a for a, b in zip(largest[0], other, strict=True)]) for other in largest[1:]]
     return f"""Entropy of the gate (at most {1.386:.2f} nats for four experts) and mean weight of each expert, over the last training steps.
 
-{table(["arm", "entropy", *(f"{name}, %" for name in experts), "accuracy, %"], rows)}
+{markdown_table(["arm", "entropy", *(f"{name}, %" for name in experts), "accuracy, %"], rows)}
 
 The largest expert's mean weight is {Interval.of(largest[0])} % with both; {drawn[0].signed} points without the balance loss,
 {drawn[1].signed} without the noise. That the balance loss keeps the gate from collapsing onto one expert: {verdict(drawn[:1])} That the noise does: {verdict(drawn[1:2])}
@@ -345,7 +347,7 @@ def singles(settings: Settings, assets: Path) -> str:
     equal = [runs.name for runs in (*beside, best) if tove.gain(runs, "overall").low <= 0]
     unless = f" Not clearly beaten: {_list(equal)}." if equal else ""
     bars(assets / "claims-singles.png", [clip, *beside, *instead, tove], ("overall",))
-    return f"""{table(["", BOTH, "shape", "overall", "ToVE's gain"], rows)}
+    return f"""{markdown_table(["", BOTH, "shape", "overall", "ToVE's gain"], rows)}
 
 ![Accuracy of single experts](assets/claims-singles.png)
 

@@ -134,11 +134,13 @@ def summarize(settings: Settings, typed: str, seconds: float) -> None:
 
 def comparison(settings: Settings, arms: list[str]) -> str:
     """Question types down, arms across; the last column is the last arm's gain over the first, paired by seed."""
-    from numbers_of_runs import ROWS, Runs, table
+    from numbers_of_runs import ROWS, Runs
+
+    from tove_llava.core.text import markdown_table
 
     runs = [Runs(settings, arm) for arm in arms]
     rows = [[row, *(str(arm.interval(row)) for arm in runs), runs[-1].gain(runs[0], row).signed] for row in ROWS]
-    return table(["accuracy, %", *arms, "gain"], rows)
+    return markdown_table(["accuracy, %", *arms, "gain"], rows)
 
 
 def prepare(settings: Settings) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from tove_llava.analysis.contributions import loss_and_accuracy
 from tove_llava.analysis.measure import measure, tower_with_experts
 from tove_llava.analysis.plots import plot_curve
-from tove_llava.analysis.results import Step, number, percent
+from tove_llava.analysis.results import Step
 from tove_llava.analysis.samples import COUNTED, Samples
 from tove_llava.analysis.speed import seconds
 from tove_llava.core.files import write_atomically
+from tove_llava.core.text import aligned, number, percent
 from tove_llava.eval.provenance import provenance
-from tove_llava.eval.score_table import aligned
 from tove_llava.inference.generation import Answerer
 
 ROUNDS = 7

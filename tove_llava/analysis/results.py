@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tove_llava.analysis.samples import COUNTED
-from tove_llava.eval.score_table import aligned
+from tove_llava.core.text import aligned, number, percent
 
 
 @dataclass(frozen=True)
@@ -140,16 +140,6 @@ def _type_tables(found: Contributions) -> list[str]:
         weights.append([kind, *(number(e.gate_weight, ".3f") for e in experts), str(group.images)])
         shares.append([kind, *(number(e.norm_share, ".3f") for e in experts), str(group.images)])
     return [aligned(table) for table in (loss, accuracy, weights, shares)]
-
-
-def number(value: float | None, form: str) -> str:
-    """A number for a table; a dash for None."""
-    return "-" if value is None else format(value, form)
-
-
-def percent(value: float | None, form: str) -> str:
-    """A share as a percentage for a table; a dash for None."""
-    return number(None if value is None else 100 * value, form)
 
 
 def _accuracy(all_experts: float | None, change: float | None) -> str:

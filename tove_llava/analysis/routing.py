@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.eval.score_table import aligned
+from tove_llava.core.text import aligned
 from tove_llava.inference.routing import RoutingMap, routing_map
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import yaml
 from tove_llava.core.errors import ToveError
 from tove_llava.core.licences import NOT_STATED, licence_of
 from tove_llava.core.sources import HubSource, Source, display_source
+from tove_llava.core.text import markdown_table
 from tove_llava.core.version import __version__
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def model_card(
         f"knowledge of frozen vision experts. Experts attached: {attached}; fusion `{vision.fusion}`.",
         _use(manifest),
         "## Parts",
-        _table(("part", "source", "licence"), _parts(vision, language)),
+        markdown_table(("part", "source", "licence"), _parts(vision, language)),
         "The licence of this model follows from those of its parts and of the data that it was trained on.",
         "## Training",
         *_training(manifest),
@@ -159,7 +160,7 @@ def _training(manifest: Manifest | None) -> list[str]:
         return ["Not recorded."]
     keys = list(dict.fromkeys(key for stage in stages for key in stage if key != "stage"))
     header = ("", *(str(stage.get("stage", "")) for stage in stages))
-    return [_table(header, [(key, *(_shown(stage.get(key)) for stage in stages)) for key in keys])]
+    return [markdown_table(header, [(key, *(_shown(stage.get(key)) for stage in stages)) for key in keys])]
 
 
 def _scores(report: Mapping[str, Any] | None) -> str:
@@ -170,7 +171,7 @@ def _scores(report: Mapping[str, Any] | None) -> str:
         for condition, result in conditions.items():
             for measure, value in _leaves(result.get("scores", {})):
                 rows.append((benchmark, condition, measure, _shown(value)))
-    return _table(("benchmark", "condition", "measure", "value"), rows)
+    return markdown_table(("benchmark", "condition", "measure", "value"), rows)
 
 
 def _leaves(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -183,8 +184,3 @@ def _leaves(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 def _shown(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -17,6 +17,7 @@ from transformers import (
 
 from tove_llava.checkpoints.export_format import ExportSource
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.text import markdown_table
 from tove_llava.core.version import __version__
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenizer import text_encoder
@@ -230,7 +231,7 @@ def model_card(
         chat_template=chat_template(source.template, source.processor.tokenizer, source.chat_begins),
         add_generation_prompt=True,
     )
-    rows = "\n".join(f"| {part} | {origin} | {licence} |" for part, origin, licence in parts)
+    table = markdown_table(("part", "source", "licence"), parts, left=3)
     listed = "\n".join(f"- {remark}" for remark in remarks)
     return f"""---
 pipeline_tag: image-text-to-text
@@ -262,9 +263,7 @@ Pictures: RGB, {
 
 ## Parts
 
-| part | source | licence |
-| --- | --- | --- |
-{rows}
+{table}
 
 The licence of this model follows from those of its parts and of the data that it was trained on.
 

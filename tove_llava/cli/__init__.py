@@ -22,6 +22,7 @@ from types import ModuleType
 
 from tove_llava.core.errors import ToveError
 from tove_llava.core.logs import keep_stdout_clean
+from tove_llava.core.text import listed
 from tove_llava.core.version import __version__
 
 PROGRAM = "tove-llava"
@@ -46,9 +47,7 @@ def verb_help(file: Path) -> str:
 
 def overview() -> str:
     """What ``tove-llava --help`` prints."""
-    known = verbs()
-    width = max((len(name) for name in known), default=0)
-    lines = [f"  {name:<{width}}  {verb_help(file)}" for name, file in known.items()]
+    lines = listed((name, verb_help(file)) for name, file in verbs().items())
     return "\n".join(
         [
             f"usage: {PROGRAM} VERB [options]",

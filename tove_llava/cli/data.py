@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from tove_llava.core.text import aligned, listed
+
 HELP = "public data sets and your own: where from, what goes where, whether it is whole"
 
 _CHECK = """Look whether data is whole and unharmed.
@@ -93,7 +95,6 @@ def _root(data_set: Any, args: argparse.Namespace) -> Any:
 def _list(args: argparse.Namespace) -> int:
     from tove_llava.data.presence import present
     from tove_llava.data.sets import get_set, set_names
-    from tove_llava.eval.score_table import aligned
 
     sets = {name: get_set(name) for name in set_names()}
     there = {name: present(data_set, _root(data_set, args)) for name, data_set in sets.items()}
@@ -238,8 +239,7 @@ def _table(report: Any, show: int) -> str:
     if report.duplicate_ids:
         rows.append(("repeated ids", f"{report.duplicate_ids:,} (harmless)"))
     rows += [(f"problems: {kind}", f"{count:,}") for kind, count in report.counts.items()]
-    width = max(len(name) for name, _ in rows)
-    lines = [report.file, *(f"  {name:<{width}}  {value}" for name, value in rows), ""]
+    lines = [report.file, *listed(rows), ""]
     lines += [problem.message for problem in report.problems[:show]]
     if len(report.problems) > show:
         lines.append(f"... and {len(report.problems) - show:,} more; --show N prints N, --json all")

@@ -10,6 +10,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
+from tove_llava.core.text import listed
+
 if TYPE_CHECKING:
     from tove_llava.doctor import Finding
 
@@ -69,13 +71,12 @@ def _preset_findings(given: list[str] | None) -> "list[Finding]":
 
 
 def _show(findings: "list[Finding]") -> None:
-    width = max(len(finding.name) for finding in findings)
     group = ""
-    for finding in findings:
+    for finding, line in zip(findings, listed((finding.name, finding.state) for finding in findings), strict=True):
         if finding.group != group:
             group = finding.group
             print(f"{group}:")
-        print(f"  {finding.name:<{width}}  {finding.state}")
+        print(line)
     missing = [finding for finding in findings if finding.remedy]
     if not missing:
         print("\nNothing is missing.")

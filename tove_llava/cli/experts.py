@@ -8,6 +8,8 @@ import argparse
 import json
 from typing import Any
 
+from tove_llava.core.text import aligned, number
+
 HELP = "list the vision experts: source, tokens, width, parameters, GFLOPs, licence, loadable here"
 
 
@@ -89,35 +91,29 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as aligned text, with the reasons of what cannot be loaded below."""
+    """Format the rows as a table, and say below it why an expert cannot be loaded."""
     head = ["name", "source", "mode", "input", "tokens", "width", "params", "GFLOPs", "licence", "loadable"]
-    cells = [head]
+    lines = [head]
     for row in rows:
-        grid = row["grid"]
-        cells.append(
+        size, grid, parameters = row["image_size"], row["grid"], row["parameters"]
+        lines.append(
             [
                 row["name"],
                 row["source"],
                 row["mode"],
-                _text(row["image_size"]),
+                number(size, "d"),
                 f"{grid[0]}x{grid[1]}" if grid else "-",
-                _text(row["width"]),
-                "-" if row["parameters"] is None else f"{row['parameters'] / 1e6:.1f}M",
-                "-" if row["gflops"] is None else f"{row['gflops']:.4g}",
+                number(row["width"], "d"),
+                "-" if parameters is None else f"{parameters / 1e6:.1f}M",
+                number(row["gflops"], ".4g"),
                 row["licence"] or "-",
                 f"yes ({row['note']})" if row["loadable"] else "no",
             ]
         )
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if not row["loadable"]:
             reasons.setdefault(row["note"], []).append(row["name"])
     notes = [f"not loadable here: {', '.join(dict.fromkeys(names))}: {note}" for note, names in reasons.items()]
     notes += [f"{name}: {remark}" for name, remark in {r["name"]: r["remark"] for r in rows if r["remark"]}.items()]
-    return "\n".join([*lines, *([""] if notes else []), *notes])
-
-
-def _text(value: object) -> str:
-    return "-" if value is None else str(value)
+    return "\n".join([aligned(lines, left=len(head)), *([""] if notes else []), *notes])

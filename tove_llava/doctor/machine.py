@@ -9,10 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tove_llava.core.text import GIB
 from tove_llava.core.version import __version__
 from tove_llava.doctor.finding import Finding
-
-GIB = 2**30
 
 # Names that Chromium or Chrome is installed under.
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

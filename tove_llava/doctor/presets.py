@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tove_llava.core.errors import ToveError
+from tove_llava.core.text import GIB, markdown_table
 from tove_llava.data import get_template
 from tove_llava.doctor.finding import Finding
-from tove_llava.doctor.machine import GIB, Machine
+from tove_llava.doctor.machine import Machine
 from tove_llava.doctor.sources import SourceState, preset_sources
 from tove_llava.presets import Preset, load_preset
 from tove_llava.train.memory import (
@@ -165,40 +166,28 @@ def judge_answering(preset: Preset, shape: Shape, machine: Machine, missing: tup
 
 
 def memory_table(names: Sequence[str]) -> str:
-    """Markdown: what each stage of the presets needs on each device, for one device and for eight."""
-    lines = [
-        "| preset, stage | trained | records x positions | weights | encoders | 1 device | 8 devices | short records "
-        "| host, 8 devices | disk |",
-        "| --- " + "| ---: " * 9 + "|",
-    ]
+    """Write the table of docs/memory.md: what each stage of the presets needs, on one device and on eight."""
+    header = (
+        "preset, stage|trained|records x positions|weights|encoders|1 device|8 devices|short records|host, 8 devices"
+    )
+    rows = []
     for name in names:
         preset = load_preset(name)
-        for stage_name in preset.stages:
-            lines.append(_row(preset, stage_name, stage_shape(preset, stage_name)))
-        shape = stage_shape(preset, next(iter(preset.stages)))
-        memory = answering_memory(preset, shape)
-        cells = ["", "1 x 2048", _gib(memory.weights), _gib(memory.backbones), _gib(memory.total), "", "", "", ""]
-        lines.append(f"| {preset.name}, chat | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows += [_row(preset, stage_name, stage_shape(preset, stage_name)) for stage_name in preset.stages]
+        memory = answering_memory(preset, stage_shape(preset, next(iter(preset.stages))))
+        needed = (_gib(size) for size in (memory.weights, memory.backbones, memory.total))
+        rows.append([f"{preset.name}, chat", "", "1 x 2048", *needed, "", "", "", ""])
+    return markdown_table([*header.split("|"), "disk"], rows)
 
 
-def _row(preset: Preset, stage_name: str, shape: Shape) -> str:
+def _row(preset: Preset, stage_name: str, shape: Shape) -> list[str]:
     one, eight = (Run.of(preset, stage_name, devices=devices) for devices in (1, 8))
     short = Run.of(preset, stage_name, devices=8, length=shape.image_tokens + SHORT)
     needed, shared, brief = (training_memory(preset, stage_name, shape, run) for run in (one, eight, short))
-    cells = [
-        f"{shape.trained / 1e6:,.1f} M",
-        f"{one.batch} x {one.length}",
-        _gib(needed.weights),
-        _gib(needed.backbones),
-        _gib(needed.total),
-        _gib(shared.total),
-        _gib(brief.total),
-        _gib(shared.host),
-        _gib(stage_disk(preset, stage_name, shape)),
-    ]
-    deepspeed = f" ({one.deepspeed})" if one.deepspeed else ""
-    return f"| {preset.name}, {stage_name}{deepspeed} | {' | '.join(cells)} |"
+    disk = stage_disk(preset, stage_name, shape)
+    sizes = (needed.weights, needed.backbones, needed.total, shared.total, brief.total, shared.host, disk)
+    title = f"{preset.name}, {stage_name}" + (f" ({one.deepspeed})" if one.deepspeed else "")
+    return [title, f"{shape.trained / 1e6:,.1f} M", f"{one.batch} x {one.length}", *map(_gib, sizes)]
 
 
 def _gib(size: int) -> str:

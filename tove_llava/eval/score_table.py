@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from tove_llava.core.text import aligned
 from tove_llava.eval.benchmarks import Score
 
 
@@ -19,21 +20,6 @@ def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
         shown = ["-" if cell is None else f"{cell[0]:.1f}" for cell in cells]
         lines.append([label, *shown, "/".join(str(count) for count in sorted(counts))])
     return aligned(lines)
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a text table: a heading first, the first column on the left, others on the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(_align(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]
-    table.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(line.rstrip() for line in table)
-
-
-def _align(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
 def first_ids(ids: Sequence[object], shown: int = 10) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from tove_llava.core.text import aligned
 from tove_llava.experts import build_expert
 from tove_llava.experts.cost import expert_cost
 from tove_llava.llava.build import build_on_meta
@@ -54,15 +55,11 @@ def preset_sizes(preset: str | Preset) -> list[Size]:
 
 
 def format_sizes(sizes: list[Size]) -> str:
-    """The table as text."""
-    lines = [f"{'part':<30}{'parameters':>16}{'GFLOP/image':>14}"]
-    lines += [f"{size.part:<30}{size.parameters:>16,}{size.gflops:>14,.1f}" for size in sizes]
+    """Format the sizes and their sum as a table."""
     total = Size("all", sum(s.parameters for s in sizes), sum(s.gflops for s in sizes))
-    lines.append(f"{total.part:<30}{total.parameters:>16,}{total.gflops:>14,.1f}")
-    lines.append(
-        f"GFLOP: forward pass, two per multiply-add; language model over one image and {TEXT_TOKENS} text tokens"
-    )
-    return "\n".join(lines)
+    rows = [[size.part, f"{size.parameters:,}", f"{size.gflops:,.1f}"] for size in (*sizes, total)]
+    note = f"GFLOP: forward pass, two per multiply-add; language model over one image and {TEXT_TOKENS} text tokens"
+    return f"{aligned([['part', 'parameters', 'GFLOP/image'], *rows])}\n{note}"
 
 
 def _clip(vision: Any) -> Size:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import GIB
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
 from tove_llava.presets import Preset, QuantizationPreset, StagePreset
 from tove_llava.train.arguments import CONFIG_FOLDER
-from tove_llava.train.recomputation import GIB, NONE, SELECTIVE, LayerCosts
+from tove_llava.train.recomputation import NONE, SELECTIVE, LayerCosts
 from tove_llava.train.shapes import Shape
 
 PROCESS = GIB  # Python and the libraries; on a GPU the driver's context and the kernels

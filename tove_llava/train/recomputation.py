@@ -22,9 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from transformers import PreTrainedModel
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.text import GIB
 
 NONE, FULL, SELECTIVE = KINDS = ("none", "full", "selective")
-GIB = 2**30
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 _PRODUCTS = {
