@@ -40,3 +40,10 @@ def test_no_import_runs_upward():
         if other in floor and floor[other] < floor[room]
     }
     assert upward == UPWARD
+
+
+def test_files_and_functions_that_the_page_names_exist():
+    for name, symbol in re.findall(r"`([\w/.-]+\.(?:py|yaml))`(?: \(`(\w+)`\))?", PAGE.read_text()):
+        file = PACKAGE / name
+        assert file.is_file() or (PACKAGE.parent / name).is_file(), f"{PAGE.name} names {name}, which is not there"
+        assert not symbol or re.search(rf"\b(def|class) {symbol}\b", file.read_text()), f"{name} has no {symbol}"
