@@ -6,18 +6,20 @@ import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
+from tove_llava.experts.base import complete_specs
+from tove_llava.experts.spec import ExpertSpec
 
-if TYPE_CHECKING:
-    from tove_llava.experts.spec import ExpertSpec
-    from tove_llava.tower.fusion import Fusion
+#: subclasses of :class:`tove_llava.tower.fusion.Fusion` by name; it lives here because a configuration asks for sizes
+FUSIONS: Registry[Any] = Registry("fusion", package="tove_llava.tower.fusion")
 
 # What transformers itself puts beside a model's own keys in a config.json or passes while loading one.
 _LIBRARY_KEYS = {
@@ -127,8 +129,6 @@ class ToveVisionConfig(PreTrainedConfig):
         Raises:
             ConfigError: a wrong source, expert or key. CheckpointError: a source that is not there.
         """
-        from tove_llava.experts import complete_specs  # imports every expert's library
-
         source = Source.parse(clip_source).resolve(base_dir)
         try:
             clip_config = CLIPVisionConfig.from_pretrained(**source.pretrained(), revision=clip_revision or "main")
@@ -205,8 +205,6 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def expert_specs(self) -> list[ExpertSpec]:
-        from tove_llava.experts.spec import ExpertSpec  # the package imports every library; a configuration need not
-
         return [ExpertSpec.from_dict(entry) for entry in self.experts]
 
     @property
@@ -237,18 +235,12 @@ class ToveVisionConfig(PreTrainedConfig):
     @property
     def hidden_size(self) -> int:
         """Width of the tower's tokens, which LLaVA's projector takes: d, but for fusions that change it."""
-        return self._fusion.output_width(self)
+        return FUSIONS.get(self.fusion).output_width(self)
 
     @property
     def num_image_tokens(self) -> int:
         """Tokens that the language model reads of an image: N, but for fusions that add some."""
-        return self._fusion.num_tokens(self)
-
-    @property
-    def _fusion(self) -> type[Fusion]:
-        from tove_llava.tower.fusion import FUSIONS  # fusions take a configuration
-
-        return FUSIONS.get(self.fusion)
+        return FUSIONS.get(self.fusion).num_tokens(self)
 
     @property
     def grid(self) -> int:

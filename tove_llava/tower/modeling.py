@@ -18,9 +18,9 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.licences import known, licence_of
 from tove_llava.core.sources import Source, write_origin
 from tove_llava.tower.balance import BalanceStatistics, balance_loss
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
-from tove_llava.tower.fusion import FUSIONS, GateInputs
+from tove_llava.tower.fusion import Fusion, GateInputs
 
 
 @dataclass
@@ -66,7 +66,7 @@ class ToveVisionModel(PreTrainedModel):
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
-        self.fusion = FUSIONS.get(config.fusion)(config)
+        self.fusion: Fusion = FUSIONS.get(config.fusion)(config)
         # Follows moves and casts also where the fusion has no parameters, so that backbones loaded later go along.
         self.register_buffer("_placement", torch.zeros(0), persistent=False)
         self.frozen = FrozenBackbones(config)

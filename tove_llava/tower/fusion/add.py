@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import torch
 
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
-from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+from tove_llava.tower.fusion.base import Fusion, FusionOutput
 
 
 @FUSIONS.register("add")

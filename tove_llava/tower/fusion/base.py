@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.registry import Registry
-
-if TYPE_CHECKING:
-    from tove_llava.tower.balance import BalanceStatistics
-    from tove_llava.tower.configuration import ToveVisionConfig
-
-FUSIONS: Registry[type[Fusion]] = Registry("fusion", package="tove_llava.tower.fusion")
+from tove_llava.tower.balance import BalanceStatistics
+from tove_llava.tower.configuration import ToveVisionConfig
 
 
 class GateInputs(NamedTuple):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+from tove_llava.tower.configuration import FUSIONS
+from tove_llava.tower.fusion.base import Fusion, FusionOutput
 
 
 @FUSIONS.register("none")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tove_llava.tower.fusion.base import FUSIONS
+from tove_llava.tower.configuration import FUSIONS
 from tove_llava.tower.fusion.tove import ToveFusion
 
 

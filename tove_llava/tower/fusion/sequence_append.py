@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
-from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput
+from tove_llava.tower.fusion.base import Fusion, FusionOutput
 
 POOL = 2
 

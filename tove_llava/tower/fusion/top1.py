@@ -7,7 +7,7 @@ it (Fedus et al. 2021, "Switch Transformers", section 2.1).
 from __future__ import annotations
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.fusion.base import FUSIONS
+from tove_llava.tower.configuration import FUSIONS
 from tove_llava.tower.fusion.tove import ToveFusion
 from tove_llava.tower.gate import TokenGate
 

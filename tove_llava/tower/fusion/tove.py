@@ -15,10 +15,10 @@ from torch import nn
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance import BalanceStatistics
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
 from tove_llava.tower.fused import gated_gelu_sum
-from tove_llava.tower.fusion.base import FUSIONS, Fusion, FusionOutput, GateInputs
+from tove_llava.tower.fusion.base import Fusion, FusionOutput, GateInputs
 from tove_llava.tower.gate import GateOutput, TokenGate
 
 
