@@ -248,7 +248,7 @@ def test_command_writes_table_json_and_plots(folder, data, tmp_path, capsys):
     ("change", "message"),
     [
         (["--limit", "0"], "--limit must be at least 1"),
-        (["--data", "nowhere.json"], "there is no data file nowhere.json"),
+        (["--data", "nowhere.json"], "there is no file nowhere.json"),
         (["--model", "nowhere"], "there is no model folder nowhere"),
         (["--image-folder", "nowhere"], "check --image-folder"),
     ],

@@ -114,7 +114,7 @@ def test_without_decoding_a_damaged_picture_passes(folder: Path) -> None:
         (["--image-folder", "/nowhere"], "no image folder /nowhere"),
         (["--template", "v7"], "unknown conversation template 'v7'"),
         (["--workers", "0"], "workers must be positive"),
-        (["--data-path", "/nowhere.json"], "no data file /nowhere.json"),
+        (["--data-path", "/nowhere.json"], "no file /nowhere.json"),
         (["--tokenizer", "/nowhere"], "no tokenizer folder /nowhere"),
     ],
 )

@@ -42,8 +42,8 @@ def test_json_and_jsonl_are_the_same(tmp_path: Path) -> None:
     [
         (b"", "holds no records"),
         (b"[]", "holds no records"),
-        (b"[{]", "x.json is not valid JSON"),
-        (b'{"id": 1}\n{"id": \n', "x.json, line 2 is not valid JSON"),
+        (b"[{]", "x.json, line 1: not valid JSON"),
+        (b'{"id": 1}\n{"id": \n', "x.json, line 2: not valid JSON"),
         (b"\xff\xfe[1]", "not UTF-8"),
     ],
 )
@@ -54,7 +54,7 @@ def test_files_that_cannot_be_read(content: bytes, message: str, tmp_path: Path)
 
 
 def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no data file .*absent.json.*--data_path"):
+    with pytest.raises(DataError, match="no file .*absent.json.*--data_path"):
         read_records(tmp_path / "absent.json")
     with pytest.raises(DataError, match="is a folder"):
         read_records(tmp_path)

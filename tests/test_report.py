@@ -488,7 +488,7 @@ def items_text(text):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "result.json").unlink(), "has no result.json"),
-        (lambda folder: (folder / "result.json").write_text('{"benchmark": "sce'), "not one JSON value"),
+        (lambda folder: (folder / "result.json").write_text('{"benchmark": "sce'), "not valid JSON"),
         (lambda folder: (folder / "result.json").write_text("[]"), "was it written by"),
         (damage(lambda result: result.pop("rows")), "no 'rows'"),
         (damage(lambda result: result.update(rows={"x": "y"})), "a value and a number"),

@@ -244,5 +244,5 @@ def test_a_stock_llava_answers_as_its_own_generate_does(tmp_path):
 
 def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="config.json is damaged"):
+    with pytest.raises(CheckpointError, match="config.json, line 1: not valid JSON"):
         Engine.load(tmp_path)

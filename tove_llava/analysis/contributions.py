@@ -18,7 +18,7 @@ from tove_llava.analysis.measure import Measurement, Subset, measure, tower_with
 from tove_llava.analysis.results import Contributions, ExpertContribution, Group
 from tove_llava.analysis.samples import Sample, Samples
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import write_atomically
+from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.eval.provenance import provenance
 from tove_llava.inference.generation import Answerer
 
@@ -116,14 +116,12 @@ def read_ranking(file: str | Path, experts: Sequence[str], model_print: str) -> 
         DataError: the file is missing or is none of ``tove-llava contributions``.
         ConfigError: it was measured on another model, or with other experts attached.
     """
+    record = read_json_object(file, DataError, "make it with 'tove-llava contributions'")
     try:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
         ranking, measured = record["ranking_least_first"], record["fingerprint"]
         if record["kind"] != _KIND or not isinstance(ranking, list):
             raise KeyError("kind")
-    except FileNotFoundError:
-        raise DataError(f"there is no file {file}; make it with 'tove-llava contributions'") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{file} is not what 'tove-llava contributions' writes ({error!r})") from error
     if measured != model_print:
         raise ConfigError(

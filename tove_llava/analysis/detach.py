@@ -25,7 +25,7 @@ from tove_llava.checkpoints.checkpoint import load_processor, read_tensors
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import staged, write_atomically
+from tove_llava.core.files import read_json_object, staged, write_atomically
 from tove_llava.llava import ToveLlavaConfig
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -195,8 +195,8 @@ def _weight_files(folder: Path, kind: str) -> list[Path]:
         return [folder / TRAINED]
     if (folder / _INDEX).is_file():
         try:
-            names = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            names = sorted(set(read_json_object(folder / _INDEX)["weight_map"].values()))
+        except (KeyError, AttributeError) as error:
             raise CheckpointError(f"{folder / _INDEX} is damaged: {error!r}") from error
         return [folder / name for name in names]
     return [folder / _WHOLE]
@@ -215,7 +215,7 @@ def _write_weights(files: list[Path], staging: Path, kept: Mapping[str, Tensor])
             save_file(after, staging / file.name, metadata=None if file.name == TRAINED else {"format": "pt"})
     index = files[0].with_name(_INDEX)
     if files[0].name != TRAINED and index.is_file():
-        record = json.loads(index.read_text(encoding="utf-8"))
+        record = read_json_object(index)
         record["weight_map"] = {name: file for name, file in record["weight_map"].items() if _stays(name, kept)}
         record.setdefault("metadata", {})["total_size"] = sum(x.numel() * x.element_size() for x in left.values())
         write_atomically(staging / _INDEX, json.dumps(record, indent=2) + "\n")

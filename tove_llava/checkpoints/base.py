@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from tove_llava.checkpoints.parts import LlavaParts
-from tove_llava.checkpoints.tensors import read_json
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.registry import Registry
 
 FORMATS: Registry[type[LlavaFormat]] = Registry("checkpoint format", "tove_llava.checkpoints.formats")
@@ -88,7 +88,7 @@ def find_format(folder: Path) -> LlavaFormat:
             "--local-dir FOLDER"
         )
     file = folder / "config.json"
-    config = read_json(file) if file.is_file() else {}
+    config = read_json_object(file) if file.is_file() else {}
     for name in FORMATS:
         candidate = FORMATS.get(name)()
         if candidate.detect(folder, config):

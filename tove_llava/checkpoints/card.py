@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tove_llava.core.errors import ToveError
+from tove_llava.core.errors import CheckpointError, ToveError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.licences import NOT_STATED, licence_of
 from tove_llava.core.sources import HubSource, Source, display_source
 from tove_llava.core.text import markdown_table
@@ -71,10 +71,10 @@ def is_ours(card: str) -> bool:
 def read_scores(folder: Path) -> dict[str, Any] | None:
     """The evaluation report beside a model; None where there is none that can be read."""
     try:
-        report = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        report = read_json_object(folder / SCORES)
+    except CheckpointError:
         return None
-    return report if isinstance(report, dict) and isinstance(report.get("benchmarks"), dict) else None
+    return report if isinstance(report.get("benchmarks"), dict) else None
 
 
 def model_card(

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.checkpoints.parts import ClipPart
-from tove_llava.checkpoints.tensors import Tensors, folder_tensors, read_json
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
 
@@ -45,7 +46,7 @@ def normalisation(folder: Path | None) -> tuple[list[float] | None, list[float] 
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is None or not file.is_file():
         return None, None
-    data = read_json(file)
+    data = read_json_object(file)
     try:
         mean, std = ([float(x) for x in data[key]] for key in ("image_mean", "image_std"))
     except (ValueError, KeyError, TypeError) as error:
@@ -73,7 +74,7 @@ def read_clip(folder: Path, depth: int) -> ClipPart:
         like = tensors.get("embeddings.class_embedding", torch.zeros(config.hidden_size))
         tensors = tensors | {_NORM + "weight": torch.ones_like(like), _NORM + "bias": torch.zeros_like(like)}
     config.dtype = None
-    name = read_json(folder / "config.json").get(_NAME, "")
+    name = read_json_object(folder / "config.json").get(_NAME, "")
     mean, std = normalisation(folder)
     return ClipPart(
         config=config,
@@ -125,7 +126,7 @@ def save_clip(part: ClipPart, folder: Path) -> None:
     if part.source:
         file = folder / "config.json"  # transformers does not write this key itself
         name = Source.parse(part.source).target
-        file.write_text(json.dumps(read_json(file) | {_NAME: name}, indent=2) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(read_json_object(file) | {_NAME: name}, indent=2) + "\n", encoding="utf-8")
     tensors = {_PREFIX + name: value.contiguous() for name, value in part.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_image_processor(part, folder)

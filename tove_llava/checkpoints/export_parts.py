@@ -17,6 +17,7 @@ from transformers import (
 
 from tove_llava.checkpoints.export_format import ExportSource
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.text import markdown_table
 from tove_llava.core.version import __version__
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
@@ -117,7 +118,7 @@ def save_processor(processor: LlavaProcessor, folder: Path) -> None:
     # transformers 4 and servers look for the image processor in a file of its own.
     processor.image_processor.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = read_json_object(file)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both know
     settings["padding_side"] = "left"  # for batches of prompts
     settings["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 adds token_type_ids

@@ -28,6 +28,7 @@ from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin, language_digest
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.llava.adapters import adapter_layers, adapter_parameters
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -343,7 +344,7 @@ def push(
 
 def _forget_paths(file: Path) -> None:
     """Takes the folders of this machine that parts were read from out of a configuration."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json_object(file)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.pop("_name_or_path", None)
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import write_atomically
+from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.presets import QuantizationPreset
 
 MANIFEST = "tove_llava.json"
@@ -70,10 +70,9 @@ class Manifest:
                 f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
             )
         try:
-            data = json.loads(file.read_text())
-            manifest = cls(**data)
+            manifest = cls(**read_json_object(file))
             _ = manifest.trained_quantization
-        except (json.JSONDecodeError, TypeError, ConfigError) as error:
+        except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         if manifest.format_version > VERSION or manifest.kind not in KINDS:
             raise CheckpointError(f"{file} is of a newer version of tove_llava; update the package")

@@ -4,18 +4,17 @@ Tensors are mapped from the disk and not read: one costs memory when it is used,
 mapping is private, so nothing that is done to a tensor reaches the file.
 """
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 
 Tensors = dict[str, Tensor]
 
@@ -84,23 +83,6 @@ def file_tensors(file: Path) -> Tensors:
     return {name: value.detach() for name, value in found.items()}
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or is not a JSON object.
-    """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file} is damaged: a JSON object is expected")
-    return data
-
-
 def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], where: Path) -> dict[str, Tensors]:
     """Sorts tensors into parts.
 
@@ -150,7 +132,7 @@ def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, o
 
 def _shards(index: Path) -> Tensors:
     """What an index lists, from the files that it names."""
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")
     files = sorted(set(weight_map.values()))

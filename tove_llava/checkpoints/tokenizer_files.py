@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tove_llava.checkpoints.export_parts import PROBES
 from tove_llava.checkpoints.parts import LanguagePart, LlavaParts
-from tove_llava.checkpoints.tensors import read_json
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.llava import build
 from tove_llava.presets import LanguagePreset
 
@@ -44,7 +44,7 @@ def legacy_remarks(language: LanguagePart) -> list[str]:
     """A sentence where the original would encode text behind ``</s>`` in the older way, with a space in front."""
     for folder in language.tokenizer_folders:
         file = folder / "tokenizer_config.json"
-        settings = read_json(file) if file.is_file() else {}
+        settings = read_json_object(file) if file.is_file() else {}
         if (folder / "tokenizer.model").is_file() and settings.get("legacy") is not False:
             return [
                 f"{file} does not say legacy: false, so the original puts one token more behind each </s> of a "
@@ -127,7 +127,7 @@ def _is_same(folder: Path, tokenizer: PreTrainedTokenizerBase, without: set[str]
 
 def _class_of(folder: Path) -> Any:
     file = folder / "tokenizer_config.json"
-    return read_json(file).get("tokenizer_class") if file.is_file() else None
+    return read_json_object(file).get("tokenizer_class") if file.is_file() else None
 
 
 def _leave_out(folder: Path, names: Sequence[str]) -> None:
@@ -135,19 +135,20 @@ def _leave_out(folder: Path, names: Sequence[str]) -> None:
     gone = set(names)
     (folder / "chat_template.jinja").unlink(missing_ok=True)  # LLaVA's, not the language model's
     if (folder / "tokenizer.json").is_file():
-        data = read_json(folder / "tokenizer.json")
+        data = read_json_object(folder / "tokenizer.json")
         data["added_tokens"] = [token for token in data.get("added_tokens", []) if token["content"] not in gone]
         _write(folder / "tokenizer.json", data)
     if (folder / "added_tokens.json").is_file():
-        kept = {name: index for name, index in read_json(folder / "added_tokens.json").items() if name not in gone}
+        added = read_json_object(folder / "added_tokens.json")
+        kept = {name: index for name, index in added.items() if name not in gone}
         (folder / "added_tokens.json").unlink()
         if kept:
             _write(folder / "added_tokens.json", kept)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            _write(folder / name, _settings(read_json(folder / name), gone))
+            _write(folder / name, _settings(read_json_object(folder / name), gone))
     file = folder / "tokenizer_config.json"
-    settings = read_json(file) if file.is_file() else {}
+    settings = read_json_object(file) if file.is_file() else {}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
     if (folder / "tokenizer.model").is_file():
         settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # the kind that gives the ids used here

@@ -1,15 +1,17 @@
-"""Files and folders that are written whole or not at all."""
+"""Files: written whole or not at all, read with errors that name the line."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from tove_llava.core.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError, DataError, ToveError
 
 
 @contextmanager
@@ -81,3 +83,88 @@ def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> str:
+    """Read a UTF-8 file without its byte-order mark; line ends stay.
+
+    Args:
+        error: class of every error; its message names the file, and the line where there is one.
+        hint: what to do about an error; ends its message.
+    """
+    path = Path(file)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise error(_message(f"there is no file {path}", hint)) from None
+    except IsADirectoryError:
+        raise error(_message(f"{path} is a folder; a file is needed", hint)) from None
+    except OSError as cause:
+        raise error(_message(f"{path} cannot be read: {cause}", hint)) from cause
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        line = content.count(b"\n", 0, cause.start) + 1
+        raise error(_message(f"{path}, line {line}: not UTF-8 text ({cause.reason})", hint)) from None
+
+
+def parse_json(
+    text: str, file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "", line: int = 1
+) -> Any:
+    """Parse the JSON value of a file, or of its part that begins at a line; errors as in :func:`read_text`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as cause:
+        where, reason = f"line {line + cause.lineno - 1}", cause.msg
+    except RecursionError:
+        where, reason = f"line {line}", "nested too deeply"
+    except ValueError as cause:  # a number of thousands of digits
+        where, reason = f"line {line}", str(cause)
+    raise error(_message(f"{file}, {where}: not valid JSON ({reason})", hint))
+
+
+def parse_json_lines(
+    text: str,
+    file: str | os.PathLike[str],
+    error: type[ToveError] = DataError,
+    hint: str = "",
+    broken: list[int] | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Parse one JSON value a line, and give each with its line's number; errors as in :func:`read_text`.
+
+    Lines end only at ``\\n``: values may contain U+2028 and others at which ``str.splitlines`` would cut. Empty lines
+    are skipped.
+
+    Args:
+        broken: gets the numbers of lines that are not JSON; without it they are an error.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = parse_json(line, file, error, hint, number)
+        except error:
+            if broken is None:
+                raise
+            broken.append(number)
+            continue
+        yield number, value
+
+
+def read_json(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> Any:
+    """Read a JSON file; errors as in :func:`read_text`."""
+    return parse_json(read_text(file, error, hint), file, error, hint)
+
+
+def read_json_object(
+    file: str | os.PathLike[str], error: type[ToveError] = CheckpointError, hint: str = ""
+) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; errors as in :func:`read_text`."""
+    value = read_json(file, error, hint)
+    if not isinstance(value, dict):
+        raise error(_message(f"{file}: a JSON object is needed, not a {type(value).__name__}", hint))
+    return value
+
+
+def _message(text: str, hint: str) -> str:
+    return f"{text}; {hint}" if hint else text

@@ -1,13 +1,13 @@
 """LLaVA's data format: reading it and checking it, with messages that name the record."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import parse_json, parse_json_lines, read_text
 from tove_llava.data.templates.base import Role, Template, Turn, split_system
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
@@ -64,34 +64,12 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing, empty, or not JSON; the line is named.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"there is no data file {path}; check --data_path") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder; --data_path must be a .json or .jsonl file") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8 JSON") from error
+    hint = "--data_path must be one JSON list, or one JSON object a line (.jsonl)"
+    text = read_text(path, hint=hint)
     if text.lstrip().startswith("["):
-        try:
-            records = json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not valid JSON: {error}") from error
+        records = parse_json(text, path, hint=hint)
     else:
-        records = []
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, line {number} is not valid JSON: {error}. The file must be one JSON list, or one JSON "
-                    "object a line"
-                ) from error
-        if len(records) == 1 and isinstance(records[0], list):
-            records = records[0]
+        records = [record for _, record in parse_json_lines(text, path, hint=hint)]
     if not records:
         raise DataError(f"{path} holds no records")
     return records

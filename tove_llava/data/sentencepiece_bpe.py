@@ -15,6 +15,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 
 SPACE = "▁"  # SentencePiece's marker of a space
 
@@ -232,12 +233,12 @@ def _neighbouring_settings(folder: Path) -> dict[str, Any]:
     added: dict[int, AddedToken] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            settings.update(_read_json(folder / name))
+            settings.update(read_json_object(folder / name))
     for index, token in (settings.get("added_tokens_decoder") or {}).items():
         flags = {key: bool(token.get(key, False)) for key in ("lstrip", "rstrip", "single_word", "special")}
         added[int(index)] = AddedToken(_content(token), normalized=False, **flags)
     if (folder / "added_tokens.json").is_file():
-        for token, index in _read_json(folder / "added_tokens.json").items():
+        for token, index in read_json_object(folder / "added_tokens.json").items():
             added.setdefault(int(index), AddedToken(token, normalized=False, special=False))
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -245,10 +246,3 @@ def _neighbouring_settings(folder: Path) -> dict[str, Any]:
     if settings.get("model_max_length", 0) > 10**9:  # transformers' "no limit" number
         del settings["model_max_length"]
     return settings
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers import PreTrainedTokenizerFast as _Generic
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
 
@@ -65,11 +66,7 @@ def _is_generic(folder: Path) -> bool:
     file = folder / "tokenizer_config.json"
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
         return False
-    try:
-        name = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class")
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    return name in ("PreTrainedTokenizerFast", "TokenizersBackend")
+    return read_json_object(file).get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 class TextEncoder:

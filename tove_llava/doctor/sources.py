@@ -1,12 +1,12 @@
 """Whether the sources that a preset names are on this machine, or can be fetched."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from tove_llava.core.errors import ToveError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.experts import build_expert
 from tove_llava.experts.availability import availability, downloadable
@@ -99,6 +99,6 @@ def missing_from_cache(repository: str, revision: str | None) -> int | None:
     for name in _INDEX:
         index = cached(name)
         if index is not None:
-            shards = set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+            shards = set(read_json_object(index)["weight_map"].values())
             return sum(cached(shard) is None for shard in shards)
     return None

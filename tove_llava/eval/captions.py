@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval import java
 from tove_llava.eval.benchmarks import Benchmark
 from tove_llava.eval.matching import Matched
-from tove_llava.eval.rows import Row, read_json, read_jsonl, require
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")

@@ -11,55 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import parse_json_lines, read_text
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
 
-def read_text(file: str | Path) -> str:
-    """A UTF-8 file as it is (line ends are not translated; a byte order mark is dropped).
-
-    Raises:
-        DataError: the file is missing, a folder, or not UTF-8; in the last case the line is named.
-    """
-    path = Path(file)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise DataError(f"{path} is a folder; a file is needed") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: not UTF-8 text ({error.reason}); is the file whole?") from None
-
-
-def read_json(file: str | Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        DataError: as :func:`read_text`; also for a file that is not one JSON value. The line is named.
-    """
-    text = read_text(file)
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = text.count("\n", 0, error.pos) + 1
-        raise DataError(
-            f"{file}, line {line}: not one JSON value ({error.msg}); is the file whole, and is it this benchmark's?"
-        ) from None
-    except RecursionError:
-        raise DataError(f"{file}: JSON nested too deeply") from None
-
-
 def read_jsonl(file: str | Path, required: Sequence[str] = (), broken: list[int] | None = None) -> list[Row]:
     """All rows of a JSONL file.
-
-    Lines end at ``\\n`` only: answers may contain U+2028 and other characters that ``str.splitlines`` would cut at.
 
     Args:
         file: UTF-8 file, one JSON object a line; empty lines are skipped.
@@ -70,19 +29,8 @@ def read_jsonl(file: str | Path, required: Sequence[str] = (), broken: list[int]
         DataError: the file is missing or not UTF-8, a line is not a JSON object or lacks a key. The line is named.
     """
     rows = []
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            if broken is not None:
-                broken.append(number)
-                continue
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-            raise DataError(
-                f"{file}, line {number}: not valid JSON ({reason}); mend the line, or delete it if it was cut off"
-            ) from None
+    hint = "mend the line, or delete it if it was cut off"
+    for number, row in parse_json_lines(read_text(file), file, hint=hint, broken=broken):
         if not isinstance(row, dict):
             raise DataError(f"{file}, line {number}: a JSON object is needed, found {type(row).__name__}")
         missing = [key for key in required if key not in row]

@@ -19,7 +19,7 @@ import torch
 
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import DataError
-from tove_llava.core.files import write_atomically
+from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.eval.answering import MODES, Answer
 from tove_llava.eval.benchmarks import Benchmark, Question
 from tove_llava.eval.conditions import Condition
@@ -241,7 +241,7 @@ def _check_same_run(folder: Path, identity: Row) -> None:
     file = folder / "run.json"
     folder.mkdir(parents=True, exist_ok=True)
     if file.exists():
-        recorded = json.loads(file.read_text(encoding="utf-8"))
+        recorded = read_json_object(file, DataError)
         changed = [key for key, value in identity.items() if recorded.get(key) != value]
         if changed:
             raise DataError(

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean, record_copies, rounded
 from tove_llava.eval.benchmarks import Benchmark, Score
 from tove_llava.eval.normalisation import flatten, normalise_evalai, normalise_vqa
-from tove_llava.eval.rows import Row, read_json, read_jsonl, require
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 OFFICIAL, LLAVA = "official", "llava"
 RULES = {

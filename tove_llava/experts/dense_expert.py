@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.experts.architectures import known_architecture
 from tove_llava.experts.base import Expert
@@ -132,14 +133,9 @@ def read_configuration(
 
 
 def _read_preprocessor(source: Source, place: str, revision: str | None) -> dict[str, Any]:
+    hint = "save the image processor next to the weights (image_mean, image_std, size)"
     try:
         file = cached_file(place, "preprocessor_config.json", revision=revision or "main")
-        content = json.loads(Path(str(file)).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(
-            f"source {source}: preprocessor_config.json (image_mean, image_std, size) cannot be read; "
-            f"save the image processor beside the weights ({error})"
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"source {source}: preprocessor_config.json must be a JSON object")
-    return content
+    except OSError as error:
+        raise ConfigError(f"source {source}: preprocessor_config.json cannot be read ({error}); {hint}") from error
+    return read_json_object(str(file), ConfigError, hint)

@@ -1,11 +1,11 @@
 """EVA-02 through open_clip: a second source of the same expert."""
 
-import json
 from typing import Any
 
 from torch import nn
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import OpenClipSource, Source
 from tove_llava.experts.base import Expert, library, register_expert
 from tove_llava.experts.timm_expert import TimmExpert
@@ -67,10 +67,10 @@ def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     name, tag = source.model_and_tag
     if tag is None:
         file = source.require() / "open_clip_config.json"
+        content = read_json_object(file, ConfigError)
         try:
-            content = json.loads(file.read_text())
             model, preprocess = content["model_cfg"], content["preprocess_cfg"]
-        except (OSError, json.JSONDecodeError, KeyError) as error:
+        except KeyError as error:
             raise ConfigError(f"source {source}: {file} lacks a readable model_cfg and preprocess_cfg") from error
     else:
         open_clip = _open_clip(source)

@@ -1,12 +1,12 @@
 """Token encoders from timm: one base for every model with ``forward_intermediates``."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source, TimmSource
 from tove_llava.experts.base import Expert, library
 
@@ -121,9 +121,9 @@ def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
             )
         return source.target, config.to_dict(), {}
     file = source.require() / "config.json"
+    content = read_json_object(file, ConfigError)
     try:
-        content = json.loads(file.read_text())
         config = {**content["pretrained_cfg"], "num_classes": content.get("num_classes", 0)}
         return content["architecture"], config, content.get("model_args") or {}
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error

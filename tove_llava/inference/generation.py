@@ -3,7 +3,6 @@
 ``B`` prompts in a batch, ``N`` vision tokens an image, ``D`` the language model's width.
 """
 
-import json
 from collections.abc import Sequence
 from copy import copy
 from functools import cached_property
@@ -25,6 +24,7 @@ from transformers import (
 from tove_llava.checkpoints.checkpoint import load_model
 from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
+from tove_llava.core.files import read_json_object
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_PLACEHOLDER,
@@ -82,12 +82,9 @@ def is_stock_llava(folder: str | Path) -> bool:
     file = Path(folder) / "config.json"
     if (Path(folder) / MANIFEST).exists() or not file.is_file():
         return False
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        # The original's own folders say "llava" as well.
-        return config.get("model_type") == "llava" and "mm_vision_tower" not in config
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    config = read_json_object(file)
+    # The original's own folders say "llava" as well.
+    return config.get("model_type") == "llava" and "mm_vision_tower" not in config
 
 
 def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LlavaProcessor]:

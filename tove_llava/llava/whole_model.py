@@ -1,6 +1,5 @@
 """Folders that hold a whole model, and the language model inside."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,6 +7,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
 
@@ -34,10 +34,9 @@ def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGener
 def is_whole_model(folder: Path) -> bool:
     """Whether a folder is a saved :class:`ToveLlavaForConditionalGeneration`."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json_object(folder / "config.json").get("model_type") == "tove_llava"
+    except CheckpointError:
         return False
-    return isinstance(config, dict) and config.get("model_type") == "tove_llava"
 
 
 def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedModel:

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
-from tove_llava.core.files import staged
+from tove_llava.core.files import read_json_object, staged
 from tove_llava.scenes.language import SHORT_ANSWER, Question, absent_pair, ask, describe, with_article
 from tove_llava.scenes.objects import COLOURS, SHAPES, Scene
 from tove_llava.scenes.render import Rendering, render
@@ -79,7 +79,7 @@ def _is_written(request: Request, folder: Path) -> bool:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         raise DataError(f"{folder} exists and holds no scenes; choose another --out")
-    wanted, found = asdict(request), json.loads(manifest.read_text())
+    wanted, found = asdict(request), read_json_object(manifest, DataError)
     if found == wanted:
         return True
     differing = ", ".join(sorted(k for k in wanted if wanted[k] != found.get(k)))

@@ -4,7 +4,6 @@ transformers loads, queues, generates and speaks the protocol; here are the fold
 of the model's class, and the guard (:mod:`tove_llava.serve.guard`).
 """
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.serve.guard import Guard
 from tove_llava.serve.models import MANIFEST
 
@@ -113,8 +113,8 @@ def _check_exported(model: Path) -> None:
     if is_stock_llava(model):
         return
     try:
-        kind = json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        kind = read_json_object(model / "config.json")["model_type"]
+    except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{model} holds no model that can be served: {error!r}") from error
     if kind != "tove_llava":
         raise CheckpointError(f"{model} is of another format; convert it first: tove-llava convert --model {model}")

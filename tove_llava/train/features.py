@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import write_atomically
+from tove_llava.core.files import read_json, read_json_object, write_atomically
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, TowerFeatures
 from tove_llava.train.feature_stores import STORES, Shards
@@ -34,6 +34,7 @@ FILES = "files"  # fingerprints of weights, in a part's description
 DTYPE = "dtype"  # that encoders computed in, there too
 FLOAT32 = "float32"
 
+REMAKE = "delete the cache and make it again with 'tove-llava features'"
 AGAIN = "make another cache with 'tove-llava features'"
 
 
@@ -141,7 +142,7 @@ class Layout:
     def read(cls, folder: Path) -> Layout:
         """Raises: ConfigError: it is missing, damaged, or of another version of this package."""
         file = cls.file(folder)
-        found = read_json(file)
+        found = read_json(file, ConfigError, REMAKE)
         try:
             layout = cls(**found)
             usable = layout.store in STORES and layout.shard_images > 0 and isinstance(layout.images, list)
@@ -196,7 +197,7 @@ def describe_parts(config: ToveVisionConfig, dtype: torch.dtype) -> dict[str, di
 def check_pictures(folder: Path, layout: Layout, shard: int, image_folder: Path) -> None:
     """Refuses a shard whose pictures have been replaced."""
     file, images = pictures_file(folder, shard), layout.of(shard)
-    prints = read_json(file)
+    prints = read_json(file, ConfigError, REMAKE)
     if not isinstance(prints, list) or len(prints) != len(images):
         raise ConfigError(f"{file} is damaged; delete the cache and make it again")
     for name, recorded in zip(images, prints, strict=True):
@@ -223,7 +224,8 @@ def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
 
 def read_description(folder: Path, part: str) -> dict[str, Any]:
     """What a part says of itself. Raises: ConfigError: its file is missing or damaged."""
-    return {DTYPE: FLOAT32, **read_json(folder / part / "part.json")}  # the only one before it was a choice
+    found = read_json_object(folder / part / "part.json", ConfigError, REMAKE)
+    return {DTYPE: FLOAT32, **found}  # the only one before it was a choice
 
 
 def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
@@ -232,16 +234,6 @@ def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
     (folder / part).mkdir(exist_ok=True)
     weights = {file: file_fingerprint(path) for file, path in files.items()}
     write_json(folder / part / "part.json", {**description, FILES: weights})
-
-
-def read_json(file: Path) -> Any:
-    """Raises: ConfigError: it is missing or damaged."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no {file}; make the cache with 'tove-llava features'") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file} is damaged ({error}); delete the cache and make it again") from None
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -11,12 +11,12 @@ With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (recor
   the working memory of the loss, of one layer, or of the encoders, whichever is largest.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.text import GIB
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
@@ -203,10 +203,7 @@ def _kept_by_layers(stage: StagePreset, shape: Shape, positions: int, size: int)
 
 def _zero(name: str) -> dict[str, Any]:
     file = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"DeepSpeed configuration {name!r} cannot be read: {error}") from error
+    return read_json_object(file, ConfigError, "check --deepspeed").get("zero_optimization", {})
 
 
 def _bytes(preset: Preset) -> int:

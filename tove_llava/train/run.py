@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template
 from tove_llava.data.images import AspectRatio
@@ -231,7 +232,7 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
         if finished or checkpoints.complete(output_dir):
             raise CheckpointError(f"{output_dir} holds a model but no {RUN_RECORD}; choose another --output_dir")
         return False
-    old = json.loads(file.read_text())
+    old = read_json_object(file)
     new = json.loads(json.dumps(record))
     if finished or not checkpoints.complete(output_dir):  # nothing to resume: the number of processes is free
         old, new = ({k: v for k, v in r.items() if k != "world_size"} for r in (old, new))
@@ -295,7 +296,7 @@ def _check_deepspeed(settings: Settings) -> None:
             f"merge optimizer {stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
             "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
         )
-    zero = json.loads(Path(file).read_text()).get("zero_optimization", {})
+    zero = read_json_object(file, ConfigError, "check --deepspeed").get("zero_optimization", {})
     if stage.quantization is not None and zero.get("stage") == 3:
         raise ConfigError(
             f"a language model in {stage.quantization} does not run under ZeRO-3; give --deepspeed zero2 "
@@ -371,7 +372,7 @@ def _write_record(output_dir: Path, record: dict[str, Any]) -> None:
 
 
 def _is_last_step(checkpoint: Path) -> bool:
-    state = json.loads((checkpoint / STATE).read_text())
+    state = read_json_object(checkpoint / STATE)
     return state["global_step"] >= state["max_steps"]
 
 

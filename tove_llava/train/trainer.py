@@ -25,6 +25,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tove_llava.core.errors import NonFiniteError
+from tove_llava.core.files import read_json_object
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.data.parcel import Parcel
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -272,7 +273,7 @@ class ToveTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            meter = json.loads((Path(resume_from_checkpoint) / checkpoints.METER).read_text())
+            meter = read_json_object(Path(resume_from_checkpoint) / checkpoints.METER)
             self._meter.restore(meter, self.args.process_index)
         return prepared
 

@@ -18,9 +18,10 @@ from tove_llava.checkpoints.clip import fetch_clip, normalisation
 from tove_llava.checkpoints.export_format import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
 from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source, weights_dtype
-from tove_llava.checkpoints.tensors import folder_tensors, read_json, split_by_prefix
+from tove_llava.checkpoints.tensors import folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 
 _TABLE = (
     ("model.language_model.", "language", "model."),
@@ -48,7 +49,7 @@ class LlavaHf(LlavaFormat):
     def read(self, folder: Path, request: Request) -> LlavaParts:
         if request.base is not None:
             raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
-        raw = read_json(folder / "config.json")
+        raw = read_json_object(folder / "config.json")
         config = _config(raw, folder)
         found = split_by_prefix(folder_tensors(folder), _TABLE, folder)
         generation = folder / "generation_config.json"
@@ -57,7 +58,7 @@ class LlavaHf(LlavaFormat):
             dtype=weights_dtype(found["language"], folder),
             tensors=found["language"],
             tokenizer_folders=[folder],
-            generation=read_json(generation) if generation.is_file() else None,
+            generation=read_json_object(generation) if generation.is_file() else None,
         )
         mean, std = normalisation(folder)
         tokenizer = read_tokenizer(language, folder)
@@ -165,5 +166,5 @@ def _aspect_ratio(raw: dict[str, Any], folder: Path) -> str:
     if named in ("pad", "square"):
         return str(named)
     file = folder / "preprocessor_config.json"
-    pads = read_json(file).get("do_pad") if file.is_file() else None
+    pads = read_json_object(file).get("do_pad") if file.is_file() else None
     return "square" if pads is False else "pad"

@@ -45,9 +45,10 @@ from tove_llava.checkpoints.parts import (
     parse_source,
     weights_dtype,
 )
-from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, read_json
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
 from tove_llava.checkpoints.tokenizer_files import foreign_tokens, legacy_remarks, read_tokenizer, write_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 
 PROJECTOR, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
@@ -68,7 +69,7 @@ class Original(LlavaFormat):
         return "mm_vision_tower" in config or any((folder / name).is_file() for name in (PROJECTOR, NON_LORA))
 
     def read(self, folder: Path, request: Request) -> LlavaParts:
-        config = read_json(folder / "config.json")
+        config = read_json_object(folder / "config.json")
         check_supported(config, folder)
         if (folder / ADAPTER_CONFIG).is_file() or (folder / NON_LORA).is_file():
             parts = _read_adapters(folder, config, request)
@@ -114,7 +115,7 @@ def _read_whole(folder: Path, config: dict[str, Any], request: Request) -> Llava
         dtype=weights_dtype(found["language"], folder),
         tensors=found["language"],
         tokenizer_folders=[folder],
-        generation=read_json(generation) if generation.is_file() else None,
+        generation=read_json_object(generation) if generation.is_file() else None,
     )
     return _parts(folder, config, request, language, found, "v1")
 
@@ -130,7 +131,7 @@ def _read_projector(folder: Path, config: dict[str, Any], request: Request) -> L
 
 
 def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
-    settings = read_json(folder / ADAPTER_CONFIG)
+    settings = read_json_object(folder / ADAPTER_CONFIG)
     refused = [key for key in _ADAPTER_REFUSED if settings.get(key)]
     if settings.get("peft_type") != "LORA" or refused or settings.get("bias", "none") != "none":
         odd = ", ".join(refused) or f"peft_type {settings.get('peft_type')}, bias {settings.get('bias')}"

@@ -28,6 +28,7 @@ from tove_llava.checkpoints.export_parts import (
     without_paths,
 )
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.licences import licence_of
 from tove_llava.core.sources import display_source
 from tove_llava.tower import FUSIONS
@@ -154,7 +155,7 @@ def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionMo
 
 def _name_rope_as_before(file: Path) -> None:
     """Rotary settings under transformers 4's names too: it would silently take its defaults for ``rope_parameters``."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json_object(file)
     settings = dict(config["text_config"].get("rope_parameters") or {})
     if "rope_theta" not in settings:  # none, or one set for each kind of layer, which transformers 4 names elsewhere
         return

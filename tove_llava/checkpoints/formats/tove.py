@@ -23,10 +23,11 @@ from tove_llava.checkpoints.parts import (
     language_by_reference,
     weights_dtype,
 )
-from tove_llava.checkpoints.tensors import Tensors, folder_tensors, read_json, split_by_prefix
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.presets import LanguagePreset, Preset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
@@ -181,7 +182,7 @@ def _read_full(folder: Path, manifest: Manifest) -> tuple[LanguagePart, Tensors]
         dtype=weights_dtype(found["language"], folder),
         tensors=found["language"],
         tokenizer_folders=[*([base] if base is not None else []), folder],
-        generation=read_json(generation) if generation.is_file() else None,
+        generation=read_json_object(generation) if generation.is_file() else None,
     )
     return language, found["projector"]
 
@@ -203,7 +204,7 @@ def _language(folder: Path, manifest: Manifest) -> LanguagePart:
         dtype=weights_dtype(tensors, place),
         tensors=tensors,
         tokenizer_folders=[place],
-        generation=read_json(generation) if generation.is_file() else None,
+        generation=read_json_object(generation) if generation.is_file() else None,
     )
 
 
@@ -220,7 +221,7 @@ def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
 
 
 def _adapter(folder: Path) -> AdapterPart:
-    settings = read_json(folder / "adapter_config.json")
+    settings = read_json_object(folder / "adapter_config.json")
     keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
     tensors = {
         "model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value

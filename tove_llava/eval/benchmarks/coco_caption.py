@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import Question, Score, register_benchmark
 from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, table_rows
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 
 _NUMBER = re.compile(r"(\d+)\.\w+$")
 

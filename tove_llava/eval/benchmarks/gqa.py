@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, first_of, read_questions, register_benchmark
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 from tove_llava.eval.server_files import Submission, Submitting
 
 # Operations that put the final question and are no step of reasoning.

@@ -13,9 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_text
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.matching import Matched
-from tove_llava.eval.rows import Row, read_jsonl, read_text, require
+from tove_llava.eval.rows import Row, read_jsonl, require
 
 SUBTASKS = {
     "Perception": (

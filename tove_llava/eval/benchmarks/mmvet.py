@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Question, Score, read_questions, register_benchmark
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 from tove_llava.eval.scorer_data import scorer_data
 from tove_llava.eval.server_files import Submission, Submitting
 

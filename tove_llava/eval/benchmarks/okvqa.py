@@ -8,8 +8,9 @@ evaluation on each annotation's ``answer`` (the stemmed form), as its authors sa
 from pathlib import Path
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Question, register_benchmark
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 from tove_llava.eval.vqa import VqaBenchmark
 
 

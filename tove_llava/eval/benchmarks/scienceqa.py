@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 
 LETTERS = "ABCDE"
 PLACEHOLDER = "<image>"  # that of tove_llava.data, whose import takes seconds

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.normalisation import normalise_evalai
-from tove_llava.eval.rows import Row, read_json, require
+from tove_llava.eval.rows import Row, require
 
 _OCR_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 _SHOWN = 400  # characters of a normalised answer in the details

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
-from tove_llava.eval.rows import Row, read_json, read_jsonl, require
+from tove_llava.eval.rows import Row, read_jsonl, require
 from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
 
 M4C, API = "m4c", "api"

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.files import read_json
 from tove_llava.eval.result_files import ITEMS, RESULT
-from tove_llava.eval.rows import read_json, read_jsonl
+from tove_llava.eval.rows import read_jsonl
 
 _PLACES = ("", "*", "*/*", "eval/*", "eval/*/*")  # of result.json under the folder that a user names
 

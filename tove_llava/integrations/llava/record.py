@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 from tove_llava.tower import ToveVisionConfig
 
 RECORD = "tove_vision_config"  # key of LLaVA's config.json
@@ -32,10 +33,7 @@ def check_first_stage(adapter: str | None, config: ToveVisionConfig) -> None:
     file = None if adapter is None else Path(adapter).with_name("config.json")
     if file is None or not file.is_file():
         return
-    try:
-        record = json.loads(file.read_text(encoding="utf-8")).get(RECORD)
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    record = read_json_object(file).get(RECORD)
     if record is None:
         return
     saved, present = ToveVisionConfig.from_dict(record).to_dict(), config.to_dict()
