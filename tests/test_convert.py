@@ -500,7 +500,7 @@ def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
               "language": {"source": "bundled:llm"}}  # fmt: skip
     (tmp_path / "presets").mkdir()
     (tmp_path / "presets" / "known.yaml").write_text(yaml.safe_dump(preset))
-    monkeypatch.setattr("tove_llava.presets._HERE", tmp_path / "presets")
+    monkeypatch.setattr("tove_llava.presets.preset.FOLDER", tmp_path / "presets")
     folder = write_original(tmp_path / "llava", world.model, "someone/clip")
     convert_checkpoint(folder, tmp_path / "tove")
     close(logits(load_model(tmp_path / "tove"))[:, :ROWS], world.model.logits(pixels()))

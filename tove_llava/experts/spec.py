@@ -1,11 +1,11 @@
 """One entry of a preset's expert list."""
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.mappings import from_mapping
 
 MODES = ("features", "map")
 
@@ -66,17 +66,7 @@ class ExpertSpec:
             return entry
         if not isinstance(entry, dict):
             raise ConfigError(f"an expert is a mapping with a 'name'; got {entry!r}")
-        known = [f.name for f in dataclasses.fields(cls)]
-        for key in entry:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(
-                    f"expert {entry.get('name', '?')!r}: unknown key {key!r}.{hint} Known: {', '.join(known)}"
-                )
-        if "name" not in entry:
-            raise ConfigError(f"an expert needs a 'name': {entry!r}")
-        return cls(**entry)
+        return from_mapping(cls, entry, f"expert {entry.get('name', '?')!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for a config or a YAML file; ``from_dict`` reads it back."""

@@ -28,15 +28,15 @@ records.
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.mappings import from_mapping
 from tove_llava.core.registry import closest
 
 BENCHMARK, TRAINING = "benchmark", "training"
@@ -119,24 +119,8 @@ def get_set(name: str) -> DataSet:
     names = set_names()
     if name not in names:
         raise ConfigError(f"unknown data set {name!r}.{closest(name, names)} Available: {', '.join(names)}")
-    content: Any = yaml.safe_load(resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8"))
-    _check_keys(content, DataSet, f"data set {name}", given=("name",))
-    parts = content.pop("parts")
-    for number, part in enumerate(parts, start=1):
-        _check_keys(part, Part, f"data set {name}, part {number}")
-    if content["kind"] not in (BENCHMARK, TRAINING):
-        raise ConfigError(f"data set {name}: kind must be {BENCHMARK} or {TRAINING}, not {content['kind']!r}")
-    built = tuple(Part(**{**part, "instead": tuple(part.get("instead", ()))}) for part in parts)
-    content = {key: tuple(value) if isinstance(value, list) else value for key, value in content.items()}
-    return DataSet(name=name, parts=built, **content)
-
-
-def _check_keys(content: Any, kind: type, where: str, given: tuple[str, ...] = ()) -> None:
-    """Refuse what is no mapping with the keys of a dataclass."""
-    if not isinstance(content, dict):
-        raise ConfigError(f"{where}: keys with values are needed")
-    known = {entry.name: entry.default is MISSING for entry in fields(kind) if entry.name not in given}
-    unknown = set(content) - set(known)
-    missing = [key for key, required in known.items() if required and key not in content]
-    if unknown or missing:
-        raise ConfigError(f"{where}: unknown keys {sorted(unknown)}, missing keys {missing}")
+    content = yaml.safe_load(resources.files(__name__).joinpath(f"{name}.yaml").read_text("utf-8"))
+    found = from_mapping(DataSet, content, f"data set {name}", name=name)
+    if found.kind not in (BENCHMARK, TRAINING):
+        raise ConfigError(f"data set {name}: kind must be {BENCHMARK} or {TRAINING}, not {found.kind!r}")
+    return found

@@ -15,13 +15,11 @@ One YAML file a model in ``published/``::
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
 
 import yaml
 
 from tove_llava.core.errors import ConfigError
-
-_KEYS = {"name": str, "paper": str, "arxiv": str, "source": str, "url": str, "scores": dict}
+from tove_llava.core.mappings import from_mapping
 
 
 @dataclass(frozen=True)
@@ -49,16 +47,7 @@ def read_published() -> dict[str, Published]:
 
 
 def _parse(name: str, text: str) -> Published:
-    content: Any = yaml.safe_load(text)
-    if not isinstance(content, dict) or set(content) - {*_KEYS, "note"}:
-        raise ConfigError(f"published figures {name}: unknown keys; known: {', '.join(_KEYS)}, note")
-    for key, kind in _KEYS.items():
-        if not isinstance(content.get(key), kind):
-            raise ConfigError(f"published figures {name}: {key!r} is missing or of the wrong type")
-    for benchmark, rows in content["scores"].items():
-        if not isinstance(rows, dict) or not all(isinstance(value, int | float) for value in rows.values()):
-            raise ConfigError(f"published figures {name}: {benchmark!r} must be labels with numbers")
-    return Published(key=name[:-5], **content)
+    return from_mapping(Published, yaml.safe_load(text), f"published figures {name}", key=name[:-5])
 
 
 def choose_published(names: str, benchmarks: Sequence[str]) -> list[Published]:

@@ -1,0 +1,75 @@
+"""Build dataclasses from mappings that people write: presets, data sets, experts, published figures."""
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.registry import closest
+
+T = TypeVar("T")
+_SCALARS = (bool, int, float, str)
+
+
+def from_mapping(cls: type[T], value: Any, where: str, **given: Any) -> T:
+    """Build a dataclass, and the dataclasses within it, from a mapping.
+
+    Args:
+        where: the file or entry that the mapping is from, for messages.
+        given: fields that do not come from the mapping.
+
+    Raises:
+        ConfigError: a key is unknown or missing (the known keys are listed), or a value has another type.
+    """
+    return _build(cls, value, f"{where}: ", "", given)
+
+
+def _build(cls: Any, value: Any, where: str, path: str, given: Mapping[str, Any]) -> Any:
+    head, prefix = (f"{where}{path}: ", f"{path}.") if path else (where, "")
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{head}expected a mapping of keys, got {value!r}")
+    known = {field.name: field for field in dataclasses.fields(cls) if field.name not in given}
+    listed = f"Known: {', '.join(known)}"
+    for key in value:
+        if key not in known:
+            raise ConfigError(f"{head}unknown key {key!r}.{closest(str(key), known)} {listed}")
+    for key, field in known.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and key not in value:
+            raise ConfigError(f"{head}needs a {key!r}. {listed}")
+    kinds = get_type_hints(cls)
+    return cls(**given, **{key: _convert(kinds[key], entry, where, prefix + key) for key, entry in value.items()})
+
+
+def _convert(kind: Any, value: Any, where: str, path: str) -> Any:
+    """Return a value as its field's annotation wants it; annotations that are not known here are not checked."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer in (Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        kind = next(member for member in inner if member is not type(None))
+        outer, inner = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where, path, {})
+    if outer in (list, tuple):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where}{path}: expected a list, got {value!r}")
+        return outer(_convert(inner[0], entry, where, f"{path}[{index}]") for index, entry in enumerate(value))
+    if outer in (dict, Mapping):
+        if value is None:  # what YAML makes of a key that nothing follows
+            return {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}{path}: expected a mapping of keys, got {value!r}")
+        return {key: _convert(inner[1], entry, where, f"{path}.{key}") for key, entry in value.items()}
+    if kind in _SCALARS:
+        _check_scalar(kind, value, f"{where}{path}")
+    return value
+
+
+def _check_scalar(kind: type, value: Any, where: str) -> None:
+    accepted = isinstance(value, int | float if kind is float else kind)
+    if accepted and (kind is bool or not isinstance(value, bool)):
+        return
+    hint = " (YAML wants a dot in 1.0e-3)" if kind is float else ""  # without one it reads a string
+    raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}{hint}")

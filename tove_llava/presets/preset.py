@@ -1,0 +1,262 @@
+"""Read a preset: the parts of a model and the settings of its training stages.
+
+``extends: NAME`` starts from another preset; mappings are merged, lists and values replaced. ``key.path=value``
+overrides a key; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``.
+
+A field with a help text is also a flag of ``tove-llava train`` (:mod:`tove_llava.train.arguments`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tove_llava.core.errors import ConfigError
+from tove_llava.core.mappings import from_mapping
+from tove_llava.core.registry import closest
+
+FOLDER = Path(__file__).parent
+
+
+def _flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class VisionPreset:
+    """The tower; keys are arguments of ``ToveVisionConfig``, except ``clip`` and ``clip_config``."""
+
+    clip: str
+    clip_revision: str | None = None
+    clip_config: dict[str, Any] | None = None  # architecture of a source that is out of reach
+    clip_layer: int = -2
+    image_size: int | None = None
+    experts: list[dict[str, Any]] = field(default_factory=list)
+    fusion: str = "tove"
+    fusion_options: dict[str, Any] = field(default_factory=dict)
+    projection_dim: int | None = None
+    noisy_gating: bool = True
+    top_k: int | None = None
+    null_slot: bool = False
+    router_aux_loss_coef: float = 0.01
+
+
+@dataclass
+class LanguagePreset:
+    """The language model: ``source`` gives weights and tokenizer, ``config`` its architecture without them."""
+
+    source: str
+    revision: str | None = None
+    dtype: str = "float32"
+    attention: str | None = None
+    image_token: str = "<image>"
+    tokenizer: str | None = None  # source of the tokenizer, where it is another one
+    config: dict[str, Any] | None = None
+
+
+@dataclass
+class ProjectorPreset:
+    """The MLP between tower and language model (LLaVA's ``mlp2x_gelu``)."""
+
+    hidden_act: str = "gelu"
+    bias: bool = True
+
+
+@dataclass
+class LoraPreset:
+    """Low-rank adapters on the linear layers of the language model."""
+
+    r: int = _flag(128, "rank of the adapters")
+    alpha: int = _flag(256, "scale of the adapters")
+    dropout: float = _flag(0.05, "dropout in front of the adapters")
+    bias: str = "none"
+
+
+@dataclass(frozen=True)
+class QuantizationPreset:
+    """Storage of the language model's frozen linear layers (:mod:`tove_llava.llava.quantization`).
+
+    With 8 bits (LLM.int8()) the other keys mean nothing.
+
+    Raises:
+        ConfigError: another number of bits or type.
+    """
+
+    bits: int = _flag(4, "bits of the language model's frozen weights: 4, 8, or 16 (not quantised)")
+    quant_type: str = _flag("nf4", "of 4 bits: nf4 or fp4")
+    double_quant: bool = _flag(True, "of 4 bits: quantise the scales as well")
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ConfigError(f"quantization: bits must be 4 or 8, not {self.bits!r}; leave it out for full precision")
+        if self.quant_type not in ("nf4", "fp4"):
+            raise ConfigError(f"quantization: quant_type must be nf4 or fp4, not {self.quant_type!r}")
+
+    def __str__(self) -> str:
+        if self.bits == 8:
+            return "8 bits"
+        return f"4 bits ({self.quant_type}{', double quantisation' if self.double_quant else ''})"
+
+    def same_weights(self, other: "QuantizationPreset") -> bool:
+        """Return True if both give the same values."""
+        return self == other or self.bits == other.bits == 8
+
+
+@dataclass
+class MergePreset:
+    """Settings with which a copy of CLIP learns the tower's tokens (:mod:`tove_llava.train.merging`)."""
+
+    loss: str = _flag("mse", "mse, smooth_l1 or cosine")
+    coefficient: float = _flag(1.0, "weight of the merge loss")
+    images_per_record: int = _flag(0, "further images that each record brings; only the merge loss sees them")
+    token_weights: str = _flag("uniform", "uniform, or transfer: tokens count by how much was transferred to them")
+    layers: list[int] | None = _flag(None, "blocks of CLIP that learn, such as 8 9 10; all without it")
+    optimizer: str = _flag("adamw", "of the encoder's matrices: adamw, or muon (not under DeepSpeed)")
+    lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights
+
+
+@dataclass
+class StagePreset:
+    """One training stage."""
+
+    train: str  # a registered freezing policy (tove_llava.train.stages)
+    template: str = _flag(MISSING, "conversation template")
+    image_aspect_ratio: str = _flag("pad", "'square' or 'pad'")
+    image_resize: str = _flag("pillow", "'pillow', or 'torch': faster, within 2 of 255 levels")
+    group_by_modality_length: bool = _flag(False, "LLaVA's grouped sampling")
+    model_max_length: int = _flag(2048, "longest sequence, image tokens included")
+    padding_free: bool = _flag(False, "put the sequences of a batch in one row, without padding")
+    tower_execution: str = _flag(
+        "eager", "how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well"
+    )
+    fused_kernels: bool = _flag(False, "liger-kernel's norms, rotary positions and MLP in the language model (CUDA)")
+    checkpointing: str | None = _flag(  # None: as the argument gradient_checkpointing says
+        None, "what the layers compute again in the backward pass: none, full, selective"
+    )
+    checkpointing_gib: float | None = _flag(
+        None, "of selective: GiB that the layers' activations may take (default: no limit)"
+    )
+    projector_learning_rate: float | None = _flag(None, "of the projector; else the stage's")
+    tower_learning_rate: float | None = _flag(None, "of the gate and projections; else the stage's")
+    encoder_learning_rate: float | None = _flag(None, "of the merged encoder; else the stage's")
+    starts_from: str = "parts"  # or checkpoint: the model that --pretrained names, instead of the preset's parts
+    lora: LoraPreset | None = None
+    quantization: QuantizationPreset | None = None  # of a language model that is frozen except for adapters
+    merge: MergePreset | None = None
+    deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
+    arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+
+    @property
+    def kept(self) -> str:
+        """The kind of checkpointing: none, full or selective (:mod:`tove_llava.train.recomputation`)."""
+        if self.checkpointing is not None:
+            return self.checkpointing
+        old, new = (self.arguments.get(f"{word}_checkpointing") for word in ("gradient", "activation"))
+        return "full" if (old if new is None else new) else "none"
+
+
+@dataclass
+class Preset:
+    """A whole preset; :func:`load_preset` reads and checks one."""
+
+    name: str
+    vision: VisionPreset
+    language: LanguagePreset
+    projector: ProjectorPreset = field(default_factory=ProjectorPreset)
+    stages: dict[str, StagePreset] = field(default_factory=dict)
+    description: str = ""
+
+    def stage(self, name: str) -> StagePreset:
+        """Return the settings of one stage.
+
+        Raises:
+            ConfigError: the preset has no such stage.
+        """
+        if name not in self.stages:
+            raise ConfigError(f"preset {self.name!r} has no stage {name!r}.{_near(name, self.stages)}")
+        return self.stages[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for a run's record."""
+        return asdict(self)
+
+
+def preset_names() -> list[str]:
+    """List the presets of this package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> Preset:
+    """Read a preset.
+
+    Args:
+        name_or_path: one of :func:`preset_names`, or the path of a ``.yaml`` file.
+        overrides: ``key.path=value`` strings; values are YAML.
+
+    Raises:
+        ConfigError: no such preset, an unknown key (near matches are named), or a value of the wrong type.
+    """
+    data = _read(name_or_path, seen=())
+    for override in overrides:
+        _override(data, override)
+    return from_mapping(Preset, data, f"preset {name_or_path}")
+
+
+def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        if name_or_path not in preset_names():
+            raise ConfigError(f"unknown preset {name_or_path!r}.{_near(name_or_path, preset_names())}; or a .yaml file")
+        path = FOLDER / f"{name_or_path}.yaml"
+    elif not path.is_file():
+        raise ConfigError(f"preset file {name_or_path} does not exist")
+    if str(path) in seen:
+        raise ConfigError(f"preset {name_or_path}: extends itself, by way of {' -> '.join(seen)}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"preset {path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"preset {path}: expected a mapping of keys, got {type(data).__name__}")
+    base = data.pop("extends", None)
+    if base is None:
+        return {"name": path.stem, **data}
+    return _merge(_read(base, (*seen, str(path))), {"name": path.stem, **data})
+
+
+def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in update.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value, such as vision.top_k=2")
+    *parents, last = path.strip().split(".")
+    node: Any = data
+    for key in parents:
+        if isinstance(node, list):
+            named = {item["name"]: item for item in node if isinstance(item, dict) and "name" in item}
+            if key not in named:
+                raise ConfigError(f"override {override!r}: no entry named {key!r}.{_near(key, named)}")
+            node = named[key]
+        elif isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}  # an unknown key is reported, with near matches, when the preset is checked
+            node = node[key]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+
+
+def _near(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
+    return f"{closest(name, known)} Known: {', '.join(sorted(known))}"
