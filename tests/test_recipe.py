@@ -18,8 +18,9 @@ from train_parts import ROOT, flags, write_parts, write_records
 
 from tove_llava.data import LengthGroupedSampler
 from tove_llava.presets import load_preset
-from tove_llava.train.arguments import CONFIG_FOLDER, parse
+from tove_llava.train.arguments import parse
 from tove_llava.train.run import make_dataset, make_trainer
+from tove_llava.train.settings import DEEPSPEED_FOLDER
 from tove_llava.train.stages import freeze
 from tove_llava.train.start import STARTS
 from tove_llava.train.trainer import ToveTrainer
@@ -182,7 +183,7 @@ def check_optimiser(cell: str, run: Run) -> None:
 
 
 def check_deepspeed(cell: str, run: Run) -> None:
-    config = json.loads((CONFIG_FOLDER / f"{run.stage.deepspeed}.json").read_text())
+    config = json.loads((DEEPSPEED_FOLDER / f"{run.stage.deepspeed}.json").read_text())
     assert config["zero_optimization"]["stage"] == number(cell.removeprefix("ZeRO-"))
 
 
@@ -330,7 +331,7 @@ def test_trainable_parameters_and_groups(conformance: Path, root: Path, script: 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_zero_files(name: str) -> None:
     row = table(SAMPLE / "recipe.md", "DeepSpeed file")[name]
-    config = json.loads((CONFIG_FOLDER / f"{name}.json").read_text())
+    config = json.loads((DEEPSPEED_FOLDER / f"{name}.json").read_text())
     zero = config["zero_optimization"]
     for key in ("stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size"):
         assert str(zero[key]).lower() == row[key]
@@ -346,7 +347,7 @@ def test_zero_files_against_the_originals(name: str) -> None:
     if not source:
         pytest.skip("LLAVA_SRC does not name a checkout of haotian-liu/LLaVA")
     theirs = json.loads((Path(source) / "scripts" / f"{name}.json").read_text())
-    ours = json.loads((CONFIG_FOLDER / f"{name}.json").read_text())
+    ours = json.loads((DEEPSPEED_FOLDER / f"{name}.json").read_text())
     assert theirs["bf16"] == ours["bf16"] and theirs["fp16"] == ours["fp16"]
     expected = dict(theirs["zero_optimization"])
     expected.pop("sub_group_size")  # 1e9 is DeepSpeed's own value

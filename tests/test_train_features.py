@@ -380,6 +380,6 @@ def test_features_are_pinned_and_copied_beside_the_step(monkeypatch, tmp_path):
     write_records(tmp_path)
     arguments = parse(flags(tmp_path, "pretrain", tmp_path / "out", "--preset", "tiny"))
     for on_gpu in (True, False):
-        monkeypatch.setattr("tove_llava.train.arguments._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr("tove_llava.train.settings._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
         made = arguments.training_arguments()
         assert made.dataloader_pin_memory == made.accelerator_config.non_blocking == on_gpu

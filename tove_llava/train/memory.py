@@ -21,8 +21,8 @@ from tove_llava.core.text import GIB
 from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
 from tove_llava.presets import Preset, QuantizationPreset, StagePreset
-from tove_llava.train.arguments import CONFIG_FOLDER
 from tove_llava.train.recomputation import NONE, SELECTIVE, LayerCosts
+from tove_llava.train.settings import DEEPSPEED_FOLDER
 from tove_llava.train.shapes import Shape
 
 PROCESS = GIB  # Python and the libraries; on a GPU the driver's context and the kernels
@@ -202,7 +202,7 @@ def _kept_by_layers(stage: StagePreset, shape: Shape, positions: int, size: int)
 
 
 def _zero(name: str) -> dict[str, Any]:
-    file = Path(name) if name.endswith(".json") else CONFIG_FOLDER / f"{name}.json"
+    file = Path(name) if name.endswith(".json") else DEEPSPEED_FOLDER / f"{name}.json"
     return read_json_object(file, ConfigError, "check --deepspeed").get("zero_optimization", {})
 
 

@@ -32,11 +32,12 @@ from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import step_checkpoints as checkpoints
-from tove_llava.train.arguments import Parser, Settings, parse, resolve_deepspeed
+from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.merging import FurtherImages, MergingTower, Pictures
 from tove_llava.train.optimizer import MERGE_OPTIMIZERS
 from tove_llava.train.recomputation import set_checkpointing
+from tove_llava.train.settings import Settings
 from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
@@ -287,7 +288,7 @@ def _save(
 
 def _check_deepspeed(settings: Settings) -> None:
     """Refuses what a DeepSpeed configuration cannot do: Muon, and ZeRO-3 over packed, quantised weights."""
-    file = resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed))
+    file = settings.deepspeed_file()
     stage = settings.stage
     if file is None:
         return
@@ -324,9 +325,7 @@ def _check_template(settings: Settings) -> None:
 
 def _run_record(settings: Settings) -> dict[str, Any]:
     record = settings.record()
-    record["deepspeed"] = Path(
-        resolve_deepspeed(settings.training.get("deepspeed", settings.stage.deepspeed)) or "none"
-    ).stem
+    record["deepspeed"] = Path(settings.deepspeed_file() or "none").stem
     record["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
     if settings.pretrained is not None:
         record["pretrained_fingerprint"] = Manifest.read(settings.pretrained).fingerprint
