@@ -264,20 +264,20 @@ def assumptions(folder: Path) -> str:
         ("ZeRO-2 sends", "2 T", "gradients of what trains (each micro-step), its new weights (each step)"),
         ("ZeRO-3 sends", "2 P + T", "all weights forward and backward, gradients of what trains (each micro-step)"),
         ("frozen encoders", "never sent", "CLIP and the experts are whole on every GPU"),
-        ("overlap", f"{OVERLAP:.0%}", "assumed, of what can run beside arithmetic"),
-        ("not beside arithmetic", "", "ZeRO-2's new weights; the weights of ZeRO-3's first layer"),
+        ("overlap", f"{OVERLAP:.0%}", "assumed, of what can run during arithmetic"),
+        ("not during arithmetic", "", "ZeRO-2's new weights; the weights of ZeRO-3's first layer"),
         ("messages", f"width^2 numbers; {GATHER_BUCKET:,}; a layer", "gradients; new weights; ZeRO-3's weights"),
         ("global batch", f"{first.batch} in stage 1, {second.batch} in stage 2", "LLaVA-1.5's"),
-        ("mean record of stage 1", f"1 picture, {first.text} tokens", "assumed"),
+        ("mean record of stage 1", f"1 image, {first.text} tokens", "assumed"),
         (
             "mean record of stage 2",
-            f"{second.pictures:.2f} pictures, {second.text} tokens, {second.supervised} of them supervised",
+            f"{second.pictures:.2f} images, {second.text} tokens, {second.supervised} of them supervised",
             f"estimate of `benchmarks/llava_mix.py`, {TOKENS_PER_WORD} tokens a word, {TURN} more a turn, "
             f"{SYSTEM_PROMPT} for the system prompt",
         ),
         (
             "longest record, for memory",
-            f"{LONGEST_CAPTION} tokens beside the picture in stage 1, the limit of 2048 positions in stage 2",
+            f"{LONGEST_CAPTION} tokens and the image in stage 1, the limit of 2048 tokens in stage 2",
             "bytes as in [memory](../reference/memory.md)",
         ),
     ]

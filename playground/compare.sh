@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CLIP alone against ToVE: the same parts, data, steps and seeds; mean and spread per question type. Resumable, and shares its
+# Plain CLIP against ToVE: the same parts, data, steps and seeds; mean and spread per question type. Resumable, and shares its
 # runs with playground/claims.sh.
 #   bash playground/compare.sh [--seeds 5] [--train 2400] [--workers N] [--out outputs/claims]
 set -euo pipefail

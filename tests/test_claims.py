@@ -332,7 +332,7 @@ def test_a_share_of_no_clear_gain_is_not_defined(settings, tmp_path):
     (settings.out / "speed.json").write_text(json.dumps(speed))
     text = report.SECTIONS["c"](replace(settings, further=777), tmp_path)
     assert f"**{report.UNDEFINED}** (goal: 80 %, missed)" in text and report.NOT in text
-    assert "brought 16 of\n777 further pictures" in text
+    assert "brought 16 of\n777 further images" in text
 
 
 def test_summary_has_every_run(settings):

@@ -353,7 +353,7 @@ def test_dummy_images_need_an_image(tmp_path):
 
 
 def test_window_of_image_and_text_batches(tmp_path):
-    """The recipe of docs/architecture.md, on one rank: three micro-batches, one of them text."""
+    """The recipe of docs/background/design.md, on one rank: three micro-batches, one of them text."""
     model = make_llava(tmp_path).train()
     window = []
     for data in (batch(seed=1), text_batch(), batch(seed=2)):

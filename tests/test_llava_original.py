@@ -104,9 +104,9 @@ def test_its_train_script_runs_both_stages_and_its_loader_and_server_run_the_res
 
     (folder / "lmsys").mkdir()
     (folder / "lmsys" / "vicuna-7b-v1.5").symlink_to(LLM)
-    (folder / "images" / "0.png").rename(folder / "picture.png")
+    (folder / "images" / "0.png").rename(folder / "photo.png")
     assert python(llava, folder, "load_tove.py").endswith("\n")
-    model = ["--model-path", lora, "--model-base", "lmsys/vicuna-7b-v1.5", "--image-file", "picture.png"]
+    model = ["--model-path", lora, "--model-base", "lmsys/vicuna-7b-v1.5", "--image-file", "photo.png"]
     chat = ["llava.serve.cli", *model, "--device", "cpu", "--max-new-tokens", 8]
     said = python(llava, folder, "run_tove.py", *chat, input="What is it?\n\n")
     assert "Assistant: " in said and said.rstrip().endswith("exit...")

@@ -26,7 +26,7 @@ def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Setti
 
 @measure("c")
 def speed(settings: Settings) -> None:
-    """Tower times of CLIP alone, ToVE-lite and ToVE, in alternation: ``speed.json``, each time anew."""
+    """Tower times of plain CLIP, ToVE-lite and ToVE, in alternation; write ``speed.json``."""
     import tove_llava
 
     jobs = {"clip": Job("clip", 0), "lite": Job("tove", 0, label="lite", merge="-"), "tove": Job("tove", 0)}

@@ -58,7 +58,7 @@ def write_report(settings: Settings, report: Path, claims: Sequence[str], typed:
     known = {f"({name})" for name in STUDIES}
     parts += [text for key, text in there.items() if key not in known]
     write_atomically(report, "\n".join(parts))
-    print(f"{report}: {', '.join(written) or 'no claim'} written anew")
+    print(f"{report}: {', '.join(written) or 'no claim'} written again")
 
 
 def sections_of(page: str) -> dict[str, str]:
@@ -86,7 +86,7 @@ batch, learning rates and seeds; the frozen encoders' output is computed once fo
 *±* is the half-width of a 95 % confidence interval over seeds (Student's t); differences are paired by seed. *spatial and depth* is
 the mean over left_right, above_below, statement, front_behind and nearer. A claim **holds** when the interval of the difference lies on
 the claimed side of zero. This is a miniature: a CLIP that hardly tells shapes apart, experts that know exactly what is asked about. It shows
-what the method does, not how much it would gain beside a CLIP trained on the web.
+what the method does, not how much it would gain with a CLIP trained on the web.
 
 *Processor seconds* are those of a claim's runs (training and evaluation) and curves; runs that several claims share count in each of them. Making the
 scenes and the frozen encoders' output, once for all runs, is not in them. Each run's numbers are in `summary.json` of the folder
@@ -172,8 +172,8 @@ ToVE's gain, in points, over each:
 
 Median seconds a run (both stages and evaluation, with whatever else the machine did): {seconds}.
 
-{verdict(gains)} Against CLIP alone {tove.gain(others[0], "overall").signed} points overall; {"; ".join(said)}. The language model was taught to read
-36 tokens a picture; that it does not learn to use the further tokens of `sequence_append` within this budget says little of that fusion elsewhere.
+{verdict(gains)} Against plain CLIP {tove.gain(others[0], "overall").signed} points overall; {"; ".join(said)}. The language model was taught to read
+36 tokens an image; that it does not learn to use the further tokens of `sequence_append` within this budget says little of that fusion elsewhere.
 """
 
 
@@ -193,7 +193,7 @@ def data_efficiency(settings: Settings, assets: Path) -> str:
     lines(assets / "claims-data.png", points, "training scenes")
     whole = points["clip"][-1][1].mean
     reached = next((share for share, row in zip(shares, points["tove"], strict=True) if row[1].mean >= whole), None)
-    less = f"ToVE passes CLIP alone's accuracy on all scenes with {reached} % of them. " if reached else ""
+    less = f"ToVE passes plain CLIP's accuracy on all scenes with {reached} % of them. " if reached else ""
     return f"""The first scenes of the training set, in both stages; always as many steps as one pass over all of them.
 
 {markdown_table(["scenes", "clip", "tove", "gain"], rows)}
@@ -219,17 +219,17 @@ def lite(settings: Settings, assets: Path) -> str:
     about = STUDIES["c"]["about"].format(brought=merging["merge_images_per_record"], further=settings.further)
     share = {row: UNDEFINED if value is None else f"{value:.0f} %" for row, value in kept.items()}
     return f"""`lite` is ToVE's model after merging: {about} `clip_tuned` is the fair
-baseline: CLIP alone's model, its CLIP tuned in the same stage with the same records and steps, by the language model's loss alone (the further
-pictures have no text, so only a merge can use them; its encoder's learning rate is {tuning["encoder_learning_rate"]}).
+baseline: plain CLIP's model, its CLIP tuned in the same stage with the same records and steps, by the language model's loss only (the further
+images have no text, so only a merge can use them; its encoder's learning rate is {tuning["encoder_learning_rate"]}).
 
 {by_type([merged, clip, tuned, tove])}
 
-Of ToVE's gain over CLIP alone ToVE-lite keeps, on spatial and depth questions: **{share[BOTH]}** (goal: 80 %, {goal}); overall: {share["overall"]}.
+Of ToVE's gain over plain CLIP ToVE-lite keeps, on spatial and depth questions: **{share[BOTH]}** (goal: 80 %, {goal}); overall: {share["overall"]}.
 Over `clip_tuned`: {over.signed} on spatial and depth questions, {merged.gain(tuned, "overall").signed} overall.
 
 ![Accuracy of ToVE-lite](assets/claims-lite.png)
 
-Tower alone, batch of {speed["batch"]}, {speed["threads"]} thread(s), median of {speed["rounds"]} alternating rounds:
+Only the tower, batch of {speed["batch"]}, {speed["threads"]} thread(s), median of {speed["rounds"]} alternating rounds:
 
 {markdown_table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
 
@@ -276,7 +276,7 @@ def detach_curve(settings: Settings, assets: Path) -> str:
 ![Accuracy against experts left](assets/claims-detach.png)
 
 Half of the experts taken out cost {cost.signed} points. It counts as slow when that is clearly less than a tenth of what all experts add to
-CLIP's tokens: {verdict([spared])} The tower was trained with its experts, so the last row is not CLIP trained alone.
+CLIP's tokens: {verdict([spared])} The tower was trained with its experts, so the last row is not CLIP trained without experts.
 """
 
 
@@ -316,7 +316,7 @@ def residual(settings: Settings, assets: Path) -> str:
     enough = -(-4 * len(sets) // 5)
     sure = [key for key in sets[0] if sum(found[key] for found in sets) >= enough]
     if not sure:
-        return f"{by_type([tove, replace, clip])}\n\nThere is no question that CLIP alone answers well. {NOT}\n"
+        return f"{by_type([tove, replace, clip])}\n\nThere is no question that plain CLIP answers well. {NOT}\n"
     shares = {
         arm.name: [100 * sum(arm.right(seed)[key] for key in sure) / len(sure) for seed in arm.seeds()]
         for arm in (tove, replace)
@@ -325,7 +325,7 @@ def residual(settings: Settings, assets: Path) -> str:
     kept = {name: Interval.of(values) for name, values in shares.items()}
     return f"""{by_type([tove, replace, clip])}
 
-Questions that CLIP alone answers well, {len(sure):,} of {len(sets[0]):,} (right with at least {enough} of {len(sets)} seeds): ToVE still answers
+Questions that plain CLIP answers well, {len(sure):,} of {len(sets[0]):,} (right with at least {enough} of {len(sets)} seeds): ToVE still answers
 {kept["tove"]} % of them, replacement {kept["replace"]} %; difference {difference.signed}. Overall: {tove.gain(replace, "overall").signed}.
 
 That keeping CLIP's tokens protects what CLIP knows: {verdict([difference])}
@@ -351,7 +351,7 @@ def singles(settings: Settings, assets: Path) -> str:
 
 ![Accuracy of single experts](assets/claims-singles.png)
 
-The strongest expert without CLIP is {best.name.removesuffix("_without_clip")}. That several experts beside CLIP beat each one beside CLIP, and the
+The strongest expert without CLIP is {best.name.removesuffix("_without_clip")}. That several experts next to CLIP beat each one next to CLIP, and the
 strongest without it: {verdict(gains)}{unless}
 """
 
