@@ -80,7 +80,7 @@ def test_a_smaller_checkpoint_is_the_masked_model_without_the_experts_source(tmp
     stored = {n for file in (tmp_path / "small").glob("*.safetensors") for n in load_file(file) if "tower" in n}
     assert stored == {n for n in trained_names(model) if "tower" in n}, "nothing of the removed experts is stored"
     assert (tmp_path / "small" / "tokenizer.json").exists() and processor.conversation_template == before.template
-    assert ("CLIP alone" in str(report)) == (not kept) == (model.tower.config.fusion == "none")
+    assert ("plain CLIP" in str(report)) == (not kept) == (model.tower.config.fusion == "none")
     card = (tmp_path / "small" / "README.md").read_text()
     assert [name for name in EXPERTS if f"| expert {name} |" in card] == kept and "Not evaluated" in card
     assert not list(tmp_path.glob(".*part"))
@@ -199,7 +199,7 @@ def test_curve_goes_down_to_clip_and_times_what_is_left(tmp_path, monkeypatch):
     assert steps[1].loss == pytest.approx(found.overall.loss + first.loss_change, rel=1e-6)
     assert steps[-1].loss == pytest.approx(found.overall.loss_without_experts, rel=1e-6)
     assert all(step.images_per_second > 0 for step in steps)
-    assert ran[-3:] == [3, 2, 1], "in each timed round experts are skipped, and CLIP alone does not enter the hub"
+    assert ran[-3:] == [3, 2, 1], "in each timed round experts are skipped, and plain CLIP does not enter the hub"
     assert answerer.tower.config.detached_experts == []
 
 
@@ -210,7 +210,7 @@ def test_latency_drops_the_least_contributing_until_it_fits(tmp_path, monkeypatc
     monkeypatch.setattr(speed, "seconds", lambda tower, subsets, **_: [(9 - 2 * len(s)) / 1000 for s in subsets])
     assert speed.fit_latency(tower, ranking, 7.5) == speed.Fit(("edge",), 7, 9)
     assert speed.fit_latency(tower, ranking, 3) == speed.Fit(("edge", "depth", "normal"), 3, 9)
-    with pytest.raises(ConfigError, match="takes 9.00 ms .* CLIP alone still 3.00 ms"):
+    with pytest.raises(ConfigError, match="takes 9.00 ms .* plain CLIP still 3.00 ms"):
         speed.fit_latency(tower, ranking, 2.9)
 
 
@@ -240,7 +240,7 @@ def test_commands(tmp_path, capsys):
         return code, output.out if code == 0 else output.err
 
     code, text = run("--curve", "--data", data, "--out", tmp_path / "curve", "--batch-size", 4)
-    assert code == 0 and "none (CLIP alone)" in text
+    assert code == 0 and "none (plain CLIP)" in text
     record = json.loads((tmp_path / "curve" / "detach_curve.json").read_text())
     assert [len(step["experts"]) for step in record["steps"]] == [3, 2, 1, 0]
     with Image.open(tmp_path / "curve" / "detach_curve.png") as plot:
@@ -261,7 +261,7 @@ def test_commands(tmp_path, capsys):
     assert code == 0 and "left: segmentation" in text
 
     for flags, message in [
-        (["--max-latency-ms", 1e-6, "--contributions", measured, "--out", tmp_path / "x"], "CLIP alone still"),
+        (["--max-latency-ms", 1e-6, "--contributions", measured, "--out", tmp_path / "x"], "plain CLIP still"),
         (["--keep", 4, "--contributions", measured, "--out", tmp_path / "x"], "this model has 3 experts"),
         (["--keep", -1, "--contributions", measured, "--out", tmp_path / "x"], "--keep must be 0 or more"),
         (["--keep", 1, "--out", tmp_path / "x"], "give --data"),

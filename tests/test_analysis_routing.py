@@ -10,7 +10,7 @@ from PIL import Image
 from tower_parts import make_tower, open_output, pixels
 
 from tove_llava import cli
-from tove_llava.analysis.routing import seen_picture, show_routing
+from tove_llava.analysis.routing_maps import seen_image, show_routing
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.inference.engine import Engine
 from tove_llava.inference.routing import RoutingMap, routing_map
@@ -44,7 +44,7 @@ def test_the_chat_reports_the_same_numbers(tmp_path):
 def test_the_picture_is_what_the_model_sees(tmp_path):
     answerer = make_answerer(tmp_path)
     image = Image.new("RGB", (40, 20), (10, 200, 30))
-    seen = np.asarray(seen_picture(answerer.pixels(image), answerer.tower.config))
+    seen = np.asarray(seen_image(answerer.pixels(image), answerer.tower.config))
     assert seen.shape == (32, 32, 3)
     assert np.abs(seen[16, 16].astype(int) - (10, 200, 30)).max() <= 1
     assert np.abs(seen[1, 16].astype(int) - (122, 116, 104)).max() <= 1, "padded with the mean colour above"

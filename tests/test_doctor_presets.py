@@ -9,8 +9,8 @@ from train_parts import write_parts
 from tove_llava import cli
 from tove_llava.core.text import GIB
 from tove_llava.doctor.machine import Machine
+from tove_llava.doctor.preset_sources import missing_from_cache, preset_sources
 from tove_llava.doctor.presets import judge, judge_answering, preset_findings
-from tove_llava.doctor.sources import missing_from_cache, preset_sources
 from tove_llava.experts import availability
 from tove_llava.presets import load_preset
 from tove_llava.train.shapes import stage_shape

@@ -1,7 +1,7 @@
 """ToVE as a drop-in vision tower for LLaVA.
 
-The public names below are imported on first use, so that ``import tove_llava`` (and with it the command line) stays
-quick. Importing the tower registers its configuration and model with transformers' Auto classes.
+The public names below are imported on first use, so that ``import tove_llava`` and the command line start quickly.
+Importing the tower registers its configuration and model with transformers' Auto classes.
 """
 
 import importlib

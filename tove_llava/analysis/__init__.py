@@ -1,1 +1,1 @@
-"""What the experts of a trained model are worth: contributions, taking experts out, routing made visible."""
+"""Analysis of a trained model: contributions of its experts, removal of experts, and routing maps."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-#: RGB of the columns, in the order of the gate's; an eleventh would begin anew
+#: RGB by gate column; an eleventh column has the first colour
 COLUMN_COLOURS: tuple[tuple[int, int, int], ...] = (
     (59, 130, 246),
     (245, 158, 11),
@@ -35,19 +35,12 @@ _HEAT = np.array(
 
 
 def column_colour(index: int) -> tuple[int, int, int]:
-    """RGB of a column."""
+    """Return the RGB of a column."""
     return COLUMN_COLOURS[index % len(COLUMN_COLOURS)]
 
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
-    """Viridis.
-
-    Args:
-        values: float, any shape, 0 to 1; what is outside is clipped.
-
-    Returns:
-        uint8, the same shape and 3.
-    """
-    places = np.linspace(0.0, 1.0, len(_HEAT))
-    channels = [np.interp(values, places, _HEAT[:, channel]) for channel in range(3)]
+    """Map values in 0..1 of any shape to Viridis, as uint8 with a last axis of 3; other values are clipped."""
+    points = np.linspace(0.0, 1.0, len(_HEAT))
+    channels = [np.interp(values, points, _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

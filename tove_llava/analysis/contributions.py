@@ -1,4 +1,4 @@
-"""How much each expert contributes: gate weight, norm share, and what is lost when it is left out.
+"""Contributions of the experts: gate weight, norm share, and what is lost without each.
 
 For the tokens ``T' = T + sum_k G_k P_k`` with ``P_k = W_o H_k``: the mean gate weight ``G_k``, the mean norm share
 ``|G_k P_k| / |T'|``, and the change of the language model's loss and of the task accuracy when expert k is detached
@@ -7,18 +7,16 @@ and the gate renormalises over the others (leave-one-out).
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tove_llava.analysis.measure import Measurement, Subset, measure, tower_with_experts
-from tove_llava.analysis.results import Contributions, ExpertContribution, Group
+from tove_llava.analysis.results import Contributions, ExpertContribution, Group, write_record
 from tove_llava.analysis.samples import Sample, Samples
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import read_json_object, write_atomically
+from tove_llava.core.files import read_json_object
 from tove_llava.eval.provenance import provenance
 from tove_llava.inference.generation import Answerer
 
@@ -27,11 +25,11 @@ _KIND = "contributions"
 
 
 def measure_contributions(answerer: Answerer, samples: Samples, batch_size: int = 16) -> Contributions:
-    """Measures every attached expert of a model; the model's set of detached experts is afterwards what it was.
+    """Measure every attached expert of a model.
 
     Raises:
         ConfigError: the model has no experts, or its fusion does not add one part per expert.
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     names = tower_with_experts(answerer).config.attached_experts
     subsets: list[Subset] = [(), *((name,) for name in names), tuple(names)]
@@ -47,7 +45,7 @@ def measure_contributions(answerer: Answerer, samples: Samples, batch_size: int 
 
 
 def loss_and_accuracy(found: Measurement, subset: Subset, rows: Sequence[int]) -> tuple[float, float | None]:
-    """Token-weighted loss, and accuracy over the counted answers (None without any), of some of the samples."""
+    """Return the loss per token of some samples, and their accuracy (None without counted answers)."""
     loss = math.fsum(found.losses[subset][i] for i in rows) / sum(found.tokens[i] for i in rows)
     marks = [mark for i in rows if (mark := found.right[subset][i]) is not None]
     return loss, sum(marks) / len(marks) if marks else None
@@ -80,25 +78,15 @@ def _group(names: list[str], samples: Sequence[Sample], found: Measurement, rows
     )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
 def save_contributions(
     found: Contributions, folder: str | Path, answerer: Answerer, model: str | Path, samples: Samples, data: str | Path
 ) -> dict[str, Any]:
-    """Writes ``contributions.json`` and the bar plots; returns what the JSON file holds."""
+    """Write ``contributions.json`` and the bar plots; return the record in the JSON file."""
     from tove_llava.analysis.plots import plot_contributions, plot_types
 
-    record = {
-        "kind": _KIND,
-        **provenance(answerer, model),
-        "data": os.fspath(data),
-        "records_in_file": samples.total,
-        "left_out": samples.left_out,
-        **found.to_json(),
-    }
     folder = Path(folder)
-    write_atomically(folder / FILE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    record = {"kind": _KIND, **provenance(answerer, model), **samples.origin(data), **found.to_json()}
+    write_record(folder / FILE, record)
     plot_contributions(found, folder / "contributions.png")
     if found.types:
         plot_types(found, folder / "contributions_by_type.png")
@@ -106,14 +94,14 @@ def save_contributions(
 
 
 def read_ranking(file: str | Path, experts: Sequence[str], model_print: str) -> list[str]:
-    """The ranking, least contributing expert first, of a ``contributions.json`` of this very model.
+    """Read the ranking of a ``contributions.json`` of this model, the least contributing expert first.
 
     Args:
         experts: the model's attached experts.
         model_print: see :func:`model_fingerprint`.
 
     Raises:
-        DataError: the file is missing or is none of ``tove-llava contributions``.
+        DataError: the file is missing, or ``tove-llava contributions`` did not write it.
         ConfigError: it was measured on another model, or with other experts attached.
     """
     record = read_json_object(file, DataError, "make it with 'tove-llava contributions'")
@@ -133,6 +121,3 @@ def read_ranking(file: str | Path, experts: Sequence[str], model_print: str) -> 
             f"{', '.join(sorted(experts))}; measure again"
         )
     return ranking
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,8 @@
-"""The detach curve: experts are removed one by one, the least contributing first, down to CLIP alone."""
+"""The detach curve: experts are removed one by one, the least contributing first, down to plain CLIP."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,9 @@ from typing import Any
 from tove_llava.analysis.contributions import loss_and_accuracy
 from tove_llava.analysis.measure import measure, tower_with_experts
 from tove_llava.analysis.plots import plot_curve
-from tove_llava.analysis.results import Step
+from tove_llava.analysis.results import Step, write_record
 from tove_llava.analysis.samples import COUNTED, Samples
 from tove_llava.analysis.speed import seconds
-from tove_llava.core.files import write_atomically
 from tove_llava.core.text import aligned, number, percent
 from tove_llava.eval.provenance import provenance
 from tove_llava.inference.generation import Answerer
@@ -24,13 +21,13 @@ ROUNDS = 7
 
 
 def detach_curve(answerer: Answerer, samples: Samples, ranking: Sequence[str], batch_size: int = 16) -> list[Step]:
-    """Removes experts in the order of ``ranking``, which is not computed anew at each step.
+    """Measure the model while experts are removed in the order of ``ranking``.
 
-    Thereby a checkpoint made with ``--keep N`` is a point of the curve.
+    The ranking is not computed again at each step, so a checkpoint made with ``--keep N`` is a point of the curve.
 
     Raises:
         ConfigError: the model has no experts, or not these.
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     tower = tower_with_experts(answerer)
     subsets = [tuple(ranking[:count]) for count in range(len(ranking) + 1)]
@@ -45,9 +42,10 @@ def detach_curve(answerer: Answerer, samples: Samples, ranking: Sequence[str], b
 
 
 def curve_table(steps: Sequence[Step]) -> str:
+    """Format the curve as a table."""
     lines = [["experts left", "removed", "loss", "accuracy (%)", "tower images/s"]]
     for step in steps:
-        names = ", ".join(step.experts) or "none (CLIP alone)"
+        names = ", ".join(step.experts) or "none (plain CLIP)"
         speed = number(step.images_per_second, ".1f")
         lines.append([names, step.removed or "-", number(step.loss, ".4f"), percent(step.accuracy, ".1f"), speed])
     return aligned(lines)
@@ -62,20 +60,17 @@ def save_curve(
     data: str | Path,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Writes ``detach_curve.json`` and ``detach_curve.png``; returns what the JSON file holds."""
+    """Write ``detach_curve.json`` and ``detach_curve.png``; return the record in the JSON file."""
     record = {
         "kind": "detach_curve",
         **provenance(answerer, model),
-        "data": os.fspath(data),
+        **samples.origin(data),
         "records": len(samples.rows),
-        "records_in_file": samples.total,
-        "left_out": samples.left_out,
         "counted_answers": COUNTED,
         "batch_size": batch_size,
         "timed_batches": ROUNDS,
         "steps": [dataclasses.asdict(step) for step in steps],
     }
-    folder = Path(folder)
-    write_atomically(folder / "detach_curve.json", json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    plot_curve(steps, folder / "detach_curve.png")
+    write_record(Path(folder) / "detach_curve.json", record)
+    plot_curve(steps, Path(folder) / "detach_curve.png")
     return record

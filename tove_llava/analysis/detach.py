@@ -1,8 +1,8 @@
-"""Taking experts out of a checkpoint: a smaller one that knows nothing of them any more.
+"""Removal of experts from a checkpoint.
 
-The stored tensors are cut, not the loaded model: what is kept keeps its bits and its dtype, and no expert's weights are
-needed. The smaller tower computes exactly what the larger one does with these experts masked; that is checked before
-anything is written.
+The stored tensors are cut, not those of a loaded model: kept tensors keep their bits and dtype, and no expert's weights
+are needed. The smaller tower computes exactly what the larger one does with these experts masked; this is checked
+before anything is written.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, T
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
+from tove_llava.core.sources import Source
 from tove_llava.llava import ToveLlavaConfig
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -37,10 +38,10 @@ _GATE_ROWS = ("gate.score.weight", "gate.noise.weight")  # one row per column of
 
 @dataclass(frozen=True)
 class Detached:
-    """What :func:`detach_checkpoint` wrote.
+    """A smaller checkpoint.
 
     Attributes:
-        kept, removed: names of experts; no expert kept means CLIP alone.
+        kept, removed: names of experts; a tower that kept none is plain CLIP.
         parameters: of the tower's own parts, before and after.
     """
 
@@ -50,7 +51,7 @@ class Detached:
     parameters: tuple[int, int]
 
     def __str__(self) -> str:
-        left = f"left: {', '.join(self.kept)}" if self.kept else "left: none; this is CLIP alone (fusion 'none')"
+        left = f"left: {', '.join(self.kept)}" if self.kept else "left: none; this is plain CLIP (fusion 'none')"
         before, after = self.parameters
         return (
             f"{self.folder}: removed {', '.join(self.removed) or 'nothing'}; {left}; "
@@ -59,12 +60,12 @@ class Detached:
 
 
 def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str], experts: Iterable[str]) -> Detached:
-    """Writes a checkpoint of the same kind without some experts. Those that ``model`` has masked already go as well.
+    """Write a checkpoint of the same kind without some experts, and without those that ``model`` has masked.
 
     Args:
         model: a folder that training wrote.
         out: must not exist; it appears when it is complete.
-        experts: names of those to take out.
+        experts: names of those to remove.
 
     Raises:
         ConfigError: an unknown expert, a model without experts, a fusion that cannot be cut, or a ``top_k`` above the
@@ -105,19 +106,19 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
 
 
 def check_out(out: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError when the folder to be written exists."""
+    """Raise CheckpointError when the folder to be written exists."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already; choose another --out, or move it away")
 
 
 def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisionConfig:
-    """The configuration without some experts, and without those that are masked; fusion ``none`` when none is left.
+    """Return the configuration without these and the masked experts; its fusion is ``none`` when none is left.
 
     Raises:
         ConfigError: an unknown expert, no experts at all, a fusion that cannot be cut, or too large a ``top_k``.
     """
     if config.fusion == "none" or not config.experts:
-        raise ConfigError("this model has no experts: its vision tower is CLIP alone, and nothing can be taken out")
+        raise ConfigError("this model has no experts: its vision tower is plain CLIP, and nothing can be removed")
     check_fusion(config)
     experts = list(experts)
     config.check_expert_names(experts)
@@ -130,7 +131,7 @@ def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisi
     elif config.top_k is not None and config.top_k > left + config.null_slot:
         raise ConfigError(
             f"top_k={config.top_k}, but {left + config.null_slot} gate column(s) would be left; keep more experts, or "
-            "take all of them out"
+            "remove all of them"
         )
     return ToveVisionConfig.from_dict(keys)
 
@@ -138,9 +139,9 @@ def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisi
 def cut_state(
     large: ToveVisionConfig, small: ToveVisionConfig, state: Mapping[str, Tensor], where: str | os.PathLike[str] = ""
 ) -> dict[str, Tensor]:
-    """The smaller fusion's tensors out of the larger one's, names relative to the fusion.
+    """Cut the smaller fusion's tensors from the larger one's; names are relative to the fusion.
 
-    Gate columns of removed experts go (a null slot's stays last), and so do their embeddings.
+    Gate columns and embeddings of removed experts go; a null slot's column stays last.
 
     Raises:
         CheckpointError: ``state`` is not of ``large``.
@@ -182,15 +183,12 @@ def _check_same_function(
     if not torch.equal(*tokens):
         raise ConfigError(
             f"fusion {large.fusion!r} without {', '.join(masked.detached_experts)} is not what it is with them masked, "
-            "so these experts cannot be taken out of the checkpoint; use detach_experts on the loaded model"
+            "so these experts cannot be removed from the checkpoint; use detach_experts on the loaded model"
         )
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
 def _weight_files(folder: Path, kind: str) -> list[Path]:
-    """The safetensors files that may hold tensors of the tower."""
+    """List the safetensors files that may hold tensors of the tower."""
     if kind != "full":
         return [folder / TRAINED]
     if (folder / _INDEX).is_file():
@@ -203,7 +201,7 @@ def _weight_files(folder: Path, kind: str) -> list[Path]:
 
 
 def _write_weights(files: list[Path], staging: Path, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Writes each file without the tensors that go; returns all that are left, mapped from the source files."""
+    """Write each file without the removed tensors; return the tensors that are left."""
     left: dict[str, Tensor] = {}
     for file in files:
         before = read_tensors(file)
@@ -227,7 +225,7 @@ def _stays(name: str, kept: Mapping[str, Tensor]) -> bool:
 
 
 def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: ToveVisionConfig) -> None:
-    """Adapters, generation settings, and what a self-contained folder has by value, but for the removed experts."""
+    """Copy adapters, generation settings, and the parts of a self-contained folder, without the removed experts."""
     for name in ("generation_config.json", "adapter_config.json", ADAPTER):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
@@ -239,9 +237,7 @@ def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: Tov
 
 
 def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:
-    """Folders inside the checkpoint that experts are read from."""
-    from tove_llava.core.sources import Source
-
+    """List the folders inside the checkpoint that experts are read from."""
     paths = [Source.parse(spec.source).resolve(folder).path for spec in config.expert_specs if spec.source]
     return {path.resolve() for path in paths if path is not None and folder.resolve() in path.resolve().parents}
 
@@ -251,7 +247,7 @@ def _ignoring(paths: set[Path]) -> Callable[[str, list[str]], set[str]]:
 
 
 def _by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained tensors as the model calls them, of which the manifest's fingerprint is taken."""
+    """Name the trained tensors as the model does, for the manifest's fingerprint."""
     named = dict(tensors)
     if manifest.kind == "lora":
         for name, value in read_tensors(folder / ADAPTER).items():

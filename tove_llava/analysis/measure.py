@@ -1,7 +1,7 @@
 """One pass over calibration data, with any number of subsets of the experts.
 
-The frozen part runs once per image (:meth:`ToveVisionModel.encode`). What it gave is fused anew for each subset, and
-the language model reads the result. ``B`` records in a batch, ``N`` vision tokens an image, ``K`` experts.
+The frozen part runs once per image (:meth:`ToveVisionModel.encode`). Its features are fused for each subset, and the
+language model reads the result. ``B`` records in a batch, ``N`` vision tokens an image, ``K`` experts.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ MIN_NEW_TOKENS = 16  # as long as an answer to a question about scenes may be
 
 @dataclass
 class Measurement:
-    """What a pass over samples gave; lists have one entry a sample.
+    """Results of a pass over samples; lists have one entry a sample.
 
     Attributes:
         tokens: supervised tokens.
         losses: by subset, the LM loss summed over a sample's supervised tokens.
-        right: by subset, whether the greedy answer is the reference's first reply; None where that is not short.
+        right: by subset, True where the greedy answer is the reference's first reply; None where that is not short.
         gate_weights: by image and attached expert, the mean gate weight over tokens; empty for a fusion without a gate.
         norm_shares: by image and attached expert, the mean of ``|G_k P_k| / |T'|`` over tokens.
     """
@@ -50,7 +50,7 @@ class Measurement:
 
 
 def tower_with_experts(answerer: Answerer) -> ToveVisionModel:
-    """The model's tower, if its experts' parts can be told apart.
+    """Return the model's tower; refuse one whose experts' parts are not separate.
 
     Raises:
         ConfigError: the model has no experts, all of them are detached, or its fusion adds no separate part per expert.
@@ -58,7 +58,7 @@ def tower_with_experts(answerer: Answerer) -> ToveVisionModel:
     tower = answerer.tower
     if not isinstance(tower, ToveVisionModel) or not tower.fusion.uses_experts or not tower.config.experts:
         raise ConfigError(
-            "this model has no experts: its vision tower is CLIP alone. Give a model trained with experts"
+            "this model has no experts: its vision tower is plain CLIP. Give a model trained with experts"
         )
     if not tower.config.attached_experts:
         raise ConfigError(f"all experts of this model are detached ({', '.join(tower.config.expert_names)})")
@@ -67,17 +67,17 @@ def tower_with_experts(answerer: Answerer) -> ToveVisionModel:
 
 
 def check_fusion(config: ToveVisionConfig) -> None:
-    """Raises ConfigError for a fusion whose tokens are not a sum with one part per expert."""
+    """Raise ConfigError for a fusion whose tokens are not a sum with one part per expert."""
     if FUSIONS.get(config.fusion).transfers is Fusion.transfers:
         raise ConfigError(
             f"fusion {config.fusion!r} does not add one part per expert to CLIP's tokens, so experts cannot be "
-            "weighed against each other or taken out of its checkpoint; this works for tove, top1, add and replace"
+            "compared with each other or removed from its checkpoint; this works for tove, top1, add and replace"
         )
 
 
 @contextmanager
 def without(tower: ToveVisionModel, names: Sequence[str]) -> Iterator[None]:
-    """Detaches experts for the time of a ``with`` block; those that were detached before stay so afterwards."""
+    """Detach only these experts in a ``with`` block; restore the former set afterwards."""
     before = list(tower.config.detached_experts)
     tower.detach_experts(names)
     try:
@@ -90,16 +90,16 @@ def without(tower: ToveVisionModel, names: Sequence[str]) -> Iterator[None]:
 def measure(
     answerer: Answerer, samples: Sequence[Sample], subsets: Sequence[Subset], *, batch_size: int = 16, label: str = ""
 ) -> Measurement:
-    """LM loss and answers of every sample under every subset, and each image's gate weights and norm shares.
+    """Measure loss and answers of every sample under every subset, and each image's gate weights and norm shares.
 
     Args:
         samples: those that share an image should be neighbours: an image's features are kept while they are needed.
         subsets: experts to leave out, ``()`` for none of them.
-        label: heads the progress bar.
+        label: title of the progress bar.
 
     Raises:
-        ConfigError: the model has no experts that could be told apart, or not these.
-        DataError: a picture cannot be read.
+        ConfigError: as in :func:`tower_with_experts`, or the model does not have these experts.
+        DataError: an image cannot be read.
     """
     tower = tower_with_experts(answerer)
     subsets = list(dict.fromkeys(subsets))
@@ -131,7 +131,7 @@ def measure(
 
 
 class _Store:
-    """The frozen part's results: computed once per image, a batch of images at a time, dropped after the last use."""
+    """Features of the frozen part, computed in batches of images and dropped after their last use."""
 
     def __init__(
         self, answerer: Answerer, tower: ToveVisionModel, samples: Sequence[Sample], batch_size: int, into: Measurement
@@ -142,14 +142,14 @@ class _Store:
         self.known: dict[Path, TowerFeatures] = {}
 
     def take(self, files: Sequence[Path]) -> TowerFeatures:
-        """Features of these images, in this order."""
+        """Return the features of these images, in this order."""
         while any(file not in self.known for file in files):
             self._encode(self.waiting[: self.batch_size])
             del self.waiting[: self.batch_size]
         return TowerFeatures.cat([self.known[file] for file in files])
 
     def release(self, batch: Sequence[Sample]) -> None:
-        """These samples are done."""
+        """Drop the features that only these samples needed."""
         for file in [file for sample in batch for file in sample.images]:
             self.uses[file] -= 1
             if not self.uses[file]:
@@ -166,7 +166,7 @@ class _Store:
 
 
 def image_statistics(tower: ToveVisionModel, features: TowerFeatures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Mean gate weight and mean norm share ``|G_k P_k| / |T'|`` of each attached expert, as ``[B]`` float32 by expert.
+    """Return mean gate weights and norm shares ``|G_k P_k| / |T'|``, ``[B]`` float32 by attached expert.
 
     ``P_k = W_o H_k``. The weights are empty for a fusion without a gate.
     """
@@ -182,7 +182,7 @@ def image_statistics(tower: ToveVisionModel, features: TowerFeatures) -> tuple[d
 
 
 def _losses(answerer: Answerer, inputs: Mapping[str, Tensor], images: list[Tensor]) -> list[float]:
-    """LM loss of each row, summed over its supervised tokens."""
+    """Sum each row's loss over its supervised tokens."""
     labels = inputs["labels"][:, 1:]  # the token that each position predicts
     supervised = labels >= 0
     kept = supervised.any(dim=0).nonzero().squeeze(1)  # positions whose logits are needed
@@ -202,7 +202,7 @@ def _losses(answerer: Answerer, inputs: Mapping[str, Tensor], images: list[Tenso
 def _answers(
     answerer: Answerer, batch: Sequence[Sample], tokens: Mapping[Path, Tensor], max_new_tokens: int
 ) -> list[bool | None]:
-    """Whether each greedy answer is the reference's, normalised as the scenes benchmark does."""
+    """Compare each greedy answer with the reference's, normalised as in the scenes benchmark."""
     asked = [sample for sample in batch if sample.prompt is not None]
     if not asked:
         return [None] * len(batch)

@@ -1,14 +1,15 @@
-"""Figures as PNG files. They are drawn without pyplot, so no display and no global state is needed."""
+"""Figures as PNG files, drawn without pyplot: no display and no global state is needed."""
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tove_llava.analysis.colours import column_colour
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,7 +21,7 @@ ROUTING_SIZE = (6.4, 5.2)  # inches
 
 
 def figure(width: float, height: float) -> Any:
-    """An empty matplotlib figure of ``width * DPI`` by ``height * DPI`` pixels, on the Agg backend.
+    """Create an empty matplotlib figure of ``width * DPI`` by ``height * DPI`` pixels.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -36,16 +37,14 @@ def figure(width: float, height: float) -> Any:
 
 
 def save(drawn: Any, file: str | Path) -> None:
-    """Writes a PNG; the file is there whole or not at all."""
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    drawn.savefig(staged, format="png", dpi=DPI)
-    os.replace(staged, path)
+    """Write a figure as PNG."""
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=DPI)
+    write_atomically(file, content.getvalue())
 
 
 def plot_contributions(found: Contributions, file: str | Path) -> None:
-    """Four bar charts over the experts: gate weight, norm share, changes of loss and accuracy without them."""
+    """Draw bars over the experts: gate weight, norm share, changes of loss and accuracy without them."""
     experts = found.overall.experts
     panels: list[tuple[str, list[float | None]]] = [
         ("mean gate weight", [e.gate_weight for e in experts.values()]),
@@ -65,7 +64,7 @@ def plot_contributions(found: Contributions, file: str | Path) -> None:
 
 
 def plot_types(found: Contributions, file: str | Path) -> None:
-    """Grouped bars over the question types: changes of loss and accuracy without each expert."""
+    """Draw bars over the question types: changes of loss and accuracy without each expert."""
     names, kinds = list(found.overall.experts), list(found.types)
     drawn = figure(max(6.0, 1.5 + 0.25 * len(kinds) * (len(names) + 1)), 6.5)
     upper, lower = drawn.subplots(2, 1, sharex=True)
@@ -80,7 +79,7 @@ def plot_types(found: Contributions, file: str | Path) -> None:
 
 
 def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
-    """Accuracy, loss and images per second against the number of experts that are left."""
+    """Draw accuracy, loss and images per second against the number of experts that are left."""
     labels = [f"{len(step.experts)}" + (f"\n-{step.removed}" if step.removed else "\nall") for step in steps]
     lines: list[tuple[str, list[float | None]]] = [
         ("accuracy (%)", [_points(step.accuracy) for step in steps]),
@@ -101,8 +100,8 @@ def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
 def _grouped(axes: Any, groups: Sequence[str], bars: Mapping[str, Sequence[float]], title: str) -> None:
     width = 0.8 / len(bars)
     for index, (name, values) in enumerate(bars.items()):
-        places = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
-        axes.bar(places, values, width, label=name)
+        positions = [group + (index - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        axes.bar(positions, values, width, label=name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=8)
     axes.set_ylabel(title, fontsize=9)
@@ -112,11 +111,11 @@ def _points(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float], file: str | Path) -> None:
-    """The column with the largest gate weight at each token, over the picture, with a legend (640 x 520 pixels).
+def plot_routing_argmax(image: Image, columns: Any, shares: Mapping[str, float], file: str | Path) -> None:
+    """Draw the column with the largest gate weight at each token over the image (640 x 520 pixels).
 
     Args:
-        picture: what the model sees.
+        image: the image as the model sees it.
         columns: int ``[g,g]``.
         shares: by column's name, the share of the tokens that chose it.
     """
@@ -126,7 +125,7 @@ def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float
     colours = [tuple(value / 255 for value in column_colour(index)) for index in range(len(shares))]
     drawn = figure(*ROUTING_SIZE)
     axes = drawn.subplots()
-    _over(axes, picture, columns, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.55)
+    _over(axes, image, columns, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, alpha=0.55)
     axes.set_title("largest gate weight", fontsize=9)
     legend = [
         Patch(color=colour, label=f"{name} ({100 * share:.0f}%)")
@@ -136,22 +135,22 @@ def plot_routing_argmax(picture: Image, columns: Any, shares: Mapping[str, float
     save(drawn, file)
 
 
-def plot_routing_weight(picture: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
-    """One column's gate weight ``[g,g]`` as a heat map over the picture (640 x 520 pixels).
+def plot_routing_weight(image: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
+    """Draw one column's gate weight ``[g,g]`` as a heat map over the image (640 x 520 pixels).
 
     Args:
-        largest: the end of the colour scale, shared by the maps of one picture.
+        largest: the end of the colour scale, shared by the maps of one image.
     """
     drawn = figure(*ROUTING_SIZE)
     axes = drawn.subplots()
-    heat = _over(axes, picture, weights, cmap="viridis", vmin=0.0, vmax=largest, alpha=0.6)
+    heat = _over(axes, image, weights, cmap="viridis", vmin=0.0, vmax=largest, alpha=0.6)
     axes.set_title(f"gate weight of {title}", fontsize=9)
     drawn.colorbar(heat, ax=axes)
     save(drawn, file)
 
 
-def _over(axes: Any, picture: Image, values: Any, **style: Any) -> Any:
-    extent = (0, picture.width, picture.height, 0)
-    axes.imshow(picture, extent=extent)
+def _over(axes: Any, image: Image, values: Any, **style: Any) -> Any:
+    extent = (0, image.width, image.height, 0)
+    axes.imshow(image, extent=extent)
     axes.set_axis_off()
     return axes.imshow(values, extent=extent, interpolation="nearest", **style)

@@ -1,12 +1,15 @@
-"""Results of the analyses: their dataclasses, and the tables that show them."""
+"""Results of the analyses: dataclasses, tables and JSON files."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tove_llava.analysis.samples import COUNTED
+from tove_llava.core.files import write_atomically
 from tove_llava.core.text import aligned, number, percent
 
 
@@ -53,14 +56,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Contributions:
-    """What :func:`measure_contributions` found; ``types`` by question type."""
+    """Contributions over all records, and by question type."""
 
     overall: Group
     types: dict[str, Group]
 
     @property
     def ranking(self) -> list[str]:
-        """Experts by leave-one-out loss, the one contributing least first; ties by gate weight, then by column."""
+        """Sort the experts by leave-one-out loss, the least contributing first; ties by gate weight, then by column."""
         found = self.overall.experts
         return sorted(found, key=lambda name: (found[name].loss_change, found[name].gate_weight or 0.0))
 
@@ -82,7 +85,7 @@ class Step:
     """One point of the curve.
 
     Attributes:
-        removed: the expert that this step took out; None at the first.
+        removed: the expert removed at this step; None at the first.
         experts: those that are left.
         loss: token-weighted LM loss.
         accuracy: over the counted answers; None without any.
@@ -94,6 +97,11 @@ class Step:
     loss: float
     accuracy: float | None
     images_per_second: float
+
+
+def write_record(file: Path, record: dict[str, Any]) -> None:
+    """Write the JSON file of an analysis."""
+    write_atomically(file, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _overall_table(found: Contributions) -> str:

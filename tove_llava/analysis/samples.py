@@ -1,8 +1,9 @@
-"""Calibration data: LLaVA records (or the playground's questions) as what a trained model is measured on."""
+"""Calibration data: LLaVA records, or the playground's questions, that a trained model is measured on."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,13 +26,13 @@ COUNTED = f"the first reply of each record, where it has at most {SHORT_REPLY_WO
 
 @dataclass(frozen=True)
 class Sample:
-    """One record with at least one image, ready to be measured.
+    """A record with at least one image, ready to be measured.
 
     Attributes:
         category: its question type, from the record's ``category``; None where it has none.
         files: image files in the order of the placeholders that are left after the cut at ``model_max_length``.
         input_ids, labels: int64 [L], as in training; an image is one -200.
-        prompt: ids of the first question, waiting for an answer; None when the reply to it is not short.
+        prompt: ids of the first question; None when the reply to it is not short.
         prompt_files: images of that question.
         reply: the reference's first reply.
     """
@@ -46,22 +47,22 @@ class Sample:
 
     @property
     def images(self) -> list[Path]:
-        """Every image that is needed, once."""
+        """List the images of the sample, each once."""
         return list(dict.fromkeys((*self.files, *self.prompt_files)))
 
     @property
     def example(self) -> Example:
-        """For the collator, which counts images; their tokens are given to the model apart."""
+        """Return the collator's input, with empty pixels: the model gets the images' tokens separately."""
         counted = torch.empty(len(self.files), 0)
         return {"input_ids": self.input_ids, "labels": self.labels, "pixel_values": counted, "vision_features": None}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Records of a file, and why some of it were left out.
+    """The usable records of a file, and why others were left out.
 
     Attributes:
-        rows: those with images of one image are neighbours.
+        rows: samples of one image are neighbours.
         total: records in the file, before ``limit``.
         left_out: number of records by reason.
     """
@@ -70,18 +71,22 @@ class Samples:
     total: int
     left_out: dict[str, int] = field(default_factory=dict)
 
+    def origin(self, data: str | Path) -> dict[str, Any]:
+        """Describe the samples in a results file."""
+        return {"data": os.fspath(data), "records_in_file": self.total, "left_out": self.left_out}
+
 
 def load_samples(
     data: str | Path, image_folder: str | Path | None, answerer: Answerer, model: str | Path, limit: int | None = None
 ) -> Samples:
-    """Reads, checks and encodes a calibration file as training would; opens no picture yet.
+    """Read and encode a calibration file as training would; images are not opened yet.
 
     Args:
         data: LLaVA records (JSON or JSONL; a ``category`` key is the question type), or questions with
             ``question_id, image, text, answer, category``, as ``tove-llava scenes`` writes them.
-        image_folder: where the records' file names start; ``images/`` beside ``data`` by default, or without that
-            its folder.
-        model: its folder, whose manifest says how long a sequence may be.
+        image_folder: folder that image names start from; by default ``images/`` next to ``data``, or else the folder
+            of ``data``.
+        model: its folder, whose manifest limits the length of a sequence.
         limit: keep this many records, spread evenly over the file.
 
     Raises:
@@ -98,7 +103,7 @@ def load_samples(
     left_out: Counter[str] = Counter()
     for record, row in chosen:
         if not record.images:
-            left_out["no image"] += 1  # whatever the experts do, nothing changes
+            left_out["no image"] += 1  # the experts change nothing there
             continue
         sample = _sample(record, row.get("category"), folder, answerer, longest)
         if not sample.files or not bool((sample.labels[1:] >= 0).any()):
@@ -113,7 +118,7 @@ def load_samples(
 
 
 def _as_record(row: Any, index: int, data: str | Path) -> Any:
-    """A question of the playground as a LLaVA record; anything else as it is."""
+    """Turn a question of the playground into a LLaVA record."""
     if not isinstance(row, dict) or "conversations" in row or not {"text", "answer"} <= row.keys():
         return row
     where = f"{data}: record {index} (question_id {row.get('question_id')!r})"

@@ -1,4 +1,4 @@
-"""How fast a tower is: measured on this machine, with detached experts really skipped."""
+"""Speed of a tower on this machine, where detached experts are skipped."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tove_llava.tower import ToveVisionModel
 
 @torch.inference_mode()
 def seconds(tower: ToveVisionModel, subsets: Sequence[Subset], batch: int, rounds: int) -> list[float]:
-    """Median seconds of the whole tower (CLIP, attached experts, fusion) for one batch, by subset left out.
+    """Measure the median seconds of the tower (CLIP, attached experts, fusion) for one batch, by subset left out.
 
-    The subsets take turns within each round, so that whatever else the machine does falls on all of them alike.
+    The subsets take turns within each round, so that other load on the machine slows all of them.
 
     Args:
-        batch: images in a batch. Their content does not matter: noise is used.
-        rounds: timed batches of each subset; one more, the first, is not counted.
+        batch: images of noise in a batch.
+        rounds: timed batches of each subset, after one that is not counted.
     """
     size = tower.config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -41,11 +41,11 @@ def seconds(tower: ToveVisionModel, subsets: Sequence[Subset], batch: int, round
 
 @dataclass(frozen=True)
 class Fit:
-    """What has to go for a latency, and what it brings.
+    """Experts to remove for a latency.
 
     Attributes:
         removed: experts to leave out.
-        milliseconds, whole: of the tower for one image without them, and with all experts.
+        milliseconds, whole: time of the tower for one image without them, and with all experts.
     """
 
     removed: tuple[str, ...]
@@ -57,13 +57,10 @@ class Fit:
 
 
 def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> Fit:
-    """Leaves out experts until the tower takes at most ``limit_ms`` for one image on its device.
-
-    Args:
-        ranking: attached experts, those to be dropped first in front.
+    """Leave out experts in the order of ``ranking`` until the tower takes at most ``limit_ms`` for one image.
 
     Raises:
-        ConfigError: CLIP alone takes longer.
+        ConfigError: plain CLIP takes longer.
     """
     subsets = [tuple(ranking[:count]) for count in range(len(ranking) + 1)]
     times = [1000 * value for value in seconds(tower, subsets, batch=1, rounds=rounds)]
@@ -72,7 +69,7 @@ def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float,
             return Fit(subset, taken, times[0])
     raise ConfigError(
         f"--max-latency-ms {limit_ms:g}: with all experts the tower takes {times[0]:.2f} ms for one image on "
-        f"{tower.device}, and CLIP alone still {times[-1]:.2f} ms; allow more time, or use a faster device or dtype"
+        f"{tower.device}, and plain CLIP still {times[-1]:.2f} ms; allow more time, or use a faster device or dtype"
     )
 
 

@@ -1,18 +1,17 @@
 """The ``tove-llava`` command: each module of this package is one verb.
 
-A verb ``some-verb`` is the file ``some_verb.py`` with three module-level names::
+The verb ``some-verb`` is the file ``some_verb.py`` with three names:
 
     HELP = "one line, shown in the overview"          # a plain string literal: the overview reads it without importing
     def add_arguments(parser): ...                    # argparse
     def run(args) -> int: ...                         # the exit code
 
-Heavy libraries are imported inside ``run``. Exit codes: 0 done, 2 bad input (:class:`~tove_llava.core.errors.ToveError`
-or a wrong flag; the message goes to stderr without a traceback), 130 interrupted.
+``run`` imports heavy libraries. Exit codes: 0 done, 2 bad input (a :class:`~tove_llava.core.errors.ToveError`, printed
+without a traceback, or a wrong flag), 130 interrupted.
 """
 
 import argparse
 import ast
-import difflib
 import importlib
 import os
 import sys
@@ -22,6 +21,7 @@ from types import ModuleType
 
 from tove_llava.core.errors import ToveError
 from tove_llava.core.logs import keep_stdout_clean
+from tove_llava.core.registry import closest
 from tove_llava.core.text import listed
 from tove_llava.core.version import __version__
 
@@ -29,41 +29,34 @@ PROGRAM = "tove-llava"
 
 
 def verbs() -> dict[str, Path]:
-    """Every verb and the file that defines it, sorted by name."""
+    """List the verbs and their files, sorted by name."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return {file.stem.replace("_", "-"): file for file in files if not file.stem.startswith("_")}
 
 
 def verb_help(file: Path) -> str:
-    """The ``HELP`` line of a verb's file, read without importing it."""
+    """Read the ``HELP`` line of a verb's file without importing it."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        targets = (
-            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-        )
-        if any(isinstance(target, ast.Name) and target.id == "HELP" for target in targets):
-            return str(ast.literal_eval(node.value))  # type: ignore[attr-defined]
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["HELP"]:
+            return str(ast.literal_eval(node.value))
     return ""
 
 
 def overview() -> str:
-    """What ``tove-llava --help`` prints."""
-    lines = listed((name, verb_help(file)) for name, file in verbs().items())
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} VERB [options]",
-            "",
-            "ToVE, vision experts in CLIP tokens, as a vision tower for LLaVA.",
-            "",
-            "verbs:",
-            *lines,
-            "",
-            f"'{PROGRAM} VERB --help' explains one verb; '{PROGRAM} --version' prints the version.",
-        ]
-    )
+    """Write the text of ``tove-llava --help``."""
+    lines = "\n".join(listed((name, verb_help(file)) for name, file in verbs().items()))
+    return f"""usage: {PROGRAM} VERB [options]
+
+ToVE, vision experts in CLIP tokens, as a vision tower for LLaVA.
+
+verbs:
+{lines}
+
+'{PROGRAM} VERB --help' explains one verb; '{PROGRAM} --version' prints the version."""
 
 
 def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
-    """The argument parser of one verb. Flags must be written out: an abbreviation could change its meaning later."""
+    """Build the parser of a verb. Flags cannot be abbreviated: an abbreviation could change its meaning later."""
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}",
         description=module.__doc__ or module.HELP,
@@ -93,9 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     known = verbs()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        print(f"{PROGRAM}: unknown verb {name!r}.{hint} Verbs: {', '.join(known)}", file=sys.stderr)
+        print(f"{PROGRAM}: unknown verb {name!r}.{closest(name, known)} Verbs: {', '.join(known)}", file=sys.stderr)
         return 2
     keep_stdout_clean()
     try:
@@ -109,6 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{PROGRAM} {name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has gone. Python would complain once more when it flushes stdout at exit.
+        # The reader (head, less) has gone. Python flushes stdout at exit and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

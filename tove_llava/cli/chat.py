@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from tove_llava.cli._loading import add_loading_arguments, loading_options
+from tove_llava.cli._flags import add_loading, add_model, loading_options
 
 if TYPE_CHECKING:
     from tove_llava.serve.commands import Talk
@@ -18,20 +18,18 @@ HELP = "chat with a model in the terminal"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="folder that training wrote (default: the newest in outputs/)")
-    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="a picture; may be repeated")
+    add_model(parser, required=False)
+    parser.add_argument("--image", metavar="FILE", action="append", default=[], help="an image; may be repeated")
     parser.add_argument("--question", metavar="TEXT", help="ask this and stop")
     parser.add_argument("--system", metavar="TEXT", help="system prompt (default: that of the model's template)")
-    parser.add_argument(
-        "--experts", metavar="A,B", help="read pictures with these experts alone (default: all; '' for none)"
-    )
+    parser.add_argument("--experts", metavar="A,B", help="use only these experts (default: all; '' for none)")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest words that sum to this"
+        "--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely words with this share"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object; needs --question")
-    add_loading_arguments(parser)
+    add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +95,7 @@ def _talk(talk: "Talk") -> int:
                 print(run_command(talk, line))
             else:
                 _answer(talk, line)
-        except ToveError as error:  # what is wrong with one line does not end the conversation
+        except ToveError as error:  # an error in one line does not end the conversation
             print(f"{error}", file=sys.stderr)
     return 0
 
@@ -113,7 +111,7 @@ def _read_line() -> str:
 
 
 def _answer(talk: "Talk", question: str) -> None:
-    """Prints an answer as it comes. Ctrl-C ends it; what was said until then is part of the conversation."""
+    """Print an answer as it comes. Ctrl-C ends it; the part that was printed stays in the conversation."""
     text = ""
     try:
         with talk.ask(question) as reply:
@@ -127,7 +125,7 @@ def _answer(talk: "Talk", question: str) -> None:
 
 
 def _shown(text: str) -> str:
-    """Without the control characters that a terminal would obey."""
+    """Replace the control characters that a terminal would obey."""
     if not sys.stdout.isatty():
         return text
     return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)

@@ -1,8 +1,8 @@
-"""Public data sets, and data sets of your own: what they need, and whether they are whole.
+"""List public data sets, and check them or a data set of your own.
 
 'data list' and 'data show NAME' say where LLaVA's benchmarks and training sets come from and where they belong.
-'data check NAME' looks at what lies there; 'data check --data-path FILE' at a training set of your own, every record
-and every picture.
+'data check NAME' checks what is there; 'data check --data-path FILE' checks every record and image of a training set
+of your own.
 """
 
 import argparse
@@ -11,16 +11,18 @@ import os
 import sys
 from typing import Any
 
+from tove_llava.cli._flags import check_least
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.text import aligned, listed
 
-HELP = "public data sets and your own: where from, what goes where, whether it is whole"
+HELP = "list public data sets; check them, or a data set of your own"
 
-_CHECK = """Look whether data is whole and unharmed.
+_CHECK = """Check that data is complete and undamaged.
 
-With names: public sets (see 'data list'; 'all' are those of which something is there). Every part, count, ground truth
-and picture is looked at. With --data-path: a training set of your own. Every record is parsed, rendered and (with
---tokenizer) measured, and every picture is decoded. Problems do not stop the check; each is listed with its file,
-record or question. The exit code is 2 if there is any.
+With names: every part, count, ground truth and image of public sets (see 'data list'; 'all': those of which a part is
+there). With --data-path: every record of a training set of your own is parsed, rendered and (with --tokenizer)
+measured, and every image is decoded. The check lists each problem with its file, record or question, and goes on. The
+exit code is 2 if there is a problem.
 """
 
 
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (listing, show):
         _root_argument(action)
         action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    _check_arguments(_action(actions, "check", "look whether data is whole", _CHECK))
+    _check_arguments(_action(actions, "check", "check that data is complete", _CHECK))
 
 
 def _action(actions: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -47,26 +49,24 @@ def _action(actions: Any, name: str, summary: str, description: str | None = Non
 
 
 def _root_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="where public sets lie (default: as in LLaVA, each set's own)"
-    )
+    parser.add_argument("--data-root", metavar="DIR", help="folder of public sets (default: each set's, as in LLaVA)")
 
 
 def _check_arguments(check: argparse.ArgumentParser) -> None:
-    check.add_argument("names", nargs="*", metavar="NAME", help="public data sets; all: those that are there")
+    check.add_argument("names", nargs="*", metavar="NAME", help="public data sets, or all")
     _root_argument(check)
     check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
-    check.add_argument("--no-decode", action="store_true", help="only look whether the pictures are there")
+    check.add_argument("--no-decode", action="store_true", help="only check that the images exist")
     check.add_argument("--allow-image-links", action="store_true", help="accept links that lead out of the folder")
     check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (10; the JSON has all)")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     own = check.add_argument_group("a training set of your own")
     own.add_argument("--data-path", metavar="FILE", help="LLaVA records, JSON or JSONL")
-    own.add_argument("--image-folder", metavar="DIR", help="where the records' file names start")
+    own.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
     own.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
     own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
     own.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
-    own.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="positions of a picture (576)")
+    own.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="tokens of an image (576)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,12 +74,9 @@ def run(args: argparse.Namespace) -> int:
         return _list(args)
     if args.action == "show":
         return _show(args)
-    from tove_llava.core.errors import ConfigError
-
     if bool(args.names) == bool(args.data_path):
-        raise ConfigError("give names of public data sets ('tove-llava data list') or --data-path, and not both")
-    if args.workers < 1:
-        raise ConfigError(f"--workers must be positive, not {args.workers}")
+        raise ConfigError("give either names of public data sets ('tove-llava data list') or --data-path")
+    check_least(args, "--workers")
     return _check_public(args) if args.names else _check_own(args)
 
 
@@ -110,7 +107,7 @@ def _list(args: argparse.Namespace) -> int:
     titles = ["", "", *(data_set.title for data_set in sets.values())]
     table = zip(aligned(lines).splitlines(), titles, strict=True)
     print("\n".join(f"{row}  {title}".rstrip() for row, title in table))
-    print("\n'tove-llava data show NAME' says where a set comes from, 'tove-llava data check NAME' whether it is whole")
+    print("\n'tove-llava data show NAME' says where a set comes from, 'tove-llava data check NAME' checks it")
     return 0
 
 
@@ -134,7 +131,7 @@ def _show(args: argparse.Namespace) -> int:
 def _description(data_set: Any, root: Any) -> str:
     what = "questions" if data_set.kind == "benchmark" else "records"
     counts = [f"{data_set.questions:,} {what}"] if data_set.questions is not None else []
-    counts += [f"{data_set.images:,} pictures"] if data_set.images is not None else []
+    counts += [f"{data_set.images:,} images"] if data_set.images is not None else []
     counts += [f"{name} {count:,}" for name, count in (data_set.groups or {}).items()]
     lines = [
         f"{data_set.name}: {data_set.title}",
@@ -154,7 +151,6 @@ def _description(data_set: Any, root: Any) -> str:
 
 
 def _check_public(args: argparse.Namespace) -> int:
-    from tove_llava.core.errors import DataError
     from tove_llava.data.presence import present
     from tove_llava.data.sets import get_set, set_names
     from tove_llava.eval.completeness import check_set
@@ -164,7 +160,7 @@ def _check_public(args: argparse.Namespace) -> int:
     if args.names == ["all"]:
         sets = [data_set for data_set in sets if any(present(data_set, _root(data_set, args)))]
     if not sets:
-        raise DataError("no public data set is there; 'tove-llava data show NAME' says where to get one; --data-root")
+        raise DataError("no public data set is there; see 'tove-llava data show NAME', or give --data-root")
     reports = [
         check_set(
             data_set,
@@ -185,11 +181,9 @@ def _check_public(args: argparse.Namespace) -> int:
 
 def _report(report: Any, show: int) -> str:
     counts = [f"{report.questions:,} questions"] if report.questions is not None else []
-    counts += [f"{report.images:,} pictures"] if report.images is not None else []
+    counts += [f"{report.images:,} images"] if report.images is not None else []
     lines = [f"{report.name} under {report.root}: {', '.join(counts) or 'nothing to read'}"]
-    lines += [f"  {finding.kind}: {finding.message}" for finding in report.findings[:show]]
-    if len(report.findings) > show:
-        lines.append(f"  ... and {len(report.findings) - show:,} more; --show N prints N, --json all")
+    lines += _first([f"  {finding.kind}: {finding.message}" for finding in report.findings], show, "  ")
     lines.append(f"  {len(report.findings):,} problems" if report.findings else "  complete")
     return "\n".join(lines)
 
@@ -227,10 +221,10 @@ def _table(report: Any, show: int) -> str:
         ("text only", f"{report.text_only:,}"),
         ("several images", f"{report.multi_image:,}"),
         ("most turns", f"{report.turns:,}"),
-        ("picture files", f"{report.images:,}"),
+        ("image files", f"{report.images:,}"),
     ]
     if report.image_modes:
-        rows.append(("picture modes", ", ".join(f"{mode} {count:,}" for mode, count in report.image_modes.items())))
+        rows.append(("image modes", ", ".join(f"{mode} {count:,}" for mode, count in report.image_modes.items())))
     if report.tokens:
         tokens = report.tokens
         rows.append(("sequence length", f"mean {tokens['mean']:,}, longest {tokens['max']:,}"))
@@ -240,10 +234,12 @@ def _table(report: Any, show: int) -> str:
         rows.append(("repeated ids", f"{report.duplicate_ids:,} (harmless)"))
     rows += [(f"problems: {kind}", f"{count:,}") for kind, count in report.counts.items()]
     lines = [report.file, *listed(rows), ""]
-    lines += [problem.message for problem in report.problems[:show]]
-    if len(report.problems) > show:
-        lines.append(f"... and {len(report.problems) - show:,} more; --show N prints N, --json all")
-    lines.append(
-        f"{report.bad:,} of {report.records:,} records cannot be trained on" if report.bad else "all records are good"
-    )
-    return "\n".join(lines)
+    lines += _first([problem.message for problem in report.problems], show)
+    bad = f"{report.bad:,} of {report.records:,} records cannot be trained on"
+    return "\n".join([*lines, bad if report.bad else "all records are good"])
+
+
+def _first(lines: list[str], show: int, indent: str = "") -> list[str]:
+    """Cut a list of problems, and say how many are left."""
+    rest = f"{indent}... and {len(lines) - show:,} more; --show N prints N, --json all"
+    return lines if len(lines) <= show else [*lines[:show], rest]

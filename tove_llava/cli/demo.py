@@ -1,4 +1,4 @@
-"""Open the demo: chat with a model about pictures in the browser, and see its experts at work.
+"""Open the demo: chat with a model about images in the browser, and see its experts at work.
 
 The same as `python -m tove_llava.serve.gradio_app`.
 """
@@ -10,26 +10,24 @@ import tempfile
 import threading
 from contextlib import ExitStack
 
-from tove_llava.cli._loading import add_loading_arguments, loading_options
+from tove_llava.cli._flags import add_host, add_loading, add_model, loading_options
 
 HELP = "chat with a model in the browser"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="folder that training wrote (default: the newest in outputs/)")
-    parser.add_argument("--compare", metavar="DIR", help="a second model, beside the first in the tab Compare")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
-    )
+    add_model(parser, required=False)
+    parser.add_argument("--compare", metavar="DIR", help="a second model, next to the first in the tab Compare")
+    add_host(parser)
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument(
         "--auth",
         metavar="USER:PASSWORD",
-        help="ask for a password; @FILE reads such lines from a file, so that the list of processes does not show it",
+        help="ask for a password; @FILE reads such lines from a file, which keeps them out of the list of processes",
     )
     parser.add_argument("--share", action="store_true", help="make a public address through gradio's service")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
-    add_loading_arguments(parser)
+    add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
     quiet_transformers()
     options = loading_options(args)
     with ExitStack() as running:
-        # Uploads in a folder of this process and user alone, gone with it; gradio's own is shared.
+        # Uploads go to a folder that only this user reads and that ends with this process; gradio's own is shared.
         folder = running.enter_context(tempfile.TemporaryDirectory(prefix="tove-llava-", ignore_cleanup_errors=True))
         if os.environ.setdefault("GRADIO_TEMP_DIR", folder) == folder:
             running.callback(os.environ.pop, "GRADIO_TEMP_DIR", None)
         engine = running.enter_context(Engine.load(model, **options))
         compare = None if other is None else running.enter_context(Engine.load(other, **options))
-        if threading.current_thread() is threading.main_thread():  # a service manager's end is as clean as Ctrl-C
+        if threading.current_thread() is threading.main_thread():  # a service manager stops it as cleanly as Ctrl-C
             running.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         launch(engine, args.host, args.port, args.max_new_tokens, compare=compare, auth=auth, share=args.share)
     return 0

@@ -1,29 +1,37 @@
-"""Take experts out of a trained model.
+"""Remove experts from a trained model.
 
---curve shows what it costs: experts are removed one by one, the least contributing first, with loss, accuracy and speed
-at each step. --experts, --keep and --max-latency-ms write a smaller checkpoint to --out, which needs the removed
-experts' weights no more and computes exactly what the whole model does with them masked. Without any expert left it is
-CLIP alone.
+--curve removes them one by one, the least contributing first, and measures loss, accuracy and speed at each step.
+--experts, --keep and --max-latency-ms write a smaller checkpoint to --out. It does not need the removed experts'
+weights, and computes exactly what the whole model does with them masked. A model without experts is plain CLIP.
 """
 
 import argparse
+import json
 from typing import TYPE_CHECKING, Any
 
-from tove_llava.cli._loading import add_loading_arguments, loading_options
-from tove_llava.cli.contributions import add_data_arguments
+from tove_llava.cli._flags import (
+    add_calibration,
+    add_loading,
+    add_model,
+    calibration_samples,
+    check_least,
+    loading_options,
+    split_names,
+)
+from tove_llava.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from tove_llava.analysis.speed import Fit
 
-HELP = "take experts out: the detach curve, or a smaller checkpoint"
+HELP = "remove experts: the detach curve, or a smaller checkpoint"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder that training wrote")
+    add_model(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="results of --curve, or the new checkpoint")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--curve", action="store_true", help="score and speed at each step, down to CLIP alone")
-    what.add_argument("--experts", metavar="A,B", help="take these experts out")
+    what.add_argument("--curve", action="store_true", help="score and speed at each step, down to plain CLIP")
+    what.add_argument("--experts", metavar="A,B", help="remove these experts")
     what.add_argument("--keep", type=int, metavar="N", help="keep the N experts that contribute most")
     what.add_argument(
         "--max-latency-ms",
@@ -34,15 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contributions", metavar="FILE", help="contributions.json of this model, instead of measuring with --data"
     )
-    add_data_arguments(parser, required=False)
-    add_loading_arguments(parser)
+    add_calibration(parser, required=False)
+    add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.detach import check_out, detach_checkpoint
     from tove_llava.checkpoints.manifest import Manifest
-    from tove_llava.core.errors import ConfigError
     from tove_llava.core.logs import quiet_transformers
     from tove_llava.serve.models import find_model
 
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     check_out(args.out)
     fit = None
     if args.experts is not None:
-        experts = [name.strip() for name in args.experts.split(",") if name.strip()]
+        experts = split_names(args.experts)
         if not experts:
             raise ConfigError("--experts names no expert; write them separated by commas")
     elif args.max_latency_ms is not None:
@@ -73,20 +80,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from tove_llava.cli.contributions import check_counts
-    from tove_llava.core.errors import ConfigError
-
-    check_counts(args)
-    if args.keep is not None and args.keep < 0:
-        raise ConfigError(f"--keep must be 0 or more, not {args.keep}")
+    check_least(args, "--batch-size", "--limit")
+    check_least(args, "--keep", least=0)
     if args.max_latency_ms is not None and not args.max_latency_ms > 0:
         raise ConfigError(f"--max-latency-ms must be above 0, not {args.max_latency_ms:g}")
     if args.curve and args.data is None:
         raise ConfigError("--curve needs --data: each step is scored on it")
     if args.experts is None and args.data is None and args.contributions is None:
         raise ConfigError(
-            "which experts contribute least has to be known: give --data to measure it, or --contributions with the "
-            "contributions.json of this model"
+            "give --data to measure which experts contribute least, or --contributions with the contributions.json of "
+            "this model"
         )
 
 
@@ -94,7 +97,7 @@ def _curve(args: argparse.Namespace) -> int:
     from tove_llava.analysis.curve import curve_table, detach_curve, save_curve
     from tove_llava.analysis.plots import figure
 
-    figure(1, 1)  # says now, not at the end, that matplotlib is missing
+    figure(1, 1)  # fails now, not at the end, where matplotlib is missing
     answerer, samples, ranking = _ranked(args)
     steps = detach_curve(answerer, samples, ranking, args.batch_size)
     record = save_curve(steps, args.out, answerer, args.model, samples, args.data, args.batch_size)
@@ -103,7 +106,7 @@ def _curve(args: argparse.Namespace) -> int:
 
 
 def _fit(args: argparse.Namespace) -> "Fit":
-    """The experts to take out by --max-latency-ms, and the time that is reached."""
+    """Choose the experts that --max-latency-ms removes."""
     from tove_llava.analysis.speed import fit_latency
 
     answerer, _, ranking = _ranked(args)
@@ -111,9 +114,7 @@ def _fit(args: argparse.Namespace) -> "Fit":
 
 
 def _least(args: argparse.Namespace) -> list[str]:
-    """The experts to take out by --keep."""
-    from tove_llava.core.errors import ConfigError
-
+    """Choose the experts that --keep removes."""
     _, _, ranking = _ranked(args)
     if args.keep > len(ranking):
         raise ConfigError(f"--keep {args.keep}: this model has {len(ranking)} experts ({', '.join(ranking)})")
@@ -121,22 +122,19 @@ def _least(args: argparse.Namespace) -> list[str]:
 
 
 def _ranked(args: argparse.Namespace) -> Any:
-    """(model, samples (None without --data), its experts, the least contributing first)."""
+    """Return the model, the samples (None without --data), and its experts, the least contributing first."""
     from tove_llava.analysis.contributions import (
         measure_contributions,
         read_ranking,
         save_contributions,
     )
     from tove_llava.analysis.measure import tower_with_experts
-    from tove_llava.analysis.samples import load_samples
     from tove_llava.eval.provenance import model_fingerprint
     from tove_llava.inference.generation import Answerer
 
     answerer = Answerer.load(args.model, **loading_options(args))
     attached = tower_with_experts(answerer).config.attached_experts
-    samples: Any = None
-    if args.data is not None:
-        samples = load_samples(args.data, args.image_folder, answerer, args.model, args.limit)
+    samples: Any = None if args.data is None else calibration_samples(args, answerer)
     if args.contributions is not None:
         ranking = read_ranking(args.contributions, attached, model_fingerprint(answerer, args.model))
     else:
@@ -147,7 +145,5 @@ def _ranked(args: argparse.Namespace) -> Any:
     return answerer, samples, ranking
 
 
-def _print(args: argparse.Namespace, text: str, record: dict) -> None:
-    import json
-
+def _print(args: argparse.Namespace, text: str, record: dict[str, Any]) -> None:
     print(json.dumps(record, ensure_ascii=False) if args.json else text)

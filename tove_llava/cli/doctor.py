@@ -1,9 +1,9 @@
-"""Show what this machine has and what can run on it, and the command for what is missing.
+"""Show what this machine has and what can run on it, and the command that installs what is missing.
 
-Versions, devices, free memory and disk, Java and Chromium, the bundled weights; and for each preset whether its sources
-are here (or can be fetched) and which of its stages fit into this machine. Nothing is loaded or downloaded.
+Lists versions, devices, free memory and disk, Java, Chromium and the bundled weights; and for each preset whether its
+sources are here (or can be fetched) and which of its stages fit into this machine. Loads and downloads nothing.
 
-The exit code is 0 when everything that the base needs is there, 1 when something is missing or damaged.
+The exit code is 1 when something that the base needs is missing or damaged.
 """
 
 import argparse
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preset",
         action="append",
         metavar="NAME",
-        help="look at this preset alone, a name or a YAML file; may be given again ('none': at no preset)",
+        help="only this preset, a name or a YAML file; may be repeated ('none': no preset)",
     )
-    parser.add_argument("--memory", action="store_true", help="print only what the presets' stages need, as Markdown")
+    parser.add_argument("--memory", action="store_true", help="print only the stages' needs, as Markdown")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def _presets(given: list[str] | None) -> list[str]:
 
 
 def _preset_findings(given: list[str] | None) -> "list[Finding]":
-    """Of a machine whose packages are whole: architectures are read by them."""
+    """Check the presets; needs the base packages, which read the architectures."""
     names = _presets(given)
     if not names:
         return []

@@ -1,12 +1,12 @@
 """Answer benchmarks with a model and score the answers.
 
-A run that was killed goes on where it stopped when the same command is given again. Several GPUs (or processes):
+The same command continues a run that was interrupted. Several GPUs (or processes):
 torchrun --nproc-per-node 8 -m tove_llava eval ...
 """
 
 import argparse
 
-from tove_llava.cli._loading import add_loading_arguments, loading_options
+from tove_llava.cli._flags import add_loading, add_model, check_least, loading_options, split_names
 
 HELP = "answer benchmarks with a model and score the answers"
 
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.conditions import CONDITIONS
 
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder that training wrote")
+    add_model(parser)
     parser.add_argument(
         "--benchmark", required=True, metavar="A,B", help=f"one or several of: {', '.join(BENCHMARKS)}; or all"
     )
@@ -34,15 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="questions in the model at a time (default: 32); halved by itself when the GPU's memory is full",
+        help="questions in the model at a time (default: 32); halved when the GPU's memory is full",
     )
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open pictures (default: 4)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open images (default: 4)")
     parser.add_argument(
         "--limit",
         type=int,
         metavar="N",
-        help="answer about N questions of each benchmark, evenly spread; what is scored together stays together (the "
-        "two questions about a picture of MME, the rotations of MMBench)",
+        help="answer about N questions of each benchmark, evenly spread; those scored together (an image of MME, "
+        "the rotations of MMBench) stay together",
     )
     decoding = parser.add_argument_group("decoding", "each benchmark's own, LLaVA's, unless given here")
     decoding.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
@@ -55,16 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument(
         "--score-options",
         metavar="NAME",
-        help="multiple choice: do not generate, but take the option whose letter (likelihood) or whose words, by their "
-        "mean per token (likelihood_text), the model would most likely say",
+        help="multiple choice: do not generate; take the option whose letter (likelihood) or whose words, by their "
+        "mean per token (likelihood_text), are most likely",
     )
     parser.add_argument("--blank-image", action="store_true", help="replace every image by the mean colour")
-    parser.add_argument("--detach", metavar="A,B", help="take these experts out of the tower; or all")
+    parser.add_argument("--detach", metavar="A,B", help="detach these experts, or all")
     parser.add_argument(
         "--conditions", metavar="A,B", help=f"answer once under each of: {', '.join(CONDITIONS)}; one table"
     )
-    parser.add_argument("--overwrite", action="store_true", help="throw away the answers of an earlier run")
-    add_loading_arguments(parser)
+    parser.add_argument("--overwrite", action="store_true", help="delete the answers of an earlier run")
+    add_loading(parser)
     judge.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the results as one JSON object instead of tables")
 
@@ -78,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.eval.evaluate import evaluate
     from tove_llava.eval.judge import judge_from
 
-    numbers = {"--batch-size": args.batch_size, "--limit": args.limit, "--workers": args.workers}
-    for flag, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{flag} must be at least 1, not {value}")
+    check_least(args, "--batch-size", "--limit", "--workers")
     if (args.judge_url or args.judge_model) and not _judged(args.benchmark):
         raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     quiet_transformers()
@@ -96,12 +93,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         **loading_options(args),
         as_json=args.json,
-        decoding={
-            "max_new_tokens": args.max_new_tokens,
-            "temperature": args.temperature,
-            "top_p": args.top_p,
-            "num_beams": args.num_beams,
-        },
+        decoding={key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p", "num_beams")},
         conv_mode=args.conv_mode,
         score_options=args.score_options,
         workers=args.workers,
@@ -113,9 +105,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _judged(benchmarks: str) -> bool:
-    """Whether any of the benchmarks needs a judge."""
+    """Return True when any of the benchmarks needs a judge."""
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.judge import JudgedBenchmark
 
-    names = [name.strip() for name in benchmarks.split(",") if name.strip()]
+    names = split_names(benchmarks)
     return names == ["all"] or any(issubclass(BENCHMARKS.get(name), JudgedBenchmark) for name in names)

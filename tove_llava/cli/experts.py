@@ -1,7 +1,7 @@
-"""Table of the vision experts: what each returns, what it costs, and whether its weights can be had here.
+"""List the vision experts: what each returns, what it costs, and whether its weights can be loaded here.
 
-Costs are counted from the configuration alone; GFLOPs are per image, two operations per multiply-add. Nothing is
-downloaded or loaded.
+Costs are counted from configurations; GFLOPs are per image, two operations per multiply-add. Nothing is downloaded or
+loaded.
 """
 
 import argparse
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _entries(preset: str | None) -> list[dict[str, Any]]:
-    """Specs to list: a preset's, or each registered expert's default, once per library that it can be read from."""
+    """List a preset's specs, or the default of each registered expert and source."""
     from tove_llava.experts import EXPERTS
 
     if preset is not None:
@@ -46,27 +46,15 @@ def _entries(preset: str | None) -> list[dict[str, Any]]:
 
 
 def describe(entry: dict[str, Any]) -> dict[str, Any]:
-    """One expert's row; an expert whose configuration cannot be read has None for what is not known."""
+    """Describe an expert; values are None where its configuration cannot be read."""
     from tove_llava.core.errors import ToveError
     from tove_llava.experts import EXPERTS, ExpertSpec, build_expert
     from tove_llava.experts.availability import availability
     from tove_llava.experts.cost import expert_cost
 
     spec = ExpertSpec.from_dict(entry)
-    row: dict[str, Any] = {
-        "name": spec.name,
-        "expert": spec.expert,
-        "source": spec.source,
-        "mode": spec.mode,
-        "image_size": spec.image_size,
-        "grid": None,
-        "tokens": None,
-        "width": None,
-        "parameters": None,
-        "gflops": None,
-        "licence": None,
-        "remark": "",
-    }
+    row: dict[str, Any] = {key: getattr(spec, key) for key in ("name", "expert", "source", "mode", "image_size")}
+    row |= dict.fromkeys(("grid", "tokens", "width", "parameters", "gflops", "licence"))
     row["remark"] = " ".join({cls.remark: None for cls in EXPERTS.get(spec.expert).values() if cls.remark})
     try:
         expert = build_expert(spec.replace(width=0, grid=(0, 0)))

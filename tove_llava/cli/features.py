@@ -1,14 +1,14 @@
-"""Compute what the frozen tower sees in each image once, for several trainings over the same images.
+"""Compute the frozen encoders' output for each image once, for several trainings over the same images.
 
-Training then takes the folder with --feature_cache and runs no encoder. Worth it for sweeps and method studies on data
-that fits on the disk: an image takes width x tokens x 4 bytes for CLIP and for each expert's output in float32, half
-of that in float16, and 1.13 bytes a value in int8. What was interrupted goes on with the same command; several
-processes fill one cache with --share 0/4 to --share 3/4.
+Training then reads the folder with --feature_cache and runs no encoder. An image takes width x tokens x 4 bytes for
+CLIP and for each expert's output in float32, half of that in float16, and 1.13 bytes a value in int8. The same command
+continues an interrupted one; several processes fill one cache with --share 0/4 to --share 3/4.
 """
 
 import argparse
 import re
 
+from tove_llava.cli._flags import add_device, check_least
 from tove_llava.core.errors import ConfigError
 
 HELP = "compute the frozen encoders' output for a data set's images once, for training with --feature_cache"
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--share", default="0/1", metavar="I/N", help="this process's part of the shards, such as 0/4")
     parser.add_argument("--shard-images", type=int, default=256, metavar="N", help="images of one file (default: 256)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
-    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open pictures (default: 4)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that open images (default: 4)")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,9 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_transformers()
     share = _share(args.share)
-    for flag in ("shard_images", "batch_size", "workers"):
-        if getattr(args, flag) < 1:
-            raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1")
+    check_least(args, "--shard-images", "--batch-size", "--workers")
     dtype = torch_dtype(args.dtype)
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
     tower.to(choose_device(args.device), dtype).load_backbones()
@@ -60,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         shard_images=args.shard_images,
         workers=args.workers,
     )
-    rest = f"; {filled.missing} shards are missing yet, of other shares" if filled.missing else ""
+    rest = f"; {filled.missing} shards of other shares are still missing" if filled.missing else ""
     print(f"{args.out}: features of {len(names)} images, {filled.size / 1e6:.0f} MB{rest}")
     return 0
 

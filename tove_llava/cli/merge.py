@@ -1,18 +1,18 @@
-"""Merge a model's experts into one CLIP: a copy of CLIP learns to give the tower's tokens (ToVE-lite).
+"""Merge a model's experts into one CLIP: a copy of CLIP learns the tower's tokens (ToVE-lite).
 
 usage: tove-llava merge --model DIR --data_path JSON --image_folder DIR --output_dir DIR [flags of 'tove-llava train']
 
-The stage's settings are those of the preset that the model was trained with; --preset names another. The model may be
-stage 2's (the merge follows) or stage 1's (the merge takes stage 2's place). Under DeepSpeed: bash scripts/merge.sh.
+The settings are those of the model's preset, or of --preset. The model may be stage 2's (the merge follows it) or stage
+1's (the merge replaces stage 2). Under DeepSpeed: bash scripts/merge.sh.
 """
 
 import argparse
 
-HELP = "merge a model's experts into one CLIP, which then needs none of them (ToVE-lite)"
+HELP = "merge a model's experts into one CLIP, which replaces them (ToVE-lite)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # All words but --model belong to the trainer's parser.
+    # The trainer parses every flag but --model and --preset.
     parser.prefix_chars = "\0"
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _take(words: list[str], flag: str) -> str | None:
-    """Takes a flag out of ``words``, written ``--flag VALUE`` or ``--flag=VALUE``; returns its value."""
+    """Remove ``--flag VALUE`` or ``--flag=VALUE`` from ``words``, and return the value."""
     for at, word in enumerate(words):
         if word == flag:
             value = words[at + 1] if at + 1 < len(words) else ""

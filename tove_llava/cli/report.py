@@ -2,10 +2,12 @@
 
 Writes OUT/report.html (one file, nothing else needed), OUT/report.md with OUT/pictures, and OUT/report.json: scores per
 benchmark and category, bootstrap confidence intervals, paired tests against the first run, and the questions on which
-runs differ, with pictures. Published figures of papers stand apart, marked as published.
+runs differ, with images. Published figures of papers are marked as published.
 """
 
 import argparse
+
+from tove_llava.cli._flags import check_least, split_names
 
 HELP = "compare runs: intervals, paired tests, and the questions on which they differ"
 
@@ -15,21 +17,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs",
         nargs="*",
         metavar="[NAME=]DIR",
-        help="a model's folder, its eval folder, or one benchmark's; the first is what others are compared with",
+        help="a model's folder, its eval folder, or one benchmark's; the others are compared with the first",
     )
     parser.add_argument("--out", metavar="DIR", help="new folder to write")
     parser.add_argument("--baseline", metavar="NAME", help="compare with this run instead of the first")
-    parser.add_argument("--benchmark", metavar="A,B", default="", help="these benchmarks alone (default: all found)")
-    parser.add_argument("--conditions", metavar="A,B", default="", help="these conditions alone (default: all found)")
+    parser.add_argument("--benchmark", metavar="A,B", default="", help="only these benchmarks (default: all found)")
+    parser.add_argument("--conditions", metavar="A,B", default="", help="only these conditions (default: all found)")
     parser.add_argument(
         "--published", default="all", metavar="A,B", help="published figures to show: all (default), none, or names"
     )
     parser.add_argument("--list-published", action="store_true", help="print the models with published figures")
     parser.add_argument("--differences", type=int, default=20, metavar="N", help="differing questions per pair (20)")
-    parser.add_argument("--thumbnail", type=int, default=160, metavar="PX", help="longer side of pictures; 0: none")
-    parser.add_argument("--data-root", metavar="DIR", help="where the pictures lie, if not where a run recorded")
+    parser.add_argument("--thumbnail", type=int, default=160, metavar="PX", help="longer side of images; 0: none")
+    parser.add_argument("--data-root", metavar="DIR", help="where the images lie, if not where a run recorded")
     parser.add_argument("--resamples", type=int, default=10_000, metavar="N", help="bootstrap resamples (10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the bootstrap (0)")
     parser.add_argument("--json", action="store_true", help="print the comparison as one JSON object")
 
 
@@ -47,18 +49,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.runs or args.out is None:
         raise ConfigError("give at least one folder with results, and --out for the new folder")
-    for flag, value, least in (
-        ("--differences", args.differences, 0),
-        ("--thumbnail", args.thumbnail, 0),
-        ("--resamples", args.resamples, 100),
-        ("--seed", args.seed, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{flag} must be at least {least}, not {value}")
+    check_least(args, "--differences", "--thumbnail", "--seed", least=0)
+    check_least(args, "--resamples", least=100)
     options = Options(
         baseline=args.baseline,
-        benchmarks=_names(args.benchmark),
-        conditions=_names(args.conditions),
+        benchmarks=tuple(split_names(args.benchmark)),
+        conditions=tuple(split_names(args.conditions)),
         published=args.published,
         differences=args.differences,
         thumbnail=args.thumbnail,
@@ -69,7 +65,3 @@ def run(args: argparse.Namespace) -> int:
     record = write_report(args.runs, Path(args.out), options)
     print(json.dumps(record) if args.json else f"{args.out}/report.html\n{args.out}/report.md")
     return 0
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

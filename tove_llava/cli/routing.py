@@ -1,30 +1,28 @@
-"""Draw which expert each part of a picture listens to.
+"""Draw which expert each part of an image listens to.
 
-For each picture a map of the expert with the largest gate weight, a heat map per expert, both over the picture as the
-model sees it (cropped or padded), and the weights themselves as .npz (routing [g, g, columns], names).
+Writes for each image a map of the expert with the largest gate weight and a heat map per expert, both over the image as
+the model sees it (cropped or padded), and the weights as .npz (routing [g, g, columns], names).
 """
 
 import argparse
 
-from tove_llava.cli._loading import add_loading_arguments, loading_options
+from tove_llava.cli._flags import add_loading, add_model, loading_options
 
-HELP = "draw which expert each part of a picture listens to"
+HELP = "draw which expert each part of an image listens to"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder that training wrote")
-    parser.add_argument(
-        "--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more pictures"
-    )
+    add_model(parser)
+    parser.add_argument("--image", required=True, nargs="+", action="extend", metavar="FILE", help="one or more images")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the PNG and .npz files")
-    add_loading_arguments(parser)
+    add_loading(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     import json
 
-    from tove_llava.analysis.routing import routing_table, show_routing
+    from tove_llava.analysis.routing_maps import routing_table, show_routing
     from tove_llava.core.logs import quiet_transformers
     from tove_llava.inference.generation import Answerer
     from tove_llava.serve.models import find_model

@@ -1,6 +1,6 @@
 """Render playground scenes: small 3-D worlds with exact geometry, LLaVA-format captions and questions.
 
-The same seed writes the same bytes. A run that finds exactly what was asked for leaves it as it is.
+The same seed writes the same bytes. The same command leaves existing scenes as they are.
 """
 
 import argparse
@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--novel", type=int, default=0, metavar="N", help="scenes with colour-shape pairs never trained on"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S")
-    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of a picture (default 96)")
-    parser.add_argument("--format", default="png", choices=("png", "jpg"), help="picture format (default png)")
+    parser.add_argument("--size", type=int, default=96, metavar="PIXELS", help="side of an image (default 96)")
+    parser.add_argument("--format", default="png", choices=("png", "jpg"), help="image format (default png)")
     parser.add_argument("--maps", action="store_true", help="also write depth, normals, masks and edges as PNG")
 
 

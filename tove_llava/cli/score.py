@@ -1,8 +1,8 @@
-"""Score a predictions file against a ground-truth file, without any model.
+"""Score a predictions file against a ground-truth file, without a model.
 
-Predictions are LLaVA's answer files (JSONL with question_id and text); where an id occurs twice, the last line counts.
-Unanswered questions are reported and count as wrong. The ground truth is the benchmark's own file, or the folder that
-holds all benchmarks' data (LLaVA's playground/data/eval).
+Predictions are LLaVA's answer files (JSONL with question_id and text); of lines with one id the last counts. Unanswered
+questions are reported and count as wrong. The ground truth is the benchmark's own file, or the folder of all
+benchmarks' data (LLaVA's playground/data/eval).
 """
 
 import argparse
@@ -17,11 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="answers, JSONL")
     parser.add_argument("--ground-truth", required=True, metavar="FILE", help="the benchmark's ground truth")
-    parser.add_argument(
-        "--rule", metavar="NAME", help="another published reading of the scoring rule, where there are several"
-    )
+    parser.add_argument("--rule", metavar="NAME", help="another published reading of the scoring rule")
     parser.add_argument("--json", action="store_true", help="print one JSON object with benchmark, scores and count")
-    parser.add_argument("--per-item", action="store_true", help="with --json: also what was read from each answer")
+    parser.add_argument("--per-item", action="store_true", help="with --json: also each answer as it was read")
     judge.add_arguments(parser)
 
 

@@ -1,22 +1,22 @@
-"""Serve a model to programs: OpenAI's chat API, with pictures, for models with experts too.
+"""Serve a model to programs through OpenAI's chat API, with images.
 
-The model, its experts included, is handed to `transformers serve`, which answers POST /v1/chat/completions as OpenAI's
-API does. A folder of training is written to a temporary place first, as `tove-llava export --format remote-code` does,
-in the system's folder for temporary files (TMPDIR). The page for people is `tove-llava demo`.
+`transformers serve` runs the model, experts included, and answers POST /v1/chat/completions. It needs the format of
+`tove-llava export --format remote-code`; a folder of training is first written in that format to a temporary folder
+(TMPDIR). `tove-llava demo` is the page for people.
 """
 
 import argparse
+
+from tove_llava.cli._flags import add_device, add_host, add_model
 
 HELP = "serve a model to programs, as OpenAI's chat API does"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", help="folder that training wrote (default: the newest in outputs/)")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
-    )
+    add_model(parser, required=False)
+    add_host(parser)
     parser.add_argument("--port", type=int, help="port (default: 8000)")
-    parser.add_argument("--device", help="cpu, cuda or cuda:0 (default: a GPU if there is one)")
+    add_device(parser)
     parser.add_argument("--dtype", help="float32, bfloat16 or float16")
 
 

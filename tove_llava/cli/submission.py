@@ -1,6 +1,6 @@
 """Write a benchmark's submission file from an answers file, in the format of its server or program.
 
-Lines of the answers file that are not JSON are left out and named; where an id occurs twice, the last line counts.
+Lines of the answers file that are not JSON are named and left out; of lines with one id the last counts.
 """
 
 import argparse
@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions",
         metavar="FILE",
-        help="the benchmark's file of questions, or the folder that holds all benchmarks' data (gqa and mmvet can do "
-        "without)",
+        help="the benchmark's file of questions, or the folder of all benchmarks' data (gqa and mmvet need neither)",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help="the file to write")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")

@@ -1,10 +1,9 @@
 """Show how records become tokens, and which of them the model learns to produce.
 
 Supervised text is printed in colour (or between the marks ⟦ and ⟧), an image as <image>. With --json each record
-gives a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that
-cannot be encoded has an error there and does not stop the others; for a verdict on a whole data set use
-"tove-llava data check". Rows are cut as training cuts them; those with images only when --num-image-tokens tells how
-many positions a picture takes.
+is a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that cannot
+be encoded has an error and does not stop the others; "tove-llava data check" checks a whole data set. Rows are cut as
+training cuts them; rows with images are cut only with --num-image-tokens.
 """
 
 import argparse
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
     parser.add_argument("--records", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
     parser.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
-    parser.add_argument("--num-image-tokens", type=int, metavar="N", help="positions of a picture, such as 576")
+    parser.add_argument("--num-image-tokens", type=int, metavar="N", help="tokens of an image, such as 576")
     parser.add_argument(
         "--generate",
         action="store_true",
@@ -52,13 +51,8 @@ def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, token
     from tove_llava.core.errors import DataError
     from tove_llava.data.records import parse_record
 
-    row: dict[str, Any] = {
-        "id": raw.get("id") if isinstance(raw, dict) else None,
-        "input_ids": None,
-        "labels": None,
-        "error": None,
-        "warning": None,
-    }
+    row: dict[str, Any] = {"id": raw.get("id") if isinstance(raw, dict) else None}
+    row |= dict.fromkeys(("input_ids", "labels", "error", "warning"))
     try:
         record = parse_record(raw, index, args.records)
         encoded, warnings = (_prompt if args.generate else _example)(record, args, template, tokenizer)
@@ -69,7 +63,7 @@ def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, token
 
 
 def _example(record: Any, args: argparse.Namespace, template: Any, tokenizer: Any) -> tuple[Any, list[str]]:
-    """A record as training feeds it, and what is to be said of it."""
+    """Encode a record as training does; return it and the warnings."""
     from tove_llava.core.errors import DataError
     from tove_llava.data.dataset import truncate
     from tove_llava.data.records import prepare_turns
@@ -91,7 +85,7 @@ def _example(record: Any, args: argparse.Namespace, template: Any, tokenizer: An
 
 
 def _prompt(record: Any, args: argparse.Namespace, template: Any, tokenizer: Any) -> tuple[Any, list[str]]:
-    """A record as a generation prompt, and what is to be said of it."""
+    """Encode a record as a generation prompt; return it and the warnings."""
     from tove_llava.data.tokenization import IGNORE_INDEX, Encoded, encode_prompt
     from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
@@ -140,5 +134,5 @@ def _mark(text: str, kind: str, colour: bool) -> str:
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
-    # A decoder drops the first space of a text; behind an end token nothing is first.
+    # A decoder drops the first space of a text; after an end token no text is the first.
     return tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]

@@ -6,7 +6,7 @@ HELP = "train one stage of a preset (scripts/pretrain.sh and its siblings start 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # All words, flags and --help too, belong to the trainer's own parser, which knows transformers' hundred flags.
+    # The trainer parses every flag, --help too; it knows the hundred flags of transformers.
     parser.prefix_chars = "\0"
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 

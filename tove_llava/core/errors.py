@@ -1,12 +1,12 @@
 """Errors that a user can mend.
 
-Every message says which file, record, flag or key is at fault and what to do about it. The command line prints the
-message alone (no traceback) and exits with code 2; library users catch the class they care about.
+Every message names the file, record, flag or key at fault and says what to do. The command line prints only the message
+(no traceback) and exits with code 2; library users catch the class they care about.
 """
 
 
 class ToveError(Exception):
-    """Base class of every error that is the input's fault rather than the program's."""
+    """Base class of the errors that the input causes, not the program."""
 
 
 class ConfigError(ToveError, ValueError):
@@ -26,12 +26,12 @@ class NonFiniteError(ToveError, RuntimeError):
 
 
 class ServiceError(ToveError, RuntimeError):
-    """A service on the network refuses, fails, or answers with something that is no answer."""
+    """A service on the network refuses, fails, or answers with something unusable."""
 
 
 class BusyError(ToveError, RuntimeError):
-    """An engine takes no further question now: its queue is full, or it is shutting down."""
+    """An engine takes no more questions: its queue is full, or it is shutting down."""
 
 
 class AnswerError(ToveError, RuntimeError):
-    """A question was taken, and its answer could not be finished."""
+    """A question was accepted, but its answer could not be finished."""

@@ -16,7 +16,7 @@ from tove_llava.core.errors import CheckpointError, DataError, ToveError
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """An empty folder beside ``out`` that becomes ``out`` when the block ends well, and is removed when it does not.
+    """Yield an empty folder that becomes ``out`` when the block ends, or is removed when the block fails.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -32,7 +32,7 @@ def staged(out: Path) -> Iterator[Path]:
         yield stage
         mask = _umask()
         for path in (*sorted(stage.rglob("*"), reverse=True), stage):
-            # mkdtemp and safetensors give the owner alone rights.
+            # mkdtemp and safetensors give rights only to the owner.
             path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
             sync(path)
         os.replace(stage, out)
@@ -49,7 +49,7 @@ def staged(out: Path) -> Iterator[Path]:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Removes folders that were made for nothing; those that hold anything by now stay."""
+    """Remove the folders that are still empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()

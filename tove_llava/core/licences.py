@@ -1,11 +1,11 @@
-"""Licences of the parts that a model is made of, as far as they are known on this machine."""
+"""Licences of a model's parts, as far as this machine knows them."""
 
 from tove_llava.core.sources import BundledSource, Source
 
 NOT_STATED = "not stated by the source"
 
-# Of the presets' CLIP and language models, as their publishers state them: github.com/openai/CLIP, and the cards of
-# Vicuna v1.5 and SmolLM2. An expert's is known to its class.
+# The presets' CLIP and language models, by github.com/openai/CLIP and the cards of Vicuna v1.5 and SmolLM2. An expert's
+# class knows its licence.
 _PUBLISHED = {
     "hf:openai/clip-vit-large-patch14-336": "MIT",
     "hf:lmsys/vicuna-7b-v1.5": "Llama 2 Community License",
@@ -15,7 +15,7 @@ _PUBLISHED = {
 
 
 def licence_of(source: str) -> str:
-    """Licence of what a source names: of this package's own parts, a known repository, or what a folder's card says."""
+    """Return the licence of a source: this package's own, a known repository's, or that of a folder's card."""
     parsed = Source.parse(source)
     if isinstance(parsed, BundledSource):
         return "Apache-2.0"
@@ -23,5 +23,5 @@ def licence_of(source: str) -> str:
 
 
 def known(licence: str) -> str | None:
-    """None where nothing is stated."""
+    """Return the licence, or None where none is stated."""
     return None if licence == NOT_STATED else licence

@@ -1,15 +1,15 @@
-"""Standard output is for results: what libraries log goes to standard error, or nowhere."""
+"""Keep the logs of libraries off standard output, which is for results."""
 
 import logging
 import sys
 
 
 class _DeepSpeed(logging.Filter):
-    """DeepSpeed logs to standard output, where it would stand in front of a JSON result."""
+    """Sends DeepSpeed's log to standard error; on standard output it would precede a JSON result."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if not message.startswith("Setting accelerator to CPU"):  # said on every machine without a GPU
+        if not message.startswith("Setting accelerator to CPU"):  # logged on every machine without a GPU
             print(f"DeepSpeed: {message}", file=sys.stderr)
         return False
 
@@ -22,7 +22,7 @@ def keep_stdout_clean() -> None:
 
 
 def quiet_transformers() -> None:
-    """No progress bars and reports while weights are loaded: only errors."""
+    """Silence progress bars and reports of loading, but not errors."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it offers faster kernels at every import
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""Named components: a component registers itself in the file that defines it, and nothing else names it."""
+"""Registries of named components: a component registers itself in the file that defines it."""
 
 import difflib
 import importlib
@@ -13,18 +13,18 @@ C = TypeVar("C", bound=type)
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """A question to the user after a mistyped name, with a space in front; empty where no known name is near."""
+    """Write " Did you mean ...?" after a mistyped name; empty where no known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 class Registry(Generic[T]):
-    """Maps exact names to components of one kind.
+    """A map of exact names to components of one kind.
 
     Args:
-        kind: what the components are, in the singular ("expert"); used in error messages.
-        package: dotted name of the package whose modules register components. All its modules are imported on the
-            first look-up, so a new component is one new file.
+        kind: the kind in the singular ("expert"), for error messages.
+        package: dotted name of the package whose modules register components. The first look-up imports all its
+            modules, so a new component is one new file.
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
@@ -33,7 +33,7 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that stores a component under ``name``.
+        """Return a decorator that stores a component under ``name``.
 
         Raises:
             ConfigError: another component already has that name.
@@ -58,10 +58,10 @@ class Registry(Generic[T]):
         return add
 
     def get(self, name: str) -> T:
-        """The component called exactly ``name``.
+        """Return the component called exactly ``name``.
 
         Raises:
-            ConfigError: no component has that name; the message lists the names that exist.
+            ConfigError: no component has that name; the message lists the existing names.
         """
         self._discover()
         if name not in self._entries:
@@ -70,7 +70,7 @@ class Registry(Generic[T]):
         return self._entries[name]
 
     def names(self) -> list[str]:
-        """All registered names, sorted."""
+        """List all registered names, sorted."""
         self._discover()
         return sorted(self._entries)
 

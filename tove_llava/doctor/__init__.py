@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what can run on it: the parts of ``tove-llava doctor``."""
+"""The checks of ``tove-llava doctor``: what this machine has, what is missing, and what can run on it."""
 
 from tove_llava.doctor.finding import Finding
 

@@ -6,14 +6,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found, and what to do about it.
+    """A fact about this machine, and a remedy where something is wrong.
 
     Attributes:
-        group: heading that it stands under.
-        name: what was looked at.
-        state: what was found.
+        group: its heading.
+        name: the thing that was checked.
         remedy: what to do; empty when all is well.
-        required: whether a remedy that is needed makes the command fail.
+        required: a remedy makes the command fail.
         details: figures for programs that read the report.
     """
 

@@ -1,4 +1,4 @@
-"""The machine: Python, devices, memory, disk, and programs that some parts need."""
+"""The machine: Python, devices, memory, disk, and programs that some features need."""
 
 import importlib.util
 import os
@@ -19,15 +19,15 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run can use.
+    """The resources that a run can use.
 
     Attributes:
-        devices: GPUs, or 0.
-        device_bytes: free memory of the GPU that has least, or 0.
+        devices: number of GPUs.
+        device_bytes: free memory of the GPU with the least, or 0.
         host_bytes: memory that processes may still take, within the container's limit.
         disk_bytes: free space in the working directory.
-        cores: that this process may run on.
-        tf32: whether the GPUs compute in TF32 and bfloat16 (compute capability 8.0).
+        cores: cores that this process may run on.
+        tf32: the GPUs compute in TF32 and bfloat16 (compute capability 8.0).
     """
 
     devices: int
@@ -39,7 +39,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Looks at the machine; needs torch."""
+    """Read the resources of this machine; needs torch."""
     import torch
 
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -54,15 +54,15 @@ def this_machine() -> Machine:
 
 
 def core_count() -> int:
-    """Cores that this process may run on."""
+    """Count the cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes that processes may still take: what the system has available, within the container's limit (cgroup).
+    """Return the bytes that processes may still take, within the container's limit (cgroup).
 
     Args:
-        root: where ``proc`` and ``sys`` are.
+        root: folder of ``proc`` and ``sys``.
     """
     lines = (root / "proc" / "meminfo").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
@@ -70,7 +70,7 @@ def available_memory(root: Path = Path("/")) -> int:
     group = root / "sys" / "fs" / "cgroup"
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        # Files that the group has read count as used, and give way when memory is wanted.
+        # Cached files count as used, and are dropped when memory is needed.
         cached = int(dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"])
     except (OSError, KeyError, ValueError):
         return available
@@ -78,7 +78,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
 
 def system() -> list[Finding]:
-    """Versions of this package and of Python, and the platform."""
+    """Report the versions of this package and of Python, and the platform."""
     remedy = "" if sys.version_info >= (3, 10) else "install Python 3.10 or newer"
     package = Path(__file__).resolve().parents[1]
     return [
@@ -89,7 +89,7 @@ def system() -> list[Finding]:
 
 
 def devices() -> list[Finding]:
-    """Processors, GPUs, free memory and free disk."""
+    """Report processors, GPUs, free memory and free disk."""
     if importlib.util.find_spec("torch") is None:
         return []
     import torch
@@ -116,7 +116,7 @@ def devices() -> list[Finding]:
 
 
 def programs() -> list[Finding]:
-    """Programs that are not Python's."""
+    """Report Java and Chromium."""
     return [_java(), _chromium()]
 
 

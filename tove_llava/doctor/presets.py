@@ -1,4 +1,4 @@
-"""Which presets can run here, in how much memory and disk, and why not."""
+"""Check which presets can run here, and the memory and disk that they need."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from tove_llava.core.text import GIB, markdown_table
 from tove_llava.data import get_template
 from tove_llava.doctor.finding import Finding
 from tove_llava.doctor.machine import Machine
-from tove_llava.doctor.sources import SourceState, preset_sources
+from tove_llava.doctor.preset_sources import SourceState, preset_sources
 from tove_llava.presets import Preset, load_preset
 from tove_llava.train.memory import (
     Memory,
@@ -21,18 +21,18 @@ from tove_llava.train.memory import (
 )
 from tove_llava.train.shapes import Shape, stage_shape
 
-SHORT = 128  # tokens of text beside a picture, in a short record
+SHORT = 128  # tokens of text next to an image, in a short record
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a stage of a preset, or answering, can run on a machine.
+    """The verdict on a stage of a preset, or on answering, for a machine.
 
     Attributes:
-        memory: what it needs, at the longest records that the stage allows unless ``advice`` says otherwise.
-        place: where it needs that.
-        reasons: why not; empty when it runs.
-        advice: under which condition or settings it runs, if any.
+        memory: its needs with the longest records of the stage, unless ``advice`` says otherwise.
+        place: where it needs them.
+        reasons: why it does not run; empty when it runs.
+        advice: the condition or settings under which it runs, if any.
     """
 
     memory: Memory
@@ -42,7 +42,7 @@ class Verdict:
 
 
 def preset_findings(names: Sequence[str], machine: Machine) -> list[Finding]:
-    """Sources and verdicts of presets (names or YAML files)."""
+    """Check the sources and stages of presets (names or YAML files)."""
     findings = []
     for name in names:
         group = f"preset {name}"
@@ -96,18 +96,13 @@ def _finding(group: str, name: str, verdict: Verdict) -> Finding:
 
 
 def judge(
-    preset: Preset,
-    stage_name: str,
-    shape: Shape,
-    machine: Machine,
-    missing: tuple[str, ...] = (),
-    download: int = 0,
+    preset: Preset, stage_name: str, shape: Shape, machine: Machine, missing: tuple[str, ...] = (), download: int = 0
 ) -> Verdict:
-    """Whether a training stage runs on a machine, started by its script.
+    """Judge whether a training stage runs on a machine when its script starts it.
 
     Args:
-        missing: sources that do not resolve, as reasons.
-        download: bytes that are to be fetched first.
+        missing: reasons from sources that do not resolve.
+        download: bytes that have to be fetched first.
     """
     devices = machine.devices or min(2, machine.cores)  # as scripts/lib.sh
     available = machine.device_bytes if machine.devices else machine.host_bytes // devices
@@ -116,7 +111,7 @@ def judge(
     memory = training_memory(preset, stage_name, shape, run)
     reasons, advice = list(missing), ""
     if preset.stage(stage_name).arguments.get("tf32") and not machine.tf32:
-        reasons.append("it is made for GPUs with TF32 and bfloat16" if machine.devices else "it is made for CUDA GPUs")
+        reasons.append("it needs GPUs with TF32 and bfloat16" if machine.devices else "it needs CUDA GPUs")
     elif memory.total > available:
         found = _fitting(preset, stage_name, shape, run, available)
         if found is None:
@@ -133,9 +128,9 @@ def judge(
 
 
 def _fitting(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> tuple[Run, str] | None:
-    """The mildest change with which a stage fits: smaller batches, then another ZeRO configuration.
+    """Find the smallest change with which a stage fits: smaller batches, then another ZeRO configuration.
 
-    None at all for captions, which are short, if these fit.
+    Captions are short, and need no change where short ones fit.
     """
     short = replace(run, length=shape.image_tokens + SHORT)
     captions = get_template(preset.stage(stage_name).template).single_turn
@@ -153,7 +148,7 @@ def _fitting(preset: Preset, stage_name: str, shape: Shape, run: Run, available:
 
 
 def judge_answering(preset: Preset, shape: Shape, machine: Machine, missing: tuple[str, ...] = ()) -> Verdict:
-    """Whether evaluation and chat run on a machine."""
+    """Judge whether evaluation and chat run on a machine."""
     memory = answering_memory(preset, shape)
     available = machine.device_bytes if machine.devices else machine.host_bytes
     reasons = list(missing)
@@ -162,11 +157,8 @@ def judge_answering(preset: Preset, shape: Shape, machine: Machine, missing: tup
     return Verdict(memory, "on the GPU" if machine.devices else "of memory", tuple(reasons))
 
 
-# -- the table of docs/reference/memory.md -----------------------------------------------------------------------------
-
-
 def memory_table(names: Sequence[str]) -> str:
-    """Write the table of docs/memory.md: what each stage of the presets needs, on one device and on eight."""
+    """Write the table of docs/reference/memory.md: the needs of each stage of the presets on one and eight devices."""
     header = (
         "preset, stage|trained|records x positions|weights|encoders|1 device|8 devices|short records|host, 8 devices"
     )

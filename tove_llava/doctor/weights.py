@@ -8,22 +8,17 @@ from tove_llava.doctor.finding import Finding
 
 
 def bundled_weights(root: Path | None = None) -> list[Finding]:
-    """Whether the weights that ship inside the package are whole.
+    """Check that the weights inside the package are whole.
 
-    Every safetensors file's header is read and compared with the file's size, so a truncated file or a pointer left by
-    a version control system's large-file extension is found.
+    The header of every safetensors file must agree with the file's size: a truncated file, or a pointer of Git LFS,
+    does not.
     """
     root = BundledSource.root if root is None else root
-    parts = (
-        sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("_"))
-        if root.is_dir()
-        else []
-    )
-    if not parts:
-        return [
-            Finding("bundled weights", "all", f"none in {root}", "git checkout -- tove_llava/bundled", required=True)
-        ]
+    parts = sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("_"))
     findings = []
+    if not parts:
+        remedy = "git checkout -- tove_llava/bundled"
+        findings.append(Finding("bundled weights", "all", f"none in {root}", remedy, required=True))
     for part in parts:
         files = sorted(part.rglob("*.safetensors"))
         faults = [f"{file.name}: {fault}" for file in files if (fault := _damage(file))]
@@ -37,7 +32,7 @@ def bundled_weights(root: Path | None = None) -> list[Finding]:
 
 
 def _damage(file: Path) -> str:
-    """What is wrong with a safetensors file, or an empty string."""
+    """Describe the fault of a safetensors file; empty where it is whole."""
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")

@@ -121,10 +121,10 @@ def routing(talk: Talk, rest: str) -> str:
     if found is None:
         raise ToveError("nothing is routed: no expert is attached, or the model has no gate")
     from tove_llava.analysis.plots import plot_routing_argmax
-    from tove_llava.analysis.routing import seen_picture
+    from tove_llava.analysis.routing_maps import seen_image
 
     answerer = talk.engine.answerer
-    picture = seen_picture(answerer.pixels(seen[-1], upright=True), answerer.tower.config)
+    picture = seen_image(answerer.pixels(seen[-1], upright=True), answerer.tower.config)
     plot_routing_argmax(picture, found.argmax.numpy(), found.chosen, file)
     return "\n".join([*(f"{name} {mean:.3f}" for name, mean in found.means.items()), f"written: {file}"])
 

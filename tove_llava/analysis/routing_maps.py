@@ -1,4 +1,4 @@
-"""The routing of one image made visible: which expert each vision token listens to.
+"""Routing maps of an image: which expert each vision token listens to.
 
 ``g * g = N`` vision tokens, ``S`` gate columns: the experts, and a null slot (called "none") where there is one.
 """
@@ -19,16 +19,16 @@ from tove_llava.inference.routing import RoutingMap, routing_map
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 
-def seen_picture(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
-    """The picture as the model sees it, cropped or padded: ``[3,S,S]`` CLIP-normalised -> RGB of S x S pixels."""
+def seen_image(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
+    """Turn ``[3,S,S]`` CLIP-normalised pixels into the RGB image that the model sees, cropped or padded."""
     mean = torch.tensor(config.image_mean).view(3, 1, 1)
     std = torch.tensor(config.image_std).view(3, 1, 1)
     values = (pixels.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(values.permute(1, 2, 0).numpy())
 
 
-def save_routing(found: RoutingMap, picture: Image.Image, folder: str | Path, name: str) -> list[Path]:
-    """Writes ``NAME_argmax.png``, ``NAME_weight_COLUMN.png`` for each column in use, and ``NAME.npz``.
+def save_routing(found: RoutingMap, image: Image.Image, folder: str | Path, name: str) -> list[Path]:
+    """Write ``NAME_argmax.png``, ``NAME_weight_COLUMN.png`` for each column in use, and ``NAME.npz``.
 
     The archive holds ``routing`` (float32 ``[g,g,S]``) and ``names`` (S strings).
 
@@ -40,11 +40,11 @@ def save_routing(found: RoutingMap, picture: Image.Image, folder: str | Path, na
     folder = Path(folder)
     weights = found.weights.numpy()
     files = [folder / f"{name}_argmax.png"]
-    plot_routing_argmax(picture, found.argmax.numpy(), found.chosen, files[0])
+    plot_routing_argmax(image, found.argmax.numpy(), found.chosen, files[0])
     for column, title in enumerate(found.names):
         if weights[..., column].any():  # a detached expert has no map
             files.append(folder / f"{name}_weight_{title}.png")
-            plot_routing_weight(picture, weights[..., column], title, float(weights.max()), files[-1])
+            plot_routing_weight(image, weights[..., column], title, float(weights.max()), files[-1])
     files.append(folder / f"{name}.npz")
     np.savez(files[-1], routing=weights, names=np.array(found.names))
     return files
@@ -53,36 +53,37 @@ def save_routing(found: RoutingMap, picture: Image.Image, folder: str | Path, na
 def show_routing(
     answerer: Any, images: Sequence[str | Path], folder: str | Path
 ) -> list[tuple[Path, RoutingMap, list[Path]]]:
-    """Draws the routing of picture files; returns for each (picture, its routing, files written).
+    """Draw the routing of image files; return for each the file, its routing, and the files written.
 
-    Pictures are turned upright as their EXIF orientation says, as in a chat. Files are called after the picture; where
-    two have the same name, after its place in ``images`` too.
+    Images are turned upright by their EXIF orientation, as in a chat. Files have the image's name; where two images
+    have one name, the number in ``images`` is added.
 
     Args:
         answerer: a loaded :class:`~tove_llava.inference.generation.Answerer`.
 
     Raises:
-        ConfigError: the model has no gate, or all its experts are detached. DataError: a picture cannot be read.
+        ConfigError: the model has no gate, or all its experts are detached. DataError: an image cannot be read.
     """
     tower = answerer.tower
     if not isinstance(tower, ToveVisionModel) or not tower.active_experts:
-        raise ConfigError("this model has no experts to route to: its vision tower is CLIP alone")
-    pixels = [answerer.pixels(image, upright=True) for image in images]  # a picture that cannot be read shows first
+        raise ConfigError("this model has no experts to route to: its vision tower is plain CLIP")
+    pixels = [answerer.pixels(image, upright=True) for image in images]  # reads every image before the first is drawn
     stems = [Path(image).stem for image in images]
     shown = []
-    for place, (image, values) in enumerate(zip(images, pixels, strict=True), start=1):
+    for number, (image, values) in enumerate(zip(images, pixels, strict=True), start=1):
         found = routing_map(tower, values)
         if found is None:
             raise ConfigError(f"fusion {tower.config.fusion!r} has no gate, so there is no routing to show")
-        name = stems[place - 1] if stems.count(stems[place - 1]) == 1 else f"{stems[place - 1]}_{place}"
-        files = save_routing(found, seen_picture(values, tower.config), folder, name)
+        name = stems[number - 1]
+        name = name if stems.count(name) == 1 else f"{name}_{number}"
+        files = save_routing(found, seen_image(values, tower.config), folder, name)
         shown.append((Path(image), found, files))
     return shown
 
 
 def routing_table(shown: Sequence[tuple[Path, RoutingMap, list[Path]]]) -> str:
-    """Mean gate weight by column, and in brackets the percentage of tokens for which it is the largest."""
-    lines = [["picture", *shown[0][1].names]]
+    """Format the mean gate weights and, in brackets, the percentage of tokens that chose each column."""
+    lines = [["image", *shown[0][1].names]]
     for image, found, _ in shown:
         cells = [f"{found.means[name]:.3f} ({100 * found.chosen[name]:.0f}%)" for name in found.names]
         lines.append([image.name, *cells])

@@ -1,0 +1,85 @@
+"""Flags that several verbs share, and what is read from them."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from tove_llava.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tove_llava.analysis.samples import Samples
+    from tove_llava.inference.generation import Answerer
+
+
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Add --model; a verb that does not require it takes the newest model in outputs/."""
+    default = "" if required else " (default: the newest in outputs/)"
+    parser.add_argument("--model", required=required, metavar="DIR", help=f"folder that training wrote{default}")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+
+
+def add_host(parser: argparse.ArgumentParser) -> None:
+    """Add --host."""
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1: this machine)")
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of :func:`loading_options`."""
+    add_device(parser)
+    parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: by the device)")
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument(
+        "--load-4bit", action="store_true", help="language model in 4 bits (NF4, or as it was trained); less memory"
+    )
+    bits.add_argument("--load-8bit", action="store_true", help="language model in 8 bits")
+    parser.add_argument(
+        "--tower-execution",
+        default="eager",
+        metavar="NAME",
+        help="how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well (default: eager)",
+    )
+
+
+def loading_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of ``Answerer.load`` and ``Engine.load``."""
+    from tove_llava.presets import QuantizationPreset
+
+    quantization = QuantizationPreset(bits=4 if args.load_4bit else 8) if args.load_4bit or args.load_8bit else None
+    keys = ("device", "dtype", "tower_execution")
+    return {"quantization": quantization, **{key: getattr(args, key) for key in keys}}
+
+
+def add_calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the flags of :func:`calibration_samples`."""
+    parser.add_argument(
+        "--data",
+        required=required,
+        metavar="FILE",
+        help="calibration records: LLaVA's JSON or JSONL, or questions as tove-llava scenes writes them",
+    )
+    parser.add_argument("--image-folder", metavar="DIR", help="where image names start (default: images/ next to FILE)")
+    parser.add_argument("--limit", type=int, metavar="N", help="use N records, spread evenly over the file")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="records at a time (default: 16)")
+
+
+def calibration_samples(args: argparse.Namespace, answerer: "Answerer") -> "Samples":
+    """Read the calibration records."""
+    from tove_llava.analysis.samples import load_samples
+
+    return load_samples(args.data, args.image_folder, answerer, args.model, args.limit)
+
+
+def check_least(args: argparse.Namespace, *flags: str, least: int = 1) -> None:
+    """Raise ConfigError for a flag whose number is too small."""
+    for flag in flags:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and value < least:
+            raise ConfigError(f"{flag} must be at least {least}, not {value}")
+
+
+def split_names(text: str) -> list[str]:
+    """Split names that commas separate."""
+    return [name.strip() for name in text.split(",") if name.strip()]
