@@ -263,7 +263,7 @@ def test_commands(tmp_path, capsys):
     for flags, message in [
         (["--max-latency-ms", 1e-6, "--contributions", measured, "--out", tmp_path / "x"], "plain CLIP still"),
         (["--keep", 4, "--contributions", measured, "--out", tmp_path / "x"], "this model has 3 experts"),
-        (["--keep", -1, "--contributions", measured, "--out", tmp_path / "x"], "--keep must be 0 or more"),
+        (["--keep", -1, "--contributions", measured, "--out", tmp_path / "x"], "--keep must be at least 0"),
         (["--keep", 1, "--out", tmp_path / "x"], "give --data"),
         (["--curve", "--out", tmp_path / "x"], "--curve needs --data"),
         (["--experts", ",", "--out", tmp_path / "x"], "--experts names no expert"),

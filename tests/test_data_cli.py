@@ -113,7 +113,7 @@ def test_without_decoding_a_damaged_picture_passes(folder: Path) -> None:
     [
         (["--image-folder", "/nowhere"], "no image folder /nowhere"),
         (["--template", "v7"], "unknown conversation template 'v7'"),
-        (["--workers", "0"], "workers must be positive"),
+        (["--workers", "0"], "--workers must be at least 1"),
         (["--data-path", "/nowhere.json"], "no file /nowhere.json"),
         (["--tokenizer", "/nowhere"], "no tokenizer folder /nowhere"),
     ],

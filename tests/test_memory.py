@@ -187,7 +187,7 @@ def test_answering_needs_weights_and_a_cache():
     ],
 )
 def test_the_estimate_is_what_a_step_needs_or_a_little_more(stage, checkpointing):
-    from common import peak_memory
+    from measuring import peak_memory
     from step_parts import TrainingStep, make_batch
 
     preset = load_preset("tiny", [f"stages.{stage}.checkpointing={checkpointing}"])

@@ -66,7 +66,7 @@ def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, pac
 
 def work_and_memory(model, batch, kind, budget=None):
     """FLOPs of a backward pass, and bytes at its peak; from one more run, what stays when everything is done."""
-    from common import peak_memory
+    from measuring import peak_memory
 
     set_checkpointing(model, kind, budget_gib=budget)
     loss = model(**batch).loss

@@ -2,36 +2,15 @@
 
 import numpy as np
 
-#: RGB by gate column; an eleventh column has the first colour
-COLUMN_COLOURS: tuple[tuple[int, int, int], ...] = (
-    (59, 130, 246),
-    (245, 158, 11),
-    (16, 185, 129),
-    (236, 72, 153),
-    (139, 92, 246),
-    (6, 182, 212),
-    (132, 204, 22),
-    (239, 68, 68),
-    (168, 128, 90),
-    (148, 163, 184),
-)
 
-# Viridis, sampled at ten places.
-_HEAT = np.array(
-    [
-        (68, 1, 84),
-        (72, 40, 120),
-        (62, 73, 137),
-        (49, 104, 142),
-        (38, 130, 142),
-        (31, 158, 137),
-        (53, 183, 121),
-        (110, 206, 88),
-        (181, 222, 43),
-        (253, 231, 37),
-    ],
-    dtype=np.float64,
-)
+def _rgb(text: str) -> list[tuple[int, int, int]]:
+    return [tuple(bytes.fromhex(colour)) for colour in text.split()]  # type: ignore[misc]
+
+
+#: RGB by gate column; an eleventh column has the first colour
+COLUMN_COLOURS = _rgb("3b82f6 f59e0b 10b981 ec4899 8b5cf6 06b6d4 84cc16 ef4444 a8805a 94a3b8")
+# Viridis at ten points.
+_HEAT = np.array(_rgb("440154 482878 3e4989 31688e 26828e 1f9e89 35b779 6ece58 b5de2b fde725"), dtype=np.float64)
 
 
 def column_colour(index: int) -> tuple[int, int, int]:

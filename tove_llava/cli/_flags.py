@@ -52,6 +52,16 @@ def loading_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"quantization": quantization, **{key: getattr(args, key) for key in keys}}
 
 
+def load_answerer(args: argparse.Namespace) -> "Answerer":
+    """Load the model of --model, quietly."""
+    from tove_llava.core.logs import quiet_transformers
+    from tove_llava.inference.generation import Answerer
+    from tove_llava.serve.models import find_model
+
+    quiet_transformers()
+    return Answerer.load(find_model(args.model), **loading_options(args))
+
+
 def add_calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """Add the flags of :func:`calibration_samples`."""
     parser.add_argument(

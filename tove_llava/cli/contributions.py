@@ -12,7 +12,7 @@ from tove_llava.cli._flags import (
     add_model,
     calibration_samples,
     check_least,
-    loading_options,
+    load_answerer,
 )
 
 HELP = "measure how much each expert contributes, overall and by question type"
@@ -32,14 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.contributions import measure_contributions, save_contributions
     from tove_llava.analysis.measure import tower_with_experts
     from tove_llava.analysis.plots import figure
-    from tove_llava.core.logs import quiet_transformers
-    from tove_llava.inference.generation import Answerer
-    from tove_llava.serve.models import find_model
 
     check_least(args, "--batch-size", "--limit")
-    quiet_transformers()
     figure(1, 1)  # fails now, not at the end, where matplotlib is missing
-    answerer = Answerer.load(find_model(args.model), **loading_options(args))
+    answerer = load_answerer(args)
     tower_with_experts(answerer)
     samples = calibration_samples(args, answerer)
     found = measure_contributions(answerer, samples, args.batch_size)

@@ -15,7 +15,7 @@ from tove_llava.cli._flags import (
     add_model,
     calibration_samples,
     check_least,
-    loading_options,
+    load_answerer,
     split_names,
 )
 from tove_llava.core.errors import ConfigError
@@ -130,9 +130,8 @@ def _ranked(args: argparse.Namespace) -> Any:
     )
     from tove_llava.analysis.measure import tower_with_experts
     from tove_llava.eval.provenance import model_fingerprint
-    from tove_llava.inference.generation import Answerer
 
-    answerer = Answerer.load(args.model, **loading_options(args))
+    answerer = load_answerer(args)
     attached = tower_with_experts(answerer).config.attached_experts
     samples: Any = None if args.data is None else calibration_samples(args, answerer)
     if args.contributions is not None:

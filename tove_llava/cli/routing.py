@@ -6,7 +6,7 @@ the model sees it (cropped or padded), and the weights as .npz (routing [g, g, c
 
 import argparse
 
-from tove_llava.cli._flags import add_loading, add_model, loading_options
+from tove_llava.cli._flags import add_loading, add_model, load_answerer
 
 HELP = "draw which expert each part of an image listens to"
 
@@ -23,12 +23,8 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from tove_llava.analysis.routing_maps import routing_table, show_routing
-    from tove_llava.core.logs import quiet_transformers
-    from tove_llava.inference.generation import Answerer
-    from tove_llava.serve.models import find_model
 
-    quiet_transformers()
-    answerer = Answerer.load(find_model(args.model), **loading_options(args))
+    answerer = load_answerer(args)
     shown = show_routing(answerer, args.image, args.out)
     if args.json:
         rows = [
