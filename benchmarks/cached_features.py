@@ -1,4 +1,4 @@
-"""What features computed once save: training with and without `tove-llava features`, and what the cache costs.
+"""Measure what features computed once save in training, and what the cache costs.
 
 Both stages of a recipe run through the training command on generated scenes, in turn with and without the cache; the
 records per second are those that the trainer logs, without its first log. Making the cache is timed for few and for
@@ -21,16 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    Bench,
-    argument_parser,
-    circumstances,
-    run_command,
-    spread,
-    target,
-    vision_sources,
-    write_results,
-)
+from common import Bench, argument_parser, circumstances, run_command, target, write_results
+from measuring import spread
+from models import vision_sources
 
 from tove_llava.cli import main as tove_llava
 from tove_llava.core.errors import ConfigError
@@ -41,7 +34,7 @@ from tove_llava.train.feature_stores import STORES, Shards, write_shard
 
 STAGES = {"pretrain": "captions", "finetune_lora": "instruct"}  # and their records
 FEW = 8  # pictures
-ROWS, ROWS_FROM = 32, 64  # of the cache, that ways of storing are tried on, and among so many
+ROWS, ROWS_FROM = 32, 64  # rows of the cache to try ways of storing on, and the rows they are drawn from
 Codec = Callable[[bytes], bytes]
 CODECS: dict[str, tuple[Codec, Codec]] = {
     "zlib 1": (lambda data: zlib.compress(data, 1), zlib.decompress),
@@ -59,7 +52,7 @@ class Study:
         write_scenes(Request(counts={"train": bench.args.scenes}, seed=bench.args.seed), self.scenes)
 
     def make_cache(self, name: str, count: int) -> float:
-        """Seconds of the command for so many pictures."""
+        """Time the command for ``count`` images."""
         records = json.loads(self._records("captions").read_text())[:count]
         data = self.folder / f"{name}.json"
         data.write_text(json.dumps(records))
@@ -168,7 +161,7 @@ def cache_cost(few: Sequence[float], many: Sequence[float], pictures: int) -> di
 
 
 def consequences(rates: dict[str, dict[str, float]], cost: dict[str, float], runs: int, scenes: int) -> dict[str, Any]:
-    """What follows from records per second and the cost of the cache; computed, not measured.
+    """Compute the gain from records per second and the cost of the cache.
 
     Args:
         rates: by stage, with ``plain`` and ``cached``.
@@ -242,7 +235,7 @@ def benchmark(bench: Bench) -> None:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     cache, computed = record["cache"], record["computed"]
     study = computed["study"]
     rows = []

@@ -1,4 +1,4 @@
-"""How fast records become batches: the training data set against the steps of LLaVA's own, record by record.
+"""Compare the training data set with LLaVA's own: how fast records become batches.
 
 All read the same JPEG files and the same records (LLaVA-1.5's mix, see llava_mix.py, or your own with --records and
 --image-folder), with the same tokenizer and settings (template v1, pictures padded to 336). One thread each.
@@ -18,7 +18,6 @@ All read the same JPEG files and the same records (LLaVA-1.5's mix, see llava_mi
 import copy
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Bench, argument_parser, circumstances, measure, ratio, run_command, target, write_results
+from common import Bench, argument_parser, circumstances, run_command, target, write_results
+from llava_child import LlavaChild
 from llava_mix import describe, write_mix
+from measuring import measure, ratio
 from PIL import Image
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase
 
@@ -88,38 +89,11 @@ class Original:
     """LLaVA's own data set in a process of its own environment; calling it passes over all records."""
 
     def __init__(self, given: dict[str, Any]) -> None:
-        python = os.environ.get("LLAVA_PYTHON", sys.executable)
-        command = [python, str(Path(__file__).parent / "original_data.py")]
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        self.processor_seconds = 0.0
-        self.versions = self._ask(json.dumps(given))
+        self.child = LlavaChild("original_data.py", "LLaVA's data set", given, OMP_NUM_THREADS="1")
+        self.versions, self.processor_seconds = self.child.made, 0.0
 
     def __call__(self) -> None:
-        self.processor_seconds = float(self._ask("once more"))
-
-    def _ask(self, line: str) -> str:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its end is told below
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise ConfigError(
-                f"LLaVA's data set ended with exit code {self.process.wait()}; what it said stands above. LLAVA_PYTHON "
-                "has to be the interpreter of an environment that its train.py can be imported in"
-            )
-        return answer.strip()
-
-    def close(self) -> None:
-        self.process.communicate()  # its standard input ends, and so does it
+        self.processor_seconds = float(self.child.ask("once more"))
 
 
 def benchmark(bench: Bench) -> None:
@@ -162,7 +136,7 @@ def benchmark(bench: Bench) -> None:
             contenders, repeats=args.repeats, warmup=args.warmup, device=torch.device("cpu"), clocks=clocks
         )
         if source is not None:
-            its_own.close()
+            its_own.child.close()
     record = bench.record(
         "data_path", "no", records=count, batch=args.batch, original=which, tokenizer=Path(args.tokenizer).name,
         mix=describe() if args.records is None else Path(args.records).name,

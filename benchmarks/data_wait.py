@@ -1,4 +1,4 @@
-"""Which share of a training run waits for its data.
+"""Measure the share of a training run that waits for its data.
 
 The trainer itself, one process without DeepSpeed, on generated scenes, with the preset's own batch and data workers
 (or --workers). Training logs the share of the time in which it waits for a batch (``data_wait``); here it is the mean
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common import Bench, argument_parser, circumstances, run_command, spread, target, write_results
+from common import Bench, argument_parser, circumstances, run_command, target, trainer_flags, write_results
+from measuring import spread
 
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
@@ -25,23 +26,19 @@ from tove_llava.train.run import main as train
 
 TARGET = 0.02
 EVERY = 5  # steps between two logs
-FIRST = "pretrain"  # what other stages start from
+FIRST = "pretrain"  # the stage that others start from
 
 
 def waits(bench: Bench, stage: str, scenes: Path, output: Path) -> dict[str, float]:
     """Share of the time that waits, and samples per second, of one run."""
     args, batch, workers = bench.args, _setting(bench, stage, "batch"), _setting(bench, stage, "workers")
-    records = "train_captions.json" if bench.preset.stage(stage).train == "alignment" else "train_instruct.json"
-    overrides = [word for setting in args.set for word in ("--set", setting)]
     start = [] if stage == FIRST else ["--pretrained", str(output.parent / FIRST)]
     processor = ["--use_cpu", "True"] if bench.device.type == "cpu" else []
-    flags = [
-        "--preset", args.preset, "--stage", stage, "--deepspeed", "none", *overrides, *start, *processor,
-        "--data_path", str(scenes / records), "--image_folder", str(scenes / "images"), "--output_dir", str(output),
-        "--max_steps", str(args.warmup + args.steps), "--logging_steps", str(EVERY), "--save_strategy", "no",
-        "--per_device_train_batch_size", str(batch), "--dataloader_num_workers", str(workers),
-        "--report_to", "none", "--disable_tqdm", "True", "--seed", str(args.seed),
-    ]  # fmt: skip
+    flags = trainer_flags(
+        bench, stage, scenes, output, "--deepspeed", "none", *start, *processor,
+        "--max_steps", args.warmup + args.steps, "--logging_steps", EVERY, "--save_strategy", "no",
+        "--per_device_train_batch_size", batch, "--dataloader_num_workers", workers,
+    )  # fmt: skip
     if code := train(flags):
         raise ConfigError(f"stage {stage} ended with {code}; its message is above")
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -50,7 +47,7 @@ def waits(bench: Bench, stage: str, scenes: Path, output: Path) -> dict[str, flo
 
 
 def _setting(bench: Bench, stage: str, name: str) -> int:
-    """Of the command line, else of the preset."""
+    """Return a setting of the command line, else of the preset."""
     key = {"batch": "per_device_train_batch_size", "workers": "dataloader_num_workers"}[name]
     given = getattr(bench.args, name)
     return int(bench.preset.stage(stage).arguments.get(key, 0) if given is None else given)
@@ -90,7 +87,7 @@ def benchmark(bench: Bench) -> None:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     rows = []
     for stage, row in record["stages"].items():
         wait, rate = row["data_wait"], row["samples_per_second"]

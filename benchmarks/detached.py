@@ -1,11 +1,11 @@
-"""Whether detaching saves what the experts cost: the fall of the tower's time, against the experts' own share of it.
+"""Compare the time that detaching experts saves with the experts' own share of it.
 
-Experts are taken out one by one, in the preset's order, down to CLIP alone. Timed in turn within one run:
+Experts are taken out one by one, in the preset's order, down to plain CLIP. Timed in turn within one run:
 
 - the whole tower, and the tower with these experts masked (``detach_experts``);
 - the tower of the smaller checkpoint that ``tove-llava detach`` writes: the configuration and the cut tensors that it
   has, over the same encoders. Its tokens are the masked tower's, which is checked;
-- each expert alone, and the fusion with those experts that are left.
+- each expert by itself, and the fusion with those experts that are left.
 
 An expert's own time is that of its encoder, and what the fusion takes less without it.
 
@@ -18,19 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from common import (
-    Bench,
-    Samples,
-    argument_parser,
-    build_tower,
-    circumstances,
-    measure,
-    milliseconds,
-    run_command,
-    target,
-    vision_sources,
-    write_results,
-)
+from common import Bench, argument_parser, circumstances, milliseconds, run_command, target, write_results
+from measuring import Samples, measure
+from models import build_tower, vision_sources
 from tower import to_unit_range
 
 from tove_llava.analysis.detach import cut_state, reduced_config
@@ -114,7 +104,7 @@ CLOCKS = {"wall": "median", "cpu": "cpu_median"}
 
 
 def step(medians: Mapping[str, Mapping[str, float]], gone: Sequence[str]) -> dict[str, Any]:
-    """What taking these experts out saves, against what they cost.
+    """Compare the time that removing these experts saves with their cost.
 
     Args:
         medians: seconds by clock (``wall``, ``cpu``) and contender.
@@ -142,7 +132,7 @@ def furthest(steps: Sequence[Mapping[str, Any]], kind: str, clock: str = "wall")
 
 
 def render(record: dict[str, Any], samples: Mapping[str, Samples]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     batch = record["settings"]["batch"]
     rows = [["none", *[milliseconds(samples["whole"].wall, batch)] * 2, "", "", "", "", ""]]
     for count, entry in enumerate(record["steps"], 1):

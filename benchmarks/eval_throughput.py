@@ -1,4 +1,4 @@
-"""How fast the evaluation is: questions/s of our runner against the same model asked one question at a time.
+"""Compare our evaluation's questions/s with the same model asked one question at a time.
 
 Contenders, in turn within one run, on the same picture files and prompts:
 
@@ -26,22 +26,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
-    MB,
-    Bench,
-    argument_parser,
-    build_llava,
-    circumstances,
-    is_local,
-    lost_table,
-    measure,
-    peak_memory,
-    ratio,
-    run_command,
-    target,
-    vision_sources,
-    write_results,
-)
+from common import Bench, argument_parser, circumstances, lost_table, run_command, target, write_results
+from measuring import MB, measure, peak_memory, ratio
+from models import build_llava, is_local, vision_sources
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -80,7 +67,7 @@ class Synthetic(Benchmark):
         return None
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        raise NotImplementedError("only the speed is of interest")
+        raise NotImplementedError("only the speed matters")
 
 
 def write_data(root: Path, count: int, each: int, size: tuple[int, int], seed: int) -> list[Question]:
@@ -101,7 +88,7 @@ def write_data(root: Path, count: int, each: int, size: tuple[int, int], seed: i
 
 
 class _Inputs(Dataset):
-    """What LLaVA's loader prepares in its workers: prompt ids and pixels of one question."""
+    """Prompt ids and pixels of each question, which LLaVA's loader prepares in its workers."""
 
     def __init__(self, answerer: Answerer, questions: Sequence[Question]) -> None:
         self.prompts = [prompt_ids(answerer, question) for question in questions]
@@ -207,7 +194,7 @@ def benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def _save(bench: Bench, record: dict[str, Any]) -> None:
-    """What there is so far, on disk. The target is for the slowest case, and so needs them all."""
+    """Write the results so far. The target is for the slowest case, so it needs them all."""
     lost, name = record["not_measured"], "evaluation: questions/s over one question at a time"
     values = [entry["ratios"]["runner_over_single"]["value"] for entry in record["cases"]]
     slowest = min(values) if values and not lost else None
@@ -263,7 +250,7 @@ def _agreement(texts: Sequence[str], others: Sequence[str]) -> float:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     settings = record["settings"]
     parts = ["# The evaluation's speed", circumstances(record), *lost_table(record)]
     for entry in record["cases"]:

@@ -1,4 +1,4 @@
-"""How long the records of LLaVA-1.5's mix (llava_mix.py) are: a table, drawn once, so that no tokenizer is needed.
+"""A table of the lengths of LLaVA-1.5's mix (llava_mix.py), drawn once, so that no tokenizer is needed.
 
 ``mix_lengths.json`` has one record for each thousand of the mix, by its part: words, tokens of text and supervised
 ones, under the template v1. The tokenizer was LLaMA's, which is Vicuna's. Written by
@@ -30,7 +30,7 @@ WHOLE = 10**6  # longer than any record
 
 @dataclass(frozen=True)
 class Length:
-    """Of one record, in full. Tokens do not count the picture's."""
+    """The full length of a record; tokens do not count the image's."""
 
     words: int
     tokens: int
@@ -39,7 +39,7 @@ class Length:
 
     @property
     def modality(self) -> int:
-        """What LLaVA's sampler groups by."""
+        """The length that LLaVA's sampler groups by."""
         return self.words if self.picture else -self.words
 
     def example(self, vocabulary: int, pixels: torch.Tensor, text: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How the training step scales from one rank to two, each pinned to a core of its own.
+"""Measure how the training step scales from one rank to two, each pinned to its own core.
 
 The real trainer under the real deepspeed launcher on the CPU, with generated scenes and the stage's own batch on each
 rank (weak scaling). Contenders, in turn within one run, while the others sleep:
@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Bench, argument_parser, circumstances, run_command, spread, write_results
+from common import Bench, argument_parser, circumstances, run_command, target, trainer_flags, write_results
+from measuring import spread
 from scaling_worker import write_json
 
 from tove_llava.core.errors import ConfigError, ToveError
@@ -143,32 +144,6 @@ def parse_runs(bench: Bench) -> list[tuple[str, str]]:
     return runs
 
 
-def spelled_out(bench: Bench, stage: str) -> list[str]:
-    """The trainer's flags for the benchmark's preset and a stage of it, on the CPU, without logs to keep."""
-    overrides = [word for setting in bench.args.set for word in ("--set", setting)]
-    return [
-        "--preset", bench.args.preset, "--stage", stage, *overrides, "--report_to", "none", "--disable_tqdm", "True",
-        "--seed", str(bench.args.seed),
-    ]  # fmt: skip
-
-
-def records_of(bench: Bench, stage: str, scenes: Path) -> Path:
-    """Captions for a stage that aligns, else questions."""
-    aligns = bench.preset.stage(stage).train == "alignment"
-    return scenes / ("train_captions.json" if aligns else "train_instruct.json")
-
-
-def trainer_flags(bench: Bench, stage: str, deepspeed: str, scenes: Path, output: Path) -> list[str]:
-    """Of a run that goes on until it is told to end."""
-    batch = [] if bench.args.batch is None else ["--per_device_train_batch_size", str(bench.args.batch)]
-    return [
-        *spelled_out(bench, stage), "--deepspeed", deepspeed, *batch, "--max_steps", "1000000",
-        "--data_path", str(records_of(bench, stage, scenes)), "--image_folder", str(scenes / "images"),
-        "--lr_scheduler_type", "constant", "--learning_rate", "1e-6", "--save_strategy", "no",
-        "--output_dir", str(output),
-    ]  # fmt: skip
-
-
 class Race:
     """The turns of one run."""
 
@@ -270,12 +245,7 @@ def benchmark(bench: Bench) -> None:
             batch = args.batch or bench.preset.stage(stage).arguments.get("per_device_train_batch_size", 8)
             record["runs"][f"{stage} {deepspeed}"] = race(bench, f"{stage}-{deepspeed}", groups, batch)
     record["targets"] = [
-        {
-            "name": f"2 ranks over 1, {name}",
-            "value": row["ratios"]["two_over_one"]["value"],
-            "target": TARGET,
-            "at_least": True,
-        }
+        target(f"2 ranks over 1, {name}", row["ratios"]["two_over_one"]["value"], TARGET)
         for name, row in record["runs"].items()
     ]
     write_results(args.output, record, render(record))
@@ -290,20 +260,20 @@ def started(
     make_scenes(scenes, bench.args.scenes, bench.args.seed)
     shares = {"first": cores[:1], "second": cores[1:], "both": cores}
     groups = {name: Group(name, share, root / name) for name, share in shares.items()}
+    batch = [] if bench.args.batch is None else ["--per_device_train_batch_size", bench.args.batch]
     running: list[Group] = []
     try:
         for name, group in groups.items():
-            group.start(
-                [
-                    {
-                        "name": f"{stage}-{deepspeed}",
-                        "arguments": trainer_flags(
-                            bench, stage, deepspeed, scenes, root / f"{name}-{stage}-{deepspeed}"
-                        ),
-                    }
-                    for stage, deepspeed in runs
-                ]
-            )
+            plan = []
+            for stage, deepspeed in runs:
+                run = f"{stage}-{deepspeed}"
+                flags = trainer_flags(
+                    bench, stage, scenes, root / f"{name}-{run}", "--deepspeed", deepspeed, *batch,
+                    "--max_steps", 1_000_000, "--lr_scheduler_type", "constant", "--learning_rate", "1e-6",
+                    "--save_strategy", "no",
+                )  # fmt: skip
+                plan.append({"name": run, "arguments": flags})
+            group.start(plan)
             running.append(group)
         yield groups
         for group in running:
@@ -324,7 +294,7 @@ def make_scenes(folder: Path, count: int, seed: int) -> None:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     rates, ratios = [], []
     for run, row in record["runs"].items():
         rates.append([run, str(row["batch_per_rank"])])

@@ -66,7 +66,7 @@ class Records:
 
 
 def records(preset: Preset, stage: str) -> Records:
-    """What the recipe trains on, with its published global batches."""
+    """Describe the recipe's records, with its published global batches."""
     if preset.stage(stage).train == "alignment":
         return Records(256, CAPTION, CAPTION - 1, longest=LONGEST_CAPTION)
     total = sum(part.thousands for part in MIX)
@@ -82,7 +82,7 @@ def records(preset: Preset, stage: str) -> Records:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs in nodes of :data:`NODE`, joined by so many 400 Gb/s adapters a node."""
+    """GPUs in nodes of :data:`NODE`, joined by ``adapters`` 400 Gb/s adapters a node."""
 
     devices: int
     adapters: int = NODE
@@ -94,7 +94,7 @@ class Cluster:
         return ACHIEVED * min(NVLINK, between)
 
     def collective(self, size: float, messages: int = 1) -> float:
-        """Seconds of an all-gather or a reduce-scatter of ``size`` bytes in so many messages, by rings."""
+        """Seconds of an all-gather or a reduce-scatter of ``size`` bytes, by rings."""
         others = self.devices - 1
         return size * others / self.devices / self.speed + messages * others * HOP
 
@@ -163,7 +163,7 @@ class Step:
 
 
 def communication(level: str, shape: Shape, cluster: Cluster, micro_steps: int) -> Communication:
-    """What ZeRO sends in a step, in 16 bits. Frozen encoders are on every device whole.
+    """Time what ZeRO sends in a step, in 16 bits. Every device holds the frozen encoders.
 
     ZeRO-2: gradients of what trains at each micro-step, and its new weights once. ZeRO-3: all weights of language
     model, projector and fusion at each micro-step, forward and backward, and gradients of what trains.
@@ -310,7 +310,7 @@ def _cells(step: Step) -> list[str]:
 
 
 def generated(folder: Path = RESULTS) -> str:
-    """What stands between the page's marks."""
+    """Write the tables between the page's marks."""
     parts = [assumptions(folder)]
     for name in PRESETS:
         work = ", ".join(f"{stage} {flops / 1e12:.1f}" for stage, (_, flops) in counted(name).items())

@@ -1,4 +1,4 @@
-"""What many clients of the chat see at once: time to the first token, and throughput.
+"""Measure what many clients of the chat see at once: time to the first token, and throughput.
 
 Contenders, in turn within one run, on the same model, questions and pictures:
 
@@ -22,17 +22,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import (
-    Bench,
-    argument_parser,
-    circumstances,
-    measure,
-    ratio,
-    run_command,
-    vision_sources,
-    write_results,
-)
+from common import Bench, argument_parser, circumstances, run_command, write_results
 from eval_throughput import build_answerer, write_data
+from measuring import measure, ratio
+from models import vision_sources
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.text import markdown_table
@@ -134,7 +127,7 @@ def seen(times: Sequence[float]) -> dict[str, float]:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     settings, together = record["settings"], record["ratio"]
     rows = [
         [

@@ -1,4 +1,4 @@
-"""How long the package takes to start, and how long and large its checkpoints are.
+"""Measure how fast the package starts, and how fast and large its checkpoints are.
 
 - Start-up, in fresh processes: ``import tove_llava`` and ``python -m tove_llava --help``, beside a Python that does
   nothing (its time is in theirs too).
@@ -26,18 +26,16 @@ from unittest import mock
 
 import torch
 from common import (
-    GB,
-    MB,
     Bench,
     argument_parser,
     circumstances,
-    measure,
     milliseconds,
     run_command,
-    spread,
     target,
+    trainer_flags,
     write_results,
 )
+from measuring import GB, MB, measure, spread
 
 import tove_llava
 from tove_llava.cli import main as cli
@@ -137,15 +135,11 @@ class Watch:
 def stage_checkpoints(bench: Bench, stage: str, scenes: Path, output: Path) -> dict[str, Any]:
     """Interrupts and resumes a stage, and loads what it leaves."""
     args, preset = bench.args, bench.preset
-    records = "train_captions.json" if preset.stage(stage).train == "alignment" else "train_instruct.json"
-    overrides = [word for setting in args.set for word in ("--set", setting)]
     start = [] if stage == FIRST else ["--pretrained", str(output.parent / FIRST)]
-    flags = [
-        "--preset", args.preset, "--stage", stage, "--deepspeed", "none", *overrides, *start,
-        "--data_path", str(scenes / records), "--image_folder", str(scenes / "images"), "--output_dir", str(output),
-        "--max_steps", str(args.repeats + 1), "--save_steps", "1", "--report_to", "none", "--disable_tqdm", "True",
-        "--per_device_train_batch_size", str(args.batch), "--seed", str(args.seed),
-    ]  # fmt: skip
+    flags = trainer_flags(
+        bench, stage, scenes, output, "--deepspeed", "none", *start, "--max_steps", args.repeats + 1,
+        "--save_steps", 1, "--per_device_train_batch_size", args.batch,
+    )  # fmt: skip
     before = Watch(args.repeats)
     try:
         with before:
@@ -183,7 +177,7 @@ def folder_size(folder: Path, without: Sequence[Path] = ()) -> int:
 
 
 def counted(name: str) -> dict[str, Any]:
-    """What each stage of a preset writes, by the number of its parameters."""
+    """Compute what each stage of a preset writes, by the number of its parameters."""
     preset = load_preset(name)
     rows = {}
     for stage in preset.stages:
@@ -219,7 +213,7 @@ def benchmark(bench: Bench) -> None:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     wanted = {"import": IMPORT_SECONDS, "help": HELP_SECONDS}
     starts = [
         [

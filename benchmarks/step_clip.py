@@ -1,9 +1,10 @@
-"""What the hub costs beside CLIP alone: the same fast step (step_paths.py) with the experts and without."""
+"""Measure the hub's cost over plain CLIP: the same fast step (step_paths.py) with and without the experts."""
 
 from contextlib import ExitStack
 from typing import Any
 
-from common import Bench, measure, ratio, target
+from common import Bench, target
+from measuring import measure, ratio
 from step_flops import step_flops_on_meta, without_experts
 from step_parts import SharedModel, make_batch, packed
 from step_paths import FastPath
@@ -73,7 +74,7 @@ def flops_beside_clip(name: str) -> dict[str, float]:
 
 
 def clip_targets(bench: Bench, found: dict[str, Any], lost: dict[str, str]) -> list[dict[str, Any]]:
-    """Times count at true size on a GPU alone; FLOPs anywhere."""
+    """List the targets: times only at true size on a GPU, FLOPs anywhere."""
     rows = []
     for name, row in found.items():
         goal, time, flops = STAGES[name][2], row["time"], row["flops"]

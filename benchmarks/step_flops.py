@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from common import count_flops
+from measuring import count_flops
 from step_parts import TrainingStep, make_batch
 
 from tove_llava.llava.build import build_on_meta, language_config, vision_config
@@ -24,7 +24,7 @@ SHORT, LONG, FEW, MANY = 32, 96, 8, 24  # tokens of text, and supervised ones, o
 
 @dataclass(frozen=True)
 class RecordFlops:
-    """Of a record on its own: a part that all have, and what grows with its length, its square and its supervision."""
+    """FLOPs of a record: a fixed part, and parts by its length, its square and its supervision."""
 
     fixed: float
     linear: float
@@ -39,7 +39,7 @@ def record_flops(step: TrainingStep) -> dict[bool, RecordFlops]:
     """FLOPs of records with one picture (True) and without (False); checkpointing has to be off.
 
     A layer's products grow with the length, attention with its square and the head with the supervised positions; so
-    four counts determine all lengths. Text alone needs no gradient in front of its lowest trained weights.
+    four counts determine all lengths. Text without an image needs no gradient below its lowest trained weights.
     """
     model = step.model
     picture = model.config.vision_config.num_image_tokens
@@ -77,14 +77,14 @@ def _parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
 
 
 def without_experts(preset: Preset) -> Preset:
-    """The same preset with CLIP alone."""
+    """Return the same preset with plain CLIP."""
     data = json.loads(json.dumps(asdict(preset)))
     vision = type(preset.vision)(**{**data["vision"], "experts": [], "fusion": "none"})
     return type(preset)(**{**vars(preset), "vision": vision})
 
 
 def step_flops_on_meta(preset: Preset, stage_name: str, text_tokens: int, supervised: int) -> float:
-    """FLOPs of a step on one record with a picture, of a package's preset: shapes alone, but for the small fusion.
+    """Count the FLOPs of a step on a record with an image, from shapes; only the small fusion runs.
 
     Of the language model one and two layers are counted; all further ones are as the second.
     """
@@ -98,7 +98,7 @@ def step_flops_on_meta(preset: Preset, stage_name: str, text_tokens: int, superv
 
 @lru_cache
 def _encoder_gflops(preset: str) -> dict[str, float]:
-    """Of an image, by part."""
+    """List the GFLOPs of an image by part."""
     return {size.part: size.gflops for size in preset_sizes(preset)}
 
 

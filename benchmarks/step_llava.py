@@ -1,19 +1,18 @@
 """The step of haotian-liu/LLaVA's own model code, in a process of its own (original_step.py), beside ours.
 
 ``LLAVA_SRC`` names its folder, ``LLAVA_PYTHON`` the interpreter of an environment that it can be imported in (default:
-this one). Its model is LLaVA's: CLIP alone, no experts, and so has less to compute than ours.
+this one). Its model is LLaVA's: plain CLIP, no experts, and so has less to compute than ours.
 """
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import Bench, Samples, dtype_name
+from common import Bench, dtype_name
+from llava_child import LlavaChild
+from measuring import Samples
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -60,13 +59,8 @@ class LlavaStep:
             "max_grad_norm": stage.arguments.get("max_grad_norm", 1.0),
             "batches": batches,
         }
-        command = [os.environ.get("LLAVA_PYTHON", sys.executable), str(Path(__file__).parent / "original_step.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        try:
-            self.made = self._ask(json.dumps(given))
-        except ConfigError:
-            self.close()
-            raise
+        self._child = LlavaChild("original_step.py", "LLaVA's own step", given)
+        self.made, self.close = json.loads(self._child.made), self._child.close
 
     def measure(self, repeats: int, over: Any = lambda: False) -> tuple[Samples, int | None]:
         """Seconds of each repeat after one untimed, and the most memory that a repeat took on a GPU."""
@@ -81,19 +75,4 @@ class LlavaStep:
         return samples, peak
 
     def _ask(self, line: str) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its end is told below
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ConfigError(
-                f"LLaVA's own step ended with exit code {self._process.wait()}; what it said stands above. "
-                "LLAVA_PYTHON has to be the interpreter of an environment that its train.py can be imported in"
-            )
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.communicate()  # its standard input ends, and so does it
+        return json.loads(self._child.ask(line))

@@ -2,7 +2,7 @@
 
 Both train the same model, with the same optimiser, on the same micro-batches, in turn (step_paths.py).
 
-- ours: sequences in one row, logits at supervised positions alone, selective checkpointing (a GPU) or none (a CPU),
+- ours: sequences in one row, logits only at supervised positions, selective checkpointing (a GPU) or none (a CPU),
   fused kernels where they can run, and the tower's encoders side by side (a GPU).
 - the original recipe: rows padded to the longest, all logits, in float32 in the loss, every layer computed once more
   in the backward pass, encoders one after another. A restatement of LLaVA-1.5's settings on this model.
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GB, Bench, Samples, measure, peak_memory, ratio, target
+from common import Bench, target
 from llava_mix import write_mix
+from measuring import GB, Samples, measure, peak_memory, ratio
 from mix_lengths import DrawnMix, Length, read_lengths
 from step_flops import RecordFlops, record_flops
 from step_llava import LlavaStep, is_there

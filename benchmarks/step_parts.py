@@ -1,11 +1,13 @@
-"""What the benchmarks of a training step share: the step itself, synthetic batches, needed FLOPs and utilisation."""
+"""Shared parts of a training step's benchmarks: the step, synthetic batches, needed FLOPs and utilisation."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from common import Bench, Samples, build_llava, count_flops, weight_bytes
+from common import Bench
+from measuring import Samples, count_flops
+from models import build_llava, weight_bytes
 from torch import nn
 
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -196,7 +198,7 @@ def utilisation(
 
 
 def utilisation_of(bench: Bench, flops_per_second: float) -> dict[str, Any]:
-    """Of the published peak, where it is known."""
+    """Compare with the published peak, where it is known."""
     achieved, peak = flops_per_second / 1e12, bench.args.peak_tflops
     if peak is None and bench.device.type == "cuda" and bench.dtype in (torch.bfloat16, torch.float16):
         peak = PEAK_TFLOPS.get(torch.cuda.get_device_name(bench.device))

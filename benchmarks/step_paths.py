@@ -1,10 +1,11 @@
-"""How a model is set before its step is timed: as this project trains fastest, and as the original recipe trains."""
+"""Set a model before its step is timed: as this project trains fastest, or as the original recipe."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
-from common import GB, Bench, reason_of
+from common import Bench
+from measuring import GB, reason_of
 from step_parts import TrainingStep
 
 from tove_llava.core.errors import ConfigError
@@ -46,7 +47,7 @@ class FastPath:
         """Within it the model is set so.
 
         Args:
-            pictures: of the batches to come. What is compiled and recorded for so many is made here.
+            pictures: of the batches to come. The tower is compiled and recorded for their sizes here.
         """
         model, language = self.step.model, self.step.model.model.language_model
         whole = kept_by_layer(language, self.step.trainable, self.stage.lora)

@@ -21,16 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from common import (
-    RESULTS,
-    Bench,
-    argument_parser,
-    circumstances,
-    lost_table,
-    run_command,
-    targets_table,
-    write_results,
-)
+from common import RESULTS, Bench, argument_parser, circumstances, lost_table, run_command, targets_table, write_results
 from common import target as measured
 
 from tove_llava.core.errors import ConfigError
@@ -78,7 +69,7 @@ class Target:
         return record["benchmark"] == self.benchmark and re.fullmatch(self.named, entry["name"]) is not None
 
     def is_for(self, record: dict[str, Any]) -> bool:
-        """Whether the record was taken on what the target is for."""
+        """True where the record is of the target's device and preset."""
         return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
 
     def state(self, value: float) -> str:
@@ -187,7 +178,7 @@ def _row(target: Target, state: str, file: Path, record: dict[str, Any], entry: 
 
 @dataclass(frozen=True)
 class Taken:
-    """What a result says of its own taking."""
+    """A result's seconds and failures."""
 
     file: str
     seconds: float | None
@@ -195,7 +186,7 @@ class Taken:
 
 
 def taken_by(folder: Path) -> list[Taken]:
-    """Of every result in a folder."""
+    """List them for every result in a folder."""
     found = []
     for file in sorted(folder.glob("*-*.json")):
         record = _read(file)

@@ -1,4 +1,4 @@
-"""How fast the tower is: images/s, memory, and the share of the time that each expert takes.
+"""Measure the tower: images/s, memory, and the share of the time that each expert takes.
 
 Contenders, timed in turn within one run:
 
@@ -24,30 +24,18 @@ from typing import Any
 
 import torch
 from common import (
-    MB,
     Bench,
-    Samples,
     argument_parser,
-    build_tower,
     circumstances,
-    count_flops,
-    count_parameters,
-    fill_randomly,
     lost_table,
-    matrix_product,
-    measure,
     milliseconds,
-    peak_memory,
-    ratio,
     run_command,
-    synchronize,
     target,
     targets_table,
-    vision_sources,
-    weight_bytes,
-    whole_clip,
     write_results,
 )
+from measuring import MB, Samples, count_flops, matrix_product, measure, peak_memory, ratio, synchronize
+from models import build_tower, count_parameters, fill_randomly, vision_sources, weight_bytes, whole_clip
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -65,8 +53,8 @@ from tove_llava.tower.execution import EXECUTIONS, execution_mode
 OVER_LOOP = {"cpu": 1.3, "cuda": 2.0}
 TRUE_SIZE, TFLOP_PER_IMAGE = "vicuna-7b", 1.3
 SHARE_OF_MATRIX_PRODUCT, FUSION_SHARE = 0.55, 0.08
-# Of the features' size. In 16 bits the plain tower rounds too: EVA-02-L alone is 1.6e-2 off float32. There an execution
-# may be no farther from float32 than the plain tower is, but for a little.
+# Relative to the features' size. In 16 bits the plain tower rounds too (EVA-02-L by itself is 1.6e-2 off float32): an
+# execution may be FARTHER times as far from float32 as the plain tower, plus SLACK.
 EXACT, FARTHER, SLACK = 1e-5, 1.1, 1e-3
 PROFILED = 5  # runs
 
@@ -122,7 +110,7 @@ def to_unit_range(tower: ToveVisionModel, pixel_values: torch.Tensor) -> torch.T
 
 
 def counted_tflop(preset: str) -> float:
-    """TFLOP per image of a preset's tower, from configurations alone: encoders are counted on the meta device."""
+    """Count the TFLOP per image of a preset's tower on the meta device."""
     config = vision_config(load_preset(preset).vision, offline=True)
     tower = ToveVisionModel(config).eval()
     features = tower.blank_inputs(tower.device, tower.dtype)["vision_features"]
@@ -145,19 +133,19 @@ def optimised(tower: ToveVisionModel, pixel_values: torch.Tensor, name: str) -> 
 
 
 def encoded(features: TowerFeatures) -> Encoded:
-    """What every encoder made of the images, in float32."""
+    """Return every encoder's output in float32."""
     return {name: value.float() for name, value in {"CLIP": features.base, **features.experts}.items()}
 
 
 def exact_features(tower: ToveVisionModel, pixel_values: torch.Tensor) -> Encoded | None:
-    """What the plain tower makes of the images in float32; None where it computes in float32 itself."""
+    """Return the plain tower's output in float32; None where it computes in float32 itself."""
     if tower.dtype == torch.float32:
         return None
     return encoded(copy.deepcopy(tower).float().encode(pixel_values.float()))
 
 
 def compare(actual: TowerFeatures, plain: TowerFeatures, exact: Encoded | None) -> dict[str, Any]:
-    """How far an execution's features are from what they should be, by encoder, relative to their size.
+    """Compare an execution's features with the exact ones, by encoder, relative to their size.
 
     In float32 that is the plain tower's features, equal but for :data:`EXACT`. In 16 bits two ways to round one deep
     network differ from each other more than either from the truth, and so both are compared with float32.
@@ -300,7 +288,7 @@ def whole_loop(tower: ToveVisionModel, features: TowerFeatures, pixel_values: to
 
 
 def figures(samples: dict[str, Samples], towers: list[str], flops: float, product_flops: float) -> dict[str, Any]:
-    """Of the fastest of the tower's executions: its name, speed over the loop's, and what it makes of the device.
+    """Compute the fastest execution's name, its speed over the loop's, and its use of the device.
 
     Args:
         towers: executions whose features are equal to the plain tower's.
@@ -323,7 +311,7 @@ def figures(samples: dict[str, Samples], towers: list[str], flops: float, produc
 
 
 def targets(record: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """What the project aims at; the value is None where it has to be measured on a GPU."""
+    """List the targets; the value is None where only a GPU can measure it."""
     found, lost = record["figures"], record["not_measured"]
 
     def on_gpu(key: str) -> float | None:
@@ -387,7 +375,7 @@ TITLES = {
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     batch, ratios = record["settings"]["batch"], record["ratios"]
     speed = markdown_table(
         [

@@ -1,9 +1,9 @@
-"""What one training step costs: samples/s, tokens/s, memory, and how much of the device's arithmetic it uses.
+"""Measure a training step: samples/s, tokens/s, memory, and its use of the device's arithmetic.
 
 One process, without DeepSpeed: forward, backward, gradient clipping and AdamW, with a stage's freezing policy,
 objective, parameter groups and precision (float32 for what trains, autocast for the rest). Three tables: each stage on
 one synthetic batch; stage 2 on records like LLaVA-1.5's, against the original recipe's settings (step_mix.py); and what
-the experts cost beside CLIP alone (step_clip.py).
+the experts cost over plain CLIP (step_clip.py).
 
 Model FLOP utilisation (MFU) counts what the step needs and nothing else: matrix products, convolutions and attention,
 two operations per multiply-add, of one forward pass of everything, of the gradients of activations from the loss down
@@ -27,22 +27,17 @@ from typing import Any
 
 import torch
 from common import (
-    GB,
     Bench,
     argument_parser,
     circumstances,
-    count_parameters,
     lost_table,
-    matrix_product,
-    measure,
     milliseconds,
-    peak_memory,
-    ratio,
     run_command,
     targets_table,
-    vision_sources,
     write_results,
 )
+from measuring import GB, matrix_product, measure, peak_memory, ratio
+from models import count_parameters, vision_sources
 from step_clip import (
     STAGES,
     clip_targets,
@@ -166,7 +161,7 @@ def _again(checkpointing: str) -> str:
 
 
 def render(record: dict[str, Any]) -> str:
-    """The record as Markdown."""
+    """Write the record as Markdown."""
     stages = record["stages"]
     speed = markdown_table(
         ["stage", "batch x length", "samples/s", "tokens/s", "ms per step (quartiles)", "CPU ms per step", "encoders"],
@@ -235,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpointing-gib", type=float, metavar="X", help="of selective checkpointing (default: what is free)"
     )
-    parser.add_argument("--no-mix", action="store_true", help="the stages' table alone")
+    parser.add_argument("--no-mix", action="store_true", help="only the stages' table")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="published peak of the device in this dtype")
     args = parser.parse_args(argv)
     return run_command(lambda: benchmark(Bench(args)))

@@ -8,7 +8,7 @@ import copy
 from typing import Any
 
 import torch
-from common import count_flops
+from measuring import count_flops
 
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.build import build_on_meta, language_config

@@ -1,34 +1,29 @@
-"""The benchmarks' command lines at toy size, and what they promise about their numbers."""
+"""Each program of benchmarks/ at toy size: it runs, and its figures follow from its times."""
 
+import importlib
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmark_parts import BENCHMARKS, ROOT, bench, median, run
 
-from tove_llava.llava.build import build_model, vision_config
+from tove_llava.data import ImageTransform, LlavaDataset, load_tokenizer
+from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
+from tove_llava.tower import TowerFeatures
+from tove_llava.train.memory import checkpoint_size, stage_disk
+from tove_llava.train.shapes import stage_shape
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ROOT / "benchmarks"
-BRIEF = ["--device", "cpu", "--repeats", "3", "--warmup", "1", "--batch", "2"]
-
-# True architectures from all four libraries under reduced CLIP and LLaMA configurations; no source is on any machine.
+# True architectures from all four libraries under reduced CLIP and LLaMA configurations; no machine has these sources.
 REDUCED = """
 vision:
   clip: hf:nobody/reduced-clip
-  clip_config:
-    hidden_size: 32
-    intermediate_size: 64
-    num_hidden_layers: 3
-    num_attention_heads: 2
-    image_size: 56
-    patch_size: 14
+  clip_config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3, num_attention_heads: 2, image_size: 56, patch_size: 14}
   projection_dim: 16
   experts:
     - {name: eva, source: "timm:eva02_tiny_patch14_224.mim_in22k", image_size: 28}
@@ -36,315 +31,349 @@ vision:
     - {name: edge, source: "kornia:dexined", mode: map, image_size: 32}
 language:
   source: hf:nobody/reduced-llama
-  config:
-    model_type: llama
-    vocab_size: 100
-    hidden_size: 32
-    intermediate_size: 64
-    num_hidden_layers: 3
-    num_attention_heads: 2
-    num_key_value_heads: 2
-    pad_token_id: 0
+  config: {model_type: llama, vocab_size: 100, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 3, num_attention_heads: 2, num_key_value_heads: 2, pad_token_id: 0}
 stages:
   pretrain: {train: alignment, template: plain}
-"""
+  finetune: {train: full, template: v1}
+"""  # noqa: E501
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """The two programs, imported as Python imports a script's neighbours."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import tower
-        import train_step
-
-        yield tower, train_step
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        parts = ("step_parts", "step_paths", "step_flops", "step_mix", "step_clip", "llava_mix", "mix_lengths")
-        for name in ("tower", "train_step", "common", *parts):
-            sys.modules.pop(name, None)
+@pytest.fixture(autouse=True)
+def same_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
-def tower_record(modules, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tower")
-    assert modules[0].main([*BRIEF, "--executions", "concurrent", "--profile", "--output", str(folder)]) == 0
-    return json.loads((folder / "tower-tiny-cpu.json").read_text()), (folder / "tower-tiny-cpu.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def step_record(modules, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("step")
-    flags = ["--text-tokens", "12", "--stages", "pretrain,finetune", "--peak-tflops", "0.5", "--no-mix"]
-    assert modules[1].main([*BRIEF, *flags, "--output", str(folder)]) == 0
-    return json.loads((folder / "train_step-tiny-cpu.json").read_text()), (
-        folder / "train_step-tiny-cpu.md"
-    ).read_text()
-
-
-def median(entry):
-    return entry["wall_seconds"]["median"]
-
-
-def test_tower_ratios_are_those_of_the_run(tower_record):
-    record, _ = tower_record
-    rows, ratios = record["contenders"], record["ratios"]
-    assert ratios["loop_over_tove"]["value"] == pytest.approx(median(rows["loop"]) / median(rows["tove"]))
-    assert ratios["tove_over_clip"]["value"] == pytest.approx(median(rows["tove"]) / median(rows["clip"]))
-    pairs = zip(rows["loop"]["wall_seconds"]["values"], rows["tove"]["wall_seconds"]["values"], strict=True)
+def is_ratio(found, over, under):
+    """Compare a ratio of medians, and the quartiles of the pairs, with the times of two contenders."""
+    pairs = zip(over["wall_seconds"]["values"], under["wall_seconds"]["values"], strict=True)
     inside = sorted(a / b for a, b in pairs)
-    assert inside[0] <= ratios["loop_over_tove"]["paired_q1"] <= ratios["loop_over_tove"]["paired_q3"] <= inside[-1]
+    assert found["value"] == pytest.approx(median(over) / median(under))
+    assert inside[0] <= found["paired_q1"] <= found["paired_q3"] <= inside[-1]
+
+
+def test_tower(tmp_path):
+    tower = importlib.import_module("tower")
+    record, page = run(tower, tmp_path, "--batch", "2", "--executions", "concurrent", "--profile")
+    rows, parts, found = record["contenders"], record["parts"], record["figures"]
+    is_ratio(record["ratios"]["loop_over_tove"], rows["loop"], rows["tove"])
+    is_ratio(record["ratios"]["tove_over_clip"], rows["tove"], rows["clip"])
     for row in rows.values():
-        assert len(row["wall_seconds"]["values"]) == 3
         assert row["images_per_second"] == pytest.approx(2 / median(row))
         assert row["peak_bytes_above_weights"] > 0 and row["weight_bytes"] > 0
-
-
-def test_tower_targets_are_figures_of_the_run(tower_record):
-    record, markdown = tower_record
-    rows, found = record["contenders"], record["figures"]
-    fastest = min((name for name in rows if name.startswith("tove")), key=lambda name: median(rows[name]))
-    assert found["fastest"] == fastest and "tove_concurrent" in rows
-    speed, work, ceiling, fusion = record["targets"]
-    assert speed["value"] == pytest.approx(median(rows["loop"]) / median(rows[fastest])) and speed["at_least"]
-    # CLIP-L without its last block, EVA-02-L, DINOv2-L, Depth-Anything-V2-S's encoder, DexiNed: public figures
-    assert work["value"] == pytest.approx((366 + 382 + 382 + 32 + 114) / 1e3, rel=0.03) and not work["at_least"]
-    assert ceiling["value"] is None and fusion["value"] is None  # they need a GPU
-    assert markdown.count("not measured (needs a GPU)") == 2 and "| missed |" in markdown
-    achieved = rows["tove"]["gflop_per_image"] / 1e3 * 2 / median(rows[fastest])
-    assert found["achieved_tflops"] == pytest.approx(achieved)
-    assert found["share_of_matrix_product"] == pytest.approx(achieved / found["matrix_product_tflops"])
-
-
-def test_tower_parts_make_up_the_whole(tower_record):
-    record, _ = tower_record
     experts = [entry["name"] for entry in load_preset("tiny").vision.experts]
-    assert list(record["parts"]) == ["clip", *experts, "fusion"]
-    for share in ("share_of_time", "share_of_cpu_time"):
-        assert sum(part[share] for part in record["parts"].values()) == pytest.approx(1)
-    whole = record["contenders"]["tove"]
-    assert sum(part["gflop_per_image"] for part in record["parts"].values()) == pytest.approx(whole["gflop_per_image"])
-    assert sum(part["weight_bytes"] for part in record["parts"].values()) == whole["weight_bytes"]
-
-
-def test_the_loop_computes_what_the_tower_leaves_out(tower_record):
-    rows = tower_record[0]["contenders"]
+    assert list(parts) == ["clip", *experts, "fusion"]
+    for key, whole in (("share_of_time", 1), ("share_of_cpu_time", 1), ("gflop_per_image", rows["tove"])):
+        assert sum(part[key] for part in parts.values()) == pytest.approx(whole if whole == 1 else whole[key])
+    # The loop adds one block of CLIP; this preset's experts run whole in the tower too.
     vision = vision_config(load_preset("tiny").vision)
-    assert vision.clip_layer == -2  # one block of CLIP is what the loop adds, as this preset's experts run whole
     width, inner, tokens = vision.hidden_size, vision.clip_config.intermediate_size, vision.num_patches + 1
     block = 2 * tokens * (4 * width**2 + 2 * width * inner) + 4 * tokens**2 * width
     assert (rows["loop"]["gflop_per_image"] - rows["tove"]["gflop_per_image"]) * 1e9 == pytest.approx(block)
 
+    fastest = min((name for name in rows if name.startswith("tove")), key=lambda name: median(rows[name]))
+    achieved = rows["tove"]["gflop_per_image"] / 1e3 * 2 / median(rows[fastest])
+    assert found["fastest"] == fastest and found["achieved_tflops"] == pytest.approx(achieved)
+    speed, work, ceiling, fusion = record["targets"]
+    assert speed["value"] == pytest.approx(median(rows["loop"]) / median(rows[fastest]))
+    # CLIP-L without its last block, EVA-02-L, DINOv2-L, Depth-Anything-V2-S's encoder, DexiNed: published figures
+    assert work["value"] == pytest.approx((366 + 382 + 382 + 32 + 114) / 1e3, rel=0.03)
+    assert ceiling["value"] is None and fusion["value"] is None and page.count("not measured (needs a GPU)") == 2
+    same = record["equality"]["tove_concurrent"]
+    assert same["equal"] and list(same["distance"]) == ["CLIP", *experts] and max(same["distance"].values()) <= 1e-5
+    for shares in record["profile"].values():
+        assert sum(shares.values()) == pytest.approx(1) and shares["matrix products"] > 0.02
+    assert record["versions"]["torch"] == importlib.metadata.version("torch")
+    for text in (json.dumps(record), page):
+        assert str(ROOT) not in text and os.uname().nodename not in text
 
-def test_results_name_versions_device_and_no_place(tower_record, step_record):
-    for record, markdown in (tower_record, step_record):
-        assert record["versions"]["torch"] == importlib.metadata.version("torch")
-        assert record["device"]["type"] == "cpu" and "thread" in record["device"]["description"]
-        assert record["weights"] == "source" and record["dtype"] == "float32"
-        assert record["versions"]["transformers"] in markdown
-        assert ("other programs" in markdown) == record["machine"]["shared"]
-        for text in (json.dumps(record), markdown):
-            assert str(ROOT) not in text and os.uname().nodename not in text
+
+def test_tower_does_not_count_an_execution_that_differs_or_fails(tmp_path, monkeypatch):
+    tower = importlib.import_module("tower")
+    compare, optimised = tower.compare, tower.optimised
+
+    def fails(*args):
+        if args[2] == "compiled":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return optimised(*args)
+
+    monkeypatch.setattr(tower, "optimised", fails)
+    monkeypatch.setattr(tower, "compare", lambda *a: {**compare(*a), "equal": False})
+    record, page = run(tower, tmp_path, "--batch", "2", "--executions", "compiled,concurrent", code=1)
+    assert record["not_measured"] == {"ToVE tower, compiled": "OutOfMemoryError: CUDA out of memory"}
+    assert record["figures"]["fastest"] == "tove" and "tove_concurrent" in record["contenders"]
+    assert "| **different**, and does not count |" in page
 
 
-def test_step_figures_follow_from_its_times(step_record):
-    record, markdown = step_record
-    assert "recomputation" in record["flop_convention"] and record["flop_convention"] in markdown
+def test_tower_compares_features():
+    compare, ones = importlib.import_module("tower").compare, torch.ones(1, 4, 4)
+    plain = TowerFeatures(base=ones, experts={"depth": ones})
+
+    def off(clip, depth=0.0):
+        return TowerFeatures(base=ones * (1 + clip), experts={"depth": ones * (1 + depth)})
+
+    found = compare(off(9e-6), plain, None)
+    assert found["equal"] and found["worst"] == "CLIP" and found["distance"]["CLIP"] == pytest.approx(9e-6, rel=0.1)
+    assert not compare(off(0, 2e-5), plain, None)["equal"] and not compare(off(0, float("nan")), plain, None)["equal"]
+    exact = {"CLIP": ones, "depth": ones}  # in 16 bits: no farther from float32 than the plain tower
+    assert compare(off(-0.0155), off(0.0157), exact)["equal"] and compare(off(0.018), off(0.0157), exact)["equal"]
+    assert not compare(off(0.019), off(0.0157), exact)["equal"] and not compare(off(0.01), off(0.0), exact)["equal"]
+
+
+def test_train_step_with_random_weights(tmp_path):
+    (tmp_path / "reduced.yaml").write_text(REDUCED)
+    flags = ["--preset", str(tmp_path / "reduced.yaml"), "--batch", "2", "--text-tokens", "12", "--no-mix"]
+    flags += ["--stages", "pretrain,finetune", "--peak-tflops", "0.5", "--dtype", "bfloat16"]
+    program = importlib.import_module("train_step")
+    record, page = run(
+        program,
+        tmp_path,
+        *flags,
+        "--stages",
+        "pretrain,finetune",
+        "--peak-tflops",
+        "0.5",
+        "--no-mix",
+        "--dtype",
+        "bfloat16",
+    )
+    assert record["weights"] == "random" and record["dtype"] == "bfloat16" and record["flop_convention"] in page
     for row in record["stages"].values():
-        seconds = median(row["timings"]["step"])
+        seconds, needed = median(row["timings"]["step"]), row["needed_gflop_per_step"]
         assert row["sequence_length"] == row["image_tokens"] + 12
         assert row["samples_per_second"] == pytest.approx(2 / seconds)
         assert row["tokens_per_second"] == pytest.approx(2 * row["sequence_length"] / seconds)
-        needed = row["needed_gflop_per_step"]
         assert needed["all"] == pytest.approx(needed["frozen_encoders"] + needed["forward"] + needed["backward"])
         assert row["achieved_tflops"] == pytest.approx(needed["all"] / 1e3 / seconds)
         assert row["mfu"] == pytest.approx(row["achieved_tflops"] / 0.5)
-        assert row["share_of_matrix_product"] == pytest.approx(row["achieved_tflops"] / row["matrix_product_tflops"])
         cached = median(row["timings"]["step_without_encoders"])
         assert row["encoders_share_of_time"] == pytest.approx(1 - cached / seconds)
-        memory = row["memory"]
-        assert memory["peak_bytes"] == memory["resident_bytes"] + memory["peak_bytes_above_resident"]
-
-
-def test_only_needed_flops_are_counted(step_record):
-    pretrain, full = (step_record[0]["stages"][name] for name in ("pretrain", "finetune"))
+    pretrain, full = (record["stages"][name] for name in ("pretrain", "finetune"))
+    assert set(pretrain["trained_parameters"]) == {"projector", "tower"}
     alignment, whole = pretrain["needed_gflop_per_step"], full["needed_gflop_per_step"]
-    assert alignment["frozen_encoders"] == pytest.approx(whole["frozen_encoders"])
     assert alignment["forward"] == pytest.approx(whole["forward"])
-    # Where everything trains, backward is twice forward, but for the tower's inputs, which need no gradient.
+    # Where everything trains, backward is twice forward, except for the tower's inputs, which need no gradient.
     assert 1.8 < whole["backward"] / whole["forward"] <= 2.0
-    # The frozen language model needs the gradients of activations alone.
     assert 1.0 < alignment["backward"] / alignment["forward"] < whole["backward"] / whole["forward"]
-    assert full["trained_parameters"]["language model"] > 0 and "language model" not in pretrain["trained_parameters"]
-    assert full["memory"]["resident_bytes"] > pretrain["memory"]["resident_bytes"]  # the optimiser's state
+    assert full["memory"]["resident_bytes"] > pretrain["memory"]["resident_bytes"]  # the optimizer's state
 
 
-def test_checkpointing_trades_arithmetic_for_memory(modules):
-    from step_flops import count_flops
-
-    train_step = modules[1]
-    step = train_step.TrainingStep(build_model("tiny")[0], load_preset("tiny").stage("pretrain"), torch.float32)
-    batch = train_step.make_batch(step.model, 2, 64, torch.float32, seed=0)
-    rest = train_step.with_features(batch, step.encode(batch["pixel_values"]))
-
-    def run():
-        step.optimizer.zero_grad(set_to_none=True)
-        step.forward(rest).backward()
-
-    def cost():
-        return train_step.peak_memory(run, step.device), count_flops(run)
-
-    (memory, flops), _ = cost(), train_step.set_checkpointing(step.model, "full")
-    less_memory, more_flops = cost()
-    assert less_memory < memory and more_flops > flops  # why needed FLOPs are counted with checkpointing off
+def test_data_path(tmp_path, monkeypatch):
+    monkeypatch.delenv("LLAVA_SRC", raising=False)
+    record, page = run(importlib.import_module("data_path"), tmp_path, "--count", "6", "--batch", "4")
+    rows = {name: row["cpu_seconds"]["median"] for name, row in record["contenders"].items()}
+    for name in ("ours", "ours_torch"):
+        assert record["ratios"][name]["cpu_time"] == pytest.approx(rows["original"] / rows[name])
+        assert record["contenders"][name]["records_per_core_second"] == pytest.approx(6 / rows[name])
+    (target,) = record["targets"]
+    assert target["value"] == record["ratios"]["ours_torch"]["cpu_time"]
+    assert record["settings"]["original"] == "restated" and (target["value"] >= 3) == ("3 times, met" in page)
 
 
-def test_random_weights_where_the_sources_are_out_of_reach(modules, tmp_path, capsys):
-    tower, train_step = modules
-    preset = tmp_path / "reduced.yaml"
-    preset.write_text(REDUCED)
-    flags = [*BRIEF, "--preset", str(preset), "--repeats", "1", "--output", str(tmp_path)]
-    assert tower.main([*flags, "--executions", "concurrent"]) == 0
-    assert "random weights (not on this machine: hf:nobody/reduced-clip" in capsys.readouterr().out
-    record = json.loads((tmp_path / "tower-reduced-cpu.json").read_text())
-    assert record["weights"] == "random" and list(record["parts"]) == ["clip", "eva", "depth", "edge", "fusion"]
-    assert record["contenders"]["loop"]["weight_bytes"] > record["contenders"]["tove"]["weight_bytes"]
-    assert (
-        train_step.main([*flags, "--text-tokens", "4", "--stages", "pretrain", "--dtype", "bfloat16", "--no-mix"]) == 0
-    )
-    record = json.loads((tmp_path / "train_step-reduced-cpu.json").read_text())
-    assert record["weights"] == "random" and record["dtype"] == "bfloat16"
-    parts = record["stages"]["pretrain"]["trained_parameters"]
-    assert set(parts) == {"projector", "tower"}
+def test_data_path_reads_the_same_with_both_contenders(tmp_path):
+    data_path, llava_mix = map(importlib.import_module, ("data_path", "llava_mix"))
+    records = llava_mix.write_mix(tmp_path / "mix", 12, size=(80, 60), pictures=3)
+    tokenizer = load_tokenizer("bundled:llm")
+    ours = LlavaDataset(records, records.parent / "images", tokenizer, "v1", ImageTransform(336, "pad"), 576, 8192)
+    theirs = data_path.Restated(json.loads(records.read_text()), records.parent / "images", tokenizer)
+    pictures = 0
+    for index in range(12):
+        example, (ids, pixels) = ours[index], theirs[index]
+        texts = [tokenizer.decode(x[x >= 0]).split() for x in (example["input_ids"], ids)]
+        assert texts[0] == texts[1] and (example["input_ids"] < 0).sum() == (ids < 0).sum()
+        if example["pixel_values"] is not None:
+            pictures += 1
+            assert torch.equal(example["pixel_values"][0], pixels)
+    assert 0 < pictures < 13
 
 
-def features(base, **experts):
-    from tove_llava.tower import TowerFeatures
+def test_data_wait_is_the_share_that_training_logs(tmp_path, monkeypatch):
+    program = importlib.import_module("data_wait")
+    train, logged = program.train, []
 
-    return TowerFeatures(base=base, experts=experts)
+    def kept(flags):
+        code = train(flags)
+        state = json.loads((Path(flags[flags.index("--output_dir") + 1]) / "trainer_state.json").read_text())
+        logged.append({entry["step"]: entry["data_wait"] for entry in state["log_history"] if "data_wait" in entry})
+        return code
 
-
-def test_in_float32_an_execution_has_the_plain_towers_features(modules):
-    compare, a, b = modules[0].compare, torch.randn(2, 9, 4), torch.randn(2, 3, 3, 3)
-    plain = features(a, depth=b)
-    found = compare(features(a * (1 + 9e-6), depth=b), plain, None)
-    assert found["equal"] and found["worst"] == "CLIP" and found["distance"]["CLIP"] == pytest.approx(9e-6, rel=0.1)
-    found = compare(features(a, depth=b * (1 + 2e-5)), plain, None)
-    assert not found["equal"] and found["worst"] == "depth" and found["allowed"]["depth"] == 1e-5
-    assert not compare(features(a, depth=b * float("nan")), plain, None)["equal"]
-
-
-def test_in_16_bits_an_execution_is_no_farther_from_float32_than_the_plain_tower(modules):
-    compare, exact = modules[0].compare, {"CLIP": torch.ones(1, 4, 4)}
-
-    def off(by):
-        return features(torch.ones(1, 4, 4) * (1 + by))
-
-    assert compare(off(-0.0155), off(0.0157), exact)["equal"]  # 0.03 apart, and as near to the truth
-    assert compare(off(0.018), off(0.0157), exact)["equal"]
-    assert not compare(off(0.019), off(0.0157), exact)["equal"]
-    assert not compare(off(0.01), off(0.0), exact)["equal"]
-
-
-def test_the_towers_distances_are_in_the_record_and_on_the_page(tower_record):
-    record, markdown = tower_record
-    found = record["equality"]["tove_concurrent"]
-    assert found["equal"] and found["compared_with"] == "plain tower"
-    experts = [entry["name"] for entry in load_preset("tiny").vision.experts]
-    assert list(found["distance"]) == ["CLIP", *experts] and max(found["distance"].values()) <= 1e-5
-    assert "| ToVE tower, concurrent | " in markdown and "| plain tower | equal |" in markdown
+    monkeypatch.setattr(program, "train", kept)
+    flags = [
+        "--repeats",
+        "1",
+        "--warmup",
+        "5",
+        "--steps",
+        "5",
+        "--batch",
+        "2",
+        "--workers",
+        "0",
+        "--stages",
+        "pretrain",
+    ]
+    record, _ = run(program, tmp_path, *flags)
+    assert list(logged[0]) == [5, 10] and logged[0][5] != logged[0][10]
+    assert record["stages"]["pretrain"]["data_wait"]["median"] == logged[0][10] == record["targets"][0]["value"]
 
 
-def test_the_profile_shares_out_all_of_the_time(modules, tower_record):
-    record, markdown = tower_record
-    assert set(record["profile"]) == {"tove", "loop"}
-    for shares in record["profile"].values():
-        assert sum(shares.values()) == pytest.approx(1)
-        assert shares["matrix products"] > 0.02 and shares["convolutions"] > 0.02 and shares["norms"] > 0
-    assert "| matrix products | convolutions | attention | norms | copies | rest |" in markdown
-    kinds = {
-        "aten::addmm": "matrix products", "aten::mkldnn_convolution": "convolutions", "aten::copy_": "copies",
-        "aten::_scaled_dot_product_flash_attention_for_cpu": "attention", "aten::native_layer_norm": "norms",
-        "aten::_slow_conv2d_forward": "convolutions", "aten::gelu": "rest", "aten::cudnn_convolution": "convolutions",
-    }  # fmt: skip
-    assert {name: modules[0].kind_of(name) for name in kinds} == kinds
+def test_detached(tmp_path, monkeypatch):
+    program = importlib.import_module("detached")
+    record, page = run(program, tmp_path, "--batch", "1")
+    order = [entry["name"] for entry in load_preset("tiny").vision.experts]
+    assert [step["removed"] for step in record["steps"]] == [order[:count] for count in (1, 2, 3, 4)]
+    seconds = {name: median(row) for name, row in record["samples"].items()}
+    for count, step in enumerate(record["steps"], 1):
+        for kind in program.KINDS:
+            assert step["wall"][kind]["fall"] == pytest.approx(1 - seconds[f"{kind}/{count}"] / seconds["whole"])
+    assert [goal["value"] for goal in record["targets"]] == [
+        program.furthest(record["steps"], kind) for kind in program.KINDS
+    ]
+    assert page.count("at most 0.1") == 2 and importlib.import_module("summary").main(["--output", str(tmp_path)]) == 0
+    written = program.written_tower
+    monkeypatch.setattr(program, "written_tower", lambda tower, experts: written(tower, tower.active_experts))
+    with pytest.raises(AssertionError, match="not close"):  # a smaller tower that computes something else
+        run(program, tmp_path, "--batch", "1")
 
 
-def test_an_execution_or_a_loop_that_fails_leaves_the_rest(modules, tmp_path, monkeypatch):
-    tower = modules[0]
-
-    def fails(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    optimised = tower.optimised
-    monkeypatch.setattr(tower, "optimised", lambda *a: fails() if a[2] == "compiled" else optimised(*a))
-    monkeypatch.setattr(tower.WholeEncoders, "__call__", fails)
-    flags = [*BRIEF, "--repeats", "1", "--executions", "compiled,concurrent", "--output", str(tmp_path)]
-    assert tower.main(flags) == 1
-    record = json.loads((tmp_path / "tower-tiny-cpu.json").read_text())
-    reason = "OutOfMemoryError: CUDA out of memory"
-    assert record["not_measured"] == {"ToVE tower, compiled": reason, "loop over whole encoders": reason}
-    assert list(record["contenders"]) == ["tove", "tove_concurrent", "clip"]
-    speed, work, *_ = record["targets"]
-    assert speed["value"] is None and speed["reason"] == reason and work["value"] > 1
-    assert f"| loop over whole encoders | {reason} |" in (tmp_path / "tower-tiny-cpu.md").read_text()
+def test_eval_throughput(tmp_path):
+    flags = ["--batch", "4", "--questions", "6", "--single", "2", "--per-picture", "3", "--answer-tokens", "3"]
+    record, page = run(importlib.import_module("eval_throughput"), tmp_path, *flags)
+    assert [(case["questions_per_picture"], case["answer_tokens"]) for case in record["cases"]] == [(1, 3), (3, 3)]
+    for case in record["cases"]:
+        rows = case["contenders"]
+        assert list(rows) == ["single", "runner", "whole"]
+        for row in rows.values():
+            assert row["same_answers"] == 1, "contenders that answer differently cannot be compared"
+            assert row["questions_per_second"] == pytest.approx(1 / median(row))
+        is_ratio(case["ratios"]["runner_over_single"], rows["single"], rows["runner"])
+        assert f"**{case['ratios']['runner_over_single']['value']:.2f} times**" in page
 
 
-def test_an_execution_that_differs_is_told_and_does_not_count(modules, tmp_path, monkeypatch):
-    tower = modules[0]
-    compare = tower.compare
-    original, given = tower.figures, []
+def test_eval_throughput_shares_images_only_in_the_runner(tmp_path, monkeypatch):
+    program = importlib.import_module("eval_throughput")
+    answerer = program.build_answerer(bench(batch=4), "source")
+    questions = program.write_data(tmp_path, 6, 3, (40, 30), seed=0)
+    encode, forward = answerer.model.model.get_image_features, answerer.model.forward
+    images, lengths = [], []
 
-    def watched(samples, towers, *rest):
-        given.append(towers)
-        return original(samples, towers, *rest)
+    def count(*args, **kwargs):
+        images.append(len(kwargs["pixel_values"]))
+        return encode(*args, **kwargs)
 
-    monkeypatch.setattr(tower, "compare", lambda *a: {**compare(*a), "equal": False})
-    monkeypatch.setattr(tower, "figures", watched)
-    flags = [*BRIEF, "--repeats", "1", "--executions", "concurrent", "--output", str(tmp_path)]
-    assert tower.main(flags) == 0 and given == [[]]
-    record = json.loads((tmp_path / "tower-tiny-cpu.json").read_text())
-    assert record["figures"]["fastest"] == "tove" and "tove_concurrent" in record["contenders"]
-    assert "| **different**, and does not count |" in (tmp_path / "tower-tiny-cpu.md").read_text()
+    def measure(*args, **kwargs):
+        lengths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model.model, "get_image_features", count)
+    texts = program.OneByOne(answerer, questions, workers=0, tokens=4, out=tmp_path / "answers.jsonl")()
+    assert sum(images) == 6 and len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
+    images.clear()
+    monkeypatch.setattr(answerer.model, "forward", measure)
+    assert program.runner(answerer, questions, tokens=4, batch=6, share=True)() == texts
+    assert sum(images) == 2 and lengths.count(1) == 3, "three steps after the first words"
+
+
+def test_serve_load(tmp_path):
+    program = importlib.import_module("serve_load")
+    record, page = run(program, tmp_path, "--warmup", "0", "--clients", "5", "--batch", "3", "--answer-tokens", "4")
+    rows = record["contenders"]
+    for row in rows.values():
+        assert row["same_answers"] == 1, "contenders that answer differently cannot be compared"
+        assert row["questions_per_second"] == pytest.approx(5 / median(row))
+        assert row["tokens_per_second"] == pytest.approx(4 * row["questions_per_second"])
+        first, whole = row["first_token_seconds"], row["answer_seconds"]
+        assert 0 < first["median"] <= first["p95"] and first["median"] <= whole["median"] <= whole["p95"]
+    assert record["ratio"]["value"] == pytest.approx(median(rows["single"]) / median(rows["together"]))
+    assert f"**{record['ratio']['value']:.2f} times**" in page
+
+
+def test_startup(tmp_path):
+    flags = ["--warmup", "0", "--starts", "2", "--stages", "pretrain", "--counted", "tiny"]
+    record, page = run(importlib.import_module("startup"), tmp_path, *flags)
+    assert [goal["value"] for goal in record["targets"]] == [median(record["processes"][x]) for x in ("import", "help")]
+    row = record["stages"]["pretrain"]
+    trained, sizes = stage_shape(load_preset("tiny"), "pretrain").trained, row["checkpoint_bytes"]
+    assert row["trained_parameters"] == trained
+    assert 4 * trained < sizes["weights"] < 4 * trained + 20_000  # float32, and the file's header
+    assert 12 * trained < sizes["all"] < 12 * trained + 100_000  # and two moments
+    assert 4 * trained < row["folder_bytes"] < sizes["all"] and row["ready_seconds"] > 0 and "`tiny`, by count" in page
+    preset = load_preset("vicuna-7b")
+    shape = stage_shape(preset, "finetune_lora")
+    by_config = {name: checkpoint_size(preset, shape, name) / shape.trained for name in ("zero2", "zero3", None)}
+    assert by_config == {"zero2": 16, "zero3": 14, None: 12}  # ZeRO-2 writes what trains a second time
+    own = checkpoint_size(preset, shape, preset.stage("finetune_lora").deepspeed)
+    assert stage_disk(preset, "finetune_lora", shape) == 2 * shape.trained + 2 * own
+
+
+@pytest.mark.slow
+def test_cached_features(tmp_path):
+    flags = ["--scenes", "200", "--steps", "4", "--log-every", "2", "--repeats", "1", "--batch", "4"]
+    record, _ = run(importlib.import_module("cached_features"), tmp_path, *flags)
+    assert set(record["stages"]) == {"pretrain", "finetune_lora"}
+    for row in record["stages"].values():
+        rate = row["samples_per_second"]
+        assert row["ratio"]["value"] == pytest.approx(rate["cached"]["median"] / rate["plain"]["median"])
+        assert len(rate["plain"]["values"]) == 1, "the first log is left out"
+    assert record["cache"]["bytes_per_picture"] > 36 * 128 * 4  # CLIP's tokens, and the experts' maps
+
+
+@pytest.mark.slow
+def test_scaling(tmp_path, capfd):
+    program = importlib.import_module("scaling")
+    flags = ["--batch", "2", "--seconds", "0.1", "--scenes", "24", "--runs"]
+    (tmp_path / "failed").mkdir()
+    assert program.main([*flags, "merge:zero2", "--output", str(tmp_path / "failed")]) == 2  # wants a trained model
+    said = capfd.readouterr().err
+    assert "exit code" in said and "--pretrained" in said and not list((tmp_path / "failed").iterdir())
+    record, _ = run(program, tmp_path, *flags, "pretrain:zero2,finetune_lora:zero3")
+    assert list(record["runs"]) == ["pretrain zero2", "finetune_lora zero3"]
+    for row in record["runs"].values():
+        rates = {name: entry["samples_per_second"]["median"] for name, entry in row["contenders"].items()}
+        for name in ("two_over_one", "apart_over_one", "two_over_apart"):
+            over, _, under = name.partition("_over_")
+            assert row["ratios"][name]["value"] == pytest.approx(rates[over] / rates[under])
+        assert all(0 < entry["busy"]["median"] < 1.2 for entry in row["contenders"].values()), "one thread on one core"
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("name", "flags", "message"),
     [
-        (["--repeats", "0"], "--repeats must be at least 1"),
-        (["--preset", "tinny"], "Did you mean 'tiny'"),
-        (["--dtype", "float33"], "float33"),
-        (["--set", "vision.experts=[]", "--set", "vision.fusion=none"], "no experts"),
+        ("tower", ["--repeats", "0"], "--repeats must be at least 1"),
+        ("tower", ["--preset", "tinny"], "Did you mean 'tiny'"),
+        ("tower", ["--dtype", "float33"], "float33"),
+        ("tower", ["--set", "vision.experts=[]", "--set", "vision.fusion=none"], "no experts"),
+        ("detached", ["--set", "vision.experts=[]", "--set", "vision.fusion=none"], "no experts"),
+        ("train_step", ["--stages", "pretrian"], "Did you mean 'pretrain'"),
+        ("train_step", ["--tokenizer", "/no/such/folder"], "no tokenizer folder"),
+        ("train_step", ["--mix-batches", "0"], "--mix-batches must be at least 1"),
+        ("train_step", ["--execution", "eagre"], "unknown execution 'eagre'"),
+        ("train_step", ["--text-tokens", "1"], "--text-tokens must be at least 2"),
+        ("data_path", ["--records", "x.json"], "x.json"),
+        ("data_wait", ["--steps", "7"], "multiples of 5"),
+        ("data_wait", ["--dtype", "bfloat16"], "no --dtype"),
+        ("cached_features", ["--scenes", "20"], "--scenes"),
+        ("cached_features", ["--steps", "3", "--log-every", "2"], "--steps"),
+        ("cached_features", ["--preset", "vicuna-7b", "--weights", "random"], "sources"),
+        ("eval_throughput", ["--answer-tokens", "0"], "--answer-tokens"),
+        ("serve_load", ["--answer-tokens", "0"], "--answer-tokens must be at least 1"),
+        ("startup", ["--stages", "finetune"], "--stages must begin with pretrain"),
+        ("scaling", ["--runs", "pretrain"], "'pretrain' is not STAGE:CONFIG"),
+        ("scaling", ["--dtype", "bfloat16"], "--dtype"),
     ],
 )
-def test_bad_flags_are_told(modules, tmp_path, capsys, flags, message):
-    assert modules[0].main([*BRIEF, "--output", str(tmp_path), *flags]) == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_wrong_flags_are_explained(tmp_path, capsys, name, flags, message):
+    assert importlib.import_module(name).main(["--device", "cpu", *flags, "--output", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_missing_gpu_and_an_unknown_stage_are_told(modules, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert modules[0].main(["--device", "cuda", "--output", str(tmp_path)]) == 2
-    assert "finds no GPU" in capsys.readouterr().err
-    assert modules[1].main([*BRIEF, "--stages", "pretrian", "--output", str(tmp_path)]) == 2
-    assert "Did you mean 'pretrain'" in capsys.readouterr().err
-
-
-def test_smoke_script_names_what_exists():
+def test_the_smoke_script_names_existing_files():
     script = BENCHMARKS / "gpu_smoke.sh"
-    assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    assert "set -euo pipefail" in text
-    named = set(re.findall(r"\b(?:scripts|eval|benchmarks)/\w+\.(?:sh|py)\b", text))
-    expected = {"scripts/pretrain.sh", "scripts/finetune_lora.sh", "eval/scenes.sh", "eval/pope.sh"}
-    assert expected <= named
-    assert all((ROOT / name).is_file() for name in named), named
-    library = (ROOT / "scripts" / "lib.sh").read_text()
-    for setting in ("LAUNCHER=torchrun", "DEEPSPEED_CONFIG=none"):
-        assert setting in text and setting in library
+    named = set(re.findall(r"\b(?:scripts|eval|benchmarks)/\w+\.(?:sh|py)\b", script.read_text()))
+    assert {"scripts/pretrain.sh", "scripts/finetune_lora.sh", "eval/scenes.sh", "eval/pope.sh"} <= named
+    assert os.access(script, os.X_OK) and all((ROOT / name).is_file() for name in named), named
 
 
 def test_committed_results_are_whole():

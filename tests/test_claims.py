@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Timer
+from unittest.mock import Mock
 
 import pytest
 
@@ -53,8 +54,7 @@ def settings(tmp_path):
 
 def test_interval_is_students():
     found = Interval.of([1.0, 2.0, 3.0])
-    assert found.mean == 2
-    assert found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert found.mean == 2 and found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert math.isnan(Interval.of([1.0]).half) and str(Interval.of([1.0])) == "1.0" and str(found) == "2.0 ± 2.5"
 
 
@@ -64,10 +64,8 @@ def test_gains_are_paired_by_seed(settings):
         write_run(settings, "tove", seed, {"overall": b})
     clip, tove = Runs(settings, "clip"), Runs(settings, "tove")
     gain = tove.gain(clip, "overall")
-    assert gain.mean == pytest.approx(10)
-    assert gain.half == pytest.approx(0, abs=1e-9)
-    assert clip.interval("overall").half > 10
-    assert clip.interval(BOTH).mean == pytest.approx(50)
+    assert gain.mean == pytest.approx(10) and gain.half == pytest.approx(0, abs=1e-9)
+    assert clip.interval("overall").half > 10 and clip.interval(BOTH).mean == pytest.approx(50)
     assert clip.seconds() == 20
 
 
@@ -93,9 +91,7 @@ def test_page_says_what_was_not_run_and_works_the_rest_out(settings, tmp_path):
     assert "bash playground/claims.sh --claims b" in page
     residual = page.partition("## (f)")[2].partition("## (g)")[0]
     assert "2 of 4" in residual  # CLIP answers two questions well; ToVE keeps both, replacement one
-    assert "100.0 ± 0.0 %" in residual
-    assert "replacement 50.0 ± 0.0 %" in residual
-    assert report.HOLDS in residual
+    assert "100.0 ± 0.0 %" in residual and "replacement 50.0 ± 0.0 %" in residual and report.HOLDS in residual
 
 
 @pytest.mark.parametrize(("half", "said"), [(0.79, report.HOLDS), (0.70, report.NOT)])
@@ -125,47 +121,34 @@ def test_every_study_is_written_about_and_names_arms_that_exist():
     assert fusions == set(FUSIONS.names())
 
 
-@pytest.fixture
-def folder(tmp_path):
-    place = tmp_path / "run"
-    with records.recorded(place, {"job": {"merge": "--x 1"}, "starts_from": "aa"}, "abc"):
-        (place / "log.txt").write_text("trained\n")
-    return place
-
-
-def test_a_record_says_what_was_run_and_what_it_cost(folder):
-    found = json.loads((folder / "done.json").read_text())
-    assert found["made"] == {"job": {"merge": "--x 1"}, "starts_from": "aa"}
-    assert found["commit"] == "abc" and found["cpu_seconds"] >= 0 and not found["resumed"]
-    assert "cores" in found["machine"]
-    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa"})
-
-
-def test_results_of_something_else_are_refused_by_name(folder):
-    with pytest.raises(records.StaleRecord, match=r"run was .*job.merge was '--x 1', is '--x 2'.* Delete .*--out"):
-        records.is_done(folder, {"job": {"merge": "--x 2"}, "starts_from": "aa"})
-    with pytest.raises(records.StaleRecord, match="starts_from was 'aa', is 'bb'"):
-        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "bb"})
-    assert records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": None}), "not known yet"
-    with pytest.raises(records.StaleRecord, match="version was None, is '2'"):
-        records.is_done(folder, {"job": {"merge": "--x 1"}, "starts_from": "aa", "version": "2"})
-
-
-def test_an_unfinished_run_of_something_else_is_refused_too(tmp_path):
-    with pytest.raises(KeyError), records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
+def test_a_record_says_what_was_run_and_refuses_something_else(tmp_path):
+    made, folder = {"job": {"merge": "--x 1"}, "starts_from": "aa"}, tmp_path / "run"
+    with pytest.raises(KeyError), records.recorded(folder, made, "abc"):
         raise KeyError
-    assert not records.is_done(tmp_path / "run", {"preset": "a"})
-    with pytest.raises(records.StaleRecord, match="preset was 'a', is 'b'"):
-        records.is_done(tmp_path / "run", {"preset": "b"})
-    with records.recorded(tmp_path / "run", {"preset": "a"}, "abc"):
-        pass
-    assert json.loads((tmp_path / "run" / "done.json").read_text())["resumed"]
-
-
-def test_results_without_a_record_are_refused(tmp_path):
-    (tmp_path / "done.json").write_text('{"arm": "clip", "seed": 0, "seconds": 1.0}')
+    assert not records.is_done(folder, made)
+    others = [
+        (
+            {"job": {"merge": "--x 2"}, "starts_from": "aa"},
+            "job.merge was '--x 1', is '--x 2'.* Delete .*--out",
+        ),
+        ({**made, "starts_from": "bb"}, "starts_from was 'aa', is 'bb'"),
+        ({**made, "version": "2"}, "version was None, is '2'"),
+    ]
+    for other, message in others:
+        with pytest.raises(records.StaleRecord, match=message):
+            records.is_done(folder, other)  # unfinished
+    with records.recorded(folder, made, "abc"):
+        (folder / "log.txt").write_text("trained\n")
+    found = json.loads((folder / "done.json").read_text())
+    assert found["made"] == made and found["commit"] == "abc" and found["cpu_seconds"] >= 0 and found["resumed"]
+    assert "cores" in found["machine"] and records.is_done(folder, made)
+    assert records.is_done(folder, {**made, "starts_from": None}), "not known yet"
+    for other, message in others:
+        with pytest.raises(records.StaleRecord, match=message):
+            records.is_done(folder, other)
+    (folder / "done.json").write_text('{"arm": "clip", "seed": 0, "seconds": 1.0}')
     with pytest.raises(records.StaleRecord, match="does not say what it was made of"):
-        records.is_done(tmp_path, {"preset": "a"})
+        records.is_done(folder, made)
 
 
 def test_what_is_made_depends_on_preset_parts_sizes_and_the_start(settings, monkeypatch):
@@ -214,54 +197,36 @@ class Stub:
         self.act()
 
 
-def test_a_failed_run_is_told_at_once_and_nothing_is_begun_after_it(settings, capsys):
-    told, begun = Event(), []
+def test_a_failed_run_is_told_at_once_and_nothing_begins_after_it(settings, capsys):
+    expired, heard, begun = Event(), [], []
 
     def fail():
         raise ValueError("no space")
 
-    def long():
-        # Ends only when the failure has been told, in a minute at the latest.
-        while "failed" not in "".join(heard) and not told.wait(0.02):
+    def long():  # ends when the failure has been told, in a minute at the latest
+        while "failed" not in "".join(heard) and not expired.wait(0.02):
             heard.append(capsys.readouterr().err)
         begun.append("long ended")
 
-    heard = []
-    timer = Timer(60, told.set)
+    timer = Timer(60, expired.set)
     timer.start()
-    jobs = [
-        Stub("long", long),
-        Stub("bad", fail),
-        *(Stub(f"later{i}", lambda: begun.append("later")) for i in range(3)),
-    ]
+    later = [Stub(f"later{i}", lambda: begun.append("later")) for i in range(3)]
     with ThreadPoolExecutor(2) as pool, pytest.raises(run.RunFailed):
-        run.run_all(pool, settings, jobs, 2)
+        run.run_all(pool, settings, [Stub("long", long), Stub("bad", fail), *later], 2)
     timer.cancel()
-    assert not told.is_set(), "the failure was told only after the others' end"
+    assert not expired.is_set(), "the failure was told only after the others' end"
     assert begun == ["long ended"]
     assert "bad, seed 0 failed: no space" in "".join(heard) and "3 are not begun" in "".join(heard)
-
-
-def test_all_runs_are_run_where_none_fails(settings, capsys):
-    ran = []
     with ThreadPoolExecutor(2) as pool:
-        run.run_all(pool, settings, [Stub(str(i), lambda i=i: ran.append(i)) for i in range(5)], 2)
-    assert sorted(ran) == [0, 1, 2, 3, 4]
-    assert "[5/5]" in capsys.readouterr().out
+        run.run_all(pool, settings, later, 2)
+    assert begun == ["long ended", *["later"] * 3] and "[3/3]" in capsys.readouterr().out
 
 
 def test_a_failure_is_the_commands_status(settings, monkeypatch, capsys):
-    def fail(args):
-        raise run.RunFailed
-
-    def stale(args):
-        raise records.StaleRecord("runs/clip/0 was made of something else")
-
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    monkeypatch.setattr(run, "run", fail)
-    assert run.main() == 1
-    monkeypatch.setattr(run, "run", stale)
-    assert run.main() == 2
+    for error, code in ((run.RunFailed(), 1), (records.StaleRecord("runs/clip/0 was made of something else"), 2)):
+        monkeypatch.setattr(run, "run", Mock(side_effect=error))
+        assert run.main() == code
     assert "runs/clip/0" in capsys.readouterr().err
 
 
@@ -309,16 +274,12 @@ def test_a_run_of_some_claims_leaves_the_other_sections_as_they_stand(settings, 
     assert page.read_text() == text, "the same run writes the same page"
     report.write_report(replace(settings, seeds=4), page, ["f"], "--claims f --seeds 4")
     again = page.read_text()
-    assert report.sections_of(again)["(f)"] == report.sections_of(text)["(f)"], "what lacks a seed stays"
-
-
-def test_what_is_missing_is_missed_for_each_seed(settings, tmp_path):
-    whole_study(settings)
+    assert report.sections_of(again)["(f)"] == report.sections_of(text)["(f)"], "a section that lacks a seed stays"
     for seed in range(2):
         (settings.out / "curves" / str(seed)).mkdir(parents=True)
         (settings.out / "curves" / str(seed) / "detach_curve.json").write_text("{}")
-    report.write_report(settings, tmp_path / "claims.md", ["d"], "--claims d")
-    assert "Not run yet (curves/2/detach_curve.json)" in (tmp_path / "claims.md").read_text()
+    report.write_report(settings, page, ["d"], "--claims d")
+    assert "Not run yet (curves/2/detach_curve.json)" in page.read_text()
 
 
 def test_a_share_of_no_clear_gain_is_not_defined(settings, tmp_path):
@@ -341,9 +302,9 @@ def test_summary_has_every_run(settings):
     found = json.loads((settings.out / "summary.json").read_text())
     assert found["last_command"]["command"] == "--claims f" and found["last_command"]["seconds"] == 61
     rows = {(row["name"], row["seed"]): row for row in found["runs"]}
-    assert len(rows) == 15
-    assert rows["tove", 2]["accuracy"] == pytest.approx(60)
-    assert rows["tove", 2]["seconds"] == 30 and rows["tove", 2]["cpu_seconds"] == 60
+    last = rows["tove", 2]
+    assert len(rows) == 15 and last["accuracy"] == pytest.approx(60)
+    assert last["seconds"] == 30 and last["cpu_seconds"] == 60
 
 
 def test_the_readmes_numbers_are_those_of_the_page():
@@ -356,26 +317,15 @@ def test_the_readmes_numbers_are_those_of_the_page():
 def test_claims_from_nothing_at_a_tiny_size(tmp_path):
     """Trainings of three arms, merges and detach curves; again, nothing is trained twice."""
     command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,d,f", "--seeds", "2"]
-    command += [
-        "--train",
-        "48",
-        "--val",
-        "8",
-        "--pictures",
-        "64",
-        "--out",
-        str(tmp_path / "out"),
-        "--report",
-        str(tmp_path / "claims.md"),
-    ]
+    command += ["--train", "48", "--val", "8", "--pictures", "64"]
+    command += ["--out", str(tmp_path / "out"), "--report", str(tmp_path / "claims.md")]
     first = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert first.returncode == 0, first.stderr[-3000:]
     page = (tmp_path / "claims.md").read_text()
     lite = page.partition("## (c)")[2].partition("## (d)")[0]
     assert "| lite | CLIPVisionModel |" in lite
-    rows = {
-        line.split(" | ")[0].strip("| "): line.split(" | ") for line in lite.splitlines() if "CLIPVisionModel" in line
-    }
+    lines = [line.strip("| ").split(" | ") for line in lite.splitlines() if "CLIPVisionModel" in line]
+    rows = {cells[0]: cells for cells in lines}
     assert rows["lite"][2] == rows["clip"][2], "as many operations as CLIP"
     assert "--claims c,d,f --seeds 2 --train 48 --val 8 --pictures 64`, run 2" in lite
     assert "4 runs and 2 curves: " in page.partition("## (d)")[2]

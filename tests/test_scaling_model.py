@@ -1,20 +1,18 @@
 """The model of docs/background/scaling.md: its page, its counts, and what must hold of any such model."""
 
 import json
-import sys
 from dataclasses import replace
 
 import pytest
+import scaling_model as scaling
 import torch
-from train_parts import ROOT
+from benchmark_parts import ROOT
+from scaling_model import Cluster, communication, measured_share, model_step, records
+from step_parts import TrainingStep, make_batch
+from work import Work
 
 from tove_llava import build_model, load_preset
 from tove_llava.train.shapes import stage_shape
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import scaling_model as scaling
-from scaling_model import Cluster, communication, measured_share, model_step, records
 
 SEVEN = load_preset("vicuna-7b")
 
@@ -30,78 +28,60 @@ def step(shapes, stage, level, cluster, **changes):
 
 @pytest.mark.slow
 def test_the_page_is_what_the_program_gives():
-    assert scaling.generated() in scaling.PAGE.read_text(encoding="utf-8")
+    assert scaling.PAGE.is_relative_to(ROOT) and scaling.generated() in scaling.PAGE.read_text(encoding="utf-8")
 
 
 def test_operations_are_those_of_a_real_step():
-    from step_parts import TrainingStep, make_batch
-    from work import Work
-
-    preset = load_preset("tiny")
-    work = Work(preset)
-    for stage in scaling.STAGES:
-        model, _ = build_model(preset)
-        batch = make_batch(model, 1, 100, torch.float32, 0)
-        needed = TrainingStep(model, preset.stage(stage), torch.float32).needed_flops(batch)
-        positions = batch["input_ids"].shape[1]
-        # The head on the meta device has some rows more, for the image's token.
-        more = stage_shape(preset, stage).vocabulary - model.lm_head.weight.shape[0]
-        passes = 3 if stage == "finetune" else 2
-        expected = sum(needed.values()) + passes * 2 * positions * model.lm_head.in_features * more
-        assert work.record(stage, positions=positions, scored=positions) == pytest.approx(expected, rel=1e-4)
-        assert work.encoders == pytest.approx(needed["frozen_encoders"])
+    preset, stage = load_preset("tiny"), "finetune"
+    work, model = Work(preset), build_model(preset)[0]
+    batch = make_batch(model, 1, 100, torch.float32, 0)
+    needed = TrainingStep(model, preset.stage(stage), torch.float32).needed_flops(batch)
+    positions = batch["input_ids"].shape[1]
+    # The head on the meta device has more rows, for the image's token; forward, and two backward passes.
+    more = stage_shape(preset, stage).vocabulary - model.lm_head.weight.shape[0]
+    expected = sum(needed.values()) + 3 * 2 * positions * model.lm_head.in_features * more
+    counted = work.record(stage, positions=positions, scored=positions)
+    assert counted == pytest.approx(expected, rel=1e-4)
+    assert work.encoders == pytest.approx(needed["frozen_encoders"])
     without = work.record(stage, positions=positions, scored=positions, pictures=0)
-    assert work.record(stage, positions=positions, scored=positions) - without == pytest.approx(
-        work.encoders + work.transfer
-    )
+    assert counted - without == pytest.approx(work.encoders + work.transfer)
 
 
 @pytest.mark.parametrize("stage", scaling.STAGES)
-@pytest.mark.parametrize("level", scaling.LEVELS)
-def test_more_devices(shapes, stage, level):
-    one, eight, many = (step(shapes, stage, level, Cluster(n)) for n in (1, 8, 64))
-    assert 0 == one.communication < eight.communication < many.communication
-    assert one.memory > eight.memory > many.memory
-    assert one.compute == pytest.approx(8 * eight.compute) == pytest.approx(64 * many.compute)
-    assert one.efficiency == pytest.approx(1.0) and 1 > eight.efficiency > many.efficiency > 0
-    assert one.samples < eight.samples < many.samples
-    slow = step(shapes, stage, level, Cluster(64, adapters=1))
-    assert slow.exposed > many.exposed and slow.compute == many.compute and slow.memory == many.memory
-
-
-@pytest.mark.parametrize("stage", scaling.STAGES)
-@pytest.mark.parametrize("devices", [8, 64])
-def test_zero3_sends_more_and_holds_less(shapes, stage, devices):
-    two, three = (step(shapes, stage, level, Cluster(devices)) for level in ("zero2", "zero3"))
-    assert three.communication > two.communication
-    assert three.batch > two.batch or three.memory < two.memory
+def test_more_devices(shapes, stage):
+    for level in scaling.LEVELS:
+        one, eight, many = (step(shapes, stage, level, Cluster(n)) for n in (1, 8, 64))
+        assert 0 == one.communication < eight.communication < many.communication
+        assert one.memory > eight.memory > many.memory
+        assert one.compute == pytest.approx(8 * eight.compute) == pytest.approx(64 * many.compute)
+        assert one.efficiency == pytest.approx(1.0) and 1 > eight.efficiency > many.efficiency > 0
+        assert one.samples < eight.samples < many.samples
+        slow = step(shapes, stage, level, Cluster(64, adapters=1))
+        assert slow.exposed > many.exposed and slow.compute == many.compute and slow.memory == many.memory
+    for devices in (8, 64):  # ZeRO-3 sends more and holds less
+        two, three = (step(shapes, stage, level, Cluster(devices)) for level in ("zero2", "zero3"))
+        assert three.communication > two.communication and (three.batch > two.batch or three.memory < two.memory)
 
 
 def test_volumes_by_hand(shapes):
     shape = replace(shapes["finetune"], registered=8 * 10**9, trained=10**9, hidden=10**5, layers=10)
     speed, hop = 0.8 * 450e9, 3e-6
-    two = communication("zero2", shape, Cluster(8), 3)
+    two, three = (communication(level, shape, Cluster(8), 3) for level in ("zero2", "zero3"))
     assert two.beside == pytest.approx(3 * (2e9 * 7 / 8 / speed + 7 * hop))
     assert two.alone == pytest.approx(2e9 * 7 / 8 / speed + 2 * 7 * hop)
     gather = 2 * 3 * (16e9 * 7 / 8 / speed + 10 * 7 * hop)
-    three = communication("zero3", shape, Cluster(8), 3)
     assert three.alone == pytest.approx(gather / 10)
     assert three.beside == pytest.approx(two.beside + gather * 9 / 10)
-    assert Cluster(64).speed == pytest.approx(0.8 * 400e9)
-    assert Cluster(64, adapters=1).speed == pytest.approx(0.8 * 50e9)
+    assert [Cluster(64, adapters=n).speed for n in (8, 1)] == pytest.approx([0.8 * 400e9, 0.8 * 50e9])
 
 
-def test_links_faster_than_arithmetic_are_hidden_but_for_the_assumed_rest(shapes):
+def test_fast_links_are_hidden_except_for_the_assumed_rest(shapes):
     sent = communication("zero3", shapes["pretrain"], Cluster(8), 1)
     calm = step(shapes, "pretrain", "zero3", Cluster(8))
     assert calm.exposed == pytest.approx(sent.alone + 0.2 * sent.beside)
     hurried = step(shapes, "pretrain", "zero3", Cluster(8), flops=1e9)
     assert hurried.exposed == pytest.approx(sent.alone + sent.beside - hurried.compute)
-
-
-def test_a_model_that_does_not_fit_says_so(shapes):
-    assert not step(shapes, "finetune", "zero3", Cluster(1)).fits
-    assert step(shapes, "finetune", "zero3", Cluster(8)).fits
+    assert [step(shapes, "finetune", "zero3", Cluster(devices)).fits for devices in (1, 8)] == [False, True]
 
 
 def test_records_are_the_recipes():
@@ -110,12 +90,10 @@ def test_records_are_the_recipes():
     assert 200 < mix.text < 500 and 0 < mix.supervised < mix.text and mix.pictures == pytest.approx(624 / 664)
 
 
-def test_a_measured_step_takes_the_place_of_the_assumption(tmp_path):
+def test_a_measured_step_replaces_the_assumption(tmp_path):
     assert measured_share(tmp_path, "vicuna-13b", "pretrain") == (scaling.SHARE, "assumed")
     record = {"stages": {"pretrain": {"mfu": 0.5}, "finetune_lora": {"mfu": 0.41}, "finetune": {"mfu": None}}}
     (tmp_path / "train_step-vicuna-7b-cuda.json").write_text(json.dumps(record))
     assert measured_share(tmp_path, "vicuna-7b", "pretrain")[0] == 0.5
-    assert measured_share(tmp_path, "vicuna-13b", "finetune") == (
-        0.41,
-        "measured: finetune_lora in train_step-vicuna-7b-cuda.json",
-    )
+    said = "measured: finetune_lora in train_step-vicuna-7b-cuda.json"
+    assert measured_share(tmp_path, "vicuna-13b", "finetune") == (0.41, said)
