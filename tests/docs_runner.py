@@ -12,6 +12,8 @@ from docs_server import CLIENT
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 300  # seconds a block; a page that hangs must end
+OWN = ("scripts", "eval", "playground")  # scripts find the root by way of their folder, so a clone has real ones
+LEFT_OUT = ("outputs", "data", ".venv", ".git", ".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache")
 
 
 class Server:
@@ -26,7 +28,7 @@ class Server:
             text = CLIENT.format(python=sys.executable, prefix=prefix, address=address)
             (self.programs / name).write_text(text)
             (self.programs / name).chmod(0o755)
-        command = [sys.executable, str(ROOT / "tests" / "docs_server.py"), address, "docs_warm"]
+        command = [sys.executable, str(ROOT / "tests" / "docs_server.py"), address]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, env=self.environment(), cwd=folder, **pipes)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
@@ -47,26 +49,21 @@ class Server:
 
 
 def make_clone(folder: Path, scenes: Path | None = None, model: Path | None = None) -> Path:
-    """A folder that looks like a clone's root: everything linked, but data and outputs its own.
+    """Make a folder that looks like a clone's root: links to everything except data and outputs.
 
     Args:
         scenes: playground scenes, linked as ``playground/data/scenes``.
         model: a checkpoint folder, linked as ``outputs/tiny/finetune_lora``.
     """
-    own = {"outputs", "data", ".venv", ".git", ".hypothesis", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
-    folder.mkdir(parents=True)
-    # Scripts find the root by way of their own folder, so that has to be a real one.
-    for part in (folder, *(folder / name for name in ("scripts", "eval", "playground"))):
-        part.mkdir(exist_ok=True)
+    for part in (folder, *(folder / name for name in OWN)):
+        part.mkdir(parents=True)
         for entry in (ROOT / part.relative_to(folder)).iterdir():
-            if entry.name not in own and not (part == folder and entry.name in ("scripts", "eval", "playground")):
+            if entry.name not in LEFT_OUT and not (part == folder and entry.name in OWN):
                 (part / entry.name).symlink_to(entry)
-    (folder / "playground" / "data").mkdir()
-    if scenes is not None:
-        (folder / "playground" / "data" / "scenes").symlink_to(scenes)
-    if model is not None:
-        (folder / "outputs" / "tiny").mkdir(parents=True)
-        (folder / "outputs" / "tiny" / "finetune_lora").symlink_to(model)
+    for target, link in ((scenes, "playground/data/scenes"), (model, "outputs/tiny/finetune_lora")):
+        if target is not None:
+            (folder / link).parent.mkdir(parents=True)
+            (folder / link).symlink_to(target)
     return folder
 
 
@@ -75,7 +72,7 @@ class BlockError(AssertionError):
 
 
 def run_page(page: Page, folder: Path, environment: dict[str, str]) -> None:
-    """Runs a page's blocks in order.
+    """Run a page's blocks in order.
 
     Raises:
         BlockError: one failed; the message names page and line, and has its output.
@@ -86,17 +83,17 @@ def run_page(page: Page, folder: Path, environment: dict[str, str]) -> None:
             target = folder / block.file
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(block.text, encoding="utf-8")
-        elif block.is_output:
+        elif block.kind == "output":
             check_output(block, printed)
         elif block.is_run:
             printed = run_block(block, folder, environment, rest)
 
 
 def programs(blocks: Iterable[Block]) -> list[list[Block]]:
-    """The blocks, each with those that go on with it."""
+    """Put each block together with those that go on with it."""
     found: list[list[Block]] = []
     for block in blocks:
-        if not block.goes_on:
+        if block.kind != "goes on":
             found.append([block])
         elif found and found[-1][0].is_run and found[-1][0].language == block.language == "python":
             found[-1].append(block)
@@ -106,9 +103,15 @@ def programs(blocks: Iterable[Block]) -> list[list[Block]]:
 
 
 def run_block(block: Block, folder: Path, environment: dict[str, str], rest: Sequence[Block] = ()) -> str:
-    """What a block, and those that go on with it, print to the standard output."""
+    """Run a block with those that go on with it; return what they print to the standard output."""
     if block.language == "python":
-        command = ["python", str(write_program([block, *rest], folder))]
+        # Empty lines before each block give a traceback the page's line numbers.
+        text = ""
+        for part in (block, *rest):
+            text += "\n" * (part.line - text.count("\n")) + part.runnable
+        program = folder / f"block_at_line_{block.line}.py"
+        program.write_text(text, encoding="utf-8")
+        command = ["python", str(program)]
     elif block.language == "bash":
         command = ["bash", "-euo", "pipefail", "-c", block.runnable]
     else:
@@ -131,21 +134,8 @@ def run_block(block: Block, folder: Path, environment: dict[str, str], rest: Seq
     return out
 
 
-def write_program(blocks: Sequence[Block], folder: Path) -> Path:
-    """A file that runs python blocks, each from a file of its own, so that a traceback has its line."""
-    files = [folder / f"block_at_line_{block.line}.py" for block in blocks]
-    for block, file in zip(blocks, files, strict=True):
-        file.write_text(block.runnable, encoding="utf-8")
-    if len(files) == 1:
-        return files[0]
-    program = folder / f"blocks_from_line_{blocks[0].line}.py"
-    lines = [f"exec(compile(open({str(file)!r}).read(), {str(file)!r}, 'exec'))\n" for file in files]
-    program.write_text("".join(lines), encoding="utf-8")
-    return program
-
-
 def check_output(block: Block, printed: str) -> None:
-    """Compares what the page shows with what was printed; ``...`` stands for anything, within a line or for lines."""
+    """Compare what the page shows with what was printed; ``...`` stands for anything, within a line or for lines."""
     rest = iter([line.rstrip() for line in printed.splitlines()])
     for shown in block.text.splitlines():
         if shown.strip() in ("", "..."):

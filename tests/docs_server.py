@@ -1,11 +1,11 @@
-"""Runs Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
+"""Run Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
 
-``python docs_server.py SOCKET MODULE...`` imports the modules (:mod:`docs_warm`), prints ``ready``, and serves until
-its standard input ends. A client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and
-exits as the program does.
+``python docs_server.py SOCKET`` imports the libraries, prints ``ready``, and serves until its standard input ends. A
+client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and exits as the program does.
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -17,7 +17,19 @@ import threading
 import traceback
 from importlib import import_module
 
-# An executable: what follows its name is what `python` would be given, behind ``prefix``.
+LIBRARIES = (
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "peft",
+    "torch.utils.tensorboard",
+    "tove_llava.train.run",
+    "tove_llava.inference.engine",
+    "tove_llava.analysis.plots",
+)
+
+# An executable: what follows its name is what `python` would be given, after ``prefix``.
 CLIENT = """#!{python} -SE
 import json, os, socket, sys
 request = json.dumps({{"argv": {prefix!r} + sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}).encode()
@@ -31,7 +43,7 @@ sys.exit(code[0] if code else 1)
 
 
 def serve(address: str) -> None:
-    """Accepts clients until standard input ends; each is handled by a process of its own."""
+    """Accept clients until standard input ends; handle each in a process of its own."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
@@ -49,7 +61,7 @@ def serve(address: str) -> None:
 
 
 def handle(connection: socket.socket) -> None:
-    """Runs one program and sends its exit code; ends the program when the client goes away."""
+    """Run one program and send its exit code; end the program when the client goes away."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
     request = b""
@@ -73,7 +85,7 @@ def handle(connection: socket.socket) -> None:
 
 
 def program(request: dict, descriptors: list[int]) -> int:
-    """Becomes the program and returns its exit code."""
+    """Become the program and return its exit code."""
     for number, descriptor in enumerate(descriptors):
         os.dup2(descriptor, number)
     os.chdir(request["cwd"])
@@ -97,7 +109,7 @@ def program(request: dict, descriptors: list[int]) -> int:
 
 
 def start(arguments: list[str]) -> None:
-    """As ``python ARGUMENTS...`` for a module (``-m``) or a file."""
+    """Do as ``python ARGUMENTS...`` does for a module (``-m``) or a file."""
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -108,6 +120,8 @@ def start(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for module in sys.argv[2:]:
+    for module in LIBRARIES:
         import_module(module)
+    import_module("tove_llava").build_model("tiny")  # libraries do some of their work at the first use
+    gc.freeze()  # collections in the forks leave the libraries' objects out
     serve(sys.argv[1])

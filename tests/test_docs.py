@@ -13,18 +13,21 @@ from tove_llava.train.run import main as train
 
 PAGES = pages()
 RUN = [page for page in PAGES if any(block.is_run for block in page.blocks)]
+READMES = [DOCS.parent / name / "README.md" for name in (".", "benchmarks", "playground")]
+LINKED = [*sorted(DOCS.rglob("*.md")), *READMES]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_says_what_is_to_be_done_with_it(page: Page) -> None:
-    for block in page.blocks:
-        if block.language == "text":
-            continue
-        assert block.mark is not None, f"{block.where}: no comment above the block; see tests/docs_pages.py"
-        known = block.is_run or block.is_output or block.file is not None or block.reason
-        assert known, f"{block.where}: unknown mark {block.mark!r}; see tests/docs_pages.py"
-        assert block.language, f"{block.where}: no language; write text for what is no code"
     assert page.needs <= {"scenes", "model"}
+    for block in page.blocks:
+        assert block.language, f"{block.where}: no language; write text for what is no code"
+        assert block.language == "text" or block.kind, f"{block.where}: no known comment above it; see docs_pages.py"
+        assert block.kind not in ("with", "file", "not run") or block.argument, f"{block.where}: the comment is cut off"
+        for verb in re.findall(r"\btove-llava ([a-z][a-z-]+)", block.text if block.language == "bash" else ""):
+            assert verb in verbs(), f"{block.where}: there is no verb {verb!r}"
+        for name in re.findall(r"\bbash ((?:scripts|eval|playground)/[\w./-]+\.sh)", block.text):
+            assert (DOCS.parent / name).is_file(), f"{block.where}: there is no {name}"
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +47,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model after both stages, two steps each."""
+    """A tiny model after both stages, a step each."""
     folder = tmp_path_factory.mktemp("model")
-    common = ["--image_folder", str(scenes / "images"), "--max_steps", "2", "--report_to", "none"]
+    common = ["--image_folder", str(scenes / "images"), "--max_steps", "1", "--report_to", "none"]
     captions = ["--stage", "pretrain", "--data_path", str(scenes / "train_captions.json")]
     assert train([*common, *captions, "--output_dir", str(folder / "pretrain")]) == 0
     questions = ["--stage", "finetune_lora", "--data_path", str(scenes / "train_instruct.json")]
@@ -61,27 +64,10 @@ def test_the_page_runs(page: Page, server: Server, request: pytest.FixtureReques
     run_page(page, make_clone(tmp_path / "clone", **given), server.environment())
 
 
-# --- what the blocks name ---------------------------------------------------------------------------------------------
-
-
-def test_verbs_and_files_that_pages_name_exist() -> None:
-    root = DOCS.parent
-    for page in PAGES:
-        for block in page.blocks:
-            for verb in re.findall(r"\btove-llava ([a-z][a-z-]+)", block.text if block.language == "bash" else ""):
-                assert verb in verbs(), f"{block.where}: there is no verb {verb!r}"
-            for name in re.findall(r"\bbash ((?:scripts|eval|playground)/[\w./-]+\.sh)", block.text):
-                assert (root / name).is_file(), f"{block.where}: there is no {name}"
-
-
 def anchors(page: Path) -> set[str]:
     """List the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8")), flags=re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-READMES = [DOCS.parent / name / "README.md" for name in (".", "benchmarks", "playground")]
-LINKED = [*sorted(DOCS.rglob("*.md")), *READMES]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(DOCS.parent).as_posix())
@@ -91,6 +77,22 @@ def test_links_lead_somewhere(page: Path) -> None:
         file = page.parent / target if target else page
         assert file.exists(), f"{page} links to {target}, which is not there"
         assert not anchor or anchor in anchors(file), f"{page} links to {link}, and {file.name} has no such heading"
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    assert [page.name for page in PAGES if page.name != "README.md" and f"]({page.name})" not in index] == []
+
+
+def test_files_of_the_code_that_name_a_page_name_one_that_is_there() -> None:
+    for file in (
+        path
+        for folder in ("tove_llava", "tests", "scripts", "benchmarks", "playground")
+        for path in (DOCS.parent / folder).rglob("*")
+        if path.suffix in (".py", ".sh", ".yaml", ".md")
+    ):
+        for name in re.findall(r"(?<![\w/:.])docs/[\w/-]+\.md", file.read_text(encoding="utf-8")):
+            assert (DOCS.parent / name).is_file() or "haotian" in file.read_text(), f"{file} names {name}"
 
 
 # --- the mechanism itself ---------------------------------------------------------------------------------------------
@@ -111,13 +113,10 @@ def test_marks_are_read(tmp_path: Path) -> None:
     assert page.needs == {"scenes", "model"}
     run, unmarked, file, skipped, output = page.blocks
     assert run.is_run and run.text == "echo 1\n" and run.line == 3
-    assert unmarked.mark is None and not unmarked.is_run
-    assert file.file == "a/b.yaml" and skipped.reason == "needs a GPU" and output.is_output
-    first, second = write(
-        tmp_path, "<!-- test -->\n```python\nx = 1\n```\n<!-- test: goes on -->\n```python\nx\n```\n"
-    ).blocks
-    assert first.is_run and second.is_run and second.goes_on and not first.goes_on
-    with pytest.raises(ValueError, match="line 1 opens is not closed"):
+    assert unmarked.kind is None and not unmarked.is_run
+    assert file.file == "a/b.yaml" and (skipped.kind, skipped.argument) == ("not run", "needs a GPU")
+    assert output.kind == "output"
+    with pytest.raises(ValueError, match="not closed"):
         write(tmp_path, "```bash\necho\n")
 
 
@@ -138,10 +137,7 @@ def test_blocks_share_a_folder_and_a_failure_names_page_and_line(tmp_path: Path,
         ("<!-- test -->\n```bash\ntrue\nfalse | true\necho no\n```\n", "page.md, line 2: the block failed"),
         ("<!-- test -->\n```python\nraise SystemExit('stop')\n```\n", "exit code 1(.|\n)*stop"),
         ("<!-- test -->\n```bash\ntove-llava no-such-verb\n```\n", "exit code 2(.|\n)*unknown verb"),
-        (
-            "<!-- test -->\n```python\nx = 1\n```\n<!-- test: goes on -->\n```python\n\nassert x == 2\n```\n",
-            "block_at_line_6.py., line 2",
-        ),
+        ("<!-- test -->\n```python\nx = 1\n```\n<!-- test: goes on -->\n```python\n\nassert x == 2\n```\n", "line 8"),
         ("<!-- test: goes on -->\n```python\nx\n```\n", "line 2: it goes on, but"),
         ("<!-- test -->\n```ruby\nputs 1\n```\n", "'ruby' cannot be run"),
         ("<!-- test -->\n```bash\necho 1\n```\n<!-- test: output -->\n```text\n2\n```\n", "line 6: the line '2'"),

@@ -1,4 +1,4 @@
-"""Imports between the package's rooms run downward, in the order that docs/architecture.md gives."""
+"""Imports run downward, in the order of docs/architecture.md; what pages name is there."""
 
 import ast
 import re
@@ -47,3 +47,13 @@ def test_files_and_functions_that_the_page_names_exist():
         file = PACKAGE / name
         assert file.is_file() or (PACKAGE.parent / name).is_file(), f"{PAGE.name} names {name}, which is not there"
         assert not symbol or re.search(rf"\b(def|class) {symbol}\b", file.read_text()), f"{name} has no {symbol}"
+
+
+def test_names_that_pages_import_exist():
+    for page in (*PAGE.parent.rglob("*.md"), PAGE.parents[1] / "README.md"):
+        for module, names in re.findall(r"^from (tove_llava[\w.]*) import ([\w, ]+)", page.read_text(), flags=re.M):
+            place = PACKAGE.parent.joinpath(*module.split("."))
+            file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+            assert file.is_file(), f"{page.name} imports {module}, which is not there"
+            for name in names.split(", "):
+                assert re.search(rf"\b{name}\b", file.read_text()), f"{page.name}: {module} has no {name}"
