@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -11,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from train_parts import ROOT, environment, flags, launch, run_group, run_script, write_parts, write_records
+from train_killed import train_until_killed
+from train_parts import flags, launch, run_group, run_script, write_parts, write_records
 
 from tove_llava import build_model, load_model
 from tove_llava.checkpoints.manifest import Manifest
@@ -246,9 +245,7 @@ def test_killed_run_resumes(root, tmp_path):
         return stage_two(root, output, *words, "--bits", bits)
 
     assert main(command(tmp_path / "whole")) == 0
-    killed = [sys.executable, "-m", "train_killed", "between", *command(tmp_path / "killed")]
-    done = subprocess.run(killed, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    train_until_killed("between", command(tmp_path / "killed"))
     assert [path.name for path in checkpoints.complete(tmp_path / "killed")] == ["checkpoint-4"]
     with pytest.raises(CheckpointError, match=r"settings\.quantization"):
         run(parse(command(tmp_path / "killed", bits="16")))

@@ -1,14 +1,12 @@
 """A run that is killed and started again ends where an uninterrupted one does; a finished one is left alone."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from train_parts import ROOT, environment, flags, launch, write_parts, write_records
+from train_killed import train_until_killed
+from train_parts import flags, launch, write_parts, write_records
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.train import step_checkpoints as checkpoints
@@ -68,12 +66,10 @@ def assert_same_run(output, whole):
         torch.testing.assert_close(got[name], expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("moment", ["between", "publishing", pytest.param("writing", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("moment", ["between", "publishing", "writing"])
 def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
     output = root / moment
-    command = [sys.executable, "-m", "train_killed", moment, *lora(root, output)]
-    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    train_until_killed(moment, lora(root, output))
     last = {"between": 4, "publishing": 2, "writing": 2}[moment]
     assert [path.name for path in checkpoints.complete(output)][-1] == f"checkpoint-{last}"
     assert bool(checkpoints.incomplete(output)) == (moment != "between")
@@ -90,9 +86,7 @@ def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
 
 def test_run_killed_before_its_model_is_saved_only_saves(root, whole, capsys):
     output = root / "saving"
-    command = [sys.executable, "-m", "train_killed", "saving", *lora(root, output)]
-    killed = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    train_until_killed("saving", lora(root, output))
     assert main(lora(root, output)) == 0
     assert "only saving was left to do" in capsys.readouterr().out
     assert_same_run(output, whole)

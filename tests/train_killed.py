@@ -1,8 +1,9 @@
-"""Runs the trainer and kills its own process (SIGKILL) at a given moment.
+"""Run the trainer and kill its own process (SIGKILL) at a given moment.
 
 Usage: python -m train_killed MOMENT FLAGS...
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -33,15 +34,32 @@ def after(function, count, *, first):
     return counted
 
 
-moment, arguments = sys.argv[1], sys.argv[2:]
-if moment == "between":  # in step 6, after the checkpoint of step 4
-    ToveTrainer.compute_loss = after(ToveTrainer.compute_loss, 6, first=True)
-elif moment == "writing":  # the second checkpoint has its weights and nothing else
-    checkpoints.save_weights = after(checkpoints.save_weights, 2, first=True)
-elif moment == "publishing":  # the second checkpoint is all written but has not its name yet
-    checkpoints.publish = after(checkpoints.publish, 2, first=False)
-elif moment == "saving":  # trained to the end, the model not saved
-    run.save_checkpoint = after(run.save_checkpoint, 1, first=False)
-else:
-    raise SystemExit(f"unknown moment {moment}")
-sys.exit(run.main(arguments))
+def kill_at(moment):
+    if moment == "between":  # in step 6, after the checkpoint of step 4
+        ToveTrainer.compute_loss = after(ToveTrainer.compute_loss, 6, first=True)
+    elif moment == "writing":  # the second checkpoint has its weights and nothing else
+        checkpoints.save_weights = after(checkpoints.save_weights, 2, first=True)
+    elif moment == "publishing":  # the second checkpoint is all written but has not its name yet
+        checkpoints.publish = after(checkpoints.publish, 2, first=False)
+    elif moment == "saving":  # trained to the end, the model not saved
+        run.save_checkpoint = after(run.save_checkpoint, 1, first=False)
+    else:
+        raise SystemExit(f"unknown moment {moment}")
+
+
+def train_until_killed(moment, arguments):
+    """Train in a fork of this process, which is as mortal as a fresh one and needs no imports."""
+    process = multiprocessing.get_context("fork").Process(target=_train, args=(moment, arguments))
+    process.start()
+    process.join(timeout=600)
+    assert process.exitcode == -signal.SIGKILL, f"the run ended by itself: {process.exitcode}"
+
+
+def _train(moment, arguments):
+    kill_at(moment)
+    os._exit(run.main(arguments))
+
+
+if __name__ == "__main__":
+    kill_at(sys.argv[1])
+    sys.exit(run.main(sys.argv[2:]))
