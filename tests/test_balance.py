@@ -184,7 +184,7 @@ def test_two_ranks_are_one_batch(tmp_path):
     inputs = tower(pixels(4)).gate_inputs
     whole = balance_loss(tower.fusion.balance_statistics(inputs))
     expected = gradients(tower.fusion, whole)
-    mp.spawn(_rank, args=(2, str(tmp_path), tower.fusion, inputs), nprocs=2)
+    mp.start_processes(_rank, args=(2, str(tmp_path), tower.fusion, inputs), nprocs=2, start_method="fork")
     for rank in range(2):
         for result in torch.load(tmp_path / f"rank{rank}.pt", weights_only=True):
             torch.testing.assert_close(result["loss"], whole.detach())

@@ -198,11 +198,12 @@ def _through_the_command(tokenizer: Path, records: list[Any], folder: Path, caps
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, capsys: Any, kind: str) -> None:
-    """Every id and label, whatever the folder that the tokenizer comes from."""
+    """Compare every id and label; of three kinds of folders, those of the two templates with most rows."""
     FOLDERS[kind](conformance / "llava" / "llama_tokenizer.model", tmp_path)
     rows = jsonl(conformance / "llava" / "tokenization.jsonl")
     equal = {"train": 0, "generate": 0}
-    for template in sorted({row["template"] for row in rows} - {"some_unknown_name"}):
+    templates = {row["template"] for row in rows} - {"some_unknown_name"}
+    for template in sorted(templates) if kind == "bare" else ("v1", "vicuna_v1"):
         trained = [row for row in rows if row["template"] == template and row["kind"] == "train"]
         records = [row["record"] for row in trained]
         printed = _through_the_command(tmp_path, records, tmp_path, capsys, "--template", template)
@@ -223,7 +224,7 @@ def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, caps
             printed = _through_the_command(tmp_path, prompts, tmp_path, capsys, *flags)
             assert [ours["input_ids"] for ours in printed] == [row["input_ids"] for row in asked]
             equal["generate"] += len(asked)
-    assert equal == {"train": 111, "generate": 24}
+    assert equal == ({"train": 111, "generate": 24} if kind == "bare" else {"train": 85, "generate": 19})
 
 
 def test_rows_are_cut_as_training_cuts_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
