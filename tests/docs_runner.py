@@ -19,7 +19,8 @@ LEFT_OUT = ("outputs", "data", ".venv", ".git", ".hypothesis", ".pytest_cache", 
 class Server:
     """The process that runs the pages' Python programs (:mod:`docs_server`), and executables that use it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, hidden: Sequence[str] = ()) -> None:
+        """Start the process, in ``folder``; its programs cannot import what is ``hidden``."""
         self.programs = folder / "bin"
         self.programs.mkdir(parents=True)
         address = str(folder / "socket")
@@ -28,9 +29,10 @@ class Server:
             text = CLIENT.format(python=sys.executable, prefix=prefix, address=address)
             (self.programs / name).write_text(text)
             (self.programs / name).chmod(0o755)
-        command = [sys.executable, str(ROOT / "tests" / "docs_server.py"), address]
+        command = [sys.executable, str(ROOT / "tests" / "docs_server.py"), address, *hidden]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, env=self.environment(), cwd=folder, **pipes)
+        environment = {**self.environment(), "HF_MODULES_CACHE": str(folder / "modules")}
+        self.process = subprocess.Popen(command, env=environment, cwd=folder, **pipes)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def environment(self) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Run Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
 
-``python docs_server.py SOCKET`` imports the libraries, prints ``ready``, and serves until its standard input ends. A
-client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and exits as the program does.
+``python docs_server.py SOCKET [HIDDEN...]`` imports the libraries, prints ``ready``, and serves until its standard input
+ends; where packages are hidden, programs have transformers and cannot import those. A client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and exits as the program does.
 """
 
 import atexit
@@ -120,8 +120,12 @@ def start(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    hidden = sys.argv[2:]
+    sys.modules.update(dict.fromkeys(hidden))  # None: cannot be found, cannot be imported
     for module in LIBRARIES:
-        import_module(module)
-    import_module("tove_llava").build_model("tiny")  # libraries do some of their work at the first use
+        if not hidden or module.startswith("transformers."):
+            import_module(module)
+    if not hidden:
+        import_module("tove_llava").build_model("tiny")  # libraries do some of their work at the first use
     gc.freeze()  # collections in the forks leave the libraries' objects out
     serve(sys.argv[1])

@@ -1,14 +1,19 @@
 """Small checkpoints to export, and a child process that cannot import this package or an expert's library."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from answer_parts import byte_tokenizer
+from docs_runner import Server
 from tower_parts import open_output, text_config, tower_config
 from train_parts import environment
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -85,15 +90,39 @@ def checkpoint(
     return folder / "model"
 
 
-def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, hidden=HIDDEN):
-    """What a process without this package makes of a folder: logits, ids, pixels, text."""
-    out = Path(work) / "seen.pt"
-    settings = environment(HF_MODULES_CACHE=str(Path(work) / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
-    command = [python or sys.executable, "-c", CHILD, str(folder), str(picture), question, str(out)]
-    done = subprocess.run(
-        [*command, json.dumps(hidden), json.dumps(trust)], env=settings, cwd=work, capture_output=True, text=True
-    )
+@cache
+def elsewhere():
+    """A process without this package that forks for each program; a fresh one would import for six seconds."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    return Server(folder, HIDDEN)
+
+
+def run_elsewhere(program, arguments, work):
+    """Run a program without this package and return what it prints."""
+    file = Path(work) / "program.py"
+    file.write_text(program, encoding="utf-8")
+    server = elsewhere()
+    command = [server.programs / "python", file, *arguments]
+    done = subprocess.run(command, env=server.environment(), cwd=work, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()
+
+
+def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, hidden=HIDDEN):
+    """Return the logits, ids, pixels and text of a process without this package that reads a folder.
+
+    With ``python`` or ``hidden`` it is a fresh process.
+    """
+    out = Path(work) / "seen.pt"
+    arguments = [str(folder), str(picture), question, str(out), json.dumps(hidden), json.dumps(trust)]
+    if python is None and hidden == HIDDEN:
+        run_elsewhere(CHILD, arguments, work)
+    else:
+        settings = environment(HF_MODULES_CACHE=str(Path(work) / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
+        command = [python or sys.executable, "-c", CHILD, *arguments]
+        done = subprocess.run(command, env=settings, cwd=work, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 
 
@@ -144,13 +173,9 @@ def compare_in_clean_environment(model, out, file, question, work, trust=False):
 
 
 def run_card(folder, picture, work):
-    """Runs the code of a folder's README.md in a process without this package; returns what it prints."""
+    """Run the code of a folder's README.md without this package and return what it prints."""
     card = (Path(folder) / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     assert "DIR" in code and "picture.jpg" in code
     (Path(work) / "picture.jpg").write_bytes(Path(picture).read_bytes())
-    hide = f"import sys\nsys.modules.update(dict.fromkeys({HIDDEN!r}))\nDIR = {str(folder)!r}\n"
-    settings = environment(HF_MODULES_CACHE=str(Path(work) / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
-    done = subprocess.run([sys.executable, "-c", hide + code], env=settings, cwd=work, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip()
+    return run_elsewhere(f"DIR = {str(folder)!r}\n" + code, [], work)

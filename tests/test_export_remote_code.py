@@ -3,7 +3,6 @@
 import ast
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from answer_parts import picture
 from experts_zoo import CASES
-from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card
+from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card, run_elsewhere
 from tower_parts import save_clip
-from train_parts import environment
 
 from tove_llava.checkpoints.exporting import export_model
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
@@ -139,9 +137,7 @@ models = [Auto.from_pretrained(d, trust_remote_code=True) for d in ({str(out)!r}
 assert len({{type(m) for m in models}}) == len({{type(m.tower) for m in models}}) == 2
 assert all(m.tower.is_loaded for m in models)
 """
-    settings = environment(HF_MODULES_CACHE=str(tmp_path / "modules"), HF_HUB_OFFLINE="1", PYTHONPATH="")
-    done = subprocess.run([sys.executable, "-c", code], env=settings, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_elsewhere(code, [], tmp_path)
 
 
 # -- flatten -----------------------------------------------------------------------------------------------------------
