@@ -1,8 +1,12 @@
 """Small, randomly initialised models of each library's real architecture, saved as a user would find them."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +31,25 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
 
     def spec(self, folder: Path, name: str = "x") -> dict[str, Any]:
-        torch.manual_seed(0)
-        folder.mkdir(parents=True, exist_ok=True)
+        saved, source = save_once(self.make)
+        shutil.copytree(saved, folder, dirs_exist_ok=True)
         return {
             "name": name,
             "expert": self.expert,
-            "source": self.make(folder),
+            "source": source.replace(str(saved), str(folder)),
             "mode": self.mode,
             "image_size": self.image_size,
             "options": self.options,
         }
+
+
+@cache
+def save_once(make: Callable[[Path], str]) -> tuple[Path, str]:
+    """The folder of a model, made once a process, and its source."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    torch.manual_seed(0)
+    return folder, make(folder)
 
 
 def timm_folder(architecture: str, **kwargs: Any) -> Callable[[Path], str]:
