@@ -1,5 +1,6 @@
 """Shared fixtures. Golden data lies beside the repository; tests that need it skip where it is absent."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -22,6 +23,17 @@ _MARKS_OF_TRANSFORMERS = (
 def pytest_configure(config: pytest.Config) -> None:
     for name in _MARKS_OF_TRANSFORMERS if os.environ.get("TRANSFORMERS_SRC") else ():
         config.addinivalue_line("markers", f"{name}: of transformers' tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """Keep what is imported out of garbage collection: accelerate collects after each training, for half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else libraries report what they take for leaks
 
 
 @pytest.fixture(scope="session")
