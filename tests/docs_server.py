@@ -1,7 +1,8 @@
 """Run Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
 
-``python docs_server.py SOCKET [HIDDEN...]`` imports the libraries, prints ``ready``, and serves until its standard input
-ends; where packages are hidden, programs have transformers and cannot import those. A client (:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and exits as the program does.
+``python docs_server.py SOCKET [HIDDEN...]`` imports the libraries, prints ``ready``, and serves until its standard
+input ends. Packages that are HIDDEN cannot be imported; of the libraries only transformers is, then. A client
+(:data:`CLIENT`) sends its arguments, folder, environment and file descriptors, and exits as the program does.
 """
 
 import atexit

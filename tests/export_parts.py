@@ -95,7 +95,9 @@ def elsewhere():
     """A process without this package that forks for each program; a fresh one would import for six seconds."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
-    return Server(folder, HIDDEN)
+    server = Server(folder, HIDDEN)
+    atexit.register(server.close)
+    return server
 
 
 def run_elsewhere(program, arguments, work):
