@@ -9,8 +9,8 @@ from answer_parts import picture
 from train_parts import write_parts
 
 from tove_llava import build_model, load_preset
-from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.train.stages import freeze
 
 KINDS = {"trained": "pretrain", "lora": "finetune_lora", "full": "finetune"}

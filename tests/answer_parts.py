@@ -9,8 +9,8 @@ from tokenizers.models import BPE
 from tower_parts import open_output, text_config, tower_config
 from transformers import PreTrainedTokenizerFast
 
-from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor

@@ -18,8 +18,8 @@ from tower_parts import open_output, text_config, tower_config
 from train_parts import environment
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.data import Turn
 from tove_llava.inference.engine import Engine
 from tove_llava.inference.generation import Answerer

@@ -17,7 +17,7 @@ from tove_llava.analysis.contributions import measure_contributions, read_rankin
 from tove_llava.analysis.curve import detach_curve
 from tove_llava.analysis.detach import detach_checkpoint
 from tove_llava.analysis.samples import load_samples
-from tove_llava.checkpoints.checkpoint import trained_names
+from tove_llava.checkpoints.loading import trained_names
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
 

@@ -10,7 +10,7 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForCausalLM
 
 from tove_llava import build_model, load_model, load_preset
-from tove_llava.checkpoints.checkpoint import load_processor, load_trained
+from tove_llava.checkpoints.loading import load_processor, load_trained
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError
 from tove_llava.llava import ToveLlavaForConditionalGeneration

@@ -363,7 +363,7 @@ def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
         raise error
 
     last = {
-        "tove": "tove_llava.checkpoints.checkpoint.write_manifest",
+        "tove": "tove_llava.checkpoints.saving.write_manifest",
         "original": "tove_llava.checkpoints.formats.original.original_config",
         "llava-hf": "tove_llava.checkpoints.formats.llava_hf.add_sentencepiece",
     }

@@ -16,8 +16,8 @@ from tower_parts import open_output
 from train_parts import ROOT, environment, free_port
 
 from tove_llava import build_model, cli
-from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import ConfigError
 from tove_llava.inference.engine import Engine, Message
 from tove_llava.serve import guard

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from tove_llava.core.version import __version__
 
 if TYPE_CHECKING:
-    from tove_llava.checkpoints.checkpoint import load_model
-    from tove_llava.checkpoints.conversion import convert_checkpoint, open_llava
+    from tove_llava.checkpoints.conversion import convert_checkpoint
+    from tove_llava.checkpoints.loading import load_model, open_llava
     from tove_llava.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
     from tove_llava.experts import Expert, ExpertSpec, register_expert
     from tove_llava.llava import (
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from tove_llava.tower import ToveVisionConfig, ToveVisionModel, ToveVisionOutput
 
 _HOMES = {
-    "tove_llava.checkpoints.checkpoint": ("load_model",),
-    "tove_llava.checkpoints.conversion": ("convert_checkpoint", "open_llava"),
+    "tove_llava.checkpoints.conversion": ("convert_checkpoint",),
+    "tove_llava.checkpoints.loading": ("load_model", "open_llava"),
     "tove_llava.core.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
     "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model"),

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from tove_llava.analysis.measure import check_fusion
 from tove_llava.checkpoints.card import write_card
-from tove_llava.checkpoints.checkpoint import load_processor, read_tensors
+from tove_llava.checkpoints.loading import load_processor
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
@@ -84,7 +85,7 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
     files = _weight_files(folder, manifest.kind)
     state: dict[str, Tensor] = {}
     for file in files:
-        state |= {name: value for name, value in read_tensors(file).items() if name.startswith(FUSION)}
+        state |= {name: value for name, value in file_tensors(file).items() if name.startswith(FUSION)}
     cut = cut_state(large, small, {name.removeprefix(FUSION): value for name, value in state.items()}, folder)
     kept = {FUSION + name: value for name, value in cut.items()}
 
@@ -204,7 +205,7 @@ def _write_weights(files: list[Path], staging: Path, kept: Mapping[str, Tensor])
     """Write each file without the removed tensors; return the tensors that are left."""
     left: dict[str, Tensor] = {}
     for file in files:
-        before = read_tensors(file)
+        before = file_tensors(file)
         after = {name: kept.get(name, value) for name, value in before.items() if _stays(name, kept)}
         left |= after
         if not any(name.startswith(FUSION) for name in before):
@@ -250,7 +251,7 @@ def _by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, Tens
     """Name the trained tensors as the model does, for the manifest's fingerprint."""
     named = dict(tensors)
     if manifest.kind == "lora":
-        for name, value in read_tensors(folder / ADAPTER).items():
+        for name, value in file_tensors(folder / ADAPTER).items():
             stem, _, last = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
             named[f"{stem}.default.{last}"] = value
     return named

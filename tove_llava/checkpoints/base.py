@@ -77,22 +77,20 @@ def register_format(name: str) -> Callable[[F], F]:
 
 
 def find_format(folder: Path) -> LlavaFormat:
-    """The format of a folder.
+    """Return the format of a folder.
 
     Raises:
-        CheckpointError: there is no folder, or it is of no known format.
+        CheckpointError: there is no folder, its config.json is damaged, or it is of no known format.
     """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder; a repository of the hub has to be downloaded first: hf download NAME "
             "--local-dir FOLDER"
         )
-    file = folder / "config.json"
-    config = read_json_object(file) if file.is_file() else {}
-    for name in FORMATS:
-        candidate = FORMATS.get(name)()
-        if candidate.detect(folder, config):
-            return candidate
+    config = _config_of(folder)
+    found = _detected(folder, config)
+    if found is not None:
+        return found
     if not config:
         raise CheckpointError(f"{folder} holds no config.json: it is no checkpoint, or an unfinished copy of one")
     raise CheckpointError(
@@ -102,9 +100,20 @@ def find_format(folder: Path) -> LlavaFormat:
 
 
 def foreign_format(folder: Path) -> str | None:
-    """The name of the format of a folder that is another one's than this package's own, whole or not; else None."""
-    try:
-        name = find_format(folder).name
-    except CheckpointError:
-        return None
-    return None if name == OWN else name
+    """Return the name of a folder's format if that is known and not this package's own.
+
+    Raises:
+        CheckpointError: its config.json is damaged.
+    """
+    found = _detected(folder, _config_of(folder))
+    return None if found is None or found.name == OWN else found.name
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json_object(file) if file.is_file() else {}
+
+
+def _detected(folder: Path, config: dict[str, Any]) -> LlavaFormat | None:
+    candidates = (FORMATS.get(name)() for name in FORMATS)
+    return next((candidate for candidate in candidates if candidate.detect(folder, config)), None)

@@ -6,15 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import LlavaProcessor
-
-from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
 from tove_llava.checkpoints.base import FORMATS, Request, find_format
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
 from tove_llava.data import get_template
-from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import Preset, load_preset
 
 
@@ -67,42 +62,6 @@ def convert_checkpoint(
     with staged(target) as folder:
         writer.write(parts, folder, request)
     return parts.remarks
-
-
-def open_llava(
-    folder: str | os.PathLike[str],
-    *,
-    base: str | None = None,
-    clip: str | None = None,
-    template: str | None = None,
-    dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    merge_lora: bool = False,
-    load_backbones: bool = True,
-) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Opens a folder of another format as a model whose tower is CLIP alone, in eval mode. Nothing is written.
-
-    Args:
-        folder: of the original's or transformers' LLaVA-1.5. For this package's own there is ``load_model``.
-        base, clip, template: see :func:`convert_checkpoint`.
-        dtype: of the whole model; that of its language model by default.
-        device: the CPU by default.
-        merge_lora: fold adapters into the language model's weights.
-        load_backbones: False leaves out CLIP.
-
-    Raises:
-        ConfigError, CheckpointError: see :func:`convert_checkpoint`.
-    """
-    source = Path(folder)
-    parts = find_format(source).read(source, Request(base=base, clip=clip, template=template))
-    wanted = dtype or parts.language.dtype
-    language = load_language(parts.language, wanted)
-    model, processor = assemble_model(parts, tower_config(parts), language, merge_lora=merge_lora)
-    model.config.conversation_template = parts.template
-    if load_backbones:
-        load_clip_of(parts, model)
-        model.tower.load_backbones()
-    return model.to(device or "cpu").eval(), processor
 
 
 def _check_free(out: Path, source: Path) -> None:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from tove_llava.checkpoints.checkpoint import load_model
 from tove_llava.checkpoints.export_format import FORMATS, ExportSource
+from tove_llava.checkpoints.loading import load_model
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged

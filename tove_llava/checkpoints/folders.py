@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -16,23 +15,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from tove_llava.checkpoints.card import read_scores, write_card
-from tove_llava.checkpoints.checkpoint import (
-    read_config,
-    read_model,
-    save_checkpoint,
-    trained_names,
-)
 from tove_llava.checkpoints.hub import download, upload
-from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest, write_manifest
-from tove_llava.checkpoints.origin import Origin, language_digest
-from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
+from tove_llava.checkpoints.loading import read_config, read_model
+from tove_llava.checkpoints.manifest import MANIFEST, Manifest
+from tove_llava.checkpoints.origin import Origin
+from tove_llava.checkpoints.saving import save_loaded
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
-from tove_llava.llava.adapters import adapter_layers, adapter_parameters
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
-from tove_llava.tower import ToveVisionModel
 
 # Arguments of from_pretrained that are settled once the folder is found.
 _WHERE = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "proxies")
@@ -181,139 +172,9 @@ def save_folder(
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
-    if getattr(model, "peft_config", None):
-        _save_adapted(model, folder, self_contained, tags)
-    else:
-        _save_whole(model, write, folder, options, self_contained, tags)
+    save_loaded(folder, model, write, options, self_contained=self_contained, tags=tags)
     if push:
         upload(folder, target.pop("repo_id", folder.absolute().name), token=options.get("token"), **target)
-
-
-def _save_whole(
-    model: ToveLlavaForConditionalGeneration,
-    write: Callable[..., Any],
-    folder: Path,
-    options: dict[str, Any],
-    self_contained: bool,
-    tags: Iterable[str],
-) -> None:
-    _refuse_remains(folder, (TRAINED, ADAPTER, "adapter_config.json"))
-    rounded = [name for name, p in model.named_parameters() if not p.is_floating_point()]
-    if rounded:
-        raise CheckpointError(
-            f"the language model is held in 4 or 8 bits ({rounded[0]}), which a saved model is not; load it without "
-            "quantisation and save that"
-        )
-    (folder / MANIFEST).unlink(missing_ok=True)
-    state = dict(options.pop("state_dict", None) or model.state_dict())
-    prefix = next(name for name, module in model.named_modules() if module is model.tower) + "."
-    own = model.config.vision_config
-    vision, state = model.tower.save_parts(folder, state, prefix, self_contained)
-    if not own.lies_in_checkpoint or vision.lies_in_checkpoint:  # else it is save_backbones', put there by the caller
-        model.config.vision_config = vision
-    try:
-        write(folder, state_dict=state, **options)
-    finally:
-        model.config.vision_config = own
-    if model.origin is None:
-        write_card(folder, model.config.vision_config, tags=tags)
-        return
-    old = model.origin.manifest
-    weights = _on_cpu(dict(model.named_parameters()))
-    manifest = Manifest(
-        kind="full",
-        stage=old.stage,
-        preset=old.preset,
-        template=old.template,
-        image_aspect_ratio=old.image_aspect_ratio,
-        model_max_length=old.model_max_length,
-        language=old.language | {"dtype": str(model.dtype).removeprefix("torch.")},
-        history=old.history,
-        fingerprint=exact_fingerprint(weights) if weights else "",
-    )
-    write_card(folder, model.config.vision_config, manifest, scores=_scores(model, weights), tags=tags)
-    if self_contained and not Source.parse(manifest.language["source"]).is_portable:
-        manifest.language["source"] = f"hf:./{Path(old.language['source']).name}"  # no path of this machine
-    write_manifest(folder, manifest)
-
-
-def _save_adapted(
-    model: ToveLlavaForConditionalGeneration, folder: Path, self_contained: bool, tags: Iterable[str]
-) -> None:
-    _refuse_remains(folder, [path.name for path in folder.glob("model*.safetensors")])
-    origin = _origin_of_adapted(model)
-    config = model.peft_config["default"]
-    adapters = {id(p) for p in adapter_parameters(model.model.language_model, config.bias)}
-    names = trained_names(model) | {name for name, p in model.named_parameters() if id(p) in adapters}
-    trained = _on_cpu({name: p for name, p in model.named_parameters() if name in names})
-    dtype = str(model.dtype).removeprefix("torch.")
-    same = dtype == origin.manifest.language["dtype"]
-    manifest = dataclasses.replace(
-        origin.manifest,
-        kind="lora",
-        language=origin.manifest.language | {"dtype": dtype},
-        language_fingerprint=origin.manifest.language_fingerprint if same else "",
-    )
-    by_value = self_contained or origin.holds_language
-    scores = _scores(model, trained)
-    save_checkpoint(folder, model, None, manifest, trained, self_contained=by_value, scores=scores, tags=tags)
-
-
-def _origin_of_adapted(model: ToveLlavaForConditionalGeneration) -> Origin:
-    """Where the language model under the adapters can be read again.
-
-    Raises:
-        CheckpointError: nowhere as it is now, or the adapters are not only on it.
-    """
-    fold = "Fold them into it (tove_llava.llava.adapters.fold_adapters(model)) and save the whole model"
-    origin = model.origin
-    if not isinstance(model.tower, ToveVisionModel):
-        raise CheckpointError("a model that is being merged cannot be saved; let the run end, which saves it")
-    if origin is None or origin.manifest.kind == "full":
-        raise CheckpointError(f"the language model under the adapters is in no source that could be named. {fold}")
-    if list(model.peft_config) != ["default"]:
-        raise CheckpointError(
-            f"one set of adapters can be saved, named 'default', not {list(model.peft_config)}. {fold}"
-        )
-    language = {id(layer) for layer in adapter_layers(model.model.language_model).values()}
-    astray = [name for name, layer in adapter_layers(model).items() if id(layer) not in language]
-    if astray:
-        raise CheckpointError(f"adapters can be saved on the language model alone, not on {astray[0]}. {fold}")
-    if not origin.language or language_digest(model) != origin.language:
-        raise CheckpointError(
-            "the language model under the adapters is not what it was when it was loaded: its weights were changed, "
-            f"cast to another dtype, or are offloaded. {fold}, or load it in that dtype (load_model's dtype) first"
-        )
-    return origin
-
-
-def _refuse_remains(folder: Path, names: Iterable[str]) -> None:
-    present = [name for name in names if (folder / name).exists()]
-    if present:
-        raise CheckpointError(
-            f"{folder} holds another kind of checkpoint ({present[0]}), which would be mixed with this; choose another "
-            "folder"
-        )
-
-
-def _on_cpu(parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU; none at all where some are offloaded."""
-    if any(p.is_meta for p in parameters.values()):
-        return {}
-    return {name: p.detach().to("cpu").contiguous() for name, p in parameters.items()}
-
-
-def _scores(model: ToveLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The evaluation beside the checkpoint that a model came from, if its weights are still those."""
-    origin = model.origin
-    report = read_scores(origin.folder)
-    if report is None or not weights or not origin.manifest.fingerprint:
-        return None
-    if origin.manifest.kind == "trained":
-        if language_digest(model) != origin.language:
-            return None
-        weights = {name: weights[name] for name in trained_names(model)}
-    return report if exact_fingerprint(weights) == origin.manifest.fingerprint else None
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------

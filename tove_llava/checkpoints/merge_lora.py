@@ -4,8 +4,9 @@ import dataclasses
 import os
 from pathlib import Path
 
-from tove_llava.checkpoints.checkpoint import load_model, save_checkpoint
+from tove_llava.checkpoints.loading import load_model
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
 from tove_llava.core.sources import Source

@@ -23,7 +23,8 @@ class Origin:
         folder: the checkpoint's; it may be gone by now.
         manifest: its manifest, the language model's source written out as an absolute path.
         holds_language: whether the language model's source lies in the folder.
-        language: digest of the language model as it was loaded, adapters left out; "" where it could not be read.
+        language: digest of the language model as it was loaded, without its adapters; "" where it is saved whole, or
+            could not be read.
     """
 
     folder: Path
@@ -40,7 +41,7 @@ class Origin:
             folder=folder.absolute(),
             manifest=dataclasses.replace(manifest, language=manifest.language | {"source": resolved}),
             holds_language=source.is_relative,
-            language=language_digest(model),
+            language="" if manifest.kind == "full" else language_digest(model),
         )
 
 

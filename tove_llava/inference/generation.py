@@ -14,17 +14,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 
-from tove_llava.checkpoints.checkpoint import load_model
-from tove_llava.checkpoints.manifest import MANIFEST
-from tove_llava.core.errors import CheckpointError, ConfigError, DataError
-from tove_llava.core.files import read_json_object
+from tove_llava.checkpoints.loading import load_model
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import (
     IGNORE_INDEX,
     IMAGE_PLACEHOLDER,
@@ -34,10 +30,8 @@ from tove_llava.data import (
     encode_prompt,
     encode_turns,
     get_template,
-    load_tokenizer,
 )
 from tove_llava.data.images import AspectRatio
-from tove_llava.llava.quantization import quantize
 from tove_llava.presets import QuantizationPreset
 from tove_llava.tower import ToveVisionModel, ToveVisionOutput
 from tove_llava.tower.execution import execution_mode
@@ -75,30 +69,6 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def is_stock_llava(folder: str | Path) -> bool:
-    """Whether a folder is a ``LlavaForConditionalGeneration`` that this package did not train."""
-    file = Path(folder) / "config.json"
-    if (Path(folder) / MANIFEST).exists() or not file.is_file():
-        return False
-    config = read_json_object(file)
-    # The original's own folders say "llava" as well.
-    return config.get("model_type") == "llava" and "mm_vision_tower" not in config
-
-
-def _load_stock(folder: str | Path, dtype: torch.dtype) -> tuple[PreTrainedModel, LlavaProcessor]:
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        processor = LlavaProcessor.from_pretrained(folder)
-        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, where the folder has its model
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
-    processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
-    tower = model.model.vision_tower
-    if isinstance(tower, ToveVisionModel):
-        tower.load_backbones(base_dir=folder)
-    return model, processor
 
 
 def _set_execution(model: PreTrainedModel, name: str) -> None:
@@ -180,20 +150,17 @@ class Answerer:
         """
         execution_mode(tower_execution)
         where = choose_device(device)
-        kind = choose_dtype(dtype, where)
-        if is_stock_llava(folder):
-            model, processor = _load_stock(folder, kind)
-            if quantization is not None:
-                quantize(model, quantization, compute_dtype=kind, device=where)
-            template = getattr(model.config, "conversation_template", None)
-            ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
-            _set_execution(model, tower_execution)
-            return cls(model.to(where), processor, template, ratio)
         model, processor = load_model(
-            folder, dtype=kind, device=where, merge_lora=quantization is None, quantization=quantization
+            folder,
+            dtype=choose_dtype(dtype, where),
+            device=where,
+            merge_lora=quantization is None,
+            quantization=quantization,
+            keep_stock=True,
         )
         _set_execution(model, tower_execution)
-        return cls(model, processor, processor.conversation_template, model.config.image_aspect_ratio)
+        ratio: Any = getattr(model.config, "image_aspect_ratio", None) or "pad"
+        return cls(model, processor, processor.conversation_template, ratio)
 
     def with_template(self, name: str) -> "Answerer":
         """The same model, spoken to with another conversation template.

@@ -108,7 +108,7 @@ def _servable(model: Path) -> Iterator[Path]:
 
 def _check_exported(model: Path) -> None:
     """Refuse a folder that ``transformers serve`` would not understand."""
-    from tove_llava.inference.generation import is_stock_llava
+    from tove_llava.checkpoints.loading import is_stock_llava
 
     if is_stock_llava(model):
         return

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tove_llava.checkpoints.checkpoint import save_checkpoint
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
+from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.logs import quiet_transformers

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import LlavaProcessor
 
-from tove_llava.checkpoints.checkpoint import load_model, load_processor, load_trained, read_config
+from tove_llava.checkpoints.loading import load_model, load_processor, load_trained, read_config
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError

@@ -12,8 +12,8 @@ from huggingface_hub import save_torch_state_dict
 
 from tove_llava.checkpoints.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
 from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
-from tove_llava.checkpoints.checkpoint import load_processor, read_config, read_tensors, save_checkpoint, trained_names
 from tove_llava.checkpoints.clip import read_clip, save_clip
+from tove_llava.checkpoints.loading import load_processor, read_config, trained_names
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.parts import (
     AdapterPart,
@@ -23,7 +23,8 @@ from tove_llava.checkpoints.parts import (
     language_by_reference,
     weights_dtype,
 )
-from tove_llava.checkpoints.tensors import Tensors, folder_tensors, split_by_prefix
+from tove_llava.checkpoints.saving import save_checkpoint
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
@@ -65,7 +66,7 @@ class Tove(LlavaFormat):
             language = _language(folder, manifest)
             if language.tensors is not None:
                 tokenizer = read_tokenizer(language, language.tokenizer_folders[0])  # its own, image token or not
-            stored = read_tensors(folder / TRAINED)
+            stored = file_tensors(folder / TRAINED)
             projector = split_by_prefix(stored, [(PROJECTOR_PATH, "projector", "")], folder)["projector"]
         parts = LlavaParts(
             folder=folder,
@@ -225,6 +226,6 @@ def _adapter(folder: Path) -> AdapterPart:
     keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
     tensors = {
         "model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value
-        for name, value in read_tensors(folder / ADAPTER).items()
+        for name, value in file_tensors(folder / ADAPTER).items()
     }
     return AdapterPart({key: settings[key] for key in keys if key in settings}, tensors)

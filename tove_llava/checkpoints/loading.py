@@ -1,7 +1,7 @@
-"""Checkpoints of a ToVE-LLaVA: what a stage trained, by value; what it left as it was, by reference.
+"""Open model folders: this package's checkpoints, and LLaVA-1.5 of every other format.
 
-A folder holds ``config.json``, the processor's files, and, written last, ``tove_llava.json`` (the manifest), whose
-``kind`` says what else there is:
+A checkpoint folder holds ``config.json``, the processor's files, and ``tove_llava.json`` (the manifest, written last),
+whose ``kind`` says what else there is:
 
 ``trained``
     ``trained.safetensors``: projector and the tower's own parts. The language model is named by its source.
@@ -11,30 +11,28 @@ A folder holds ``config.json``, the processor's files, and, written last, ``tove
     ``model.safetensors`` (or shards): everything but the frozen backbones; ``from_pretrained`` reads it too.
 
 CLIP and the experts are named by their sources in ``config.json``. In a self-contained folder those sources, and the
-language model's, point into the folder. Only safetensors are ever read.
+language model's, point into the folder. Only safetensors are read from it.
 """
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from tove_llava.checkpoints.card import write_card
+from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
+from tove_llava.checkpoints.base import Request, find_format, foreign_format
 from tove_llava.checkpoints.hub import checkpoint_folder
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest, write_manifest
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
-from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint, sampled_fingerprint
+from tove_llava.checkpoints.tensors import file_tensors
+from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.licences import known, licence_of
-from tove_llava.core.sources import Source, write_origin
+from tove_llava.core.sources import Source
+from tove_llava.data import load_tokenizer
 from tove_llava.llava.adapters import add_adapters
 from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
 from tove_llava.llava.configuration import ToveLlavaConfig
@@ -42,69 +40,9 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.quantization import quantize, round_weights
 from tove_llava.llava.whole_model import load_whole
 from tove_llava.presets import LanguagePreset, ProjectorPreset, QuantizationPreset
+from tove_llava.tower import ToveVisionModel
 
-
-def save_checkpoint(
-    folder: str | os.PathLike[str],
-    model: ToveLlavaForConditionalGeneration,
-    processor: LlavaProcessor | None,
-    manifest: Manifest,
-    trained: Mapping[str, torch.Tensor],
-    *,
-    self_contained: bool = False,
-    in_place: bool = False,
-    scores: Mapping[str, Any] | None = None,
-    tags: Iterable[str] = (),
-) -> None:
-    """Writes a checkpoint folder; the manifest last, so that an interrupted save is seen as incomplete.
-
-    Args:
-        folder: may hold other files, which are left alone.
-        processor: None leaves it to the caller to save one.
-        manifest: its fingerprint is filled in.
-        trained: the stage's trained parameters by their name in ``model``, gathered on the CPU.
-        self_contained: also write CLIP, the experts and the language model.
-        in_place: what the configuration names by paths inside a checkpoint lies in ``folder`` already.
-        scores, tags: for the model card; see :func:`tove_llava.checkpoints.card.write_card`.
-
-    Raises:
-        CheckpointError: a backbone cannot be saved by value.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    config = ToveLlavaConfig.from_dict(model.config.to_dict())
-    config.conversation_template = manifest.template
-    config.image_aspect_ratio = manifest.image_aspect_ratio
-    language = dict(manifest.language)
-    fingerprint = exact_fingerprint(trained)
-    prefix = next(name for name, module in model.named_modules() if module is model.tower) + "."
-    if in_place:
-        config.vision_config = model.tower.config
-    else:
-        config.vision_config, trained = model.tower.save_parts(folder, trained, prefix, self_contained)
-    if self_contained and manifest.kind != "full":
-        read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
-        write_origin(folder / "language", language["source"], known(licence_of(language["source"])))
-        language |= {"source": "hf:./language", "revision": None}
-
-    adapters = _adapter_names(model) & trained.keys()
-    if manifest.kind == "full":
-        # Under the model's own names; save_pretrained would write those of an older layout.
-        save_torch_state_dict(dict(trained), folder, metadata={"format": "pt"})
-    else:
-        save_file({name: value for name, value in trained.items() if name not in adapters}, folder / TRAINED)
-    if manifest.kind == "lora":
-        _save_adapter(folder, model, {name: trained[name] for name in adapters}, language["source"])
-    config.save_pretrained(folder)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
-    write_card(
-        folder, model.config.vision_config, manifest, scores=scores, tags=tags
-    )  # of the sources, wherever copies lie
-    write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
+STOCK = "llava-hf"  # the format of transformers' own LLaVA
 
 
 def load_model(
@@ -115,37 +53,53 @@ def load_model(
     merge_lora: bool = False,
     load_backbones: bool = True,
     quantization: QuantizationPreset | None = None,
-) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Loads any folder that training writes, in eval mode.
+    base: str | None = None,
+    clip: str | None = None,
+    template: str | None = None,
+    keep_stock: bool = False,
+) -> Any:
+    """Load a model folder of any format, in eval mode; nothing is written.
 
     A model that was trained over a quantised language model has the weights that quantisation left of it, in whatever
-    form they are held.
+    form they are held. A LLaVA-1.5 of another format becomes a model whose tower is only CLIP.
 
     Args:
-        folder: a finished run's output folder; or ``hf:owner/name``, a repository of the hub that holds one; or a
-            LLaVA-1.5 of another format, as ``tove_llava.open_llava`` opens it.
+        folder: a finished run's output folder; ``hf:owner/name``, a repository of the hub that holds one; or a
+            LLaVA-1.5 of haotian-liu/LLaVA or transformers.
         dtype: of the whole model; that of the language model in training by default.
         device: the CPU by default.
         merge_lora: fold adapters into the language model's weights.
         load_backbones: False leaves out CLIP and the experts.
-        quantization: hold the language model's linear layers in so many bits, adapters beside them. If it was trained
-            in as many, then as in training.
+        quantization: hold the language model's linear layers in 4 or 8 bits, next to the adapters. The same number of
+            bits as in training gives the weights of training.
+        base, clip, template: for other formats; see :func:`tove_llava.convert_checkpoint`.
+        keep_stock: leave transformers' own LLaVA as it is, a ``LlavaForConditionalGeneration``.
+
+    Returns:
+        the model, and its processor, whose ``conversation_template`` is the registered name of the template.
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
         ConfigError: adapters are to be folded into quantised weights, or bitsandbytes is not installed.
     """
     folder = checkpoint_folder(folder)
-    if not (folder / MANIFEST).is_file():
-        from tove_llava.checkpoints.base import foreign_format
-        from tove_llava.checkpoints.conversion import open_llava
-
-        if foreign_format(folder) is not None:
-            model, processor = open_llava(
-                folder, dtype=dtype, device=device, merge_lora=merge_lora, load_backbones=load_backbones
-            )
-            _quantize(model, None, quantization, model.dtype, device)
-            return model, processor
+    if keep_stock and is_stock_llava(folder):
+        return _load_stock(folder, dtype, device, quantization)
+    if not (folder / MANIFEST).is_file() and foreign_format(folder) is not None:
+        parts = find_format(folder).read(folder, Request(base=base, clip=clip, template=template))
+        language = load_language(parts.language, dtype or parts.language.dtype)
+        model, processor = assemble_model(parts, tower_config(parts), language, merge_lora=merge_lora)
+        model.config.conversation_template = parts.template
+        if load_backbones:
+            load_clip_of(parts, model)
+            model.tower.load_backbones()
+        model = model.to(device or "cpu").eval()
+        _quantize(model, None, quantization, model.dtype, device)
+        return model, processor
+    if base is not None or clip is not None or template is not None:
+        raise ConfigError(
+            f"{folder} names its own language model, CLIP and template; leave base, clip and template out"
+        )
     model = read_model(
         folder,
         dtype=dtype,
@@ -155,6 +109,40 @@ def load_model(
         quantization=quantization,
     )
     return model, load_processor(folder)
+
+
+def open_llava(
+    folder: str | os.PathLike[str], **options: Any
+) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
+    """Open a LLaVA-1.5 of another format; the same as :func:`load_model`."""
+    model, processor = load_model(folder, **options)
+    return model, processor
+
+
+def is_stock_llava(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a folder is a ``LlavaForConditionalGeneration`` that this package did not train."""
+    return not (Path(folder) / MANIFEST).exists() and foreign_format(Path(folder)) == STOCK
+
+
+def _load_stock(
+    folder: Path,
+    dtype: str | torch.dtype | None,
+    device: str | torch.device | None,
+    quantization: QuantizationPreset | None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    wanted = "auto" if dtype is None else torch_dtype(dtype)
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=wanted, use_safetensors=True)
+        processor = LlavaProcessor.from_pretrained(folder)
+        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
+    processor.conversation_template = getattr(model.config, "conversation_template", None)
+    tower = model.model.vision_tower
+    if isinstance(tower, ToveVisionModel):
+        tower.load_backbones(base_dir=folder)
+    _quantize(model, None, quantization, model.dtype, device)
+    return model.to(device or "cpu").eval(), processor
 
 
 def read_model(
@@ -175,7 +163,7 @@ def read_model(
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
     _cast(model, wanted)  # before anything is filled in or folded: sums are made in the dtype that is asked for
     if manifest.kind != "full":
-        _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
+        _fill(model, file_tensors(folder / TRAINED), trained_names(model), folder)
     if manifest.kind == "lora":
         _load_adapter(folder, model, merge=merge_lora)
     _cast(model, wanted)
@@ -221,7 +209,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
             f"{folder} is a checkpoint of another tower: {'; '.join(differences)}. Start from the preset and the --set "
             "overrides that it was trained with, or train stage 1 again"
         )
-    _fill(model, read_tensors(folder / TRAINED), trained_names(model), folder)
+    _fill(model, file_tensors(folder / TRAINED), trained_names(model), folder)
     return manifest
 
 
@@ -251,20 +239,6 @@ def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
     return {name for name, p in model.named_parameters() if id(p) in members}
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return load_file(file)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-
-
 def read_config(folder: Path) -> ToveLlavaConfig:
     """A checkpoint's configuration.
 
@@ -278,7 +252,7 @@ def read_config(folder: Path) -> ToveLlavaConfig:
 
 
 def _quantize(
-    model: ToveLlavaForConditionalGeneration,
+    model: LlavaForConditionalGeneration,
     trained: QuantizationPreset | None,
     wanted: QuantizationPreset | None,
     dtype: torch.dtype,
@@ -348,31 +322,11 @@ def _fill(
             parameter.copy_(tensors[name])
 
 
-def _adapter_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
-    """Everything trained inside the language model of a LoRA stage."""
-    members = {id(p) for m in (model.model.language_model, model.lm_head) for p in m.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in members}
-
-
-def _save_adapter(
-    folder: Path, model: ToveLlavaForConditionalGeneration, tensors: dict[str, torch.Tensor], base: str
-) -> None:
-    from peft import get_peft_model_state_dict
-
-    config = model.peft_config["default"]
-    state = get_peft_model_state_dict(model, state_dict=tensors, adapter_name="default", save_embedding_layers=False)
-    save_file({ADAPTER_PREFIX + name: value for name, value in state.items()}, folder / ADAPTER)
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    config.save_pretrained(folder)
-    config.inference_mode = False
-
-
 def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, merge: bool) -> None:
     from peft import LoraConfig
 
     config = LoraConfig.from_pretrained(str(folder))
-    tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in read_tensors(folder / ADAPTER).items()}
+    tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in file_tensors(folder / ADAPTER).items()}
     add_adapters(model, config, tensors, folder / ADAPTER, merge=merge)
 
 
