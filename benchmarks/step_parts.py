@@ -10,7 +10,7 @@ from measuring import Samples, count_flops
 from models import build_llava, weight_bytes
 from torch import nn
 
-from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.presets import StagePreset
 from tove_llava.tower import TowerFeatures
 from tove_llava.train.stages import Trainable, freeze, parameter_groups
@@ -165,7 +165,7 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
     rows, length = batch["input_ids"].shape
     device = batch["input_ids"].device
     bounds = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
-    kept = {key: value for key, value in batch.items() if key in ("pixel_values", "vision_features", "supervised")}
+    kept = {key: value for key, value in batch.items() if key in ("pixel_values", "vision", "supervised")}
     return kept | {
         "input_ids": batch["input_ids"].reshape(1, -1),
         "labels": batch["labels"].reshape(1, -1),
@@ -177,7 +177,7 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
 
 def with_features(batch: dict[str, Any], features: TowerFeatures) -> dict[str, Any]:
     """The batch with the frozen encoders' output in place of its images."""
-    return {**{k: v for k, v in batch.items() if k != "pixel_values"}, "vision_features": features}
+    return {**{k: v for k, v in batch.items() if k != "pixel_values"}, "vision": VisionInputs(features)}
 
 
 def utilisation(

@@ -28,7 +28,7 @@ from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn
 from tove_llava.inference.generation import Answerer
-from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 from tove_llava.train.run import main
@@ -265,7 +265,7 @@ def test_gradient_checkpointing_recomputes_the_language_model_alone(root):
     model = opened(root / "full").train()
     data = {**inputs(model), "labels": inputs(model)["input_ids"]}
     noise = torch.randn(1, 16, 2)
-    model(**data, gate_noise=noise).loss.backward()
+    model(**data, vision=VisionInputs(gate_noise=noise)).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_enable()
@@ -273,7 +273,7 @@ def test_gradient_checkpointing_recomputes_the_language_model_alone(root):
     assert function.keywords == {"use_reentrant": False}
     layer, clip = calls(model.model.language_model.layers[0].mlp), calls(model.tower.frozen.clip.encoder.layers[0])
     experts, fusion = calls(model.tower.frozen.hub["normal"]), calls(model.tower.fusion)
-    model(**data, gate_noise=noise).loss.backward()
+    model(**data, vision=VisionInputs(gate_noise=noise)).loss.backward()
     assert (layer[0], clip[0], experts[0], fusion[0]) == (2, 1, 1, 1)
     for module in model.tower.frozen.modules():
         assert not any(getattr(part, "gradient_checkpointing", False) for part in module.modules())

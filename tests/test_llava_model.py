@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
+from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, all_reduce_statistics, balance_loss
 
 IMAGE_TOKEN = 63
@@ -221,7 +221,7 @@ def test_generating_from_pixels_and_from_features(tmp_path, options):
 
 def test_loss_terms(tmp_path):
     model = make_llava(tmp_path, router_aux_loss_coef=0.5).train()
-    out = model(**batch(), gate_noise=torch.randn(2, 16, 3))
+    out = model(**batch(), vision=VisionInputs(gate_noise=torch.randn(2, 16, 3)))
     assert out.aux_loss > 0
     torch.testing.assert_close(out.loss, out.lm_loss + 0.5 * out.aux_loss)
     torch.testing.assert_close(out.aux_loss, balance_loss(model.tower.fusion.balance_statistics(out.gate_inputs)))
@@ -238,7 +238,7 @@ def test_aux_loss_reaches_the_gate_alone(tmp_path):
 
     def gradients(add_aux_loss):
         model.zero_grad()
-        model(**batch(), gate_noise=noise, add_aux_loss=add_aux_loss).loss.backward()
+        model(**batch(), vision=VisionInputs(gate_noise=noise), add_aux_loss=add_aux_loss).loss.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
     with_aux, without = gradients(True), gradients(False)
@@ -261,11 +261,11 @@ def test_precomputed_features_give_the_same_logits(tmp_path):
     expected = model(**data).logits
     images = data.pop("pixel_values")
     features = model.tower.encode(images)
-    assert torch.equal(model(**data, vision_features=features).logits, expected)
+    assert torch.equal(model(**data, vision=VisionInputs(features)).logits, expected)
     vision = model.encode_images(images)
     assert torch.equal(model(**data, mm_encoder_outputs={"image": vision}).logits, expected)
     with pytest.raises(ConfigError, match="exactly one"):
-        model(**data, vision_features=features, pixel_values=images)
+        model(**data, vision=VisionInputs(features), pixel_values=images)
 
 
 def test_tuple_output_has_loss_and_logits_first(tmp_path):
@@ -301,7 +301,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, checkpointing):
         if on:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
-        model(**batch(), gate_noise=noise).loss.backward()
+        model(**batch(), vision=VisionInputs(gate_noise=noise)).loss.backward()
         grads = {name: p.grad.clone() for name, p in model.named_parameters()}
         expected = expected or grads
         for name, grad in grads.items():
@@ -324,7 +324,7 @@ def test_dummy_images_touch_everything_and_change_nothing(tmp_path, keys):
     model(**text_batch()).loss.backward()
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
-    out = model(**text_batch(), pixel_values=torch.zeros(1, 3, 32, 32), dummy_images=True)
+    out = model(**text_batch(), pixel_values=torch.zeros(1, 3, 32, 32), vision=VisionInputs(dummy=True))
     assert out.aux_loss is None and out.gate_inputs is None
     out.loss.backward()
     for name, p in model.named_parameters():
@@ -344,12 +344,13 @@ def test_dummy_images_keep_the_order_of_modules(tmp_path):
         model(**data, add_aux_loss=False).loss.backward()
         return list(visited)
 
-    assert visit(**batch()) == visit(**text_batch(), pixel_values=torch.zeros(1, 3, 32, 32), dummy_images=True)
+    dummy = {"pixel_values": torch.zeros(1, 3, 32, 32), "vision": VisionInputs(dummy=True)}
+    assert visit(**batch()) == visit(**text_batch(), **dummy)
 
 
 def test_dummy_images_need_an_image(tmp_path):
-    with pytest.raises(ConfigError, match="dummy_images"):
-        make_llava(tmp_path)(**text_batch(), dummy_images=True)
+    with pytest.raises(ConfigError, match="dummy images"):
+        make_llava(tmp_path)(**text_batch(), vision=VisionInputs(dummy=True))
 
 
 def test_window_of_image_and_text_batches(tmp_path):

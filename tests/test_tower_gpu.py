@@ -6,6 +6,7 @@ from test_execution import TOLERANCE, assert_same, assert_trains_the_same
 from test_llava_model import batch, make_llava, stock_twin, text_batch
 from tower_parts import make_tower, open_output, pixels
 
+from tove_llava.llava import VisionInputs
 from tove_llava.tower.fused import gated_gelu_sum, supports_fused
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +37,7 @@ def test_dummy_images_touch_everything_and_change_nothing(tmp_path):
     model = make_llava(tmp_path, top_k=1).cuda().train()
     data = {k: v.cuda() for k, v in text_batch().items()}
     expected = model(**data).loss
-    out = model(**data, pixel_values=torch.zeros(1, 3, 32, 32, device="cuda"), dummy_images=True)
+    out = model(**data, pixel_values=torch.zeros(1, 3, 32, 32, device="cuda"), vision=VisionInputs(dummy=True))
     torch.testing.assert_close(out.loss, expected)
     out.loss.backward()
     assert all((p.grad == 0).all() for p in model.tower.parameters())

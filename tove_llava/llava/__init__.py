@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from tove_llava.llava.configuration import ToveLlavaConfig
-from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration, ToveLlavaOutput
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration, ToveLlavaOutput, VisionInputs
 
 if TYPE_CHECKING:
     from tove_llava.llava.build import build_model
@@ -19,6 +19,7 @@ __all__ = [
     "ToveLlavaConfig",
     "ToveLlavaForConditionalGeneration",
     "ToveLlavaOutput",
+    "VisionInputs",
     "build_model",
 ]
 

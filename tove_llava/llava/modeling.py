@@ -21,6 +21,25 @@ from tove_llava.tower.modeling import clip_follows, local_folder
 
 
 @dataclass
+class VisionInputs:
+    """What training and caches say of a batch's images, beyond their pixels.
+
+    Args:
+        features: what ``tower.encode`` returned, instead of ``pixel_values``.
+        gate_noise: ``[images,N,S]`` noise of the gate in training, instead of a fresh draw.
+        dummy: the images belong to no placeholder. Tower and projector run on them and get gradients of zero, so that a
+            rank whose batch has no image touches the same parameters as the other ranks. Their gate inputs are not
+            returned, and they have no part in the balance loss.
+        further: this number of images at the end belongs to no placeholder either, but has part in the merge loss.
+    """
+
+    features: TowerFeatures | None = None
+    gate_noise: torch.Tensor | None = None
+    dummy: bool = False
+    further: int = 0
+
+
+@dataclass
 class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
     """LLaVA's output, and:
 
@@ -159,61 +178,38 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        vision_features: TowerFeatures | None = None,
-        gate_noise: torch.Tensor | None = None,
-        dummy_images: bool = False,
-        further_images: int = 0,
+        vision: VisionInputs | None = None,
         add_aux_loss: bool = True,
         output_routing: bool = False,
         supervised: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ToveLlavaOutput:
-        """As LLaVA's, and:
+        """Run LLaVA, and add the balance and merge losses of this batch.
 
         Args:
-            vision_features: what ``tower.encode`` returned, instead of ``pixel_values``.
-            gate_noise: ``[images,N,S]`` noise of the gate in training, instead of a fresh draw.
-            dummy_images: the images belong to no placeholder. Tower and projector run on them and get gradients of
-                zero, so that a rank whose batch has no image touches the same parameters as the other ranks. Their gate
-                inputs are not returned and they have no part in the balance loss.
-            further_images: the last so many images belong to no placeholder either, but have part in the merge loss.
-            add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss of this batch to
-                ``loss``, and while the tower is merged its coefficient times the mean merge loss. A trainer that
-                accumulates gradients or has several ranks passes False and adds the global batch's terms itself, from
+            vision: what is given of the images beyond ``pixel_values``.
+            add_aux_loss: in training, with labels, add ``router_aux_loss_coef`` times the balance loss to ``loss``, and
+                while the tower is merged its coefficient times the mean merge loss. A trainer that accumulates
+                gradients or has several ranks passes False and adds the global batch's terms itself, from
                 ``gate_inputs`` and ``merge_loss``.
             output_routing: return the gate weights.
-            supervised: int64 ``[n]``, the positions in the flattened batch whose next label is supervised, as the
-                collator gives them. Logits are computed at these alone, and none are returned.
+            supervised: int64 ``[n]``, the indices in the flattened batch whose next label is supervised, as the
+                collator gives them. Logits are computed only there, and none are returned.
             num_items_in_batch: what the sum of cross-entropies is divided by, instead of their number.
 
         Raises:
             ConfigError: images are given in more than one way, or dummy images without any.
         """
-        vision: ToveVisionOutput | None = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None or vision_features is not None:
-            if vision is not None:
-                raise ConfigError("give images once: as pixel_values, vision_features or mm_encoder_outputs")
-            vision = self.encode_images(pixel_values, vision_features=vision_features, gate_noise=gate_noise)
-        if dummy_images:
-            if vision is None:
-                raise ConfigError("dummy_images needs at least one image to run")
-            further_images = len(vision.pooler_output)
-        if further_images and vision is not None:
-            # None of their rows is scattered into the text: the same modules run in the same order, forward and
-            # backward, as on a rank with images, on which ZeRO-3's collectives rely.
-            kept = len(vision.pooler_output) - further_images
-            vision.pooler_output = [
-                tokens if place < kept else tokens[:0] for place, tokens in enumerate(vision.pooler_output)
-            ]
-
+        vision = vision or VisionInputs()
+        images = self._encoded(pixel_values, vision, (mm_encoder_outputs or {}).get("image"))
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
-            "mm_encoder_outputs": None if vision is None else {"image": vision},
+            "mm_encoder_outputs": None if images is None else {"image": images},
             **kwargs,
             "return_dict": True,
         }
@@ -221,30 +217,58 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             counted = {"num_items_in_batch": num_items_in_batch}
             output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **given, **counted)
         else:
-            output = self._loss_alone(labels, supervised, num_items_in_batch, given)
-        gate_inputs = None if vision is None or dummy_images else vision.gate_inputs
-        loss, aux_loss = output.loss, None
-        if add_aux_loss and self.training and labels is not None and gate_inputs is not None:
-            aux_loss = self.tower.balance_loss(gate_inputs)
-            if aux_loss is not None:
-                loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)
-        merge_loss = None if vision is None else vision.merge_loss
-        if dummy_images and merge_loss is not None:
-            # Of no image, but an output with a graph as on other ranks: ZeRO-3 counts backward passes by outputs.
-            merge_loss = merge_loss[:0]
-        if add_aux_loss and labels is not None and merge_loss is not None and len(merge_loss):
-            loss = loss + self.tower.merge_coefficient * merge_loss.mean().to(loss)
+            output = self._loss_only(labels, supervised, num_items_in_batch, given)
+        loss, gate_inputs, routing, aux_loss, merge_loss = output.loss, None, None, None, None
+        if images is not None:
+            merge_loss = images.merge_loss
+            if not vision.dummy:
+                gate_inputs = images.gate_inputs if self.training else None
+                routing = images.routing if output_routing else None
+            elif merge_loss is not None:
+                merge_loss = merge_loss[:0]  # still with a graph: ZeRO-3 counts backward passes by outputs
+        if add_aux_loss and labels is not None:
+            loss, aux_loss = self._with_losses(loss, gate_inputs, merge_loss)
         result = ToveLlavaOutput(
             **{**output, "loss": loss},
             lm_loss=output.loss,
             aux_loss=aux_loss,
-            routing=vision.routing if vision is not None and output_routing and not dummy_images else None,
-            gate_inputs=gate_inputs if self.training else None,
+            routing=routing,
+            gate_inputs=gate_inputs,
             merge_loss=merge_loss,
         )
         return result if kwargs.get("return_dict") is not False else result.to_tuple()
 
-    def _loss_alone(
+    def _encoded(
+        self, pixel_values: torch.Tensor | None, vision: VisionInputs, images: ToveVisionOutput | None
+    ) -> ToveVisionOutput | None:
+        """Encode the images, and keep those that belong to no placeholder out of the text."""
+        if pixel_values is not None or vision.features is not None:
+            if images is not None:
+                raise ConfigError("give images once: as pixel_values, vision.features or mm_encoder_outputs")
+            images = self.encode_images(pixel_values, vision_features=vision.features, gate_noise=vision.gate_noise)
+        if vision.dummy and images is None:
+            raise ConfigError("dummy images need at least one image to run")
+        if images is not None and (vision.dummy or vision.further):
+            # None of their rows is scattered into the text: the same modules run in the same order, forward and
+            # backward, as on a rank with images, on which ZeRO-3's collectives rely.
+            kept = 0 if vision.dummy else len(images.pooler_output) - vision.further
+            images.pooler_output = [
+                tokens if index < kept else tokens[:0] for index, tokens in enumerate(images.pooler_output)
+            ]
+        return images
+
+    def _with_losses(
+        self, loss: torch.Tensor, gate_inputs: GateInputs | None, merge_loss: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the loss with this batch's balance and merge losses added, and the balance loss."""
+        aux_loss = None if gate_inputs is None else self.tower.balance_loss(gate_inputs)
+        if aux_loss is not None:
+            loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)
+        if merge_loss is not None and len(merge_loss):
+            loss = loss + self.tower.merge_coefficient * merge_loss.mean().to(loss)
+        return loss, aux_loss
+
+    def _loss_only(
         self,
         labels: torch.Tensor | None,
         supervised: torch.Tensor,

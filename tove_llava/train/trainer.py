@@ -28,7 +28,7 @@ from tove_llava.core.errors import NonFiniteError
 from tove_llava.core.files import read_json_object
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.data.parcel import Parcel
-from tove_llava.llava import ToveLlavaForConditionalGeneration
+from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.merging import FurtherImages
@@ -158,18 +158,22 @@ class ToveTrainer(Trainer):
         window = self._window
         assert window is not None and num_items_in_batch is not None
         records = inputs.pop(RECORD)
-        inputs["further_images"] = inputs.pop(FURTHER, 0)
+        vision = VisionInputs(features=inputs.pop("vision_features", None), further=inputs.pop(FURTHER, 0))
         if window.runs_tower:
-            if "vision_features" in inputs:
-                inputs["vision_features"] = inputs["vision_features"].to(
-                    self.args.device, self.model.tower.dtype, non_blocking=True
-                )
-            if "pixel_values" in inputs or "vision_features" in inputs:
-                inputs["gate_noise"] = window.present_noise()
+            if vision.features is not None:
+                vision.features = vision.features.to(self.args.device, self.model.tower.dtype, non_blocking=True)
+            if "pixel_values" in inputs or vision.features is not None:
+                vision.gate_noise = window.present_noise()
             else:
-                inputs |= self._dummy_image(inputs["input_ids"].device)
+                pixels, vision = self._dummy_image(inputs["input_ids"].device)
+                inputs |= pixels
         outputs = model(
-            **inputs, num_items_in_batch=num_items_in_batch, add_aux_loss=False, output_routing=True, use_cache=False
+            **inputs,
+            vision=vision,
+            num_items_in_batch=num_items_in_batch,
+            add_aux_loss=False,
+            output_routing=True,
+            use_cache=False,
         )
         lm_loss = outputs.lm_loss
         loss = lm_loss * self.accelerator.num_processes
@@ -203,12 +207,13 @@ class ToveTrainer(Trainer):
         assert statistics is not None  # a fusion without a gate has no columns
         return balance_loss(all_reduce_statistics(statistics))
 
-    def _dummy_image(self, device: torch.device) -> dict[str, Any]:
-        """One image of zeros, for a rank without images beside one with some."""
+    def _dummy_image(self, device: torch.device) -> tuple[dict[str, Any], VisionInputs]:
+        """Return one image of zeros, for a rank without images next to one with some."""
         dtype = next(self.model.model.multi_modal_projector.parameters()).dtype
         tokens = self.model.config.vision_config.num_patches
         noise = torch.zeros(1, tokens, len(self._columns)) if self._columns else None
-        return {**self.model.tower.blank_inputs(device, dtype), "gate_noise": noise, "dummy_images": True}
+        blank = self.model.tower.blank_inputs(device, dtype)
+        return blank, VisionInputs(features=blank.pop("vision_features", None), gate_noise=noise, dummy=True)
 
     def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
         names = [self._records.records[i].where for i in records.tolist()]
