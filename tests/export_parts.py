@@ -178,6 +178,6 @@ def run_card(folder, picture, work):
     """Run the code of a folder's README.md without this package and return what it prints."""
     card = (Path(folder) / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
-    assert "DIR" in code and "picture.jpg" in code
+    assert "FOLDER" in code and "picture.jpg" in code
     (Path(work) / "picture.jpg").write_bytes(Path(picture).read_bytes())
-    return run_elsewhere(f"DIR = {str(folder)!r}\n" + code, [], work)
+    return run_elsewhere(f"FOLDER = {str(folder)!r}\n" + code, [], work)

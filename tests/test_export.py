@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from tove_llava import load_model
-from tove_llava.checkpoints.export_format import format_names
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.cli import main
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.data import Turn, encode_prompt, get_template, load_tokenizer
@@ -350,9 +349,10 @@ def test_used_targets_and_unknown_formats_are_refused(detached, tmp_path, capsys
         assert main(["export", "--model", str(detached / "model"), "--out", str(tmp_path / name)]) == 2
         assert name in capsys.readouterr().err
     assert (tmp_path / "used" / "mine.txt").read_text() == "mine"
-    with pytest.raises(ConfigError, match="hf-llava, remote-code"):
+    with pytest.raises(ConfigError, match="hf-llava, llava-hf, original, remote-code, tove"):
         export_model(detached / "model", tmp_path / "new", "gguf")
-    assert format_names() == ["hf-llava", "remote-code"]
+    with pytest.raises(ConfigError, match="--dtype does not apply to the format original"):
+        export_model(detached / "model", tmp_path / "new", "original", dtype="float32")
 
 
 def test_empty_target_is_filled(detached, tmp_path):

@@ -13,7 +13,7 @@ from experts_zoo import CASES
 from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card, run_elsewhere
 from tower_parts import save_clip
 
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.core.errors import ConfigError
 from tove_llava.inference.engine import Message

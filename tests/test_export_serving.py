@@ -14,7 +14,7 @@ import pytest
 from answer_parts import picture
 from train_parts import ROOT, environment, flags, free_port, write_parts, write_records
 
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.train.run import main as train
 
 pytest.importorskip("fastapi")

@@ -8,7 +8,7 @@ import torch
 from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, LlamaForCausalLM
 
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.llava.build import read_language_model
 from tove_llava.presets import LanguagePreset
 from tove_llava.train.run import main

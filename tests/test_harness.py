@@ -19,7 +19,7 @@ from train_parts import ROOT, environment
 from transformers import AutoProcessor
 
 from tove_llava import cli
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, load_tokenizer
 from tove_llava.eval.rows import read_answers, read_jsonl

@@ -12,9 +12,8 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForImageTextToText
 
 from tove_llava import build_model, load_model, load_preset
-from tove_llava.checkpoints import merge_lora as merging
+from tove_llava.checkpoints.conversion import merge_lora
 from tove_llava.checkpoints.manifest import Manifest
-from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError
 from tove_llava.data import Turn
@@ -279,7 +278,7 @@ def test_nothing_is_left_of_a_merge_that_failed(root, tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(merging, "save_checkpoint", full_disk)
+    monkeypatch.setattr("tove_llava.checkpoints.formats.tove.save_checkpoint", full_disk)
     with pytest.raises(CheckpointError, match="No space left"):
         merge_lora(root / "lora", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from train_parts import flags, write_parts, write_records
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError

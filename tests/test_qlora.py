@@ -13,8 +13,8 @@ from train_killed import train_until_killed
 from train_parts import flags, launch, run_group, run_script, write_parts, write_records
 
 from tove_llava import build_model, load_model
+from tove_llava.checkpoints.conversion import merge_lora
 from tove_llava.checkpoints.manifest import Manifest
-from tove_llava.checkpoints.merge_lora import merge_lora
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava.quantization import loaded_bits, parameter_count, quantize, round_weights

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from train_parts import run_script
 from transformers import CLIPVisionModel
 
-from tove_llava.checkpoints.exporting import export_model
+from tove_llava.checkpoints.conversion import export_model
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 

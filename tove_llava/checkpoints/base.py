@@ -1,7 +1,8 @@
-"""What a format of LLaVA checkpoints has to say."""
+"""The registry of checkpoint formats: how each kind of model folder is recognised, read and written."""
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from tove_llava.checkpoints.parts import LlavaParts
-from tove_llava.core.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.registry import Registry
 
@@ -28,7 +29,10 @@ class Request:
         base: source of the language model, for folders that hold none.
         clip: source of CLIP, where the folder does not say it or what it says leads nowhere.
         template: conversation template; the format's own default where it is None.
-        preset: whose experts and fusion the tower gets; None leaves CLIP alone.
+        preset: whose experts and fusion the tower gets; with None it is only CLIP.
+        dtype: of the written weights; by default that of the language model in training.
+        bos: what writes a chat's beginning-of-text token, "template" or "tokenizer".
+        self_contained: write CLIP and the experts too.
         out: where the written folder will lie.
     """
 
@@ -36,6 +40,9 @@ class Request:
     clip: str | None = None
     template: str | None = None
     preset: Any = None
+    dtype: str | None = None
+    bos: str = "template"
+    self_contained: bool = False
     out: Path | None = None
 
 
@@ -44,30 +51,39 @@ class LlavaFormat(ABC):
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for the command's help
+    honours: ClassVar[tuple[str, ...]] = ("base", "clip", "template")  # the request's fields that writing depends on
 
-    @abstractmethod
     def detect(self, folder: Path, config: dict[str, Any]) -> bool:
-        """Whether a folder is of this format, whole or not.
+        """Return whether a folder is of this format, complete or not; False for a format that is only written.
 
         Args:
             config: its ``config.json``, empty where there is none.
         """
+        return False
 
-    @abstractmethod
     def read(self, folder: Path, request: Request) -> LlavaParts:
-        """Reads configurations and tokenizer, and maps the weights.
+        """Read configurations and tokenizer, and map the weights.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged.
             ConfigError: it is a kind of model that LLaVA-1.5 is not; or a flag is missing or wrong.
         """
+        raise ConfigError(f"{folder}: the format {self.name} is only written")
+
+    def open(self, folder: Path, request: Request) -> Any:
+        """Open a folder of any format as what :meth:`write` takes: its parts, which keep every tensor's bits."""
+        reader = find_format(folder)
+        if reader.name == self.name and request.preset is None:
+            raise ConfigError(f"{folder} is of the format {self.name} already")
+        return reader.read(folder, request)
 
     @abstractmethod
-    def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
-        """Writes everything into the empty ``folder``, and adds to ``parts.remarks``.
+    def write(self, source: Any, folder: Path, request: Request) -> None:
+        """Write everything into the empty ``folder``, and add to ``source.remarks``.
 
         Raises:
             ConfigError: this format cannot hold such a model.
+            CheckpointError: what was written is not what the model is.
         """
 
 
@@ -107,6 +123,18 @@ def foreign_format(folder: Path) -> str | None:
     """
     found = _detected(folder, _config_of(folder))
     return None if found is None or found.name == OWN else found.name
+
+
+def check_request(writer: LlavaFormat, request: Request) -> None:
+    """Raise ConfigError for a setting that a format does not honour."""
+    for field in dataclasses.fields(request):
+        given = getattr(request, field.name) != field.default
+        if given and field.name not in ("out", *writer.honours):
+            fitting = [name for name in FORMATS if field.name in FORMATS.get(name).honours]
+            raise ConfigError(
+                f"--{field.name} does not apply to the format {writer.name}, but to {' and '.join(fitting)} "
+                f"(--to {fitting[0]})"
+            )
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

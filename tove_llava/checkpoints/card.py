@@ -1,12 +1,12 @@
-"""The model card (README.md) of a checkpoint folder."""
+"""Model cards (README.md) of checkpoint folders and of exported ones."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from tove_llava.core.errors import CheckpointError, ToveError
 from tove_llava.core.files import read_json_object
@@ -23,15 +23,18 @@ CARD = "README.md"
 SCORES = Path("eval") / "results.json"  # where `tove-llava eval` reports, inside a model's folder
 _MARK = "Card written by tove_llava"
 
+_AUTO = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
-_LOAD = """import tove_llava  # registers the classes with transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained(FOLDER{})
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")
+"""
+STOCK_CODE = _AUTO.format("")  # code that opens a folder, by who has to know its classes
+REMOTE_CODE = _AUTO.format(", trust_remote_code=True")
+OWN_CODE = f"import tove_llava  # registers the classes with transformers\n{STOCK_CODE}"
+ADAPTED_CODE = """import tove_llava
 
-model = AutoModelForImageTextToText.from_pretrained(FOLDER)
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")"""
-_LOAD_ADAPTED = """import tove_llava
-
-model, processor = tove_llava.load_model(FOLDER)  # or "hf:owner/name\""""
+model, processor = tove_llava.load_model(FOLDER)  # or "hf:owner/name"
+"""
 _ASK = """content = [{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": "What is it?"}]
 chat = [{"role": "user", "content": content}]
 inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True,
@@ -49,7 +52,9 @@ def write_card(
     scores: Mapping[str, Any] | None = None,
     tags: Iterable[str] = (),
 ) -> None:
-    """Writes ``folder/README.md``; one that somebody else wrote is left alone.
+    """Write a checkpoint's card; one that somebody else wrote stays.
+
+    It says what the model is made of and under which licences, how it was trained, and how it scores.
 
     Args:
         vision: the model's tower.
@@ -60,16 +65,93 @@ def write_card(
     file = folder / CARD
     if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         return
-    file.write_text(model_card(vision, manifest, scores=scores, tags=tags), encoding="utf-8")
+    language = manifest.language["source"] if manifest is not None else None
+    attached = ", ".join(vision.attached_experts) or "none"
+    code = ADAPTED_CODE if manifest is not None and manifest.kind == "lora" else OWN_CODE
+    images = []
+    if manifest is not None:
+        images = [f"Conversation template `{manifest.template}`; images: `{manifest.image_aspect_ratio}`."]
+    card = compose_card(
+        f"{manifest.preset} ({manifest.stage})" if manifest is not None else "ToVE-LLaVA",
+        "A LLaVA whose vision tower is ToVE (arXiv 2504.00691): CLIP's tokens, to which a token-aware gate adds the "
+        f"knowledge of frozen vision experts. Experts attached: {attached}; fusion `{vision.fusion}`.",
+        code,
+        images,
+        part_rows(vision, language),
+        ["## Training", *_training(manifest), "## Scores", _scores(scores)],
+        sources=[language, vision.clip_source],
+        tags=tags,
+    )
+    card.save(file)
+
+
+def compose_card(
+    name: str,
+    about: str,
+    code: str,
+    use: Sequence[str],
+    parts: Iterable[Sequence[str]],
+    more: Sequence[str],
+    *,
+    sources: Iterable[str | None],
+    tags: Iterable[str] = (),
+) -> ModelCard:
+    """Compose a card.
+
+    Args:
+        code: opens the folder, which is called FOLDER in it.
+        use: further paragraphs about using the model.
+        parts: rows of part, source and licence.
+        more: paragraphs that end the card.
+        sources: of the models that this one is made of; repositories among them are named in the card's metadata.
+    """
+    bases = [Source.parse(source).target for source in sources if source and _is_repository(source)]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=list(dict.fromkeys(["tove", "llava", *tags])),
+        base_model=bases or None,
+    )
+    blocks = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        about,
+        f"## Use\n\n```python\n{code}{_ASK}```",
+        *use,
+        "## Parts",
+        markdown_table(("part", "source", "licence"), parts, left=3),
+        "The licence of this model follows from those of its parts and of the data that it was trained on.",
+        *more,
+        f"{_MARK} {__version__}.",
+    ]
+    return ModelCard("\n\n".join(blocks) + "\n")
+
+
+def part_rows(
+    vision: ToveVisionConfig,
+    language: str | None,
+    *,
+    experts: bool = True,
+    trained: str = "gate, projections, projector, adapters",
+) -> list[tuple[str, str, str]]:
+    """List what a model is made of: part, source and licence."""
+    rows = [("vision tower's CLIP", *_described(vision.clip_source))]
+    for spec in vision.expert_specs if experts else ():
+        state = ", detached" if spec.name in vision.detached_experts else ""
+        origin = f"{display_source(spec.source)}, {spec.mode}, {spec.image_size} px{state}"
+        rows.append((f"expert {spec.name}", origin, _expert_licence(vision, spec.name)))
+    rows.append(("language model", *_described(language)))
+    rows.append((trained, "trained", "the trainer's to choose"))
+    return rows
 
 
 def is_ours(card: str) -> bool:
-    """Whether a card is one of :func:`write_card`'s."""
+    """Return whether this package wrote a card."""
     return _MARK in card
 
 
 def read_scores(folder: Path) -> dict[str, Any] | None:
-    """The evaluation report beside a model; None where there is none that can be read."""
+    """Read the evaluation report next to a model; None where there is none that can be read."""
     try:
         report = read_json_object(folder / SCORES)
     except CheckpointError:
@@ -77,45 +159,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
     return report if isinstance(report.get("benchmarks"), dict) else None
 
 
-def model_card(
-    vision: ToveVisionConfig,
-    manifest: Manifest | None = None,
-    *,
-    scores: Mapping[str, Any] | None = None,
-    tags: Iterable[str] = (),
-) -> str:
-    """The card's text: what the model is made of and under which licences, how it was trained, how it scores."""
-    language = manifest.language["source"] if manifest is not None else None
-    bases = [source for source in (language, vision.clip_source) if source and _is_repository(source)]
-    head: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": list(dict.fromkeys(["tove", "llava", *tags])),
-    }
-    if bases:
-        head["base_model"] = [Source.parse(source).target for source in bases]
-    attached = ", ".join(vision.attached_experts) or "none"
-    name = f"{manifest.preset} ({manifest.stage})" if manifest is not None else "ToVE-LLaVA"
-    blocks = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        "A LLaVA whose vision tower is ToVE (arXiv 2504.00691): CLIP's tokens, to which a token-aware gate adds the "
-        f"knowledge of frozen vision experts. Experts attached: {attached}; fusion `{vision.fusion}`.",
-        _use(manifest),
-        "## Parts",
-        markdown_table(("part", "source", "licence"), _parts(vision, language)),
-        "The licence of this model follows from those of its parts and of the data that it was trained on.",
-        "## Training",
-        *_training(manifest),
-        "## Scores",
-        _scores(scores),
-        f"{_MARK} {__version__}.",
-    ]
-    return "\n\n".join(blocks) + "\n"
-
-
-def expert_licence(vision: ToveVisionConfig, name: str) -> str:
-    """Licence of one expert's weights, as its class knows it."""
+def _expert_licence(vision: ToveVisionConfig, name: str) -> str:
     from tove_llava.experts import build_expert  # every expert's library
 
     spec = next(spec for spec in vision.expert_specs if spec.name == name)
@@ -130,26 +174,6 @@ def _is_repository(source: str) -> bool:
     return isinstance(parsed, HubSource) and parsed.path is None
 
 
-def _use(manifest: Manifest | None) -> str:
-    adapted = manifest is not None and manifest.kind == "lora"
-    load = _LOAD_ADAPTED if adapted else _LOAD
-    text = f"## Use\n\n```python\n{load}\n{_ASK}```"
-    if manifest is not None:
-        text += f"\n\nConversation template `{manifest.template}`; pictures: `{manifest.image_aspect_ratio}`."
-    return text
-
-
-def _parts(vision: ToveVisionConfig, language: str | None) -> list[tuple[str, str, str]]:
-    rows = [("vision tower's CLIP", *_described(vision.clip_source))]
-    for spec in vision.expert_specs:
-        state = ", detached" if spec.name in vision.detached_experts else ""
-        origin = f"{display_source(spec.source)}, {spec.mode}, {spec.image_size} px{state}"
-        rows.append((f"expert {spec.name}", origin, expert_licence(vision, spec.name)))
-    rows.append(("language model", *_described(language)))
-    rows.append(("gate, projections, projector, adapters", "trained", "the trainer's to choose"))
-    return rows
-
-
 def _described(source: str | None) -> tuple[str, str]:
     return (display_source(source), licence_of(source)) if source else ("not recorded", NOT_STATED)
 
@@ -160,7 +184,9 @@ def _training(manifest: Manifest | None) -> list[str]:
         return ["Not recorded."]
     keys = list(dict.fromkeys(key for stage in stages for key in stage if key != "stage"))
     header = ("", *(str(stage.get("stage", "")) for stage in stages))
-    return [markdown_table(header, [(key, *(_shown(stage.get(key)) for stage in stages)) for key in keys])]
+    return [
+        markdown_table(header, [(key, *(_shown(stage.get(key)) for stage in stages)) for key in keys], left=len(header))
+    ]
 
 
 def _scores(report: Mapping[str, Any] | None) -> str:
@@ -171,7 +197,7 @@ def _scores(report: Mapping[str, Any] | None) -> str:
         for condition, result in conditions.items():
             for measure, value in _leaves(result.get("scores", {})):
                 rows.append((benchmark, condition, measure, _shown(value)))
-    return markdown_table(("benchmark", "condition", "measure", "value"), rows)
+    return markdown_table(("benchmark", "condition", "measure", "value"), rows, left=3)
 
 
 def _leaves(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -183,4 +209,6 @@ def _leaves(scores: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")

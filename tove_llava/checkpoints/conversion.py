@@ -1,4 +1,4 @@
-"""From one format to another, all of it or nothing; and from any format to a model in memory."""
+"""Write a model folder in another format, complete or not at all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from tove_llava.checkpoints.base import FORMATS, Request, find_format
+from tove_llava.checkpoints.base import FORMATS, LlavaFormat, Request, check_request
+from tove_llava.checkpoints.formats.tove import MergedAdapters
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
 from tove_llava.data import get_template
@@ -24,14 +26,14 @@ def convert_checkpoint(
     clip: str | None = None,
     template: str | None = None,
 ) -> list[str]:
-    """Writes a LLaVA-1.5 checkpoint in another format. Tensors keep their bits; the source is only read.
+    """Write a LLaVA-1.5 checkpoint in another format. Tensors keep their bits; the source is only read.
 
     Args:
         model: a folder of any format.
         out: the folder to write; it must not exist, or be empty.
         to: registered name of the format.
         preset: a preset, its name or file, whose experts and fusion the new tower gets; its settings of the language
-            model but for the weights. Without one the tower is CLIP alone. For ``tove`` only.
+            model except the weights. Without one the tower is only CLIP. For ``tove`` only.
         overrides: ``key.path=value`` strings for the preset.
         base: source of the language model (a folder, a hub name), for a source folder that holds none.
         clip: source of CLIP, where the folder does not say it, or says what leads nowhere.
@@ -45,27 +47,84 @@ def convert_checkpoint(
         CheckpointError: the source is incomplete or damaged, or the target cannot be written; nothing is left behind.
     """
     writer = FORMATS.get(to)()
-    source, target = Path(model), Path(os.path.abspath(out))
-    reader = find_format(source)
-    if preset is not None and to != "tove":
-        raise ConfigError(f"--preset gives a tower experts, which {to} cannot hold; it goes with --to tove")
     if overrides and preset is None:
         raise ConfigError("--set overrides a preset's keys: give --preset too")
-    if reader.name == to and preset is None:
-        raise ConfigError(f"{source} is of the format {to} already")
-    _check_free(target, source)
+    if Path(out).resolve().is_relative_to(Path(model).resolve()):
+        raise ConfigError(f"--out {out} lies in the folder that is read, which stays as it is; choose another place")
     if template is not None:
         get_template(template)
     chosen = load_preset(preset, overrides) if isinstance(preset, str) else preset
-    request = Request(base=base, clip=clip, template=template, preset=chosen, out=target)
-    parts = reader.read(source, request)
-    with staged(target) as folder:
-        writer.write(parts, folder, request)
-    return parts.remarks
+    return _write(writer, model, out, base=base, clip=clip, template=template, preset=chosen)
 
 
-def _check_free(out: Path, source: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+def export_model(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str = "hf-llava",
+    *,
+    dtype: str | None = None,
+    chat_begins: bool = True,
+) -> list[str]:
+    """Write a trained model as a folder that loads without this package.
+
+    Args:
+        model: any folder that training (or ``merge``, ``detach``) wrote.
+        out: the folder to write; it must not exist, or be empty.
+        format: registered name of the format.
+        dtype: of the weights; by default that of the language model in training.
+        chat_begins: the chat template writes BOS. Servers encode a rendered chat as it is; harnesses, and code that
+            calls the processor with a rendered chat, have the tokenizer add BOS, which would then stand twice.
+
+    Returns:
+        remarks on this export, one sentence each.
+
+    Raises:
+        ConfigError: an unknown format, one that cannot hold this model, or a target that is in use.
+        CheckpointError: the model cannot be loaded, or the folder cannot be written; nothing is left behind then.
+    """
+    bos = "template" if chat_begins else "tokenizer"
+    return _write(FORMATS.get(format)(), model, out, dtype=dtype, bos=bos)
+
+
+def merge_lora(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    self_contained: bool = False,
+) -> Manifest:
+    """Write a model's adapters into its language model's weights: ``W + alpha / r * B A``.
+
+    ``W`` is what the adapters were trained upon: the language model's own weights or, if these were quantised, the
+    values that quantisation left of them. CLIP and the experts are named by their sources, as in ``model``.
+
+    Args:
+        model: a folder that LoRA or QLoRA training wrote.
+        out: the folder to write; it must not exist, or be empty.
+        dtype: of the weights, and of the sum; that of the language model in training by default.
+        self_contained: write CLIP and the experts as well, as is done where ``model`` has them by value.
+
+    Returns:
+        the manifest of the new folder.
+
+    Raises:
+        ConfigError: the model has no adapters, or the target is in use.
+        CheckpointError: the model cannot be loaded, or the folder cannot be written; nothing is left behind then.
+    """
+    _write(MergedAdapters(), model, out, dtype=dtype, self_contained=self_contained)
+    return Manifest.read(out)
+
+
+def _write(
+    writer: LlavaFormat, model: str | os.PathLike[str], out: str | os.PathLike[str], **settings: object
+) -> list[str]:
+    target = Path(os.path.abspath(out))
+    request = Request(**settings, out=target)  # type: ignore[arg-type]
+    check_request(writer, request)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give --out a new folder, or remove that one")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"--out {out} lies in the folder that is read, which stays as it is; choose another place")
+    source = writer.open(Path(model), request)
+    with staged(target) as folder:
+        writer.write(source, folder, request)
+    remarks: list[str] = source.remarks
+    return remarks

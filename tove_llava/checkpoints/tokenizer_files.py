@@ -8,12 +8,26 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tove_llava.checkpoints.export_parts import PROBES
 from tove_llava.checkpoints.parts import LanguagePart, LlavaParts
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.llava import build
 from tove_llava.presets import LanguagePreset
+
+# Strings on which conversions of SentencePiece models have been seen to differ.
+PROBES = (
+    "a plain sentence, with a comma.",
+    " begins with a space",
+    "  begins with two",
+    "runs   of    spaces     here  ",
+    "a line\nand another\n\n  indented\ttab",
+    "naïve café, 北京, 😀🏽, ﷽, e\u0301, \u00a0, \u200b",
+    "USER: What is it? ASSISTANT: two  cones</s>USER: And? ASSISTANT:",
+    "</s> behind a special token",
+    "",
+    " ",
+    "\n",
+)
 
 _FILES = (
     "tokenizer.model",

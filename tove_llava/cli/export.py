@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import sys
 
-    from tove_llava.checkpoints.exporting import export_model
+    from tove_llava.checkpoints.conversion import export_model
     from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()

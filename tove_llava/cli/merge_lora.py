@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.checkpoints.merge_lora import merge_lora
+    from tove_llava.checkpoints.conversion import merge_lora
     from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()

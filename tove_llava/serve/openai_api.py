@@ -97,7 +97,7 @@ def _servable(model: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="tove-llava-") as parent:
         folder = Path(parent) / name
         if (model / MANIFEST).is_file():
-            from tove_llava.checkpoints.exporting import export_model
+            from tove_llava.checkpoints.conversion import export_model
 
             export_model(model, folder, "remote-code")
         else:

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
 from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import fetch_clip, normalisation
-from tove_llava.checkpoints.export_format import ExportSource
+from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
 from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source, weights_dtype
 from tove_llava.checkpoints.tensors import folder_tensors, split_by_prefix
@@ -99,6 +99,7 @@ class LlavaHf(LlavaFormat):
             language_source=parts.language.source or f"hf:{parts.folder}",
             stage="converted",
             preset=parts.folder.name,
+            remarks=parts.remarks,
         )
         stock = stock_model(source)
         assert clip.tensors is not None
@@ -109,7 +110,7 @@ class LlavaHf(LlavaFormat):
         stock.config.vision_config, stock.config.vision_feature_layer = clip.config, clip.layer
         stored = {f"model.vision_tower.{name}": value for name, value in clip.tensors.items()}
         stored |= {f"model.multi_modal_projector.{name}": value for name, value in parts.projector.items()}
-        parts.remarks += write_stock(source, stock.eval(), folder, stored)
+        write_stock(source, stock.eval(), folder, stored)
         add_sentencepiece(parts, processor.tokenizer, folder)
 
 

@@ -9,21 +9,19 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tove_llava.checkpoints.card import expert_licence
-from tove_llava.checkpoints.export_format import ExportFormat, ExportSource, register_format
-from tove_llava.checkpoints.export_parts import (
-    EXCEPTIONS,
+from tove_llava.checkpoints.base import Request, register_format
+from tove_llava.checkpoints.card import REMOTE_CODE, part_rows
+from tove_llava.checkpoints.exports import (
+    ExportFormat,
+    ExportSource,
     check_prompts,
     export_processor,
     generation_config,
-    model_card,
     save_processor,
-    usage,
     without_paths,
+    write_export_card,
 )
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
-from tove_llava.core.licences import licence_of
-from tove_llava.core.sources import display_source
 from tove_llava.core.version import __version__
 from tove_llava.experts import ExpertHub
 from tove_llava.llava.configuration import ToveLlavaConfig
@@ -46,7 +44,7 @@ class RemoteCode(ExportFormat):
     def check(self, config: Any) -> None:
         """Every model can be written so."""
 
-    def write(self, source: ExportSource, folder: Path) -> list[str]:
+    def write(self, source: ExportSource, folder: Path, request: Request) -> None:
         model = source.model
         config = ToveLlavaConfig.from_dict(model.config.to_dict())
         # Every expert of the configuration, detached ones included: the fusion has a column for each.
@@ -67,7 +65,7 @@ class RemoteCode(ExportFormat):
         own = model.config
         model.config = config
         try:
-            PreTrainedModel.save_pretrained(model, folder)  # weights and configuration alone
+            PreTrainedModel.save_pretrained(model, folder)  # only weights and configuration
         finally:
             model.config = own
         generation_config(source).save_pretrained(folder)
@@ -82,26 +80,17 @@ class RemoteCode(ExportFormat):
         save_processor(processor, folder)
         check_prompts(source, folder, vision.num_patches)
         needs = sorted(third_party_imports(files.values()) - {"huggingface_hub", "safetensors", "numpy", "yaml"})
-        remarks = [f"The code in this folder imports {', '.join(needs)}."]
-        parts = [
-            ("vision tower's CLIP", display_source(vision.clip_source), licence_of(vision.clip_source)),
-            *(_expert_part(entry, model) for entry in vision.experts),
-            ("language model", display_source(source.language_source), licence_of(source.language_source)),
-            ("gate, projections, projector, adapters", "trained", "the trainer's to choose"),
-            ("code", f"tove_llava {__version__}", "Apache-2.0"),
-        ]
+        source.remarks.append(f"The code in this folder imports {', '.join(needs)}.")
         attached = ", ".join(vision.attached_experts) or "none"
-        what = (
+        about = (
             f"A LLaVA whose vision tower is ToVE: CLIP's tokens with the knowledge of vision experts (attached: "
             f"{attached}), added by a token-aware gate (arXiv 2504.00691). The modelling code is in this folder, so "
             "transformers asks for `trust_remote_code=True`; the backbones are in `backbones/`. Download or copy the "
             "whole folder and load it from there."
         )
-        card = model_card(
-            source, what=what, how=usage(trust_remote_code=True), parts=parts, remarks=[*remarks, *EXCEPTIONS]
-        )
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        return remarks
+        code = ("code", f"tove_llava {__version__}", "Apache-2.0")
+        parts = [*part_rows(vision, source.language_source), code]
+        write_export_card(source, folder, about, REMOTE_CODE, parts)
 
 
 def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
@@ -143,8 +132,3 @@ AutoModel.register(ToveVisionConfig, ToveVisionModel, exist_ok=True)
 
 __all__ = ["ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "ToveVisionConfig", "ToveVisionModel"]
 '''
-
-
-def _expert_part(entry: dict[str, Any], model: Any) -> tuple[str, str, str]:
-    licence = expert_licence(model.config.vision_config, entry["name"])
-    return f"expert {entry['name']}", display_source(entry["source"]), licence

@@ -16,21 +16,20 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
-from tove_llava.checkpoints.export_format import ExportFormat, ExportSource, register_format
-from tove_llava.checkpoints.export_parts import (
-    EXCEPTIONS,
+from tove_llava.checkpoints.base import Request, register_format
+from tove_llava.checkpoints.card import STOCK_CODE, part_rows
+from tove_llava.checkpoints.exports import (
+    ExportFormat,
+    ExportSource,
     check_prompts,
     export_processor,
     generation_config,
-    model_card,
     save_processor,
-    usage,
     without_paths,
+    write_export_card,
 )
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
-from tove_llava.core.licences import licence_of
-from tove_llava.core.sources import display_source
 from tove_llava.tower import FUSIONS
 
 
@@ -49,8 +48,8 @@ class HfLlava(ExportFormat):
                 "--format remote-code, which keeps them"
             )
 
-    def write(self, source: ExportSource, folder: Path) -> list[str]:
-        return write_stock(source, stock_model(source), folder)
+    def write(self, source: ExportSource, folder: Path, request: Request) -> None:
+        write_stock(source, stock_model(source), folder)
 
 
 def write_stock(
@@ -58,20 +57,18 @@ def write_stock(
     stock: LlavaForConditionalGeneration,
     folder: Path,
     stored: Mapping[str, torch.Tensor] | None = None,
-) -> list[str]:
-    """Writes a stock LLaVA with the processor, template and card of a checkpoint.
+) -> None:
+    """Write a stock LLaVA with the processor, template and card of a checkpoint.
 
     Args:
+        source: gets remarks.
         stock: made of the checkpoint's parts.
         stored: values to write instead of ``stock``'s own, by its names: the same weights in another dtype.
-
-    Returns:
-        what a user has to know of this export.
 
     Raises:
         CheckpointError: ``stock`` does not compute what the checkpoint does.
     """
-    remarks = _remarks(source)
+    _add_remarks(source)
     check_tower(source, stock)
     state = {_public_name(name): value for name, value in {**stock.state_dict(), **(stored or {})}.items()}
     stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
@@ -86,24 +83,18 @@ def write_stock(
     )
     save_processor(processor, folder)
     check_prompts(source, folder, stock.config.image_seq_length)
-    tower = source.model.config.vision_config
-    parts = [
-        ("vision tower", display_source(tower.clip_source), licence_of(tower.clip_source)),
-        ("language model", display_source(source.language_source), licence_of(source.language_source)),
-        ("projector, adapters", "trained", "the trainer's to choose"),
-    ]
-    what = (
+    about = (
         "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
         "adapters merged. No code beyond transformers is needed."
     )
-    card = model_card(source, what=what, how=usage(), parts=parts, remarks=[*remarks, *EXCEPTIONS, _NEUTRAL_NORM])
-    (folder / "README.md").write_text(card, encoding="utf-8")
-    return remarks
+    tower = source.model.config.vision_config
+    parts = part_rows(tower, source.language_source, experts=False, trained="projector, adapters")
+    write_export_card(source, folder, about, STOCK_CODE, parts, [_NEUTRAL_NORM])
 
 
-MAX_SHARD_SIZE = "5GB"  # what writing holds beside the model
+MAX_SHARD_SIZE = "5GB"  # what writing holds in memory next to the model
 
-_NEUTRAL_NORM = "The norm behind CLIP's last block is neutral: LLaVA reads the tokens in front of it."
+_NEUTRAL_NORM = "The norm after CLIP's last block is neutral: LLaVA reads the tokens before it."
 
 
 def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
@@ -190,17 +181,16 @@ def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> N
         )
 
 
-def _remarks(source: ExportSource) -> list[str]:
-    vision, remarks = source.model.config.vision_config, []
+def _add_remarks(source: ExportSource) -> None:
+    vision = source.model.config.vision_config
     size, clip_size = vision.image_size, vision.clip_config.image_size
     if size != clip_size:
-        remarks.append(
-            f"The tower was trained on pictures of {size} pixels, which it reduced to CLIP's {clip_size}; here the "
+        source.remarks.append(
+            f"The tower was trained on images of {size} pixels, which it reduced to CLIP's {clip_size}; here the "
             f"processor resizes to {clip_size} at once, so tokens differ slightly."
         )
     if source.template == "plain":
-        remarks.append("Stage 1's template has no end token: answers are to be cut at their first line break.")
-    return remarks
+        source.remarks.append("Stage 1's template has no end token: cut answers at their first line break.")
 
 
 def _public_name(name: str) -> str:

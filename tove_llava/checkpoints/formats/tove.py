@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from transformers import LlavaProcessor
 
 from tove_llava.checkpoints.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
-from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
+from tove_llava.checkpoints.base import OWN, LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import read_clip, save_clip
-from tove_llava.checkpoints.loading import load_processor, read_config, trained_names
+from tove_llava.checkpoints.loading import load_model, load_processor, read_config, trained_names
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.parts import (
     AdapterPart,
@@ -30,6 +31,7 @@ from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
+from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import LanguagePreset, Preset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -47,6 +49,7 @@ class Tove(LlavaFormat):
     """What ``tove-llava train`` writes."""
 
     summary = "this package's own: to evaluate, to chat with, or, with --preset, to train from"
+    honours = ("base", "clip", "template", "preset")
 
     def detect(self, folder: Path, config: dict[str, Any]) -> bool:
         return (folder / MANIFEST).is_file() or config.get("model_type") == "tove_llava"
@@ -121,6 +124,46 @@ class Tove(LlavaFormat):
                 f"With fusion {vision.fusion!r} the tower's tokens are not CLIP's at first, so the answers are not the "
                 "checkpoint's before it is trained."
             )
+
+
+@dataclasses.dataclass
+class _Merged:
+    """A model whose adapters are folded in, and the manifest that it gets."""
+
+    model: ToveLlavaForConditionalGeneration
+    processor: LlavaProcessor
+    manifest: Manifest
+    self_contained: bool
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+class MergedAdapters(LlavaFormat):
+    """This package's own folder, written as a whole model without adapters."""
+
+    name = OWN
+    honours = ("dtype", "self_contained")
+
+    def open(self, folder: Path, request: Request) -> _Merged:
+        manifest = Manifest.read(folder)
+        if manifest.kind != "lora":
+            raise ConfigError(f"{folder} has no LoRA adapters to merge: it is a checkpoint of kind {manifest.kind!r}")
+        model, processor = load_model(folder, dtype=request.dtype, merge_lora=True, load_backbones=False)
+        by_value = request.self_contained or model.tower.config.lies_in_checkpoint
+        if by_value:
+            model.tower.load_backbones(model.tower.config.expert_names, base_dir=folder)
+        source = Source.parse(manifest.language["source"]).resolve(folder)
+        language = manifest.language | {
+            "source": str(source.absolute()),
+            "dtype": request.dtype or manifest.language["dtype"],
+        }
+        final = dataclasses.replace(manifest, kind="full", language=language, quantization=None)
+        return _Merged(model, processor, final, by_value)
+
+    def write(self, source: _Merged, folder: Path, request: Request) -> None:
+        tensors = {name: parameter.data for name, parameter in source.model.named_parameters()}
+        save_checkpoint(
+            folder, source.model, source.processor, source.manifest, tensors, self_contained=source.self_contained
+        )
 
 
 @torch.no_grad()

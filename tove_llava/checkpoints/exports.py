@@ -1,9 +1,12 @@
-"""What every exported folder shares: the processor, the tokenizer's files, the prompt, the model card."""
+"""Exported folders: a loaded model in a form that needs nothing of this package."""
 
+import dataclasses
 import json
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from transformers import (
@@ -15,47 +18,92 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tove_llava.checkpoints.export_format import ExportSource
+from tove_llava.checkpoints.base import LlavaFormat, Request
+from tove_llava.checkpoints.card import CARD, compose_card
+from tove_llava.checkpoints.loading import load_model
+from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.tokenizer_files import PROBES
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
-from tove_llava.core.text import markdown_table
-from tove_llava.core.version import __version__
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenizer import text_encoder
+from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.processing import jinja_template
 
-# Strings on which conversions of SentencePiece models have been seen to differ.
-PROBES = (
-    "a plain sentence, with a comma.",
-    " begins with a space",
-    "  begins with two",
-    "runs   of    spaces     here  ",
-    "a line\nand another\n\n  indented\ttab",
-    "naïve café, 北京, 😀🏽, ﷽, e\u0301, \u00a0, \u200b",
-    "USER: What is it? ASSISTANT: two  cones</s>USER: And? ASSISTANT:",
-    "</s> behind a special token",
-    "",
-    " ",
-    "\n",
-)
-
 # What every exported folder does otherwise than training.
-EXCEPTIONS = (
-    'Pictures are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
+_EXCEPTIONS = (
+    'Images are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
     "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
     "Ids are those of training, which for LLaMA's vocabulary are SentencePiece's, in `tokenizer.json` and through the "
-    "chat template. Without the template one thing has to be minded: training encodes the text behind a picture as a "
-    "text of its own, so with LLaMA's vocabulary a space stands between `<image>` and what follows; the template "
-    "writes it.",
-    "Text that itself says `<image>` is taken for a picture here; in training it was ordinary text.",
-    "Pictures go in front of their message's text, as in training, wherever the request has them.",
+    "chat template. Mind one thing without the template: training encodes the text after an image as a text of its "
+    "own, so with LLaMA's vocabulary a space stands between `<image>` and what follows; the template writes it.",
+    "Text that itself says `<image>` is taken for an image here; in training it was ordinary text.",
+    "Images go in front of their message's text, as in training, wherever the request has them.",
 )
+
+
+@dataclass
+class ExportSource:
+    """A loaded checkpoint on its way out.
+
+    Attributes:
+        folder: the checkpoint.
+        model: a ``ToveLlavaForConditionalGeneration`` on the CPU, adapters merged, backbones loaded.
+        template: registered name of its conversation template.
+        image_aspect_ratio: how it was shown images, "pad" or "square".
+        language_source: where its language model came from.
+        stage, preset: of the training run.
+        chat_begins: the chat template writes the tokens that begin a text; else it is left to the tokenizer.
+        remarks: what a user has to know of this export beyond the documentation, one sentence each.
+    """
+
+    folder: Path
+    model: Any
+    processor: LlavaProcessor
+    template: str
+    image_aspect_ratio: str
+    language_source: str
+    stage: str
+    preset: str
+    chat_begins: bool = True
+    remarks: list[str] = dataclasses.field(default_factory=list)
+
+
+class ExportFormat(LlavaFormat):
+    """A format that is written from a loaded model and never read as parts."""
+
+    honours: ClassVar[tuple[str, ...]] = ("dtype", "bos")
+
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Look at a checkpoint's ``ToveLlavaConfig`` before any weight is loaded.
+
+        Raises:
+            ConfigError: this format cannot hold such a model; the message says what to do.
+        """
+
+    def open(self, folder: Path, request: Request) -> ExportSource:
+        """Load the model of one of this package's folders, adapters merged."""
+        manifest = Manifest.read(folder)
+        self.check(ToveLlavaConfig.from_pretrained(folder))
+        model, processor = load_model(folder, dtype=request.dtype, merge_lora=True)
+        return ExportSource(
+            folder=folder,
+            model=model,
+            processor=processor,
+            template=manifest.template,
+            image_aspect_ratio=manifest.image_aspect_ratio,
+            language_source=manifest.language["source"],
+            stage=manifest.stage,
+            preset=manifest.preset,
+            chat_begins=request.bos == "template",
+        )
 
 
 def export_processor(
     source: ExportSource, *, image_size: int, patch_size: int, strategy: str, additional_tokens: int
 ) -> LlavaProcessor:
-    """A stock processor that prepares pictures and prompts as training did.
+    """Build a stock processor that prepares images and prompts as training did.
 
     Args:
         image_size: pixels per side of the model's ``pixel_values``.
@@ -83,7 +131,7 @@ def export_processor(
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:
-    """The jinja form of a conversation template, with the tokens that the tokenizer puts in front written out.
+    """Write out a conversation template in jinja, with the tokens that the tokenizer puts in front.
 
     Servers encode a rendered chat without adding special tokens, so a template that leaves BOS to the tokenizer would
     lose it there.
@@ -113,7 +161,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: boo
 
 
 def save_processor(processor: LlavaProcessor, folder: Path) -> None:
-    """Writes the processor's files so that transformers 4 and 5, and the servers on either, read them."""
+    """Write the processor's files so that transformers 4 and 5, and the servers on either, read them."""
     processor.save_pretrained(folder)
     # transformers 4 and servers look for the image processor in a file of its own.
     processor.image_processor.save_pretrained(folder)
@@ -129,7 +177,7 @@ def save_processor(processor: LlavaProcessor, folder: Path) -> None:
 
 
 def generation_config(source: ExportSource) -> GenerationConfig:
-    """Greedy decoding that ends where the model was taught to end."""
+    """Return greedy decoding that ends where the model was taught to end."""
     named = getattr(source.model.generation_config, "eos_token_id", None)
     tokenizer = source.processor.tokenizer
     ends = sorted(
@@ -148,7 +196,7 @@ def generation_config(source: ExportSource) -> GenerationConfig:
 
 
 def check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> None:
-    """Compares what stock classes read from the folder with what training feeds the model.
+    """Compare what stock classes read from the folder with what training feeds the model.
 
     Raises:
         CheckpointError: a token id differs.
@@ -172,14 +220,14 @@ def check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> 
 
 
 def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]]]:
-    """The same conversations as this package's turns and as chat messages."""
+    """Return the same conversations as this package's turns and as chat messages."""
     before, after = get_template(template).image_wrapper
     single = get_template(template).single_turn
-    picture = {"type": "image", "image": Image.new("RGB", (40, 30), (200, 100, 50))}
+    shown = {"type": "image", "image": Image.new("RGB", (40, 30), (200, 100, 50))}
 
     def user(text: str, image: bool = True) -> tuple[Turn, dict[str, Any]]:
         said = f"{before}{IMAGE_PLACEHOLDER}{after}\n{text}" if image else text
-        return Turn("user", said), {"role": "user", "content": [picture] * image + [{"type": "text", "text": text}]}
+        return Turn("user", said), {"role": "user", "content": [shown] * image + [{"type": "text", "text": text}]}
 
     def answer(text: str) -> tuple[Turn, dict[str, Any]]:
         return Turn("assistant", text), {"role": "assistant", "content": [{"type": "text", "text": text}]}
@@ -193,38 +241,27 @@ def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]
     return [([turn for turn, _ in talk], [message for _, message in talk]) for talk in talks]
 
 
-def usage(trust_remote_code: bool = False) -> str:
-    """Code that loads an exported folder ``DIR`` and asks it one question, for its card."""
-    trust = ", trust_remote_code=True" if trust_remote_code else ""
-    return f"""from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(DIR{trust})
-processor = AutoProcessor.from_pretrained(DIR, backend="pil")
-content = [{{"type": "image", "url": "picture.jpg"}}, {{"type": "text", "text": "What is it?"}}]
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": content}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-output = model.generate(**inputs, max_new_tokens=64)
-print(processor.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
-
-
 def without_paths(config: Any) -> None:
-    """Takes the folder that a configuration was read from out of it and of its parts."""
+    """Remove the folder that a configuration was read from, from it and its parts."""
     for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs_defaults", {}))):
         part._name_or_path = ""
 
 
-def model_card(
-    source: ExportSource, *, what: str, how: str, parts: Sequence[tuple[str, str, str]], remarks: Sequence[str]
-) -> str:
-    """The folder's README.md.
+def write_export_card(
+    source: ExportSource,
+    folder: Path,
+    about: str,
+    code: str,
+    parts: list[tuple[str, str, str]],
+    remarks: Sequence[str] = (),
+) -> None:
+    """Write the folder's README.md.
 
     Args:
-        what: first paragraph.
-        how: code that loads it.
-        parts: (part, source, licence).
-        remarks: what a user has to know, one sentence each.
+        about: first paragraph.
+        code: opens the folder.
+        parts: rows of part, source and licence.
+        remarks: what the card says beyond the export's own remarks, one sentence each.
     """
     example = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     prompt = source.processor.apply_chat_template(
@@ -232,45 +269,21 @@ def model_card(
         chat_template=chat_template(source.template, source.processor.tokenizer, source.chat_begins),
         add_generation_prompt=True,
     )
-    table = markdown_table(("part", "source", "licence"), parts, left=3)
-    listed = "\n".join(f"- {remark}" for remark in remarks)
-    return f"""---
-pipeline_tag: image-text-to-text
-library_name: transformers
----
-
-# {source.preset} ({source.stage})
-
-{what}
-
-```python
-{how}
-```
-
-## Prompt
-
-Conversation template `{source.template}`, in `chat_template.jinja`. Pictures stand in front of the text. A question
-becomes
-
-```
-{prompt}
-```
-
-Pictures: RGB, {
-        "padded to a square with the mean colour, then resized"
-        if source.image_aspect_ratio == "pad"
-        else "the shortest side resized, the middle cut out"
-    }; the image processor here does that.
-
-## Parts
-
-{table}
-
-The licence of this model follows from those of its parts and of the data that it was trained on.
-
-## Exceptions
-
-{listed}
-
-Written by tove_llava {__version__}.
-"""
+    shown = "the shortest side resized, the middle cut out"
+    if source.image_aspect_ratio == "pad":
+        shown = "padded to a square with the mean colour, then resized"
+    card = compose_card(
+        f"{source.preset} ({source.stage})",
+        about,
+        code,
+        [
+            "## Prompt",
+            f"Conversation template `{source.template}`, in `chat_template.jinja`. Images stand in front of the text. "
+            f"A question becomes\n\n```\n{prompt}\n```",
+            f"Images: RGB, {shown}; the image processor here does that.",
+        ],
+        parts,
+        ["## Exceptions", "\n".join(f"- {remark}" for remark in (*source.remarks, *_EXCEPTIONS, *remarks))],
+        sources=[source.language_source, source.model.config.vision_config.clip_source],
+    )
+    card.save(folder / CARD)
