@@ -28,7 +28,7 @@ from tove_llava.core.files import read_json_object
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenizer import text_encoder
 from tove_llava.llava.configuration import ToveLlavaConfig
-from tove_llava.llava.processing import jinja_template
+from tove_llava.llava.processing import image_settings, jinja_template
 
 # What every exported folder does otherwise than training.
 _EXCEPTIONS = (
@@ -100,34 +100,43 @@ class ExportFormat(LlavaFormat):
         )
 
 
-def export_processor(
-    source: ExportSource, *, image_size: int, patch_size: int, strategy: str, additional_tokens: int
-) -> LlavaProcessor:
-    """Build a stock processor that prepares images and prompts as training did.
+def write_processor(source: ExportSource, folder: Path, *, image_size: int, patch_size: int, class_token: bool) -> None:
+    """Write a stock processor that prepares images and prompts as training did.
 
     Args:
         image_size: pixels per side of the model's ``pixel_values``.
         patch_size: pixels per token and side, by which placeholders are counted.
-        strategy: the model's ``vision_feature_select_strategy``.
-        additional_tokens: 1 where the vision tower has a class token.
+        class_token: the vision tower returns one, which the model drops.
+
+    Raises:
+        CheckpointError: stock classes read another prompt from it than training feeds the model.
     """
     vision, tokenizer = source.model.config.vision_config, source.processor.tokenizer
-    images = LlavaImageProcessorPil(
-        do_pad=source.image_aspect_ratio == "pad",  # to a square, with the mean colour, before anything else
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=list(vision.image_mean),
-        image_std=list(vision.image_std),
-    )
-    return LlavaProcessor(
-        image_processor=images,
+    processor = LlavaProcessor(
+        image_processor=LlavaImageProcessorPil(
+            do_pad=source.image_aspect_ratio == "pad",  # to a square, with the mean colour, before anything else
+            **image_settings(vision, image_size),
+        ),
         tokenizer=tokenizer,
         patch_size=patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=additional_tokens,
+        vision_feature_select_strategy="default" if class_token else "full",
+        num_additional_image_tokens=int(class_token),
         image_token=source.processor.image_token,
         chat_template=chat_template(source.template, tokenizer, source.chat_begins),
     )
+    processor.save_pretrained(folder)
+    # transformers 4 and servers look for the image processor in a file of its own.
+    processor.image_processor.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = read_json_object(file)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that transformers 4 and 5 know
+    settings["padding_side"] = "left"  # for batches of prompts
+    settings["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 adds token_type_ids
+    settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
+    for key in ("backend", "is_local", "local_files_only"):  # of this machine
+        settings.pop(key, None)
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _check_prompts(source, folder, (image_size // patch_size) ** 2)
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:
@@ -160,33 +169,12 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: boo
     )
 
 
-def save_processor(processor: LlavaProcessor, folder: Path) -> None:
-    """Write the processor's files so that transformers 4 and 5, and the servers on either, read them."""
-    processor.save_pretrained(folder)
-    # transformers 4 and servers look for the image processor in a file of its own.
-    processor.image_processor.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    settings = read_json_object(file)
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both know
-    settings["padding_side"] = "left"  # for batches of prompts
-    settings["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 adds token_type_ids
-    settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
-    for key in ("backend", "is_local", "local_files_only"):  # of this machine
-        settings.pop(key, None)
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def generation_config(source: ExportSource) -> GenerationConfig:
     """Return greedy decoding that ends where the model was taught to end."""
     named = getattr(source.model.generation_config, "eos_token_id", None)
     tokenizer = source.processor.tokenizer
-    ends = sorted(
-        {
-            token
-            for token in (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
-            if token is not None
-        }
-    )
+    every = (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
+    ends = sorted({token for token in every if token is not None})
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else ends,
@@ -195,12 +183,7 @@ def generation_config(source: ExportSource) -> GenerationConfig:
     )
 
 
-def check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> None:
-    """Compare what stock classes read from the folder with what training feeds the model.
-
-    Raises:
-        CheckpointError: a token id differs.
-    """
+def _check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> None:
     own = source.processor.tokenizer
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for text in PROBES:
@@ -222,23 +205,22 @@ def check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> 
 def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]]]:
     """Return the same conversations as this package's turns and as chat messages."""
     before, after = get_template(template).image_wrapper
-    single = get_template(template).single_turn
     shown = {"type": "image", "image": Image.new("RGB", (40, 30), (200, 100, 50))}
 
     def user(text: str, image: bool = True) -> tuple[Turn, dict[str, Any]]:
-        said = f"{before}{IMAGE_PLACEHOLDER}{after}\n{text}" if image else text
-        return Turn("user", said), {"role": "user", "content": [shown] * image + [{"type": "text", "text": text}]}
+        written = f"{before}{IMAGE_PLACEHOLDER}{after}\n{text}" if image else text
+        return Turn("user", written), {"role": "user", "content": [shown] * image + [{"type": "text", "text": text}]}
 
     def answer(text: str) -> tuple[Turn, dict[str, Any]]:
         return Turn("assistant", text), {"role": "assistant", "content": [{"type": "text", "text": text}]}
 
-    talks = [[user("What is it?")], [user("Two  spaces, a\nline and 北京?")]]
-    if not single:
-        talks += [
+    found = [[user("What is it?")], [user("Two  spaces, a\nline and 北京?")]]
+    if not get_template(template).single_turn:
+        found += [
             [user("What is it?"), answer("A red cone."), user("Where?", image=False)],
-            [user("No picture.", image=False)],
+            [user("No image.", image=False)],
         ]
-    return [([turn for turn, _ in talk], [message for _, message in talk]) for talk in talks]
+    return [([turn for turn, _ in pairs], [message for _, message in pairs]) for pairs in found]
 
 
 def without_paths(config: Any) -> None:

@@ -1,4 +1,4 @@
-"""The processor of a ToVE-LLaVA: transformers' own LlavaProcessor, so that a saved folder is like any LLaVA's."""
+"""The processor: transformers' own LlavaProcessor, so that a saved folder is like any LLaVA's."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ _TEMPLATES = Path(__file__).parent / "chat_templates"
 
 
 def build_image_processor(vision: ToveVisionConfig) -> CLIPImageProcessorPil:
-    """CLIP's image processor at the tower's size and normalisation."""
-    return CLIPImageProcessorPil(**_image_settings(vision))
+    """Build CLIP's image processor at the tower's size and normalisation."""
+    return CLIPImageProcessorPil(**image_settings(vision))
 
 
-def _image_settings(vision: ToveVisionConfig) -> dict[str, Any]:
-    size = vision.image_size
+def image_settings(vision: ToveVisionConfig, size: int | None = None) -> dict[str, Any]:
+    """Return an image processor's settings: shortest side to the image size, middle cut out, normalised."""
+    size = size or vision.image_size
     return {
         "size": {"shortest_edge": size},
         "crop_size": {"height": size, "width": size},
@@ -35,7 +36,7 @@ def build_processor(
     template: str,
     image_aspect_ratio: str = "square",
 ) -> LlavaProcessor:
-    """Bundles tokenizer, image processor and the conversation template's jinja form.
+    """Bundle tokenizer, image processor and the conversation template's jinja form.
 
     Batches of prompts are padded on the left, as generation needs it.
 
@@ -44,11 +45,11 @@ def build_processor(
         vision: gives image size, normalisation and patch size, by which placeholders are counted.
         template: registered name of the conversation template the model is trained with; the processor's
             ``conversation_template``.
-        image_aspect_ratio: how the model is shown pictures in training: ``"pad"`` or ``"square"``.
+        image_aspect_ratio: how the model is shown images in training: ``"pad"`` or ``"square"``.
     """
-    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # of the latter are the saved settings
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter are saved
     # To a square, with the mean colour, before anything else.
-    images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **_image_settings(vision))
+    images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **image_settings(vision))
     processor = LlavaProcessor(
         image_processor=images,
         tokenizer=tokenizer,
@@ -63,16 +64,16 @@ def build_processor(
 
 
 def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The jinja form of a conversation template, for ``processor.apply_chat_template``; None where there is none."""
-    # In training the text behind an image is encoded as a text of its own, which LLaMA's tokenizer begins with a space.
+    """Return a conversation template in jinja, for ``processor.apply_chat_template``; None where there is none."""
+    # In training the text after an image is encoded as a text of its own, which LLaMA's tokenizer begins with a space.
     # transformers encodes it as what follows a special token, so there the space has to be written.
     image = IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix
     if template == "chat_template":
         own = tokenizer.chat_template
         if not isinstance(own, str):
             return None
-        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts. What an earlier stage saved
-        # has this in front already.
+        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts. A checkpoint's own template
+        # begins with this already.
         flatten = (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)
         return own if flatten in own else flatten + own
     file = _TEMPLATES / f"{get_template(template).name}.jinja"

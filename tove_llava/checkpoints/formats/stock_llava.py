@@ -1,7 +1,7 @@
-"""``hf-llava``: a stock ``LlavaForConditionalGeneration``, for a model whose tower is CLIP alone.
+"""``hf-llava``: a stock ``LlavaForConditionalGeneration``, for a model whose tower is only CLIP.
 
 The tower's CLIP, which ends at the layer whose tokens are used, becomes the vision tower with
-``vision_feature_layer=-1``; projector and language model stay what they are. Weights have the names of LLaVA's public
+``vision_feature_layer=-1``; projector and language model stay the same. Weights have the names of LLaVA's public
 checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which every server reads; transformers from
 5.6 on writes the vision tower's without ``vision_model``, which vLLM does not.
 """
@@ -21,23 +21,24 @@ from tove_llava.checkpoints.card import STOCK_CODE, part_rows
 from tove_llava.checkpoints.exports import (
     ExportFormat,
     ExportSource,
-    check_prompts,
-    export_processor,
     generation_config,
-    save_processor,
     without_paths,
     write_export_card,
+    write_processor,
 )
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.tower import FUSIONS
+
+MAX_SHARD_SIZE = "5GB"  # what writing holds in memory next to the model
+_NEUTRAL_NORM = "The norm after CLIP's last block is neutral: LLaVA reads the tokens before it."
 
 
 @register_format("hf-llava")
 class HfLlava(ExportFormat):
     """A folder that transformers, vLLM and SGLang open as LLaVA-1.5."""
 
-    summary = "a stock LlavaForConditionalGeneration; the tower has to be CLIP alone"
+    summary = "a stock LlavaForConditionalGeneration; the tower has to be only CLIP"
 
     def check(self, config: Any) -> None:
         vision = config.vision_config
@@ -74,15 +75,7 @@ def write_stock(
     stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     _name_rope_as_before(folder / "config.json")
     vision = stock.config.vision_config
-    processor = export_processor(
-        source,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        strategy="default",
-        additional_tokens=1,
-    )
-    save_processor(processor, folder)
-    check_prompts(source, folder, stock.config.image_seq_length)
+    write_processor(source, folder, image_size=vision.image_size, patch_size=vision.patch_size, class_token=True)
     about = (
         "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
         "adapters merged. No code beyond transformers is needed."
@@ -92,13 +85,8 @@ def write_stock(
     write_export_card(source, folder, about, STOCK_CODE, parts, [_NEUTRAL_NORM])
 
 
-MAX_SHARD_SIZE = "5GB"  # what writing holds in memory next to the model
-
-_NEUTRAL_NORM = "The norm after CLIP's last block is neutral: LLaVA reads the tokens before it."
-
-
 def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
-    """The checkpoint's parts in a stock LLaVA; no weight is copied.
+    """Put the checkpoint's parts into a stock LLaVA; no weight is copied.
 
     Raises:
         CheckpointError: the tower's CLIP is not loaded.
@@ -135,7 +123,7 @@ def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
 
 
 def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionModel:
-    """The tower's CLIP with a norm where it has none; the modules are shared, the tower's own is not changed."""
+    """Copy the tower's CLIP, which has no norm at its end, and give the copy one; the modules are shared."""
     whole = copy.copy(clip)
     whole._modules = dict(clip._modules)
     whole.config = config
@@ -145,7 +133,7 @@ def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionMo
 
 
 def _name_rope_as_before(file: Path) -> None:
-    """Rotary settings under transformers 4's names too: it would silently take its defaults for ``rope_parameters``."""
+    """Repeat rotary settings under transformers 4's names: it would silently use its defaults."""
     config = read_json_object(file)
     settings = dict(config["text_config"].get("rope_parameters") or {})
     if "rope_theta" not in settings:  # none, or one set for each kind of layer, which transformers 4 names elsewhere
@@ -158,7 +146,7 @@ def _name_rope_as_before(file: Path) -> None:
 
 @torch.no_grad()
 def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> None:
-    """Compares the tower's tokens with stock CLIP's on a random picture.
+    """Compare the tower's tokens with stock CLIP's on a random image.
 
     Raises:
         CheckpointError: they differ, so the tower is more than CLIP.
@@ -194,5 +182,5 @@ def _add_remarks(source: ExportSource) -> None:
 
 
 def _public_name(name: str) -> str:
-    """The name of a weight before transformers took ``vision_model`` out of CLIP."""
+    """Return the name of a weight before transformers took ``vision_model`` out of CLIP."""
     return name.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)
