@@ -14,12 +14,10 @@ from tove_llava.checkpoints.card import REMOTE_CODE, part_rows
 from tove_llava.checkpoints.exports import (
     ExportFormat,
     ExportSource,
-    check_prompts,
-    export_processor,
     generation_config,
-    save_processor,
     without_paths,
     write_export_card,
+    write_processor,
 )
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.core.version import __version__
@@ -42,12 +40,12 @@ class RemoteCode(ExportFormat):
     summary = "a model with its experts, code and backbones included; needs trust_remote_code=True"
 
     def check(self, config: Any) -> None:
-        """Every model can be written so."""
+        """Accept every model."""
 
     def write(self, source: ExportSource, folder: Path, request: Request) -> None:
         model = source.model
         config = ToveLlavaConfig.from_dict(model.config.to_dict())
-        # Every expert of the configuration, detached ones included: the fusion has a column for each.
+        # Detached experts too: the fusion has a column for each.
         model.tower.load_backbones(config.vision_config.expert_names, base_dir=source.folder)
         config.vision_config = model.tower.save_backbones(folder)
         # Saved by value an expert may be read by another class than the one that loaded it (open_clip's, by timm's).
@@ -70,15 +68,7 @@ class RemoteCode(ExportFormat):
             model.config = own
         generation_config(source).save_pretrained(folder)
         vision = own.vision_config
-        processor = export_processor(
-            source,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
-            strategy="full",
-            additional_tokens=0,
-        )
-        save_processor(processor, folder)
-        check_prompts(source, folder, vision.num_patches)
+        write_processor(source, folder, image_size=vision.image_size, patch_size=vision.patch_size, class_token=False)
         needs = sorted(third_party_imports(files.values()) - {"huggingface_hub", "safetensors", "numpy", "yaml"})
         source.remarks.append(f"The code in this folder imports {', '.join(needs)}.")
         attached = ", ".join(vision.attached_experts) or "none"
@@ -94,14 +84,14 @@ class RemoteCode(ExportFormat):
 
 
 def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
-    """Sources that a tower of this fusion and these experts needs, by file name; the entry module among them."""
+    """Collect the sources that a tower of this fusion and these experts needs, by file name."""
     core = flatten_modules([home for home, _ in _CORE])
     parts = {module: name for module, name in _components(fusion, hub).items() if f"{flat_name(module)}.py" not in core}
     return {**core, **flatten_modules(parts), f"{ENTRY}.py": _entry(parts)}
 
 
 def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
-    """The fusion, the experts, and the parts of this package that those hold: module -> the class in it."""
+    """List the fusion, the experts, and the parts of this package in them: module -> class."""
     found: list[type] = [type(fusion)]
     for name in hub.names:
         expert = hub[name].meta_twin()  # with its configuration read
@@ -112,12 +102,12 @@ def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
 
 
 def _entry(parts: dict[str, str]) -> str:
-    """The module that ``auto_map`` names. All classes come from one module, so that each exists once."""
+    """Write the module that ``auto_map`` names: all classes come from it, so that each exists once."""
     named = "\n".join(f"from .{flat_name(home)} import {name}" for home, name in _CORE)
     others = "\n".join(f"from .{flat_name(module)} import {name}  # noqa: F401" for module, name in parts.items())
     return f'''"""ToVE-LLaVA for transformers' trust_remote_code: what config.json's auto_map names.
 
-Written by tove_llava {__version__} from its own sources, which lie beside this file.
+Written by tove_llava {__version__} from its own sources, which lie next to this file.
 """
 
 from transformers import AutoModel
