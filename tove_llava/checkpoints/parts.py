@@ -1,4 +1,4 @@
-"""A LLaVA as its parts, in no format's terms: what the format that is read hands to the one that is written."""
+"""A LLaVA as its parts: what the format that is read hands to the one that is written."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -33,7 +34,7 @@ class LanguagePart:
 
     Attributes:
         config: its own, with as many tokens as it has rows.
-        dtype: its weights', such as "float16".
+        dtype: of its weights, such as "float16".
         tensors: by the names of its causal-LM class; None when ``source`` says where they are.
         source, revision: of a language model by reference.
         tokenizer_folders: where its tokenizer's files may be, the best first.
@@ -48,6 +49,47 @@ class LanguagePart:
     tokenizer_folders: list[Path] = field(default_factory=list)
     generation: dict[str, Any] | None = None
 
+    @classmethod
+    def by_value(cls, folder: Path, tensors: Tensors, config: PreTrainedConfig) -> LanguagePart:
+        """Return the language model that a folder holds.
+
+        Raises:
+            CheckpointError: it has no embeddings, or its generation_config.json is damaged.
+        """
+        if EMBEDDINGS not in tensors:
+            raise CheckpointError(
+                f"{folder}: the language model's {EMBEDDINGS!r} is missing; the checkpoint is incomplete"
+            )
+        generation = folder / "generation_config.json"
+        return cls(
+            config=config,
+            dtype=str(tensors[EMBEDDINGS].dtype).removeprefix("torch."),
+            tensors=tensors,
+            tokenizer_folders=[folder],
+            generation=read_json_object(generation) if generation.is_file() else None,
+        )
+
+    @classmethod
+    def by_reference(cls, source: str, revision: str | None = None, dtype: str | None = None) -> LanguagePart:
+        """Return a language model that stays where it is.
+
+        Args:
+            dtype: in which it is used; what its configuration says by default.
+
+        Raises:
+            CheckpointError: its configuration is not there.
+        """
+        parsed = Source.parse(source)
+        try:
+            config = AutoConfig.from_pretrained(**parsed.pretrained(), revision=revision or "main")
+        except (OSError, ValueError, StrictDataclassError) as error:
+            raise CheckpointError(
+                f"the language model's configuration cannot be read from {source}: {error}"
+            ) from error
+        named = "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
+        folders = [] if parsed.path is None else [parsed.path]
+        return cls(config, dtype or named, source=source, revision=revision, tokenizer_folders=folders)
+
 
 @dataclass
 class ClipPart:
@@ -56,7 +98,7 @@ class ClipPart:
     Attributes:
         layer: the hidden state that the projector reads; negative ones count from the last block.
         tensors: all of ``CLIPVisionModel``'s, by its names; None when ``source`` says where they are.
-        source: ``hf:...``; beside ``tensors`` it is their public name, and empty where that is not known.
+        source: ``hf:...``; with ``tensors`` it is their public name, empty where that is not known.
     """
 
     config: CLIPVisionConfig
@@ -69,7 +111,7 @@ class ClipPart:
 
     @property
     def depth(self) -> int:
-        """How many blocks lie below the tokens that are used."""
+        """Return the number of blocks below the tokens that are used."""
         return self.layer if self.layer >= 0 else self.config.num_hidden_layers + 1 + self.layer
 
 
@@ -87,7 +129,7 @@ class AdapterPart:
 
     @property
     def layers(self) -> list[str]:
-        """Last names of the adapted layers."""
+        """Return the last names of the adapted layers."""
         return sorted({name.split(".lora_")[0].rpartition(".")[2] for name in self.tensors})
 
 
@@ -100,7 +142,7 @@ class LlavaParts:
         projector: ``linear_1.weight``, ``linear_1.bias``, ``linear_2.weight``, ``linear_2.bias``.
         tokenizer: the language model's; it may lack the image token.
         template: registered name of the conversation template.
-        image_aspect_ratio: how the model was shown pictures, "pad" or "square".
+        image_aspect_ratio: how the model was shown images, "pad" or "square".
         remarks: what a user has to know about the conversion, one sentence each.
     """
 
@@ -118,7 +160,7 @@ class LlavaParts:
     remarks: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Compares every tensor with what the configurations ask for.
+        """Compare every tensor with what the configurations ask for.
 
         Raises:
             CheckpointError: one is missing, too many, or of another shape.
@@ -133,12 +175,8 @@ class LlavaParts:
             encoder = self._on_meta("CLIP", lambda: CLIPVisionModel(clip.config))
             check_tensors(clip.tensors, encoder, "CLIP", self.folder)
         widths = clip.config.hidden_size, language.config.hidden_size
-        check_tensors(
-            self.projector,
-            self._on_meta("projector", lambda: Projector(*widths, bias=self.has_bias)),
-            "projector",
-            self.folder,
-        )
+        projector = self._on_meta("projector", lambda: Projector(*widths, bias=self.has_bias))
+        check_tensors(self.projector, projector, "projector", self.folder)
         if self.projector_act not in ACT2FN:
             raise CheckpointError(f"{self.folder}: unknown projector activation {self.projector_act!r}")
 
@@ -151,7 +189,7 @@ class LlavaParts:
 
     @property
     def has_bias(self) -> bool:
-        """Whether the projector's layers have one."""
+        """Return whether the projector's layers have one."""
         return any(name.endswith(".bias") for name in self.projector)
 
 
@@ -165,11 +203,7 @@ class Projector(nn.Module):
 
 
 def settle_tying(language: LanguagePart, where: Path) -> None:
-    """Checks that stored embeddings and head are what the configuration's ``tie_word_embeddings`` says.
-
-    Raises:
-        CheckpointError: it says that they are one, and they are two.
-    """
+    """Raise CheckpointError where embeddings and head differ though ``tie_word_embeddings`` says that they are one."""
     assert language.tensors is not None
     head, embeddings = language.tensors.get(HEAD), language.tensors.get(EMBEDDINGS)
     if not language.config.tie_word_embeddings or head is None or embeddings is None:
@@ -179,19 +213,8 @@ def settle_tying(language: LanguagePart, where: Path) -> None:
                               "config.json")  # fmt: skip
 
 
-def weights_dtype(tensors: Tensors, where: Path) -> str:
-    """The dtype of a language model's embeddings.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    if EMBEDDINGS not in tensors:
-        raise CheckpointError(f"{where}: the language model's {EMBEDDINGS!r} is missing; the checkpoint is incomplete")
-    return str(tensors[EMBEDDINGS].dtype).removeprefix("torch.")
-
-
 def parse_source(text: str) -> str:
-    """A source as it is recorded; a bare name or folder is one of the hub's kind.
+    """Return a source as it is recorded; a bare name or folder is one of the hub's kind.
 
     Raises:
         ConfigError: it cannot be one, or it is a folder that does not exist.
@@ -201,36 +224,3 @@ def parse_source(text: str) -> str:
     if source.path is not None:
         source.require()
     return str(source)
-
-
-def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a language model by reference.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    try:
-        return AutoConfig.from_pretrained(**Source.parse(source).pretrained(), revision=revision or "main")
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"the language model's configuration cannot be read from {source}: {error}") from error
-
-
-def language_by_reference(source: str, revision: str | None = None, dtype: str | None = None) -> LanguagePart:
-    """A language model that stays where it is.
-
-    Args:
-        dtype: in which it is used; what its configuration says by default.
-
-    Raises:
-        CheckpointError: its configuration is not there.
-    """
-    config = read_config(source, revision)
-    path = Source.parse(source).path
-    named = str(config.dtype).removeprefix("torch.") if config.dtype is not None else "float32"
-    return LanguagePart(
-        config=config,
-        dtype=dtype or named,
-        source=source,
-        revision=revision,
-        tokenizer_folders=[] if path is None else [path],
-    )

@@ -17,7 +17,7 @@ from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import fetch_clip, normalisation
 from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
-from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source, weights_dtype
+from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source
 from tove_llava.checkpoints.tensors import folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -39,7 +39,7 @@ _TABLE = (
 
 @register_format("llava-hf")
 class LlavaHf(LlavaFormat):
-    """What transformers calls LLaVA."""
+    """A folder of transformers' ``LlavaForConditionalGeneration``."""
 
     summary = "transformers' LlavaForConditionalGeneration"
 
@@ -52,14 +52,7 @@ class LlavaHf(LlavaFormat):
         raw = read_json_object(folder / "config.json")
         config = _config(raw, folder)
         found = split_by_prefix(folder_tensors(folder), _TABLE, folder)
-        generation = folder / "generation_config.json"
-        language = LanguagePart(
-            config=config.text_config,
-            dtype=weights_dtype(found["language"], folder),
-            tensors=found["language"],
-            tokenizer_folders=[folder],
-            generation=read_json_object(generation) if generation.is_file() else None,
-        )
+        language = LanguagePart.by_value(folder, found["language"], config.text_config)
         mean, std = normalisation(folder)
         tokenizer = read_tokenizer(language, folder)
         parts = LlavaParts(
@@ -115,11 +108,7 @@ class LlavaHf(LlavaFormat):
 
 
 def _config(raw: dict[str, Any], folder: Path) -> LlavaConfig:
-    """The folder's configuration, of a LLaVA-1.5.
-
-    Raises:
-        ConfigError: of another LLaVA. CheckpointError: it is damaged.
-    """
+    """Read the configuration, which has to be a LLaVA-1.5's."""
     vision = raw.get("vision_config")
     kind = vision.get("model_type", "clip_vision_model") if isinstance(vision, dict) else "clip_vision_model"
     if kind != "clip_vision_model":
@@ -145,24 +134,21 @@ def _config(raw: dict[str, Any], folder: Path) -> LlavaConfig:
 
 
 def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:
-    """The image token's text.
-
-    Raises:
-        CheckpointError: the tokenizer has no such token, or an ordinary one in its place.
-    """
+    """Return the image token's text."""
     index = config.image_token_index
     added = tokenizer.added_tokens_decoder.get(index)
     if added is None or index >= config.text_config.vocab_size:
         there = tokenizer.convert_ids_to_tokens(index) if 0 <= index < len(tokenizer) else None
+        found = "no such token" if there is None else f"{there!r} there"
         raise CheckpointError(
-            f"{folder}: config.json says that token {index} is the image token, but the tokenizer has "
-            f"{'no such token' if there is None else f'{there!r} there'}; the tokenizer is not this model's"
+            f"{folder}: config.json says that token {index} is the image token, but the tokenizer has {found}; the "
+            "tokenizer is not this model's"
         )
     return str(added.content)
 
 
 def _aspect_ratio(raw: dict[str, Any], folder: Path) -> str:
-    """How pictures were shown in training: as an export of this package says it, else as LLaVA-1.5 was trained."""
+    """Return how images were shown in training: as an export says, else as LLaVA-1.5 was trained."""
     named = raw.get("image_aspect_ratio")
     if named in ("pad", "square"):
         return str(named)

@@ -41,9 +41,7 @@ from tove_llava.checkpoints.parts import (
     ClipPart,
     LanguagePart,
     LlavaParts,
-    language_by_reference,
     parse_source,
-    weights_dtype,
 )
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
 from tove_llava.checkpoints.tokenizer_files import foreign_tokens, legacy_remarks, read_tokenizer, write_tokenizer
@@ -109,14 +107,7 @@ def _read_whole(folder: Path, config: dict[str, Any], request: Request) -> Llava
     if request.base is not None:
         raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
     found = sort_tensors(folder_tensors(folder), folder)
-    generation = folder / "generation_config.json"
-    language = LanguagePart(
-        config=language_config(config, folder),
-        dtype=weights_dtype(found["language"], folder),
-        tensors=found["language"],
-        tokenizer_folders=[folder],
-        generation=read_json_object(generation) if generation.is_file() else None,
-    )
+    language = LanguagePart.by_value(folder, found["language"], language_config(config, folder))
     return _parts(folder, config, request, language, found, "v1")
 
 
@@ -194,7 +185,7 @@ def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePar
             + (f" (its config.json says {name!r})" if isinstance(name, str) and name else "")
             + f": tove-llava convert --model {folder} --base SOURCE --out NEW_FOLDER"
         )
-    language = language_by_reference(parse_source(request.base))
+    language = LanguagePart.by_reference(parse_source(request.base))
     own = language_config(config, folder)
     for key in ("model_type", "hidden_size"):
         if getattr(language.config, key, None) != getattr(own, key):

@@ -21,8 +21,6 @@ from tove_llava.checkpoints.parts import (
     ClipPart,
     LanguagePart,
     LlavaParts,
-    language_by_reference,
-    weights_dtype,
 )
 from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, split_by_prefix
@@ -46,7 +44,7 @@ _FULL = (
 
 @register_format("tove")
 class Tove(LlavaFormat):
-    """What ``tove-llava train`` writes."""
+    """A folder that ``tove-llava train`` writes."""
 
     summary = "this package's own: to evaluate, to chat with, or, with --preset, to train from"
     honours = ("base", "clip", "template", "preset")
@@ -63,8 +61,13 @@ class Tove(LlavaFormat):
         processor = load_processor(folder)
         tokenizer = processor.tokenizer
         if manifest.kind == "full":
-            language, projector = _read_full(folder, manifest)
-            language.config = config.text_config
+            found = split_by_prefix(folder_tensors(folder), _FULL, folder)
+            language, projector = (
+                LanguagePart.by_value(folder, found["language"], config.text_config),
+                found["projector"],
+            )
+            base = Source.parse(manifest.language["source"]).resolve(folder).path
+            language.tokenizer_folders = [*([base] if base is not None else []), folder]
         else:
             language = _language(folder, manifest)
             if language.tensors is not None:
@@ -168,7 +171,7 @@ class MergedAdapters(LlavaFormat):
 
 @torch.no_grad()
 def _starts_as_clip(tower: ToveVisionModel) -> bool:
-    """Whether the fusion returns CLIP's tokens as they are, tried on random features."""
+    """Return whether the fusion returns CLIP's tokens as they are, tried on random features."""
     config, generator = tower.config, torch.Generator().manual_seed(0)
     specs = {spec.name: (1, spec.width, *spec.grid) for spec in config.expert_specs}
     shapes = {"": (1, config.num_patches, config.clip_width), **(specs if tower.fusion.uses_experts else {})}
@@ -178,7 +181,7 @@ def _starts_as_clip(tower: ToveVisionModel) -> bool:
 
 
 def _trained(parts: LlavaParts, model: Any) -> Tensors:
-    """What the checkpoint stores: the parts' own tensors, and the tower's new ones."""
+    """Collect what the checkpoint stores: the parts' own tensors, and the tower's new ones."""
     parameters = dict(model.named_parameters())
     stored = {name: parameters[name].detach() for name in trained_names(model)}
     stored |= {PROJECTOR_PATH + name: value.contiguous() for name, value in parts.projector.items()}
@@ -189,7 +192,7 @@ def _trained(parts: LlavaParts, model: Any) -> Tensors:
 
 
 def _write_language(parts: LlavaParts, folder: Path) -> None:
-    """The language model as a folder of its own, with its own tokens alone."""
+    """Write the language model as a folder of its own, only with its own tokens."""
     language = parts.language
     assert language.tensors is not None
     folder.mkdir()
@@ -203,57 +206,33 @@ def _write_language(parts: LlavaParts, folder: Path) -> None:
 
 
 def _check_tower(vision: ToveVisionConfig, folder: Path) -> None:
-    """Raises ConfigError for a tower that is more than CLIP."""
+    """Raise ConfigError for a tower that is more than CLIP."""
     if vision.fusion != "none":
         raise ConfigError(
             f"{folder}: the tower has fusion {vision.fusion!r} with {', '.join(vision.expert_names) or 'no experts'}; "
-            "other formats hold CLIP alone. Merge the experts into CLIP (tove-llava merge) or take all of them out "
+            "other formats hold only CLIP. Merge the experts into CLIP (tove-llava merge) or take all of them out "
             "(tove-llava detach), and convert that"
         )
     if vision.image_size != vision.clip_config.image_size:
         raise ConfigError(
-            f"{folder}: the tower reduces pictures of {vision.image_size} pixels to CLIP's "
+            f"{folder}: the tower reduces images of {vision.image_size} pixels to CLIP's "
             f"{vision.clip_config.image_size}, which other formats cannot say"
         )
 
 
-def _read_full(folder: Path, manifest: Manifest) -> tuple[LanguagePart, Tensors]:
-    found = split_by_prefix(folder_tensors(folder), _FULL, folder)
-    generation = folder / "generation_config.json"
-    base = Source.parse(manifest.language["source"]).resolve(folder).path
-    language = LanguagePart(
-        config=None,
-        dtype=weights_dtype(found["language"], folder),
-        tensors=found["language"],
-        tokenizer_folders=[*([base] if base is not None else []), folder],
-        generation=read_json_object(generation) if generation.is_file() else None,
-    )
-    return language, found["projector"]
-
-
 def _language(folder: Path, manifest: Manifest) -> LanguagePart:
-    """The language model that the manifest names: by value where it lies in the checkpoint."""
+    """Return the language model that the manifest names: by value where it lies in the checkpoint."""
     entry = manifest.language
     source = Source.parse(entry["source"])
-    path = source.path
     inside = source.resolve(folder)
-    if path is None or inside == source:
-        return language_by_reference(str(source), entry.get("revision"), entry.get("dtype"))
+    if source.path is None or inside == source:
+        return LanguagePart.by_reference(str(source), entry.get("revision"), entry.get("dtype"))
     place = inside.require()
-    part = language_by_reference(str(inside))
-    tensors = folder_tensors(place)
-    generation = place / "generation_config.json"
-    return LanguagePart(
-        config=part.config,
-        dtype=weights_dtype(tensors, place),
-        tensors=tensors,
-        tokenizer_folders=[place],
-        generation=read_json_object(generation) if generation.is_file() else None,
-    )
+    return LanguagePart.by_value(place, folder_tensors(place), LanguagePart.by_reference(str(inside)).config)
 
 
 def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
-    """CLIP: by value where it lies in the checkpoint or in this package."""
+    """Return CLIP: by value where it lies in the checkpoint or in this package."""
     source = Source.parse(vision.clip_source)
     inside = source.resolve(folder)
     means: dict[str, Any] = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
