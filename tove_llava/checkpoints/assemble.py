@@ -1,4 +1,4 @@
-"""From parts to a model that runs."""
+"""Assemble a model that runs from a LLaVA's parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROJECTOR_PATH = "model.multi_modal_projector."
 
 
 def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: str | None = None) -> ToveVisionConfig:
-    """The tower over the parts' CLIP: alone, or with a preset's experts and fusion.
+    """Configure the tower over the parts' CLIP, with a preset's experts if given.
 
     Args:
         clip_source: where CLIP will be; the part's source by default.
@@ -65,7 +65,7 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
 
 
 def processor_of(parts: LlavaParts, vision: ToveVisionConfig) -> LlavaProcessor:
-    """The processor, with the image token added to the tokenizer where it has none."""
+    """Build the processor, whose tokenizer gets an image token."""
     tokenizer = copy.deepcopy(parts.tokenizer)
     named = {"additional_special_tokens": [parts.image_token]}
     tokenizer.add_special_tokens(named, replace_extra_special_tokens=False)
@@ -86,7 +86,7 @@ def assemble_model(
     merge_lora: bool = False,
     seed: int = 42,
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Model and processor; CLIP and experts are not loaded yet.
+    """Assemble model and processor; CLIP and experts are not loaded yet.
 
     Args:
         vision: the tower's configuration; its own parameters are new.
@@ -109,11 +109,7 @@ def assemble_model(
 
 
 def load_language(part: LanguagePart, dtype: str | torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """The language model; tensors of the same dtype stay mapped from the disk.
-
-    Raises:
-        CheckpointError: its source is not there, or its tensors are not of its configuration.
-    """
+    """Load the language model; tensors of the same dtype stay mapped from the disk."""
     if part.tensors is None:
         preset = LanguagePreset(part.source, part.revision, dtype=part.dtype, attention=attention)
         return read_language_model(preset, dtype)
@@ -132,13 +128,13 @@ def load_language(part: LanguagePart, dtype: str | torch.dtype, attention: str |
     if part.generation is not None:
         try:
             model.generation_config = GenerationConfig.from_dict(part.generation)
-        except Exception as error:  # what values that cannot be raise is not bounded
+        except Exception as error:  # impossible values raise errors of many kinds
             raise CheckpointError(f"generation_config.json is damaged: {error!r}") from error
     return model
 
 
 def load_clip_of(parts: LlavaParts, model: ToveLlavaForConditionalGeneration) -> None:
-    """Gives the tower the parts' CLIP where they hold it; ``load_backbones`` then loads the rest."""
+    """Give the tower the parts' CLIP; ``load_backbones`` loads the rest."""
     if parts.clip.tensors is not None:
         tower = model.tower
         tower.frozen.clip = load_clip(tower.config, tensors=parts.clip.tensors).to(tower.device, tower.dtype)

@@ -1,4 +1,4 @@
-"""The registry of checkpoint formats: how each kind of model folder is recognised, read and written."""
+"""The registry of checkpoint formats, each with ``read`` and ``write``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ F = TypeVar("F", bound="type[LlavaFormat]")
 
 @dataclass(frozen=True)
 class Request:
-    """What the user says beyond the folder.
+    """The user's settings, beyond the folder.
 
     Attributes:
         base: source of the language model, for folders that hold none.
@@ -47,14 +47,14 @@ class Request:
 
 
 class LlavaFormat(ABC):
-    """One kind of folder. A subclass registers itself with :func:`register_format`, in a file of its own."""
+    """One kind of folder, registered with :func:`register_format` in a file of its own."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for the command's help
     honours: ClassVar[tuple[str, ...]] = ("base", "clip", "template")  # the request's fields that writing depends on
 
     def detect(self, folder: Path, config: dict[str, Any]) -> bool:
-        """Return whether a folder is of this format, complete or not; False for a format that is only written.
+        """Return whether a folder has this format, complete or not.
 
         Args:
             config: its ``config.json``, empty where there is none.
@@ -71,10 +71,10 @@ class LlavaFormat(ABC):
         raise ConfigError(f"{folder}: the format {self.name} is only written")
 
     def open(self, folder: Path, request: Request) -> Any:
-        """Open a folder of any format as what :meth:`write` takes: its parts, which keep every tensor's bits."""
+        """Open a folder of any format as its parts, for :meth:`write`."""
         reader = find_format(folder)
         if reader.name == self.name and request.preset is None:
-            raise ConfigError(f"{folder} is of the format {self.name} already")
+            raise ConfigError(f"{folder} already has the format {self.name}")
         return reader.read(folder, request)
 
     @abstractmethod
@@ -96,7 +96,7 @@ def find_format(folder: Path) -> LlavaFormat:
     """Return the format of a folder.
 
     Raises:
-        CheckpointError: there is no folder, its config.json is damaged, or it is of no known format.
+        CheckpointError: there is no folder, its config.json is damaged, or its format is unknown.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -116,7 +116,7 @@ def find_format(folder: Path) -> LlavaFormat:
 
 
 def foreign_format(folder: Path) -> str | None:
-    """Return the name of a folder's format if that is known and not this package's own.
+    """Return the name of a folder's format unless unknown or this package's own.
 
     Raises:
         CheckpointError: its config.json is damaged.

@@ -151,7 +151,7 @@ def is_ours(card: str) -> bool:
 
 
 def read_scores(folder: Path) -> dict[str, Any] | None:
-    """Read the evaluation report next to a model; None where there is none that can be read."""
+    """Read the evaluation report next to a model, if there is one."""
     try:
         report = read_json_object(folder / SCORES)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""CLIP's vision encoder as a part: out of a folder, into a folder."""
+"""Read CLIP's vision encoder from a folder, and write it to one."""
 
 import json
 import re
@@ -17,19 +17,16 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
 
-_PREFIX = "vision_model."  # in front of every name in files; transformers from 5.6 on has it no more in the module
+_PREFIX = "vision_model."  # of every name in files; modules of transformers 5.6 and later have it no more
 _NORM = "post_layernorm."
 _NAME = "_name_or_path"  # transformers' own key for where a model came from
 
 
 def clip_config(source: str, advice: str) -> CLIPVisionConfig:
-    """CLIP's architecture: as a preset records it (so that no network is needed), else read from its source.
+    """Return CLIP's architecture as a preset records it, else from its source.
 
     Args:
         advice: the end of the message when it cannot be read.
-
-    Raises:
-        CheckpointError: it is not there.
     """
     for name in preset_names():
         vision = load_preset(name).vision
@@ -42,7 +39,7 @@ def clip_config(source: str, advice: str) -> CLIPVisionConfig:
 
 
 def normalisation(folder: Path | None) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation in a folder's ``preprocessor_config.json``, or None for each."""
+    """Read mean and standard deviation of a folder's ``preprocessor_config.json``, or None for each."""
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is None or not file.is_file():
         return None, None
@@ -55,16 +52,13 @@ def normalisation(folder: Path | None) -> tuple[list[float] | None, list[float] 
 
 
 def read_clip(folder: Path, depth: int) -> ClipPart:
-    """A folder's CLIP by value.
+    """Read a folder's CLIP by value.
 
-    A checkpoint may hold CLIP only up to the block whose tokens are used, without the norm behind the last one. LLaVA
+    A checkpoint may hold CLIP only up to the block whose tokens are used, without the norm after the last one. LLaVA
     does not use that norm; a neutral one makes the encoder whole.
 
     Args:
-        depth: how many blocks lie below the tokens that are used.
-
-    Raises:
-        CheckpointError: the folder is incomplete or damaged.
+        depth: number of blocks below the tokens that are used.
     """
     config = clip_config(f"hf:{folder}", "The folder is incomplete")
     found = folder_tensors(folder)
@@ -87,11 +81,7 @@ def read_clip(folder: Path, depth: int) -> ClipPart:
 
 
 def fetch_clip(part: ClipPart) -> ClipPart:
-    """The part by value, from its source.
-
-    Raises:
-        CheckpointError: the source is not there or lacks tensors.
-    """
+    """Return the part by value, from its source."""
     if part.tensors is not None:
         return part
     source = Source.parse(part.source)
@@ -109,7 +99,7 @@ def fetch_clip(part: ClipPart) -> ClipPart:
 
 
 def has_published_names(part: ClipPart) -> bool:
-    """Whether a reference is one that transformers 4 reads too: it silently takes random numbers for other names."""
+    """Return whether transformers 4 reads a reference; other names it fills with random numbers."""
     source = Source.parse(part.source)
     if source.path is None:
         return True
@@ -117,7 +107,7 @@ def has_published_names(part: ClipPart) -> bool:
 
 
 def save_clip(part: ClipPart, folder: Path) -> None:
-    """Writes a by-value part as a folder that every version of transformers reads as a ``CLIPVisionModel``."""
+    """Write a ``CLIPVisionModel``'s folder that every version of transformers reads."""
     assert part.tensors is not None
     folder.mkdir(parents=True)
     config = CLIPVisionConfig.from_dict(part.config.to_dict())
@@ -133,7 +123,7 @@ def save_clip(part: ClipPart, folder: Path) -> None:
 
 
 def save_image_processor(part: ClipPart, folder: Path) -> None:
-    """Writes CLIP's image processor: shortest side to the image size, bicubic, middle cut out, normalised."""
+    """Write CLIP's image processor: shortest side to the image size, middle cut out, normalised."""
     size = part.config.image_size
     given = {"image_mean": part.image_mean, "image_std": part.image_std}
     CLIPImageProcessorPil(
@@ -144,5 +134,5 @@ def save_image_processor(part: ClipPart, folder: Path) -> None:
 
 
 def is_hub_name(name: object) -> bool:
-    """Whether a recorded name is ``owner/repository`` and not a path."""
+    """Return whether a recorded name is ``owner/repository`` and not a path."""
     return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).is_dir()

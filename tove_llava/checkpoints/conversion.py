@@ -26,7 +26,9 @@ def convert_checkpoint(
     clip: str | None = None,
     template: str | None = None,
 ) -> list[str]:
-    """Write a LLaVA-1.5 checkpoint in another format. Tensors keep their bits; the source is only read.
+    """Write a LLaVA-1.5 checkpoint in another format.
+
+    Tensors keep their bits; the source is only read.
 
     Args:
         model: a folder of any format.
@@ -93,9 +95,9 @@ def merge_lora(
     dtype: str | None = None,
     self_contained: bool = False,
 ) -> Manifest:
-    """Write a model's adapters into its language model's weights: ``W + alpha / r * B A``.
+    """Write a model's adapters into its language model's weights.
 
-    ``W`` is what the adapters were trained upon: the language model's own weights or, if these were quantised, the
+    The sum is ``W + alpha / r * B A``. ``W`` is what the adapters were trained upon: the language model's own weights or, if these were quantised, the
     values that quantisation left of them. CLIP and the experts are named by their sources, as in ``model``.
 
     Args:

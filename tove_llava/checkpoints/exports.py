@@ -140,7 +140,7 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:
-    """Write out a conversation template in jinja, with the tokens that the tokenizer puts in front.
+    """Return a conversation template in jinja that writes BOS itself.
 
     Servers encode a rendered chat without adding special tokens, so a template that leaves BOS to the tokenizer would
     lose it there.

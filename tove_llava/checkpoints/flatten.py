@@ -1,10 +1,10 @@
-"""A package's own sources as modules that lie flat in one folder, as transformers' remote code has to.
+"""Flatten a package's sources into one folder, as remote code has to be.
 
 ``tove_llava/tower/modeling.py`` becomes ``tove_llava_tower_modeling.py``, and ``from tove_llava.tower import X`` in it
 becomes ``from .tove_llava_tower_configuration import X``: a name that a package re-exports is imported from the module
 that defines it, so no ``__init__.py`` is needed and nothing is registered by importing one. Only modules that are
 reached from the roots are written. A :class:`~tove_llava.core.registry.Registry` no longer searches its package; the
-caller imports what shall be registered.
+caller imports what has to be registered.
 """
 
 import ast
@@ -18,11 +18,10 @@ _REGISTRY = "Registry"
 
 
 def flatten_modules(roots: Iterable[str], package: str = "tove_llava") -> dict[str, str]:
-    """Sources of ``roots`` and of every module of ``package`` that they import, at any depth.
+    """Collect the sources of ``roots`` and of every module of ``package`` that they import.
 
     Args:
-        roots: dotted names of modules; one that is not of ``package`` is written too, but of its own imports only those
-            of ``package`` are followed.
+        roots: dotted names of modules. For one outside ``package``, only its imports from ``package`` are followed.
         package: dotted name of the package whose imports are rewritten.
 
     Returns:
@@ -44,12 +43,12 @@ def flatten_modules(roots: Iterable[str], package: str = "tove_llava") -> dict[s
 
 
 def flat_name(module: str) -> str:
-    """``tove_llava.tower.gate`` -> ``tove_llava_tower_gate``."""
+    """Flatten a name: ``tove_llava.tower.gate`` becomes ``tove_llava_tower_gate``."""
     return module.replace(".", "_")
 
 
 def third_party_imports(files: Iterable[str]) -> set[str]:
-    """Top-level names of the libraries that sources import, ours and Python's own left out."""
+    """List the libraries that sources import, without this package and Python's own."""
     import sys
 
     found = set()
@@ -70,7 +69,7 @@ def _source_file(module: str) -> Path:
 
 
 def _rewrite(module: str, package: str) -> tuple[str, list[str]]:
-    """A module's source with its imports of ``package`` made flat, and the modules that it imports of it."""
+    """Return a module's source with flat imports, and what it imports."""
     text = _source_file(module).read_text(encoding="utf-8")
     edits: list[tuple[ast.stmt | ast.expr, str]] = []
     reached: list[str] = []
@@ -101,7 +100,7 @@ def _belongs(module: str, package: str) -> bool:
 
 
 def _home(module: str, name: str, package: str) -> tuple[str, str]:
-    """The module that defines what ``from module import name`` gives, and its name there."""
+    """Return the module that defines an imported name, and the name there."""
     file = _source_file(module)
     if file.name != "__init__.py":
         return module, name
@@ -117,7 +116,7 @@ def _home(module: str, name: str, package: str) -> tuple[str, str]:
 
 
 def _joined(statements: list[str]) -> list[str]:
-    """One statement a module, names in their order."""
+    """Join the statements of each module, names in their order."""
     by_module: dict[str, list[str]] = {}
     for statement in statements:
         head, _, name = statement.partition(" import ")
@@ -126,7 +125,7 @@ def _joined(statements: list[str]) -> list[str]:
 
 
 def _searched_packages(call: ast.Call, package: str) -> list[ast.expr]:
-    """The argument of ``Registry(...)`` that names the package to search."""
+    """List the argument of ``Registry(...)`` that names the package to search."""
     called = call.func.value if isinstance(call.func, ast.Subscript) else call.func
     if not isinstance(called, ast.Name) or called.id != _REGISTRY:
         return []
@@ -139,7 +138,7 @@ def _searched_packages(call: ast.Call, package: str) -> list[ast.expr]:
 
 
 def _edited(text: str, edits: list[tuple[ast.stmt | ast.expr, str]]) -> str:
-    """Replaces the text of nodes; everything else, comments included, stays as it is."""
+    """Replace the text of nodes; everything else stays, comments included."""
     lines = text.encode("utf-8").splitlines(keepends=True)  # ast counts columns in bytes
     starts = [0]
     for line in lines:

@@ -1,7 +1,4 @@
-"""``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` over this package's checkpoint folders.
-
-:class:`~tove_llava.llava.modeling.ToveLlavaForConditionalGeneration` hands these over to here.
-"""
+"""The model's ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` over checkpoint folders."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
 # Arguments of from_pretrained that are settled once the folder is found.
 _WHERE = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "proxies")
-# And those that mean nothing where load_model reads it.
+# And those that mean nothing where read_model reads it.
 _UNUSED = (
     "adapter_kwargs", "trust_remote_code", "_from_auto", "_from_pipeline", "use_safetensors", "low_cpu_mem_usage",
     "weights_only", "_commit_hash", "local_files_only",
@@ -36,13 +33,10 @@ _COMMIT = ("create_pr", "commit_message", "commit_description")
 _PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-# -- opening ----------------------------------------------------------------------------------------------------------
-
-
 def open_folder(
     read: Callable[..., Any], place: str | os.PathLike[str], options: dict[str, Any]
 ) -> tuple[Any, str | os.PathLike[str]]:
-    """``from_pretrained`` without the backbones.
+    """Open a folder as ``from_pretrained`` does, without the backbones.
 
     Args:
         read: transformers' own ``from_pretrained``.
@@ -72,7 +66,7 @@ def open_folder(
 
 
 def _read_parts(folder: Path, options: dict[str, Any]) -> Any:
-    """A model whose language model comes from elsewhere: first as it was trained, then what else was asked for."""
+    """Read a model whose language model lies elsewhere, and then apply the arguments."""
     dtype = next((options.pop(key) for key in ("dtype", "torch_dtype") if options.get(key) is not None), "auto")
     given, info = options.pop("config", None), options.pop("output_loading_info", False)
     attention = options.pop("attn_implementation", None)
@@ -100,7 +94,7 @@ def _read_parts(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _changes(given: PreTrainedConfig, folder: Path) -> dict[str, Any]:
-    """The plain keys in which a configuration differs from the folder's."""
+    """Return the plain keys in which a configuration differs from the folder's."""
     saved, wanted = read_config(folder).to_dict(), given.to_dict()
     changed = {key: value for key, value in wanted.items() if saved.get(key) != value and key not in ("dtype",)}
     nested = [key for key in changed if isinstance(wanted[key], dict)]
@@ -119,7 +113,7 @@ def _put(
     offload_folder: str | None = None,
     offload_buffers: bool = False,
 ) -> None:
-    """Puts a loaded model where ``device_map`` says."""
+    """Put a loaded model where ``device_map`` says."""
     if device_map is None:
         return
     if isinstance(device_map, (int, torch.device)) or (isinstance(device_map, str) and device_map not in _PLACES):
@@ -141,9 +135,6 @@ def _put(
     dispatch_model(model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers)
 
 
-# -- saving -----------------------------------------------------------------------------------------------------------
-
-
 def save_folder(
     model: ToveLlavaForConditionalGeneration,
     write: Callable[..., Any],
@@ -153,17 +144,7 @@ def save_folder(
     self_contained: bool = False,
     tags: Iterable[str] = (),
 ) -> None:
-    """``save_pretrained``.
-
-    Args:
-        write: transformers' own.
-        options: its keyword arguments.
-        self_contained: see there.
-        tags: for the card.
-
-    Raises:
-        CheckpointError: the folder would not be this model again.
-    """
+    """Save a model as ``save_pretrained`` does; see :func:`tove_llava.checkpoints.saving.save_loaded`."""
     if not options.get("is_main_process", True):
         return
     push = options.pop("push_to_hub", False)
@@ -177,9 +158,6 @@ def save_folder(
         upload(folder, target.pop("repo_id", folder.absolute().name), token=options.get("token"), **target)
 
 
-# -- the hub ----------------------------------------------------------------------------------------------------------
-
-
 def push(
     model: ToveLlavaForConditionalGeneration,
     repo_id: str,
@@ -189,13 +167,13 @@ def push(
     tags: Iterable[str] | None = None,
     **options: Any,
 ) -> Any:
-    """``push_to_hub``; ``options`` are those of :func:`tove_llava.checkpoints.hub.upload`."""
-    here_alone = not model.config.vision_config.is_portable
+    """Push a model as ``push_to_hub`` does, with the options of :func:`tove_llava.checkpoints.hub.upload`."""
+    only_here = not model.config.vision_config.is_portable
     if model.origin is not None:
-        here_alone |= not Source.parse(model.origin.manifest.language["source"]).is_portable
+        only_here |= not Source.parse(model.origin.manifest.language["source"]).is_portable
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent) / "model"
-        contained = self_contained or here_alone
+        contained = self_contained or only_here
         save_options = {"max_shard_size": max_shard_size}
         write = super(ToveLlavaForConditionalGeneration, model).save_pretrained
         save_folder(model, write, folder, save_options, self_contained=contained, tags=tags or ())
@@ -204,7 +182,7 @@ def push(
 
 
 def _forget_paths(file: Path) -> None:
-    """Takes the folders of this machine that parts were read from out of a configuration."""
+    """Remove this machine's folders from a configuration."""
     config = read_json_object(file)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.pop("_name_or_path", None)

@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: bringing one here, and putting a folder there."""
+"""Download repositories of the Hugging Face hub, and upload folders to them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from tove_llava.checkpoints.card import CARD, is_ours
 from tove_llava.core.errors import CheckpointError
 
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-# Of a model's repository: no pickles, code, evaluations or interrupted runs.
+# Pickles, code, evaluations and interrupted runs are not downloaded.
 _LEFT_THERE = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.py", "eval/*", "*checkpoint-*/*"]
 _PREFIX = "hf:"
 
 
 def download(repository: str, options: Mapping[str, Any]) -> Path | None:
-    """The local copy of a model's repository; None where it cannot be had.
-
-    Args:
-        options: of ``from_pretrained``; those that say which repository and how are used.
-    """
+    """Download a model's repository, with ``from_pretrained``'s options; None where it cannot be had."""
     wanted = {key: options[key] for key in _DOWNLOAD if options.get(key) is not None}
     try:
         folder = Path(snapshot_download(repository, ignore_patterns=_LEFT_THERE, **wanted))
@@ -34,7 +30,7 @@ def download(repository: str, options: Mapping[str, Any]) -> Path | None:
 
 
 def checkpoint_folder(place: str | os.PathLike[str]) -> Path:
-    """A folder, or, written ``hf:owner/name``, the local copy of a repository.
+    """Return a folder, or, for ``hf:owner/name``, the local copy of a repository.
 
     Raises:
         CheckpointError: the repository cannot be had.
@@ -59,7 +55,7 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> Any:
-    """Puts a folder's files into a repository, which is made where there is none. A card that people wrote there stays.
+    """Upload a folder to a repository; a card that people wrote there stays.
 
     Returns:
         huggingface_hub's ``CommitInfo``.

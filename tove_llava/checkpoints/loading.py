@@ -114,7 +114,8 @@ def load_model(
 def open_llava(
     folder: str | os.PathLike[str], **options: Any
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Open a LLaVA-1.5 of another format; the same as :func:`load_model`."""
+    """Open a LLaVA-1.5 of any format with :func:`load_model`, whose errors then speak of formats."""
+    find_format(Path(folder))
     model, processor = load_model(folder, **options)
     return model, processor
 
@@ -154,7 +155,7 @@ def read_model(
     load_backbones: bool = True,
     quantization: QuantizationPreset | None = None,
 ) -> ToveLlavaForConditionalGeneration:
-    """:func:`load_model` without the processor, which a folder need not have."""
+    """Load this package's own checkpoint without its processor; see :func:`load_model`."""
     if quantization is not None and merge_lora:
         raise ConfigError("adapters cannot be folded into weights of 4 or 8 bits; ask for one of the two")
     manifest = Manifest.read(folder)
@@ -174,27 +175,23 @@ def read_model(
 
 
 def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
-    """The processor of a checkpoint folder; ``processor.conversation_template`` is the template's registered name.
-
-    Raises:
-        CheckpointError: the folder is incomplete.
-    """
+    """Load a checkpoint's processor; ``processor.conversation_template`` is the template's registered name."""
     manifest = Manifest.read(folder)
     try:
         processor = LlavaProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training
     except OSError as error:
         raise CheckpointError(
-            f"{folder} has no processor beside the model; save it there (processor.save_pretrained): {error}"
+            f"{folder} has no processor next to the model; save it there (processor.save_pretrained): {error}"
         ) from error
     processor.conversation_template = manifest.template
     return processor
 
 
 def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.PathLike[str]) -> Manifest:
-    """Puts an earlier stage's projector and tower into a model that was built from a preset.
+    """Put an earlier stage's projector and tower into a new model.
 
     Raises:
-        CheckpointError: the folder is not one of stage 1, or its tower or language model is another one.
+        CheckpointError: the folder is not stage 1's, or its tower or language model is another one.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -214,7 +211,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
 
 
 def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[str]:
-    """What makes a saved tower and projector unfit for another model, one phrase each; empty when they fit."""
+    """List how a saved tower and projector differ from a model's."""
     old, new = saved.vision_config.to_dict(), present.vision_config.to_dict()
     phrases = []
     if saved.vision_config.expert_names != present.vision_config.expert_names:
@@ -234,17 +231,13 @@ def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[
 
 
 def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
-    """Names of the projector's and the tower's own parameters."""
+    """List the names of the projector's and the tower's own parameters."""
     members = {id(p) for m in (model.model.multi_modal_projector, model.tower.fusion) for p in m.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in members}
 
 
 def read_config(folder: Path) -> ToveLlavaConfig:
-    """A checkpoint's configuration.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
+    """Read a checkpoint's configuration."""
     try:
         return ToveLlavaConfig.from_pretrained(folder)
     except OSError as error:
@@ -258,7 +251,7 @@ def _quantize(
     dtype: torch.dtype,
     device: str | torch.device | None,
 ) -> None:
-    """Brings the language model's weights into the state that they were trained in, and then into the wanted form."""
+    """Give the language model the weights of its training, and then the wanted form."""
     if trained is not None and wanted is not None and trained.bits == wanted.bits:
         quantize(model, trained, compute_dtype=dtype, device=device)
         return
@@ -297,7 +290,7 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
 
 
 def _cast(model: ToveLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Weights alone: buffers, such as the frequencies of rotary positions, keep the precision that they are made in."""
+    """Cast only weights: buffers, such as the frequencies of rotary positions, keep their precision."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -307,7 +300,7 @@ def _cast(model: ToveLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
 def _fill(
     model: ToveLlavaForConditionalGeneration, tensors: Mapping[str, torch.Tensor], names: set[str], where: Path
 ) -> None:
-    """Copies tensors into parameters; every one of ``names`` exactly once."""
+    """Copy tensors into parameters, every one of ``names`` exactly once."""
     parameters = {name: p for name, p in model.named_parameters() if name in names}
     missing, unexpected = parameters.keys() - tensors.keys(), tensors.keys() - parameters.keys()
     shapes = [n for n in parameters.keys() & tensors.keys() if parameters[n].shape != tensors[n].shape]

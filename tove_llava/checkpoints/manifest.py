@@ -1,7 +1,4 @@
-"""The manifest of a checkpoint folder: which kind it is and what belongs to it.
-
-It is written last, so a folder that has one is complete.
-"""
+"""The manifest of a checkpoint folder: written last, so that it marks completeness."""
 
 import dataclasses
 import json
@@ -24,7 +21,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint folder is."""
+    """A checkpoint folder's kind, and what belongs to it."""
 
     kind: str
     stage: str
@@ -41,7 +38,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Reads a folder's manifest.
+        """Read a folder's manifest.
 
         Raises:
             CheckpointError: the folder is not a complete checkpoint.
@@ -75,12 +72,12 @@ class Manifest:
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         if manifest.format_version > VERSION or manifest.kind not in KINDS:
-            raise CheckpointError(f"{file} is of a newer version of tove_llava; update the package")
+            raise CheckpointError(f"{file} comes from a newer version of tove_llava; update the package")
         return manifest
 
     @property
     def trained_quantization(self) -> QuantizationPreset | None:
-        """What was done to the language model's weights before this checkpoint's parts were trained upon them."""
+        """Return how the language model's weights were quantised before this checkpoint's parts were trained."""
         return None if self.quantization is None else QuantizationPreset(**self.quantization)
 
 

@@ -1,4 +1,4 @@
-"""What a model remembers of the checkpoint it was loaded from, so that it can be saved again."""
+"""Remember the checkpoint that a model was loaded from, for saving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Origin:
-    """
+    """The checkpoint that a model was loaded from.
+
     Attributes:
         folder: the checkpoint's; it may be gone by now.
         manifest: its manifest, the language model's source written out as an absolute path.
@@ -34,7 +35,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: ToveLlavaForConditionalGeneration, folder: Path, manifest: Manifest) -> Origin:
-        """The origin of a model that was just loaded from ``folder``."""
+        """Return the origin of a model that was just loaded from ``folder``."""
         source = Source.parse(manifest.language["source"])
         resolved = str(source.resolve(folder).absolute())
         return cls(
@@ -46,7 +47,7 @@ class Origin:
 
 
 def language_digest(model: ToveLlavaForConditionalGeneration) -> str:
-    """Of a model's language model without its adapters: values, shapes and dtypes. "" where weights are offloaded."""
+    """Return a digest of the language model without adapters; "" where weights are offloaded."""
     config = (getattr(model, "peft_config", None) or {}).get("default")
     adapters = {id(p) for p in adapter_parameters(model.model.language_model, config.bias)} if config else set()
     tensors: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Names and settings of haotian-liu/LLaVA's folders, as ``llava/model/`` and ``llava/train/train.py`` have them."""
+"""Names and settings of haotian-liu/LLaVA's folders, as its ``llava/model/`` has them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def check_supported(config: dict[str, Any], folder: Path) -> None:
-    """Raises ConfigError for a model of the original that is not LLaVA-1.5, CheckpointError for a damaged file."""
+    """Raise ConfigError for a model that is not LLaVA-1.5, CheckpointError for a damaged file."""
     kind = config.get("model_type")
     if kind not in _LANGUAGES:
         raise ConfigError(
@@ -62,7 +62,7 @@ def check_supported(config: dict[str, Any], folder: Path) -> None:
 
 
 def language_config(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
-    """The language model's configuration out of a LLaVA's."""
+    """Take the language model's configuration out of a LLaVA's."""
     kind = _LANGUAGES[config["model_type"]]
     known = {field.name for field in dataclasses.fields(type(AutoConfig.for_model(kind)))}
     known -= {"architectures", "transformers_version", "dtype"}
@@ -74,7 +74,7 @@ def language_config(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
 
 
 def sort_tensors(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
-    """Tensors by part ("language", "projector", "clip"), under the names of this package's parts."""
+    """Sort tensors by part ("language", "projector", "clip"), under the names of this package's parts."""
     found = split_by_prefix(tensors, _TABLE, folder)
     if found["unknown"]:
         raise ConfigError(f"{folder}: LLaVA-1.5 has no tensor such as {sorted(found['unknown'])[0]!r}")
@@ -86,18 +86,18 @@ def sort_tensors(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
 
 
 def projector_names(projector: Tensors) -> Tensors:
-    """The projector under the original's names."""
+    """Rename the projector's tensors to the original's names."""
     layers = {ours: theirs for theirs, ours in _LINEAR.items()}
     return {f"{_PROJECTOR}{layers[name.split('.')[0]]}.{name.split('.')[1]}": x for name, x in projector.items()}
 
 
 def clip_names(clip: Tensors) -> Tensors:
-    """CLIP under the original's names."""
+    """Rename CLIP's tensors to the original's names."""
     return {_CLIP + name: value for name, value in clip.items()}
 
 
 def check_writable(parts: LlavaParts) -> None:
-    """Raises ConfigError for a model that the original has no class for."""
+    """Raise ConfigError for a model that the original has no class for."""
     kind = parts.language.config.model_type
     if kind not in _CLASSES:
         raise ConfigError(
@@ -109,7 +109,7 @@ def check_writable(parts: LlavaParts) -> None:
 
 
 def original_config(parts: LlavaParts, vocab_size: int, clip_name: str) -> dict[str, Any]:
-    """``config.json`` with the keys of the transformers version that the original is pinned to (4.37).
+    """Return ``config.json`` with the keys of transformers 4.37, to which the original is pinned.
 
     Args:
         clip_name: a name of the hub or a folder, which the original reads CLIP from.
@@ -141,14 +141,14 @@ def original_config(parts: LlavaParts, vocab_size: int, clip_name: str) -> dict[
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Rotary settings as transformers 5 has them, out of the two keys of transformers 4."""
+    """Return transformers 5's rotary settings from transformers 4's keys."""
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("type", "default")
     return {"rope_type": kind, "rope_theta": config.get("rope_theta", 10000.0), **scaling}
 
 
 def _rope(config: PreTrainedConfig) -> dict[str, Any]:
-    """Rotary settings as two keys, which is how transformers 4 has them."""
+    """Return rotary settings as two keys, as transformers 4 has them."""
     settings = dict(config.rope_parameters or {})
     theta, kind = settings.pop("rope_theta", 10000.0), settings.pop("rope_type", "default")
     settings.pop("type", None)

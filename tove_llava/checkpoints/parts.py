@@ -1,4 +1,4 @@
-"""A LLaVA as its parts: what the format that is read hands to the one that is written."""
+"""A LLaVA as its parts, between the format read and the one written."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def settle_tying(language: LanguagePart, where: Path) -> None:
 
 
 def parse_source(text: str) -> str:
-    """Return a source as it is recorded; a bare name or folder is one of the hub's kind.
+    """Return a source as it is recorded; a bare name is the hub's.
 
     Raises:
         ConfigError: it cannot be one, or it is a folder that does not exist.

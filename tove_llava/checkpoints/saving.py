@@ -1,4 +1,4 @@
-"""Write this package's checkpoints: what was trained, by value; what stayed as it was, by reference.
+"""Write this package's checkpoints: trained parts by value, the rest by reference.
 
 :mod:`tove_llava.checkpoints.loading` says what a folder holds. The manifest is written last, so that an interrupted
 save is seen as incomplete.
@@ -101,7 +101,7 @@ def save_loaded(
     self_contained: bool = False,
     tags: Iterable[str] = (),
 ) -> None:
-    """Write a model that was loaded or made by hand: whole, or its adapters, projector and tower.
+    """Write a loaded model: whole, or its adapters, projector and tower.
 
     Args:
         write: transformers' own ``save_pretrained``, for a whole model.
@@ -222,7 +222,7 @@ def _refuse_remains(folder: Path, adapted: bool) -> None:
 
 
 def _scores(model: ToveLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """Return the evaluation report of the checkpoint that a model came from, if its weights are still those."""
+    """Return the report on a model's checkpoint if its weights are the same."""
     origin = model.origin
     report = read_scores(origin.folder)
     if report is None or not weights or not origin.manifest.fingerprint:

@@ -1,4 +1,4 @@
-"""Weights and settings of a foreign folder, which is untrusted input.
+"""Read the weights of a folder, which is untrusted input.
 
 Tensors are mapped from the disk and not read: one costs memory when it is used, whatever the size of its file. The
 mapping is private, so nothing that is done to a tensor reaches the file.
@@ -28,14 +28,14 @@ _DERIVED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds a model's weights, whole or in shards."""
+    """Return whether a folder holds a model's weights, whole or in shards."""
     return any(any(folder.glob(f"{stem}*{suffix}")) for stem, suffix in _STEMS) or any(
         (folder / f"{stem}{suffix}.index.json").is_file() for stem, suffix in _STEMS
     )
 
 
 def folder_tensors(folder: Path) -> Tensors:
-    """All tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name.
+    """Map all tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name.
 
     Raises:
         CheckpointError: a file is missing, damaged, or holds other things than tensors.
@@ -55,7 +55,7 @@ def folder_tensors(folder: Path) -> Tensors:
 
 
 def file_tensors(file: Path) -> Tensors:
-    """The tensors of one ``.safetensors`` or ``.bin`` file. Of a pickle, nothing but tensors is ever unpickled.
+    """Map the tensors of one ``.safetensors`` or ``.bin`` file; only tensors are ever unpickled.
 
     Raises:
         CheckpointError: the file is missing, truncated, damaged, or holds other things than tensors.
@@ -69,14 +69,14 @@ def file_tensors(file: Path) -> Tensors:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is truncated or damaged ({error}); copy it again") from error
     try:
-        # Pickles from before torch 1.6 are no archives and cannot be mapped: those are read.
+        # Pickles from before torch 1.6 are no archives and cannot be mapped: they are read.
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file} is damaged, or holds pickled objects other than tensors, which are not loaded because that would "
             f"run code from the file: {str(error).splitlines()[0]}"
         ) from error
-    except Exception as error:  # what a damaged pickle raises is not bounded
+    except Exception as error:  # damaged pickles raise errors of many kinds
         raise CheckpointError(f"{file} is truncated or damaged ({_first_line(error)}); copy it again") from error
     if not isinstance(found, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         raise CheckpointError(f"{file} is not a table of tensors by name, as weights are")
@@ -107,7 +107,7 @@ def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], whe
 
 
 def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, optional: Iterable[str] = ()) -> None:
-    """Compares names, shapes and kinds of tensors with those of a module, which may be on the meta device.
+    """Compare names, shapes and kinds of tensors with a module's.
 
     Raises:
         CheckpointError: one is missing, too many, of another shape, or not floating-point.
@@ -119,7 +119,7 @@ def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, o
                               "checkpoint is incomplete, or config.json is another model's")  # fmt: skip
     extra = sorted(found.keys() - shapes.keys())
     if extra:
-        raise CheckpointError(f"{where}: {what}: {len(extra)} tensor(s) that config.json knows nothing of, such as "
+        raise CheckpointError(f"{where}: {what}: {len(extra)} tensor(s) that config.json does not know, such as "
                               f"{extra[0]!r}")  # fmt: skip
     for name, value in found.items():
         if tuple(value.shape) != shapes[name]:
@@ -131,7 +131,7 @@ def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, o
 
 
 def _shards(index: Path) -> Tensors:
-    """What an index lists, from the files that it names."""
+    """Map the tensors that an index lists."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")

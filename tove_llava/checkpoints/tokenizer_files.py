@@ -1,4 +1,4 @@
-"""The tokenizer's files, and the tokens that LLaVA in transformers has and the original has not."""
+"""Read and write a tokenizer's files, with or without LLaVA's tokens."""
 
 import json
 import shutil
@@ -42,35 +42,29 @@ _FILES = (
 
 
 def read_tokenizer(language: LanguagePart, folder: Path) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer: its source's when it is by reference, else the folder's.
-
-    It pads with <unk>, as LLaVA's does, where it names no token for padding.
-
-    Raises:
-        CheckpointError: there is none.
-    """
+    """Read a language model's tokenizer from its source or a folder."""
     if language.tensors is None:
         return build.read_tokenizer(LanguagePreset(source=language.source, revision=language.revision))
     return build.read_tokenizer(LanguagePreset(source=f"hf:{folder.absolute()}"))
 
 
 def legacy_remarks(language: LanguagePart) -> list[str]:
-    """A sentence where the original would encode text behind ``</s>`` in the older way, with a space in front."""
+    """Remark where the original would encode a space after ``</s>``."""
     for folder in language.tokenizer_folders:
         file = folder / "tokenizer_config.json"
         settings = read_json_object(file) if file.is_file() else {}
         if (folder / "tokenizer.model").is_file() and settings.get("legacy") is not False:
             return [
-                f"{file} does not say legacy: false, so the original puts one token more behind each </s> of a "
+                f"{file} does not say legacy: false, so the original puts one token more after each </s> of a "
                 "conversation of several turns; here, as for Vicuna-1.5, there is none."
             ]
     return []
 
 
 def foreign_tokens(parts: LlavaParts) -> list[str]:
-    """Tokens behind the language model's own that the original has no use for: the image token, one for padding.
+    """List the tokens that the original does not have.
 
-    Empty where there are none, and where they do not stand at the end, so that taking them out would renumber others.
+    The image token, and one for padding. Empty where they do not stand at the end, because taking them out would renumber others.
     """
     tokenizer, vocabulary = parts.tokenizer, parts.tokenizer.get_vocab()
     if parts.image_token not in vocabulary:
@@ -83,14 +77,11 @@ def foreign_tokens(parts: LlavaParts) -> list[str]:
 
 
 def write_tokenizer(parts: LlavaParts, folder: Path, without: Sequence[str] = (), *, portable: bool = False) -> None:
-    """Copies the language model's tokenizer from the first place that has the right one.
+    """Copy the language model's tokenizer from the first folder that has the right one.
 
     Args:
         without: tokens to leave out.
-        portable: transformers 4 has to know its class. Where it does, and no token goes, the files stay as they are.
-
-    Raises:
-        CheckpointError: no place has it.
+        portable: transformers 4 has to know its class. If it does, and no token goes, the files stay as they are.
     """
     for place in parts.language.tokenizer_folders:
         for name in _FILES:
@@ -108,10 +99,10 @@ def write_tokenizer(parts: LlavaParts, folder: Path, without: Sequence[str] = ()
 
 
 def add_sentencepiece(parts: LlavaParts, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Puts the language model's ``tokenizer.model`` beside a ``tokenizer.json``, as published folders have it.
+    """Put the language model's ``tokenizer.model`` next to a ``tokenizer.json``, as published folders have it.
 
     Args:
-        tokenizer: the one in ``folder``; tokens behind the SentencePiece model's own are listed in a file of their own.
+        tokenizer: the one in ``folder``; tokens that the SentencePiece model lacks are listed in a file of their own.
     """
     file = next(
         (p / "tokenizer.model" for p in parts.language.tokenizer_folders if (p / "tokenizer.model").is_file()), None
@@ -128,7 +119,7 @@ def add_sentencepiece(parts: LlavaParts, tokenizer: PreTrainedTokenizerBase, fol
 
 
 def _is_same(folder: Path, tokenizer: PreTrainedTokenizerBase, without: set[str]) -> bool:
-    """Whether the tokenizer in ``folder`` gives the ids of ``tokenizer``."""
+    """Return whether the tokenizer in ``folder`` gives the ids of ``tokenizer``."""
     try:
         found = build.read_tokenizer(LanguagePreset(source=f"hf:{folder.absolute()}"))
     except (CheckpointError, ConfigError):
@@ -145,7 +136,7 @@ def _class_of(folder: Path) -> Any:
 
 
 def _leave_out(folder: Path, names: Sequence[str]) -> None:
-    """Takes tokens out of a tokenizer's files, and names a class that old versions of transformers know."""
+    """Remove tokens from a tokenizer's files, and name a class known everywhere."""
     gone = set(names)
     (folder / "chat_template.jinja").unlink(missing_ok=True)  # LLaVA's, not the language model's
     if (folder / "tokenizer.json").is_file():
@@ -170,7 +161,7 @@ def _leave_out(folder: Path, names: Sequence[str]) -> None:
 
 
 def _settings(data: dict[str, Any], gone: set[str]) -> dict[str, Any]:
-    """A settings file without some tokens."""
+    """Return settings without some tokens."""
 
     def content(token: Any) -> Any:
         return token.get("content") if isinstance(token, dict) else token

@@ -16,7 +16,7 @@ def exact_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def sampled_fingerprint(model: torch.nn.Module) -> str:
-    """Return a short digest of a model's weights: names, shapes and a few values of each tensor."""
+    """Return a short digest of a model's weights; see :func:`sampled_digest`."""
     return sampled_digest(model.state_dict())
 
 

@@ -15,7 +15,7 @@ from tove_llava.core.errors import CheckpointError
 def add_adapters(
     model: nn.Module, config: Any, tensors: Mapping[str, torch.Tensor], where: Path, *, merge: bool = False
 ) -> None:
-    """Puts trained adapters into a model.
+    """Put trained adapters into a model.
 
     Args:
         config: peft's ``LoraConfig``.
@@ -43,7 +43,7 @@ def add_adapters(
 
 
 def adapter_layers(module: nn.Module) -> dict[str, Any]:
-    """The layers inside a module that have adapters, by name."""
+    """Return the layers inside a module that have adapters, by name."""
     if "peft" not in sys.modules:
         return {}  # nobody has made any
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -52,7 +52,7 @@ def adapter_layers(module: nn.Module) -> dict[str, Any]:
 
 
 def adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
-    """What the adapters inside a module train; ``bias`` as in peft's ``LoraConfig``."""
+    """Yield what the adapters inside a module train; ``bias`` as in peft's ``LoraConfig``."""
     for layer in adapter_layers(module).values():
         for name in layer.adapter_layer_names:
             yield from getattr(layer, name).parameters()
@@ -65,7 +65,7 @@ def adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
 
 @contextmanager
 def inputs_left_to_autocast(model: nn.Module) -> Iterator[None]:
-    """Has a model's adapters take their inputs as they come, for use under autocast.
+    """Let a model's adapters take their inputs as they come, under autocast.
 
     peft casts them to the adapters' float32, and autocast casts that back for the product: two passes over every
     activation, and one kept for the backward pass, that change nothing.
@@ -80,7 +80,7 @@ def inputs_left_to_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def fold_adapters(module: nn.Module) -> None:
-    """Adds every LoRA layer's product to its base layer and puts that back in its place."""
+    """Add every LoRA layer's product to its base layer, which replaces it."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(module.named_modules()):
@@ -88,7 +88,6 @@ def fold_adapters(module: nn.Module) -> None:
             layer.merge(safe_merge=True)
             parent, _, attribute = name.rpartition(".")
             setattr(module.get_submodule(parent), attribute, layer.get_base_layer())
-    for attribute in ("peft_config",):
-        if hasattr(module, attribute):
-            delattr(module, attribute)
+    if hasattr(module, "peft_config"):
+        del module.peft_config
     module._hf_peft_config_loaded = False

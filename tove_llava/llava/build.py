@@ -1,4 +1,4 @@
-"""From a preset to a model and its processor."""
+"""Build a model and its processor from a preset."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def build_model(
     load_backbones: bool = True,
     seed: int = 42,
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Assembles a preset's language model, tower and projector.
+    """Assemble a preset's language model, tower and projector.
 
     Args:
         preset: a preset, its name, or the path of a YAML file.
@@ -72,7 +72,7 @@ def build_model(
 
 
 def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | None = None) -> LlavaProcessor:
-    """The processor of a preset, image token included; needs no weights."""
+    """Build a preset's processor, image token included, without any weights."""
     last = list(preset.stages.values())[-1]
     if template is None:
         template = last.template
@@ -85,7 +85,7 @@ def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | 
 
 
 def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionConfig:
-    """The tower's configuration, with CLIP's architecture and the experts' widths read from their sources.
+    """Configure the tower, with CLIP's architecture and the experts' widths read from their sources.
 
     Args:
         offline: take CLIP's architecture from the preset where its source is not a local folder.
@@ -106,7 +106,7 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
 
 
 def tower_keys(vision: VisionPreset) -> dict[str, Any]:
-    """The keys of a :class:`ToveVisionConfig` that are the preset's, CLIP and experts apart."""
+    """Return a preset's keys of a :class:`ToveVisionConfig`, without CLIP and experts."""
     return {
         "clip_layer": vision.clip_layer,
         "image_size": vision.image_size,
@@ -121,11 +121,7 @@ def tower_keys(vision: VisionPreset) -> dict[str, Any]:
 
 
 def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
-    """Loads a causal language model from its source, which may also be a whole model's folder.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """Load a causal language model from its source or a whole model."""
     source = Source.parse(language.source)
     wanted = torch_dtype(dtype or language.dtype)
     if source.path is not None and is_whole_model(source.path):
@@ -146,11 +142,7 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
 
 
 def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
-    """Loads the language model's tokenizer, with a padding token.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """Load the language model's tokenizer, with a padding token."""
     source = Source.parse(language.tokenizer or language.source)
     arguments = source.pretrained()
     name = arguments.pop("pretrained_model_name_or_path")
@@ -167,9 +159,9 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
 def assemble(
     language: PreTrainedModel, vision: ToveVisionConfig, projector: ProjectorPreset, *, seed: int = 42
 ) -> ToveLlavaForConditionalGeneration:
-    """Puts a new tower and projector in front of a language model; no weight of it is copied.
+    """Put a new tower and projector in front of a language model, without copies.
 
-    The projector starts from torch's own initialisation, as LLaVA's does. Values depend on ``seed`` alone.
+    The projector starts from torch's own initialisation, as LLaVA's does. Values depend only on ``seed``.
     """
     config = ToveLlavaConfig(
         vision_config=vision,
@@ -192,7 +184,7 @@ def assemble(
 
 
 def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Gives the model the processor's image and padding tokens, with embeddings for them.
+    """Give the model the processor's image and padding tokens, with embeddings for them.
 
     New rows of the embeddings and the head are the mean of the old ones: the same on every machine and in every load.
     """
@@ -210,7 +202,7 @@ def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaP
 
 
 def grow_vocabulary(model: ToveLlavaForConditionalGeneration, size: int) -> None:
-    """Gives embeddings and head at least ``size`` rows, rounded up to a multiple; does nothing where they have them."""
+    """Grow embeddings and head to ``size`` rows, rounded up to a multiple."""
     old = model.get_input_embeddings().weight.shape[0]
     if size <= old:
         return
@@ -223,11 +215,7 @@ def grow_vocabulary(model: ToveLlavaForConditionalGeneration, size: int) -> None
 
 
 def torch_dtype(name: str | torch.dtype) -> torch.dtype:
-    """``"bfloat16"`` -> ``torch.bfloat16``.
-
-    Raises:
-        ConfigError: no such floating-point dtype.
-    """
+    """Return a floating-point dtype by its name."""
     found = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ConfigError(f"dtype {name!r} is not a floating-point dtype of torch, such as float32 or bfloat16")
@@ -235,11 +223,7 @@ def torch_dtype(name: str | torch.dtype) -> torch.dtype:
 
 
 def language_config(language: LanguagePreset) -> Any:
-    """The language model's architecture: read from a local source, else what the preset knows of it, else the hub's.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
+    """Return the language model's architecture from its source or the preset."""
     source = Source.parse(language.source)
     if language.config is not None and source.path is None:
         return AutoConfig.for_model(**language.config)
@@ -252,7 +236,7 @@ def language_config(language: LanguagePreset) -> Any:
 def build_on_meta(
     preset: str | Preset, *, layers: int | None = None, vision: ToveVisionConfig | None = None
 ) -> ToveLlavaForConditionalGeneration:
-    """A preset at its true size on the meta device: shapes without memory and without any download.
+    """Build a preset on the meta device: true shapes, no memory, no download.
 
     Args:
         layers: of the language model, where fewer are enough.
@@ -275,7 +259,7 @@ def build_on_meta(
 
 
 def parameter_table(model: ToveLlavaForConditionalGeneration) -> list[tuple[str, int]]:
-    """(part, parameters) of the registered parts; CLIP and experts are not among them."""
+    """List (part, parameters) of the registered parts, without CLIP and experts."""
     parts: list[tuple[str, nn.Module]] = [
         ("language model", nn.ModuleList([model.model.language_model, model.lm_head])),
         ("projector", model.model.multi_modal_projector),

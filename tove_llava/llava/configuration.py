@@ -20,7 +20,7 @@ class ToveLlavaConfig(LlavaConfig):
     """
 
     model_type = "tove_llava"
-    # So that transformers' Trainer collects logits alone when it evaluates.
+    # So that transformers' Trainer collects only logits when it evaluates.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "image_hidden_states",
@@ -54,10 +54,10 @@ class ToveLlavaConfig(LlavaConfig):
 
 
 def forget_gguf(config: Any) -> None:
-    """Takes out what transformers' GGUF loader leaves in a configuration; quantisations of other kinds stay.
+    """Remove what transformers' GGUF loader leaves in a configuration; other quantisations stay.
 
-    The weights are ordinary ones by then. A saved mark would have ``from_pretrained`` attach GGUF's quantiser to them,
-    which refuses to save them, and servers look for blocks that are not there.
+    The weights are ordinary by then. With a saved mark ``from_pretrained`` would attach GGUF's quantiser, which refuses
+    to save them, and servers would look for blocks that are not there.
     """
     kept = vars(config)
     kept.pop("_model_name_or_path", None)  # the title in the file

@@ -23,7 +23,7 @@ _ROTATION = "apply_rotary_pos_emb"
 
 
 def check_kernels(device: torch.device) -> None:
-    """Raises ConfigError where the kernels cannot run: no CUDA device, or no liger-kernel."""
+    """Raise ConfigError where the kernels cannot run: no CUDA device, or no liger-kernel."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on the CPU, far slower than torch: for tests
     if device.type != "cuda" and not interpreted:
         raise ConfigError(f"fused kernels need a CUDA GPU, and this runs on {device.type}; leave --fused_kernels out")
@@ -32,10 +32,10 @@ def check_kernels(device: torch.device) -> None:
 
 @contextmanager
 def fused_kernels(language_model: PreTrainedModel) -> Iterator[None]:
-    """Within it a language model computes with fused kernels; its parameters and their names stay what they are.
+    """Let a language model compute with fused kernels.
 
-    Adapters, quantised layers and checkpointing work as without. Other models of the same architecture share the
-    rotation for as long, and so have to be on the GPU too.
+    Parameters keep their names; adapters, quantised layers and checkpointing work as before. Meanwhile other models of the same architecture share
+    the rotation, so they have to be on the GPU too.
 
     Raises:
         ConfigError: no CUDA device, no liger-kernel, or an architecture or activation that it does not know.
@@ -63,7 +63,7 @@ def fused_kernels(language_model: PreTrainedModel) -> Iterator[None]:
 
 
 def _rotate_copies(source: Any) -> None:
-    """liger rotates queries and keys in place, unseen by torch; selective checkpointing keeps these very tensors."""
+    # liger rotates in place, unseen by torch, and selective checkpointing keeps these tensors.
     rotate = getattr(source, _ROTATION)
 
     def rotated(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""The language model's loss without the logits of positions that nothing is learned from.
+"""The language model's loss without the logits of tokens that nothing is learned from.
 
-Of LLaVA's records most positions are image tokens and questions: their logits, by far the largest tensor of a step, are
-not needed. What is left is computed in pieces where it is large.
+Most tokens of LLaVA's records are image tokens and questions. Their logits, by far the largest tensor of a step, are
+not needed. The others are computed in pieces where they are many.
 """
 
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ PIECE = 2**26  # logits of one piece; 256 MB in float32
 def supervised_loss(
     hidden: Tensor, labels: Tensor, positions: Tensor, head: nn.Module, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """The next-token cross-entropy over given positions, the same number as over all logits.
+    """Compute the next-token cross-entropy at given indices, the same number as over all logits.
 
     Args:
         hidden: ``[B,L,D]``.
         labels: int64 ``[B,L]``.
-        positions: int64 ``[n]`` in the flattened batch; the label that follows each is supervised. There may be none.
+        positions: int64 ``[n]``, indices in the flattened batch; the label after each is supervised. There may be none.
         head: the language model's output layer.
         num_items: what the sum is divided by; the mean without it.
     """
@@ -33,7 +33,7 @@ def _sum(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     weight = head.weight
     assert isinstance(weight, Tensor)
     rows = PIECE // max(len(weight), 1)
-    # ZeRO-3 gathers the head for each call, and every rank has to call it as often as the others.
+    # ZeRO-3 gathers the head for each call, so all ranks have to call it equally often.
     if len(states) <= rows or hasattr(weight, "ds_id"):
         return _piece(states, targets, head)
     pieces = zip(states.split(rows), targets.split(rows), strict=True)

@@ -22,7 +22,7 @@ from tove_llava.tower.modeling import clip_follows, local_folder
 
 @dataclass
 class VisionInputs:
-    """What training and caches say of a batch's images, beyond their pixels.
+    """A batch's images beyond their pixels: features, noise, and dummies.
 
     Args:
         features: what ``tower.encode`` returned, instead of ``pixel_values``.
@@ -41,13 +41,13 @@ class VisionInputs:
 
 @dataclass
 class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
-    """LLaVA's output, and:
+    """LLaVA's output, with the parts of the loss and the routing.
 
     Args:
-        lm_loss: language-model loss alone, when labels are given.
+        lm_loss: only the language model's loss, when labels are given.
         aux_loss: balance loss of this batch before its coefficient; None when it was not asked for.
         routing: ``[images,N,S]`` float32 gate weights, when asked for.
-        gate_inputs: what ``tower.fusion.balance_statistics`` takes; None without images or gate.
+        gate_inputs: input of ``tower.fusion.balance_statistics``; None without images or gate.
         merge_loss: ``[images]`` float32, in training while the tower is merged; ``[0]`` for dummy images.
     """
 
@@ -68,8 +68,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: ToveLlavaConfig
     config_class = ToveLlavaConfig
     origin: Any = None
-    # The module that knows training's checkpoint folders. Named, not imported: this file also serves as remote code,
-    # without the rest of the package, and then knows plain transformers folders alone.
+    # The module that knows training's checkpoint folders. It is named, not imported: this file also serves as remote
+    # code, without the rest of the package, and then knows only plain transformers folders.
     folders: ClassVar[str | None] = None
 
     @property
@@ -78,7 +78,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return self.model.vision_tower
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As transformers'; see :meth:`ToveVisionModel.set_attn_implementation`."""
+        """Set the attention of the language model and of the tower's encoders."""
         with clip_follows(self.config.vision_config, attn_implementation):
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -90,9 +90,9 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Loads a checkpoint, then CLIP and the experts from the sources it records.
+        """Load a checkpoint, then CLIP and the experts from the sources it records.
 
-        Every kind of folder that training writes is opened, and a repository that holds one.
+        It opens every kind of folder that training writes, and a repository that holds one.
 
         Args:
             load_backbones: False leaves them out; the tower then refuses to run until ``model.tower.load_backbones()``.
@@ -113,7 +113,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
     ) -> None:
-        """Writes a folder that :meth:`from_pretrained` and ``tove_llava.load_model`` open as this model.
+        """Write a folder that :meth:`from_pretrained` and ``tove_llava.load_model`` open as this model.
 
         Weights go by value. A model with LoRA adapters is written as training writes it: adapters, projector and the
         tower's parts, with the language model named by its source. CLIP and the experts are named by their sources,
@@ -133,9 +133,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             folders.save_folder(self, write, save_directory, kwargs, self_contained=self_contained)
 
     def push_to_hub(self, repo_id: str, *, self_contained: bool = False, **kwargs: Any) -> Any:
-        """As transformers', with this model's card.
-
-        Whatever a source on this machine alone stands for is uploaded by value.
+        """Upload the model and its card; local sources go by value.
 
         Args:
             self_contained: upload every backbone by value.
@@ -152,7 +150,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         vision_features: TowerFeatures | None = None,
         gate_noise: torch.Tensor | None = None,
     ) -> ToveVisionOutput:
-        """Tower and projector; ``pooler_output`` holds the projected tokens, one ``[N,d_text]`` per image.
+        """Run tower and projector; ``pooler_output`` holds the projected tokens, ``[N,d_text]`` per image.
 
         The result may be given to ``forward`` and ``generate`` as ``mm_encoder_outputs={"image": ...}``.
         """
@@ -163,7 +161,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_routing(
         self, pixel_values: torch.Tensor | None = None, *, vision_features: TowerFeatures | None = None
     ) -> torch.Tensor | None:
-        """Gate weights ``[B,N,S]`` (float32) of images, in the tower's current mode; None without a gate."""
+        """Return gate weights ``[B,N,S]`` (float32) in the tower's current mode; None without a gate."""
         with torch.no_grad():
             return self.tower(pixel_values, features=vision_features).routing
 
@@ -241,7 +239,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _encoded(
         self, pixel_values: torch.Tensor | None, vision: VisionInputs, images: ToveVisionOutput | None
     ) -> ToveVisionOutput | None:
-        """Encode the images, and keep those that belong to no placeholder out of the text."""
+        """Encode the images; those without a placeholder stay out of the text."""
         if pixel_values is not None or vision.features is not None:
             if images is not None:
                 raise ConfigError("give images once: as pixel_values, vision.features or mm_encoder_outputs")
@@ -260,7 +258,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _with_losses(
         self, loss: torch.Tensor, gate_inputs: GateInputs | None, merge_loss: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the loss with this batch's balance and merge losses added, and the balance loss."""
+        """Return the loss with balance and merge losses, and the balance loss."""
         aux_loss = None if gate_inputs is None else self.tower.balance_loss(gate_inputs)
         if aux_loss is not None:
             loss = loss + self.config.vision_config.router_aux_loss_coef * aux_loss.to(loss)

@@ -18,7 +18,7 @@ def build_image_processor(vision: ToveVisionConfig) -> CLIPImageProcessorPil:
 
 
 def image_settings(vision: ToveVisionConfig, size: int | None = None) -> dict[str, Any]:
-    """Return an image processor's settings: shortest side to the image size, middle cut out, normalised."""
+    """Return an image processor's settings: resized, middle cut out, normalised."""
     size = size or vision.image_size
     return {
         "size": {"shortest_edge": size},

@@ -1,7 +1,7 @@
 """The language model's linear layers in 4 or 8 bits, by bitsandbytes.
 
 Only the module that is handed in is touched, so tower, projector and head stay as they are whatever their layers are
-called. What is quantised is frozen; adapters beside it train.
+called. What is quantised is frozen; adapters on it train.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def quantize(
     compute_dtype: torch.dtype,
     device: torch.device | str | None = None,
 ) -> None:
-    """Puts quantised layers in the place of a LLaVA's linear ones, in its language model alone.
+    """Replace the linear layers of a LLaVA's language model by quantised ones.
 
     Args:
         model: a ``LlavaForConditionalGeneration``; its adapters are to be added afterwards.
@@ -43,7 +43,7 @@ def quantize(
 
 
 def round_weights(model: nn.Module, settings: QuantizationPreset, *, device: torch.device | str | None = None) -> None:
-    """Gives the language model's linear layers the values that quantisation leaves of theirs, in their own dtype.
+    """Give linear layers the values that quantisation leaves, in their dtype.
 
     Args:
         device: where it is computed.
@@ -54,7 +54,7 @@ def round_weights(model: nn.Module, settings: QuantizationPreset, *, device: tor
 
 
 def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lets quantised layers multiply in another dtype: autocast does not know them. 8-bit layers choose their own."""
+    """Set the dtype in which 4-bit layers multiply; autocast skips them."""
     if loaded_bits(model) == 4:
         bnb = _bitsandbytes()
         for layer in model.modules():
@@ -63,18 +63,18 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def loaded_bits(model: nn.Module) -> int:
-    """4 or 8 for a model that :func:`quantize` changed, else 16, which stands for no quantisation."""
+    """Return 4 or 8 for a model that :func:`quantize` changed, else 16: no quantisation."""
     return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), 16)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:
-    """Weights in a parameter; 4-bit ones are stored two to a byte."""
+    """Count the weights in a parameter; 4-bit ones are stored two to a byte."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
 
 def recorded(settings: QuantizationPreset | None) -> dict[str, Any] | None:
-    """Plain data for a manifest; ``QuantizationPreset(**data)`` reads it."""
+    """Return plain data for a manifest; ``QuantizationPreset(**data)`` reads it."""
     return None if settings is None else dataclasses.asdict(settings)
 
 
@@ -108,7 +108,7 @@ def _quantized(
 
 
 def _values(weight: Any) -> torch.Tensor:
-    """The values that a quantised weight stands for."""
+    """Return the values that a quantised weight stands for."""
     functional = _bitsandbytes().functional
     if getattr(weight, "quant_state", None) is not None:
         return functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -1,4 +1,4 @@
-"""How large a preset's model is and what an image costs, at its true size and without any weight or download."""
+"""Size up a preset's model and an image's cost, without any weight."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TEXT_TOKENS = 64  # of prompt and answer, beside an image's
 
 @dataclass(frozen=True)
 class Size:
-    """One part: its parameters, and the GFLOPs of its forward pass for one image (two per multiply-add)."""
+    """One part's parameters, and its GFLOPs per image (two per multiply-add)."""
 
     part: str
     parameters: int
@@ -30,7 +30,7 @@ class Size:
 
 
 def preset_sizes(preset: str | Preset) -> list[Size]:
-    """The parts of a preset's model, in the order in which an image passes them.
+    """Size up the parts of a preset's model, in the image's order.
 
     The language model is counted with one image and :data:`TEXT_TOKENS` tokens of text.
     """

@@ -1,4 +1,4 @@
-"""Attention for rows in which several sequences lie one behind the other, and none of them sees another.
+"""Attention for rows that hold several sequences, none of which sees another.
 
 transformers' FlashAttention does this for what the collator calls ``cu_seq_lens_q``. This is the same without the extra
 package: torch's own kernel for such rows on a GPU, and one causal attention a sequence elsewhere.
@@ -32,7 +32,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence, in the form of a transformers attention function.
+    """Compute causal attention within each sequence, as a transformers attention function.
 
     Args:
         query: ``[1,H,T,d]``; key and value: ``[1,G,T,d]`` with ``H`` a multiple of ``G``.
@@ -46,7 +46,7 @@ def varlen_attention(
         ConfigError: the batch is not one packed row.
     """
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1 or attention_mask is not None:
-        raise ConfigError("this attention takes packed rows alone: one row, cu_seq_lens_q, max_length_q and no mask")
+        raise ConfigError("this attention takes only packed rows: one row, cu_seq_lens_q, max_length_q and no mask")
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary positions may have made them float32
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
@@ -88,7 +88,7 @@ def _has_kernel(query: Tensor, grouped: bool) -> bool:
 
 
 def _runs_on(query: Tensor) -> bool:
-    """Whether torch's kernel knows this device and dtype."""
+    """Return whether torch's kernel knows this device and dtype."""
     return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -109,7 +109,7 @@ AttentionInterface.register(NAME, varlen_attention)
 
 @contextmanager
 def packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
-    """Within it a language model takes packed rows, and nothing else where its attention is not FlashAttention.
+    """Let a language model take packed rows; only those without FlashAttention.
 
     Raises:
         ConfigError: its attention is neither torch's nor FlashAttention.

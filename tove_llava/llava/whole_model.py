@@ -1,4 +1,4 @@
-"""Folders that hold a whole model, and the language model inside."""
+"""Load whole models, and take the language model out of one."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
 
 def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
-    """Loads everything but the frozen backbones.
+    """Load everything but the frozen backbones.
 
     Raises:
         CheckpointError: weights are missing, damaged, or of another model than the folder's configuration.
@@ -32,7 +32,7 @@ def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGener
 
 
 def is_whole_model(folder: Path) -> bool:
-    """Whether a folder is a saved :class:`ToveLlavaForConditionalGeneration`."""
+    """Return whether a folder is a saved :class:`ToveLlavaForConditionalGeneration`."""
     try:
         return read_json_object(folder / "config.json").get("model_type") == "tove_llava"
     except CheckpointError:
@@ -40,7 +40,7 @@ def is_whole_model(folder: Path) -> bool:
 
 
 def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedModel:
-    """The language model of a LLaVA as a model of its own; it shares the weights."""
+    """Return a LLaVA's language model as a model that shares the weights."""
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(model.config.text_config)
     setattr(language, language.base_model_prefix, model.model.language_model)

@@ -148,7 +148,7 @@ def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:
 
 
 def _aspect_ratio(raw: dict[str, Any], folder: Path) -> str:
-    """Return how images were shown in training: as an export says, else as LLaVA-1.5 was trained."""
+    """Return how an export says images were shown, else as in LLaVA-1.5."""
     named = raw.get("image_aspect_ratio")
     if named in ("pad", "square"):
         return str(named)

@@ -1,6 +1,6 @@
 """``original``: the folders of haotian-liu/LLaVA 1.5.
 
-Three layouts: a whole model; stage 1's ``mm_projector.bin``; adapters (``adapter_model.*``) beside
+Three layouts: a whole model; stage 1's ``mm_projector.bin``; adapters (``adapter_model.*``) with
 ``non_lora_trainables.bin``. The last two need the language model that they were trained on.
 """
 
@@ -59,7 +59,7 @@ _ADAPTER_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_
 
 @register_format("original")
 class Original(LlavaFormat):
-    """What haotian-liu/LLaVA trains and reads."""
+    """A folder that haotian-liu/LLaVA trains and reads."""
 
     summary = "haotian-liu/LLaVA: a whole model, stage 1's projector, or LoRA adapters"
 
@@ -100,9 +100,6 @@ class Original(LlavaFormat):
         _remark_on_name(parts, request)
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------
-
-
 def _read_whole(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
     if request.base is not None:
         raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
@@ -115,8 +112,8 @@ def _read_projector(folder: Path, config: dict[str, Any], request: Request) -> L
     found = sort_tensors(file_tensors(folder / PROJECTOR), folder)
     if found["language"]:
         raise ConfigError(
-            f"{folder / PROJECTOR} also holds {sorted(found['language'])[0]!r}; LLaVA-1.5's stage 1 trains the "
-            "projector alone"
+            f"{folder / PROJECTOR} also holds {sorted(found['language'])[0]!r}; LLaVA-1.5's stage 1 trains only "
+            "the projector"
         )
     return _parts(folder, config, request, _base(folder, config, request), found, "plain")
 
@@ -141,7 +138,7 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
     found = sort_tensors(others, folder)
     if found["language"]:
         raise ConfigError(
-            f"{folder / NON_LORA} holds trained weights of the language model beside the adapters, such as "
+            f"{folder / NON_LORA} holds trained weights of the language model besides the adapters, such as "
             f"{sorted(found['language'])[0]!r}; merge with the original's scripts/merge_lora_weights.py first"
         )
     parts = _parts(folder, config, request, language, found, "v1")
@@ -177,7 +174,7 @@ def _parts(
 
 
 def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePart:
-    """The language model that a folder without one was trained on."""
+    """Return the language model that a folder without one was trained on."""
     if request.base is None:
         name = config.get("_name_or_path")
         raise ConfigError(
@@ -197,7 +194,7 @@ def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePar
 
 
 def _clip(folder: Path, config: dict[str, Any], stored: Tensors, request: Request) -> ClipPart:
-    """CLIP by value where the folder holds it, else by what ``mm_vision_tower`` or ``--clip`` names."""
+    """Return CLIP by value where the folder holds it, else by its name."""
     name, layer = config["mm_vision_tower"], config["mm_vision_select_layer"]
     inside = folder / CLIP_FOLDER
     advice = f"{folder}: give CLIP's folder or its name on the hub with --clip"
@@ -221,11 +218,8 @@ def _clip(folder: Path, config: dict[str, Any], stored: Tensors, request: Reques
     return part
 
 
-# -- writing ----------------------------------------------------------------------------------------------------------
-
-
 def _write_whole(parts: LlavaParts, folder: Path) -> int:
-    """Weights and tokenizer; returns the number of tokens."""
+    """Write weights and tokenizer, and return the number of tokens."""
     language, rows = parts.language, parts.language.config.vocab_size
     assert language.tensors is not None
     gone = foreign_tokens(parts)
@@ -275,10 +269,10 @@ def _write_adapters(parts: LlavaParts, folder: Path) -> None:
 
 
 def _write_clip(parts: LlavaParts, folder: Path, request: Request, *, named: bool) -> str:
-    """What ``mm_vision_tower`` has to say; writes CLIP as a folder where the original could not find it otherwise.
+    """Return the value of ``mm_vision_tower``; write CLIP if it has no public name.
 
     Args:
-        named: CLIP by value may be left to its public name, because its tensors go into the weights as well.
+        named: CLIP by value may be left to its public name, because its tensors go into the weights too.
     """
     clip = parts.clip
     if clip.tensors is None and not has_published_names(clip):
@@ -293,7 +287,7 @@ def _write_clip(parts: LlavaParts, folder: Path, request: Request, *, named: boo
 
 
 def _remark_on_name(parts: LlavaParts, request: Request) -> None:
-    """The original chooses its classes by fragments of the folder's name (``llava/model/builder.py``)."""
+    """Remark on the folder's name, by fragments of which the original chooses its classes."""
     assert request.out is not None
     wanted = ["llava"] + (["lora"] if parts.adapter is not None else [])
     lacking = [word for word in wanted if word not in request.out.name.lower()]
@@ -302,7 +296,7 @@ def _remark_on_name(parts: LlavaParts, request: Request) -> None:
 
 
 def _copied(tensors: Tensors) -> Tensors:
-    """Without the storage that a mapped tensor may be part of."""
+    """Copy tensors, so that none holds the storage of a whole mapped file."""
     return {name: value.clone() for name, value in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""``remote-code``: a model with its experts, with its code and its backbones in the folder.
+"""``remote-code``: a model with its experts, code and backbones.
 
 The code is this package's own, made flat (:mod:`tove_llava.checkpoints.flatten`): the modules that this model's fusion
 and experts need, and one entry module, to which ``auto_map`` points. The processor is a stock one.
@@ -84,14 +84,14 @@ class RemoteCode(ExportFormat):
 
 
 def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
-    """Collect the sources that a tower of this fusion and these experts needs, by file name."""
+    """Collect the sources that a fusion and experts need, by file name."""
     core = flatten_modules([home for home, _ in _CORE])
     parts = {module: name for module, name in _components(fusion, hub).items() if f"{flat_name(module)}.py" not in core}
     return {**core, **flatten_modules(parts), f"{ENTRY}.py": _entry(parts)}
 
 
 def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
-    """List the fusion, the experts, and the parts of this package in them: module -> class."""
+    """Map modules to classes: the fusion, the experts, and their parts."""
     found: list[type] = [type(fusion)]
     for name in hub.names:
         expert = hub[name].meta_twin()  # with its configuration read
@@ -102,7 +102,7 @@ def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
 
 
 def _entry(parts: dict[str, str]) -> str:
-    """Write the module that ``auto_map`` names: all classes come from it, so that each exists once."""
+    """Write the one module that ``auto_map`` names, so that classes exist once."""
     named = "\n".join(f"from .{flat_name(home)} import {name}" for home, name in _CORE)
     others = "\n".join(f"from .{flat_name(module)} import {name}  # noqa: F401" for module, name in parts.items())
     return f'''"""ToVE-LLaVA for transformers' trust_remote_code: what config.json's auto_map names.

@@ -123,7 +123,7 @@ def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
 
 
 def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionModel:
-    """Copy the tower's CLIP, which has no norm at its end, and give the copy one; the modules are shared."""
+    """Return the tower's CLIP with a norm at its end; modules are shared."""
     whole = copy.copy(clip)
     whole._modules = dict(clip._modules)
     whole.config = config

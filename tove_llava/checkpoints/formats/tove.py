@@ -192,7 +192,7 @@ def _trained(parts: LlavaParts, model: Any) -> Tensors:
 
 
 def _write_language(parts: LlavaParts, folder: Path) -> None:
-    """Write the language model as a folder of its own, only with its own tokens."""
+    """Write the language model as a folder, only with its own tokens."""
     language = parts.language
     assert language.tensors is not None
     folder.mkdir()
@@ -221,7 +221,7 @@ def _check_tower(vision: ToveVisionConfig, folder: Path) -> None:
 
 
 def _language(folder: Path, manifest: Manifest) -> LanguagePart:
-    """Return the language model that the manifest names: by value where it lies in the checkpoint."""
+    """Return the manifest's language model: by value where the checkpoint holds it."""
     entry = manifest.language
     source = Source.parse(entry["source"])
     inside = source.resolve(folder)
