@@ -97,8 +97,8 @@ def merge_lora(
 ) -> Manifest:
     """Write a model's adapters into its language model's weights.
 
-    The sum is ``W + alpha / r * B A``. ``W`` is what the adapters were trained upon: the language model's own weights or, if these were quantised, the
-    values that quantisation left of them. CLIP and the experts are named by their sources, as in ``model``.
+    The sum is ``W + alpha / r * B A``, where ``W`` is what the adapters were trained upon: the language model's own
+    weights or, if these were quantised, the values that quantisation left. CLIP and the experts are named as before.
 
     Args:
         model: a folder that LoRA or QLoRA training wrote.

@@ -64,7 +64,7 @@ def legacy_remarks(language: LanguagePart) -> list[str]:
 def foreign_tokens(parts: LlavaParts) -> list[str]:
     """List the tokens that the original does not have.
 
-    The image token, and one for padding. Empty where they do not stand at the end, because taking them out would renumber others.
+    They are the image token and one for padding; none if they are not last, because removal would renumber others.
     """
     tokenizer, vocabulary = parts.tokenizer, parts.tokenizer.get_vocab()
     if parts.image_token not in vocabulary:
