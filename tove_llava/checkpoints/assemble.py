@@ -28,9 +28,6 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
 
     Args:
         clip_source: where CLIP will be; the part's source by default.
-
-    Raises:
-        ConfigError: the untrained tower would not be what the parts' projector was trained on.
     """
     clip = parts.clip
     keys: dict[str, Any] = {"fusion": "none"}
@@ -92,9 +89,6 @@ def assemble_model(
         vision: the tower's configuration; its own parameters are new.
         language: from :func:`load_language`.
         merge_lora: fold adapters into the language model's weights.
-
-    Raises:
-        CheckpointError: a part does not fit the others.
     """
     processor = processor_of(parts, vision)
     model = assemble(language, vision, ProjectorPreset(parts.projector_act, parts.has_bias), seed=seed)

@@ -75,7 +75,7 @@ class LlavaFormat(ABC):
         reader = find_format(folder)
         if reader.name == self.name and request.preset is None:
             raise ConfigError(f"{folder} already has the format {self.name}")
-        return reader.read(folder, request)
+        return read_parts(folder, request)
 
     @abstractmethod
     def write(self, source: Any, folder: Path, request: Request) -> None:
@@ -113,6 +113,13 @@ def find_format(folder: Path) -> LlavaFormat:
         f"{folder} is not a LLaVA checkpoint: its config.json says model_type {config.get('model_type')!r}. Known "
         f"formats: {', '.join(FORMATS)}"
     )
+
+
+def read_parts(folder: Path, request: Request) -> LlavaParts:
+    """Read a folder of any format, and check every tensor; errors as in :meth:`LlavaFormat.read`."""
+    parts = find_format(folder).read(folder, request)
+    parts.check()
+    return parts
 
 
 def foreign_format(folder: Path) -> str | None:

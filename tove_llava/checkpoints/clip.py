@@ -1,6 +1,5 @@
 """Read CLIP's vision encoder from a folder, and write it to one."""
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.checkpoints.parts import ClipPart
-from tove_llava.checkpoints.tensors import Tensors, folder_tensors
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors, write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
@@ -116,7 +115,7 @@ def save_clip(part: ClipPart, folder: Path) -> None:
     if part.source:
         file = folder / "config.json"  # transformers does not write this key itself
         name = Source.parse(part.source).target
-        file.write_text(json.dumps(read_json_object(file) | {_NAME: name}, indent=2) + "\n", encoding="utf-8")
+        write_json(file, read_json_object(file) | {_NAME: name})
     tensors = {_PREFIX + name: value.contiguous() for name, value in part.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     save_image_processor(part, folder)

@@ -1,7 +1,6 @@
 """Exported folders: a loaded model in a form that needs nothing of this package."""
 
 import dataclasses
-import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from tove_llava.checkpoints.base import LlavaFormat, Request
 from tove_llava.checkpoints.card import CARD, compose_card
 from tove_llava.checkpoints.loading import load_model
 from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.tensors import write_json
 from tove_llava.checkpoints.tokenizer_files import PROBES
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -107,9 +107,6 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
         image_size: pixels per side of the model's ``pixel_values``.
         patch_size: pixels per token and side, by which placeholders are counted.
         class_token: the vision tower returns one, which the model drops.
-
-    Raises:
-        CheckpointError: stock classes read another prompt from it than training feeds the model.
     """
     vision, tokenizer = source.model.config.vision_config, source.processor.tokenizer
     processor = LlavaProcessor(
@@ -135,7 +132,7 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
     settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
     for key in ("backend", "is_local", "local_files_only"):  # of this machine
         settings.pop(key, None)
-    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, settings)
     _check_prompts(source, folder, (image_size // patch_size) ** 2)
 
 
@@ -147,9 +144,6 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: boo
 
     Args:
         begins: False leaves BOS to the tokenizer.
-
-    Raises:
-        ConfigError: the conversation template has no jinja form.
     """
     body = jinja_template(template, tokenizer)
     if body is None:

@@ -26,9 +26,6 @@ def flatten_modules(roots: Iterable[str], package: str = "tove_llava") -> dict[s
 
     Returns:
         file name -> source, e.g. ``{"tove_llava_core_errors.py": ...}``.
-
-    Raises:
-        ConfigError: a module has no source file, or imports in a way that cannot be rewritten.
     """
     files: dict[str, str] = {}
     waiting = list(roots)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from tove_llava.checkpoints.loading import read_config, read_model
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.saving import save_loaded
+from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
@@ -45,9 +45,6 @@ def open_folder(
 
     Returns:
         what ``from_pretrained`` returns, and the folder that sources are relative to.
-
-    Raises:
-        CheckpointError, ConfigError: the folder is damaged, or an argument does not apply to it.
     """
     folder = (
         Path(place, options.get("subfolder") or "") if os.path.isdir(place) else download(os.fspath(place), options)
@@ -186,4 +183,4 @@ def _forget_paths(file: Path) -> None:
     config = read_json_object(file)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.pop("_name_or_path", None)
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, config)

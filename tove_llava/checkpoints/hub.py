@@ -30,11 +30,7 @@ def download(repository: str, options: Mapping[str, Any]) -> Path | None:
 
 
 def checkpoint_folder(place: str | os.PathLike[str]) -> Path:
-    """Return a folder, or, for ``hf:owner/name``, the local copy of a repository.
-
-    Raises:
-        CheckpointError: the repository cannot be had.
-    """
+    """Return a folder, or, for ``hf:owner/name``, the local copy of a repository."""
     text = os.fspath(place)
     if not text.startswith(_PREFIX):
         return Path(place)

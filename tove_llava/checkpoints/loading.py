@@ -24,7 +24,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
-from tove_llava.checkpoints.base import Request, find_format, foreign_format
+from tove_llava.checkpoints.base import Request, find_format, foreign_format, read_parts
 from tove_llava.checkpoints.hub import checkpoint_folder
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
@@ -86,7 +86,7 @@ def load_model(
     if keep_stock and is_stock_llava(folder):
         return _load_stock(folder, dtype, device, quantization)
     if not (folder / MANIFEST).is_file() and foreign_format(folder) is not None:
-        parts = find_format(folder).read(folder, Request(base=base, clip=clip, template=template))
+        parts = read_parts(folder, Request(base=base, clip=clip, template=template))
         language = load_language(parts.language, dtype or parts.language.dtype)
         model, processor = assemble_model(parts, tower_config(parts), language, merge_lora=merge_lora)
         model.config.conversation_template = parts.template
@@ -188,11 +188,7 @@ def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
 
 
 def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.PathLike[str]) -> Manifest:
-    """Put an earlier stage's projector and tower into a new model.
-
-    Raises:
-        CheckpointError: the folder is not stage 1's, or its tower or language model is another one.
-    """
+    """Put an earlier stage's projector and tower into a new model."""
     folder = Path(folder)
     manifest = Manifest.read(folder)
     if manifest.kind != "trained":

@@ -75,9 +75,6 @@ class LanguagePart:
 
         Args:
             dtype: in which it is used; what its configuration says by default.
-
-        Raises:
-            CheckpointError: its configuration is not there.
         """
         parsed = Source.parse(source)
         try:
@@ -126,6 +123,12 @@ class AdapterPart:
 
     settings: dict[str, Any]
     tensors: Tensors
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], tensors: Tensors) -> AdapterPart:
+        """Return the part with the settings that it keeps of an ``adapter_config.json``."""
+        keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
+        return cls({key: settings[key] for key in keys if key in settings}, tensors)
 
     @property
     def layers(self) -> list[str]:
@@ -214,11 +217,7 @@ def settle_tying(language: LanguagePart, where: Path) -> None:
 
 
 def parse_source(text: str) -> str:
-    """Return a source as it is recorded; a bare name is the hub's.
-
-    Raises:
-        ConfigError: it cannot be one, or it is a folder that does not exist.
-    """
+    """Return a source as it is recorded; a bare name is the hub's."""
     known = text.partition(":")[0] in ("hf", "bundled", "gguf")
     source = Source.parse(text if known else f"hf:{text}").absolute()
     if source.path is not None:

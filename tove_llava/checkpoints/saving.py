@@ -106,9 +106,6 @@ def save_loaded(
     Args:
         write: transformers' own ``save_pretrained``, for a whole model.
         options: its keyword arguments.
-
-    Raises:
-        CheckpointError: the folder would not be this model again.
     """
     adapted = bool(getattr(model, "peft_config", None))
     _refuse_remains(folder, adapted)
@@ -183,11 +180,7 @@ def _save_adapted(
 
 
 def _origin_of_adapted(model: ToveLlavaForConditionalGeneration) -> Origin:
-    """Return the origin of the language model under the adapters.
-
-    Raises:
-        CheckpointError: it can nowhere be read again as it is now, or the adapters are not only on it.
-    """
+    """Return the origin of the language model under the adapters."""
     fold = "Fold them into it (tove_llava.llava.adapters.fold_adapters(model)) and save the whole model"
     origin = model.origin
     if not isinstance(model.tower, ToveVisionModel):

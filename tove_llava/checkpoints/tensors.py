@@ -4,10 +4,12 @@ Tensors are mapped from the disk and not read: one costs memory when it is used,
 mapping is private, so nothing that is done to a tensor reaches the file.
 """
 
+import json
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,11 +37,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def folder_tensors(folder: Path) -> Tensors:
-    """Map all tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name.
-
-    Raises:
-        CheckpointError: a file is missing, damaged, or holds other things than tensors.
-    """
+    """Map all tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name."""
     for stem, suffix in _STEMS:
         whole = folder / f"{stem}{suffix}"
         index = folder / f"{stem}{suffix}.index.json"
@@ -55,11 +53,7 @@ def folder_tensors(folder: Path) -> Tensors:
 
 
 def file_tensors(file: Path) -> Tensors:
-    """Map the tensors of one ``.safetensors`` or ``.bin`` file; only tensors are ever unpickled.
-
-    Raises:
-        CheckpointError: the file is missing, truncated, damaged, or holds other things than tensors.
-    """
+    """Map the tensors of one ``.safetensors`` or ``.bin`` file; only tensors are ever unpickled."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete")
     if file.suffix == ".safetensors":
@@ -88,9 +82,6 @@ def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], whe
 
     Args:
         table: (prefix of the names, part, what stands there instead of the prefix); the first that fits counts.
-
-    Raises:
-        CheckpointError: a tensor that no prefix fits, or two that come to one name.
     """
     table = list(table)
     found: dict[str, Tensors] = {part: {} for _, part, _ in table}
@@ -107,11 +98,7 @@ def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], whe
 
 
 def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, optional: Iterable[str] = ()) -> None:
-    """Compare names, shapes and kinds of tensors with a module's.
-
-    Raises:
-        CheckpointError: one is missing, too many, of another shape, or not floating-point.
-    """
+    """Compare names, shapes and kinds of tensors with a module's."""
     shapes = {name: tuple(value.shape) for name, value in expected.state_dict().items()}
     missing = sorted(shapes.keys() - found.keys() - set(optional))
     if missing:
@@ -128,6 +115,11 @@ def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, o
         if not value.is_floating_point():
             raise CheckpointError(f"{where}: {what}: {name!r} is {value.dtype}: quantised weights cannot be converted; "
                                   "take the checkpoint in 16 bits")  # fmt: skip
+
+
+def write_json(file: Path, data: dict[str, Any]) -> None:
+    """Write a JSON object as transformers does."""
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _shards(index: Path) -> Tensors:

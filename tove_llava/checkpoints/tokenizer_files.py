@@ -1,6 +1,5 @@
 """Read and write a tokenizer's files, with or without LLaVA's tokens."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.checkpoints.parts import LanguagePart, LlavaParts
+from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.llava import build
@@ -112,7 +112,7 @@ def add_sentencepiece(parts: LlavaParts, tokenizer: PreTrainedTokenizerBase, fol
     shutil.copyfile(file, folder / file.name)
     own = tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False)
     added = {name: index for name, index in tokenizer.get_vocab().items() if index >= own}
-    _write(folder / "added_tokens.json", dict(sorted(added.items(), key=lambda item: item[1])))
+    write_json(folder / "added_tokens.json", dict(sorted(added.items(), key=lambda item: item[1])))
     if not _is_same(folder, tokenizer, set()):  # another model's file
         (folder / file.name).unlink()
         (folder / "added_tokens.json").unlink()
@@ -142,22 +142,22 @@ def _leave_out(folder: Path, names: Sequence[str]) -> None:
     if (folder / "tokenizer.json").is_file():
         data = read_json_object(folder / "tokenizer.json")
         data["added_tokens"] = [token for token in data.get("added_tokens", []) if token["content"] not in gone]
-        _write(folder / "tokenizer.json", data)
+        write_json(folder / "tokenizer.json", data)
     if (folder / "added_tokens.json").is_file():
         added = read_json_object(folder / "added_tokens.json")
         kept = {name: index for name, index in added.items() if name not in gone}
         (folder / "added_tokens.json").unlink()
         if kept:
-            _write(folder / "added_tokens.json", kept)
+            write_json(folder / "added_tokens.json", kept)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            _write(folder / name, _settings(read_json_object(folder / name), gone))
+            write_json(folder / name, _settings(read_json_object(folder / name), gone))
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file) if file.is_file() else {}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
     if (folder / "tokenizer.model").is_file():
         settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # the kind that gives the ids used here
-    _write(file, settings)
+    write_json(file, settings)
 
 
 def _settings(data: dict[str, Any], gone: set[str]) -> dict[str, Any]:
@@ -178,7 +178,3 @@ def _settings(data: dict[str, Any], gone: set[str]) -> dict[str, Any]:
         ):
             kept[key] = value
     return kept
-
-
-def _write(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,9 +22,6 @@ def add_adapters(
         tensors: by the model's names, as peft saves them (without the adapter's name).
         where: the file or folder that they come from, for messages.
         merge: fold them into the weights.
-
-    Raises:
-        CheckpointError: they do not fit the model.
     """
     from peft import inject_adapter_in_model, set_peft_model_state_dict
 

@@ -34,11 +34,8 @@ def check_kernels(device: torch.device) -> None:
 def fused_kernels(language_model: PreTrainedModel) -> Iterator[None]:
     """Let a language model compute with fused kernels.
 
-    Parameters keep their names; adapters, quantised layers and checkpointing work as before. Meanwhile other models of the same architecture share
-    the rotation, so they have to be on the GPU too.
-
-    Raises:
-        ConfigError: no CUDA device, no liger-kernel, or an architecture or activation that it does not know.
+    Parameters keep their names; adapters, quantised layers and checkpointing work as before. Meanwhile other models of
+    the same architecture share the rotation, so they have to be on the GPU too.
     """
     check_kernels(language_model.device)
     config = language_model.config

@@ -31,9 +31,6 @@ def quantize(
         compute_dtype: of the matrix products.
         device: where the model will run; weights are quantised there, one layer at a time, and stay there. The CPU by
             default.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
     """
     language = model.model.language_model
     for name, layer in _linear(language):

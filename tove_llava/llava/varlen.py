@@ -41,9 +41,6 @@ def varlen_attention(
 
     Returns:
         ``[1,T,H,d]``, and None for the weights.
-
-    Raises:
-        ConfigError: the batch is not one packed row.
     """
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1 or attention_mask is not None:
         raise ConfigError("this attention takes only packed rows: one row, cu_seq_lens_q, max_length_q and no mask")
@@ -109,11 +106,7 @@ AttentionInterface.register(NAME, varlen_attention)
 
 @contextmanager
 def packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
-    """Let a language model take packed rows; only those without FlashAttention.
-
-    Raises:
-        ConfigError: its attention is neither torch's nor FlashAttention.
-    """
+    """Let a language model take packed rows; only those without FlashAttention."""
     before = language_model.config._attn_implementation
     if before.startswith("flash_attention"):
         yield

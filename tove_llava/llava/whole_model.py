@@ -12,11 +12,7 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
 
 def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
-    """Load everything but the frozen backbones.
-
-    Raises:
-        CheckpointError: weights are missing, damaged, or of another model than the folder's configuration.
-    """
+    """Load everything but the frozen backbones."""
     try:
         model, info = ToveLlavaForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True

@@ -55,7 +55,7 @@ class LlavaHf(LlavaFormat):
         language = LanguagePart.by_value(folder, found["language"], config.text_config)
         mean, std = normalisation(folder)
         tokenizer = read_tokenizer(language, folder)
-        parts = LlavaParts(
+        return LlavaParts(
             folder=folder,
             language=language,
             projector=found["projector"],
@@ -73,8 +73,6 @@ class LlavaHf(LlavaFormat):
             image_aspect_ratio=_aspect_ratio(raw, folder),
             projector_act=config.projector_hidden_act,
         )
-        parts.check()
-        return parts
 
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
         clip = fetch_clip(parts.clip)

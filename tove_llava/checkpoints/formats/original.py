@@ -6,7 +6,6 @@ Three layouts: a whole model; stage 1's ``mm_projector.bin``; adapters (``adapte
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from tove_llava.checkpoints.parts import (
     LlavaParts,
     parse_source,
 )
-from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, write_json
 from tove_llava.checkpoints.tokenizer_files import foreign_tokens, legacy_remarks, read_tokenizer, write_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -53,7 +52,6 @@ PROJECTOR, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLIP_FOLDER = "vision_tower"  # where a CLIP goes that the original cannot read by a public name
 
-_ADAPTER_KEYS = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
 _ADAPTER_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "use_dora")
 
 
@@ -70,13 +68,10 @@ class Original(LlavaFormat):
         config = read_json_object(folder / "config.json")
         check_supported(config, folder)
         if (folder / ADAPTER_CONFIG).is_file() or (folder / NON_LORA).is_file():
-            parts = _read_adapters(folder, config, request)
-        elif has_weights(folder) or not (folder / PROJECTOR).is_file():
-            parts = _read_whole(folder, config, request)
-        else:
-            parts = _read_projector(folder, config, request)
-        parts.check()
-        return parts
+            return _read_adapters(folder, config, request)
+        if has_weights(folder) or not (folder / PROJECTOR).is_file():
+            return _read_whole(folder, config, request)
+        return _read_projector(folder, config, request)
 
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
         check_writable(parts)
@@ -96,7 +91,7 @@ class Original(LlavaFormat):
         config = original_config(parts, vocab_size, clip_name)
         if parts.language.tensors is None:
             config["_name_or_path"] = Source.parse(parts.language.source).target
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         _remark_on_name(parts, request)
 
 
@@ -142,7 +137,7 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
             f"{sorted(found['language'])[0]!r}; merge with the original's scripts/merge_lora_weights.py first"
         )
     parts = _parts(folder, config, request, language, found, "v1")
-    parts.adapter = AdapterPart({key: settings[key] for key in _ADAPTER_KEYS if key in settings}, tensors)
+    parts.adapter = AdapterPart.of(settings, tensors)
     return parts
 
 
@@ -240,7 +235,7 @@ def _write_whole(parts: LlavaParts, folder: Path) -> int:
     generation = language.generation or {}
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     named = {key: generation.get(key, getattr(language.config, key, None)) for key in keys}
-    _write_json(folder / "generation_config.json", {key: value for key, value in named.items() if value is not None})
+    write_json(folder / "generation_config.json", {key: value for key, value in named.items() if value is not None})
     return rows
 
 
@@ -264,7 +259,7 @@ def _write_adapters(parts: LlavaParts, folder: Path) -> None:
         "target_modules": parts.adapter.layers,
         "inference_mode": True,
     }
-    _write_json(folder / ADAPTER_CONFIG, settings)
+    write_json(folder / ADAPTER_CONFIG, settings)
     parts.remarks.append(f"Its language model is {parts.language.source}: give it to the original as --model-base.")
 
 
@@ -298,7 +293,3 @@ def _remark_on_name(parts: LlavaParts, request: Request) -> None:
 def _copied(tensors: Tensors) -> Tensors:
     """Copy tensors, so that none holds the storage of a whole mapped file."""
     return {name: value.clone() for name, value in tensors.items()}
-
-
-def _write_json(file: Path, data: dict[str, Any]) -> None:
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

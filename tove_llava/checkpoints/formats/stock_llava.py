@@ -7,7 +7,6 @@ checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from tove_llava.checkpoints.exports import (
     write_export_card,
     write_processor,
 )
+from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.tower import FUSIONS
@@ -65,9 +65,6 @@ def write_stock(
         source: gets remarks.
         stock: made of the checkpoint's parts.
         stored: values to write instead of ``stock``'s own, by its names: the same weights in another dtype.
-
-    Raises:
-        CheckpointError: ``stock`` does not compute what the checkpoint does.
     """
     _add_remarks(source)
     check_tower(source, stock)
@@ -86,11 +83,7 @@ def write_stock(
 
 
 def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
-    """Put the checkpoint's parts into a stock LLaVA; no weight is copied.
-
-    Raises:
-        CheckpointError: the tower's CLIP is not loaded.
-    """
+    """Put the checkpoint's parts into a stock LLaVA; no weight is copied."""
     model = source.model
     clip = model.tower.frozen.clip
     if clip is None:
@@ -141,16 +134,12 @@ def _name_rope_as_before(file: Path) -> None:
     config["text_config"]["rope_theta"] = settings.pop("rope_theta")
     if settings.get("rope_type", "default") != "default":
         config["text_config"]["rope_scaling"] = settings
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(file, config)
 
 
 @torch.no_grad()
 def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> None:
-    """Compare the tower's tokens with stock CLIP's on a random image.
-
-    Raises:
-        CheckpointError: they differ, so the tower is more than CLIP.
-    """
+    """Compare the tower's tokens with stock CLIP's on a random image."""
     tower, config = source.model.tower, source.model.config.vision_config
     size, clip_size = config.image_size, config.clip_config.image_size
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(tower.device, tower.dtype)

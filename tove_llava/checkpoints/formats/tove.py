@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from tove_llava.checkpoints.parts import (
     LlavaParts,
 )
 from tove_llava.checkpoints.saving import save_checkpoint
-from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, split_by_prefix
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, split_by_prefix, write_json
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
@@ -74,7 +73,7 @@ class Tove(LlavaFormat):
                 tokenizer = read_tokenizer(language, language.tokenizer_folders[0])  # its own, image token or not
             stored = file_tensors(folder / TRAINED)
             projector = split_by_prefix(stored, [(PROJECTOR_PATH, "projector", "")], folder)["projector"]
-        parts = LlavaParts(
+        return LlavaParts(
             folder=folder,
             language=language,
             projector=projector,
@@ -87,8 +86,6 @@ class Tove(LlavaFormat):
             model_max_length=manifest.model_max_length,
             adapter=_adapter(folder) if manifest.kind == "lora" else None,
         )
-        parts.check()
-        return parts
 
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
         preset: Preset | None = request.preset
@@ -201,7 +198,7 @@ def _write_language(parts: LlavaParts, folder: Path) -> None:
     config.dtype = language.dtype
     config.save_pretrained(folder)
     if language.generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(language.generation, indent=2) + "\n")
+        write_json(folder / "generation_config.json", language.generation)
     write_tokenizer(parts, folder)
 
 
@@ -244,10 +241,6 @@ def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
 
 
 def _adapter(folder: Path) -> AdapterPart:
-    settings = read_json_object(folder / "adapter_config.json")
-    keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
-    tensors = {
-        "model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value
-        for name, value in file_tensors(folder / ADAPTER).items()
-    }
-    return AdapterPart({key: settings[key] for key in keys if key in settings}, tensors)
+    stored = file_tensors(folder / ADAPTER).items()
+    tensors = {"model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value for name, value in stored}
+    return AdapterPart.of(read_json_object(folder / "adapter_config.json"), tensors)
