@@ -61,20 +61,6 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
     return config
 
 
-def processor_of(parts: LlavaParts, vision: ToveVisionConfig) -> LlavaProcessor:
-    """Build the processor, whose tokenizer gets an image token."""
-    tokenizer = copy.deepcopy(parts.tokenizer)
-    named = {"additional_special_tokens": [parts.image_token]}
-    tokenizer.add_special_tokens(named, replace_extra_special_tokens=False)
-    return build_processor(
-        tokenizer,
-        vision,
-        image_token=parts.image_token,
-        template=parts.template,
-        image_aspect_ratio=parts.image_aspect_ratio,
-    )
-
-
 def assemble_model(
     parts: LlavaParts,
     vision: ToveVisionConfig,
@@ -90,7 +76,13 @@ def assemble_model(
         language: from :func:`load_language`.
         merge_lora: fold adapters into the language model's weights.
     """
-    processor = processor_of(parts, vision)
+    processor = build_processor(
+        copy.deepcopy(parts.tokenizer),
+        vision,
+        image_token=parts.image_token,
+        template=parts.template,
+        image_aspect_ratio=parts.image_aspect_ratio,
+    )
     model = assemble(language, vision, ProjectorPreset(parts.projector_act, parts.has_bias), seed=seed)
     fit_to_processor(model, processor)
     model.config.image_aspect_ratio = parts.image_aspect_ratio

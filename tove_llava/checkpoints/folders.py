@@ -15,7 +15,7 @@ from tove_llava.checkpoints.hub import download, upload
 from tove_llava.checkpoints.loading import read_config, read_model
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.origin import Origin
-from tove_llava.checkpoints.saving import save_loaded
+from tove_llava.checkpoints.saving import save_adapted, save_whole
 from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -57,7 +57,7 @@ def open_folder(
     else:
         loaded = _read_parts(folder, {k: v for k, v in options.items() if k not in (*_WHERE, *_UNUSED)})
     model = loaded[0] if isinstance(loaded, tuple) else loaded
-    if manifest is not None:
+    if manifest is not None and model.origin is None:
         model.origin = Origin.of(model, folder, manifest)
     return loaded, model.config.name_or_path or folder  # of adapters on their own, the model's that they are for
 
@@ -141,7 +141,7 @@ def save_folder(
     self_contained: bool = False,
     tags: Iterable[str] = (),
 ) -> None:
-    """Save a model as ``save_pretrained`` does; see :func:`tove_llava.checkpoints.saving.save_loaded`."""
+    """Save a model as ``save_pretrained`` does, and upload it if asked to."""
     if not options.get("is_main_process", True):
         return
     push = options.pop("push_to_hub", False)
@@ -150,7 +150,10 @@ def save_folder(
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give a folder to save the model in")
     folder.mkdir(parents=True, exist_ok=True)
-    save_loaded(folder, model, write, options, self_contained=self_contained, tags=tags)
+    if getattr(model, "peft_config", None):
+        save_adapted(model, folder, self_contained, tags)
+    else:
+        save_whole(model, folder, write, options, self_contained, tags)
     if push:
         upload(folder, target.pop("repo_id", folder.absolute().name), token=options.get("token"), **target)
 

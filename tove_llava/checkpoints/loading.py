@@ -34,11 +34,10 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.llava.adapters import add_adapters
-from tove_llava.llava.build import assemble, grow_vocabulary, read_language_model, torch_dtype
+from tove_llava.llava.build import assemble, grow_vocabulary, load_whole, read_language_model, torch_dtype
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.quantization import quantize, round_weights
-from tove_llava.llava.whole_model import load_whole
 from tove_llava.presets import LanguagePreset, ProjectorPreset, QuantizationPreset
 from tove_llava.tower import ToveVisionModel
 
@@ -100,14 +99,7 @@ def load_model(
         raise ConfigError(
             f"{folder} names its own language model, CLIP and template; leave base, clip and template out"
         )
-    model = read_model(
-        folder,
-        dtype=dtype,
-        device=device,
-        merge_lora=merge_lora,
-        load_backbones=load_backbones,
-        quantization=quantization,
-    )
+    model = read_model(folder, dtype, device, merge_lora, load_backbones, quantization)
     return model, load_processor(folder)
 
 
@@ -148,7 +140,6 @@ def _load_stock(
 
 def read_model(
     folder: Path,
-    *,
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
     merge_lora: bool = False,

@@ -92,37 +92,16 @@ def save_checkpoint(
     write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
 
 
-def save_loaded(
-    folder: Path,
+def save_whole(
     model: ToveLlavaForConditionalGeneration,
-    write: Callable[..., Any],
-    options: dict[str, Any],
-    *,
-    self_contained: bool = False,
-    tags: Iterable[str] = (),
-) -> None:
-    """Write a loaded model: whole, or its adapters, projector and tower.
-
-    Args:
-        write: transformers' own ``save_pretrained``, for a whole model.
-        options: its keyword arguments.
-    """
-    adapted = bool(getattr(model, "peft_config", None))
-    _refuse_remains(folder, adapted)
-    if adapted:
-        _save_adapted(model, folder, self_contained, tags)
-    else:
-        _save_whole(model, write, folder, options, self_contained, tags)
-
-
-def _save_whole(
-    model: ToveLlavaForConditionalGeneration,
-    write: Callable[..., Any],
     folder: Path,
+    write: Callable[..., Any],
     options: dict[str, Any],
     self_contained: bool,
     tags: Iterable[str],
 ) -> None:
+    """Write a loaded model without adapters, with transformers' own ``save_pretrained`` and its options."""
+    _refuse_remains(folder, (folder / name for name in (TRAINED, ADAPTER, "adapter_config.json")))
     rounded = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if rounded:
         raise CheckpointError(
@@ -158,9 +137,11 @@ def _save_whole(
     write_manifest(folder, manifest)
 
 
-def _save_adapted(
+def save_adapted(
     model: ToveLlavaForConditionalGeneration, folder: Path, self_contained: bool, tags: Iterable[str]
 ) -> None:
+    """Write a loaded model's adapters, projector and tower, over the language model that it was loaded with."""
+    _refuse_remains(folder, folder.glob("model*.safetensors"))
     origin = _origin_of_adapted(model)
     bias = model.peft_config["default"].bias
     adapters = {id(p) for p in adapter_parameters(model.model.language_model, bias)}
@@ -203,10 +184,8 @@ def _origin_of_adapted(model: ToveLlavaForConditionalGeneration) -> Origin:
     return origin
 
 
-def _refuse_remains(folder: Path, adapted: bool) -> None:
-    names = (TRAINED, ADAPTER, "adapter_config.json")
-    remains = folder.glob("model*.safetensors") if adapted else (folder / name for name in names)
-    present = [file.name for file in remains if file.exists()]
+def _refuse_remains(folder: Path, files: Iterable[Path]) -> None:
+    present = [file.name for file in files if file.exists()]
     if present:
         raise CheckpointError(
             f"{folder} holds another kind of checkpoint ({present[0]}), which would be mixed with this; choose another "

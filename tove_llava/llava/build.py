@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,13 +21,13 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.experts import complete_specs
 from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
-from tove_llava.llava.whole_model import is_whole_model, language_model_of, load_whole
 from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPreset, load_preset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
@@ -76,11 +78,12 @@ def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | 
     last = list(preset.stages.values())[-1]
     if template is None:
         template = last.template
-    tokenizer = read_tokenizer(preset.language)
-    image_token = preset.language.image_token
-    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     return build_processor(
-        tokenizer, vision, image_token=image_token, template=template, image_aspect_ratio=last.image_aspect_ratio
+        read_tokenizer(preset.language),
+        vision,
+        image_token=preset.language.image_token,
+        template=template,
+        image_aspect_ratio=last.image_aspect_ratio,
     )
 
 
@@ -139,6 +142,40 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
         forget_gguf(model.config)
         model.hf_quantizer = None
     return model
+
+
+def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
+    """Load everything but the frozen backbones."""
+    try:
+        model, info = ToveLlavaForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
+    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder}: weights and config.json do not belong together: missing {sorted(info['missing_keys'])[:3]}, "
+            f"unexpected {sorted(info['unexpected_keys'])[:3]}, other shapes {sorted(info['mismatched_keys'])[:3]}"
+        )
+    return model
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Return whether a folder is a saved :class:`ToveLlavaForConditionalGeneration`."""
+    try:
+        return read_json_object(folder / "config.json").get("model_type") == "tove_llava"
+    except CheckpointError:
+        return False
+
+
+def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedModel:
+    """Return a LLaVA's language model as a model that shares the weights."""
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(language, language.base_model_prefix, model.model.language_model)
+    language.set_output_embeddings(model.lm_head)
+    language.generation_config = model.generation_config
+    return language
 
 
 def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:

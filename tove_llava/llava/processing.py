@@ -41,12 +41,13 @@ def build_processor(
     Batches of prompts are padded on the left, as generation needs it.
 
     Args:
-        tokenizer: knows ``image_token`` as one token.
+        tokenizer: gets ``image_token`` where it has none.
         vision: gives image size, normalisation and patch size, by which placeholders are counted.
         template: registered name of the conversation template the model is trained with; the processor's
             ``conversation_template``.
         image_aspect_ratio: how the model is shown images in training: ``"pad"`` or ``"square"``.
     """
+    tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter are saved
     # To a square, with the mean colour, before anything else.
     images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **image_settings(vision))

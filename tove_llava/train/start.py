@@ -19,6 +19,7 @@ from tove_llava.core.sources import Source
 from tove_llava.llava.build import (
     assemble,
     fit_to_processor,
+    language_model_of,
     prepare_processor,
     read_language_model,
     read_tokenizer,
@@ -27,7 +28,6 @@ from tove_llava.llava.build import (
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import quantize
-from tove_llava.llava.whole_model import language_model_of
 from tove_llava.presets import LanguagePreset, Preset, QuantizationPreset, StagePreset
 from tove_llava.tower import ToveVisionConfig
 
