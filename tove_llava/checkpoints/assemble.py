@@ -43,7 +43,6 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
                     f"preset {preset.name!r} has vision.{key}={wanted}, but {parts.folder} was trained with {own}: its "
                     f"logits would change. Add --set vision.{key}={own}"
                 )
-    means = {"image_mean": clip.image_mean, "image_std": clip.image_std}
     config = ToveVisionConfig(
         clip_config=clip.config.to_dict(),
         clip_source=clip.source if clip_source is None else clip_source,
@@ -51,7 +50,7 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
         clip_layer=clip.layer,
         experts=experts,
         **keys,
-        **{key: value for key, value in means.items() if value is not None},
+        **clip.normalisation,
     )
     if config.hidden_size != clip.config.hidden_size:
         raise ConfigError(

@@ -37,17 +37,16 @@ def clip_config(source: str, advice: str) -> CLIPVisionConfig:
         raise CheckpointError(f"CLIP's configuration cannot be read from {source}: {error}. {advice}") from error
 
 
-def normalisation(folder: Path | None) -> tuple[list[float] | None, list[float] | None]:
-    """Read mean and standard deviation of a folder's ``preprocessor_config.json``, or None for each."""
+def read_normalisation(folder: Path | None) -> dict[str, list[float]]:
+    """Read mean and standard deviation of a folder's ``preprocessor_config.json``, if there is one."""
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is None or not file.is_file():
-        return None, None
+        return {}
     data = read_json_object(file)
     try:
-        mean, std = ([float(x) for x in data[key]] for key in ("image_mean", "image_std"))
+        return {key: [float(x) for x in data[key]] for key in ("image_mean", "image_std")}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged: {error!r}") from error
-    return mean, std
 
 
 def read_clip(folder: Path, depth: int) -> ClipPart:
@@ -68,14 +67,12 @@ def read_clip(folder: Path, depth: int) -> ClipPart:
         tensors = tensors | {_NORM + "weight": torch.ones_like(like), _NORM + "bias": torch.zeros_like(like)}
     config.dtype = None
     name = read_json_object(folder / "config.json").get(_NAME, "")
-    mean, std = normalisation(folder)
     return ClipPart(
         config=config,
         layer=depth - config.num_hidden_layers - 1,
         tensors=tensors,
         source=f"hf:{name}" if is_hub_name(name) else "",
-        image_mean=mean,
-        image_std=std,
+        normalisation=read_normalisation(folder),
     )
 
 
@@ -118,17 +115,9 @@ def save_clip(part: ClipPart, folder: Path) -> None:
         write_json(file, read_json_object(file) | {_NAME: name})
     tensors = {_PREFIX + name: value.contiguous() for name, value in part.tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    save_image_processor(part, folder)
-
-
-def save_image_processor(part: ClipPart, folder: Path) -> None:
-    """Write CLIP's image processor: shortest side to the image size, middle cut out, normalised."""
-    size = part.config.image_size
-    given = {"image_mean": part.image_mean, "image_std": part.image_std}
+    size = config.image_size
     CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        **{key: value for key, value in given.items() if value is not None},
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **part.normalisation
     ).save_pretrained(folder)
 
 

@@ -103,8 +103,7 @@ class ClipPart:
     tensors: Tensors | None = None
     source: str = ""
     revision: str | None = None
-    image_mean: list[float] | None = None  # None: OpenAI's
-    image_std: list[float] | None = None
+    normalisation: dict[str, list[float]] = field(default_factory=dict)  # image_mean, image_std; empty: OpenAI's
 
     @property
     def depth(self) -> int:

@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig
 
 from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
 from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
-from tove_llava.checkpoints.clip import fetch_clip, normalisation
+from tove_llava.checkpoints.clip import fetch_clip, read_normalisation
 from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
 from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source
@@ -53,7 +53,6 @@ class LlavaHf(LlavaFormat):
         config = _config(raw, folder)
         found = split_by_prefix(folder_tensors(folder), _TABLE, folder)
         language = LanguagePart.by_value(folder, found["language"], config.text_config)
-        mean, std = normalisation(folder)
         tokenizer = read_tokenizer(language, folder)
         return LlavaParts(
             folder=folder,
@@ -64,8 +63,7 @@ class LlavaHf(LlavaFormat):
                 layer=config.vision_feature_layer,
                 tensors=found["clip"],
                 source=parse_source(request.clip) if request.clip is not None else "",
-                image_mean=mean,
-                image_std=std,
+                normalisation=read_normalisation(folder),
             ),
             tokenizer=tokenizer,
             image_token=_image_token(config, tokenizer, folder),

@@ -19,8 +19,8 @@ from tove_llava.checkpoints.clip import (
     fetch_clip,
     has_published_names,
     is_hub_name,
-    normalisation,
     read_clip,
+    read_normalisation,
     save_clip,
 )
 from tove_llava.checkpoints.original_layout import (
@@ -203,8 +203,7 @@ def _clip(folder: Path, config: dict[str, Any], stored: Tensors, request: Reques
         raise CheckpointError(f"mm_vision_tower {name!r} is no folder here and no name on the hub. {advice}")
     architecture = clip_config(source, advice)
     path = Source.parse(source).path
-    mean, std = normalisation(path)
-    part = ClipPart(architecture, layer, source=source, image_mean=mean, image_std=std)
+    part = ClipPart(architecture, layer, source=source, normalisation=read_normalisation(path))
     if stored:
         public = path is None and (request.clip is not None or not config.get("unfreeze_mm_vision_tower"))
         part.tensors, part.source = stored, source if public else ""

@@ -232,11 +232,15 @@ def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
     """Return CLIP: by value where it lies in the checkpoint or in this package."""
     source = Source.parse(vision.clip_source)
     inside = source.resolve(folder)
-    means: dict[str, Any] = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
+    means = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
     if inside != source or isinstance(source, BundledSource):
-        return dataclasses.replace(read_clip(inside.require(), vision.num_clip_layers), **means)
+        return dataclasses.replace(read_clip(inside.require(), vision.num_clip_layers), normalisation=means)
     return ClipPart(
-        config=vision.clip_config, layer=vision.clip_layer, source=str(source), revision=vision.clip_revision, **means
+        config=vision.clip_config,
+        layer=vision.clip_layer,
+        source=str(source),
+        revision=vision.clip_revision,
+        normalisation=means,
     )
 
 
