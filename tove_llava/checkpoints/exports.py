@@ -47,12 +47,8 @@ class ExportSource:
     """A loaded checkpoint on its way out.
 
     Attributes:
-        folder: the checkpoint.
         model: a ``ToveLlavaForConditionalGeneration`` on the CPU, adapters merged, backbones loaded.
-        template: registered name of its conversation template.
-        image_aspect_ratio: how it was shown images, "pad" or "square".
-        language_source: where its language model came from.
-        stage, preset: of the training run.
+        manifest: says how it was trained.
         chat_begins: the chat template writes the tokens that begin a text; else it is left to the tokenizer.
         remarks: what a user has to know of this export beyond the documentation, one sentence each.
     """
@@ -60,11 +56,7 @@ class ExportSource:
     folder: Path
     model: Any
     processor: LlavaProcessor
-    template: str
-    image_aspect_ratio: str
-    language_source: str
-    stage: str
-    preset: str
+    manifest: Manifest
     chat_begins: bool = True
     remarks: list[str] = dataclasses.field(default_factory=list)
 
@@ -87,17 +79,7 @@ class ExportFormat(LlavaFormat):
         manifest = Manifest.read(folder)
         self.check(ToveLlavaConfig.from_pretrained(folder))
         model, processor = load_model(folder, dtype=request.dtype, merge_lora=True)
-        return ExportSource(
-            folder=folder,
-            model=model,
-            processor=processor,
-            template=manifest.template,
-            image_aspect_ratio=manifest.image_aspect_ratio,
-            language_source=manifest.language["source"],
-            stage=manifest.stage,
-            preset=manifest.preset,
-            chat_begins=request.bos == "template",
-        )
+        return ExportSource(folder, model, processor, manifest, chat_begins=request.bos == "template")
 
 
 def write_processor(source: ExportSource, folder: Path, *, image_size: int, patch_size: int, class_token: bool) -> None:
@@ -111,7 +93,8 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
     vision, tokenizer = source.model.config.vision_config, source.processor.tokenizer
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessorPil(
-            do_pad=source.image_aspect_ratio == "pad",  # to a square, with the mean colour, before anything else
+            do_pad=source.manifest.image_aspect_ratio
+            == "pad",  # to a square, with the mean colour, before anything else
             **image_settings(vision, image_size),
         ),
         tokenizer=tokenizer,
@@ -119,7 +102,7 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
         vision_feature_select_strategy="default" if class_token else "full",
         num_additional_image_tokens=int(class_token),
         image_token=source.processor.image_token,
-        chat_template=chat_template(source.template, tokenizer, source.chat_begins),
+        chat_template=chat_template(source.manifest.template, tokenizer, source.chat_begins),
     )
     processor.save_pretrained(folder)
     # transformers 4 and servers look for the image processor in a file of its own.
@@ -185,14 +168,14 @@ def _check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) ->
             raise CheckpointError(f"the exported tokenizer gives other ids than training for {text!r}")
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     image_id = source.model.config.image_token_id
-    for turns, messages in _conversations(source.template):
+    for turns, messages in _conversations(source.manifest.template):
         expected: list[int] = []
-        for token in encode_prompt(turns, own, source.template):
+        for token in encode_prompt(turns, own, source.manifest.template):
             expected += [image_id] * num_image_tokens if token == IMAGE_TOKEN_INDEX else [token]
         got = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
         if list(got["input_ids"][0]) != expected:
             raise CheckpointError(
-                f"the exported chat template does not give the prompt of {source.template!r} for {turns}"
+                f"the exported chat template does not give the prompt of {source.manifest.template!r} for {turns}"
             )
 
 
@@ -242,24 +225,24 @@ def write_export_card(
     example = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     prompt = source.processor.apply_chat_template(
         example,
-        chat_template=chat_template(source.template, source.processor.tokenizer, source.chat_begins),
+        chat_template=chat_template(source.manifest.template, source.processor.tokenizer, source.chat_begins),
         add_generation_prompt=True,
     )
     shown = "the shortest side resized, the middle cut out"
-    if source.image_aspect_ratio == "pad":
+    if source.manifest.image_aspect_ratio == "pad":
         shown = "padded to a square with the mean colour, then resized"
     card = compose_card(
-        f"{source.preset} ({source.stage})",
+        f"{source.manifest.preset} ({source.manifest.stage})",
         about,
         code,
         [
             "## Prompt",
-            f"Conversation template `{source.template}`, in `chat_template.jinja`. Images stand in front of the text. "
-            f"A question becomes\n\n```\n{prompt}\n```",
+            f"Conversation template `{source.manifest.template}`, in `chat_template.jinja`. Images stand in front of the "
+            f"text. A question becomes\n\n```\n{prompt}\n```",
             f"Images: RGB, {shown}; the image processor here does that.",
         ],
         parts,
         ["## Exceptions", "\n".join(f"- {remark}" for remark in (*source.remarks, *_EXCEPTIONS, *remarks))],
-        sources=[source.language_source, source.model.config.vision_config.clip_source],
+        sources=[source.manifest.language["source"], source.model.config.vision_config.clip_source],
     )
     card.save(folder / CARD)

@@ -15,10 +15,11 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlavaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import ACT2FN
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
@@ -176,32 +177,22 @@ class LlavaParts:
         if clip.tensors is not None:
             encoder = self._on_meta("CLIP", lambda: CLIPVisionModel(clip.config))
             check_tensors(clip.tensors, encoder, "CLIP", self.folder)
-        widths = clip.config.hidden_size, language.config.hidden_size
-        projector = self._on_meta("projector", lambda: Projector(*widths, bias=self.has_bias))
+        keys = {"projector_hidden_act": self.projector_act, "multimodal_projector_bias": self.has_bias}
+        parts = {"vision_config": clip.config, "text_config": language.config}
+        projector = self._on_meta("projector", lambda: LlavaMultiModalProjector(LlavaConfig(**parts, **keys)))
         check_tensors(self.projector, projector, "projector", self.folder)
-        if self.projector_act not in ACT2FN:
-            raise CheckpointError(f"{self.folder}: unknown projector activation {self.projector_act!r}")
 
     def _on_meta(self, what: str, build: Callable[[], nn.Module]) -> nn.Module:
         try:
             with torch.device("meta"):
                 return build()
-        except Exception as error:  # what values that cannot be raise is not bounded
+        except Exception as error:  # impossible values raise errors of many kinds
             raise CheckpointError(f"{self.folder}/config.json describes no {what}: {error!r}") from error
 
     @property
     def has_bias(self) -> bool:
         """Return whether the projector's layers have one."""
         return any(name.endswith(".bias") for name in self.projector)
-
-
-class Projector(nn.Module):
-    """Names and shapes of LLaVA's two-layer projector."""
-
-    def __init__(self, vision: int, language: int, bias: bool) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(vision, language, bias=bias)
-        self.linear_2 = nn.Linear(language, language, bias=bias)
 
 
 def settle_tying(language: LanguagePart, where: Path) -> None:

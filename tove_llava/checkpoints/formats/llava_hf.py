@@ -17,6 +17,7 @@ from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import fetch_clip, read_normalisation
 from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source
 from tove_llava.checkpoints.tensors import folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
@@ -79,17 +80,16 @@ class LlavaHf(LlavaFormat):
         language = load_language(parts.language, parts.language.dtype)
         model, processor = assemble_model(parts, vision, language, merge_lora=True)
         load_clip_of(parts, model)
-        source = ExportSource(
-            folder=parts.folder,
-            model=model.eval(),
-            processor=processor,
-            template=parts.template,
-            image_aspect_ratio=parts.image_aspect_ratio,
-            language_source=parts.language.source or f"hf:{parts.folder}",
+        manifest = Manifest(
+            kind="full",
             stage="converted",
             preset=parts.folder.name,
-            remarks=parts.remarks,
+            template=parts.template,
+            image_aspect_ratio=parts.image_aspect_ratio,
+            model_max_length=parts.model_max_length,
+            language={"source": parts.language.source or f"hf:{parts.folder}"},
         )
+        source = ExportSource(parts.folder, model.eval(), processor, manifest, remarks=parts.remarks)
         stock = stock_model(source)
         assert clip.tensors is not None
         # All of CLIP, the blocks and the norm that LLaVA does not use included.

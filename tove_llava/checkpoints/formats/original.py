@@ -83,8 +83,7 @@ class Original(LlavaFormat):
         if parts.language.tensors is None:
             vocab_size = parts.language.config.vocab_size
             clip_name = _write_clip(parts, folder, request, named=False)
-            write = _write_projector if parts.adapter is None else _write_adapters
-            write(parts, folder)
+            _write_trained(parts, folder)
         else:
             clip_name = _write_clip(parts, folder, request, named=True)
             vocab_size = _write_whole(parts, folder)
@@ -238,27 +237,25 @@ def _write_whole(parts: LlavaParts, folder: Path) -> int:
     return rows
 
 
-def _write_projector(parts: LlavaParts, folder: Path) -> None:
-    torch.save(_copied(projector_names(parts.projector)), folder / PROJECTOR)
-    parts.remarks.append(f"Its language model is {parts.language.source}: give it to the original as --model-base.")
-
-
-def _write_adapters(parts: LlavaParts, folder: Path) -> None:
-    assert parts.adapter is not None
-    projector = {PEFT_PREFIX + name: value for name, value in projector_names(parts.projector).items()}
-    torch.save(_copied(projector), folder / NON_LORA)
-    adapter = {PEFT_PREFIX + name: value.contiguous() for name, value in parts.adapter.tensors.items()}
-    save_file(adapter, folder / ADAPTER, metadata={"format": "pt"})
-    own = parts.adapter.settings
-    settings = {
-        **{key: value for key, value in own.items() if value is not False},  # old versions of peft know fewer keys
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": Source.parse(parts.language.source).target,
-        "target_modules": parts.adapter.layers,
-        "inference_mode": True,
-    }
-    write_json(folder / ADAPTER_CONFIG, settings)
+def _write_trained(parts: LlavaParts, folder: Path) -> None:
+    """Write projector and adapters, for a language model that stays where it is."""
+    prefix = "" if parts.adapter is None else PEFT_PREFIX
+    # Copies, so that none holds the storage of a whole mapped file.
+    projector = {prefix + name: value.clone() for name, value in projector_names(parts.projector).items()}
+    torch.save(projector, folder / (PROJECTOR if parts.adapter is None else NON_LORA))
+    if parts.adapter is not None:
+        adapter = {PEFT_PREFIX + name: value.contiguous() for name, value in parts.adapter.tensors.items()}
+        save_file(adapter, folder / ADAPTER, metadata={"format": "pt"})
+        own = parts.adapter.settings
+        settings = {
+            **{key: value for key, value in own.items() if value is not False},  # old versions of peft know fewer keys
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": Source.parse(parts.language.source).target,
+            "target_modules": parts.adapter.layers,
+            "inference_mode": True,
+        }
+        write_json(folder / ADAPTER_CONFIG, settings)
     parts.remarks.append(f"Its language model is {parts.language.source}: give it to the original as --model-base.")
 
 
@@ -287,8 +284,3 @@ def _remark_on_name(parts: LlavaParts, request: Request) -> None:
     lacking = [word for word in wanted if word not in request.out.name.lower()]
     if lacking:
         parts.remarks.append(f"The original wants {' and '.join(lacking)} in the folder's name; rename it.")
-
-
-def _copied(tensors: Tensors) -> Tensors:
-    """Copy tensors, so that none holds the storage of a whole mapped file."""
-    return {name: value.clone() for name, value in tensors.items()}

@@ -52,8 +52,8 @@ class RemoteCode(ExportFormat):
         files = code_files(model.tower.fusion, ExpertHub(config.vision_config.experts, base_dir=folder))
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
-        config.conversation_template = source.template
-        config.image_aspect_ratio = source.image_aspect_ratio
+        config.conversation_template = source.manifest.template
+        config.image_aspect_ratio = source.manifest.image_aspect_ratio
         config.auto_map = {
             "AutoConfig": f"{ENTRY}.{_CONFIG[1]}",
             "AutoModelForImageTextToText": f"{ENTRY}.{_MODEL[1]}",
@@ -79,7 +79,7 @@ class RemoteCode(ExportFormat):
             "whole folder and load it from there."
         )
         code = ("code", f"tove_llava {__version__}", "Apache-2.0")
-        parts = [*part_rows(vision, source.language_source), code]
+        parts = [*part_rows(vision, source.manifest.language["source"]), code]
         write_export_card(source, folder, about, REMOTE_CODE, parts)
 
 

@@ -78,7 +78,7 @@ def write_stock(
         "adapters merged. No code beyond transformers is needed."
     )
     tower = source.model.config.vision_config
-    parts = part_rows(tower, source.language_source, experts=False, trained="projector, adapters")
+    parts = part_rows(tower, source.manifest.language["source"], experts=False, trained="projector, adapters")
     write_export_card(source, folder, about, STOCK_CODE, parts, [_NEUTRAL_NORM])
 
 
@@ -100,8 +100,8 @@ def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
         image_seq_length=model.config.vision_config.num_patches,
         tie_word_embeddings=bool(text.tie_word_embeddings),
         pad_token_id=source.processor.tokenizer.pad_token_id,
-        conversation_template=source.template,
-        image_aspect_ratio=source.image_aspect_ratio,
+        conversation_template=source.manifest.template,
+        image_aspect_ratio=source.manifest.image_aspect_ratio,
     )
     without_paths(config)
     config.dtype = model.dtype
@@ -166,7 +166,7 @@ def _add_remarks(source: ExportSource) -> None:
             f"The tower was trained on images of {size} pixels, which it reduced to CLIP's {clip_size}; here the "
             f"processor resizes to {clip_size} at once, so tokens differ slightly."
         )
-    if source.template == "plain":
+    if source.manifest.template == "plain":
         source.remarks.append("Stage 1's template has no end token: cut answers at their first line break.")
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from transformers import LlavaProcessor
 
 from tove_llava.checkpoints.assemble import LANGUAGE_PATH, PROJECTOR_PATH, assemble_model, load_language, tower_config
 from tove_llava.checkpoints.base import OWN, LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import read_clip, save_clip
+from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.loading import load_model, load_processor, read_config, trained_names
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.parts import (
@@ -28,7 +28,6 @@ from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
-from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import LanguagePreset, Preset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -126,44 +125,28 @@ class Tove(LlavaFormat):
             )
 
 
-@dataclasses.dataclass
-class _Merged:
-    """A model whose adapters are folded in, and the manifest that it gets."""
-
-    model: ToveLlavaForConditionalGeneration
-    processor: LlavaProcessor
-    manifest: Manifest
-    self_contained: bool
-    remarks: list[str] = dataclasses.field(default_factory=list)
-
-
 class MergedAdapters(LlavaFormat):
     """This package's own folder, written as a whole model without adapters."""
 
     name = OWN
     honours = ("dtype", "self_contained")
 
-    def open(self, folder: Path, request: Request) -> _Merged:
+    def open(self, folder: Path, request: Request) -> ExportSource:
         manifest = Manifest.read(folder)
         if manifest.kind != "lora":
             raise ConfigError(f"{folder} has no LoRA adapters to merge: it is a checkpoint of kind {manifest.kind!r}")
         model, processor = load_model(folder, dtype=request.dtype, merge_lora=True, load_backbones=False)
-        by_value = request.self_contained or model.tower.config.lies_in_checkpoint
-        if by_value:
+        if request.self_contained or model.tower.config.lies_in_checkpoint:
             model.tower.load_backbones(model.tower.config.expert_names, base_dir=folder)
-        source = Source.parse(manifest.language["source"]).resolve(folder)
-        language = manifest.language | {
-            "source": str(source.absolute()),
-            "dtype": request.dtype or manifest.language["dtype"],
-        }
+        source = str(Source.parse(manifest.language["source"]).resolve(folder).absolute())
+        language = manifest.language | {"source": source, "dtype": request.dtype or manifest.language["dtype"]}
         final = dataclasses.replace(manifest, kind="full", language=language, quantization=None)
-        return _Merged(model, processor, final, by_value)
+        return ExportSource(folder, model, processor, final)
 
-    def write(self, source: _Merged, folder: Path, request: Request) -> None:
-        tensors = {name: parameter.data for name, parameter in source.model.named_parameters()}
-        save_checkpoint(
-            folder, source.model, source.processor, source.manifest, tensors, self_contained=source.self_contained
-        )
+    def write(self, source: ExportSource, folder: Path, request: Request) -> None:
+        model, by_value = source.model, source.model.tower.is_loaded
+        tensors = {name: parameter.data for name, parameter in model.named_parameters()}
+        save_checkpoint(folder, model, source.processor, source.manifest, tensors, self_contained=by_value)
 
 
 @torch.no_grad()
