@@ -237,7 +237,7 @@ def write_export_card(
         code,
         [
             "## Prompt",
-            f"Conversation template `{source.manifest.template}`, in `chat_template.jinja`. Images stand in front of the "
+            f"Conversation template `{source.manifest.template}`, in `chat_template.jinja`. Images stand before the "
             f"text. A question becomes\n\n```\n{prompt}\n```",
             f"Images: RGB, {shown}; the image processor here does that.",
         ],
