@@ -82,23 +82,22 @@ class ExportFormat(LlavaFormat):
         return ExportSource(folder, model, processor, manifest, chat_begins=request.bos == "template")
 
 
-def write_processor(source: ExportSource, folder: Path, *, image_size: int, patch_size: int, class_token: bool) -> None:
-    """Write a stock processor that prepares images and prompts as training did.
+def write_processor(source: ExportSource, folder: Path, written: Any, *, class_token: bool) -> None:
+    """Write a stock processor that prepares images and prompts as training did, and check that it does.
 
     Args:
-        image_size: pixels per side of the model's ``pixel_values``.
-        patch_size: pixels per token and side, by which placeholders are counted.
-        class_token: the vision tower returns one, which the model drops.
+        written: the folder's vision configuration.
+        class_token: its vision tower returns one, which the model drops.
     """
     vision, tokenizer = source.model.config.vision_config, source.processor.tokenizer
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessorPil(
             do_pad=source.manifest.image_aspect_ratio
             == "pad",  # to a square, with the mean colour, before anything else
-            **image_settings(vision, image_size),
+            **image_settings(vision, written.image_size),
         ),
         tokenizer=tokenizer,
-        patch_size=patch_size,
+        patch_size=written.patch_size,
         vision_feature_select_strategy="default" if class_token else "full",
         num_additional_image_tokens=int(class_token),
         image_token=source.processor.image_token,
@@ -116,7 +115,7 @@ def write_processor(source: ExportSource, folder: Path, *, image_size: int, patc
     for key in ("backend", "is_local", "local_files_only"):  # of this machine
         settings.pop(key, None)
     write_json(file, settings)
-    _check_prompts(source, folder, (image_size // patch_size) ** 2)
+    _check_prompts(source, folder, (written.image_size // written.patch_size) ** 2)
 
 
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:

@@ -29,16 +29,8 @@ PROBES = (
     "\n",
 )
 
-_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-)
+_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+          "chat_template.jinja", "vocab.json", "merges.txt")  # fmt: skip
 
 
 def read_tokenizer(language: LanguagePart, folder: Path) -> PreTrainedTokenizerBase:

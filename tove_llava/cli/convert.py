@@ -1,12 +1,12 @@
 """Convert LLaVA-1.5 checkpoints, both ways. The format of --model is recognised.
 
-tove      this package's own: CLIP alone, or with --preset a start of training with that preset's experts, whose logits
+tove      this package's own: only CLIP, or with --preset a start of training with that preset's experts, whose logits
           are the checkpoint's own until it is trained
 original  haotian-liu/LLaVA's folders: a whole model, stage 1's mm_projector.bin, or LoRA adapters
 llava-hf  transformers' LlavaForConditionalGeneration
 
-A model is written in the other formats when its tower is CLIP alone. Tensors keep their bits. The new folder is
-complete or not there at all, and the old one is only read.
+The other formats take a model whose tower is only CLIP. Tensors keep their bits. The new folder is complete or not
+there at all, and the old one is only read.
 """
 
 import argparse

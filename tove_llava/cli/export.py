@@ -1,6 +1,6 @@
-"""Write a trained model as a folder that needs nothing of this package.
+"""Write a trained model as a folder that loads without this package.
 
-hf-llava     a stock LlavaForConditionalGeneration, for a model whose tower is CLIP alone (merged, or all experts
+hf-llava     a stock LlavaForConditionalGeneration, for a model whose tower is only CLIP (merged, or all experts
              detached); vLLM, SGLang and `transformers serve` read that format
 remote-code  a model with its experts, its code and its backbones in the folder; loads with trust_remote_code=True
 

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
+from tove_llava.checkpoints import original_layout as layout
 from tove_llava.checkpoints.base import LlavaFormat, Request, register_format
 from tove_llava.checkpoints.clip import (
     clip_config,
@@ -22,16 +23,6 @@ from tove_llava.checkpoints.clip import (
     read_clip,
     read_normalisation,
     save_clip,
-)
-from tove_llava.checkpoints.original_layout import (
-    PEFT_PREFIX,
-    check_supported,
-    check_writable,
-    clip_names,
-    language_config,
-    original_config,
-    projector_names,
-    sort_tensors,
 )
 from tove_llava.checkpoints.parts import (
     EMBEDDINGS,
@@ -66,7 +57,7 @@ class Original(LlavaFormat):
 
     def read(self, folder: Path, request: Request) -> LlavaParts:
         config = read_json_object(folder / "config.json")
-        check_supported(config, folder)
+        layout.check_supported(config, folder)
         if (folder / ADAPTER_CONFIG).is_file() or (folder / NON_LORA).is_file():
             return _read_adapters(folder, config, request)
         if has_weights(folder) or not (folder / PROJECTOR).is_file():
@@ -74,7 +65,7 @@ class Original(LlavaFormat):
         return _read_projector(folder, config, request)
 
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
-        check_writable(parts)
+        layout.check_writable(parts)
         if parts.language.tensors is not None and parts.adapter is not None:
             raise ConfigError(
                 f"{parts.folder} holds adapters and their language model in one folder, for which the original has no "
@@ -87,7 +78,7 @@ class Original(LlavaFormat):
         else:
             clip_name = _write_clip(parts, folder, request, named=True)
             vocab_size = _write_whole(parts, folder)
-        config = original_config(parts, vocab_size, clip_name)
+        config = layout.original_config(parts, vocab_size, clip_name)
         if parts.language.tensors is None:
             config["_name_or_path"] = Source.parse(parts.language.source).target
         write_json(folder / "config.json", config)
@@ -97,13 +88,13 @@ class Original(LlavaFormat):
 def _read_whole(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
     if request.base is not None:
         raise ConfigError(f"{folder} holds a whole model; --base is for folders without a language model")
-    found = sort_tensors(folder_tensors(folder), folder)
-    language = LanguagePart.by_value(folder, found["language"], language_config(config, folder))
+    found = layout.sort_tensors(folder_tensors(folder), folder)
+    language = LanguagePart.by_value(folder, found["language"], layout.language_config(config, folder))
     return _parts(folder, config, request, language, found, "v1")
 
 
 def _read_projector(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
-    found = sort_tensors(file_tensors(folder / PROJECTOR), folder)
+    found = layout.sort_tensors(file_tensors(folder / PROJECTOR), folder)
     if found["language"]:
         raise ConfigError(
             f"{folder / PROJECTOR} also holds {sorted(found['language'])[0]!r}; LLaVA-1.5's stage 1 trains only "
@@ -124,12 +115,12 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
     language = _base(folder, config, request)
     files = [folder / name for name in (ADAPTER, "adapter_model.bin")]
     file = next((file for file in files if file.is_file()), files[0])
-    tensors = {name.removeprefix(PEFT_PREFIX): value for name, value in file_tensors(file).items()}
+    tensors = {name.removeprefix(layout.PEFT_PREFIX): value for name, value in file_tensors(file).items()}
     odd = next((name for name in tensors if not name.startswith("model.layers.") or ".lora_" not in name), "")
     if odd or not tensors:
         raise CheckpointError(f"{file}: {odd or 'empty'!r} is no LoRA tensor of the language model's layers")
-    others = {name.removeprefix(PEFT_PREFIX): value for name, value in file_tensors(folder / NON_LORA).items()}
-    found = sort_tensors(others, folder)
+    others = {name.removeprefix(layout.PEFT_PREFIX): value for name, value in file_tensors(folder / NON_LORA).items()}
+    found = layout.sort_tensors(others, folder)
     if found["language"]:
         raise ConfigError(
             f"{folder / NON_LORA} holds trained weights of the language model besides the adapters, such as "
@@ -177,7 +168,7 @@ def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePar
             + f": tove-llava convert --model {folder} --base SOURCE --out NEW_FOLDER"
         )
     language = LanguagePart.by_reference(parse_source(request.base))
-    own = language_config(config, folder)
+    own = layout.language_config(config, folder)
     for key in ("model_type", "hidden_size"):
         if getattr(language.config, key, None) != getattr(own, key):
             raise CheckpointError(
@@ -221,9 +212,9 @@ def _write_whole(parts: LlavaParts, folder: Path) -> int:
         rows = 1 + max(index for token, index in parts.tokenizer.get_vocab().items() if token not in gone)
         tensors |= {name: tensors[name][:rows].clone() for name in (EMBEDDINGS, HEAD) if name in tensors}
         parts.remarks.append(f"Tokens that the original does not have were left out: {', '.join(gone)}.")
-    tensors |= projector_names(parts.projector)
+    tensors |= layout.projector_names(parts.projector)
     if parts.clip.tensors is not None:
-        tensors |= clip_names(parts.clip.tensors)
+        tensors |= layout.clip_names(parts.clip.tensors)
     save_torch_state_dict(tensors, folder)
     write_tokenizer(parts, folder, gone, portable=True)
     if not (folder / "tokenizer.model").is_file():
@@ -239,12 +230,12 @@ def _write_whole(parts: LlavaParts, folder: Path) -> int:
 
 def _write_trained(parts: LlavaParts, folder: Path) -> None:
     """Write projector and adapters, for a language model that stays where it is."""
-    prefix = "" if parts.adapter is None else PEFT_PREFIX
+    prefix = "" if parts.adapter is None else layout.PEFT_PREFIX
     # Copies, so that none holds the storage of a whole mapped file.
-    projector = {prefix + name: value.clone() for name, value in projector_names(parts.projector).items()}
+    projector = {prefix + name: value.clone() for name, value in layout.projector_names(parts.projector).items()}
     torch.save(projector, folder / (PROJECTOR if parts.adapter is None else NON_LORA))
     if parts.adapter is not None:
-        adapter = {PEFT_PREFIX + name: value.contiguous() for name, value in parts.adapter.tensors.items()}
+        adapter = {layout.PEFT_PREFIX + name: value.contiguous() for name, value in parts.adapter.tensors.items()}
         save_file(adapter, folder / ADAPTER, metadata={"format": "pt"})
         own = parts.adapter.settings
         settings = {

@@ -9,16 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from tove_llava.checkpoints import exports
 from tove_llava.checkpoints.base import Request, register_format
 from tove_llava.checkpoints.card import REMOTE_CODE, part_rows
-from tove_llava.checkpoints.exports import (
-    ExportFormat,
-    ExportSource,
-    generation_config,
-    without_paths,
-    write_export_card,
-    write_processor,
-)
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.core.version import __version__
 from tove_llava.experts import ExpertHub
@@ -34,7 +27,7 @@ _CORE = (_CONFIG, _MODEL, _TOWER_CONFIG, _TOWER)
 
 
 @register_format("remote-code")
-class RemoteCode(ExportFormat):
+class RemoteCode(exports.ExportFormat):
     """A folder that transformers opens with ``trust_remote_code=True``."""
 
     summary = "a model with its experts, code and backbones included; needs trust_remote_code=True"
@@ -42,7 +35,7 @@ class RemoteCode(ExportFormat):
     def check(self, config: Any) -> None:
         """Accept every model."""
 
-    def write(self, source: ExportSource, folder: Path, request: Request) -> None:
+    def write(self, source: exports.ExportSource, folder: Path, request: Request) -> None:
         model = source.model
         config = ToveLlavaConfig.from_dict(model.config.to_dict())
         # Detached experts too: the fusion has a column for each.
@@ -58,17 +51,17 @@ class RemoteCode(ExportFormat):
             "AutoConfig": f"{ENTRY}.{_CONFIG[1]}",
             "AutoModelForImageTextToText": f"{ENTRY}.{_MODEL[1]}",
         }
-        without_paths(config)
-        without_paths(config.vision_config)
+        exports.without_paths(config)
+        exports.without_paths(config.vision_config)
         own = model.config
         model.config = config
         try:
             PreTrainedModel.save_pretrained(model, folder)  # only weights and configuration
         finally:
             model.config = own
-        generation_config(source).save_pretrained(folder)
+        exports.generation_config(source).save_pretrained(folder)
         vision = own.vision_config
-        write_processor(source, folder, image_size=vision.image_size, patch_size=vision.patch_size, class_token=False)
+        exports.write_processor(source, folder, vision, class_token=False)
         needs = sorted(third_party_imports(files.values()) - {"huggingface_hub", "safetensors", "numpy", "yaml"})
         source.remarks.append(f"The code in this folder imports {', '.join(needs)}.")
         attached = ", ".join(vision.attached_experts) or "none"
@@ -80,7 +73,7 @@ class RemoteCode(ExportFormat):
         )
         code = ("code", f"tove_llava {__version__}", "Apache-2.0")
         parts = [*part_rows(vision, source.manifest.language["source"]), code]
-        write_export_card(source, folder, about, REMOTE_CODE, parts)
+        exports.write_export_card(source, folder, about, REMOTE_CODE, parts)
 
 
 def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:

@@ -15,16 +15,9 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
+from tove_llava.checkpoints import exports
 from tove_llava.checkpoints.base import Request, register_format
 from tove_llava.checkpoints.card import STOCK_CODE, part_rows
-from tove_llava.checkpoints.exports import (
-    ExportFormat,
-    ExportSource,
-    generation_config,
-    without_paths,
-    write_export_card,
-    write_processor,
-)
 from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -35,7 +28,7 @@ _NEUTRAL_NORM = "The norm after CLIP's last block is neutral: LLaVA reads the to
 
 
 @register_format("hf-llava")
-class HfLlava(ExportFormat):
+class HfLlava(exports.ExportFormat):
     """A folder that transformers, vLLM and SGLang open as LLaVA-1.5."""
 
     summary = "a stock LlavaForConditionalGeneration; the tower has to be only CLIP"
@@ -49,12 +42,12 @@ class HfLlava(ExportFormat):
                 "--format remote-code, which keeps them"
             )
 
-    def write(self, source: ExportSource, folder: Path, request: Request) -> None:
+    def write(self, source: exports.ExportSource, folder: Path, request: Request) -> None:
         write_stock(source, stock_model(source), folder)
 
 
 def write_stock(
-    source: ExportSource,
+    source: exports.ExportSource,
     stock: LlavaForConditionalGeneration,
     folder: Path,
     stored: Mapping[str, torch.Tensor] | None = None,
@@ -71,18 +64,17 @@ def write_stock(
     state = {_public_name(name): value for name, value in {**stock.state_dict(), **(stored or {})}.items()}
     stock.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_SIZE)
     _name_rope_as_before(folder / "config.json")
-    vision = stock.config.vision_config
-    write_processor(source, folder, image_size=vision.image_size, patch_size=vision.patch_size, class_token=True)
+    exports.write_processor(source, folder, stock.config.vision_config, class_token=True)
     about = (
         "A LLaVA in stock transformers format: CLIP's vision encoder, a projector, and a language model with its "
         "adapters merged. No code beyond transformers is needed."
     )
     tower = source.model.config.vision_config
     parts = part_rows(tower, source.manifest.language["source"], experts=False, trained="projector, adapters")
-    write_export_card(source, folder, about, STOCK_CODE, parts, [_NEUTRAL_NORM])
+    exports.write_export_card(source, folder, about, STOCK_CODE, parts, [_NEUTRAL_NORM])
 
 
-def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
+def stock_model(source: exports.ExportSource) -> LlavaForConditionalGeneration:
     """Put the checkpoint's parts into a stock LLaVA; no weight is copied."""
     model = source.model
     clip = model.tower.frozen.clip
@@ -103,7 +95,7 @@ def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
         conversation_template=source.manifest.template,
         image_aspect_ratio=source.manifest.image_aspect_ratio,
     )
-    without_paths(config)
+    exports.without_paths(config)
     config.dtype = model.dtype
     with torch.device("meta"):
         stock = LlavaForConditionalGeneration(config)
@@ -111,7 +103,7 @@ def stock_model(source: ExportSource) -> LlavaForConditionalGeneration:
     stock.model.multi_modal_projector = model.model.multi_modal_projector
     stock.model.language_model = model.model.language_model
     stock.lm_head = model.lm_head
-    stock.generation_config = generation_config(source)
+    stock.generation_config = exports.generation_config(source)
     return stock.eval()
 
 
@@ -138,7 +130,7 @@ def _name_rope_as_before(file: Path) -> None:
 
 
 @torch.no_grad()
-def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> None:
+def check_tower(source: exports.ExportSource, stock: LlavaForConditionalGeneration) -> None:
     """Compare the tower's tokens with stock CLIP's on a random image."""
     tower, config = source.model.tower, source.model.config.vision_config
     size, clip_size = config.image_size, config.clip_config.image_size
@@ -158,7 +150,7 @@ def check_tower(source: ExportSource, stock: LlavaForConditionalGeneration) -> N
         )
 
 
-def _add_remarks(source: ExportSource) -> None:
+def _add_remarks(source: exports.ExportSource) -> None:
     vision = source.model.config.vision_config
     size, clip_size = vision.image_size, vision.clip_config.image_size
     if size != clip_size:
