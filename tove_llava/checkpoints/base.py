@@ -109,9 +109,10 @@ def find_format(folder: Path) -> LlavaFormat:
         return found
     if not config:
         raise CheckpointError(f"{folder} holds no config.json: it is no checkpoint, or an unfinished copy of one")
+    readable = [name for name in FORMATS if FORMATS.get(name).detect is not LlavaFormat.detect]
     raise CheckpointError(
         f"{folder} is not a LLaVA checkpoint: its config.json says model_type {config.get('model_type')!r}. Known "
-        f"formats: {', '.join(FORMATS)}"
+        f"formats: {', '.join(readable)}"
     )
 
 
