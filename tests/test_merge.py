@@ -24,10 +24,9 @@ from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
 from tove_llava.presets import LoraPreset, MergePreset
 from tove_llava.train.arguments import Parser, parse
-from tove_llava.train.merging import MERGE_LOSSES, FurtherImages, MergingTower, Pictures, merge_loss, merged_encoder
-from tove_llava.train.optimizer import MERGE_OPTIMIZERS, make_optimizer
+from tove_llava.train.merging import MERGE_LOSSES, FurtherImages, ImagePool, MergingTower, merge_loss, merged_encoder
 from tove_llava.train.run import main, make_dataset
-from tove_llava.train.stages import Trainable, parameter_groups
+from tove_llava.train.stages import MERGE_OPTIMIZERS, Trainable, make_optimizer, parameter_groups
 from tove_llava.train.start import STARTS
 
 # -- losses ----------------------------------------------------------------------------------------------------------
@@ -360,8 +359,8 @@ def test_further_images_are_dealt_out_evenly_and_change_the_merge_loss_alone(roo
     settings = parse(merge(root, "lora", tmp_path / "x"))
     start = STARTS.get("checkpoint")(settings.preset, settings.stage, settings.pretrained)
     dataset = make_dataset(settings, start.processor, start.vision)
-    pictures = Pictures(root / "instruct.json", root / "images", dataset.image_transform)
-    further = FurtherImages(pictures, 3, seed=0)
+    pool = ImagePool(root / "instruct.json", root / "images", dataset.image_transform)
+    further = FurtherImages(pool, 3, seed=0)
     images = torch.cat([further.of(i)[0] for i in range(len(dataset))])
     own = torch.cat([x for i in range(len(dataset)) if (x := dataset[i]["pixel_values"]) is not None])
     counts = [sum(torch.equal(a, b) for b in images) for a in own]

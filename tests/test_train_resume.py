@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
 from safetensors.torch import load_file
 from train_killed import train_until_killed
 from train_parts import flags, launch, write_parts, write_records
@@ -82,6 +83,21 @@ def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, capsys):
     assert_same_run(output, whole)
     assert not checkpoints.incomplete(output)
     assert [path.name for path in checkpoints.complete(output)] == ["checkpoint-8"]  # save_total_limit is 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_plain_order_is_resumed_within_a_later_epoch(ranks):
+    """The order of earlier versions too: a permutation from the sum of seed and epoch."""
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(7 + 2)).tolist()
+    for rank in range(ranks):
+        loader = torch.utils.data.DataLoader(range(16), 2, sampler=SeedableRandomSampler(range(16), data_seed=7))
+        loader = prepare_data_loader(
+            loader, None, ranks, rank, put_on_device=False, use_seedable_sampler=True, data_seed=7
+        )
+        resumed = skip_first_batches(loader, 1)
+        resumed.set_epoch(2)
+        batches = [order[start : start + 2] for start in range(0, 16, 2)]
+        assert [batch.tolist() for batch in resumed] == batches[rank::ranks][1:]
 
 
 def test_run_killed_before_its_model_is_saved_only_saves(root, whole, capsys):

@@ -16,8 +16,7 @@ from tove_llava.presets import StagePreset
 from tove_llava.tower.fusion.tove import ToveFusion
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
-from tove_llava.train.meter import Meter
-from tove_llava.train.progress import describe
+from tove_llava.train.meter import Meter, describe
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import POLICIES, freeze, lora_config, parameter_groups
 

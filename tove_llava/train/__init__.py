@@ -1,6 +1,6 @@
-"""Training: a stage's settings, what it trains, the trainer, and the run that puts them together."""
+"""Train: settings of a stage, its trainable parts, the trainer, and the run."""
 
 import logging
 
-# It comes in with transformers' Trainer and, on a CPU, complains of an optional kernel at every start of every rank.
+# Imported by transformers' Trainer; on a CPU it warns of an optional kernel at every start of every rank.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

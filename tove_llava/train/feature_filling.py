@@ -1,4 +1,4 @@
-"""Fills a cache of features shard by shard: what was interrupted goes on, and several processes share the shards."""
+"""Fill a cache of features shard by shard; it can be interrupted, and processes can share the shards."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tove_llava.train.features import (
     AGAIN,
     CLIP,
     Layout,
+    check_images,
     check_part,
-    check_pictures,
     describe_parts,
-    pictures_file,
+    prints_file,
     shard_file,
     write_json,
     write_part,
@@ -34,17 +34,12 @@ from tove_llava.train.file_fingerprints import Fingerprint, file_fingerprint
 
 SHARD_IMAGES = 256
 
-Opened = tuple[torch.Tensor, Fingerprint]  # pixels [3,S,S], and what tells the file from another
+Opened = tuple[torch.Tensor, Fingerprint]  # pixels [3,S,S], and the file's fingerprint
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What a cache holds after a command.
-
-    Args:
-        size: bytes of features.
-        missing: shards that are still to be made, by the other processes that share them.
-    """
+    """Bytes of features in a cache, and shards that other processes still have to make."""
 
     size: int
     missing: int
@@ -63,22 +58,22 @@ def fill_cache(
     shard_images: int = SHARD_IMAGES,
     workers: int = 4,
 ) -> Filled:
-    """Computes what the cache lacks; shards that are there are kept.
+    """Compute the shards that a cache lacks.
 
     Args:
-        images: names as records call them, relative to ``image_folder``; no duplicates.
+        images: names as in the records, relative to ``image_folder``, without duplicates.
         aspect_ratio: ``"square"`` or ``"pad"``.
         store: key of :data:`~tove_llava.train.feature_stores.STORES`.
-        share: this process and the number of all; it makes every so-manyth shard.
+        share: number of this process, and of all processes; their shards alternate.
         batch_size: images at a time.
-        shard_images: images of one file, which is held in memory until it is written.
-        workers: threads that open pictures.
+        shard_images: images of one file, which is in memory until it is written.
+        workers: threads that open images.
 
     Raises:
-        ConfigError: the folder is a cache of other images, stored otherwise, or of a tower whose source or local
-            weights have changed since; a value cannot be stored like this.
-        DataError: an image cannot be read, or its file has changed since.
-        NonFiniteError: an expert fails on one.
+        ConfigError: the folder is a cache of other images, with another store, or of a tower whose source or local
+            weights have changed; or a value cannot be stored like this.
+        DataError: an image cannot be read, or its file has changed.
+        NonFiniteError: an expert fails on an image.
     """
     folder, config = Path(folder), tower.config
     parts = describe_parts(config, tower.dtype)
@@ -94,9 +89,9 @@ def fill_cache(
     (folder / "pictures").mkdir(exist_ok=True)
     work = {}
     for shard in range(share[0], layout.shards, share[1]):
-        known = pictures_file(folder, shard).exists()
+        known = prints_file(folder, shard).exists()
         if known:
-            check_pictures(folder, layout, shard, Path(image_folder))
+            check_images(folder, layout, shard, Path(image_folder))
         if lacking := [name for name in parts if not (known and shard_file(folder, name, shard).exists())]:
             work[shard] = lacking
     transform = ImageTransform(
@@ -107,18 +102,18 @@ def fill_cache(
         file = resolve_image(image_folder, name)
         return transform.open(file), file_fingerprint(file)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="pictures") as pool:
-        pictures = _ahead(pool, opened, (name for shard in work for name in layout.of(shard)), 2 * batch_size)
+    with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
+        decoded = _ahead(pool, opened, (name for shard in work for name in layout.of(shard)), 2 * batch_size)
         with tqdm(desc="features", unit="image", total=sum(len(layout.of(shard)) for shard in work)) as progress:
             for shard, lacking in work.items():
-                _fill_shard(folder, tower, layout, shard, lacking, pictures, batch_size, progress)
+                _fill_shard(folder, tower, layout, shard, lacking, decoded, batch_size, progress)
     files = [shard_file(folder, name, shard) for name in parts for shard in range(layout.shards)]
     sizes = [file.stat().st_size for file in files if file.exists()]
     return Filled(size=sum(sizes), missing=len(files) - len(sizes))
 
 
 def _layout(folder: Path, wanted: Layout) -> Layout:
-    """Begins a cache, or goes on with the one that there is."""
+    """Begin a cache, or continue the existing one."""
     if wanted.store not in STORES:
         raise ConfigError(f"unknown store {wanted.store!r} of features; known: {', '.join(STORES)}")
     if not Layout.file(folder).exists():
@@ -140,7 +135,7 @@ def _fill_shard(
     layout: Layout,
     shard: int,
     lacking: Sequence[str],
-    pictures: Iterator[Opened],
+    decoded: Iterator[Opened],
     batch_size: int,
     progress: tqdm[None],
 ) -> None:
@@ -149,7 +144,7 @@ def _fill_shard(
     values: dict[str, list[np.ndarray]] = {name: [] for name in lacking}
     prints: list[Fingerprint] = []
     while len(prints) < count:
-        batch = list(islice(pictures, min(batch_size, count - len(prints))))
+        batch = list(islice(decoded, min(batch_size, count - len(prints))))
         prints += [print_ for _, print_ in batch]
         pixels = torch.stack([pixels for pixels, _ in batch])  # [B,3,S,S]
         features = tower.frozen.encode(pixels.to(tower.device, tower.dtype), experts, strict=True)
@@ -157,8 +152,8 @@ def _fill_shard(
         for name in lacking:
             values[name].append(channels_first[name].float().contiguous().cpu().numpy())
         progress.update(len(batch))
-    if not pictures_file(folder, shard).exists():
-        write_json(pictures_file(folder, shard), prints)  # first: a shard whose pictures are unknown is made again
+    if not prints_file(folder, shard).exists():
+        write_json(prints_file(folder, shard), prints)  # first: a shard without fingerprints is made again
     for name, batches in values.items():
         write_shard(shard_file(folder, name, shard), np.concatenate(batches), layout.store)
 
@@ -166,7 +161,7 @@ def _fill_shard(
 def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[str], Opened], names: Iterable[str], count: int
 ) -> Iterator[Opened]:
-    """``map`` in order, with at most so many results waiting."""
+    """Map in order, with at most ``count`` results waiting."""
     waiting: deque[Future[Opened]] = deque()
     for name in names:
         waiting.append(pool.submit(function, name))

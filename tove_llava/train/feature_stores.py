@@ -1,7 +1,7 @@
-"""How cached features lie on disk: shards of some images each, their values as they are, rounded, or compressed.
+"""Store cached features on disk in shards: as they are, rounded, or compressed.
 
-A shard is one safetensors file, mapped into memory when it is read; a row of each of its tensors belongs to one image.
-Another way to store values is one entry of :data:`STORES`.
+A shard is a safetensors file that is mapped into memory. A row of each of its tensors belongs to one image. A new way
+to store values is a new entry of :data:`STORES`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,26 @@ from safetensors.numpy import save_file
 
 from tove_llava.core.errors import ConfigError, DataError
 
-BLOCK = 32  # values that share a scale, at most
+BLOCK = 32  # most values that share a scale
 
 Tensors = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Store:
-    """One way to keep features.
-
-    Args:
-        pack: float32 ``[B,C,...]``, channels before positions, to tensors with B rows each.
-        unpack: the other way.
-    """
+    """A way to store features: ``pack`` turns float32 ``[B,C,...]`` into tensors of B rows, ``unpack`` turns back."""
 
     pack: Callable[[np.ndarray], Tensors]
     unpack: Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
 def _block_size(positions: int) -> int:
-    """Positions of one scale: as equal as they come, at most :data:`BLOCK`."""
+    """Split positions into blocks of at most :data:`BLOCK`, as equal as possible."""
     return math.ceil(positions / math.ceil(positions / BLOCK))
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:
-    """``[B,C,...]`` to ``[B,C,blocks,block]``, zeros behind the last position."""
+    """Turn ``[B,C,...]`` into ``[B,C,blocks,block]``, with zeros after the last position."""
     flat = values.reshape(*values.shape[:2], -1)  # [B,C,P]
     block = _block_size(flat.shape[2])
     flat = np.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % block)))
@@ -50,10 +45,11 @@ def _to_blocks(values: np.ndarray) -> np.ndarray:
 
 
 def _pack_int8(values: np.ndarray) -> Tensors:
-    """Eight bits a value and a scale for each block of neighbouring positions of one channel.
+    """Pack 8 bits a value, and a float32 scale for each block of neighbouring positions of a channel.
 
-    The rule is that of GGUF's Q8_0, which has blocks of 32 as well: the largest value of a block becomes 127. Blocks
-    lie within a channel because the channels of one token differ in size by orders of magnitude.
+    As in GGUF's Q8_0 the largest value of a block becomes 127. ``gguf.quants`` itself does not fit: its scales are
+    float16, its blocks always have 32 values, and it rounds halves in another way. Blocks lie within a channel because
+    the channels of a token differ in size by orders of magnitude.
     """
     blocks = _to_blocks(values)
     scales = np.abs(blocks).max(-1) / np.float32(127)  # [B,C,blocks]
@@ -86,7 +82,7 @@ STORES = {
 
 
 def write_shard(file: Path, values: np.ndarray, store: str) -> None:
-    """Writes a shard, whole or not at all.
+    """Write a shard atomically.
 
     Args:
         values: float32 ``[B,C,...]``, finite.
@@ -102,7 +98,7 @@ def write_shard(file: Path, values: np.ndarray, store: str) -> None:
 
 
 class Shards:
-    """The shards of one part of a cache, opened when a row of theirs is first read."""
+    """The shards of one part of a cache; each is opened when a row of it is first read."""
 
     def __init__(self, files: Sequence[Path], rows: int, store: str) -> None:
         self._files, self._rows, self._store = files, rows, store
@@ -112,7 +108,7 @@ class Shards:
         return {**self.__dict__, "_open": {}}  # another process opens them again
 
     def read(self, rows: Sequence[int]) -> np.ndarray:
-        """``[len(rows),C,...]`` float32, or float16 where that is stored.
+        """Return ``[len(rows),C,...]``, float16 if the cache stores float16, else float32.
 
         Raises:
             DataError: a file is damaged.

@@ -1,13 +1,12 @@
-"""Features computed once: what a frozen tower gives for each image, on disk, for several runs over the same images.
+"""Read features that a frozen tower computed once, for several runs over the same images.
 
-A folder holds ``images.json`` (names of the images in order, how they were brought to pixels, how values are stored),
-``pictures/`` (fingerprints of the images' files), and for CLIP and each expert a folder with ``part.json``, what it was
-computed from, and shards of features. A run reads the parts that its tower has; a part of another source, layer or
-input size is refused, one computed in 16 bits by a run that computes otherwise, and so are pictures or local weights
-whose files have changed since.
+A folder holds ``images.json`` (names of the images in order, how values are stored), ``pictures/`` (fingerprints of
+the image files), and for CLIP and each expert a folder with ``part.json`` (its origin) and shards of features. A run
+reads the parts that its tower has. It refuses a part of another source, layer or input size, a part that was computed
+in 16 bits by another dtype than its own, and images or local weights whose files have changed.
 
-CLIP's tokens are in the part ``clip``; an expert must not have that name. What fills a cache is in
-:mod:`tove_llava.train.feature_filling`.
+CLIP's tokens are in the part ``clip``; no expert can have that name. :mod:`tove_llava.train.feature_filling` fills a
+cache.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from tove_llava.train.feature_stores import STORES, Shards
 from tove_llava.train.file_fingerprints import file_fingerprint, has_changed, source_files
 
 CLIP = "clip"
-FILES = "files"  # fingerprints of weights, in a part's description
-DTYPE = "dtype"  # that encoders computed in, there too
+FILES = "files"  # key of part.json: fingerprints of weights
+DTYPE = "dtype"  # key of part.json: dtype of the encoders' computation
 FLOAT32 = "float32"
 
 REMAKE = "delete the cache and make it again with 'tove-llava features'"
@@ -39,19 +38,17 @@ AGAIN = "make another cache with 'tove-llava features'"
 
 
 class FeatureCache:
-    """Reads features that :func:`~tove_llava.train.feature_filling.fill_cache` wrote.
+    """Features that :func:`~tove_llava.train.feature_filling.fill_cache` wrote.
 
     Args:
-        folder: the cache.
         config: of the tower that will take the features.
-        aspect_ratio: how the run brings pictures to the tower's size.
-        image_folder: where the pictures are, if they are to be compared with those of the cache; pictures that are
-            not there any more are not missed.
-        dtype: that the run's own encoders would compute in; features of float32 serve every run.
+        aspect_ratio: how the run brings images to the tower's size.
+        image_folder: folder of images to compare with those of the cache; images that are gone are not compared.
+        dtype: of the run's own encoders; features of float32 serve every run.
 
     Raises:
-        ConfigError: a part or shard is missing, or was computed otherwise than this tower would.
-        DataError: a picture's file has changed since.
+        ConfigError: a part or shard is missing, or was computed in another way than this tower would.
+        DataError: an image file has changed.
     """
 
     def __init__(
@@ -90,10 +87,10 @@ class FeatureCache:
             self._parts[name] = Shards(files, layout.shard_images, layout.store)
         if image_folder is not None:
             for shard in range(layout.shards):
-                check_pictures(self.folder, layout, shard, Path(image_folder))
+                check_images(self.folder, layout, shard, Path(image_folder))
 
     def read(self, images: Sequence[str]) -> TowerFeatures:
-        """Features of images by name; float16 where that is stored, else float32.
+        """Return the features of named images, in float16 if the cache stores float16, else in float32.
 
         Raises:
             DataError: an image is not in the cache, or a file of the cache is damaged.
@@ -112,13 +109,13 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Layout:
-    """What ``images.json`` says.
+    """The content of ``images.json``.
 
     Args:
-        image_aspect_ratio: how pictures were brought to the tower's size.
+        image_aspect_ratio: how images were brought to the tower's size.
         store: key of :data:`~tove_llava.train.feature_stores.STORES`.
-        shard_images: images of a shard; the last may have fewer.
-        images: names, in the order of rows.
+        shard_images: images of a shard; the last one may have fewer.
+        images: names in the order of rows.
     """
 
     image_aspect_ratio: str
@@ -131,7 +128,7 @@ class Layout:
         return -(-len(self.images) // self.shard_images)
 
     def of(self, shard: int) -> list[str]:
-        """Images of a shard."""
+        """Return the names of a shard's images."""
         return self.images[shard * self.shard_images : (shard + 1) * self.shard_images]
 
     @staticmethod
@@ -140,7 +137,11 @@ class Layout:
 
     @classmethod
     def read(cls, folder: Path) -> Layout:
-        """Raises: ConfigError: it is missing, damaged, or of another version of this package."""
+        """Read the layout of a cache.
+
+        Raises:
+            ConfigError: it is missing, damaged, or of another version of this package.
+        """
         file = cls.file(folder)
         found = read_json(file, ConfigError, REMAKE)
         try:
@@ -159,20 +160,16 @@ class Layout:
 
 
 def shard_file(folder: Path, part: str, shard: int) -> Path:
-    """Where a shard of features lies."""
     return folder / part / f"{shard:06d}.safetensors"
 
 
-def pictures_file(folder: Path, shard: int) -> Path:
-    """Where the fingerprints of a shard's pictures lie."""
+def prints_file(folder: Path, shard: int) -> Path:
+    """Return the file with the fingerprints of a shard's images."""
     return folder / "pictures" / f"{shard:06d}.json"
 
 
 def describe_parts(config: ToveVisionConfig, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """What each part's values follow from, by part.
-
-    Args:
-        dtype: that the encoders compute in.
+    """Return the origin of each part's values, computed in ``dtype``.
 
     Raises:
         ConfigError: an expert has a name that the cache uses itself.
@@ -194,28 +191,28 @@ def describe_parts(config: ToveVisionConfig, dtype: torch.dtype) -> dict[str, di
     return json.loads(json.dumps(parts))
 
 
-def check_pictures(folder: Path, layout: Layout, shard: int, image_folder: Path) -> None:
-    """Refuses a shard whose pictures have been replaced."""
-    file, images = pictures_file(folder, shard), layout.of(shard)
+def check_images(folder: Path, layout: Layout, shard: int, image_folder: Path) -> None:
+    """Refuse a shard whose images have changed."""
+    file, images = prints_file(folder, shard), layout.of(shard)
     prints = read_json(file, ConfigError, REMAKE)
     if not isinstance(prints, list) or len(prints) != len(images):
         raise ConfigError(f"{file} is damaged; delete the cache and make it again")
     for name, recorded in zip(images, prints, strict=True):
         if has_changed(image_folder / name, recorded):
             raise DataError(
-                f"{folder} is stale: {image_folder / name} is not the picture that its features were computed from; "
+                f"{folder} is stale: {image_folder / name} is not the image that its features were computed from; "
                 f"{AGAIN}"
             )
 
 
 def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
-    """Refuses a part that was computed from something else, or from local weights that have been replaced."""
+    """Refuse a part of another origin, or of local weights that have changed."""
     found = read_description(folder, part)
     prints = found.pop(FILES, {})
     odd = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))
     if odd:
         raise ConfigError(f"{folder}: {part} was computed from another source ({', '.join(odd)} differ); {AGAIN}")
-    # Without recorded files the source was not local, and there is nothing to compare.
+    # A source that was not local has no recorded files, and nothing is compared.
     files = source_files(Source.parse(found["source"]).path) if prints else {}
     for name, file in files.items():
         if name not in prints or has_changed(file, prints[name]):
@@ -223,13 +220,17 @@ def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
 
 
 def read_description(folder: Path, part: str) -> dict[str, Any]:
-    """What a part says of itself. Raises: ConfigError: its file is missing or damaged."""
+    """Read the recorded origin of a part.
+
+    Raises:
+        ConfigError: its file is missing or damaged.
+    """
     found = read_json_object(folder / part / "part.json", ConfigError, REMAKE)
-    return {DTYPE: FLOAT32, **found}  # the only one before it was a choice
+    return {DTYPE: FLOAT32, **found}  # of a cache from before dtype was a setting
 
 
 def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
-    """Writes what a part is computed from."""
+    """Record the origin of a part."""
     files = source_files(Source.parse(description["source"]).path)
     (folder / part).mkdir(exist_ok=True)
     weights = {file: file_fingerprint(path) for file, path in files.items()}

@@ -1,4 +1,4 @@
-"""Fingerprints of files: kept beside what was computed from them, so that a file that has changed since is noticed."""
+"""Take fingerprints of files, to notice that a file has changed."""
 
 import hashlib
 import os
@@ -7,19 +7,19 @@ from pathlib import Path
 
 Fingerprint = list[int | str]  # bytes, time of the last change in ns, BLAKE2 of the content in hexadecimal
 
-_READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")  # what weights and settings are kept in
+_READ = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".json")  # files of weights and settings
 
 
 def file_fingerprint(file: str | os.PathLike[str]) -> Fingerprint:
-    """Of a file as it is now."""
+    """Return the fingerprint of a file."""
     status = os.stat(file)
     return [status.st_size, status.st_mtime_ns, _digest(file)]
 
 
 def has_changed(file: str | os.PathLike[str], recorded: Sequence[int | str]) -> bool:
-    """Whether a file has other bytes than it had; one that is gone has not.
+    """Return True if a file has other bytes than recorded; False if the file is gone.
 
-    A file of the recorded size and time is not read. A copy, which has another time, is.
+    A file of the recorded size and time is not read.
     """
     try:
         status = os.stat(file)
@@ -32,7 +32,7 @@ def has_changed(file: str | os.PathLike[str], recorded: Sequence[int | str]) -> 
 
 
 def source_files(path: Path | None) -> dict[str, Path]:
-    """Files of a local source that decide what it computes, by name; none where it does not lie here."""
+    """Return the files of weights and settings of a local source, by name; none if it is not local."""
     if path is None or not path.exists():
         return {}
     files = [path] if path.is_file() else path.iterdir()

@@ -1,14 +1,14 @@
-"""How much memory a preset's stage needs on each device. The formulas are explained in docs/reference/memory.md.
+"""Estimate a stage's memory on each device, by the formulas of docs/reference/memory.md.
 
-With ``b`` bytes a number, ``n`` devices, and ``t`` positions on a device (records times their length):
+With ``b`` bytes a number, ``n`` devices, and ``t`` tokens on a device (records times their length):
 
-* Weights: ``b`` a parameter, or what quantisation leaves of it; ZeRO-3 holds an n-th, and what it has gathered. CLIP
-  and the experts are whole everywhere.
+* Weights: ``b`` a parameter, fewer with quantisation. ZeRO-3 holds an n-th, and the layers that it has gathered. CLIP
+  and the experts are whole on every device.
 * Gradients and AdamW: ``b + 12`` bytes a trained parameter under DeepSpeed (the gradient; master copy and two moments
-  in float32), of which ZeRO-2 and ZeRO-3 hold an n-th. Without DeepSpeed ``4 + 8``, beside weights of 4 bytes.
-* Activations: what the language model's layers keep for the backward pass (with checkpointing the input of each, of
-  layers under selective checkpointing their wide products too, and one layer whole), what projector and tower keep, and
-  the working memory of the loss, of one layer, or of the encoders, whichever is largest.
+  in float32), of which ZeRO-2 and ZeRO-3 hold an n-th. Without DeepSpeed ``4 + 8``, with weights of 4 bytes.
+* Activations: what the language model's layers, the projector and the tower keep for the backward pass, and the
+  largest working memory: of the loss, of one layer, or of the encoders. With checkpointing a layer keeps its input,
+  with selective checkpointing its wide products too, and one layer at a time is whole.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ GATHERED = 10**9  # parameters that ZeRO-3 may hold whole at a time (stage3_max_
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device; ``host`` on the machine's own memory for all processes together."""
+    """Bytes on each device; ``host`` is the machine's own memory, for all processes together."""
 
     weights: int
     backbones: int
@@ -42,20 +42,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """On each device, the process's own gigabyte included."""
+        """Bytes on each device, with the process's own gigabyte."""
         parts = (self.weights, self.backbones, self.gradients, self.optimizer, self.activations)
         return sum(parts) + PROCESS
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a stage is run.
+    """The circumstances of a run.
 
     Attributes:
-        devices: that share it.
+        devices: number of them.
         deepspeed: name or file of the DeepSpeed configuration; None without DeepSpeed.
         batch: records on a device.
-        length: positions of the longest record, pictures included.
+        length: tokens of the longest record, image tokens included.
     """
 
     devices: int
@@ -74,7 +74,7 @@ class Run:
         batch: int | None = None,
         length: int | None = None,
     ) -> "Run":
-        """The stage's own settings where none is given. ``deepspeed="none"``: without DeepSpeed."""
+        """Take settings that are not given from the stage. ``deepspeed="none"``: without DeepSpeed."""
         stage = preset.stage(stage_name)
         name = deepspeed or stage.deepspeed
         return cls(
@@ -86,7 +86,7 @@ class Run:
 
 
 def training_memory(preset: Preset, stage_name: str, shape: Shape, run: Run) -> Memory:
-    """What a stage needs.
+    """Estimate the memory of a stage.
 
     Args:
         shape: :func:`tove_llava.train.shapes.stage_shape` of the same stage.
@@ -120,11 +120,11 @@ def training_memory(preset: Preset, stage_name: str, shape: Shape, run: Run) -> 
 
 
 def answering_memory(preset: Preset, shape: Shape, length: int = 2048) -> Memory:
-    """What answering one question at a time needs, in the dtype of the preset's language model.
+    """Estimate the memory of answering one question at a time.
 
     Args:
         shape: of any stage.
-        length: positions of the conversation, pictures included.
+        length: tokens of the conversation, image tokens included.
     """
     size = _bytes(preset)
     weights, backbones = size * shape.registered, size * shape.backbones
@@ -134,11 +134,12 @@ def answering_memory(preset: Preset, shape: Shape, length: int = 2048) -> Memory
 
 
 def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
-    """Bytes of a checkpoint to resume from: what trains, and AdamW's state.
+    """Return the bytes of a checkpoint to resume from: trained parameters and AdamW's state.
+
+    DeepSpeed's state has a master copy in float32 and, below ZeRO-3, the trained parameters once more.
 
     Args:
-        deepspeed: name or file of the DeepSpeed configuration, or None. Its state has a master copy in float32, and
-            below ZeRO-3 what trains once more.
+        deepspeed: name or file of the DeepSpeed configuration, or None.
     """
     if deepspeed is None:
         return shape.trained * (4 + 8)
@@ -147,19 +148,19 @@ def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
 
 
 def stage_disk(preset: Preset, stage_name: str, shape: Shape) -> int:
-    """Bytes of a run's folder at most: the result, and the checkpoints to resume from, one more while it is written."""
+    """Return the most bytes of a run's folder: the result, the checkpoints, and one that is being written."""
     stage = preset.stage(stage_name)
     kept = 1 + int(stage.arguments.get("save_total_limit") or 1)
     return shape.trained * _bytes(preset) + kept * checkpoint_size(preset, shape, stage.deepspeed)
 
 
 def download_size(preset: Preset, shape: Shape) -> int:
-    """Bytes of the published weights: the language model in 16 bits, encoders in 32."""
+    """Return the bytes of the published weights: the language model in 16 bits, encoders in 32."""
     return 2 * shape.registered + 4 * shape.backbones
 
 
 def largest_batch(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> int:
-    """The largest power of two of records, at most the stage's own, with which a stage fits; 0 where none does."""
+    """Return the largest batch that fits: the run's own, halved as often as needed; 0 if none fits."""
     batch = run.batch
     while batch:
         needed = training_memory(preset, stage_name, shape, Run(run.devices, run.deepspeed, batch, run.length))
@@ -170,34 +171,36 @@ def largest_batch(preset: Preset, stage_name: str, shape: Shape, run: Run, avail
 
 
 def _activations(preset: Preset, stage_name: str, shape: Shape, run: Run) -> int:
-    size, positions = _bytes(preset), run.batch * run.length
-    layer = positions * shape.layer_kept
-    kept = positions * _kept_by_layers(preset.stage(stage_name), shape, positions, size)
+    size, tokens = _bytes(preset), run.batch * run.length
+    layer = tokens * shape.layer_kept
+    kept = tokens * _kept_by_layers(preset.stage(stage_name), shape, tokens, size)
     # Projector: its two layers' inputs and the activation between them.
     kept += run.batch * (shape.fusion_kept + shape.encoder_kept + 3 * shape.image_tokens * shape.hidden)
     whole = run.deepspeed is not None and int(_zero(run.deepspeed).get("stage", 0)) == 3
-    scored = positions if whole else min(positions, PIECE // max(shape.vocabulary, 1))
+    scored = tokens if whole else min(tokens, PIECE // max(shape.vocabulary, 1))
     loss = scored * shape.vocabulary * (size + 12)  # logits; in float32 again, their softmax and their gradient
     return size * kept + max(loss, 2 * size * layer, size * run.batch * shape.encoder_work)
 
 
 def _packed(quantization: QuantizationPreset | None, size: int, shape: Shape) -> int:
-    """Bytes that quantisation saves. 4 bits have a scale for each 64 weights, in float32 or in about 8 bits."""
+    """Return the bytes that quantisation saves."""
     if quantization is None:
         return 0
-    scales = 0.0 if quantization.bits == 8 else 8.125 / 64 if quantization.double_quant else 32 / 64
+    scales = 0.0
+    if quantization.bits == 4:  # a scale for each 64 weights, in float32 or in about 8 bits
+        scales = (8.125 if quantization.double_quant else 32) / 64
     return int(shape.quantizable * (size - (quantization.bits + scales) / 8))
 
 
-def _kept_by_layers(stage: StagePreset, shape: Shape, positions: int, size: int) -> int:
-    """Numbers a position until the backward pass comes to the layer."""
+def _kept_by_layers(stage: StagePreset, shape: Shape, tokens: int, size: int) -> int:
+    """Return the numbers a token that the layers keep until the backward pass."""
     if stage.kept == NONE:
         return shape.layers * shape.layer_kept
     kept = shape.layers * shape.hidden
     if stage.kept == SELECTIVE:
         costs = LayerCosts(shape.layers, shape.hidden, shape.layer_products, shape.layer_kept)
         budget = None if stage.checkpointing_gib is None else int(stage.checkpointing_gib * GIB)
-        kept += shape.layer_products * costs.selective_layers(positions, size, budget)
+        kept += shape.layer_products * costs.selective_layers(tokens, size, budget)
     return kept
 
 

@@ -1,4 +1,4 @@
-"""What a run logs of its losses and its gate, averaged over the steps since the last log."""
+"""Average losses and gate weights over the steps between two logs, and show them."""
 
 import math
 import time
@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 _SCALARS = ("lm_loss", "aux_loss", "merge_loss", "steps", "samples", "gate_tokens", "gate_entropy")
+_SHOWN = (
+    "loss", "lm_loss", "aux_loss", "merge_loss", "grad_norm", "learning_rate", "samples_per_second", "data_wait",
+    "gate/entropy", "epoch",
+)  # fmt: skip
 
 
 class Meter:
-    """Sums over steps. Each rank adds its own share of a global quantity; the shares are summed when they are read.
+    """Sums over steps; each rank adds its share, and :meth:`read` sums the shares.
 
     Args:
         columns: names of the gate's columns.
-        device: where the sums are kept, so that adding needs no synchronisation.
+        device: of the sums; adding a tensor of this device needs no synchronisation.
     """
 
     def __init__(self, columns: list[str], device: torch.device) -> None:
@@ -28,18 +33,18 @@ class Meter:
         self._waited = 0.0
 
     def start_clock(self) -> None:
-        """Begins to time the records per second; what came before was preparation."""
+        """Start to measure records per second; the time before was preparation."""
         self._since, self._timed_samples, self._waited = time.perf_counter(), 0.0, 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Measure time that is spent waiting for data."""
         start = time.perf_counter()
         yield
         self._waited += time.perf_counter() - start
 
     def add(self, name: str, value: torch.Tensor | float) -> None:
-        """Adds this rank's share of a quantity."""
+        """Add this rank's share of a quantity."""
         self._sums[_SCALARS.index(name)] += value.detach() if isinstance(value, torch.Tensor) else value
 
     def add_samples(self, samples: float) -> None:
@@ -47,23 +52,23 @@ class Meter:
         self._timed_samples += samples
 
     def add_routing(self, routing: torch.Tensor) -> None:
-        """Adds gate weights ``[B,N,S]``."""
+        """Add gate weights ``[B,N,S]``."""
         routing = routing.detach()
         self._sums[len(_SCALARS) :] += routing.sum(dim=(0, 1))
         self.add("gate_tokens", routing.shape[0] * routing.shape[1])
         self.add("gate_entropy", torch.special.entr(routing).sum())
 
     def read(self, aux_coefficient: float, merge_coefficient: float = 0.0) -> dict[str, float]:
-        """The averages since the last reading, summed over ranks (all ranks call this), and starts anew."""
+        """Return the averages over all ranks since the last call, and reset. Every rank calls this."""
         total = dict(zip((*_SCALARS, *self.columns), self._reduced(), strict=True))
         # Local samples over local time: the sums restart with a resumed run's clock.
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         elapsed = time.perf_counter() - self._since
         rate = self._timed_samples * world / elapsed if elapsed > 0 else 0.0
         steps = max(total["steps"], 1.0)
+        loss = total["lm_loss"] + aux_coefficient * total["aux_loss"] + merge_coefficient * total["merge_loss"]
         logs = {
-            "loss": (total["lm_loss"] + aux_coefficient * total["aux_loss"] + merge_coefficient * total["merge_loss"])
-            / steps,
+            "loss": loss / steps,
             "lm_loss": total["lm_loss"] / steps,
             "aux_loss": total["aux_loss"] / steps,
             "samples_per_second": rate,
@@ -79,11 +84,11 @@ class Meter:
         return {key: value if math.isfinite(value) else float("nan") for key, value in logs.items()}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; all ranks call this."""
+        """Return the sums, for a checkpoint. Every rank calls this."""
         return {"columns": self.columns, "sums": self._reduced()}
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
-        """Continues from :meth:`state`: rank 0 takes the sums of all ranks, the others start at zero."""
+        """Continue from :meth:`state`: rank 0 takes the sums of all ranks, the others start at zero."""
         if state["columns"] == self.columns and rank == 0:
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 
@@ -92,3 +97,43 @@ class Meter:
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+
+class TrainingProgress(ProgressCallback):
+    """A bar with records per second, and a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "samples_per_second" in logs:
+            self.training_bar.set_postfix_str(f"{logs['samples_per_second']:.1f} samples/s")
+        line = describe(logs)
+        if line:
+            self.training_bar.write(f"step {state.global_step}: {line}")
+
+
+class TrainingLines(TrainerCallback):
+    """A line for each log, without a bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        line = describe(logs or {})
+        if state.is_world_process_zero and line:
+            print(f"step {state.global_step} of {state.max_steps}: {line}", flush=True)
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Return a step's logs as one line; other logs give an empty one."""
+    if "lm_loss" not in logs:
+        return ""
+    shown = [f"{name} {_number(logs[name])}" for name in _SHOWN if name in logs]
+    gate = " ".join(
+        f"{name.removeprefix('gate/')} {value:.2f}"
+        for name, value in logs.items()
+        if name.startswith("gate/") and name not in _SHOWN
+    )
+    return ", ".join([*shown, f"gate: {gate}"] if gate else shown)
+
+
+def _number(value: Any) -> str:
+    number = float(value)
+    return f"{number:.3g}" if abs(number) < 1e-3 or abs(number) >= 1e4 else f"{number:.4f}"

@@ -1,13 +1,13 @@
-"""What the language model's layers keep for the backward pass, and what they compute once more instead.
+"""Choose which activations the language model's layers keep, and which they compute again.
 
-``none`` keeps everything. ``full`` keeps the input of each layer and computes the layer again. ``selective`` computes
-the cheap part alone again: it keeps the outputs of attention and of the wide matrix products (norms, rotary positions,
-activations, residuals and the narrow products of adapters cost little time and most of the memory). Per number kept a
-matrix product saves twice its inner dimension in operations: that is the measure by which it is wide, and keeping
-the products of a layer saves nearly all of its recomputation for about a third of what ``none`` keeps.
+``none`` keeps everything. ``full`` keeps the input of each layer and computes the layer again. ``selective`` keeps the
+outputs of attention and of wide matrix products, and computes the rest again: norms, rotary positions, activations,
+residuals and the narrow products of adapters, which cost little time and most of the memory. A product is wide by its
+inner dimension, because for each number that is kept it saves twice that many operations. Keeping a layer's wide
+products saves nearly all of its recomputation, for about a third of the memory of ``none``.
 
-Where that is too much, as many layers as fit keep their products and the others are as under ``full``: the last ones
-of the model, since the backward pass has freed what they kept when it comes to a layer that computes everything again.
+With a budget, the layers that fit keep their products and the others behave as under ``full``. The last layers keep
+theirs, since the backward pass has freed these when it comes to a layer that computes everything again.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,8 @@ from tove_llava.core.text import GIB
 NONE, FULL, SELECTIVE = KINDS = ("none", "full", "selective")
 Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
-_PRODUCTS = {
-    "mm": 1,
-    "addmm": 2,
-    "bmm": 2,
-}  # aten operator -> the argument whose second last size is the inner dimension
+# aten operator -> the argument whose second last size is the inner dimension
+_PRODUCTS = {"mm": 1, "addmm": 2, "bmm": 2}
 _ATTENTION = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
@@ -48,13 +45,13 @@ _HOOKS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()  # language mo
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Of a language model whose layers are alike, a position; numbers, not bytes.
+    """Values per token in one decoder layer.
 
     Attributes:
-        layers: how many.
+        layers: number of equal layers.
         hidden: width of a layer's input, which is always kept.
-        products: what ``selective`` keeps of a layer beside its input.
-        whole: what ``none`` keeps of it; recomputing a layer needs about twice as much for a moment.
+        products: values that ``selective`` keeps, without the input.
+        whole: values that ``none`` keeps; recomputing a layer needs about twice as much for a moment.
     """
 
     layers: int
@@ -62,34 +59,36 @@ class LayerCosts:
     products: int
     whole: int
 
-    def selective_layers(self, positions: int, size: int, budget: int | None) -> int:
-        """How many layers keep their products.
+    def selective_layers(self, tokens: int, size: int, budget: int | None) -> int:
+        """Return how many layers keep their products.
 
         Args:
-            positions: of the batch.
-            size: bytes a number.
+            tokens: of the batch.
+            size: bytes a value.
             budget: bytes for all activations of the layers; None is no limit.
         """
-        if budget is None or not positions:
+        if budget is None or not tokens:
             return self.layers
-        free = budget - size * positions * (self.layers * self.hidden + 2 * self.whole)
-        return max(0, min(self.layers, free // (size * positions * max(self.products, 1))))
+        free = budget - size * tokens * (self.layers * self.hidden + 2 * self.whole)
+        return max(0, min(self.layers, free // (size * tokens * max(self.products, 1))))
 
 
 def kept_products(layer: nn.Module, hidden: int) -> int:
-    """Numbers a position that ``selective`` keeps of a layer: its wide products, and attention's output."""
+    """Return the values per token of a layer's wide products and attention's output."""
     wide = [m.out_features for m in layer.modules() if isinstance(m, nn.Linear) and m.in_features >= hidden]
     return sum(wide) + hidden
 
 
 def set_checkpointing(model: Any, kind: str, *, budget_gib: float | None = None, whole: int = 0) -> None:
-    """Sets what a model's layers keep; of a model that trains CLIP, CLIP's layers keep nothing or everything.
+    """Set the activations that a model's layers keep.
+
+    Layers of a CLIP that trains know no ``selective``: there it means ``full``.
 
     Args:
         model: a ToVE-LLaVA, with its adapters.
         kind: ``none``, ``full`` or ``selective``.
-        budget_gib: of ``selective``, GiB that the activations of the language model's layers may take; None: no limit.
-        whole: numbers a position that a layer keeps without recomputation (:class:`LayerCosts`), for the budget.
+        budget_gib: of ``selective``, GiB for the activations of the language model's layers; None: no limit.
+        whole: see :class:`LayerCosts`; needed for the budget.
 
     Raises:
         ConfigError: no such kind, or a language model without a list of layers.
@@ -107,21 +106,18 @@ def set_checkpointing(model: Any, kind: str, *, budget_gib: float | None = None,
 
 
 def check_kind(kind: str) -> None:
-    """Raises ConfigError for a word that is not one of the kinds."""
+    """Refuse an unknown kind with a ConfigError."""
     if kind not in KINDS:
         raise ConfigError(f"checkpointing must be one of {', '.join(KINDS)}, not {kind!r}")
 
 
 def _call(model: PreTrainedModel, what: str, *arguments: Any) -> None:
-    """Under its name in newer transformers, else its older one."""
-    method = getattr(model, f"activation_checkpointing_{what}", None) or getattr(
-        model, f"gradient_checkpointing_{what}"
-    )
-    method(*arguments)
+    newer = getattr(model, f"activation_checkpointing_{what}", None)  # its name in newer transformers
+    (newer or getattr(model, f"gradient_checkpointing_{what}"))(*arguments)
 
 
 class _Selection:
-    """Gives each layer of a forward pass its pair of contexts (``context_fn`` of ``torch.utils.checkpoint``)."""
+    """A ``context_fn`` of ``torch.utils.checkpoint``, which gives each layer its pair of contexts."""
 
     def __init__(self, language: PreTrainedModel, budget_gib: float | None, whole: int) -> None:
         width, layers = language.config.hidden_size, getattr(language, "layers", None)
@@ -130,7 +126,7 @@ class _Selection:
         self.budget = None if budget_gib is None else int(budget_gib * GIB)
         self.costs = LayerCosts(len(layers), width, max(kept_products(layer, width) for layer in layers), whole)
         self.policy = wide_products(width)
-        self.plain = 0  # layers still to come that compute everything again
+        self.plain = 0  # layers to come that compute everything again
         _HOOKS[language] = language.register_forward_pre_hook(self._begin, with_kwargs=True)
 
     def _begin(self, language: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -148,13 +144,13 @@ class _Selection:
 
 
 def wide_products(width: int) -> Callable[..., CheckpointPolicy]:
-    """The policy that keeps attention, and matrix products over an inner dimension of at least ``width``."""
+    """Make a policy that keeps attention, and products whose inner dimension is at least ``width``."""
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         space, _, name = operator.name().partition("::")
         name = name.partition(".")[0]
-        place = _PRODUCTS.get(name) if space == "aten" else None
-        keep = f"{space}::{name}" in _ATTENTION if place is None else args[place].shape[-2] >= width
+        argument = _PRODUCTS.get(name) if space == "aten" else None
+        keep = f"{space}::{name}" in _ATTENTION if argument is None else args[argument].shape[-2] >= width
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
     return policy

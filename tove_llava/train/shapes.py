@@ -1,4 +1,4 @@
-"""The counts that memory depends on, of a preset's stage, from its architectures: nothing is loaded or downloaded."""
+"""Count what a stage's memory depends on, from its architectures: nothing is loaded or downloaded."""
 
 import copy
 import json
@@ -21,20 +21,20 @@ from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, Trainable, freeze
 
 @dataclass(frozen=True)
 class Shape:
-    """What :mod:`tove_llava.train.memory` reads of a stage. Counts are numbers, not bytes.
+    """Counts of a stage that :mod:`tove_llava.train.memory` needs: numbers, not bytes.
 
     Attributes:
         backbones: parameters of CLIP and the experts.
-        registered: parameters of language model, projector and tower, with what the stage adds.
-        trained: those of them that train.
-        quantizable: those that quantisation packs, where the stage asks for it: the language model's linear layers.
+        registered: parameters of language model, projector and tower, with those that the stage adds.
+        trained: those that train.
+        quantizable: those that the stage may quantise: the language model's linear layers.
         layers, hidden, vocabulary: of the language model.
-        image_tokens: positions of a picture.
-        layer_kept: numbers that a layer of the language model keeps for the backward pass, a position.
-        layer_products: of these, those that selective checkpointing keeps, beside the layer's input.
-        fusion_kept: numbers that the tower's fusion keeps, a picture.
-        encoder_kept: numbers that a CLIP which trains keeps, a picture.
-        encoder_work: numbers into and out of the largest layer of CLIP and the experts, a picture.
+        image_tokens: tokens of an image.
+        layer_kept: numbers a token that a layer of the language model keeps for the backward pass.
+        layer_products: those that selective checkpointing keeps, without the layer's input.
+        fusion_kept: numbers an image that the tower's fusion keeps.
+        encoder_kept: numbers an image that a CLIP keeps which trains.
+        encoder_work: numbers an image into and out of the largest layer of CLIP and the experts.
     """
 
     backbones: int
@@ -53,14 +53,14 @@ class Shape:
 
 
 def stage_shape(preset: Preset, stage_name: str) -> Shape:
-    """The counts of a stage.
+    """Count a stage's parameters and activations.
 
-    The model is built on the meta device with one and with two layers of the language model, and the stage's own
-    freezing policy applied to it; all further layers are as the second.
+    The model is built on the meta device with one and with two layers of the language model, and the stage's freezing
+    policy is applied to it. Further layers count as the second.
 
     Raises:
         ConfigError: a setting of the preset is wrong.
-        CheckpointError: a local source that an architecture is read from is not there.
+        CheckpointError: a local source of an architecture is not there.
         ImportError: the stage needs peft, which is not installed.
     """
     stage = preset.stage(stage_name)
@@ -104,7 +104,7 @@ class _VisionShape:
 
 @lru_cache
 def _vision_shape(preset: str) -> _VisionShape:
-    """Of a ``VisionPreset`` as JSON: stages and presets share it, and it takes longest."""
+    """Count a ``VisionPreset``, given as JSON; cached, as stages and presets share it and it takes longest."""
     config = vision_config(VisionPreset(**json.loads(preset)), offline=True)
     backbones = [_empty_clip(config), *(build_expert(spec).meta_twin() for spec in config.expert_specs)]
     return _VisionShape(
@@ -134,24 +134,24 @@ def _counts(preset: Preset, stage: StagePreset, vision: _VisionShape, layers: in
 
 
 def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
-    """CLIP up to the layer whose tokens are used, on the meta device."""
+    """Build CLIP up to the layer whose tokens are used, on the meta device."""
     config = CLIPVisionConfig(**{**vision.clip_config.to_dict(), "num_hidden_layers": vision.num_clip_layers})
     with torch.device("meta"):
         return CLIPVisionModel(config).eval()
 
 
 def kept_by_layer(language: Any, trainable: Trainable, lora: LoraPreset | None) -> int:
-    """Numbers a position that a layer of a language model keeps for the backward pass without recomputation."""
+    """Return the numbers a token that a layer keeps for the backward pass without recomputation."""
     parts = trainable.parts
     return _layer_kept(language.config, language.dtype, whole=LANGUAGE in parts, lora=lora if LORA in parts else None)
 
 
 def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPreset | None) -> int:
-    """Of a LLaMA layer with torch's fused attention; counted with torch's record of allocations.
+    """Count the numbers a token that a LLaMA layer with torch's fused attention keeps.
 
-    Norms, queries, keys, values, attention and residuals keep 6 times the width, the gated MLP 3 times its own. Norms
-    compute in float32, which in 16 bits is worth 2 widths more. A weight that trains keeps its input too; an adapter
-    that, its rank, and behind dropout the dropped-out input.
+    Measured with torch's record of allocations. Norms, queries, keys, values, attention and residuals keep 6 times the
+    width, the gated MLP 3 times its own. Norms compute in float32: in 16 bits that adds 2 widths. A weight that trains
+    keeps its input too. An adapter keeps its input, its rank, and with dropout the dropped-out input.
     """
     hidden, intermediate = config.hidden_size, config.intermediate_size
     norms = 0 if dtype == torch.float32 else 2
@@ -165,7 +165,7 @@ def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPrese
 
 
 def _fusion_kept(vision: ToveVisionConfig) -> int:
-    """Counted on the CPU: the fusion is small enough to be run for one picture."""
+    """Count what the fusion keeps by running it on the CPU for one image."""
     tower = ToveVisionModel(vision).train()
     features = TowerFeatures(
         base=torch.zeros(1, vision.num_patches, vision.clip_width),
@@ -186,7 +186,7 @@ def _fusion_kept(vision: ToveVisionConfig) -> int:
 
 
 def _largest_layer(module: Any) -> int:
-    """Numbers into and out of a module's largest layer for one picture, on the meta device."""
+    """Count the numbers into and out of a module's largest layer for one image, on the meta device."""
     size = getattr(module, "image_size", None) or module.config.image_size
     sizes = [0]
 

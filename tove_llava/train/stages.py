@@ -1,4 +1,4 @@
-"""What a stage trains: registered freezing policies that report themselves.
+"""Choose the parameters that a stage trains, and their optimizer.
 
 Parameters are chosen by the module they belong to, never by a fragment of their names.
 """
@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from tove_llava.core.errors import ConfigError
@@ -15,16 +16,18 @@ from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.llava.adapters import adapter_parameters
 from tove_llava.llava.quantization import loaded_bits, parameter_count
 from tove_llava.presets import StagePreset
+from tove_llava.train.merging import MergingTower
 
 Policy = Callable[[ToveLlavaForConditionalGeneration, StagePreset], "Trainable"]
 POLICIES: Registry[Policy] = Registry("freezing policy")
+MERGE_OPTIMIZERS: Registry[Callable[[MergingTower], list[nn.Parameter]]] = Registry("merge optimizer")
 
 PROJECTOR, TOWER, LANGUAGE, LORA, ENCODER = "projector", "tower", "language model", "lora", "encoder"
 
 
 @dataclass
 class Trainable:
-    """The trainable parameters of a stage, by part: part -> {name in the model: parameter}."""
+    """Trainable parameters: part -> {name in the model: parameter}."""
 
     parts: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
 
@@ -36,7 +39,7 @@ class Trainable:
             yield from part.values()
 
     def report(self, model: nn.Module) -> str:
-        """A few lines that say what trains and how many parameters that is."""
+        """List the parts that train, with their numbers of parameters."""
         counts = {part: sum(p.numel() for p in named.values()) for part, named in self.parts.items()}
         total = sum(parameter_count(p) for p in model.parameters())
         lines = [f"  {part:<15} {count:>14,} in {len(self.parts[part])} tensors" for part, count in counts.items()]
@@ -46,7 +49,7 @@ class Trainable:
 
 
 def freeze(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Applies a stage's policy: what it names trains, all else is frozen.
+    """Freeze all parameters but those that the stage's policy chooses.
 
     Raises:
         ConfigError: no such policy.
@@ -61,14 +64,14 @@ def freeze(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trai
 
 @POLICIES.register("alignment")
 def alignment(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Stage 1: the projector and the tower's own parts."""
+    """Train the projector and the tower's own parts (stage 1)."""
     modules = {PROJECTOR: [model.model.multi_modal_projector], TOWER: [model.model.vision_tower.fusion]}
     return _select(model, modules)
 
 
 @POLICIES.register("full")
 def full(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Stage 2: as stage 1, and the whole language model with its embeddings and head."""
+    """Train the parts of stage 1 and the whole language model."""
     trainable = alignment(model, stage)
     trainable.parts |= _language(model).parts
     return trainable
@@ -76,7 +79,7 @@ def full(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
 
 @POLICIES.register("lora")
 def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Stage 2: as stage 1, and low-rank adapters on every linear layer of the language model but its head."""
+    """Train the parts of stage 1 and adapters on the language model's linear layers, except its head."""
     if stage.lora is None:
         raise ConfigError("freezing policy 'lora' needs the stage's 'lora' settings: {r, alpha, dropout}")
     trainable = alignment(model, stage)
@@ -86,13 +89,10 @@ def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
 
 @POLICIES.register("merge")
 def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """A copy of CLIP learns the tower's tokens (:mod:`tove_llava.train.merging`), with projector and language model.
+    """Train a copy of CLIP in the tower's place, the projector, and the language model.
 
-    The language model's adapters are continued where the model has some, else made by the stage's ``lora`` settings; a
-    stage without these trains the whole language model.
+    With the stage's ``lora`` settings the language model trains through adapters: its own, or new ones.
     """
-    from tove_llava.train.merging import MergingTower
-
     if stage.merge is None:
         raise ConfigError("freezing policy 'merge' needs the stage's 'merge' settings: {loss, coefficient, ...}")
     tower = MergingTower(model.tower, stage.merge)
@@ -109,11 +109,6 @@ def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Train
 
 
 def _language(model: ToveLlavaForConditionalGeneration) -> Trainable:
-    """The language model's own weights.
-
-    Raises:
-        ConfigError: they are quantised.
-    """
     if loaded_bits(model) != 16:
         raise ConfigError(
             f"this stage trains the language model's own weights, which cannot be in {loaded_bits(model)} bits; give "
@@ -123,7 +118,7 @@ def _language(model: ToveLlavaForConditionalGeneration) -> Trainable:
 
 
 def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """The language model's adapters: those that it has, or new ones."""
+    """Select the language model's adapters; make them if it has none."""
     assert stage.lora is not None
     config = (getattr(model, "peft_config", None) or {}).get("default")
     if config is None:
@@ -134,7 +129,7 @@ def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> T
 
 
 def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Any:
-    """The peft configuration of a stage. The pattern names the language model's path, so no tower layer can match."""
+    """Return a stage's peft configuration, whose pattern matches layers of the language model only."""
     from peft import LoraConfig
 
     assert stage.lora is not None
@@ -153,7 +148,7 @@ def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) ->
 
 
 def add_lora(model: ToveLlavaForConditionalGeneration, config: Any) -> None:
-    """Puts adapters into the model in place; its class and its module paths stay what they are."""
+    """Put adapters into the model, whose class and module paths stay as they are."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model)
@@ -179,11 +174,10 @@ def parameter_groups(
     encoder_learning_rate: float | None = None,
     muon: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """Optimiser groups by learning rate and decay, as LLaVA-1.5 makes them.
+    """Group parameters by learning rate and decay, as LLaVA-1.5 does.
 
-    Matrices decay; biases and the one-dimensional weights of normalisation layers do not. A part without a rate of its
-    own shares the groups of the stage's rate. Parameters in ``muon`` are in groups with ``muon: True``
-    (:mod:`tove_llava.train.optimizer`).
+    Matrices decay; biases and the weights of normalisation layers do not. Groups of parameters in ``muon`` have
+    ``muon: True`` (:func:`make_optimizer`).
     """
     orthogonal = {id(p) for p in muon}
     own_rates = {PROJECTOR: projector_learning_rate, TOWER: tower_learning_rate, ENCODER: encoder_learning_rate}
@@ -192,15 +186,50 @@ def parameter_groups(
         own = own_rates.get(part)
         for name, parameter in named.items():
             decays = parameter.ndim > 1 and name.rpartition(".")[2] != "bias"
-            key = (part if own is not None else "", decays, id(parameter) in orthogonal)
-            group = groups.setdefault(
-                key,
-                {
-                    "params": [],
-                    "weight_decay": weight_decay if decays else 0.0,
-                    "lr": learning_rate if own is None else own,
-                    **({"muon": True} if id(parameter) in orthogonal else {}),
-                },
-            )
-            group["params"].append(parameter)
+            by_muon = id(parameter) in orthogonal
+            key = (part if own is not None else "", decays, by_muon)
+            if key not in groups:
+                rate = learning_rate if own is None else own
+                groups[key] = {"params": [], "weight_decay": weight_decay if decays else 0.0, "lr": rate}
+                groups[key] |= {"muon": True} if by_muon else {}
+            groups[key]["params"].append(parameter)
     return list(groups.values())
+
+
+@MERGE_OPTIMIZERS.register("adamw")
+def adamw(tower: MergingTower) -> list[nn.Parameter]:
+    """Leave no parameter to Muon."""
+    return []
+
+
+@MERGE_OPTIMIZERS.register("muon")
+def muon(tower: MergingTower) -> list[nn.Parameter]:
+    """Give Muon the student's matrices; embeddings, norms and biases stay with AdamW."""
+    return tower.matrices()
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], cls: type[torch.optim.Optimizer], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a stage.
+
+    Muon (Jordan et al. 2024) makes the momentum of a matrix orthogonal before the step. Its steps are scaled to AdamW's
+    size (Liu et al. 2025, arXiv 2502.16982), so both take the same learning rates.
+
+    Args:
+        groups: from :func:`parameter_groups`.
+        cls: optimizer of a stage that has no group for Muon. In one that has, the other groups get AdamW.
+        options: of ``cls``.
+    """
+    if not any(group.get("muon") for group in groups):
+        return cls(groups, **options)
+    from timm.optim import Muon
+
+    return Muon(
+        [{**group, "use_fallback": not group.get("muon", False)} for group in groups],
+        lr=options["lr"],
+        betas=options.get("betas", (0.9, 0.999)),
+        eps=options.get("eps", 1e-8),
+        weight_decay=0.0,  # every group has its own
+        adjust_lr_fn="match_rms_adamw",
+    )

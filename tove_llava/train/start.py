@@ -1,4 +1,4 @@
-"""What a stage starts from: the preset's parts, or a checkpoint that is a whole model already."""
+"""Make the model that a stage starts from: of the preset's parts, or of a checkpoint."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Start(Protocol):
         stage: the stage's settings, adapted to what it starts from.
         vision: the tower's configuration.
         processor: with the stage's template.
-        language: the language model's entry in the checkpoint that the stage will write.
-        language_fingerprint: of its weights before any training and quantisation; known once the model is made.
-        quantization: what was done to its frozen weights, here or in an earlier stage.
+        language: the language model's entry in the stage's checkpoint.
+        language_fingerprint: of its weights before training and quantisation; set by :meth:`model`.
+        quantization: of its frozen weights, from this stage or an earlier one.
     """
 
     stage: StagePreset
@@ -51,7 +51,7 @@ class Start(Protocol):
     quantization: QuantizationPreset | None
 
     def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
-        """The model with its frozen backbones, on the CPU; but what is quantised is on ``device``, if given."""
+        """Make the model with its frozen backbones, on the CPU; quantised weights are on ``device``, if given."""
 
 
 MakeStart = Any  # callable: (preset, stage, folder of --pretrained or None) -> Start
@@ -61,7 +61,7 @@ STARTS: Registry[MakeStart] = Registry("kind of start (stages.NAME.starts_from)"
 @STARTS.register("parts")
 @dataclass
 class FromParts:
-    """The preset's CLIP, experts and language model; projector and gate new, or of an earlier stage's folder."""
+    """The preset's CLIP, experts and language model, with new projector and gate or those of ``folder``."""
 
     preset: Preset
     stage: StagePreset
@@ -91,10 +91,10 @@ class FromParts:
 @STARTS.register("checkpoint")
 @dataclass
 class FromCheckpoint:
-    """Whatever model a folder holds, adapters included; of the preset only the stage's settings are used.
+    """The model of a folder, with its adapters; of the preset only the stage's settings are used.
 
     Raises:
-        ConfigError: no folder is given, or its language model was quantised in another way than the stage wants.
+        ConfigError: no folder is given, or its language model is quantised in another way than the stage's.
         CheckpointError: it is not a checkpoint.
     """
 
@@ -115,7 +115,7 @@ class FromCheckpoint:
         self.quantization = self._agreed(manifest.trained_quantization)
         tokenizer = load_processor(self.folder).tokenizer
         if manifest.template != self.stage.template:
-            tokenizer.chat_template = self._own_chat_template()  # the folder has the other template's form
+            tokenizer.chat_template = self._own_chat_template()  # the folder's is that of the other template
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
         self.processor = build_processor(
             tokenizer,
@@ -124,24 +124,24 @@ class FromCheckpoint:
             template=self.stage.template,
             image_aspect_ratio=self.stage.image_aspect_ratio,
         )
-        if manifest.kind == "full":  # its language model has no source of its own that adapters could refer to
+        if manifest.kind == "full":  # its language model has no source that adapters could refer to
             self.stage = dataclasses.replace(self.stage, lora=None)
 
     def _own_chat_template(self) -> str | None:
-        """What the language model's own tokenizer ships; None where its source has no tokenizer."""
+        """Return the chat template of the language model's own tokenizer, if its source has one."""
         try:
             return read_tokenizer(LanguagePreset(**self.language)).chat_template
         except CheckpointError:
             return None
 
     def _agreed(self, there: QuantizationPreset | None) -> QuantizationPreset | None:
-        """The quantisation that the folder's parts were trained under, or else the stage's."""
+        """Return the quantisation of the folder's parts, else the stage's."""
         wanted = self.stage.quantization
         if there is not None and wanted is not None and not there.same_weights(wanted):
             raise ConfigError(
-                f"{self.folder} was trained over a language model in {there}; in {wanted} its weights would be others. "
-                "Give --bits, --quant_type and --double_quant as there, or --bits 16: it keeps these weights and holds "
-                "them in full precision"
+                f"{self.folder} was trained over a language model in {there}; in {wanted} its weights would differ. "
+                "Give --bits, --quant_type and --double_quant as there, or --bits 16, which holds the same weights in "
+                "full precision"
             )
         return there or wanted
 
@@ -152,7 +152,7 @@ class FromCheckpoint:
         return self._continued(model)
 
     def _continued(self, model: ToveLlavaForConditionalGeneration) -> ToveLlavaForConditionalGeneration:
-        """The loaded model with the stage's template, and with sources that hold outside its folder too."""
+        """Give the loaded model the stage's template, and sources that are valid outside its folder."""
         assert self.folder is not None
         model.tower.config.anchor(self.folder)
         model.config.conversation_template = self.processor.conversation_template
@@ -162,10 +162,7 @@ class FromCheckpoint:
 @STARTS.register("model")
 @dataclass
 class FromModel(FromCheckpoint):
-    """A whole model in the place of the preset's parts; of the preset only the stage's settings are used.
-
-    Its language model is named by the folder itself, so that it can carry adapters.
-    """
+    """A whole model that replaces the preset's parts; adapters refer to its folder as their language model."""
 
     def __post_init__(self) -> None:
         stage = self.stage
@@ -185,10 +182,11 @@ class FromModel(FromCheckpoint):
 
 
 def make_start(preset: Preset, stage: StagePreset, folder: Path | None) -> Start:
-    """What a stage starts from, by its ``starts_from``; a whole model that ``folder`` holds replaces the parts.
+    """Make a stage's start, by its ``starts_from``; a whole model in ``folder`` replaces the preset's parts.
 
     Raises:
-        ConfigError: the stage needs a folder. CheckpointError: the folder is not a checkpoint.
+        ConfigError: the stage needs a folder.
+        CheckpointError: the folder is not a checkpoint.
     """
     kind = stage.starts_from
     if kind == "parts" and folder is not None and Manifest.read(folder).kind == "full":

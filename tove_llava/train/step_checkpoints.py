@@ -1,5 +1,6 @@
-"""Checkpoints inside a run: written whole or not at all, and found again."""
+"""Write the checkpoints inside a run atomically, and find them again."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ _PREFIX = "checkpoint-"
 
 
 def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
-    """The trainable parameters on the CPU, by name; under ZeRO-3 every rank calls this, only the writer gets them."""
+    """Return the trainable parameters on the CPU, by name, on the writer. Every rank calls this."""
     tensors: dict[str, torch.Tensor] = {}
     for part in trainable.parts.values():
         for name, parameter in part.items():
@@ -30,8 +31,6 @@ def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
 
 
 def _whole(parameter: torch.nn.Parameter) -> Any:
-    import contextlib
-
     if not hasattr(parameter, "ds_id"):  # set by DeepSpeed on the parameters that ZeRO-3 partitions
         return contextlib.nullcontext()
     import deepspeed
@@ -40,17 +39,17 @@ def _whole(parameter: torch.nn.Parameter) -> Any:
 
 
 def save_weights(file: Path, trainable: Trainable, is_writer: bool) -> None:
-    """Writes the trainable parameters; every rank calls this."""
+    """Write the trainable parameters. Every rank calls this."""
     tensors = gather(trainable, is_writer)
     if is_writer:
         save_file(tensors, file)
 
 
 def load_weights(file: Path, trainable: Trainable) -> None:
-    """Puts saved parameters back; the set of names must be the same.
+    """Load saved parameters.
 
     Raises:
-        CheckpointError: the file is missing, or belongs to another stage or tower.
+        CheckpointError: the file is missing, or its names or shapes are those of another stage or tower.
     """
     if not file.is_file():
         raise CheckpointError(
@@ -70,10 +69,9 @@ def load_weights(file: Path, trainable: Trainable) -> None:
 
 
 def publish(staging: Path, final: Path, keep: int | None) -> None:
-    """Makes a staged checkpoint the newest complete one, then removes those that it supersedes.
+    """Make a staged checkpoint the newest complete one, then remove those that it supersedes.
 
-    Its files reach the disk before its name does; an interruption at any point leaves an older complete checkpoint or
-    this one.
+    Its files reach the disk before its name does. An interruption at any point leaves a complete checkpoint.
     """
     for path in sorted(staging.rglob("*")):
         sync(path)
@@ -90,7 +88,7 @@ def publish(staging: Path, final: Path, keep: int | None) -> None:
 
 
 def complete(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     numbered = []
     for path in run.glob(f"{_PREFIX}*"):
         number = path.name.removeprefix(_PREFIX)
@@ -100,5 +98,5 @@ def complete(run: Path) -> list[Path]:
 
 
 def incomplete(run: Path) -> list[Path]:
-    """What interrupted saves left behind."""
+    """Return the folders that interrupted saves left."""
     return sorted(run.glob(f"{STAGING}*"))

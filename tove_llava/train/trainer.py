@@ -1,13 +1,13 @@
-"""The trainer: transformers' own, with loss terms over the global batch and checkpoints that are whole or absent.
+"""Train with transformers' ``Trainer``, with losses over the global batch and atomic checkpoints.
 
-Objective, once per optimiser step over the accumulation windows of all ranks together::
+Objective of one optimizer step, over the accumulation windows of all ranks::
 
     L = sum of token cross-entropies / number of supervised tokens
         + c_aux * L_aux(gate statistics of all images)  +  c_merge * sum of L_merge / number of images
 
-Gradients are averaged over ranks by DDP and DeepSpeed, therefore each rank's share of the first and third terms is
-multiplied by the number of ranks, and the second, whose statistics are summed over ranks, is added as it is on every
-rank (:func:`tove_llava.tower.all_reduce_statistics`). Nothing is divided by the number of accumulation steps.
+DDP and DeepSpeed average gradients over ranks. Each rank's share of the first and third terms is therefore multiplied
+by the number of ranks. The second term is added unchanged on every rank: its statistics are summed over ranks already
+(:func:`tove_llava.tower.all_reduce_statistics`). Nothing is divided by the number of accumulation steps.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -32,14 +33,12 @@ from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.merging import FurtherImages
-from tove_llava.train.meter import Meter
-from tove_llava.train.optimizer import make_optimizer
-from tove_llava.train.progress import TrainingLines, TrainingProgress
-from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable
+from tove_llava.train.meter import Meter, TrainingLines, TrainingProgress
+from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
 from tove_llava.train.window import Window, draw_noise, open_window
 
-FURTHER = "further_images"  # batch key: how many of its images are for the merge loss alone
-RECORD = "record_index"  # batch key: which records of the data set a micro-batch holds; for error messages
+FURTHER = "further_images"  # batch key: number of images that only the merge loss sees
+RECORD = "record_index"  # batch key: indices of a micro-batch's records, for error messages
 
 
 class ToveTrainer(Trainer):
@@ -47,12 +46,10 @@ class ToveTrainer(Trainer):
     Args:
         model: a ToVE-LLaVA whose stage has been applied.
         args: transformers' training arguments.
-        trainable: what :func:`tove_llava.train.stages.freeze` returned.
-        dataset: the training records.
-        collator: makes batches of them.
-        parameter_groups: of the optimiser.
-        group_by_modality_length: LLaVA's grouped sampling; otherwise a plain random order.
-        further_images: images for the merge loss that each record brings.
+        trainable: from :func:`tove_llava.train.stages.freeze`.
+        parameter_groups: of the optimizer.
+        group_by_modality_length: LLaVA's grouped sampling, instead of a plain random order.
+        further_images: images for the merge loss that come with each record.
     """
 
     model: ToveLlavaForConditionalGeneration
@@ -74,6 +71,8 @@ class ToveTrainer(Trainer):
         self._groups = parameter_groups
         self._records = dataset
         self._keep_checkpoints = args.save_total_limit
+        if args.data_seed is None:
+            args.data_seed = args.seed  # accelerate seeds a SeedableRandomSampler with it
         self._sampler = self._make_sampler(dataset, args, group_by_modality_length)
         self._window: Window | None = None
         super().__init__(
@@ -83,7 +82,7 @@ class ToveTrainer(Trainer):
             data_collator=_NumberedCollator(collator),
             callbacks=[_SetEpoch(self._sampler), *(callbacks or [])],
         )
-        # Both mean: compute_loss returns what is to be differentiated, do not divide by the accumulation steps.
+        # Both: differentiate the result of compute_loss as it is, not divided by the accumulation steps.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         vision = model.config.vision_config
@@ -100,13 +99,12 @@ class ToveTrainer(Trainer):
 
     @staticmethod
     def _make_sampler(dataset: LlavaDataset, args: TrainingArguments, grouped: bool) -> "Sampler[int]":
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        if grouped:
-            side_by_side = args.world_size * args.gradient_accumulation_steps
-            return LengthGroupedSampler(
-                dataset.modality_lengths, args.per_device_train_batch_size, side_by_side, by_modality=True, seed=seed
-            )
-        return EpochShuffle(len(dataset), seed)
+        if not grouped:
+            return SeedableRandomSampler(dataset, data_seed=args.data_seed)
+        side_by_side = args.world_size * args.gradient_accumulation_steps
+        return LengthGroupedSampler(
+            dataset.modality_lengths, args.per_device_train_batch_size, side_by_side, seed=args.data_seed
+        )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "Sampler[int]":
         return self._sampler
@@ -132,11 +130,11 @@ class ToveTrainer(Trainer):
         return batches, max(window.tokens, 1)
 
     def _always_runs_tower(self) -> bool:
-        """Whether a step without any image has to touch the tower's parameters nevertheless.
+        """Return True if the tower's parameters need a gradient in every micro-batch, with images or without.
 
-        So it is where nothing else is trained. And ZeRO-3 and optimiser offload start a gradient anew in a window's
-        first micro-batch alone and hand it on in the last alone: a parameter that is not touched there is updated by
-        the gradient of an earlier step.
+        True when nothing but projector and tower trains. Also under ZeRO-3 and optimizer offload: both reset a gradient
+        in the first micro-batch of a window and reduce it in the last, so a parameter that is skipped there would be
+        updated by the gradient of an earlier step.
         """
         if set(self._trainable.parts) <= {PROJECTOR, TOWER, ENCODER}:
             return True
@@ -163,7 +161,7 @@ class ToveTrainer(Trainer):
             if vision.features is not None:
                 vision.features = vision.features.to(self.args.device, self.model.tower.dtype, non_blocking=True)
             if "pixel_values" in inputs or vision.features is not None:
-                vision.gate_noise = window.present_noise()
+                vision.gate_noise = window.local_noise()
             else:
                 pixels, vision = self._dummy_image(inputs["input_ids"].device)
                 inputs |= pixels
@@ -198,11 +196,11 @@ class ToveTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _window_balance_loss(self, window: Window) -> torch.Tensor | None:
-        """Balance loss of the whole window on all ranks; every rank enters the collective, also one without images."""
+        """Return the balance loss of the window on all ranks; every rank calls this, with images or without."""
         if not self._columns or not window.num_images:
             return None
         fusion = self.model.tower.fusion
-        # One pass of the gate on every rank, however many batches have images: ZeRO-3 gathers weights for each pass.
+        # One pass of the gate on every rank, with images or without: ZeRO-3 gathers weights for each pass.
         statistics = fusion.balance_statistics(window.gate_inputs)
         assert statistics is not None  # a fusion without a gate has no columns
         return balance_loss(all_reduce_statistics(statistics))
@@ -223,7 +221,7 @@ class ToveTrainer(Trainer):
             "train in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )
 
-    # -- optimiser and logs -------------------------------------------------------------------------------------------
+    # -- optimizer and logs -------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:  # type: ignore[has-type]
@@ -239,7 +237,7 @@ class ToveTrainer(Trainer):
     # -- checkpoints of a run -----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Writes a checkpoint under another name and renames it, so that ``checkpoint-N`` is always whole."""
+        """Write a checkpoint under another name, then rename it: ``checkpoint-N`` is always whole."""
         run = Path(self.args.output_dir)
         staging = run / f"{checkpoints.STAGING}{self.state.global_step}"
         if self.args.should_save:
@@ -271,7 +269,7 @@ class ToveTrainer(Trainer):
         checkpoints.load_weights(Path(resume_from_checkpoint) / checkpoints.WEIGHTS, self._trainable)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
-        # Without the checkpoint: transformers would have DeepSpeed demand the frozen weights of it.
+        # Without the checkpoint: through transformers, DeepSpeed would look for the frozen weights in it.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._meter.start_clock()
         if resume_from_checkpoint is not None:
@@ -287,25 +285,11 @@ class ToveTrainer(Trainer):
             dist.barrier()
 
 
-class EpochShuffle(Sampler[int]):
-    """A random order that is a function of seed and epoch alone, so that a resumed run continues it."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def __len__(self) -> int:
-        return self.length
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(torch.randperm(self.length, generator=generator).tolist())
-
-
 class _SetEpoch(TrainerCallback):
-    """Tells the sampler its epoch, whatever wrappers lie between it and the trainer."""
+    """A callback that tells :class:`LengthGroupedSampler` its epoch.
+
+    accelerate does so for its own samplers. Others it does not reach when a run on several ranks is resumed.
+    """
 
     def __init__(self, sampler: Any) -> None:
         self.sampler = sampler
@@ -315,7 +299,7 @@ class _SetEpoch(TrainerCallback):
 
 
 class _Numbered(Dataset[Any]):
-    """Examples with their record's index."""
+    """Examples with the index of their record and their further images."""
 
     def __init__(self, dataset: LlavaDataset, further: FurtherImages | None) -> None:
         self.dataset = dataset
@@ -334,18 +318,21 @@ class _NumberedCollator:
 
     def __call__(self, numbered: list[Any]) -> dict[str, Any] | Parcel:
         batch = self._collate(numbered)
-        return batch if get_worker_info() is None else Parcel(batch)  # which arrives as the batch
+        return batch if get_worker_info() is None else Parcel(batch)  # it arrives as the batch
 
     def _collate(self, numbered: list[Any]) -> dict[str, Any]:
         indices, examples, further = zip(*numbered, strict=True)
         batch = {**self.collator(examples), RECORD: torch.tensor(indices)}
         more = [entry for entry in further if entry is not None]
-        if more:  # behind the images that have placeholders
+        if more:  # after the images that have placeholders
             pixels = [pixels for pixels, _ in more]
-            batch["pixel_values"] = torch.cat([x for x in (batch.get("pixel_values"),) if x is not None] + pixels)
             features = [features for _, features in more if features is not None]
-            if features:
-                own = [x for x in (batch.get("vision_features"),) if x is not None]
-                batch["vision_features"] = TowerFeatures.cat(own + features)
             batch[FURTHER] = sum(map(len, pixels))
+            if batch.get("pixel_values") is not None:
+                pixels.insert(0, batch["pixel_values"])
+            batch["pixel_values"] = torch.cat(pixels)
+            if features:
+                if batch.get("vision_features") is not None:
+                    features.insert(0, batch["vision_features"])
+                batch["vision_features"] = TowerFeatures.cat(features)
         return batch

@@ -1,7 +1,7 @@
-"""The accumulation window: all micro-batches of all ranks that make up one optimiser step.
+"""Gather the micro-batches of all ranks that make up one optimizer step.
 
-Loss terms are defined over this global batch, so what every rank has to know of it (how many supervised tokens,
-and which micro-batch of which rank has how many images) is exchanged once, before the first micro-batch runs.
+Loss terms are defined over this global batch. Its numbers of supervised tokens and images are therefore exchanged once,
+before the first micro-batch runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ class Window:
         tokens: supervised tokens of the global batch.
         images: ``[A][W]`` images of each of the A micro-batches on each of the W ranks.
         samples: records of the global batch.
-        rank: this process.
+        rank: of this process.
         noise: ``[G,N,S]`` gate noise for the G images of the global batch, or None.
-        always_tower: run the tower's trainable part even where no rank has an image.
+        always_tower: run the tower's trainable part even if no rank has an image.
     """
 
     tokens: int
@@ -43,22 +43,22 @@ class Window:
 
     @property
     def is_last(self) -> bool:
-        """Whether the present micro-batch is the window's last."""
+        """True in the last micro-batch."""
         return self.step == len(self.images) - 1
 
     @property
     def runs_tower(self) -> bool:
-        """Whether every rank runs the tower in the present micro-batch; all ranks agree.
+        """True if every rank runs the tower in this micro-batch; all ranks agree.
 
-        The last micro-batch carries the balance loss of the whole window, and with it the gate's gradients.
+        The last micro-batch carries the balance loss of the whole window, and so gradients of the gate.
         """
         return self.always_tower or sum(self.images[self.step]) > 0 or (self.is_last and self.num_images > 0)
 
-    def present_noise(self) -> torch.Tensor | None:
-        """``[images of this rank's present micro-batch, N, S]``.
+    def local_noise(self) -> torch.Tensor | None:
+        """Return the noise of this rank's micro-batch, ``[images,N,S]``.
 
-        An image's place in the global batch is (micro-batch, rank, place), the order in which the sampler deals records
-        out; so a batch of 8, two ranks with 4, and 4 twice in accumulation draw the same noise for the same image.
+        Images are ordered by micro-batch, then rank, as the sampler deals records out. So an image gets the same noise
+        in a batch of 8, on two ranks with 4 each, and in two micro-batches of 4.
         """
         if self.noise is None:
             return None
@@ -67,9 +67,9 @@ class Window:
 
 
 def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False) -> Window:
-    """Counts this rank's micro-batches and exchanges the counts; every rank calls it with as many micro-batches.
+    """Count tokens and images of this rank's micro-batches and exchange the counts; every rank calls this.
 
-    The first label of a row is not counted: no position predicts it.
+    The first label of a row is not counted: no token predicts it.
     """
     counts = torch.zeros(len(batches), 3, dtype=torch.long)
     for row, batch in enumerate(batches):
@@ -96,9 +96,6 @@ def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, a
 
 
 def draw_noise(shape: tuple[int, int, int], seed: int, step: int) -> torch.Tensor:
-    """Standard normal gate noise of one global batch, a function of seed and step alone.
-
-    Drawn on the CPU, so that it does not depend on the device.
-    """
+    """Draw the gate noise of a global batch, from seed and step; on the CPU, for the same noise on any device."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""The student: which parameters of a copy of CLIP learn, and how the result becomes plain CLIP again."""
+"""Prepare the student, a copy of CLIP, and turn the result into plain CLIP again."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from tove_llava.presets import MergePreset
 
 
 def prepare_encoder(clip: CLIPVisionModel, settings: MergePreset) -> tuple[CLIPVisionModel, list[nn.Parameter]]:
-    """A copy of CLIP and those of its parameters that learn.
+    """Return a copy of CLIP and those of its parameters that learn.
 
-    With ``settings.lora`` these are adapters on the linear layers of the chosen blocks; without, the whole blocks,
-    and, when no blocks are chosen, the embeddings too.
+    With ``settings.lora`` adapters on the linear layers of the chosen blocks learn; without, the blocks themselves. If
+    no blocks are chosen, all of CLIP learns.
 
     Raises:
-        ConfigError: a block that this CLIP does not have.
+        ConfigError: this CLIP has no such block.
     """
     student = copy.deepcopy(clip).requires_grad_(False)
     blocks = _blocks(student, settings.layers)
@@ -37,10 +37,10 @@ def prepare_encoder(clip: CLIPVisionModel, settings: MergePreset) -> tuple[CLIPV
 def merged_encoder(
     clip: CLIPVisionModel, settings: MergePreset, tensors: Mapping[str, torch.Tensor]
 ) -> CLIPVisionModel:
-    """Plain CLIP with what the student learned; on the CPU, in the dtype of ``tensors``.
+    """Return plain CLIP with the student's parameters, on the CPU and in the dtype of ``tensors``.
 
     Args:
-        clip: that the student was a copy of.
+        clip: the original of the student.
         tensors: the learned parameters by their names in the student.
     """
     student, parameters = prepare_encoder(clip, settings)

@@ -1,4 +1,4 @@
-"""Further images for the merge loss, which needs no text: an encoder learns from many pictures, and text costs."""
+"""Add images without text for the merge loss: an encoder learns from many images, and text costs time."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tove_llava.tower import TowerFeatures
 
 
 @dataclass
-class Pictures:
-    """The pictures of a file of records, whatever is said about them.
+class ImagePool:
+    """The images that a file of records names.
 
     Args:
         data_path: LLaVA records.
         folder: that their image paths start from.
         transform: makes the tower's input.
-        features: reads their features, where they were computed earlier.
+        features: reads their features, if they were computed earlier.
         allow_links: see :func:`tove_llava.data.images.resolve_image`.
 
     Raises:
@@ -42,7 +42,7 @@ class Pictures:
             raise DataError(f"{self.data_path} names no image to merge on; set merge_images_per_record to 0")
 
     def read(self, names: Sequence[str]) -> tuple[torch.Tensor, TowerFeatures | None]:
-        """``[k,3,S,S]`` pixels of named pictures, and their features if there are some.
+        """Return pixels ``[k,3,S,S]`` of named images, and their features if there are any.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -57,24 +57,24 @@ class Pictures:
 
 
 class FurtherImages:
-    """Deals pictures out to a data set's records, ``per_record`` to each, evenly.
+    """Images dealt out evenly to a data set's records, ``per_record`` to each.
 
-    Which pictures a record brings follows from the seed and the record's index alone, so those of a global batch do not
-    depend on how it was split into micro-batches and ranks.
+    A record's images follow from the seed and its index. Those of a global batch therefore do not depend on how it is
+    split into micro-batches and ranks.
 
     Raises:
         ConfigError: ``per_record`` is not positive.
     """
 
-    def __init__(self, pictures: Pictures, per_record: int, seed: int) -> None:
+    def __init__(self, pool: ImagePool, per_record: int, seed: int) -> None:
         if per_record < 1:
             raise ConfigError(f"merge_images_per_record={per_record} must not be negative")
-        self.pictures = pictures
+        self.pool = pool
         self.per_record = per_record
-        order = torch.randperm(len(pictures.names), generator=torch.Generator().manual_seed(seed)).tolist()
-        self._names = [pictures.names[place] for place in order]
+        order = torch.randperm(len(pool.names), generator=torch.Generator().manual_seed(seed)).tolist()
+        self._names = [pool.names[index] for index in order]
 
     def of(self, index: int) -> tuple[torch.Tensor, TowerFeatures | None]:
-        """Pixels ``[k,3,S,S]``, and features if there are some, of the pictures that record ``index`` brings."""
+        """Return pixels ``[k,3,S,S]`` of the images of record ``index``, and their features if there are any."""
         first = index * self.per_record
-        return self.pictures.read([self._names[(first + k) % len(self._names)] for k in range(self.per_record)])
+        return self.pool.read([self._names[(first + k) % len(self._names)] for k in range(self.per_record)])

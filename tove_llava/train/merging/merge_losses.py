@@ -1,10 +1,9 @@
-"""How far the student's tokens are from the tower's: ``L_merge``, one number per image.
+"""Measure the distance of the student's tokens from the tower's: ``L_merge``, one number per image.
 
-The paper gives no formula; these are our choices. ``S`` is what the student gives, ``T'`` the tower's tokens (no
-gradient), ``T`` CLIP's. Distances are measured in units of what was transferred to the image, the mean square of
-``T' - T``: a student that is still CLIP has a loss of 1 (with ``mse``), whatever CLIP's scale, and 0.1 means that nine
-tenths of the transferred knowledge are learned. Each image's loss depends on that image alone, so the mean over a
-global batch does not depend on how it was split.
+The paper gives no formula; these are our choices. ``T'`` are the tower's tokens, which get no gradient, and ``T`` are
+CLIP's. The unit of distance is the root mean square of ``T' - T``, so that CLIP's scale does not matter: with ``mse`` a
+student that is still CLIP has a loss of 1, and 0.1 means that nine tenths of the transferred knowledge are learned. An
+image's loss depends on no other image, so the mean over a global batch does not depend on how it is split.
 """
 
 from collections.abc import Callable
@@ -19,37 +18,37 @@ MERGE_LOSSES: Registry[TokenLoss] = Registry("merge loss")
 TokenWeights = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 TOKEN_WEIGHTS: Registry[TokenWeights] = Registry("kind of token weights")
 
-# Where a tower has transferred (next to) nothing, this share of CLIP's own mean square is the unit instead.
+# Lower limit of the squared unit, as a share of CLIP's mean square, for towers that transfer almost nothing.
 _FLOOR = 1e-4
 
 
 @MERGE_LOSSES.register("mse")
 def mse(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Mean squared error: tokens ``[B,N,d]``, unit ``[B,1,1]`` -> ``[B,N]``."""
+    """Return the mean squared error: tokens ``[B,N,d]``, unit ``[B,1,1]`` -> ``[B,N]``."""
     return ((student - target) / unit).square().mean(-1)
 
 
 @MERGE_LOSSES.register("smooth_l1")
 def smooth_l1(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Quadratic below one unit and linear above: a few channels of huge values, as large CLIPs have, weigh less."""
+    """Square distances below one unit only, so that the few huge channels of large CLIPs weigh less."""
     return F.smooth_l1_loss(student / unit, target / unit, reduction="none").mean(-1)
 
 
 @MERGE_LOSSES.register("cosine")
 def cosine(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """One minus the cosine of a token and its target; says nothing of a token's length."""
+    """Return one minus the cosine of a token and its target; the token's length does not count."""
     return 1 - F.cosine_similarity(student, target, dim=-1)
 
 
 @TOKEN_WEIGHTS.register("uniform")
 def uniform(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Every token alike: ``[B,N,d]`` twice -> ``[B,N]``."""
+    """Weigh every token equally: ``[B,N,d]`` twice -> ``[B,N]``."""
     return torch.ones_like(base[..., 0])
 
 
 @TOKEN_WEIGHTS.register("transfer")
 def transfer(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """As much as was transferred to a token: ``|T' - T|``."""
+    """Weigh a token by how much was transferred to it: ``|T' - T|``."""
     return (target - base).norm(dim=-1)
 
 
@@ -61,14 +60,14 @@ def merge_loss(
     loss: str = "mse",
     token_weights: str = "uniform",
 ) -> torch.Tensor:
-    """``L_merge`` of each image.
+    """Return ``L_merge`` of each image.
 
     Args:
         student: ``[B,N,d]`` tokens that learn.
         base: ``[B,N,d]`` CLIP's tokens.
-        target: ``[B,N,d]`` the tower's tokens; no gradient flows into them.
+        target: ``[B,N,d]`` the tower's tokens.
         loss: a registered merge loss.
-        token_weights: a registered kind of weights; they are brought to a mean of 1 in each image.
+        token_weights: a registered kind of weights; their mean is made 1 in each image.
 
     Returns:
         ``[B]`` float32.

@@ -1,4 +1,4 @@
-"""The tower while it is merged: a student that the language model reads, and the tower that it learns from."""
+"""Replace the tower while it is merged: a student for the language model, and its teacher."""
 
 from __future__ import annotations
 
@@ -18,23 +18,21 @@ from tove_llava.tower import FUSIONS, ToveVisionConfig, ToveVisionModel, ToveVis
 from tove_llava.train.merging.encoder import merged_encoder, prepare_encoder
 from tove_llava.train.merging.merge_losses import MERGE_LOSSES, TOKEN_WEIGHTS, merge_loss
 
-CLIP_FOLDER = "clip"  # of the merged encoder, inside the checkpoint
+CLIP_FOLDER = "clip"  # of the merged encoder, in the checkpoint
 
 
 class MergingTower(PreTrainedModel):
-    """Takes a tower's place in the model while a copy of its CLIP learns to predict its tokens.
+    """A tower whose CLIP learns to predict the tokens of another tower, its teacher.
 
-    The language model reads the student, so the student gets the gradients of both losses. The teacher, experts and
-    fusion alike, is frozen and no submodule, as backbones are not (:mod:`tove_llava.tower.frozen`). ``config`` is that
-    of the result, a tower without experts.
+    The language model reads the student, which gets the gradients of both losses. The teacher is frozen and no
+    submodule, like backbones (:mod:`tove_llava.tower.frozen`). ``config`` is that of the result, without experts.
 
     Args:
         teacher: a tower with its backbones loaded.
-        settings: see :class:`~tove_llava.presets.MergePreset`. With a coefficient of 0 the teacher is not run: CLIP is
-            tuned by the language model's loss alone.
+        settings: with a coefficient of 0 the teacher is not run, and only the language model's loss tunes CLIP.
 
     Raises:
-        ConfigError: the teacher has no experts, or its tokens have not CLIP's shape.
+        ConfigError: the teacher has no experts, or its tokens do not have CLIP's shape.
     """
 
     config: ToveVisionConfig
@@ -58,7 +56,7 @@ class MergingTower(PreTrainedModel):
         if settings.coefficient and not teacher.active_experts:
             raise ConfigError(
                 "this model has no experts to merge: its tower is CLIP already. To tune CLIP by the language model's "
-                "loss alone, set the merge coefficient to 0"
+                "loss, set the merge coefficient to 0"
             )
         if (teacher.config.hidden_size, teacher.config.num_image_tokens) != (config.hidden_size, config.num_patches):
             raise ConfigError(
@@ -73,7 +71,6 @@ class MergingTower(PreTrainedModel):
 
     @property
     def teacher(self) -> ToveVisionModel:
-        """The tower that is merged."""
         return self._teacher[0]
 
     @property
@@ -82,15 +79,15 @@ class MergingTower(PreTrainedModel):
 
     @property
     def active_experts(self) -> list[str]:
-        """Of the result: none."""
+        """Experts of the result: none."""
         return []
 
     def learning(self) -> list[nn.Parameter]:
-        """The student's parameters that train."""
+        """Return the student's parameters that train."""
         return self._learning
 
     def matrices(self) -> list[nn.Parameter]:
-        """Those of them that are weights of linear layers."""
+        """Return those that are weights of linear layers."""
         learning = {id(p) for p in self._learning}
         linear = (module.weight for module in self.student.modules() if isinstance(module, nn.Linear))
         return [weight for weight in linear if id(weight) in learning]
@@ -110,13 +107,11 @@ class MergingTower(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ToveVisionOutput:
-        """
+        """Return the student's tokens ``[B,N,d]``, and in training ``merge_loss`` ``[B]``.
+
         Args:
             pixel_values: ``[B,3,S,S]``, S the teacher's input size.
-            features: what ``teacher.encode`` returned for them, where it was computed earlier.
-
-        Returns:
-            the student's tokens ``[B,N,d]``, and in training ``merge_loss`` ``[B]``.
+            features: results of ``teacher.encode``, if they were computed earlier.
         """
         size, clip_size = pixel_values.shape[-1], self.config.image_size
         pixels = pixel_values
@@ -134,14 +129,14 @@ class MergingTower(PreTrainedModel):
         return ToveVisionOutput(last_hidden_state=tokens, hidden_states=(tokens,), merge_loss=loss)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """One image of zeros, as arguments of the model's ``forward``; see :meth:`ToveVisionModel.blank_inputs`."""
+        """Return an image of zeros as arguments of the model's ``forward``, as :class:`ToveVisionModel` does."""
         size = self.teacher.config.image_size
         return {"pixel_values": torch.zeros(1, 3, size, size, device=device, dtype=dtype)}
 
     def save_parts(
         self, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor], prefix: str, self_contained: bool
     ) -> tuple[ToveVisionConfig, dict[str, torch.Tensor]]:
-        """Writes the merged encoder as plain CLIP; see :meth:`ToveVisionModel.save_parts`."""
+        """Write the merged encoder as plain CLIP; see :meth:`ToveVisionModel.save_parts`."""
         start = f"{prefix}student."
         learned = {name.removeprefix(start): value for name, value in trained.items() if name.startswith(start)}
         clip = self.teacher.frozen.clip
@@ -153,7 +148,7 @@ class MergingTower(PreTrainedModel):
 
 
 def merged_config(config: ToveVisionConfig) -> ToveVisionConfig:
-    """The configuration of a tower's merged form: the same CLIP at its own input size, without experts."""
+    """Return the configuration of a merged tower: CLIP at its own input size, without experts."""
     return ToveVisionConfig(
         clip_config=config.clip_config.to_dict(),
         clip_source=config.clip_source,
