@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tower_parts import make_tower, open_output, pixels
 from train_killed import train_until_killed
-from train_parts import flags, write_parts, write_records
+from train_parts import flags, losses, write_parts, write_records
 from transformers import CLIPVisionModel, LlavaForConditionalGeneration
 
 import tove_llava
@@ -159,16 +159,15 @@ def test_merged_encoder_is_plain_clip_that_gives_the_students_tokens(tmp_path, s
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no experts to merge"):
-        merging(tmp_path / "none", keys={"fusion": "none"})
-    with pytest.raises(ConfigError, match="another shape"):
-        merging(tmp_path / "wide", keys={"fusion": "channel_concat"})
-    with pytest.raises(ConfigError, match="numbered 0 to 1"):
-        merging(tmp_path / "layers", layers=[2])
-    with pytest.raises(ConfigError, match="merge loss 'msee'"):
-        merging(tmp_path / "loss", loss="msee")
-    with pytest.raises(ConfigError, match="negative"):
-        merging(tmp_path / "negative", coefficient=-1.0)
+    for message, settings in {
+        "no experts to merge": {"keys": {"fusion": "none"}},
+        "another shape": {"keys": {"fusion": "channel_concat"}},
+        "numbered 0 to 1": {"layers": [2]},
+        "merge loss 'msee'": {"loss": "msee"},
+        "negative": {"coefficient": -1.0},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            merging(tmp_path / message, **settings)
     tuned = merging(tmp_path / "tuned", coefficient=0.0, keys={"fusion": "none"}).train()
     assert tuned(pixels(1)).merge_loss is None
 
@@ -212,9 +211,8 @@ def merge(root, start, output, *more):
     )
 
 
-def history(output, key):
-    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [entry[key] for entry in log if key in entry]
+def history(output, term):
+    return [value for (value,) in losses(output, term)]
 
 
 @pytest.mark.parametrize(("start", "kind"), [("trained", "lora"), ("lora", "lora"), ("full", "full")])
@@ -227,9 +225,8 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
     (copy / "preset.yaml").write_text((copy / "preset.yaml").read_text().replace(str(root), str(copy)))
     before = load_file(copy / start / "adapter_model.safetensors") if start == "lora" else {}
     assert main(merge(copy, start, copy / "merged")) == 0
-    losses = history(copy / "merged", "merge_loss")
-    assert losses[0] == pytest.approx(1, abs=1e-3)
-    assert losses[-1] < losses[0]
+    first, *_, last = history(copy / "merged", "merge_loss")
+    assert first == pytest.approx(1, abs=1e-3) and last < first
     for gone in ("normal", "segmentation", "clip", start):
         shutil.rmtree(copy / gone)
     model, processor = tove_llava.load_model(copy / "merged")
@@ -352,10 +349,9 @@ def test_further_images_are_dealt_out_evenly_and_change_the_merge_loss_alone(roo
     for name, more in {"none": [], "two": ["2"], "other": ["2", *others]}.items():
         flag = ["--merge_images_per_record", *more] if more else []
         assert main(merge(root, "lora", tmp_path / name, *flag)) == 0
-    losses = {name: history(tmp_path / name, "merge_loss") for name in ("none", "two", "other")}
-    assert len({values[-1] for values in losses.values()}) == 3
+    assert len({history(tmp_path / name, "merge_loss")[-1] for name in ("none", "two", "other")}) == 3
     # The first step's loss is taken before anything has learned: its records are the same whatever else they bring.
-    assert len({history(tmp_path / name, "lm_loss")[0] for name in losses}) == 1
+    assert len({history(tmp_path / name, "lm_loss")[0] for name in ("none", "two", "other")}) == 1
     settings = parse(merge(root, "lora", tmp_path / "x"))
     start = STARTS.get("checkpoint")(settings.preset, settings.stage, settings.pretrained)
     dataset = make_dataset(settings, start.processor, start.vision)
@@ -460,15 +456,13 @@ def test_refusals_are_headed_by_the_verb(root, tmp_path, capsys):
 
 def test_bad_input_of_the_verb(root, tmp_path, capsys):
     assert cli(["merge"]) == 0
-    assert cli(["merge", "--data_path", "x"]) == 2
-    assert "--model DIR is needed" in capsys.readouterr().err
-    assert cli(["merge", "--model", str(tmp_path)]) == 2
-    assert "not a complete" in capsys.readouterr().err
-    assert main(merge(root, "lora", tmp_path / "a", "--merge_loss", "msee")) == 2
-    assert "msee" in capsys.readouterr().err
-    assert main(merge(root, "lora", tmp_path / "a", "--merge_optimizer", "muo")) == 2
-    assert "muon" in capsys.readouterr().err
-    assert main(flags(root, "pretrain", tmp_path / "b", "--merge_loss", "mse")) == 2
-    assert "--stage merge" in capsys.readouterr().err
-    assert main(flags(root, "merge", tmp_path / "c")) == 2
-    assert "--pretrained" in capsys.readouterr().err
+    for run, words, message in [
+        (cli, ["merge", "--data_path", "x"], "--model DIR is needed"),
+        (cli, ["merge", "--model", str(tmp_path)], "not a complete"),
+        (main, merge(root, "lora", tmp_path / "a", "--merge_loss", "msee"), "msee"),
+        (main, merge(root, "lora", tmp_path / "a", "--merge_optimizer", "muo"), "muon"),
+        (main, flags(root, "pretrain", tmp_path / "b", "--merge_loss", "mse"), "--stage merge"),
+        (main, flags(root, "merge", tmp_path / "c"), "--pretrained"),
+    ]:
+        assert run(words) == 2
+        assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ from test_llava_model import make_llava
 from test_packing import COLLATORS, EXAMPLES, assert_close, gradients
 from torch.utils.flop_counter import FlopCounterMode
 from tower_parts import text_config
-from train_parts import ROOT, flags, launch, write_parts, write_records
+from train_parts import ROOT, flags, launch, losses, write_parts, write_records
 
 from tove_llava import load_preset
 from tove_llava.core.errors import ConfigError
@@ -126,11 +126,6 @@ def test_the_kind_is_a_setting_of_the_stage(tmp_path):
     assert load_preset("vicuna-7b").stage("finetune_lora").checkpointing is None
 
 
-def losses(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return torch.tensor([[entry[k] for k in ("lm_loss", "aux_loss")] for entry in history if "lm_loss" in entry])
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recomputation")
@@ -175,7 +170,7 @@ def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, toleran
         layers.clear()
         assert main(line) == 0
         assert len(layers) == (kind == "selective") * 2 * 2  # layers, steps
-        found[kind] = losses(tmp_path / kind)
+        found[kind] = torch.tensor(losses(tmp_path / kind, "lm_loss", "aux_loss"))
     assert len(found["none"]) == 2 and not torch.equal(found["none"][0], found["none"][1])
     for kind in KINDS:
         torch.testing.assert_close(found[kind], found["none"], rtol=tolerance, atol=tolerance)
@@ -186,20 +181,14 @@ def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, toleran
 def test_ranks_learn_the_same(root, tmp_path, deepspeed):
     """Ranks whose batches differ in length choose other layers, and still gather the same weights in the same order."""
     sizes = ["--per_device_train_batch_size", "2", "--deepspeed", deepspeed]
-    lines = {
-        f"{kind}-{gib}": line_of(
-            root,
-            "finetune_lora",
-            tmp_path / f"{kind}-{gib}",
-            kind,
-            *sizes,
-            *(["--checkpointing_gib", gib] if gib else []),
-        )
-        for kind, gib in [("none", ""), ("selective", ""), ("selective", "0.0031")]
-    }
+    budget = {"none": [], "selective": [], "budget": ["--checkpointing_gib", "0.0031"]}
+    lines = [
+        line_of(root, "finetune_lora", tmp_path / name, "none" if name == "none" else "selective", *sizes, *more)
+        for name, more in budget.items()
+    ]
     file = tmp_path / "lines.json"
-    file.write_text(json.dumps(list(lines.values())))
+    file.write_text(json.dumps(lines))
     launch([str(file)], module="train_worker")
-    expected = losses(tmp_path / "none-")
-    for name in lines:
-        torch.testing.assert_close(losses(tmp_path / name), expected, rtol=1e-5, atol=1e-5)
+    none, *others = (torch.tensor(losses(tmp_path / name, "lm_loss", "aux_loss")) for name in budget)
+    for other in others:
+        torch.testing.assert_close(other, none, rtol=1e-5, atol=1e-5)

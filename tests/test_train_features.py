@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file
 from torch.utils.data._utils.pin_memory import pin_memory
 from train_parts import flags, write_parts, write_records
+from train_parts import losses as train_losses
 
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError, DataError
@@ -60,8 +61,7 @@ def test_run_on_the_cache_equals_the_run_on_pictures(root, tmp_path, stage):
 
 
 def losses(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    found = [[entry["lm_loss"], entry["aux_loss"]] for entry in history if "lm_loss" in entry]
+    found = train_losses(output, "lm_loss", "aux_loss")
     assert found and all(aux > 0 for _, aux in found)
     return found
 

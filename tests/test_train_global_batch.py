@@ -1,15 +1,13 @@
 """Loss terms and gradients are those of the global batch: the same for any split of it, text-only ranks included."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from train_parts import ROOT, environment, flags, free_port, launch, write_parts, write_records
+from train_parts import flags, launch, launch_torch, losses, weights, write_parts, write_records
 
 from tove_llava.train.run import main
 from tove_llava.train.window import Window, draw_noise
@@ -77,13 +75,7 @@ def alone(root):
 
 
 def outcome(output):
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    terms = ("lm_loss", "aux_loss", "merge_loss")
-    losses = [[entry.get(term, 0.0) for term in terms] for entry in history if "lm_loss" in entry]
-    weights = {}
-    for file in (*output.glob("*.safetensors"), *output.glob("clip/*.safetensors")):
-        weights |= load_file(file)
-    return torch.tensor(losses), weights
+    return torch.tensor(losses(output, "lm_loss", "aux_loss", "merge_loss")), weights(output)
 
 
 def assert_same(got, expected):
@@ -94,13 +86,13 @@ def assert_same(got, expected):
 
 
 def test_scenarios_exercise_what_they_should(alone, root):
-    for name, (losses, weights) in alone.items():
-        assert len({round(float(x), 5) for x in losses[:, 0]}) > 1, name
+    for name, (terms, tensors) in alone.items():
+        assert len({round(float(x), 5) for x in terms[:, 0]}) > 1, name
         merges = name.startswith("merge")
-        assert losses[:, 1 + merges].max() > 1e-4, f"{name}: no {'merge' if merges else 'balance'} loss"
+        assert terms[:, 1 + merges].max() > 1e-4, f"{name}: no {'merge' if merges else 'balance'} loss"
         moved = "encoder.layers.0.mlp.fc1.weight" if merges else "model.vision_tower.fusion.output.weight"
         before = load_file(root / "clip" / "model.safetensors")[moved] if merges else 0.0
-        assert (weights[moved] - before).abs().max() > 0, name
+        assert (tensors[moved] - before).abs().max() > 0, name
     records = json.loads((root / "text_heavy.json").read_text())
     assert sum("image" in r for r in records) == 2  # of 16: some windows of 4 have no image at all
 
@@ -126,27 +118,16 @@ def test_accumulation_changes_nothing(alone, root, name, split, more):
     assert_same(outcome(output), alone[name])
 
 
-_PADDING_FREE_RANKS = {"lora": PADDING_FREE, "full-text": PADDING_FREE}
-
-
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
 def test_ranks_under_deepspeed_change_nothing(alone, root, deepspeed):
-    lines = {
-        name: command(
-            root,
-            name,
-            root / f"{deepspeed}-{name}",
-            split,
-            "--deepspeed",
-            deepspeed,
-            *_PADDING_FREE_RANKS.get(name, []),
-        )
-        for name, (*_, split) in SCENARIOS.items()
-    }
+    lines = []
+    for name, (*_, split) in SCENARIOS.items():
+        more = PADDING_FREE if name in ("lora", "full-text") else []
+        lines.append(command(root, name, root / f"{deepspeed}-{name}", split, "--deepspeed", deepspeed, *more))
     file = root / f"{deepspeed}.json"
-    file.write_text(json.dumps(list(lines.values())))
+    file.write_text(json.dumps(lines))
     launch([str(file)], module="train_worker")
-    for name in lines:
+    for name in SCENARIOS:
         assert_same(outcome(root / f"{deepspeed}-{name}"), alone[name])
 
 
@@ -158,16 +139,7 @@ def test_ranks_without_deepspeed_change_nothing(alone, root):
     ]
     file = root / "ddp.json"
     file.write_text(json.dumps(lines))
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [*run, "-m", "train_worker", str(file)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch_torch([str(file)], "train_worker")
     for name in SCENARIOS:
         assert_same(outcome(root / f"ddp-{name}"), alone[name])
 
@@ -246,16 +218,7 @@ def test_ranks_without_images_run_no_encoder(root, tmp_path):
     file = tmp_path / "arguments.json"
     line = command(root, "lora-text", tmp_path / "out", (1, 1), "--deepspeed", "none", "--max_steps", "8")
     file.write_text(json.dumps(line))
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = subprocess.run(
-        [*run, "-m", "tower_calls_child", str(file)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch_torch([str(file)], "tower_calls_child")
     ranks = [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in (0, 1)]
     kinds = set().union(*(check_calls(rows, experts=2) for rows in ranks))
     assert kinds == {(True, True, 1), (False, True, 1), (False, False, 0)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import (
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_parts(root: Path) -> Path:
-    """Writes clip/, normal/, segmentation/, llm/ and preset.yaml; returns the preset's path."""
+    """Write clip/, normal/, segmentation/, llm/ and preset.yaml; return the preset's path."""
     torch.manual_seed(0)
     clip = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE, patch_size=8
@@ -92,7 +93,7 @@ def write_parts(root: Path) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte behind <unk>, <s> and </s>, with LLaMA's BOS in front."""
+    """Return a tokenizer of bytes, after <unk>, <s> and </s>, that begins with LLaMA's BOS."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -103,7 +104,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", count: int = 16) -> None:
-    """Writes images/, captions.json (one image each) and instruct.json, records by ``pattern``: image, text."""
+    """Write images/, captions.json (one image each) and instruct.json, records by ``pattern``: image, text."""
     (root / "images").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     words = ["red", "blue", "a cone", "two spheres", "left of the box", "near"]
@@ -137,7 +138,7 @@ def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", coun
 
 
 def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
-    """The command line of one stage over :func:`write_parts` and :func:`write_records` in ``root``."""
+    """Return the command line of one stage over :func:`write_parts` and :func:`write_records` in ``root``."""
     data = "captions.json" if stage == "pretrain" else "instruct.json"
     return [
         "--preset", str(root / "preset.yaml"), "--stage", stage, "--data_path", str(root / data),
@@ -145,8 +146,20 @@ def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
+def losses(output: Path, *terms: str) -> list[list[float]]:
+    """Return the named terms of each step that a run logged; 0 for a term that it does not have."""
+    log = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [[entry.get(term, 0.0) for term in terms] for entry in log if "lm_loss" in entry]
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint, those of a merged encoder included."""
+    files = [*output.glob("*.safetensors"), *output.glob("clip/*.safetensors")]
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
 def environment(**changes: str) -> dict[str, str]:
-    """For child processes: one thread each, no accelerator, this checkout's package."""
+    """Return variables for child processes: one thread each, no accelerator, this checkout's package."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     fixed = {
         "OMP_NUM_THREADS": "1",
@@ -158,7 +171,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 600) -> str:
-    """Runs a module under the deepspeed launcher and returns its output; fails with the output when it fails."""
+    """Run a module under the deepspeed launcher; return its output, or fail with it."""
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--no_local_rank", "--module", module, *arguments,
@@ -168,8 +181,15 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
     return output
 
 
+def launch_torch(arguments: list[str], module: str) -> None:
+    """Run a module on two ranks under torch's launcher, without DeepSpeed."""
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", module]
+    code, output = run_group([sys.executable, *command, *arguments], 600)
+    assert code == 0, output[-4000:]
+
+
 def run_group(command: list[str], timeout: int) -> tuple[int, str]:
-    """Runs a command; a hanging one is ended together with the processes that it started."""
+    """Run a command; end a hanging one together with the processes that it started."""
     process = subprocess.Popen(
         command,
         env=environment(),
@@ -189,7 +209,7 @@ def run_group(command: list[str], timeout: int) -> tuple[int, str]:
 
 
 def run_script(name: str, settings: dict[str, object], *words: str) -> str:
-    """Runs a training script in one process with its settings as environment variables; returns its output."""
+    """Run a training script in one process, with its settings as environment variables; return its output."""
     given = [f"{key}={value}" for key, value in {"NUM_GPUS": 1, **settings}.items()]
     brief = ["--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"]
     brief += ["--per_device_train_batch_size", "2"]
