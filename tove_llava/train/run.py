@@ -35,7 +35,7 @@ from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
 from tove_llava.train.recomputation import set_checkpointing
-from tove_llava.train.run_record import history, is_finished, run_record, write_record
+from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
 from tove_llava.train.settings import Settings
 from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
@@ -68,7 +68,7 @@ def run(settings: Settings) -> None:
     processor = start.processor
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
-    stages = history(settings, len(dataset))
+    stages = stage_history(settings, len(dataset))
 
     model = start.model(seed, settings.device())
     set_compute_dtype(model, settings.compute_dtype() or model.dtype)
@@ -229,7 +229,7 @@ def _save(
     model: ToveLlavaForConditionalGeneration,
     trainable: Trainable,
     tensors: dict[str, torch.Tensor],
-    history: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
 ) -> None:
     kinds = {LORA: "lora", LANGUAGE: "full"}
     processor = build_processor(
@@ -249,7 +249,7 @@ def _save(
         language=start.language,
         language_fingerprint=start.language_fingerprint,
         quantization=recorded(start.quantization),
-        history=history,
+        history=stages,
     )
     save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
 

@@ -79,7 +79,7 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
     return finished
 
 
-def history(settings: Settings, records: int) -> list[dict[str, Any]]:
+def stage_history(settings: Settings, records: int) -> list[dict[str, Any]]:
     """Return data and recipe of this stage and of those before it, for a model card; no path of this machine."""
     record = run_record(settings)
     earlier = Manifest.read(settings.pretrained).history if settings.pretrained is not None else []
