@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Exported folders where there is nothing but torch, transformers and pillow: makes such an environment and compares
-# there what both export formats and merged models compute with the models that they were made of.
+# Test exported folders in an environment with nothing but torch, transformers and pillow: makes the environment, and
+# compares there the results of both export formats and of merged models with those of the original models.
 #   bash scripts/clean_room.sh [flags of pytest]
-#     ENVIRONMENT=DIR      keeps the environment there and uses it again
+#     ENVIRONMENT=DIR      keeps the environment in this folder and reuses it
 #     TRANSFORMERS=4.57.6  instead of the version of constraints.txt
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,6 +14,6 @@ environment=${ENVIRONMENT:-$(mktemp -d)}
 "$environment/bin/python" -m pip install --disable-pip-version-check -q -c constraints.txt torch transformers pillow
 [ -z "${TRANSFORMERS:-}" ] || "$environment/bin/python" -m pip install -q "transformers==$TRANSFORMERS"
 export TOVE_CLEAN_PYTHON=$environment/bin/python
-# -rP shows what a test that passed has printed: versions, and by how much logits differ.
+# -rP shows the output of tests that passed: versions, and differences of logits.
 .venv/bin/python -m pytest -q -rP -m slow -k environment_of_its_own \
     tests/test_export.py tests/test_export_remote_code.py tests/test_merge.py "$@"

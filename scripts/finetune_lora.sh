@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2, instruction tuning: LoRA on the language model, with projector and gate. Settings: scripts/lib.sh, and
+# Train stage 2 with LoRA on the language model, projector and gate. Settings: scripts/lib.sh, and
 #   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

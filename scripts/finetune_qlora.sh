@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Stage 2 over a language model in 4 bits (NF4); --bits 8 for 8. The tower stays as it is, and projector, gate and the
-# language model's adapters train. Settings: scripts/lib.sh (DEEPSPEED_CONFIG: zero2 or none), and
+# Train stage 2 with a language model in 4 bits (NF4; --bits 8 for 8). Projector, gate and adapters train. Settings: scripts/lib.sh (DEEPSPEED_CONFIG: zero2 or none), and
 #   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

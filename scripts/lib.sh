@@ -1,10 +1,10 @@
-# Read by the training scripts: finds Python, counts devices, starts one training stage. Settings, by environment:
+# Start one training stage; the training scripts read this file. Settings are environment variables:
 #
 #   PRESET            name of a preset or a .yaml file                                     (tiny)
 #   OUTPUT_DIR        folder of the run; the same command resumes or reuses what is in it  (outputs/<preset>/<stage>)
 #   DATA_PATH         LLaVA records, .json or .jsonl                                       (playground scenes)
 #   IMAGE_FOLDER      folder that the records' image paths are relative to                 (playground scenes)
-#   NUM_GPUS          processes, on each node        (all GPUs; without any, 2 or as many as there are cores)
+#   NUM_GPUS          processes on each node         (all GPUs; without any, 2 or the number of cores)
 #   HOSTFILE          DeepSpeed hostfile, for several nodes that share a file system
 #   DEEPSPEED_CONFIG  zero2, zero3, zero3_offload, none, or a .json file                   (the preset's)
 #   LAUNCHER          deepspeed, or torchrun where DeepSpeed is not installed              (deepspeed)

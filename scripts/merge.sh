@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Merges a model's experts into one CLIP (ToVE-lite). Settings: scripts/lib.sh, and
+# Merge a model's experts into one CLIP (ToVE-lite). Settings: scripts/lib.sh, and
 #   MODEL_DIR         the model: what stage 2 wrote, or stage 1 (then the merge takes stage 2's place)
 #                     (outputs/<preset>/finetune_lora); PRESET has to be the one that it was trained with
 set -euo pipefail

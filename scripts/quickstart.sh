@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# From a fresh clone to a trained ToVE-LLaVA and its scores, without a GPU: set-up, playground scenes, both training
-# stages under deepspeed, evaluation on scenes that were held out. Run it again: what is done is reused.
+# Train a ToVE-LLaVA from a fresh clone and score it, without a GPU: set-up, playground scenes, both training stages
+# under deepspeed, evaluation on held-out scenes. Run again, it reuses what is done.
 #
 #   QUICKSTART_DIR        where the models go             (outputs/quickstart)
 #   QUICKSTART_SCENES     where the scenes go             (playground/data/scenes)
 #   QUICKSTART_TRAIN      scenes to train on              (8000)
 #   QUICKSTART_VAL        scenes to evaluate on           (300)
-#   QUICKSTART_STEPS      at most so many steps a stage   (one pass over the data)
+#   QUICKSTART_STEPS      most steps of a stage           (one pass over the data)
 #   QUICKSTART_QUESTIONS  questions to evaluate on        (1500)
 #   PRESET                another preset                  (tiny)
 set -euo pipefail

@@ -39,10 +39,18 @@ def root(tmp_path_factory):
     return folder
 
 
-def make(folder, *more, out=None):
-    data = ["--data", str(folder / "captions.json"), "--data", str(folder / "instruct.json")]
-    arguments = ["features", "--preset", str(folder / "preset.yaml"), *data, "--image-folder", str(folder / "images")]
-    return cli([*arguments, "--out", str(out or folder / "cache"), "--image-aspect-ratio", "square", *more])
+def make(folder, *more, out=None, data=("captions.json", "instruct.json")):
+    where = {"preset": folder / "preset.yaml", "image-folder": folder / "images", "out": out or folder / "cache"}
+    words = [word for key, value in where.items() for word in (f"--{key}", str(value))]
+    words += [word for name in data for word in ("--data", str(folder / name))]
+    return cli(["features", *words, "--image-aspect-ratio", "square", *more])
+
+
+def open_cache(folder, image_folder=None, cache=None, dtype=torch.float32, aspect_ratio="square", **changes):
+    config = vision_config(load_preset(str(folder / "preset.yaml")).vision)
+    for key, value in changes.items():
+        setattr(config, key, value)
+    return FeatureCache(cache or folder / "cache", config, aspect_ratio, image_folder, dtype)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
@@ -64,6 +72,11 @@ def losses(output):
     found = train_losses(output, "lm_loss", "aux_loss")
     assert found and all(aux > 0 for _, aux in found)
     return found
+
+
+def train_cached(folder, output, cache=None, *more):
+    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(cache or folder / "cache"))
+    return train(flags(folder, "pretrain", output, *options, *more))
 
 
 def test_gradients_from_the_cache_are_those_from_pictures(root):
@@ -92,37 +105,30 @@ def test_run_on_the_cache_opens_no_picture(root, tmp_path, monkeypatch):
         raise AssertionError("a picture was opened")
 
     monkeypatch.setattr("tove_llava.data.images.ImageTransform.open", refuse)
-    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(root / "cache"))
-    assert train(flags(root, "pretrain", tmp_path / "run", *options)) == 0
+    assert train_cached(root, tmp_path / "run") == 0
 
 
 def test_cache_of_another_source_size_or_set_of_images_is_refused(root, tmp_path, capsys):
-    config = vision_config(load_preset(str(root / "preset.yaml")).vision)
-    with pytest.raises(ConfigError, match="image_aspect_ratio"):
-        FeatureCache(root / "cache", config, "pad")
-    config.clip_layer = -3
-    with pytest.raises(ConfigError, match="layer differ"):
-        FeatureCache(root / "cache", config, "square")
-    with pytest.raises(ConfigError, match="tove-llava features"):
-        FeatureCache(tmp_path, config, "square")
+    for message, changes in {
+        "image_aspect_ratio": {"aspect_ratio": "pad"},
+        "layer differ": {"clip_layer": -3},
+        "tove-llava features": {"cache": tmp_path},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            open_cache(root, **changes)
     (root / "fewer.json").write_text(json.dumps(json.loads((root / "captions.json").read_text())[:3]))
     assert make(root, "--data", str(root / "fewer.json")) == 0, "the same images again are no other cache"
-    arguments = ["features", "--preset", str(root / "preset.yaml"), "--data", str(root / "fewer.json")]
-    arguments += ["--image-folder", str(root / "images"), "--out", str(root / "cache")]
-    assert cli([*arguments, "--image-aspect-ratio", "square"]) == 2
+    assert make(root, data=["fewer.json"]) == 2
     assert "other images" in capsys.readouterr().err
 
 
 def test_image_that_is_not_in_the_cache_is_named(root):
-    config = vision_config(load_preset(str(root / "preset.yaml")).vision)
     with pytest.raises(DataError, match="nowhere.png"):
-        FeatureCache(root / "cache", config, "square").read(["0.png", "nowhere.png"])
+        open_cache(root).read(["0.png", "nowhere.png"])
 
 
-def test_workers_of_a_data_loader_may_be_started_anew(root):
-    """Not forked: the cache is pickled for them, as Python does by default from 3.14 on."""
-    config = vision_config(load_preset(str(root / "preset.yaml")).vision)
-    cache = FeatureCache(root / "cache", config, "square")
+def test_a_cache_is_pickled_for_workers_that_are_not_forked(root):
+    cache = open_cache(root)
     expected = cache.read(["1.png"])
     found = pickle.loads(pickle.dumps(cache)).read(["1.png"])
     assert torch.equal(found.base, expected.base)
@@ -131,11 +137,6 @@ def test_workers_of_a_data_loader_may_be_started_anew(root):
 
 def times(folder):
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
-
-
-def open_cache(folder, image_folder=None, cache=None, dtype=torch.float32):
-    config = vision_config(load_preset(str(folder / "preset.yaml")).vision)
-    return FeatureCache(cache or folder / "cache", config, "square", image_folder, dtype)
 
 
 def test_only_what_is_missing_is_made_again(root):
@@ -243,10 +244,9 @@ def test_cache_computed_in_16_bits_serves_runs_that_compute_so(root, tmp_path, c
     assert torch.equal(features.base, features.base.to(torch.bfloat16).float())  # what 16 bits hold
     exact = open_cache(root, dtype=torch.bfloat16).read(["0.png"])  # of float32, which serves every run
     assert 0 < (features.base - exact.base).norm() < 2e-2 * exact.base.norm()
-    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(folder))
-    assert train(flags(root, "pretrain", tmp_path / "run", *options)) == 2
+    assert train_cached(root, tmp_path / "run", folder) == 2
     assert re.search(told, capsys.readouterr().err)
-    assert train(flags(root, "pretrain", tmp_path / "run", *options, "--bf16", "True")) == 0
+    assert train_cached(root, tmp_path / "run", folder, "--bf16", "True") == 0
     assert make(root, out=folder) == 2 and "dtype differ" in capsys.readouterr().err, "and is not added to"
     assert make(root, "--dtype", "int8", out=tmp_path / "other") == 2
 
@@ -301,20 +301,15 @@ def own(root, tmp_path):
     return folder
 
 
-def train_cached(folder, output):
-    options = ("--image_aspect_ratio", "square", "--max_steps", "1", "--feature_cache", str(folder / "cache"))
-    return train(flags(folder, "pretrain", output, *options))
-
-
-def replace_picture(file):
-    """Another picture of the same name, size in bytes and time: only its content tells."""
+def replace_content(file):
+    """Change a file's content, but not its name and size."""
     content = bytearray(file.read_bytes())
     content[-20] ^= 1
     file.write_bytes(content)
 
 
 def test_picture_replaced_by_another_makes_the_cache_stale(own, tmp_path, capsys):
-    replace_picture(own / "images" / "1.png")
+    replace_content(own / "images" / "1.png")
     assert train_cached(own, tmp_path / "run") == 2
     told = capsys.readouterr().err
     assert "stale" in told and "1.png" in told and "tove-llava features" in told
@@ -328,19 +323,17 @@ def test_copied_pictures_are_the_same_pictures(own, tmp_path):
         file.touch()
     assert make(own) == 0
     assert train_cached(own, tmp_path / "touched") == 0
-    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
-    FeatureCache(own / "cache", config, "square", tmp_path)  # and where there are none, none has changed
+    open_cache(own, tmp_path)  # images that are gone have not changed
 
 
 def test_local_weights_replaced_by_others_make_the_cache_stale(own):
-    config = vision_config(load_preset(str(own / "preset.yaml")).vision)
-    FeatureCache(own / "cache", config, "square")
-    spec = config.expert_specs[0]
+    open_cache(own)
+    spec = vision_config(load_preset(str(own / "preset.yaml")).vision).expert_specs[0]
     path = Source.parse(spec.source).path
     weights = next(file for file in path.rglob("*") if file.suffix in (".safetensors", ".bin"))
-    replace_picture(weights)
+    replace_content(weights)
     with pytest.raises(ConfigError, match=f"has changed since {spec.name} was computed"):
-        FeatureCache(own / "cache", config, "square")
+        open_cache(own)
 
 
 def test_cache_of_an_earlier_layout_is_refused(own, tmp_path, capsys):
