@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv with the package and all its extras. Does nothing when that is done already.
+# Make .venv with the package and all its extras, unless that is done already.
 #   PYTHON=python3.12 bash scripts/setup.sh      another interpreter (3.10 or newer)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the tests. Arguments go to pytest: bash scripts/test.sh -m slow tests/test_eval.py
+# Set up .venv and run the tests. Arguments go to pytest: bash scripts/test.sh -m slow tests/test_eval.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
