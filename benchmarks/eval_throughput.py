@@ -39,7 +39,7 @@ from tove_llava.eval.conditions import FULL
 from tove_llava.eval.question_loader import prompt_ids
 from tove_llava.eval.rows import Row
 from tove_llava.eval.runner import Settings, run_benchmark
-from tove_llava.eval.tasks import Decoding
+from tove_llava.eval.tasks import Decoding, Task
 from tove_llava.inference.generation import Answerer
 from tove_llava.llava.build import prepare_processor
 from tove_llava.presets import load_preset
@@ -139,11 +139,13 @@ def runner(
     answerer: Answerer, questions: Sequence[Question], tokens: int, batch: int, share: bool
 ) -> Callable[[], list[str]]:
     """Our runner on the questions, in a new folder each time."""
-    settings = Settings(Decoding(tokens, min_new_tokens=tokens), batch_size=batch, share=share)
+    settings = Settings(batch_size=batch, share=share)
+    decoding = Decoding(tokens, min_new_tokens=tokens)
+    task = Task("synthetic", Synthetic(), Path(), decoding, list(questions), list(questions), truth=None)
 
     def answer() -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
-            run = run_benchmark(answerer, Synthetic(), questions, folder, FULL, settings, label=None)
+            run = run_benchmark(answerer, task, folder, FULL, settings, label=None)
         return [row["text"] for row in run.rows]
 
     return answer

@@ -32,13 +32,10 @@ def questions(tmp_path_factory):
 
 def run(answerer, questions, mode="generate", capacity=64, **decoding):
     """Texts and metadata by question id, and the mode's object."""
-    numbers = iter(range(10**6))
-    work = portions(questions, capacity)
-    with QuestionLoader(
-        answerer, work, lambda: next(numbers), lambda question: lettered_options(question.text)
-    ) as feed:
-        worker = MODES.get(mode)(answerer, Decoding(**{"max_new_tokens": 12, **decoding}), feed.features, capacity)
-        answers = [answer for some in worker.run(feed.take) for answer in some]
+    options = lambda question: lettered_options(question.text)  # noqa: E731
+    with QuestionLoader(answerer, portions(questions, capacity), options) as loader:
+        worker = MODES.get(mode)(answerer, Decoding(**{"max_new_tokens": 12, **decoding}), loader.features, capacity)
+        answers = [answer for some in worker.run(loader.take) for answer in some]
     assert sorted(str(answer.question.key) for answer in answers) == sorted(str(each.key) for each in questions)
     return {answer.question.question_id: answer for answer in answers}, worker
 

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import FULL
 from tove_llava.eval.question_loader import portions
-from tove_llava.eval.ranks import Ranks
-from tove_llava.eval.runner import Settings, run_benchmark
+from tove_llava.eval.runner import Ranks, Settings, run_benchmark
+from tove_llava.eval.tasks import Task
 
 IMAGES = 10
 
@@ -48,11 +48,8 @@ def whole(answerer, data, tmp_path_factory):
 
 
 def run(answerer, data, folder, batch_size=32, ranks=None):
-    benchmark = get_benchmark("scenes")
-    return run_benchmark(
-        answerer, benchmark, benchmark.questions(data), folder, FULL, Settings(batch_size=batch_size), ranks=ranks,
-        model_id="m", label=None,
-    )  # fmt: skip
+    task = Task.read("scenes", get_benchmark("scenes"), data)
+    return run_benchmark(answerer, task, folder, FULL, Settings("m", batch_size=batch_size), ranks, label=None)
 
 
 def answers(folder):
@@ -300,4 +297,4 @@ def test_a_killed_command_goes_on_when_it_is_given_again(tmp_path):
     result, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
     assert result["benchmarks"]["scenes"]["full"]["scores"] == whole["benchmarks"]["scenes"]["full"]["scores"]
     assert 0 < result["benchmarks"]["scenes"]["full"]["questions_answered"] < 180
-    assert "questions (100 %)" in last.stderr and " a second, 00:00 left" in last.stderr
+    assert "scenes: 100%" in last.stderr and "180/180" in last.stderr

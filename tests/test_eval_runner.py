@@ -13,6 +13,7 @@ from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, pa
 from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.rows import AppendFile, spread
 from tove_llava.eval.runner import Settings, run_benchmark
+from tove_llava.eval.tasks import Decoding, Task
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,16 @@ def data(tmp_path_factory):
     return root
 
 
-def answer(answerer, data, folder, condition=FULL, **options):
-    benchmark = get_benchmark("scenes")
-    settings = Settings(**{key: options.pop(key) for key in ("batch_size", "decoding", "answering") if key in options})
-    questions = benchmark.questions(data)
-    run = run_benchmark(answerer, benchmark, questions, folder, condition, settings, model_id="m", **options)
+def answer(answerer, data, folder, condition=FULL, limit=None, **settings):
+    task = Task.read("scenes", get_benchmark("scenes"), data, limit)
+    run = run_benchmark(answerer, task, folder, condition, Settings("m", **settings))
     return {row["question_id"]: row["text"] for row in run.rows}
+
+
+def answer_questions(answerer, name, questions, folder):
+    benchmark = get_benchmark(name)
+    task = Task(name, benchmark, Path(), Decoding.of(benchmark), questions, questions, truth=None)
+    return run_benchmark(answerer, task, folder, FULL).rows
 
 
 def test_answers_do_not_depend_on_the_batch(answerer, data, tmp_path):
@@ -401,28 +406,26 @@ def test_a_folder_that_is_no_model_is_refused(data, finished, tmp_path, capsys, 
 
 
 def test_two_questions_of_one_id_get_an_answer_each(answerer, data, tmp_path):
-    benchmark = get_benchmark("mme")
     image = data / "images" / "val_000000.png"
     questions = [Question("existence/1.png", text, image) for text in ("Is there a cat?", "Is there a dog, too?")]
     for _ in range(2):  # the second time all is answered already
-        rows = run_benchmark(answerer, benchmark, questions, tmp_path, FULL, limit=None).rows
+        rows = answer_questions(answerer, "mme", questions, tmp_path)
         assert [row["prompt"] for row in rows] == [question.text for question in questions]
         assert len({row["answer_id"] for row in rows}) == 2
 
 
 def test_pictures_inside_the_question_file(answerer, data, tmp_path):
     content = base64.b64encode((data / "images" / "val_000000.png").read_bytes()).decode()
-    benchmark = get_benchmark("mmbench")
     texts = {}
     for name, image in (
         ("file", data / "images" / "val_000000.png"),
         ("embedded", EmbeddedImage("row 1", content)),
     ):
-        (row,) = run_benchmark(answerer, benchmark, [Question(1, "Which?", image)], tmp_path / name, FULL).rows
+        (row,) = answer_questions(answerer, "mmbench", [Question(1, "Which?", image)], tmp_path / name)
         texts[name] = row["text"]
     assert texts["embedded"] == texts["file"]
     with pytest.raises(DataError, match="question 1: picture row 2 is not base64"):
-        run_benchmark(answerer, benchmark, [Question(1, "Which?", EmbeddedImage("row 2", "?"))], tmp_path / "bad", FULL)
+        answer_questions(answerer, "mmbench", [Question(1, "Which?", EmbeddedImage("row 2", "?"))], tmp_path / "bad")
 
 
 def test_answers_without_public_truth_are_kept_and_not_scored(tmp_path):

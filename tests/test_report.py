@@ -22,6 +22,7 @@ from tove_llava.eval.report import markdown
 from tove_llava.eval.report.published import read_published
 from tove_llava.eval.report.statistics import Bootstrap, holm, mcnemar
 from tove_llava.eval.rows import read_answers
+from tove_llava.eval.tasks import Decoding, Task
 
 # -- statistics -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +125,8 @@ def scored(name):
     truth = benchmark.read_ground_truth(truth_file(folder))
     answers = read_answers(folder / "predictions.jsonl")
     score = benchmark.score(answers, truth)
-    return score, result_files.item_rows(benchmark, Path("."), [], answers, truth, score)
+    task = Task(name, benchmark, Path(), Decoding.of(benchmark), [], [], truth)
+    return score, result_files.item_rows(task, answers, score)
 
 
 @pytest.mark.parametrize("name", MARKED)

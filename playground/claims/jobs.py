@@ -158,9 +158,11 @@ class Job:
 
 def evaluate(model: Path, settings: Settings, output: Path, detach: str | None = None) -> None:
     from tove_llava.eval.conditions import parse_conditions
+    from tove_llava.eval.evaluate import Evaluation
     from tove_llava.eval.evaluate import evaluate as run
 
-    run(model, "scenes", [settings.scenes], parse_conditions(None, detach=detach), output, batch_size=64)
+    conditions = parse_conditions(None, detach=detach)
+    run(Evaluation(model, "scenes", [settings.scenes], conditions, output, batch_size=64))
 
 
 def start_worker(numbers, workers: int, gpus: int) -> None:

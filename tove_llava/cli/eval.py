@@ -70,37 +70,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import json
     from functools import partial
 
     from tove_llava.core.errors import ConfigError
     from tove_llava.core.logs import quiet_transformers
     from tove_llava.eval.conditions import parse_conditions
-    from tove_llava.eval.evaluate import evaluate
+    from tove_llava.eval.evaluate import Evaluation, evaluate
     from tove_llava.eval.judge import judge_from
 
     check_least(args, "--batch-size", "--limit", "--workers")
     if (args.judge_url or args.judge_model) and not _judged(args.benchmark):
         raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     quiet_transformers()
-    text = evaluate(
-        model_folder=args.model,
+    evaluation = Evaluation(
+        model=args.model,
         benchmarks=args.benchmark,
         data_roots=[args.data_root] if args.data_root else DATA_ROOTS,
-        output=args.output,
         conditions=parse_conditions(args.conditions, args.blank_image, args.detach),
+        output=args.output,
         batch_size=args.batch_size,
         limit=args.limit,
         overwrite=args.overwrite,
-        **loading_options(args),
-        as_json=args.json,
         decoding={key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_p", "num_beams")},
         conv_mode=args.conv_mode,
         score_options=args.score_options,
         workers=args.workers,
         judge=partial(judge_from, args),
+        loading=loading_options(args),
     )
-    if text is not None:
-        print(text)
+    found = evaluate(evaluation)
+    if found is not None:
+        results, tables = found
+        print(json.dumps(results, ensure_ascii=False) if args.json else tables)
     return 0
 
 

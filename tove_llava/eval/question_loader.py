@@ -1,8 +1,9 @@
-"""Questions on their way to the model: in which order, which process takes them, and their pictures."""
+"""Questions on their way to the model: their order, and their images."""
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,23 +16,26 @@ from tove_llava.eval.benchmarks import Question
 from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.inference.generation import Answerer
 
-Picture = Path | EmbeddedImage
-Options = Callable[[Question], Mapping[str, str]]
+Image = Path | EmbeddedImage
 
 
 def portions(questions: Sequence[Question], batch_size: int, world: int = 1) -> list[list[Question]]:
-    """Questions in the order in which they are best answered, cut into portions that processes take one by one.
+    """Order questions and cut them into portions that processes take one by one.
 
-    Questions about one picture stay together, so that it is encoded once. Long questions come first: neighbours are
-    of like length, and what does not fit into memory shows at once. Portions shrink towards the end, so that all
+    Questions about one image stay together, so that it is encoded once. Long questions come first: neighbours are of
+    similar length, and a batch that does not fit into memory fails early. Portions shrink towards the end, so that all
     processes finish at about the same time.
     """
+
+    def length(question: Question) -> int:
+        return len(question.text)
+
     groups: dict[Hashable, list[Question]] = {}
-    for place, question in enumerate(questions):
-        groups.setdefault(("text", place) if question.image is None else question.image, []).append(question)
-    ordered = [sorted(group, key=_length, reverse=True) for group in groups.values()]
-    # Questions without a picture share nothing with the others, and so stay apart.
-    ordered.sort(key=lambda group: (group[0].image is None, -_length(group[0])))
+    for index, question in enumerate(questions):
+        groups.setdefault(("text", index) if question.image is None else question.image, []).append(question)
+    ordered = [sorted(group, key=length, reverse=True) for group in groups.values()]
+    # Questions without an image share no prefix with the others, so they come last.
+    ordered.sort(key=lambda group: (group[0].image is None, -length(group[0])))
     pieces = [group[start : start + batch_size] for group in ordered for start in range(0, len(group), batch_size)]
     result: list[list[Question]] = [[]]
     left = len(questions)
@@ -44,28 +48,22 @@ def portions(questions: Sequence[Question], batch_size: int, world: int = 1) -> 
     return [portion for portion in result if portion]
 
 
-def _length(question: Question) -> int:
-    return len(question.text)
-
-
 class QuestionLoader:
-    """Hands out questions, with pictures opened ahead in other threads.
+    """A source of questions whose images are opened ahead in other threads.
 
     Args:
-        portions: of all processes, in order.
-        claim: gives the number of the next portion, each number to one process only.
-        options: options of a multiple-choice question.
-        blank: replace every picture by the mean colour.
-        workers: threads that open pictures.
-        capacity: pictures whose features are kept for later questions.
+        portions: those that this process takes, in order.
+        options: gives the options of a multiple-choice question, for answering modes that need them.
+        blank: replace every image by the mean colour.
+        workers: threads that open images.
+        capacity: images whose features are kept for later questions.
     """
 
     def __init__(
         self,
         answerer: Answerer,
-        portions: Sequence[Sequence[Question]],
-        claim: Callable[[], int],
-        options: Options,
+        portions: Iterable[Sequence[Question]],
+        options: Callable[[Question], Mapping[str, str]] | None = None,
         blank: bool = False,
         workers: int = 4,
         capacity: int = 64,
@@ -74,13 +72,13 @@ class QuestionLoader:
         self.options = options
         self.blank = blank
         self.capacity = capacity
-        self.encoded = 0  # pictures
+        self.encoded = 0  # images
         self.image_tokens = answerer.num_image_tokens
-        self._portions = _claimed(portions, claim)
+        self._portions = iter(portions)
         self._queue: deque[Question] = deque()
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="pictures")
-        self._opening: dict[Picture, Future[Tensor]] = {}
-        self._known: OrderedDict[Picture, Tensor] = OrderedDict()  # the least recently used comes first
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+        self._opening: dict[Image, Future[Tensor]] = {}
+        self._known: OrderedDict[Image, Tensor] = OrderedDict()  # the least recently used comes first
 
     def __enter__(self) -> "QuestionLoader":
         return self
@@ -89,44 +87,51 @@ class QuestionLoader:
         self._pool.shutdown(cancel_futures=True)
 
     def take(self, count: int) -> list[Job]:
-        """The next questions, at most ``count``; none when there are no more.
+        """Return the next questions, at most ``count``; none when all are taken.
 
         Raises:
             DataError: a question is too long for the model.
         """
-        while len(self._queue) < count and self._claim():
+        while len(self._queue) < count and self._load_portion():
             pass
         if len(self._queue) < 2 * count:
-            self._claim()  # the pictures of one portion are opened while the model works on the one before
-        return [self._job(self._queue.popleft()) for _ in range(min(count, len(self._queue)))]
+            self._load_portion()  # its images are opened while the model works on the portion before
+        jobs = []
+        for question in (self._queue.popleft() for _ in range(min(count, len(self._queue)))):
+            with _named(question):
+                prompt = prompt_ids(self.answerer, question, self.image_tokens)
+            jobs.append(Job(question, prompt, self.options(question) if self.options else {}))
+        return jobs
 
     def features(self, jobs: Sequence[Job]) -> list[Tensor | None]:
-        """[N, D] of each question's picture, None for questions without.
+        """Return [N, D] of each question's image, None for questions without.
 
         Raises:
-            DataError: a picture cannot be read; the question is named.
+            DataError: an image cannot be read; the question is named.
         """
         new = {}
         for job in jobs:
             image = job.question.image
             if image is not None and image not in self._known and image not in new:
-                new[image] = self._pixels(job.question)
+                with _named(job.question):
+                    new[image] = self._open(image).result()
         if new:
             stack = torch.stack(list(new.values()))
             features = self.answerer.features(torch.zeros_like(stack) if self.blank else stack)
             self._known.update(zip(new, features, strict=True))
             self.encoded += len(new)
-        result = [None if job.question.image is None else self._known[job.question.image] for job in jobs]
-        for job in jobs:
-            if job.question.image is not None:
-                self._known.move_to_end(job.question.image)
-                self._opening.pop(job.question.image, None)
+        images = [job.question.image for job in jobs]
+        result = [None if image is None else self._known[image] for image in images]
+        for image in images:
+            if image is not None:
+                self._known.move_to_end(image)
+                self._opening.pop(image, None)
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
         return result
 
-    def _claim(self) -> bool:
-        """Whether there was another portion."""
+    def _load_portion(self) -> bool:
+        """Queue the next portion and open its images; False when there is none."""
         portion = next(self._portions, None)
         if portion is None:
             return False
@@ -136,35 +141,25 @@ class QuestionLoader:
         self._queue += portion
         return True
 
-    def _open(self, image: Picture) -> "Future[Tensor]":
+    def _open(self, image: Image) -> "Future[Tensor]":
+        def read() -> Tensor:
+            return self.answerer.pixels(image.open() if isinstance(image, EmbeddedImage) else image)
+
         if image not in self._opening:
-            self._opening[image] = self._pool.submit(self._read, image)
+            self._opening[image] = self._pool.submit(read)
         return self._opening[image]
 
-    def _read(self, image: Picture) -> Tensor:
-        return self.answerer.pixels(image.open() if isinstance(image, EmbeddedImage) else image)
 
-    def _pixels(self, question: Question) -> Tensor:
-        assert question.image is not None
-        try:
-            return self._open(question.image).result()
-        except DataError as error:
-            raise DataError(f"question {question.question_id!r}: {error}") from error
-
-    def _job(self, question: Question) -> Job:
-        try:
-            return Job(question, prompt_ids(self.answerer, question, self.image_tokens), self.options(question))
-        except DataError as error:
-            raise DataError(f"question {question.question_id!r}: {error}") from error
-
-
-def _claimed(portions: Sequence[Sequence[Question]], claim: Callable[[], int]) -> Iterator[Sequence[Question]]:
-    while (number := claim()) < len(portions):
-        yield portions[number]
+@contextmanager
+def _named(question: Question) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"question {question.question_id!r}: {error}") from error
 
 
 def prompt_ids(answerer: Answerer, question: Question, image_tokens: int | None = None) -> list[int]:
-    """Ids of a question as LLaVA asks it: the picture, a line break, the words.
+    """Encode a question as LLaVA asks it: the image, a line break, the words.
 
     Args:
         image_tokens: as :meth:`Answerer.encode` takes it.

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.files import write_atomically
-from tove_llava.eval.benchmarks import Benchmark, Question, Score
+from tove_llava.eval.benchmarks import Question, Score
 from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.rows import Row
+from tove_llava.eval.tasks import Task
 
 RESULT, ITEMS = "result.json", "items.jsonl"
 MARK = "mark"  # the metric of a benchmark whose score is a mean over questions
@@ -39,26 +40,17 @@ def item_values(score: Score) -> dict[str, dict[str, float]]:
     return values
 
 
-def item_rows(
-    benchmark: Benchmark,
-    root: Path,
-    questions: Sequence[Question],
-    answers: Sequence[Row],
-    truth: Sequence[Row],
-    score: Score,
-) -> list[Row]:
-    """Lines of ``items.jsonl``: what each question earned, the groups it counts for, and what to show of it.
+def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
+    """Make the lines of ``items.jsonl``: a question's marks, its groups, and the texts to show of it.
 
     Args:
-        root: folder of the benchmark's data; pictures are named relative to it.
         answers: rows that were scored.
-        truth: rows of the ground truth that they were scored against.
     """
-    values = item_values(score)
-    asked = {benchmark.answer_key({"question_id": q.question_id, "prompt": q.text}): q for q in questions}
+    values, benchmark = item_values(score), task.benchmark
+    asked = {benchmark.answer_key({"question_id": q.question_id, "prompt": q.text}): q for q in task.asked}
     given = {benchmark.answer_key(row): row["text"] for row in answers} if values else {}
     rows = []
-    for row in truth:
+    for row in task.truth or []:
         name = str(benchmark.mark_name(row))
         if name not in values:
             continue
@@ -71,7 +63,7 @@ def item_rows(
                 "values": values[name],
                 "groups": benchmark.groups(row),
                 "prompt": None if question is None else question.text,
-                "image": None if question is None else _relative(question, root),
+                "image": None if question is None else _relative(question, task.root),
                 "answer": given.get(key),
                 "expected": expected(row),
             }

@@ -1,52 +1,105 @@
 """Answering a benchmark's questions: batched, resumable, on one or several processes.
 
-Answers are on disk as soon as they are there, so a killed run that is started again answers exactly the questions that
-are left. Under ``torchrun`` processes take questions as they have room for them, and process 0 puts the answers
-together.
+Each answer is written to disk at once, so a killed run that is started again answers exactly the questions that are
+left. Under ``torchrun`` each process takes questions as it has room for them, and process 0 puts the answers together.
 """
 
 import hashlib
 import json
 import os
+import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import distributed
+from tqdm import tqdm
 
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.eval.answering import MODES, Answer
-from tove_llava.eval.benchmarks import Benchmark, Question
+from tove_llava.eval.benchmarks import Question
 from tove_llava.eval.conditions import Condition
-from tove_llava.eval.progress import Progress
 from tove_llava.eval.question_loader import QuestionLoader, portions
-from tove_llava.eval.ranks import Ranks
 from tove_llava.eval.rows import AppendFile, Row, read_jsonl
-from tove_llava.eval.tasks import Decoding
+from tove_llava.eval.tasks import Decoding, Task
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.sequences import has_plain_cache
 
-Key = tuple[int | str, str]  # see Question.key
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that answer one benchmark together, as ``torchrun`` starts them; by default only this one.
+
+    Args:
+        store: torch.distributed's, which all processes reach; None for a single process.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, store: Any = None) -> None:
+        self.rank = rank
+        self.world = world
+        self._store = store
+        self._counts: dict[str, int] = {}
+        self._runs = 0
+
+    @classmethod
+    def from_environment(cls) -> "Ranks":
+        """Join the processes that ``torchrun`` started."""
+        return _joined() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else cls()
+
+    def wait(self) -> None:
+        """Return once every process has come here; fail when one of them has died."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def begin(self) -> str:
+        """Return a name for the next run's counters, the same on all processes."""
+        self._runs += 1
+        return f"run{self._runs}"
+
+    def add(self, counter: str, amount: int) -> int:
+        """Add to a counter that all processes share, and return its new value."""
+        if self._store is not None:
+            return int(self._store.add(f"tove_llava/{counter}", amount))
+        self._counts[counter] = self._counts.get(counter, 0) + amount
+        return self._counts[counter]
+
+    def claim(self, counter: str, items: Sequence[T]) -> Iterator[T]:
+        """Yield items that no other process has claimed, as they are asked for."""
+        while (number := self.add(counter, 1) - 1) < len(items):
+            yield items[number]
+
+
+@lru_cache(maxsize=1)
+def _joined() -> Ranks:
+    store, rank, world = next(distributed.rendezvous("env://"))
+    # For waits only: no tensor is exchanged. A slow process may be hours later than a fast one.
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(days=1))
+    return Ranks(rank, world, store)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How questions are answered.
+    """Settings of answering.
 
     Attributes:
-        decoding: the benchmark's own by default.
-        answering: registered name of the answering mode; by default ``generate``, or ``batches`` where that cannot be.
+        model_id: the model's name in every answer line.
+        answering: registered name of the answering mode; by default ``generate``, or ``batches`` where that is
+            impossible.
         batch_size: questions in the model at a time.
-        workers: threads that open pictures.
+        workers: threads that open images.
         share: compute what prompts have in common once; False is for measuring what that gains.
     """
 
-    decoding: Decoding | None = None
+    model_id: str = ""
     answering: str | None = None
     batch_size: int = 32
     workers: int = 4
@@ -55,12 +108,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run did.
+    """A finished run.
 
     Attributes:
         rows: answer lines of the questions asked, in order; none on processes other than the first.
         answered: questions that this run itself answered, on all processes; the others were answered before.
-        images: pictures encoded for them.
+        images: images encoded for them.
         seconds: time that it took, without loading the model.
         answering: name of the answering mode.
         decoding: settings of the generation.
@@ -76,99 +129,99 @@ class Run:
     peak_memory: int | None
 
     def record(self) -> dict[str, Any]:
-        """Entries of a report; rates are null where nothing was left to answer."""
+        """Return entries of a report; rates are None when no question was left to answer."""
+        counts = {"questions": self.answered, "images": self.images}
         return {
             "answering": self.answering,
             "decoding": self.decoding.to_dict(),
             "questions_answered": self.answered,
             "images": self.images,
             "seconds": round(self.seconds, 3),
-            "questions_per_second": self._rate(self.answered),
-            "images_per_second": self._rate(self.images),
+            **{
+                f"{name}_per_second": round(count / self.seconds, 3) if self.answered else None
+                for name, count in counts.items()
+            },
             "peak_memory_bytes": self.peak_memory,
         }
-
-    def _rate(self, amount: int) -> float | None:
-        return round(amount / self.seconds, 3) if self.answered else None
 
 
 def run_benchmark(
     answerer: Answerer,
-    benchmark: Benchmark,
-    questions: Sequence[Question],
+    task: Task,
     folder: str | Path,
     condition: Condition,
     settings: Settings | None = None,
-    limit: int | None = None,
     ranks: Ranks | None = None,
-    model_id: str = "",
     label: str | None = "",
 ) -> Run:
     """Answer the questions that have no answer yet.
 
     Args:
-        questions: all questions of the benchmark.
         folder: gets ``answers.jsonl`` (LLaVA's answer lines, in the questions' order) and ``run.json``.
         condition: what is done to the model and the images.
-        limit: answer about this many of the questions, spread evenly over the file; see :meth:`Benchmark.limited`.
-        ranks: the processes that share the work; this one alone by default.
-        model_id: stands in every answer line.
-        label: heads the progress lines; None for no such lines.
+        ranks: the processes that share the work.
+        label: heads the progress bar; None for no bar.
 
     Raises:
-        ConfigError: the benchmark is not multiple choice, and the answering mode needs options.
+        ConfigError: the condition does not fit the model.
         DataError: an image cannot be read, or the folder holds answers of another model, data or condition.
     """
     ranks, settings, folder = ranks or Ranks(), settings or Settings(), Path(folder)
-    decoding = settings.decoding or Decoding.of(benchmark)
-    rolling = decoding.num_beams == 1 and has_plain_cache(answerer.model)
+    rolling = task.decoding.num_beams == 1 and has_plain_cache(answerer.model)
     answering = settings.answering or ("generate" if rolling else "batches")
-    mode = MODES.get(answering)
-    identity = {
-        **_identity(answerer, benchmark, questions, condition, model_id),
-        "answering": answering,
-        "decoding": decoding.to_dict(),
-    }
-    condition.check(answerer.model)
-    if ranks.rank == 0:
-        _check_same_run(folder, identity)
-    ranks.wait()
-    asked = benchmark.limited(questions, limit)
-    answered = _answered(folder, asked)
-    ranks.wait()  # all have read what is there before anyone writes more
-    left = [question for question in asked if question.key not in answered]
-    name = ranks.begin()
-    started = time.monotonic()
-    peak_memory(answerer.device, start=True)
-    with (
-        condition.applied(answerer.model),
-        QuestionLoader(
-            answerer,
-            portions(left, settings.batch_size, ranks.world),
-            claim=lambda: ranks.add(f"{name}/claimed", 1) - 1,
-            options=benchmark.options if mode.needs_options else lambda _: {},
-            blank=condition.blank_image,
-            workers=settings.workers,
-            capacity=2 * settings.batch_size,
-        ) as feed,
-        AppendFile(folder / f"answers.part{ranks.rank}.jsonl") as out,
-        Progress(len(left), label or "", shown=ranks.rank == 0 and label is not None) as progress,
-    ):
-        worker = mode(answerer, decoding, feed.features, settings.batch_size, settings.share)
-        for answers in worker.run(feed.take):
-            out.append(_row(answer, model_id, identity) for answer in answers)
-            progress.update(ranks.add(f"{name}/answered", len(answers)))
-    ranks.add(f"{name}/images", feed.encoded)
-    ranks.wait()
+    identity = _identity(answerer, task, condition, settings.model_id, answering)
+    counters = ranks.begin()
+    with condition.applied(answerer.model):
+        if ranks.rank == 0:
+            _check_same_run(folder, identity)
+        ranks.wait()
+        known = _answered(folder, task.asked)
+        ranks.wait()  # all have read the answers on disk before any process adds to them
+        left = [question for question in task.asked if question.key not in known]
+        started = time.monotonic()
+        peak_memory(answerer.device, start=True)
+        mode = MODES.get(answering)
+        work = portions(left, settings.batch_size, ranks.world)
+        with (
+            QuestionLoader(
+                answerer,
+                ranks.claim(f"{counters}/claimed", work),
+                options=task.benchmark.options if mode.needs_options else None,
+                blank=condition.blank_image,
+                workers=settings.workers,
+                capacity=2 * settings.batch_size,
+            ) as loader,
+            AppendFile(folder / f"answers.part{ranks.rank}.jsonl") as out,
+            _progress(task, len(known), label if left and ranks.rank == 0 else None) as bar,
+        ):
+            worker = mode(answerer, task.decoding, loader.features, settings.batch_size, settings.share)
+            for answers in worker.run(loader.take):
+                out.append(_row(answer, settings.model_id, identity) for answer in answers)
+                bar.update(len(known) + ranks.add(f"{counters}/answered", len(answers)) - bar.n)
+            ranks.add(f"{counters}/images", loader.encoded)
+            ranks.wait()
+            bar.update(len(task.asked) - bar.n)
     seconds = time.monotonic() - started
-    rows = _finish(folder, questions, asked) if ranks.rank == 0 else []
-    images = ranks.add(f"{name}/images", 0)
+    rows = _finish(folder, task) if ranks.rank == 0 else []
+    images = ranks.add(f"{counters}/images", 0)
     ranks.wait()
-    return Run(rows, len(left), images, seconds, answering, decoding, peak_memory(answerer.device))
+    return Run(rows, len(left), images, seconds, answering, task.decoding, peak_memory(answerer.device))
+
+
+def _progress(task: Task, known: int, label: str | None) -> Any:
+    """Return a bar over the questions asked, on standard error; a log gets few updates."""
+    return tqdm(
+        total=len(task.asked),
+        initial=known,
+        desc=label,
+        unit="q",
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        disable=label is None,
+    )
 
 
 def _row(answer: Answer, model_id: str, identity: Mapping[str, Any]) -> Row:
-    """LLaVA's answer line. Its id is of the run and the question, so that a restarted run gives the same file."""
+    """Make LLaVA's answer line. Its id depends on the run and the question: a restarted run gives the same file."""
     question = answer.question
     name = json.dumps([identity, question.key], sort_keys=True)
     return {
@@ -181,29 +234,32 @@ def _row(answer: Answer, model_id: str, identity: Mapping[str, Any]) -> Row:
     }
 
 
-def _finish(folder: Path, questions: Sequence[Question], asked: Sequence[Question]) -> list[Row]:
-    """Put all parts together in ``answers.jsonl``, which keeps answers to questions not asked now; those asked."""
-    answers = _answered(folder, questions)
-    lost = [question.question_id for question in asked if question.key not in answers]
+def _finish(folder: Path, task: Task) -> list[Row]:
+    """Put all parts together in ``answers.jsonl`` and return the rows of the questions asked.
+
+    The file keeps earlier answers to questions that are not asked now.
+    """
+    answers = _answered(folder, task.questions)
+    lost = [question.question_id for question in task.asked if question.key not in answers]
     if lost:
         raise DataError(
             f"{folder}: the answers to {len(lost)} questions are not there (the first is {lost[0]!r}); all processes "
             "must see the same --output folder"
         )
-    rows = [answers[question.key] for question in questions if question.key in answers]
+    rows = [answers[question.key] for question in task.questions if question.key in answers]
     write_atomically(folder / "answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for part in folder.glob("answers.part*.jsonl"):
         part.unlink()
-    return [answers[question.key] for question in asked]
+    return [answers[question.key] for question in task.asked]
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """Files with answers in a run's folder, those of a finished run first. A judge's replies lie beside them."""
+    """List a folder's files of answers, those of a finished run first; a judge's replies are not among them."""
     return sorted([*folder.glob("answers.jsonl"), *folder.glob("answers.part*.jsonl")])
 
 
-def _answered(folder: Path, questions: Sequence[Question]) -> dict[Key, Row]:
-    """Answers on disk to any of the questions; a last line that was cut off is not an answer."""
+def _answered(folder: Path, questions: Sequence[Question]) -> dict[tuple[int | str, str], Row]:
+    """Read the answers on disk to these questions, by their key; a last line that was cut off is not an answer."""
     asked = {question.key for question in questions}
     rows: list[Row] = []
     for file in answer_files(folder):
@@ -216,16 +272,14 @@ def _answered(folder: Path, questions: Sequence[Question]) -> dict[Key, Row]:
     return {key: row for key, row in answers.items() if key in asked}
 
 
-def _identity(
-    answerer: Answerer, benchmark: Benchmark, questions: Sequence[Question], condition: Condition, model_id: str
-) -> Row:
-    """What must agree before answers of an earlier run are used."""
+def _identity(answerer: Answerer, task: Task, condition: Condition, model_id: str, answering: str) -> Row:
+    """Describe a run; answers of an earlier run are used only if its description is the same."""
     digest = hashlib.sha256()
-    for question in sorted(questions, key=lambda question: str(question.key)):
+    for question in sorted(task.questions, key=lambda question: str(question.key)):
         image = question.image.name if question.image else None
         digest.update(json.dumps([question.question_id, question.text, image]).encode())
     return {
-        "benchmark": type(benchmark).__name__,
+        "benchmark": type(task.benchmark).__name__,
         "questions": digest.hexdigest(),
         "model": model_id,
         "weights": sampled_fingerprint(answerer.model),
@@ -234,6 +288,8 @@ def _identity(
         "dtype": str(answerer.model.dtype).removeprefix("torch."),
         "blank_image": condition.blank_image,
         "detach": list(condition.detach),
+        "answering": answering,
+        "decoding": task.decoding.to_dict(),
     }
 
 
@@ -260,7 +316,7 @@ def forget(folder: str | Path) -> None:
 
 
 def peak_memory(device: torch.device, start: bool = False) -> int | None:
-    """Most bytes of tensors on a GPU at a time since the last ``start``; None on the CPU."""
+    """Return the most bytes of tensors on a GPU since the last ``start``; None on the CPU."""
     if device.type != "cuda":
         return None
     if start:
