@@ -2,6 +2,7 @@
 
 import base64
 import json
+import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -18,7 +19,7 @@ from tove_llava import cli
 from tove_llava.eval import result_files
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, Score, get_benchmark
 from tove_llava.eval.captions import METRICS
-from tove_llava.eval.report import markdown
+from tove_llava.eval.report.page import escape_markdown
 from tove_llava.eval.report.published import read_published
 from tove_llava.eval.report.statistics import Bootstrap, holm, mcnemar
 from tove_llava.eval.rows import read_answers
@@ -101,6 +102,14 @@ def test_holm():
         {"a": 0.03, "b": 0.06, "c": 0.06, "d": 0.02}
     )
     assert holm({"x": 0.7, "y": 0.9}) == {"x": 1.0, "y": 1.0} and holm({}) == {}
+
+
+def test_without_scipy_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("tove_llava.eval.report.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    assert cli.main(["report", str(tmp_path), "--out", str(tmp_path / "page")]) == 2
+    assert "tove-llava[eval]" in capsys.readouterr().err
 
 
 # -- what runs leave --------------------------------------------------------------------------------------------------
@@ -380,7 +389,7 @@ def test_answers_cannot_write_the_page(tmp_path):
 
 @given(st.text(max_size=60))
 def test_markdown_texts_hold_no_markup(text):
-    shown = markdown.escape(text)
+    shown = escape_markdown(text)
     assert "\n" not in shown
     unescaped = shown.replace("\\\\", "")
     for mark in "*_[]<>|`#":

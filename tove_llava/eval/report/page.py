@@ -1,10 +1,15 @@
-"""A comparison as the blocks of a page."""
+"""The pages of a comparison, rendered from the templates, and the same for programs."""
 
-from collections.abc import Mapping, Sequence
+import base64
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
 from tove_llava.eval.report.comparison import OVERALL, Comparison, Differing, Line, Pair, Section
-from tove_llava.eval.report.document import Block, Bullets, Cell, Fold, Heading, Picture, Table, Text
 from tove_llava.eval.report.published import Published
 from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Difference, Interval
@@ -13,24 +18,96 @@ from tove_llava.eval.result_files import MARK
 
 TITLE = "Comparison of runs"
 SIGNIFICANT = 0.05
+IMAGES = "pictures"  # the folder of images next to the Markdown page
 _LONG = 400  # characters of a question or an answer
 _NONE = "–"
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$!&])")
 
 
-def build(comparison: Comparison, published: Sequence[Published], thumbnails: Thumbnails | None) -> list[Block]:
-    """The whole page.
+@dataclass(frozen=True)
+class Image:
+    """A JPEG in a table; ``alt`` describes it in words."""
+
+    jpeg: bytes = field(repr=False)
+    name: str
+    alt: str
+    folder: str = IMAGES
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.jpeg).decode()
+
+
+Cell = str | Image
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading and rows of as many cells; the first ``left`` columns are text, the others numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    left: int = 1
+
+
+def escape_markdown(text: str) -> str:
+    """Escape a text so that Markdown shows it unchanged, on one line, without markup, links or HTML."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def _markdown_value(value: Any) -> Any:
+    return value if hasattr(value, "__html__") else Markup(escape_markdown(str(value)))
+
+
+def render(content: Mapping[str, Any]) -> tuple[str, str]:
+    """Render the HTML and the Markdown page. All values are untrusted text, which the layouts escape.
+
+    Args:
+        content: from :func:`build`.
+    """
+    pages = []
+    # Markdown's escape runs before Jinja's own, which leaves values that are marked as safe unchanged.
+    for layout, options in (("html", {}), ("markdown", {"finalize": _markdown_value})):
+        environment = Environment(
+            loader=PackageLoader(__package__ or ""),
+            autoescape=True,
+            trim_blocks=True,
+            undefined=StrictUndefined,
+            **options,
+        )
+        pages.append(environment.get_template("page.jinja").render(content, layout=f"{layout}.jinja"))
+    html, markdown = pages
+    return html.strip() + "\n", re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n"
+
+
+def build(comparison: Comparison, published: Sequence[Published], thumbnails: Thumbnails | None) -> dict[str, Any]:
+    """Gather what the pages show.
 
     Args:
         published: models from papers; each benchmark shows those that have figures of it.
-        thumbnails: None for a page without pictures.
+        thumbnails: None for a page without images.
     """
-    blocks: list[Block] = [Heading(1, TITLE), *_runs(comparison), *_method(comparison)]
-    for section in comparison.sections:
-        blocks += _section(section, comparison, published, thumbnails)
-    return blocks
+    how = comparison.bootstrap
+    return {
+        "title": TITLE,
+        "runs": _runs(comparison),
+        "level": f"{100 * how.level:g}",
+        "resamples": f"{how.resamples:,}",
+        "seed": how.seed,
+        "baseline": repr(comparison.baseline),
+        "significant": f"{SIGNIFICANT:g}",
+        "sections": [_section(section, comparison, published, thumbnails) for section in comparison.sections],
+    }
 
 
-def _runs(comparison: Comparison) -> list[Block]:
+def images(content: Mapping[str, Any]) -> Iterator[Image]:
+    """Yield all images of a page."""
+    for section in content["sections"]:
+        for _, table in section["pairs"]:
+            yield from (cell for row in table.rows for cell in row if isinstance(cell, Image))
+
+
+def _runs(comparison: Comparison) -> Table:
     header = ["run", "benchmark", "model", "weights", "data", "device", "versions"]
     header += ["questions", "seconds", "questions/s", "images/s"]
     rows = []
@@ -53,57 +130,26 @@ def _runs(comparison: Comparison) -> list[Block]:
                     _number(found.get("images_per_second")),
                 ]
             )
-    text = (
-        "Weights and data (questions / right answers) are digests. Seconds and rates are of the questions that a run "
-        "answered itself, without those that an earlier, interrupted one had answered."
-    )
-    return [Heading(2, "Runs"), Table(header, rows, left=7), Text(text)]
-
-
-def _method(comparison: Comparison) -> list[Block]:
-    how = comparison.bootstrap
-    return [
-        Fold(
-            "How intervals and tests are made",
-            [
-                Bullets(
-                    [
-                        f"In brackets: {100 * how.level:g} % percentile bootstrap intervals over questions, "
-                        f"{how.resamples:,} resamples, seed {how.seed}. Several questions about one picture count as "
-                        "independent. Where a run is right, or wrong, everywhere, the interval has no width and says "
-                        "too much.",
-                        f"Differences are from {comparison.baseline!r}, over the questions that both runs were asked. "
-                        "(+a −b): on a questions the run earned more, on b less.",
-                        "p is two-sided: McNemar's exact test where a question is right or wrong, else a bootstrap of "
-                        "the differences.",
-                        "p (Holm) is corrected for the number of tests: those over all questions together, and those "
-                        f"of each kind of group of a benchmark. A star marks values below {SIGNIFICANT:g}.",
-                    ]
-                )
-            ],
-        )
-    ]
+    return Table(header, rows, left=7)
 
 
 def _section(
     section: Section, comparison: Comparison, published: Sequence[Published], thumbnails: Thumbnails | None
-) -> list[Block]:
-    blocks: list[Block] = [Heading(2, section.benchmark)]
-    if section.notes:
-        blocks.append(Bullets(section.notes))
-    blocks += [Heading(3, "Scores"), _scores(section.runs)]
+) -> dict[str, Any]:
     papers = [model for model in published if section.benchmark in model.scores]
-    if papers:
-        blocks += _published(section.benchmark, papers)
-    levels = dict.fromkeys(line.level for line in section.lines)
-    for level in levels:
-        lines = [line for line in section.lines if line.level == level]
-        table = _lines(lines, section, comparison.baseline)
-        title = "Means over questions, times 100" if level == OVERALL else f"By {level}"
-        blocks += [Heading(3, title), table] if level == OVERALL else [Fold(title, [table])]
-    for number, pair in enumerate(section.pairs):
-        blocks += _pair(pair, section, number, thumbnails)
-    return blocks
+    levels = {
+        level: _lines([line for line in section.lines if line.level == level], section, comparison.baseline)
+        for level in dict.fromkeys(line.level for line in section.lines)
+    }
+    return {
+        "benchmark": section.benchmark,
+        "notes": section.notes,
+        "scores": _scores(section.runs),
+        "published": _published(section.benchmark, papers) if papers else None,
+        "means": levels.pop(OVERALL, None),
+        "levels": levels,
+        "pairs": [(pair, _pair(pair, section, number, thumbnails)) for number, pair in enumerate(section.pairs)],
+    }
 
 
 def _scores(runs: Sequence[Run]) -> Table:
@@ -117,7 +163,7 @@ def _scores(runs: Sequence[Run]) -> Table:
     return Table(["score", *(run.label for run in runs), "questions"], rows)
 
 
-def _published(benchmark: str, models: Sequence[Published]) -> list[Block]:
+def _published(benchmark: str, models: Sequence[Published]) -> Table:
     labels = list(dict.fromkeys(label for model in models for label in model.scores[benchmark]))
     rows = [
         [
@@ -127,7 +173,7 @@ def _published(benchmark: str, models: Sequence[Published]) -> list[Block]:
         ]
         for model in models
     ]
-    return [Heading(3, "Published figures, not measured here"), Table(["model", "source", *labels], rows, left=2)]
+    return Table(["model", "source", *labels], rows, left=2)
 
 
 def _lines(lines: Sequence[Line], section: Section, baseline: str) -> Table:
@@ -149,14 +195,8 @@ def _lines(lines: Sequence[Line], section: Section, baseline: str) -> Table:
     return Table(header, rows)
 
 
-def _pair(pair: Pair, section: Section, number: int, thumbnails: Thumbnails | None) -> list[Block]:
+def _pair(pair: Pair, section: Section, number: int, thumbnails: Thumbnails | None) -> Table:
     runs = {run.label: run for run in section.runs}
-    text = f"They were asked {pair.shared} same questions and earned different values on {pair.differing}."
-    if pair.left_out:
-        text += f" {pair.left_out} questions that only one was asked, or in other words, are left out."
-    blocks: list[Block] = [Heading(3, f"Where {pair.second} and {pair.first} differ"), Text(text)]
-    if not pair.shown:
-        return blocks
     header = ["question", "right answer", pair.first, pair.second]
     rows: list[list[Cell]] = []
     for index, differing in enumerate(pair.shown):
@@ -167,20 +207,20 @@ def _pair(pair: Pair, section: Section, number: int, thumbnails: Thumbnails | No
             _answer(differing.second),
         ]
         if thumbnails is not None:
-            name = f"{section.benchmark}-{number}-{index}.jpg"
-            cells.insert(0, _picture(differing, runs[pair.first], thumbnails, name))
+            # A benchmark's name comes from a file, and must not lead out of the folder.
+            prefix = re.sub(r"[^\w-]", "_", section.benchmark)
+            cells.insert(0, _image(differing, runs[pair.first], thumbnails, f"{prefix}-{number}-{index}.jpg"))
         rows.append(cells)
     if thumbnails is not None:
-        header.insert(0, "picture")
-    title = f"{len(rows)} of these {pair.differing} questions"
-    return [*blocks, Fold(title, [Table(header, rows, left=len(header))])]
+        header.insert(0, "image")
+    return Table(header, rows, left=len(header))
 
 
-def _picture(differing: Differing, run: Run, thumbnails: Thumbnails, name: str) -> Cell:
+def _image(differing: Differing, run: Run, thumbnails: Thumbnails, name: str) -> Cell:
     found = thumbnails.of(run, differing.item.name)
     if isinstance(found, bytes):
-        return Picture(found, name, differing.item.image or differing.item.name)
-    return found or "no picture"
+        return Image(found, name, differing.item.image or differing.item.name)
+    return found or "no image"
 
 
 def _answer(item: Item) -> str:
@@ -227,7 +267,7 @@ def _figure(value: float | None) -> str:
 
 
 def to_json(comparison: Comparison, published: Sequence[Published]) -> dict[str, Any]:
-    """What the page says, for programs."""
+    """Return the comparison as plain types, for programs."""
     how = comparison.bootstrap
     return {
         "baseline": comparison.baseline,

@@ -1,6 +1,6 @@
 """Intervals and tests over questions, with fixed seeds: the same numbers give the same page.
 
-Questions are resampled independently; that several may be about one picture is not modelled. Intervals are percentile
+Questions are resampled independently; that several may be about one image is not modelled. Intervals are percentile
 bootstrap intervals (Efron and Tibshirani 1993, ch. 13).
 """
 
@@ -11,8 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from tove_llava.core.errors import ConfigError
+
+try:
+    from scipy.stats import binomtest, bootstrap
+except ImportError as error:
+    raise ConfigError("a report's statistics need scipy; install it: pip install 'tove-llava[eval]'") from error
+
 _CELLS = 4_000_000  # of a block of resampled indices: 32 MB
-_FEW = 64  # up to this many distinct values their counts are drawn instead of questions; the distribution is the same
+# Up to this many distinct values, their counts are drawn instead of questions: the same distribution, 400 times as fast
+# for 12,000 questions.
+_FEW = 64
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """How to resample.
+    """Settings of the resampling.
 
     Attributes:
         resamples: how often.
@@ -58,22 +67,21 @@ class Bootstrap:
     level: float = 0.95
 
     def means(self, values: Sequence[float] | Any) -> Any:
-        """float64 [resamples]: the mean of each resample of the values, [n]."""
+        """Return float64 [resamples], the mean of each resample of the values, [n]."""
         values = np.sort(np.asarray(values, dtype=np.float64))  # the order of questions must not matter
         generator = np.random.default_rng(self.seed)
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) <= _FEW:
             drawn = generator.multinomial(len(values), counts / len(values), size=self.resamples)
             return drawn @ distinct / len(values)
-        rows = max(1, _CELLS // len(values))
-        means = []
-        for start in range(0, self.resamples, rows):
-            shape = (min(rows, self.resamples - start), len(values))
-            means.append(values.take(generator.integers(0, len(values), shape, dtype=np.int32)).mean(axis=1))
-        return np.concatenate(means)
+        batch = max(1, _CELLS // len(values))
+        found = bootstrap(
+            (values,), np.mean, n_resamples=self.resamples, batch=batch, method="percentile", random_state=generator
+        )
+        return found.bootstrap_distribution
 
     def interval(self, values: Sequence[float] | Any) -> Interval:
-        """The values' mean with its percentile interval.
+        """Return the values' mean with its percentile interval.
 
         Raises:
             ValueError: there is no value.
@@ -85,7 +93,7 @@ class Bootstrap:
         return Interval(fsum(values) / len(values), float(low), float(high), len(values))
 
     def difference(self, first: Sequence[float], second: Sequence[float]) -> Difference:
-        """Second less first, question by question: exact McNemar where every value is 0 or 1, else the bootstrap.
+        """Compare question by question: exact McNemar where every value is 0 or 1, else the bootstrap.
 
         Raises:
             ValueError: the runs have different numbers of questions, or none.
@@ -100,7 +108,7 @@ class Bootstrap:
         return Difference(self.interval(change), p, "McNemar" if binary else "bootstrap", better, worse)
 
     def _null(self, change: Any) -> float:
-        """How often resamples of the differences, moved to mean zero, stray as far as the mean seen."""
+        """Return the share of resamples, moved to mean zero, that are as far from it as the mean seen."""
         seen = abs(change.mean())
         strays = np.abs(self.means(change - change.mean()))
         # A tie is as far; the last digits of a sum must not decide. The mean seen counts as one resample.
@@ -108,16 +116,15 @@ class Bootstrap:
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p of McNemar's test: the questions on which only one run is right are coin tosses."""
-    total, term, tail = better + worse, 1, 1
-    for k in range(min(better, worse)):
-        term = term * (total - k) // (k + 1)
-        tail += term
-    return min(1.0, 2 * tail / (1 << total))
+    """Return the two-sided exact p of McNemar's test.
+
+    Questions on which only one run is right are coin tosses.
+    """
+    return float(binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
 def holm(values: Mapping[Any, float]) -> dict[Any, float]:
-    """p values corrected for their number (Holm 1979): the chance of one false find among them stays at the level."""
+    """Correct p values for their number (Holm 1979), so that the chance of one false find stays at the level."""
     corrected, largest = {}, 0.0
     for rank, (key, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, p * (len(values) - rank)))

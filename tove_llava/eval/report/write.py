@@ -9,9 +9,8 @@ from typing import Any
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
-from tove_llava.eval.report import html, markdown, page
 from tove_llava.eval.report.comparison import compare
-from tove_llava.eval.report.document import pictures
+from tove_llava.eval.report.page import IMAGES, build, images, render, to_json
 from tove_llava.eval.report.published import choose_published
 from tove_llava.eval.report.runs import read_runs
 from tove_llava.eval.report.statistics import Bootstrap
@@ -52,14 +51,15 @@ def write_report(sources: Sequence[str], out: Path, options: Options | None = No
     bootstrap = Bootstrap(options.resamples, options.seed)
     comparison = compare(runs, options.baseline, bootstrap, options.differences)
     thumbnails = Thumbnails(options.thumbnail, options.data_root) if options.thumbnail else None
-    blocks = page.build(comparison, published, thumbnails)
-    record = page.to_json(comparison, published)
+    content = build(comparison, published, thumbnails)
+    html, markdown = render(content)
+    record = to_json(comparison, published)
     with staged(out) as stage:
-        (stage / "report.html").write_text(html.render(blocks, page.TITLE), encoding="utf-8")
-        (stage / "report.md").write_text(markdown.render(blocks), encoding="utf-8")
+        (stage / "report.html").write_text(html, encoding="utf-8")
+        (stage / "report.md").write_text(markdown, encoding="utf-8")
         (stage / "report.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        folder = stage / markdown.PICTURES
+        folder = stage / IMAGES
         folder.mkdir()
-        for picture in pictures(blocks):
-            (folder / picture.name).write_bytes(picture.jpeg)
+        for image in images(content):
+            (folder / image.name).write_bytes(image.jpeg)
     return record
