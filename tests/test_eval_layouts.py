@@ -239,9 +239,9 @@ def test_placeholder_is_the_package_s():
 
 
 def test_a_damaged_embedded_picture_is_named():
-    with pytest.raises(DataError, match="picture row 3 is not base64"):
+    with pytest.raises(DataError, match="image row 3 is not base64"):
         EmbeddedImage("row 3", "not base64!").open()
-    with pytest.raises(DataError, match="picture row 3 is not a picture"):
+    with pytest.raises(DataError, match="image row 3 is not a"):
         EmbeddedImage("row 3", base64.b64encode(b"text").decode()).open()
 
 

@@ -424,7 +424,7 @@ def test_pictures_inside_the_question_file(answerer, data, tmp_path):
         (row,) = answer_questions(answerer, "mmbench", [Question(1, "Which?", image)], tmp_path / name)
         texts[name] = row["text"]
     assert texts["embedded"] == texts["file"]
-    with pytest.raises(DataError, match="question 1: picture row 2 is not base64"):
+    with pytest.raises(DataError, match="question 1: image row 2 is not base64"):
         answer_questions(answerer, "mmbench", [Question(1, "Which?", EmbeddedImage("row 2", "?"))], tmp_path / "bad")
 
 

@@ -5,12 +5,12 @@ from decimal import ROUND_HALF_UP, Decimal
 
 
 def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence[int] | None = None) -> float:
-    """Mean over the references of min(1, matches among the *others* / 3): 0 to 1.
+    """Return the mean over the references of min(1, matches among the *others* / 3).
 
     With ten references, 0, 1, 2, 3, 4 or more matches give 0, 0.3, 0.6, 0.9, 1.
 
     Args:
-        copies: for each reference the number of records that equal it as a whole, itself included: none of them
+        copies: for each reference the number of records that equal it as a whole, itself included, none of which
             counts among the others. 1 for each by default.
     """
     matches = sum(reference == answer for reference in references)
@@ -24,7 +24,7 @@ def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence
 
 
 def record_copies(records: Sequence[Mapping[str, object]]) -> list[int] | None:
-    """How often each record occurs; None where ids make every record different."""
+    """Count how often each record occurs; None if ids make every record different."""
     ids = {repr(record.get("answer_id")) for record in records}
     if len(ids) == len(records):
         return None
@@ -32,7 +32,7 @@ def record_copies(records: Sequence[Mapping[str, object]]) -> list[int] | None:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean of at least one value."""
+    """Return the arithmetic mean of at least one value."""
     return sum(values) / len(values)
 
 

@@ -19,12 +19,7 @@ UNAVAILABLE = {"SPICE": "its parser's models are not part of pycocoevalcap"}
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Metrics of a set of images.
-
-    Attributes:
-        total: of the whole set. BLEU and METEOR are of the corpus, the others means.
-        per_image: image id -> metrics.
-    """
+    """Metrics of a set of images: of the whole set (BLEU and METEOR of the corpus, the others means) and per image."""
 
     total: dict[str, float]
     per_image: dict[Hashable, dict[str, float]]
@@ -53,7 +48,7 @@ class Tokens:
 
 
 def caption_scores(tokens: Tokens, subsets: Sequence[Sequence[Hashable]]) -> list[CaptionScores]:
-    """All metrics for each subset of the images, as if it were the whole set (CIDEr's document frequencies, too).
+    """Compute all metrics for each subset of the images as if it were the whole set (CIDEr's frequencies, too).
 
     Raises:
         ConfigError: Java or pycocoevalcap is missing, or METEOR failed.
@@ -95,11 +90,7 @@ class CaptionBenchmark(Benchmark):
         java.check()
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        """References from JSONL (``image_id``, ``references``) or from a file of the COCO caption format.
-
-        Raises:
-            DataError: the file is malformed, or an image has no reference.
-        """
+        """Read references from JSONL (``image_id``, ``references``) or a file of the COCO caption format."""
         rows = read_jsonl(file) if Path(file).suffix == ".jsonl" else coco_references(file)
         checked = require(rows, file, {"image_id": (int, str), "references": list})
         for row in checked:
@@ -116,11 +107,7 @@ class CaptionBenchmark(Benchmark):
 
 
 def coco_references(file: str | Path) -> list[Row]:
-    """Rows of a COCO caption file: ``images`` (with all their keys) and ``annotations`` (``image_id``, ``caption``).
-
-    Raises:
-        DataError: it is no such file.
-    """
+    """Read a COCO caption file: ``images`` (with all their keys) and ``annotations`` (``image_id``, ``caption``)."""
     content = read_json(file)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{file} has no 'images' and 'annotations'; give a caption file of the COCO format")
@@ -132,5 +119,5 @@ def coco_references(file: str | Path) -> list[Row]:
 
 
 def table_rows(total: Mapping[str, float], count: int, prefix: str = "") -> dict[str, tuple[float, int]]:
-    """Lines of the report, times 100 as papers print them."""
+    """Return rows of the report, times 100 as papers print them."""
     return {f"{prefix}{name}": (100 * value, count) for name, value in total.items()}

@@ -1,4 +1,4 @@
-"""Whether a benchmark's data is whole: its parts, the questions and their number, the ground truth, every picture."""
+"""The check that a data set is whole: parts, questions and their number, ground truth, every image."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,21 +16,20 @@ from tove_llava.eval.benchmarks import Benchmark, Question, get_benchmark
 from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.score_table import first_ids
 
-TEXT_ONLY = "text only"  # the group of a training set's records without a picture
+TEXT_ONLY = "text only"  # the group of a training set's records without an image
 _GROUPS = ("category", "domain")  # of a question's metadata
-Picture = Path | EmbeddedImage
+Image = Path | EmbeddedImage
 Progress = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
 @dataclass
 class Completeness:
-    """What a check of one data set found.
+    """Findings about one data set.
 
     Attributes:
-        name: of the set.
         root: folder that was looked at.
-        questions: how many there are (of a training set: records); None where the file cannot be read.
-        images: distinct pictures that they are about.
+        questions: their number (of a training set: records); None where the file cannot be read.
+        images: distinct images that they are about.
         groups: questions of each category.
         findings: what is wrong.
     """
@@ -43,7 +42,7 @@ class Completeness:
     findings: list[Finding] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON; ``complete`` says whether nothing is wrong."""
+        """Return plain types, for JSON; ``complete`` says whether nothing is wrong."""
         return {**asdict(self), "complete": not self.findings}
 
 
@@ -55,148 +54,139 @@ def check_set(
     allow_image_links: bool = False,
     progress: Progress | None = None,
 ) -> Completeness:
-    """Look at everything of a public data set; go on after a problem.
+    """Check everything of a public data set; continue after a problem.
 
     Args:
         root: the folder that the set's parts are relative to.
-        decode: decode every picture; else only look whether it is there.
+        decode: decode every image; else only check that it exists.
         workers: processes that decode.
-        allow_image_links: let links of a training set's pictures lead out of the image folder.
+        allow_image_links: let links of a training set's images lead out of the image folder.
         progress: wraps an iterator, given the number of items and a label (a tqdm factory).
 
     Raises:
         ConfigError: there is no folder ``root``.
     """
-    result = Completeness(data_set.name, str(root), findings=check_parts(data_set, root))
     show = progress or (lambda items, total, label: items)
-    lost = [root / part.path for part in data_set.parts if part.found(root) is None]
-    if data_set.kind == BENCHMARK:
-        _check_benchmark(data_set, root, lost, result, decode, workers, show)
-    else:
-        options = CheckOptions(root, decode=decode, allow_image_links=allow_image_links)
-        _check_training(data_set, root, lost, result, options, workers, show)
-    _check_counts(data_set, result)
-    return result
+    options = CheckOptions(root, decode=decode, allow_image_links=allow_image_links)
+    return _Check(data_set, root, options, workers, show).run()
 
 
-def _check_benchmark(
-    data_set: DataSet,
-    root: Path,
-    lost: Sequence[Path],
-    result: Completeness,
-    decode: bool,
-    workers: int,
-    show: Progress,
-) -> None:
-    benchmark = get_benchmark(data_set.name)
-    if benchmark.question_file(root) in lost:
-        return
-    try:
-        questions = benchmark.questions(root)
-    except DataError as error:
-        result.findings.append(Finding("file", str(error)))
-        return
-    result.questions = len(questions)
-    named = [str(q.metadata[key]) for q in questions for key in _GROUPS if key in q.metadata]
-    result.groups = dict(Counter(named))
-    askers: dict[Picture, list[Question]] = {}
-    for question in questions:
-        if question.image is not None:
-            askers.setdefault(question.image, []).append(question)
-    result.images = len(askers)
-    wanted = [picture for picture in askers if not _below(picture, lost)]
-    beside = [place for place in lost if not any(_below(picture, [place]) for picture in askers)]
-    result.findings += _ground_truth(benchmark, root, questions, bool(beside))
-    found = parallel_map(_PictureCheck(decode), wanted, workers)
-    for picture, problem in show(found, len(wanted), f"{data_set.name}: pictures"):
-        if problem:
-            ids = first_ids([question.question_id for question in askers[picture]], 3)
-            result.findings.append(Finding("picture", f"question {ids}: {problem}"))
+class _Check:
+    def __init__(self, data_set: DataSet, root: Path, options: CheckOptions, workers: int, show: Progress) -> None:
+        self.set, self.root, self.options, self.workers, self.show = data_set, root, options, workers, show
+        self.result = Completeness(data_set.name, str(root), findings=check_parts(data_set, root))
+        self.lost = [root / part.path for part in data_set.parts if part.found(root) is None]
+
+    def run(self) -> Completeness:
+        try:
+            if self.set.kind == BENCHMARK:
+                self._benchmark()
+            else:
+                self._training()
+        except DataError as error:
+            self._found("file", str(error))
+        self._counts()
+        return self.result
+
+    def _found(self, kind: str, message: str) -> None:
+        self.result.findings.append(Finding(kind, message))
+
+    def _benchmark(self) -> None:
+        benchmark = get_benchmark(self.set.name)
+        if benchmark.question_file(self.root) in self.lost:
+            return
+        questions = benchmark.questions(self.root)
+        self.result.questions = len(questions)
+        named = [str(q.metadata[key]) for q in questions for key in _GROUPS if key in q.metadata]
+        self.result.groups = dict(Counter(named))
+        askers: dict[Image, list[Question]] = {}
+        for question in questions:
+            if question.image is not None:
+                askers.setdefault(question.image, []).append(question)
+        self.result.images = len(askers)
+        wanted = [image for image in askers if not _below(image, self.lost)]
+        other_lost = [path for path in self.lost if not any(_below(image, [path]) for image in askers)]
+        self._ground_truth(benchmark, questions, bool(other_lost))
+        found = parallel_map(_ImageCheck(self.options.decode), wanted, self.workers)
+        for image, problem in self.show(found, len(wanted), f"{self.set.name}: images"):
+            if problem:
+                ids = first_ids([question.question_id for question in askers[image]], 3)
+                self._found("picture", f"question {ids}: {problem}")
+
+    def _ground_truth(self, benchmark: Benchmark, questions: Sequence[Question], lost: bool) -> None:
+        """Find questions without a right answer, and right answers to no question.
+
+        Args:
+            lost: a file that it may need is among the missing parts already.
+        """
+        try:
+            truth = benchmark.ground_truth(self.root)
+        except DataError as error:
+            if not lost:
+                self._found("ground truth", str(error))
+            return
+        if truth is None:
+            return
+        asked = {benchmark.question_key(question): question.question_id for question in questions}
+        known = {benchmark.truth_key(row): row["question_id"] for row in truth}
+        unknown = [name for key, name in asked.items() if key not in known]
+        unasked = [name for key, name in known.items() if key not in asked]
+        for names, text in (
+            (unknown, "questions have no ground truth"),
+            (unasked, "rows of the ground truth belong to no question"),
+        ):
+            if names:
+                self._found(
+                    "ground truth",
+                    f"{len(names):,} {text}: {first_ids(names)}; the files are of different releases",
+                )
+
+    def _training(self) -> None:
+        records, images = self.root / self.set.records, self.root / self.set.image_folder
+        if records in self.lost:
+            return
+        options = replace(self.options, image_folder=images if images.is_dir() else self.root)
+        report = check_dataset(records, options, self.workers, self.show)
+        self.result.questions, self.result.images = report.records, report.images
+        counts = {**report.folders, TEXT_ONLY: report.text_only}
+        self.result.groups = {name: counts.get(name, 0) for name in self.set.groups or {}}
+        for problem in report.problems:
+            if not problem.image:
+                self._found("record", problem.message)
+            elif not _below(images / problem.image, self.lost):
+                self._found("picture", problem.message)
+
+    def _counts(self) -> None:
+        """Compare the numbers with the publisher's."""
+        what = "questions" if self.set.kind == BENCHMARK else "records"
+        pairs = [(what, self.result.questions, self.set.questions), ("images", self.result.images, self.set.images)]
+        if self.result.questions is not None and self.set.groups:
+            groups = self.result.groups
+            pairs += [(f"{what} of {name!r}", groups.get(name, 0), n) for name, n in self.set.groups.items()]
+        for label, found, expected in pairs:
+            if found is not None and expected is not None and found != expected:
+                text = f"{found:,} {label} instead of {expected:,}"
+                self._found("count", f"{text}: the file belongs to another release, or is not whole")
 
 
-def _below(picture: Picture, folders: Sequence[Path]) -> bool:
-    return isinstance(picture, Path) and any(folder in picture.parents for folder in folders)
+def _below(image: Image, folders: Sequence[Path]) -> bool:
+    return isinstance(image, Path) and any(folder in image.parents for folder in folders)
 
 
 @dataclass(frozen=True)
-class _PictureCheck:
+class _ImageCheck:
     decode: bool
 
-    def __call__(self, picture: Picture) -> tuple[Picture, str]:
-        """The picture, and what is wrong with it; an empty string if nothing is."""
+    def __call__(self, image: Image) -> tuple[Image, str]:
+        """Return the image and what is wrong with it; an empty string if nothing is."""
         try:
-            if isinstance(picture, EmbeddedImage):
+            if isinstance(image, EmbeddedImage):
                 if self.decode:
-                    to_rgb(picture.open())
-            elif not picture.is_file():
-                return picture, f"there is no image file {picture}"
+                    to_rgb(image.open())
+            elif not image.is_file():
+                return image, f"there is no image file {image}"
             elif self.decode:
-                to_rgb(open_image(picture))
+                to_rgb(open_image(image))
         except DataError as error:
-            return picture, str(error)
-        return picture, ""
-
-
-def _ground_truth(benchmark: Benchmark, root: Path, questions: Sequence[Question], lost: bool) -> list[Finding]:
-    """Questions without a right answer, and right answers to no question.
-
-    Args:
-        lost: a file that it may need is named among the missing parts already.
-    """
-    try:
-        truth = benchmark.ground_truth(root)
-    except DataError as error:
-        return [] if lost else [Finding("ground truth", str(error))]
-    if truth is None:
-        return []
-    asked = {benchmark.answer_key({"question_id": q.question_id, "prompt": q.text}): q.question_id for q in questions}
-    known = {benchmark.truth_key(row): row["question_id"] for row in truth}
-    unknown = [name for key, name in asked.items() if key not in known]
-    unasked = [name for key, name in known.items() if key not in asked]
-    findings = []
-    if unknown:
-        findings.append(f"{len(unknown):,} questions have no ground truth: {first_ids(unknown)}; ")
-    if unasked:
-        findings.append(f"{len(unasked):,} rows of the ground truth belong to no question: {first_ids(unasked)}; ")
-    return [Finding("ground truth", f"{text}the files are of different releases") for text in findings]
-
-
-def _check_training(
-    data_set: DataSet,
-    root: Path,
-    lost: Sequence[Path],
-    result: Completeness,
-    options: CheckOptions,
-    workers: int,
-    show: Progress,
-) -> None:
-    records, images = root / data_set.records, root / data_set.image_folder
-    if records in lost:
-        return
-    try:
-        report = check_dataset(
-            records, replace(options, image_folder=images if images.is_dir() else root), workers, show
-        )
-    except DataError as error:
-        result.findings.append(Finding("file", str(error)))
-        return
-    result.questions, result.images = report.records, report.images
-    counts = {**report.folders, TEXT_ONLY: report.text_only}
-    result.groups = {name: counts.get(name, 0) for name in data_set.groups or {}}
-    for problem in report.problems:
-        if not problem.image:
-            result.findings.append(Finding("record", problem.message))
-        elif not _below(images / problem.image, lost):
-            result.findings.append(Finding("picture", problem.message))
-
-
-def _check_counts(data_set: DataSet, result: Completeness) -> None:
-    """Compare with what the publisher says."""
-    what = "questions" if data_set.kind == BENCHMARK else "records"
-    pairs = [(what, result.questions, data_set.questions), ("pictures", result.images, data_set.images)]
-    if result.questions is not None and data_set.groups:
-        pairs += [(f"{what} of {name!r}", result.groups.get(name, 0), n) for name, n in data_set.groups.items()]
-    for label, found, expected in pairs:
-        if found is not None and expected is not None and found != expected:
-            text = f"{found:,} {label} instead of {expected:,}: the file is of another release, or not whole"
-            result.findings.append(Finding("count", text))
+            return image, str(error)
+        return image, ""

@@ -1,4 +1,4 @@
-"""What is done to the model or its input while it answers: the columns of an ablation table."""
+"""Changes of the model or its input while it answers: the columns of an ablation table."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +15,10 @@ class Condition:
     """One way of running the model.
 
     Attributes:
-        name: short, used for folders.
+        name: a folder's name.
         title: the column's heading.
         blank_image: replace every image by the mean colour (zeros after normalisation).
-        detach: experts to take out of the tower; ``("all",)`` for every one.
+        detach: experts to detach from the tower; ``("all",)`` for every one.
     """
 
     name: str
@@ -27,17 +27,13 @@ class Condition:
     detach: tuple[str, ...] = ()
 
     def check(self, model: Any) -> None:
-        """Refuse a model that the condition cannot be applied to.
-
-        Raises:
-            ConfigError: it has no such expert, or no experts at all.
-        """
+        """Raise ConfigError for a model without these experts."""
         with self.applied(model):
             pass
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
-        """Detach the experts for the time of a ``with`` block.
+        """Detach the experts for a ``with`` block.
 
         Raises:
             ConfigError: the model has no such expert, or no experts at all.
@@ -64,7 +60,7 @@ CONDITIONS = {condition.name: condition for condition in (BLANK, DETACHED, FULL)
 
 
 def parse_conditions(names: str | None, blank_image: bool = False, detach: str | None = None) -> Sequence[Condition]:
-    """Conditions of a command line: either a comma-separated list of names, or flags that make one condition.
+    """Read the conditions of a command line: comma-separated names, or flags that make one condition.
 
     Raises:
         ConfigError: an unknown name, or both forms at once.

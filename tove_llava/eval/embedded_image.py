@@ -1,4 +1,4 @@
-"""Pictures that a question file carries inside itself."""
+"""Images that a question file holds as text."""
 
 import base64
 import binascii
@@ -14,26 +14,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """A picture in base64 text.
-
-    Attributes:
-        name: stands for the picture in messages and fingerprints; no other picture of the file has it.
-        data: base64.
-    """
+    """An image in base64 text; ``name`` identifies it in messages and fingerprints."""
 
     name: str
     data: str = field(repr=False, compare=False)
 
     def open(self) -> "Image.Image":
-        """Decode the picture.
+        """Decode the image.
 
         Raises:
-            DataError: it is not base64, not a picture, damaged, or too large.
+            DataError: it is not base64, not an image, damaged, or too large.
         """
         from tove_llava.data.images import open_image
 
         try:
             content = base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise DataError(f"picture {self.name} is not base64 text ({error}); is the file whole?") from error
-        return open_image(io.BytesIO(content), name=f"picture {self.name}")
+            raise DataError(f"image {self.name} is not base64 text ({error}); is the file whole?") from error
+        return open_image(io.BytesIO(content), name=f"image {self.name}")

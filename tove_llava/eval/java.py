@@ -1,7 +1,7 @@
 """The two Java programs that come with pycocoevalcap: the PTB tokenizer and METEOR.
 
-They are run here rather than by the package's own wrappers, which write temporary files into the installed package,
-assign captions to the wrong images after a caption with an unusual line end, and hang when METEOR dies.
+The package's own wrappers are not used: they write temporary files into the installed package, assign captions to wrong
+images after a caption with an unusual line end, and hang when METEOR dies.
 """
 
 import importlib.util
@@ -19,22 +19,18 @@ _TOKENIZER = ("-cp", "stanford-corenlp-3.4.1.jar", "edu.stanford.nlp.process.PTB
 _METEOR = ("-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm")
 _UTF8 = "-Dfile.encoding=UTF-8"  # before Java 18 the locale decides
 
-# All that the tokenizer takes for the end of a line; a caption is one line.
+# Every line end of the tokenizer; a caption is one line.
 _LINE_ENDS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 
 
 def check() -> None:
-    """Refuse when Java or pycocoevalcap is missing.
-
-    Raises:
-        ConfigError: one of them is; the message says how to install it.
-    """
+    """Raise ConfigError if Java or pycocoevalcap is missing; the message says how to install it."""
     _package()
     _java()
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Lower-case Penn Treebank tokens of each caption, separated by spaces, without punctuation.
+    """Return each caption's lower-case Penn Treebank tokens, joined by spaces, without punctuation.
 
     Raises:
         ConfigError: Java or pycocoevalcap is missing, or the tokenizer failed.
@@ -79,13 +75,13 @@ class Meteor:
         self._errors.close()
 
     def statistics(self, candidate: str, references: Sequence[str]) -> str:
-        """What METEOR counts for one tokenized candidate; :meth:`evaluate` makes scores of it."""
+        """Return METEOR's counts for one tokenized candidate, for :meth:`evaluate`."""
         candidate = candidate.replace("|||", "").replace("  ", " ")
         self._write(" ||| ".join(("SCORE", *references, candidate)))
         return self._read()
 
     def evaluate(self, statistics: Sequence[str]) -> tuple[float, list[float]]:
-        """The score of a corpus, from summed statistics, and that of each caption."""
+        """Return the score of a corpus, from summed statistics, and the score of each caption."""
         self._write(" ||| ".join(("EVAL", *statistics)))
         singles = [float(self._read()) for _ in statistics]
         return float(self._read()), singles

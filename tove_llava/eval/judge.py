@@ -1,7 +1,7 @@
 """A language model that judges answers, behind any endpoint that speaks OpenAI's chat protocol.
 
-Every reply is kept in a file before it is used, under a digest of the model and the whole request: a run that stops is
-taken up where it stopped, and a second run costs nothing.
+Every reply is kept in a file before it is used, under a digest of the model and the whole request: an interrupted run
+continues where it stopped, and a second run costs nothing.
 """
 
 import argparse
@@ -42,13 +42,13 @@ class Request:
         return sum(len(message["content"]) for message in self.messages)
 
 
-#: Sends requests, is sent the replies, and returns a verdict.
+#: yields requests, is sent the replies, and returns a verdict
 Exchange = Generator[Request, str, T]
 
 
 @dataclass(frozen=True)
 class Price:
-    """What an endpoint asks for a million tokens, read and written, in any currency."""
+    """Prices of a million tokens, read and written, in any currency."""
 
     read: float
     written: float
@@ -59,7 +59,7 @@ class OnlyEstimated(ToveError):
 
 
 class _Stopped(Exception):
-    """Another conversation has failed."""
+    """Another exchange has failed."""
 
 
 @dataclass
@@ -73,8 +73,7 @@ class Judge:
         price: for the estimate.
         estimate_only: say what the calls would cost, and make none.
         workers: requests at a time.
-        retries: repetitions of a call that the endpoint puts off or fails at; the client waits longer each time, or
-            as long as the server says.
+        retries: repetitions of a call that fails; the client waits longer each time, or as long as the server says.
     """
 
     url: str
@@ -87,17 +86,17 @@ class Judge:
     calls: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
 
-    def hold(self, conversations: Sequence[Exchange[T]]) -> list[T]:
-        """Hold all conversations, several at a time, and return their verdicts in order.
+    def hold(self, exchanges: Sequence[Exchange[T]]) -> list[T]:
+        """Hold all exchanges, several at a time, and return their verdicts in order.
 
         Raises:
             ConfigError: the client is not installed.
             DataError: the file of replies is damaged.
-            OnlyEstimated: instead of the first call, if that was asked for.
+            OnlyEstimated: instead of the first call, if ``estimate_only``.
             ServiceError: the endpoint refuses or fails; the replies so far are kept.
         """
         known = self._known()
-        opened = [(conversation, next(conversation)) for conversation in conversations]
+        opened = [(exchange, next(exchange)) for exchange in exchanges]
         self._announce([request for _, request in opened if _digest(self.model, request) not in known])
         client = self._client()
         lock, stop = threading.Lock(), threading.Event()
@@ -118,10 +117,10 @@ class Judge:
                     self.calls += 1
                 return reply
 
-            def finish(conversation: Exchange[T], request: Request) -> T:
+            def finish(exchange: Exchange[T], request: Request) -> T:
                 try:
                     while True:
-                        request = conversation.send(ask(request))
+                        request = exchange.send(ask(request))
                 except StopIteration as end:
                     verdict: T = end.value
                     return verdict
@@ -129,7 +128,7 @@ class Judge:
                     stop.set()
                     raise
 
-            running = [pool.submit(finish, conversation, request) for conversation, request in opened]
+            running = [pool.submit(finish, exchange, request) for exchange, request in opened]
             try:
                 return [future.result() for future in running]
             except _Stopped:
@@ -146,7 +145,7 @@ class Judge:
         return {row["key"]: row["reply"] for row in read_jsonl(self.cache, required=("key", "reply"))}
 
     def _announce(self, requests: Sequence[Request]) -> None:
-        """Say what the calls will cost, before the first one."""
+        """Print the cost of the calls, before the first one."""
         read = sum(request.characters for request in requests) // _CHARACTERS_PER_TOKEN
         written = sum(request.max_tokens for request in requests)
         cost = ""
@@ -191,11 +190,7 @@ def _digest(model: str, request: Request) -> str:
 
 
 class JudgedBenchmark(Benchmark):
-    """Scored by a judge; without one the scores are unavailable.
-
-    Attributes:
-        judge: who judges; set it before :meth:`score`.
-    """
+    """A benchmark scored by :attr:`judge`; without one the scores are unavailable."""
 
     max_new_tokens = 1024
     judge: Judge | None = None
@@ -222,19 +217,16 @@ class JudgedBenchmark(Benchmark):
 
         Args:
             texts: the answers in the ground truth's order; None where one is missing.
-
-        Raises:
-            ServiceError: the judge cannot be reached, or refuses.
         """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags for :func:`judge_from`."""
+    """Add flags for :func:`judge_from`."""
     group = parser.add_argument_group("judged benchmarks")
     group.add_argument("--judge-url", metavar="URL", help=f"base address of a chat endpoint (default: ${URL})")
     group.add_argument("--judge-model", metavar="NAME", help=f"the judge's name there (default: ${MODEL})")
     group.add_argument(
-        "--judge-cache", metavar="FILE", help="its replies (default: beside the answers, with the model's name)"
+        "--judge-cache", metavar="FILE", help="its replies (default: next to the answers, with the model's name)"
     )
     group.add_argument(
         "--judge-price", metavar="READ,WRITTEN", help="price of a million tokens, for the estimate of the cost"
@@ -243,10 +235,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def judge_from(args: argparse.Namespace, answers: Path) -> Judge | None:
-    """The judge of a command line and the environment; None where neither names one.
+    """Make the judge of a command line and the environment; None where neither names one.
 
     Args:
-        answers: the file of answers that will be judged, beside which the replies are kept.
+        answers: the file of answers to judge; the replies are kept next to it.
 
     Raises:
         ConfigError: only one of address and model is given, or the price is none.

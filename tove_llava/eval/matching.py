@@ -1,4 +1,4 @@
-"""Which answer belongs to which question."""
+"""The pairing of answers with questions."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from tove_llava.core.errors import DataError
 
 @dataclass(frozen=True)
 class Matched:
-    """Answers beside the questions they belong to.
+    """Answers paired with questions.
 
     Attributes:
         answers: for every row of the ground truth the row that answers it, or None.
@@ -25,16 +25,16 @@ class Matched:
 
     @property
     def texts(self) -> list[str | None]:
-        """The answers' texts."""
+        """Return the answers' texts."""
         return [None if row is None else row["text"] for row in self.answers]
 
     def notes(self) -> dict[str, Any]:
-        """What a report says about the pairing."""
+        """Return a report's entries about the pairing."""
         return {"unanswered": self.unanswered, "duplicated": self.duplicated, "unknown": self.unknown}
 
 
 def question_id(row: Mapping[str, Any]) -> Hashable:
-    """The key by which most benchmarks pair."""
+    """Return the key by which most benchmarks pair."""
     key: Hashable = row["question_id"]
     return key
 

@@ -1,4 +1,4 @@
-"""Bringing short answers to one form before they are compared.
+"""Normal forms of short answers, for comparing them.
 
 Three published programs do nearly the same; each is a function here, since their differences change scores:
 
@@ -42,12 +42,12 @@ _CACHE = 1 << 16  # answers repeat: ten people answer each of 200,000 questions
 
 
 def flatten(text: str) -> str:
-    """Newlines and tabs become spaces; the ends are trimmed."""
+    """Replace newlines and tabs by spaces, and trim the ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str, unicode_digits: bool = False) -> str:
-    """Delete punctuation, or put a space in its place.
+    """Delete punctuation, or replace it by spaces.
 
     A mark is deleted everywhere if it touches a space anywhere in the text, or if the text has a comma between digits;
     else each one becomes a space. Of periods that no digit follows, the first 32 are deleted.
@@ -63,25 +63,25 @@ def strip_punctuation(text: str, unicode_digits: bool = False) -> str:
 
 
 def canonical_words(text: str, contractions: Mapping[str, str]) -> str:
-    """Lower case, number words as digits, no articles, apostrophes in contractions, single spaces."""
+    """Write in lower case, numbers as digits, no articles, contractions with apostrophes, single spaces."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
 
 @lru_cache(_CACHE)
 def normalise_vqa(text: str) -> str:
-    """The official VQA form of a text that :func:`flatten` has seen."""
+    """Return the official VQA form of a text that :func:`flatten` has processed."""
     return canonical_words(strip_punctuation(text), scorer_data("contractions"))
 
 
 @lru_cache(_CACHE)
 def normalise_evalai(text: str) -> str:
-    """The EvalAI form of a raw text, as LLaVA writes it into submission files."""
+    """Return the EvalAI form of a raw text, as LLaVA writes it into submission files."""
     text = flatten(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
     return canonical_words(strip_punctuation(text, unicode_digits=True), scorer_data("contractions"))
 
 
 @lru_cache(_CACHE)
 def normalise_vizwiz(text: str) -> str:
-    """The VizWiz API's form of a raw text."""
+    """Return the VizWiz API's form of a raw text."""
     return canonical_words(strip_punctuation(flatten(text), unicode_digits=True), scorer_data("contractions_vizwiz"))

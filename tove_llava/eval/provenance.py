@@ -1,4 +1,4 @@
-"""Where a result comes from: the model, its weights' fingerprint, versions, command, device and dtype."""
+"""The provenance of a result."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from tove_llava.inference.generation import Answerer
 
 
 def provenance(answerer: Answerer, model: str | Path) -> dict[str, Any]:
-    """What a result belongs to: the model and its fingerprint, versions, the command, device and dtype."""
+    """Return the model and its fingerprint, versions, the command, device and dtype."""
     return {
         "model": os.fspath(model),
         "fingerprint": model_fingerprint(answerer, model),
@@ -28,14 +28,14 @@ def provenance(answerer: Answerer, model: str | Path) -> dict[str, Any]:
 
 
 def model_fingerprint(answerer: Answerer, model: str | Path) -> str:
-    """That of the checkpoint's trained weights; for a stock LLaVA folder, of the loaded weights."""
+    """Return the fingerprint of the checkpoint's trained weights; for a stock LLaVA folder, of all its weights."""
     if (Path(model) / MANIFEST).exists():
         return Manifest.read(model).fingerprint
     return sampled_fingerprint(answerer.model)
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of software that the numbers depend on."""
     return {
         "tove_llava": __version__,
         "torch": torch.__version__,

@@ -1,12 +1,11 @@
-"""What a finished run leaves for comparison.
+"""The files of a finished run that ``tove-llava report`` reads.
 
-``result.json`` holds the scores with where they come from, ``items.jsonl`` what each question earned. Both lie beside
-the answers, in ``OUTPUT/BENCHMARK/CONDITION/``, and are what ``tove-llava report`` reads.
+``result.json`` holds the scores and their provenance, ``items.jsonl`` the marks of each question. Both are in
+``OUTPUT/BENCHMARK/CONDITION/``, next to the answers.
 """
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 
 from tove_llava.core.files import write_atomically
 from tove_llava.eval.benchmarks import Question, Score
-from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.rows import Row
 from tove_llava.eval.tasks import Task
 
@@ -24,9 +22,9 @@ _SHOWN = 300  # characters of an expected answer in items.jsonl
 
 
 def item_values(score: Score) -> dict[str, dict[str, float]]:
-    """What each question, or picture, earned: its name -> metric -> value.
+    """Return each question's values: its name -> metric -> value.
 
-    Marks where the score is a mean of marks; else the numbers that the scorer gives for each (caption metrics).
+    They are marks where the score is a mean of marks; else the scorer's numbers for each image (caption metrics).
     """
     if score.marks:
         return {str(key): {MARK: float(value)} for key, value in score.marks.items()}
@@ -47,7 +45,7 @@ def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
         answers: rows that were scored.
     """
     values, benchmark = item_values(score), task.benchmark
-    asked = {benchmark.answer_key({"question_id": q.question_id, "prompt": q.text}): q for q in task.asked}
+    asked = {benchmark.question_key(question): question for question in task.asked}
     given = {benchmark.answer_key(row): row["text"] for row in answers} if values else {}
     rows = []
     for row in task.truth or []:
@@ -72,7 +70,7 @@ def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
 
 
 def expected(row: Mapping[str, Any]) -> str | None:
-    """The right answer of a row of the ground truth, to be shown; of several the most frequent first."""
+    """Format the right answer of a row of the ground truth; of several the most frequent first."""
     found = next((row[key] for key in ("answer", "label", "answers", "references") if row.get(key) is not None), None)
     if found is None:
         return None
@@ -83,7 +81,7 @@ def expected(row: Mapping[str, Any]) -> str | None:
 
 
 def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Level -> group -> the number of its items (``count``) and the mean of each metric."""
+    """Return level -> group -> the number of its items (``count``) and the mean of each metric."""
     members: dict[str, dict[str, list[Mapping[str, float]]]] = {}
     for row in rows:
         for level, names in row["groups"].items():
@@ -100,8 +98,8 @@ def _means(items: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None) -> dict[str, Any]:
-    """Digests of what was asked and of the right answers, in any order. Pictures count by name, not by content."""
-    asked = [[str(q.question_id), q.text, picture_name(q)] for q in questions]
+    """Digest questions and right answers, in any order. Images count by name, not by content."""
+    asked = [[str(q.question_id), q.text, q.image.name if q.image else None] for q in questions]
     return {
         "questions": _digest(asked),
         "ground_truth": None if truth is None else _digest(truth),
@@ -114,24 +112,15 @@ def _digest(rows: Iterable[Any]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def picture_name(question: Question) -> str | None:
-    """What stands for a question's picture; None without one."""
-    image = question.image
-    return None if image is None else image.name if isinstance(image, EmbeddedImage) else os.fspath(image.name)
-
-
 def _relative(question: Question, root: Path) -> str | None:
-    """The picture's place under the data root; None for a picture inside the question file, and without a picture."""
-    if not isinstance(question.image, Path):
-        return None
-    try:
+    """Return the image's path under the data root; None for an embedded image, and without an image."""
+    if isinstance(question.image, Path) and question.image.is_relative_to(root):
         return question.image.relative_to(root).as_posix()
-    except ValueError:
-        return None
+    return None
 
 
 def backbone_fingerprints(model: Any) -> dict[str, str]:
-    """Digests of a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
+    """Digest a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
     from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 
     frozen = getattr(model.base_model.vision_tower, "frozen", None)
@@ -144,7 +133,7 @@ def backbone_fingerprints(model: Any) -> dict[str, str]:
 
 
 def save(folder: Path, result: Mapping[str, Any], items: Sequence[Row]) -> None:
-    """Write ``result.json`` and ``items.jsonl``; without items an older ``items.jsonl`` goes."""
+    """Write ``result.json`` and ``items.jsonl``; without items delete an older ``items.jsonl``."""
     if items:
         write_atomically(folder / ITEMS, "".join(json.dumps(row) + "\n" for row in items))
     else:

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def read_jsonl(file: str | Path, required: Sequence[str] = (), broken: list[int] | None = None) -> list[Row]:
-    """All rows of a JSONL file.
+    """Read all rows of a JSONL file.
 
     Args:
         file: UTF-8 file, one JSON object a line; empty lines are skipped.
@@ -43,7 +43,7 @@ def read_jsonl(file: str | Path, required: Sequence[str] = (), broken: list[int]
 
 
 def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]:
-    """Rows of a predictions file (``question_id`` and ``text`` in each).
+    """Read a predictions file (``question_id`` and ``text`` in each row).
 
     Raises:
         DataError: as :func:`read_jsonl`; also for a file without any answer or an answer that is not a string.
@@ -58,10 +58,7 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
 
 
 def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> list[Row]:
-    """The rows of a ground-truth file, each of which must have these keys, of these types.
-
-    Args:
-        keys: key -> type, or tuple of types, of its value.
+    """Return the rows of a ground-truth file, each of which must have these keys (key -> type, or types).
 
     Raises:
         DataError: there is no row, or one is not an object, lacks a key, or has a value of another type there.
@@ -85,7 +82,7 @@ def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> l
 
 
 class AppendFile:
-    """A JSONL file that grows by whole lines which survive a kill or a power cut.
+    """A JSONL file that grows by whole lines, which survive a kill or a power cut.
 
     Opening it cuts off a last line that an earlier process did not finish.
     """
@@ -101,7 +98,7 @@ class AppendFile:
         self._handle = open(self.path, "ab")  # noqa: SIM115  (closed by __exit__)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write the rows in one go and wait until they are on disk."""
+        """Write the rows at once and wait until they are on disk."""
         self._handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
         self._handle.flush()
         os.fsync(self._handle.fileno())
@@ -114,7 +111,7 @@ class AppendFile:
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """``limit`` of the items at even distances (all, without a limit), so that every category has its share."""
+    """Choose ``limit`` items at even distances (all, without a limit), so that every category has its share."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

@@ -7,10 +7,7 @@ from tove_llava.eval.benchmarks import Score
 
 
 def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
-    """One row per category, one column per entry of ``columns`` (percent), and the number of questions.
-
-    All scores must be of one benchmark; a row that some column lacks shows a dash there.
-    """
+    """Make a table of one benchmark: a row per category, a column per entry of ``columns``, in percent."""
     labels = list(dict.fromkeys(label for score in columns.values() for label in score.rows))
     header = [corner, *columns, "questions"]
     lines = [header]
@@ -23,12 +20,12 @@ def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
 
 
 def first_ids(ids: Sequence[object], shown: int = 10) -> str:
-    """The first ids of a list, and three dots where there are more."""
+    """List the first ids, and three dots where there are more."""
     return ", ".join(map(str, ids[:shown])) + (", ..." if len(ids) > shown else "")
 
 
 def notes(score: Score) -> list[str]:
-    """Lines for under the table: the rule, what is unavailable, and the first of the ids that need a look."""
+    """Return the lines below a table: the rule, unavailable metrics, and the first ids that need attention."""
     lines = [f"rule: {score.rule}"] if score.rule else []
     lines += [f"{name}: unavailable ({reason})" for name, reason in score.unavailable.items()]
     meanings = {

@@ -11,37 +11,33 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.matching import match
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row, read_jsonl
+from tove_llava.eval.score_table import first_ids
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A file to send.
-
-    Attributes:
-        content: the file.
-        notes: ids that need a look (``unanswered``, ``duplicated``, ``unknown``, ...).
-    """
+    """A file to send, and notes: ids that need attention (``unanswered``, ``duplicated``, ``unknown``, ...)."""
 
     content: bytes
     notes: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 class Submitting(ABC):
-    """What a benchmark adds whose answers another program scores."""
+    """The part of a benchmark that writes answers for another program to score."""
 
     #: how the file's name ends
     submission_suffix: ClassVar[str] = ".json"
 
     @abstractmethod
     def submission_questions(self, root: Path) -> Path:
-        """The file that says which answers belong into the submission."""
+        """Return the file that lists the questions of the submission."""
 
     @abstractmethod
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
-        """The submission of these answers.
+        """Make the submission of these answers.
 
         Args:
-            questions: the benchmark's file of questions; None where it is not at hand.
+            questions: the benchmark's file of questions; None if it was not given.
 
         Raises:
             ConfigError: the format needs the questions.
@@ -52,14 +48,11 @@ class Submitting(ABC):
 def normalised_answers(
     predictions: Sequence[Mapping[str, Any]], questions: Path | None, name: str, complete: bool = False
 ) -> Submission:
-    """A JSON list of ``{NAME: ..., "answer": ...}`` in the questions' order, answers in the EvalAI form.
+    """Make a JSON list of ``{NAME: ..., "answer": ...}`` in the questions' order, answers in the EvalAI form.
 
     Args:
-        name: the key of a question that the server wants beside the answer.
-        complete: refuse where an answer is missing; else it is an empty string.
-
-    Raises:
-        DataError: an answer is missing that must not be, or none belongs to the questions.
+        name: the key of a question that the server wants with the answer.
+        complete: refuse if an answer is missing; else it is an empty string.
     """
     rows = read_jsonl(known(questions), required=("question_id", name))
     matched = match(predictions, rows)
@@ -73,27 +66,19 @@ def normalised_answers(
 
 
 def known(questions: Path | None) -> Path:
-    """The file of questions.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """Return the file of questions, or raise ConfigError."""
     if questions is None:
         raise ConfigError("this benchmark's submission needs its file of questions; give --questions")
     return questions
 
 
 def require_all(unanswered: Sequence[Any]) -> None:
-    """Refuse a submission whose format has no place for a missing answer.
-
-    Raises:
-        DataError: there is one; the first ids are named.
-    """
+    """Raise DataError if answers are missing and the format needs all; the first ids are named."""
     if unanswered:
-        ids = ", ".join(map(str, unanswered[:5])) + (", ..." if len(unanswered) > 5 else "")
+        ids = first_ids(unanswered, 5)
         raise DataError(f"{len(unanswered)} questions have no answer, and the server wants every one: {ids}")
 
 
 def json_lines(rows: Sequence[Row]) -> bytes:
-    """JSONL."""
+    """Format rows as JSONL."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode()

@@ -1,4 +1,4 @@
-"""Benchmarks with their data: found, read, and checked for what is missing, before any model is loaded."""
+"""Benchmarks with their data, which is found, read and checked before any model is loaded."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val
 
 @dataclass(frozen=True)
 class Decoding:
-    """Settings of one benchmark.
+    """Settings of generation; each benchmark has LLaVA's, and flags override them.
 
     Attributes:
-        max_new_tokens: an answer's length at most.
-        temperature: 0 is greedy; above, words are drawn, the same ones for a question whatever stands beside it.
-        top_p: draw from the most likely words that together have this probability.
+        max_new_tokens: the longest answer.
+        temperature: 0 is greedy; above, tokens are drawn, for each question independently of its batch.
+        top_p: draw from the most likely tokens that together have this probability.
         num_beams: above 1, beam search.
-        min_new_tokens: do not end an answer before; for measuring with answers of a fixed length.
+        min_new_tokens: the shortest answer; for measuring with answers of a fixed length.
     """
 
     max_new_tokens: int
@@ -47,11 +47,7 @@ class Decoding:
 
     @classmethod
     def of(cls, benchmark: Benchmark, overrides: Mapping[str, Any] | None = None) -> "Decoding":
-        """A benchmark's settings; entries of ``overrides`` that are not None take their place.
-
-        Raises:
-            ConfigError: a number out of its range.
-        """
+        """Return a benchmark's settings, replaced by entries of ``overrides`` that are not None."""
         settings = cls(benchmark.max_new_tokens, benchmark.temperature, benchmark.top_p, benchmark.num_beams)
         return replace(settings, **{key: value for key, value in (overrides or {}).items() if value is not None})
 
@@ -65,9 +61,7 @@ class Task:
 
     Attributes:
         root: the data root that has it.
-        decoding: how answers are generated.
-        questions: all of them.
-        asked: those within the limit.
+        asked: the questions within the limit.
         truth: ground truth of the questions asked; None where it is not public.
     """
 
@@ -98,29 +92,24 @@ class Task:
         asked = benchmark.limited(questions, limit)
         truth = benchmark.ground_truth(root)
         if truth is not None:
-            rows = [{"question_id": question.question_id, "prompt": question.text} for question in asked]
-            keys = {benchmark.answer_key(row) for row in rows}
+            keys = {benchmark.question_key(question) for question in asked}
             truth = [row for row in truth if benchmark.truth_key(row) in keys]
         return cls(name, benchmark, root, Decoding.of(benchmark, overrides), questions, asked, truth)
 
     def check(self) -> None:
-        """Refuse what could not be answered or scored.
+        """Refuse questions that could not be answered or scored.
 
         Raises:
             ConfigError: a program is missing.
-            DataError: there are no questions, or pictures are missing; the first questions are named.
+            DataError: there are no questions, or images are missing; the first questions are named.
         """
         self.benchmark.check_requirements()
         if not self.asked:
             raise DataError(f"benchmark {self.name!r} has no questions in {self.benchmark.question_file(self.root)}")
-        check_images(self.asked)
+        _check_images(self.asked)
 
     def check_options(self) -> None:
-        """Refuse a benchmark that is not multiple choice.
-
-        Raises:
-            ConfigError: a question has no options; it is named.
-        """
+        """Raise ConfigError for a benchmark with a question that has no options."""
         for question in self.asked:
             if not self.benchmark.options(question):
                 raise ConfigError(
@@ -136,8 +125,8 @@ class Task:
         return Score({}, len(rows), {}, unavailable={"all": reason})
 
 
-def check_images(questions: Sequence[Question], shown: int = 5) -> None:
-    """Raises DataError where picture files are missing, with the first questions that need them."""
+def _check_images(questions: Sequence[Question], shown: int = 5) -> None:
+    """Raise DataError if image files are missing, with the first questions that need them."""
     there: dict[Path, set[str]] = {}
     lost = []
     for question in questions:
@@ -154,7 +143,7 @@ def check_images(questions: Sequence[Question], shown: int = 5) -> None:
 
 
 def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[str, Benchmark, Path]]:
-    """Each benchmark asked for, and the root that has its data.
+    """Find each benchmark asked for, and the root that has its data.
 
     Raises:
         ConfigError: an unknown benchmark.

@@ -19,7 +19,7 @@ RULES = {
 
 
 def vqa_accuracy(text: str, records: Sequence[Mapping[str, Any]]) -> float:
-    """Accuracy of one answer, 0 to 1.
+    """Return the accuracy of one answer, 0 to 1.
 
     Where all references are the same string after trimming, neither side is normalised any further.
 
@@ -38,7 +38,7 @@ def vqa_accuracy(text: str, records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def read_annotations(file: str | Path) -> list[Row]:
-    """Annotations from the official file (``{"annotations": [...]}``) or from JSONL with one of them a line.
+    """Read annotations from the official file (``{"annotations": [...]}``), or JSONL with one of them a line.
 
     Raises:
         DataError: the file is malformed or not a VQA annotation file.
@@ -64,7 +64,7 @@ def read_annotations(file: str | Path) -> list[Row]:
 
 
 class VqaBenchmark(Benchmark):
-    """Short answers against ten human ones."""
+    """Short answers compared with ten human ones."""
 
     max_new_tokens = 128
     rules = RULES

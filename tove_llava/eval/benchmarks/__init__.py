@@ -34,7 +34,7 @@ _INLINE_OPTION = re.compile(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |\n|$)")  # "(A) bl
 
 @dataclass(frozen=True)
 class Question:
-    """One question as the model gets it: an image (or none) and the user's words, without a placeholder."""
+    """A question for the model: an image (or none) and the user's words, without a placeholder."""
 
     question_id: int | str
     text: str
@@ -43,24 +43,24 @@ class Question:
 
     @property
     def key(self) -> tuple[int | str, str]:
-        """What no other question of the benchmark has: in some of them two questions share an id."""
+        """Identify the question within the benchmark; in some benchmarks two questions share an id."""
         return self.question_id, self.text
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a scorer returns.
+    """A scorer's result.
 
     Attributes:
         scores: the numbers, nested as the benchmark's official program names them.
-        count: questions scored; unanswered ones are among them.
+        count: questions scored, unanswered ones included.
         rows: the report's table, label -> (percent, questions).
         extras: further entries of the JSON output (means, ids that were not answered, ...).
         details: entries of the JSON output that are as long as the files (``per_item`` and the like), on request.
-        marks: what each question earned, 0 to 1, by :meth:`Benchmark.mark_name`; empty where the score is no mean over
+        marks: each question's mark, 0 to 1, by :meth:`Benchmark.mark_name`; empty where the score is no mean over
             questions.
-        unavailable: metrics that cannot be computed here, with the reason. They have no number anywhere.
-        rule: which of several published readings of the rule was used, where there are several.
+        unavailable: metrics that cannot be computed here, with the reason.
+        rule: the published reading of the rule that was used, if there are several.
     """
 
     scores: Mapping[str, Any]
@@ -73,7 +73,7 @@ class Score:
     rule: str | None = None
 
     def to_json(self, benchmark: str, details: bool = False) -> dict[str, Any]:
-        """``{"benchmark", "scores", "count", ...}``; keys of the inner objects become strings, as JSON has it."""
+        """Return ``{"benchmark", "scores", "count", ...}`` for JSON."""
         value: dict[str, Any] = {"benchmark": benchmark, "scores": dict(self.scores), "count": self.count}
         if self.rule is not None:
             value["rule"] = self.rule
@@ -83,7 +83,7 @@ class Score:
 
 
 class Benchmark(ABC):
-    """Where a benchmark's files are, what the model is asked, and how its answers are scored.
+    """A benchmark's file layout, prompts and scorer.
 
     ``root`` is the evaluation data root, LLaVA's ``playground/data/eval`` or a folder of playground scenes.
 
@@ -112,11 +112,11 @@ class Benchmark(ABC):
 
     @abstractmethod
     def question_file(self, root: Path) -> Path:
-        """The file whose presence shows that the benchmark's data is under ``root``."""
+        """Return the file whose presence shows that the benchmark's data is under ``root``."""
 
     @abstractmethod
     def questions(self, root: Path) -> list[Question]:
-        """All questions, in file order.
+        """Read all questions, in file order.
 
         Raises:
             DataError: a file is missing or malformed; it is named.
@@ -124,39 +124,40 @@ class Benchmark(ABC):
 
     @abstractmethod
     def ground_truth(self, root: Path) -> list[Row] | None:
-        """Rows for :meth:`score`, in the form that :meth:`read_ground_truth` reads from one file.
-
-        None where the answers are not public: only the benchmark's server can score.
-        """
+        """Read rows for :meth:`score`; None where only the benchmark's server has the answers."""
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        """Ground truth from a single file, for scoring without a model."""
+        """Read ground truth from a single file, for scoring without a model."""
         return read_jsonl(file, required=("question_id",))
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:
-        """What pairs an answer line (``question_id`` and ``prompt``) with its question."""
+        """Return the key that pairs an answer line (``question_id`` and ``prompt``) with its question."""
         key: Hashable = row["question_id"]
         return key
 
+    def question_key(self, question: Question) -> Hashable:
+        """Return the key that an answer to the question will have."""
+        return self.answer_key({"question_id": question.question_id, "prompt": question.text})
+
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
-        """What pairs a row of the ground truth with its answer."""
+        """Return the key that pairs a row of the ground truth with its answer."""
         key: Hashable = row["question_id"]
         return key
 
     def mark_name(self, row: Mapping[str, Any]) -> Any:
-        """The key in :attr:`Score.marks` of a row of the ground truth; no other row of the benchmark has it."""
+        """Return the key in :attr:`Score.marks` of a row of the ground truth, unique in the benchmark."""
         return row["question_id"]
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
-        """What a row of the ground truth counts for in a breakdown: level -> its groups at that level."""
+        """Return the groups of a breakdown that a row of the ground truth belongs to, by level."""
         return {"category": [row["category"]]} if row.get("category") else {}
 
     def unit(self, question: Question) -> Hashable:
-        """What a question is scored together with: under a limit all questions of a unit are asked, or none."""
+        """Return a key that questions share which are scored together; a limit keeps or drops all of them."""
         return question.key
 
     def limited(self, questions: Sequence[Question], limit: int | None) -> list[Question]:
-        """About ``limit`` of the questions (all, without a limit): whole units, at even distances in the file."""
+        """Choose about ``limit`` questions: whole units, evenly spread over the file."""
         if limit is None or limit >= len(questions):
             return list(questions)
         units = dict.fromkeys(map(self.unit, questions))
@@ -168,19 +169,15 @@ class Benchmark(ABC):
         return match(predictions, truth, self.answer_key, self.truth_key)
 
     def options(self, question: Question) -> dict[str, str]:
-        """What the answer can be, letter -> words, for scoring options by likelihood; empty where it is open."""
+        """Return a question's options, letter -> words; empty for open questions."""
         return lettered_options(question.text)
 
     def check_requirements(self) -> None:  # noqa: B027  (most need nothing beyond the base)
-        """Refuse before any work is done when :meth:`score` would lack a program or package.
-
-        Raises:
-            ConfigError: something is missing; the message says how to get it.
-        """
+        """Raise ConfigError before any work is done if :meth:`score` would lack a program or package."""
 
     @abstractmethod
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        """Score answers; a pure function of its arguments and the rule.
+        """Score answers, by nothing but the arguments and the rule.
 
         Raises:
             DataError: a row lacks a key, or no prediction belongs to this ground truth.
@@ -192,10 +189,7 @@ register_benchmark = BENCHMARKS.register
 
 
 def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
-    """The benchmark called ``name``.
-
-    Args:
-        rule: which reading of its scoring rule; the default by default.
+    """Return the benchmark called ``name``, with one of its rules.
 
     Raises:
         ConfigError: there is none, or it has no such rule; the message lists those that exist.

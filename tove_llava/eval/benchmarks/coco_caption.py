@@ -1,7 +1,7 @@
 """COCO Caption, Karpathy's test split (Chen et al. 2015, arXiv 1504.00325): BLEU, METEOR, ROUGE-L, CIDEr.
 
 Layout: ``coco_caption/coco_karpathy_test.json`` (a list of ``image`` and ``caption``, as BLIP and LAVIS publish it) and
-the pictures under ``coco_caption/`` by the names it gives (``val2014/...``). An answer's id is the picture's, which is
+the images under ``coco_caption/`` by the names it gives (``val2014/...``). An answer's id is the image's, which is
 the number at the end of its name.
 """
 
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"(\d+)\.\w+$")
 
 @register_benchmark("coco_caption")
 class CocoCaption(CaptionBenchmark):
-    """Captions of everyday pictures."""
+    """Captions of everyday images."""
 
     def question_file(self, root: Path) -> Path:
         return root / "coco_caption" / "coco_karpathy_test.json"
@@ -51,15 +51,11 @@ class CocoCaption(CaptionBenchmark):
 
 
 def karpathy_references(file: str | Path) -> list[Row]:
-    """Rows of Karpathy's split as a list of pictures with their captions.
-
-    Raises:
-        DataError: it is no such list, or a picture's name has no number.
-    """
+    """Read Karpathy's split, a list of images with their captions."""
     rows = []
     content = read_json(file)
     if not isinstance(content, list):
-        raise DataError(f"{file} is no list of pictures with captions")
+        raise DataError(f"{file} is no list of images with captions")
     for row in require(content, file, {"image": str, "caption": list}):
         found = _NUMBER.search(row["image"])
         if not found or not row["caption"] or not all(isinstance(text, str) for text in row["caption"]):

@@ -1,4 +1,4 @@
-"""GQA (Hudson and Manning 2019, arXiv 1902.09506): compositional questions about real pictures.
+"""GQA (Hudson and Manning 2019, arXiv 1902.09506): compositional questions about real images.
 
 LLaVA's layout: ``gqa/llava_gqa_testdev_balanced.jsonl`` (questions with the whole prompt), ``gqa/data/images/`` and
 ``gqa/data/testdev_balanced_questions.json`` (also found under ``gqa/data/questions1.2/``, as GQA's archive unpacks).
@@ -25,12 +25,12 @@ _NO_CHOICES = "it needs GQA's choices file, which the release lacks"
 
 
 def convert(text: str) -> str:
-    """The answer that is compared: full stops at the end dropped, lower case, nothing else trimmed."""
+    """Return the answer in lower case, without full stops at the end; nothing else is trimmed."""
     return text.rstrip(".").lower()
 
 
 def steps(program: Sequence[Mapping[str, Any]]) -> int:
-    """Reasoning steps of a question's functional program."""
+    """Count the reasoning steps of a question's functional program."""
     operations = [f"{entry['operation']}: {entry['argument']}" for entry in program]
     return sum(not any(query in operation for query in _QUERIES) for operation in operations)
 
@@ -128,7 +128,7 @@ _BREAKDOWNS = {
 
 
 def _distribution(golds: Mapping[str, Counter[str]], answers: Mapping[str, Counter[str]]) -> float:
-    """Chi-square distance between right and given answers, per group, weighted by size, / 100. Lower is better."""
+    """Return the chi-square distance of right and given answers, per group, weighted by size, / 100."""
     total = weighted = 0.0
     for group, gold in golds.items():
         given = answers.get(group, Counter())

@@ -19,11 +19,11 @@ from tove_llava.eval.scorer_data import scorer_data
 
 _TEMPERATURE = 0.2
 _MAX_TOKENS = 1024
-_UNREAD = (-1.0, -1.0)  # what the reference puts into its means where it cannot read a review
+_UNREAD = (-1.0, -1.0)  # counts in the means, as in the reference
 
 
 def parse_review(review: str) -> tuple[float, float]:
-    """The scores of the reference and of the model: the review's first line, two numbers. (-1, -1) where it is not."""
+    """Read the scores of the reference and of the model from a review's first line; (-1, -1) without them."""
     parts = review.split("\n")[0].replace(",", " ").split(" ")
     if len(parts) != 2:
         return _UNREAD
@@ -35,7 +35,7 @@ def parse_review(review: str) -> tuple[float, float]:
 
 
 def request(row: Mapping[str, Any], answer: str) -> Request:
-    """What the judge is asked about an answer."""
+    """Make the judge's request about an answer."""
     fixed = scorer_data("llava_bench")
     role = fixed["role"]
     parts = (

@@ -1,7 +1,7 @@
 """MMBench (Liu et al. 2023, arXiv 2307.06281), English: LLaVA's layout, ``mmbench/mmbench_dev_20230712.tsv``.
 
 Answers are read and scored as by VLMEvalKit without a judge model ("exact matching"): ``matching_util.py`` and
-``multiple_choice.py``. The question files are LLaVA's and MMBench's own: tab-separated, with the picture inside.
+``multiple_choice.py``. The question files are LLaVA's and MMBench's own: tab-separated, with the image inside.
 """
 
 import io
@@ -48,7 +48,7 @@ _CELL = 32767
 
 
 def parse_answer(text: str, options: Mapping[str, str]) -> str | bool:
-    """The option that an answer names: its letter, ``Z`` for a refusal, or False.
+    """Read the option that an answer names: its letter, ``Z`` for a refusal, or False.
 
     Args:
         options: letter -> text of the options of this row.
@@ -62,18 +62,18 @@ def _letter(text: str, options: Mapping[str, str]) -> str | bool:
     if any(phrase in text for phrase in _REFUSALS):
         return "Z"
     tokens = text.translate(_SEPARATORS).split()
-    alone = [letter for letter in options if letter in tokens]
-    if len(alone) == 1 and tokens.index(alone[0]) >= len(tokens) - _LAST_TOKENS:
-        return alone[0]
-    if not alone and "Z" in tokens:
+    found = [letter for letter in options if letter in tokens]
+    if len(found) == 1 and tokens.index(found[0]) >= len(tokens) - _LAST_TOKENS:
+        return found[0]
+    if not found and "Z" in tokens:
         return "Z"
-    found = _SENTENCE.search(text)
-    letter = found.group(1).upper() if found else ""
+    sentence = _SENTENCE.search(text)
+    letter = sentence.group(1).upper() if sentence else ""
     return letter if letter in options else False
 
 
 def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
-    """The single option whose text occurs in an answer that is not much longer than all options together."""
+    """Find the single option whose text occurs in an answer not much longer than all options together."""
     lowered = text.lower()
     if len(lowered) > 2 * sum(len(option) for option in options.values()):
         return False
@@ -82,12 +82,12 @@ def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
 
 
 def is_missing(value: Any) -> bool:
-    """Whether LLaVA's runner takes a cell for an absent option or hint."""
+    """Tell whether LLaVA's runner reads a cell as an absent option or hint."""
     return value is None or value != value or (isinstance(value, str) and value.lower() in ("nan", "none"))
 
 
 def read_table(file: str | Path) -> Any:
-    """An MMBench sheet (TSV) as a pandas data frame, whose reading of cells (``N/A`` is missing) is the official one.
+    """Read an MMBench sheet (TSV) with pandas, whose reading of cells (``N/A`` is missing) is the official one.
 
     Raises:
         ConfigError: pandas is not installed.
@@ -110,7 +110,7 @@ def read_table(file: str | Path) -> Any:
 
 
 def workbook(sheet: Any) -> bytes:
-    """An Excel workbook of a data frame, every text as text.
+    """Make an Excel workbook of a data frame, with every text as text.
 
     Raises:
         ConfigError: openpyxl is not installed.
@@ -159,7 +159,7 @@ class MmBenchmark(Benchmark, Submitting):
                 options.append(f"{letter}. {row[letter]}")
             name = f"{file.name} row {row['index']}"
             if not isinstance(row.get("image"), str):
-                raise DataError(f"{name} of {file} has no picture")
+                raise DataError(f"{name} of {file} has no image")
             text = "\n".join([*lines, *options, self.request])
             questions.append(Question(int(row["index"]), text, EmbeddedImage(name, row["image"])))
         return questions

@@ -1,10 +1,10 @@
-"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions about each picture, in fourteen subtasks.
+"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions about each image, in fourteen subtasks.
 
-LLaVA's layout: ``MME/llava_mme.jsonl`` (questions with the whole prompt; the two questions of a picture share the id
-``category/picture``) and ``MME/MME_Benchmark_release_version/``, whose text files have the answers. Scores follow
+LLaVA's layout: ``MME/llava_mme.jsonl`` (questions with the whole prompt; the two questions of an image share the id
+``category/image``) and ``MME/MME_Benchmark_release_version/``, whose text files have the answers. Scores follow
 MME's ``calculation.py``. Ground truth for ``tove-llava score`` is JSONL with ``category, image, question, answer``.
 
-Answers are paired by id and the question in their prompt. Where the prompts do not tell the two questions of a picture
+Answers are paired by id and the question in their prompt. Where the prompts do not tell the two questions of an image
 apart, lines are paired by position, as the reference does; the files must then run in parallel.
 """
 
@@ -51,7 +51,7 @@ def core(text: str) -> str:
 
 @register_benchmark("mme")
 class Mme(Benchmark):
-    """Points: per subtask the percent of right answers plus that of pictures with both right, and their sums."""
+    """Points: per subtask the percent of right answers plus that of images with both right, and their sums."""
 
     max_new_tokens = 128
 
@@ -98,7 +98,7 @@ class Mme(Benchmark):
         return row["question_id"], core(row["question"])
 
     def unit(self, question: Question) -> Hashable:
-        return question.question_id  # of a picture, of which both questions have to be right
+        return question.question_id  # of an image, of which both questions have to be right
 
     def mark_name(self, row: Mapping[str, Any]) -> str:
         return f"{row['question_id']}: {row['question']}"
@@ -110,7 +110,7 @@ class Mme(Benchmark):
         return super().match(predictions, truth)
 
     def _told_apart(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether each prompt names one question, and each question has one."""
+        """Tell whether each prompt names one question, and each question has one."""
         if not all(isinstance(row.get("prompt"), str) for row in predictions):
             return False
         asked = {self.answer_key(row) for row in predictions}
@@ -164,13 +164,13 @@ def _read_answers(file: Path) -> dict[str, str]:
 
 
 def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]:
-    """One subtask's numbers from (picture, label, answer) triples; the two questions of a picture are neighbours."""
+    """One subtask's numbers from (image, label, answer) triples; the two questions of an image are neighbours."""
     pairs: list[tuple[Any, list[bool]]] = []
-    for picture, label, answer in items:
-        if pairs and pairs[-1][0] == picture and len(pairs[-1][1]) == 1:
+    for image, label, answer in items:
+        if pairs and pairs[-1][0] == image and len(pairs[-1][1]) == 1:
             pairs[-1][1].append(label == answer)
         else:
-            pairs.append((picture, [label == answer]))
+            pairs.append((image, [label == answer]))
     counts = {"TP": ("yes", "yes"), "FN": ("yes", "no"), "TN": ("no", "no"), "FP": ("no", "yes")}
     judged = [(label, answer) for _, label, answer in items]
     found = {key: judged.count(value) for key, value in counts.items()}

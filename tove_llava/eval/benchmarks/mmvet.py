@@ -25,7 +25,7 @@ _TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # of the repeated requests; after them the
 
 
 def parse_grade(reply: str) -> float | None:
-    """The number in front of the first space, if it is one from 0 to 1."""
+    """Read the number in front of the first space, if it is from 0 to 1."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -34,7 +34,7 @@ def parse_grade(reply: str) -> float | None:
 
 
 def conversation(row: Mapping[str, Any], answer: str) -> Exchange[float]:
-    """Ask for a grade, and ask again, less and less coldly, while the reply is none."""
+    """Ask for a grade; while the reply is none, ask again at a higher temperature."""
     fixed = scorer_data("mmvet")
     truth = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = fixed["prompt"] + "\n" + " | ".join([row["question"], truth, answer, ""])
@@ -110,5 +110,5 @@ class MmVet(JudgedBenchmark, Submitting):
 
 
 def _percent(values: Sequence[float]) -> float:
-    """Rounded as MM-Vet reports."""
+    """Round as MM-Vet reports."""
     return round(100 * mean(values), 1)

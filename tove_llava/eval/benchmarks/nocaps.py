@@ -20,11 +20,11 @@ _MEAN_METRICS = ("CIDEr", "ROUGE_L", "METEOR")
 
 @register_benchmark("nocaps")
 class NoCaps(CaptionBenchmark):
-    """Caption metrics over all pictures and by domain."""
+    """Caption metrics over all images and by domain."""
 
     rules = {
-        SUBSET: "a domain's scores are those of its pictures alone, CIDEr's document frequencies included",
-        MEANS: "a domain's scores are means of its pictures' scores in the run over all pictures",
+        SUBSET: "a domain's scores are those of its images only, CIDEr's document frequencies included",
+        MEANS: "a domain's scores are means of its images' scores in the run over all images",
     }
 
     def question_file(self, root: Path) -> Path:

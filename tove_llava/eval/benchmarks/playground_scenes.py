@@ -1,7 +1,6 @@
 """Held-out playground scenes: exact-match accuracy, overall and per question category.
 
-``val_questions.jsonl`` has ``question_id, image, text, answer, category``; images lie in ``images/`` beside
-it. Both are what ``tove-llava scenes`` writes.
+``tove-llava scenes`` writes ``val_questions.jsonl`` (``question_id, image, text, answer, category``) and ``images/``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from tove_llava.eval.rows import Row, read_jsonl, require
 
 
 def normalise(text: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
+    """Write in lower case, with single spaces and without full stops at the end."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 

@@ -17,17 +17,17 @@ CATEGORIES = ("random", "popular", "adversarial")
 
 
 def parse_answer(text: str) -> str:
-    """ "no" if the words before the first full stop include ``No``, ``no`` or ``not``, else "yes".
+    """Return "no" if the words before the first full stop include ``No``, ``no`` or ``not``, else "yes".
 
-    Words are what lies between single spaces, and commas do not count: the official rule, with its quirks
-    (an empty answer is "yes", and so is "no" before a line break).
+    Words are separated by single spaces, and commas do not count. This is the official rule, with its quirks: an empty
+    answer is "yes", and so is "no" before a line break.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"
 
 
 def _rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Scores of (label, answer) pairs; "yes" is the positive class. An undefined ratio is 0."""
+    """Score (label, answer) pairs; "yes" is the positive class, and an undefined ratio is 0."""
     tp = pairs.count(("yes", "yes"))
     fp = pairs.count(("no", "yes"))
     tn = pairs.count(("no", "no"))

@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple-choice questions, about half of them with a picture.
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple-choice questions, about half of them with an image.
 
 LLaVA's layout: ``scienceqa/llava_test_CQM-A.json``, ``scienceqa/images/test/``, ``scienceqa/pid_splits.json`` and
 ``scienceqa/problems.json``. Scores follow LLaVA's ``eval_science_qa.py``. Ground truth for ``tove-llava score`` is
@@ -22,10 +22,10 @@ _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
 
 def parse_answer(text: str) -> str:
-    """The letter of an answer, or ``FAILED``.
+    """Read the letter of an answer, or ``FAILED``.
 
-    It is the whole text, or stands in front of ". ", or in a single "The answer is X" that at least one more character
-    follows on its line. Nothing is trimmed.
+    It is the whole text, or in front of ". ", or in a single "The answer is X" that at least one more character follows
+    on its line. Nothing is trimmed.
     """
     if text in tuple(LETTERS):
         return text
@@ -36,13 +36,13 @@ def parse_answer(text: str) -> str:
 
 
 def option_index(letter: str, options: int) -> int:
-    """Position of a letter among so many options; -1 where it is none of theirs."""
+    """Return a letter's index among the options, or -1."""
     return LETTERS.index(letter) if letter in tuple(LETTERS[:options]) else -1
 
 
 @register_benchmark("scienceqa")
 class ScienceQa(Benchmark):
-    """Accuracy over all questions and over those with a picture."""
+    """Accuracy over all questions and over those with an image."""
 
     max_new_tokens = 1024
 

@@ -1,6 +1,6 @@
-"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple-choice questions about pictures and middle frames of videos.
+"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple-choice questions about images and middle frames of videos.
 
-LLaVA's layout: ``seed_bench/llava-seed-bench.jsonl`` (questions with the whole prompt; picture names relative to
+LLaVA's layout: ``seed_bench/llava-seed-bench.jsonl`` (questions with the whole prompt; image names relative to
 ``seed_bench/``) and ``seed_bench/SEED-Bench.json``. Scores follow LLaVA's ``convert_seed_for_submission.py``.
 """
 
@@ -17,7 +17,7 @@ from tove_llava.eval.server_files import Submission, Submitting, json_lines, kno
 
 
 def answer_id(key: str | int) -> str | int:
-    """The id that LLaVA's answers have: a number where the annotation's id reads as one (pictures)."""
+    """Return the id in LLaVA's answers: a number where the annotation's id reads as one (images)."""
     try:
         return int(key)
     except ValueError:
@@ -26,7 +26,7 @@ def answer_id(key: str | int) -> str | int:
 
 @register_benchmark("seed")
 class Seed(Benchmark, Submitting):
-    """Share of answers that are exactly the right letter: overall, pictures, videos, and per type."""
+    """Share of answers that are exactly the right letter: overall, images, videos, and per type."""
 
     max_new_tokens = 128
     submission_suffix = ".jsonl"

@@ -1,8 +1,8 @@
-"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions about text in the picture, ten human answers each.
+"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions about text in the image, ten human answers each.
 
-LLaVA's layout: ``textvqa/llava_textvqa_val_v051_ocr.jsonl`` (questions with the whole prompt; the id is the picture's),
+LLaVA's layout: ``textvqa/llava_textvqa_val_v051_ocr.jsonl`` (questions with the whole prompt; the id is the image's),
 ``textvqa/TextVQA_0.5.1_val.json`` and ``textvqa/train_images/``. Scores follow LLaVA's ``eval_textvqa.py``: the
-question is read back from the prompt, and with the picture's id it finds the record.
+question is read back from the prompt, and with the image's id it finds the record.
 """
 
 import re
@@ -22,7 +22,7 @@ _SHOWN = 400  # characters of a normalised answer in the details
 
 
 def question_of(prompt: str) -> str:
-    """The question in one of the four forms of prompt that LLaVA's programs write.
+    """Read the question from one of the four forms of prompt that LLaVA's programs write.
 
     Raises:
         DataError: the prompt has another form.
@@ -65,7 +65,7 @@ class TextVqa(Benchmark):
         for row in rows:
             if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
                 raise DataError(f"{file}, image {row['image_id']!r}: 'answers' must be a list of strings")
-        # Answers carry the picture's id as their question_id.
+        # Answers carry the image's id as their question_id.
         return [{**row, "record_id": row.get("question_id"), "question_id": row["image_id"]} for row in rows]
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:

@@ -100,10 +100,10 @@ class VizWiz(Benchmark, Submitting):
 
 
 def _number(image: str, file: str | Path) -> int:
-    """The question's id where the file has none: LLaVA numbers the questions as the pictures are numbered."""
+    """The question's id where the file has none: LLaVA numbers the questions as the images are numbered."""
     found = re.search(r"(\d+)\.\w+$", image)
     if not found:
-        raise DataError(f"{file}: a record without question_id needs a number in its picture's name, not {image!r}")
+        raise DataError(f"{file}: a record without question_id needs a number in its image's name, not {image!r}")
     return int(found.group(1))
 
 
@@ -116,7 +116,7 @@ def _by_api(text: str, references: Sequence[str]) -> float:
 
 
 def _unanswerability(truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> dict[str, float]:
-    """How well "unanswerable" is told from the rest: average precision and F1, percent."""
+    """Rate the detection of unanswerable questions: average precision and F1, percent."""
     told = [text is not None and normalise_vizwiz(text) == "unanswerable" for text in texts]
     real = [not row["answerable"] for row in truth]
     hits = sum(a and b for a, b in zip(told, real, strict=True))

@@ -1,1 +1,1 @@
-"""Pages that compare runs: read them, test their differences, render Markdown and HTML."""
+"""Pages that compare runs."""

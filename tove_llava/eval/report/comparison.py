@@ -1,4 +1,4 @@
-"""The comparison of runs, as data: what the pages show."""
+"""The comparison of runs, as data."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,6 +7,7 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Bootstrap, Difference, Interval, holm
 from tove_llava.eval.result_files import MARK
+from tove_llava.eval.rows import spread
 
 # What should be the same in all columns but for what is compared, by the key in ``result.json``.
 _SETTINGS = {
@@ -26,10 +27,8 @@ class Line:
     """One group of questions under one metric.
 
     Attributes:
-        level: kind of group, "category" and the like; empty for all questions.
-        group: its name.
-        metric: what the questions earned.
-        intervals: run -> mean with its interval, over the run's own questions; without those that have none there.
+        level: kind of group ("category"); empty for all questions.
+        intervals: run -> mean with its interval, over the run's own questions, if it has any in this group.
         differences: run -> difference from the baseline, over the questions that both answered.
         corrected: run -> the difference's p after Holm's correction.
     """
@@ -44,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Differing:
-    """A question on which two runs earned different values."""
+    """A question on which two runs have different values."""
 
     item: Item
     first: Item
@@ -56,9 +55,9 @@ class Pair:
     """The baseline and another run on one benchmark.
 
     Attributes:
-        shared: questions that both have, with the same words, picture and right answer.
-        left_out: questions that only one has, or that are put differently.
-        differing: how many of the shared earned different values.
+        shared: the number of questions that both have, with the same words, image and right answer.
+        left_out: the number of other questions.
+        differing: the number of shared questions with different values.
         shown: some of those.
     """
 
@@ -83,17 +82,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a page shows.
-
-    Attributes:
-        baseline: heading of the run that others are compared with.
-        bootstrap: how intervals and tests were made.
-        shown: at most so many differing questions per pair.
-    """
+    """The content of a page; ``baseline`` is the heading of the run that others are compared with."""
 
     baseline: str
     bootstrap: Bootstrap
-    shown: int
     sections: Sequence[Section]
 
 
@@ -104,8 +96,7 @@ def compare(
 
     Args:
         baseline: heading of the run that others are compared with; the first by default.
-        bootstrap: how intervals and tests are made.
-        shown: how many differing questions to show per pair of runs.
+        shown: the number of differing questions to show per pair of runs.
 
     Raises:
         ConfigError: no run has that heading.
@@ -121,7 +112,7 @@ def compare(
         # The baseline's column comes first.
         mine.sort(key=lambda run: run.label != baseline)
         sections.append(_section(benchmark, mine, baseline, bootstrap, shown))
-    return Comparison(baseline, bootstrap, shown, _corrected(sections))
+    return Comparison(baseline, bootstrap, _corrected(sections))
 
 
 def _section(benchmark: str, runs: Sequence[Run], baseline: str, bootstrap: Bootstrap, shown: int) -> Section:
@@ -148,14 +139,14 @@ def _section(benchmark: str, runs: Sequence[Run], baseline: str, bootstrap: Boot
 
 
 def shared_names(first: Run, second: Run) -> set[str]:
-    """Names of the items that are the same question in both runs."""
+    """Return the names of items that are the same question in both runs."""
     return {
         name for name, item in first.items.items() if name in second.items and second.items[name].asked == item.asked
     }
 
 
 def _groups(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
-    """(level, group, metric) of every line: all questions first, then level by level, groups by name."""
+    """Yield (level, group, metric) of every line: all questions first, then level by level, groups by name."""
     metrics = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
     found: dict[str, set[str]] = {}
     for run in runs:
@@ -180,7 +171,7 @@ def _pair(first: Run, second: Run, shared: set[str], shown: int) -> Pair:
     }
     better = [name for name, change in changes.items() if change > 0]
     worse = [name for name, change in changes.items() if change < 0]
-    # Half of each kind, the largest changes first; where one kind is rarer, the other fills up.
+    # Half of each kind, the largest changes first; if one kind is rare, the other fills up.
     half = shown // 2
     some = max(shown - half, shown - len(worse))
     chosen = _largest(worse, changes, shown - min(some, len(better))) + _largest(better, changes, some)
@@ -189,7 +180,7 @@ def _pair(first: Run, second: Run, shared: set[str], shown: int) -> Pair:
 
 
 def _largest(names: Sequence[str], changes: Mapping[str, float], number: int) -> list[str]:
-    """The largest changes; of equal ones some at even distances, so that no part of the file is favoured."""
+    """Choose the largest changes; equal ones at even distances, so that no part of the file is favoured."""
     ranked = sorted(names, key=lambda name: -abs(changes[name]))
     if number >= len(ranked):
         return ranked
@@ -198,12 +189,11 @@ def _largest(names: Sequence[str], changes: Mapping[str, float], number: int) ->
     edge = abs(changes[ranked[number - 1]])
     above = [name for name in ranked if abs(changes[name]) > edge]
     equal = [name for name in ranked if abs(changes[name]) == edge]
-    left = number - len(above)
-    return above + [equal[index * len(equal) // left] for index in range(left)]
+    return above + spread(equal, number - len(above))
 
 
 def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
-    """What a reader must know before comparing the columns."""
+    """List remarks that a reader needs before comparing the columns."""
     notes = []
     for run in runs:
         if not run.items:
@@ -227,7 +217,7 @@ def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
 
 
 def _corrected(sections: Sequence[Section]) -> list[Section]:
-    """Holm's correction: once over the lines of all questions, and once in each level of each benchmark."""
+    """Apply Holm's correction over the lines of all questions, and in each level of each benchmark."""
     families: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
     for section in sections:
         for index, line in enumerate(section.lines):

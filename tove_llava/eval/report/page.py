@@ -67,13 +67,13 @@ def render(content: Mapping[str, Any]) -> tuple[str, str]:
     """
     pages = []
     # Markdown's escape runs before Jinja's own, which leaves values that are marked as safe unchanged.
-    for layout, options in (("html", {}), ("markdown", {"finalize": _markdown_value})):
+    for layout, finalize in (("html", None), ("markdown", _markdown_value)):
         environment = Environment(
             loader=PackageLoader(__package__ or ""),
             autoescape=True,
             trim_blocks=True,
             undefined=StrictUndefined,
-            **options,
+            finalize=finalize,
         )
         pages.append(environment.get_template("page.jinja").render(content, layout=f"{layout}.jinja"))
     html, markdown = pages

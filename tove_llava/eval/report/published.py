@@ -1,13 +1,13 @@
-"""Figures from papers, shipped as data. They are shown apart from measured ones and marked as published.
+"""Figures from papers, shown apart from measured ones and marked as published.
 
 One YAML file a model in ``published/``::
 
     name: LLaVA-1.5 7B
     paper: Improved Baselines with Visual Instruction Tuning
     arxiv: "2310.03744"
-    source: table and place that the figures were read from
-    url: where that is
-    note: what differs from how this package measures (optional)
+    source: table that the figures were read from
+    url: its address
+    note: differences from how this package measures (optional)
     scores:
       gqa: {accuracy: 62.0}          # benchmark -> label of the scorer's table -> figure
 """
@@ -37,7 +37,7 @@ class Published:
 
 
 def read_published() -> dict[str, Published]:
-    """All models by the name of their file.
+    """Read all models, by the name of their file.
 
     Raises:
         ConfigError: a file is malformed.
@@ -51,7 +51,7 @@ def _parse(name: str, text: str) -> Published:
 
 
 def choose_published(names: str, benchmarks: Sequence[str]) -> list[Published]:
-    """Models to show beside these benchmarks.
+    """Choose models to show with these benchmarks.
 
     Args:
         names: "all", "none", or file names separated by commas.

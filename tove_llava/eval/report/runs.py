@@ -15,7 +15,7 @@ _PLACES = ("", "*", "*/*", "eval/*", "eval/*/*")  # of result.json under the fol
 
 @dataclass(frozen=True)
 class Item:
-    """A question and what a run earned on it; fields as in ``items.jsonl``."""
+    """A question and a run's values on it; fields as in ``items.jsonl``."""
 
     name: str
     values: Mapping[str, float]
@@ -27,7 +27,7 @@ class Item:
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """What must agree before two runs' items are the same question."""
+        """Identify the question; items of two runs with the same value are the same question."""
         return self.prompt, self.image, self.expected
 
 
@@ -37,8 +37,6 @@ class Run:
 
     Attributes:
         label: the column's heading.
-        folder: where it lies.
-        benchmark: registered name.
         rows: the official scores: label -> (value, questions).
         items: name -> item, in file order; empty where the score has none.
         result: the whole of ``result.json``.
@@ -53,12 +51,12 @@ class Run:
 
     @property
     def metrics(self) -> list[str]:
-        """Names of the values that every item has."""
+        """Return the names of the values that every item has."""
         return list(next(iter(self.items.values())).values) if self.items else []
 
 
 def read_runs(sources: Sequence[str], benchmarks: Sequence[str] = (), conditions: Sequence[str] = ()) -> list[Run]:
-    """All results under the folders.
+    """Read all results under the folders.
 
     Args:
         sources: ``FOLDER`` or ``LABEL=FOLDER``: a model's folder, its ``eval`` folder, or one benchmark's.
@@ -97,11 +95,10 @@ def read_runs(sources: Sequence[str], benchmarks: Sequence[str] = (), conditions
 
 
 def read_run(folder: Path, label: str = "") -> Run:
-    """One benchmark's result.
+    """Read one benchmark's result.
 
     Args:
-        label: the model's name; the folder's that was evaluated by default. Another condition than the plain one is
-            added to it.
+        label: the model's name; by default, its folder's. A condition other than the plain one is added to it.
 
     Raises:
         DataError: a file is missing or malformed.

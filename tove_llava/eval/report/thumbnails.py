@@ -1,4 +1,4 @@
-"""Thumbnails of the pictures that differing questions are about."""
+"""Thumbnails of the images that differing questions are about."""
 
 import io
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ QUALITY = 80  # of the JPEG
 
 
 class Thumbnails:
-    """Finds and shrinks pictures; each is made once.
+    """A maker of small images, each made once.
 
     Args:
         side: pixels of the longer side.
-        root: where the benchmarks' data lies; the place that each run recorded by default.
+        root: folder of the benchmarks' data; by default, the one that each run recorded.
     """
 
     def __init__(self, side: int = 160, root: str | None = None) -> None:
@@ -27,7 +27,7 @@ class Thumbnails:
         self._made: dict[tuple[Path, str], bytes | str] = {}
 
     def of(self, run: Run, name: str) -> bytes | str | None:
-        """JPEG of an item's picture; a sentence where it cannot be shown; None where the question has none."""
+        """Return the JPEG of an item's image, a sentence if it cannot be shown, or None if the item has none."""
         image = run.items[name].image
         root = Path(self.root or str(run.result.get("data_root", "")))
         if image is None:
@@ -45,21 +45,21 @@ class Thumbnails:
 
         try:
             if run.items[name].image is None:
-                picture = _embedded(run.benchmark, root)[name].open()
+                opened = _embedded(run.benchmark, root)[name].open()
             else:
-                picture = open_image(resolve_image(root, image, allow_links=True))
-            picture = to_rgb(picture)
+                opened = open_image(resolve_image(root, image, allow_links=True))
+            opened = to_rgb(opened)
         except DataError as error:
-            return f"no picture: {error}"
-        picture.thumbnail((self.side, self.side))
+            return f"no image: {error}"
+        opened.thumbnail((self.side, self.side))
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=QUALITY)
+        opened.save(buffer, "JPEG", quality=QUALITY)
         return buffer.getvalue()
 
 
 @lru_cache(maxsize=4)
 def _embedded(benchmark: str, root: Path) -> Mapping[str, EmbeddedImage]:
-    """Pictures inside a benchmark's question file, by the question's id; empty where it has none or is not there."""
+    """Return the images inside a benchmark's question file, by the question's id; empty if there are none."""
     try:
         questions = get_benchmark(benchmark).questions(root)
     except ToveError:

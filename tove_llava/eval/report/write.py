@@ -1,4 +1,4 @@
-"""From folders of results to a folder with the pages."""
+"""The folder of a report's pages."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tove_llava.eval.report.thumbnails import Thumbnails
 
 @dataclass(frozen=True)
 class Options:
-    """What to compare and to show; see ``tove-llava report --help``."""
+    """Settings of a report; see ``tove-llava report --help``."""
 
     baseline: str | None = None
     benchmarks: Sequence[str] = ()
@@ -33,7 +33,7 @@ class Options:
 
 
 def write_report(sources: Sequence[str], out: Path, options: Options | None = None) -> dict[str, Any]:
-    """Write ``report.html``, ``report.md``, ``pictures/`` and ``report.json``; returns what the last holds.
+    """Write ``report.html``, ``report.md``, ``pictures/`` and ``report.json``; return the content of the last.
 
     Args:
         sources: ``FOLDER`` or ``NAME=FOLDER``; see :func:`tove_llava.eval.report.runs.read_runs`.
