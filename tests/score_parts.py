@@ -26,6 +26,24 @@ def refuse(capsys, benchmark, predictions, truth, *flags):
     return captured.err
 
 
+def write_rows(file, rows):
+    """Write JSONL; rows may be lines already."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def read_rows(file):
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
+
+
+def sample(name):
+    """A benchmark's sample: answers, ground truth and expected numbers."""
+    folder = SAMPLES / name
+    expected = json.loads((folder / "expected.json").read_text())
+    return folder / "predictions.jsonl", truth_file(folder), expected
+
+
 def truth_file(folder):
     names = ("ground_truth.jsonl", "ground_truth.json", "questions.jsonl")
     return next(folder / name for name in names if (folder / name).exists())

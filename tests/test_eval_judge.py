@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from answer_parts import picture, save_model
-from score_parts import SAMPLES, differences, refuse, score, truth_file
+from score_parts import differences, refuse, sample, score
 from test_eval_layouts import LAYOUTS
 
 from tove_llava import cli
@@ -95,26 +95,29 @@ def grade(text):
 REPLY = {"llava_bench": review, "mmvet": grade}
 
 
+def flags_for(endpoint, tmp_path):
+    return ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(tmp_path / "replies.jsonl")]
+
+
 @pytest.mark.parametrize("name", REPLY)
 def test_sample(capsys, serve, tmp_path, name):
-    endpoint, folder = serve(REPLY[name]), SAMPLES / name
-    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(tmp_path / "replies.jsonl")]
+    endpoint, (answers, truth, expected) = serve(REPLY[name]), sample(name)
+    flags = flags_for(endpoint, tmp_path)
     endpoint.put_off = 3
-    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder), *flags)
-    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+    got = score(capsys, name, answers, truth, *flags)
+    assert not differences(got, expected, 1e-9)
     assert got["judge"] == {"model": "m", "calls": len(endpoint.requests), "cached": 0}
     assert {request["path"] for request in endpoint.requests} == {"/v1/chat/completions"}
     # The second run asks nothing.
     asked = len(endpoint.requests)
-    again = score(capsys, name, folder / "predictions.jsonl", truth_file(folder), *flags)
+    again = score(capsys, name, answers, truth, *flags)
     assert len(endpoint.requests) == asked and again["judge"] == {"model": "m", "calls": 0, "cached": asked}
     assert again["scores"] == got["scores"]
 
 
 def test_llava_bench_request_is_the_reference_s(capsys, serve, tmp_path):
-    endpoint, folder = serve(review), SAMPLES / "llava_bench"
-    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(tmp_path / "replies.jsonl")]
-    score(capsys, "llava_bench", folder / "predictions.jsonl", truth_file(folder), *flags)
+    endpoint, (answers, truth, _) = serve(review), sample("llava_bench")
+    score(capsys, "llava_bench", answers, truth, *flags_for(endpoint, tmp_path))
     (request,) = [row for row in endpoint.requests if "Question 1?" in row["messages"][1]["content"]]
     assert request["temperature"] == 0.2 and request["max_tokens"] == 1024 and request["model"] == "m"
     assert request["messages"][0]["role"] == "system"
@@ -126,10 +129,9 @@ def test_llava_bench_request_is_the_reference_s(capsys, serve, tmp_path):
     assert text.endswith("does not affect your judgment.\n\n")
 
 
-def test_mmvet_asks_again_with_more_warmth(capsys, serve, tmp_path):
-    endpoint, folder = serve(grade), SAMPLES / "mmvet"
-    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(tmp_path / "replies.jsonl")]
-    score(capsys, "mmvet", folder / "predictions.jsonl", truth_file(folder), *flags)
+def test_mmvet_asks_again_at_higher_temperatures(capsys, serve, tmp_path):
+    endpoint, (answers, truth, _) = serve(grade), sample("mmvet")
+    score(capsys, "mmvet", answers, truth, *flags_for(endpoint, tmp_path))
     texts = [row["messages"][0]["content"] for row in endpoint.requests]
     assert any(text.endswith("\nQuestion 0? | x <AND> y | first | ") for text in texts)
     third = [row for row in endpoint.requests if "| third |" in row["messages"][0]["content"]]
@@ -139,50 +141,46 @@ def test_mmvet_asks_again_with_more_warmth(capsys, serve, tmp_path):
 
 @pytest.mark.parametrize("name", REPLY)
 def test_without_a_judge_there_is_no_number(capsys, serve, name):
-    folder = SAMPLES / name
-    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
+    got = score(capsys, name, *sample(name)[:2])
     assert got["scores"] == {} and got["count"] == 4
     assert "--judge-url" in got["unavailable"]["scores"]
 
 
 def test_environment_names_the_judge_and_its_key(capsys, serve, tmp_path, monkeypatch):
-    endpoint, folder = serve(grade), SAMPLES / "mmvet"
+    endpoint, (answers, truth, _) = serve(grade), sample("mmvet")
     predictions = tmp_path / "answers.jsonl"
-    predictions.write_bytes((folder / "predictions.jsonl").read_bytes())
-    monkeypatch.setenv("TOVE_JUDGE_URL", endpoint.url)
-    monkeypatch.setenv("TOVE_JUDGE_MODEL", "org/m")
-    monkeypatch.setenv("TOVE_JUDGE_KEY", "secret-key")
-    score(capsys, "mmvet", predictions, truth_file(folder))
+    predictions.write_bytes(answers.read_bytes())
+    for name, value in (("URL", endpoint.url), ("MODEL", "org/m"), ("KEY", "secret-key")):
+        monkeypatch.setenv(f"TOVE_JUDGE_{name}", value)
+    score(capsys, "mmvet", predictions, truth)
     assert endpoint.requests[0]["key"] == "Bearer secret-key"
     cache = tmp_path / "answers.jsonl.judge-org_m.jsonl"
     assert cache.exists() and "secret-key" not in cache.read_text()
 
 
 def test_estimate_comes_first_and_costs_nothing(capsys, serve, tmp_path):
-    endpoint, folder = serve(grade), SAMPLES / "mmvet"
-    cache = tmp_path / "replies.jsonl"
-    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(cache), "--judge-price", "1e6,1e6"]
-    got = score(capsys, "mmvet", folder / "predictions.jsonl", truth_file(folder), *flags, "--judge-estimate")
-    text = got["unavailable"]["scores"]
-    assert "3 calls to make" in text and "at most 9 to write" in text and not endpoint.requests and not cache.exists()
+    endpoint, (answers, truth, _) = serve(grade), sample("mmvet")
+    flags = [*flags_for(endpoint, tmp_path), "--judge-price", "1e6,1e6", "--judge-estimate"]
+    text = score(capsys, "mmvet", answers, truth, *flags)["unavailable"]["scores"]
+    assert "3 calls to make" in text and "at most 9 to write" in text
+    assert not endpoint.requests and not list(tmp_path.iterdir())
     tokens = int(text.split("about ")[1].split()[0])
     assert f"{tokens + 9:.2f} at most" in text  # one for a token, by the prices above
 
 
-def test_a_failing_run_is_taken_up_where_it_stopped(capsys, serve, tmp_path):
-    endpoint, folder = serve(review), SAMPLES / "llava_bench"
-    cache = tmp_path / "replies.jsonl"
-    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--judge-cache", str(cache)]
+def test_a_failed_run_continues_where_it_stopped(capsys, serve, tmp_path):
+    endpoint, (answers, truth, expected) = serve(review), sample("llava_bench")
+    flags, cache = flags_for(endpoint, tmp_path), tmp_path / "replies.jsonl"
     endpoint.broken_after = 2
-    message = refuse(capsys, "llava_bench", folder / "predictions.jsonl", truth_file(folder), *flags)
+    message = refuse(capsys, "llava_bench", answers, truth, *flags)
     assert "who are you?" in message and str(cache) in message
     kept = cache.read_text()
     assert len(kept.splitlines()) == 2
     cache.write_text(kept + '{"key": "cut o')  # as a kill leaves it
     endpoint.broken_after = None
-    got = score(capsys, "llava_bench", folder / "predictions.jsonl", truth_file(folder), *flags)
+    got = score(capsys, "llava_bench", answers, truth, *flags)
     assert got["judge"]["calls"] == 2 and got["judge"]["cached"] == 2
-    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+    assert not differences(got, expected, 1e-9)
 
 
 def test_no_endpoint_and_no_chat_completion_are_told(serve, tmp_path):
@@ -198,22 +196,16 @@ def test_no_endpoint_and_no_chat_completion_are_told(serve, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("name", "flags", "words"),
     [
-        (["--judge-url", "http://127.0.0.1:9/v1"], "an address and a model"),
-        (["--judge-model", "m"], "an address and a model"),
-        (["--judge-url", "u", "--judge-model", "m", "--judge-price", "3"], "two numbers"),
+        ("mmvet", ["--judge-url", "http://127.0.0.1:9/v1"], "an address and a model"),
+        ("mmvet", ["--judge-model", "m"], "an address and a model"),
+        ("mmvet", ["--judge-url", "u", "--judge-model", "m", "--judge-price", "3"], "two numbers"),
+        ("vsr", ["--judge-url", "u", "--judge-model", "m"], "without a judge"),
     ],
 )
-def test_half_a_judge_is_refused(capsys, serve, flags, words):
-    folder = SAMPLES / "mmvet"
-    assert words in refuse(capsys, "mmvet", folder / "predictions.jsonl", truth_file(folder), *flags)
-
-
-def test_a_judge_for_a_benchmark_without_one_is_refused(capsys, serve):
-    folder = SAMPLES / "vsr"
-    flags = ["--judge-url", "u", "--judge-model", "m"]
-    assert "without a judge" in refuse(capsys, "vsr", folder / "predictions.jsonl", truth_file(folder), *flags)
+def test_half_a_judge_or_one_too_many_is_refused(capsys, serve, name, flags, words):
+    assert words in refuse(capsys, name, *sample(name)[:2], *flags)
 
 
 @pytest.mark.parametrize(
@@ -236,52 +228,33 @@ def test_grades(text, value):
     assert parse_grade(text) == value
 
 
-# -- with a model ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
-
-
-def evaluate(model, root, output, *flags):
-    data = ["--data-root", str(root), "--output", str(output), "--device", "cpu", "--max-new-tokens", "3"]
-    return cli.main(["eval", "--model", str(model), "--benchmark", "llava_bench", *data, *flags])
-
-
-def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path, model):
+def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path):
+    model, out = save_model(tmp_path), tmp_path / "out"
     LAYOUTS["llava_bench"](tmp_path / "data")
-    benchmark = get_benchmark("llava_bench")
-    for question in benchmark.questions(tmp_path / "data"):
+    for question in get_benchmark("llava_bench").questions(tmp_path / "data"):
         question.image.parent.mkdir(exist_ok=True)
         picture(1).save(question.image, "PNG")
-    assert evaluate(model, tmp_path / "data", tmp_path / "out") == 0
-    assert "unavailable (no judge; give --judge-url" in capsys.readouterr().out
+
+    def evaluate(*flags):
+        data = ["--data-root", str(tmp_path / "data"), "--output", str(out), "--device", "cpu", "--max-new-tokens", "3"]
+        code = cli.main(["eval", "--model", str(model), "--benchmark", "llava_bench", *data, *flags])
+        return code, capsys.readouterr()
+
+    for flags, words in (
+        (["--judge-model", "m"], "an address and a model"),
+        (["--benchmark", "scenes", "--judge-url", "u", "--judge-model", "m"], "without a judge"),
+    ):
+        code, said = evaluate(*flags)
+        assert code == 2 and words in said.err and not out.exists()
+    assert "unavailable (no judge; give --judge-url" in evaluate()[1].out
     endpoint = serve(review)
     flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--json"]
-    for calls in (4, 0):  # the second time its replies lie beside the answers
-        assert evaluate(model, tmp_path / "data", tmp_path / "out", *flags) == 0
-        found = json.loads(capsys.readouterr().out)["benchmarks"]["llava_bench"]["full"]
+    for calls in (4, 0):  # the second time its replies are next to the answers
+        found = json.loads(evaluate(*flags)[1].out)["benchmarks"]["llava_bench"]["full"]
         assert found["judge"] == {"model": "m", "calls": calls, "cached": 4 - calls}
         assert found["questions_answered"] == 0
         assert found["scores"]["all"]["relative_percent"] == 25.0
-    folder = tmp_path / "out" / "llava_bench" / "full"
+    folder = out / "llava_bench" / "full"
     asked = "\n".join(request["messages"][-1]["content"] for request in endpoint.requests)
     assert all(f"[Assistant 2]\n{row['text']}\n" in asked for row in read_answers(folder / "answers.jsonl"))
     assert (folder / "answers.jsonl.judge-m.jsonl").is_file()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--judge-model", "m"], "an address and a model"),
-        (["--benchmark", "scenes", "--judge-url", "u", "--judge-model", "m"], "without a judge"),
-    ],
-)
-def test_a_run_with_half_a_judge_or_one_too_many_is_refused(capsys, serve, tmp_path, model, flags, words):
-    LAYOUTS["llava_bench"](tmp_path / "data")
-    for name in ("000.jpg", "001.jpg", "002.jpg"):
-        (tmp_path / "data" / "llava-bench-in-the-wild" / "images").mkdir(exist_ok=True)
-        picture(1).save(tmp_path / "data" / "llava-bench-in-the-wild" / "images" / name, "PNG")
-    assert evaluate(model, tmp_path / "data", tmp_path / "out", *flags) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "out").exists()

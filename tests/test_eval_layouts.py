@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from score_parts import SAMPLES, score
+from score_parts import SAMPLES, refuse, score, write_rows
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER
@@ -19,11 +19,6 @@ from tove_llava.eval.embedded_image import EmbeddedImage
 
 SHORT = f"\n{SHORT_ANSWER}"
 LETTER = f"\n{OPTION_LETTER}"
-
-
-def jsonl(path, *rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write(path, value):
@@ -47,7 +42,7 @@ def vqa_record(key):
 
 
 def vqav2(root):
-    jsonl(root / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", ask(1, "COCO_1.jpg", "What?" + SHORT))
+    write_rows(root / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", [ask(1, "COCO_1.jpg", "What?" + SHORT)])
     return "vqav2/test2015/COCO_1.jpg", "What?" + SHORT, None
 
 
@@ -59,14 +54,15 @@ def okvqa(root):
 
 
 def gqa(root):
-    jsonl(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", ask("1", "n1.jpg", "What color is the car?" + SHORT))
+    question = ask("1", "n1.jpg", "What color is the car?" + SHORT)
+    write_rows(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", [question])
     truth = json.loads((SAMPLES / "gqa" / "ground_truth.json").read_text())
     write(root / "gqa" / "data" / "questions1.2" / "testdev_balanced_questions.json", {"1": truth["1"]})
-    return "gqa/data/images/n1.jpg", "What color is the car?" + SHORT, "red"
+    return "gqa/data/images/n1.jpg", question["text"], "red"
 
 
 def vizwiz(root):
-    jsonl(root / "vizwiz" / "llava_test.jsonl", ask(0, "VizWiz_test_00000000.jpg", "What?" + SHORT))
+    write_rows(root / "vizwiz" / "llava_test.jsonl", [ask(0, "VizWiz_test_00000000.jpg", "What?" + SHORT)])
     return "vizwiz/test/VizWiz_test_00000000.jpg", "What?" + SHORT, None
 
 
@@ -82,7 +78,7 @@ def scienceqa(root):
 
 def textvqa(root):
     text = "What does it say?\nReference OCR token: STOP" + SHORT
-    jsonl(root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", ask("i1", "i1.jpg", text))
+    write_rows(root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", [ask("i1", "i1.jpg", text)])
     record = {"image_id": "i1", "question_id": 3, "question": "What does it say?", "answers": ["stop"] * 10}
     write(root / "textvqa" / "TextVQA_0.5.1_val.json", {"data": [record]})
     return "textvqa/train_images/i1.jpg", text, "Stop"
@@ -90,15 +86,15 @@ def textvqa(root):
 
 def pope(root):
     question = {**ask(0, "1.jpg", "Is there a cat?" + SHORT), "category": "random"}
-    jsonl(root / "pope" / "llava_pope_test.jsonl", question)
-    jsonl(root / "pope" / "coco" / "coco_pope_random.json", {"question_id": 1, "image": "1.jpg", "label": "yes"})
+    write_rows(root / "pope" / "llava_pope_test.jsonl", [question])
+    write_rows(root / "pope" / "coco" / "coco_pope_random.json", [{"question_id": 1, "image": "1.jpg", "label": "yes"}])
     return "pope/val2014/1.jpg", "Is there a cat?" + SHORT, "Yes"
 
 
 def mme(root):
     texts = ("Is there a cat? Please answer yes or no.", "Is there a dog?  Please answer yes or no.")
     rows = [ask("existence/1.jpg", "existence/1.jpg", text + SHORT) for text in texts]
-    jsonl(root / "MME" / "llava_mme.jsonl", *rows)
+    write_rows(root / "MME" / "llava_mme.jsonl", rows)
     answers = "Is there a dog? Please answer yes or no.\tYes\nIs there a cat? Please answer yes or no.\tYes\n"
     write(root / "MME" / "MME_Benchmark_release_version" / "existence" / "1.txt", answers)
     return "MME/MME_Benchmark_release_version/existence/1.jpg", texts[0] + SHORT, "Yes"
@@ -121,7 +117,7 @@ def mmbench_cn(root):
 
 def seed(root):
     text = "What?\nA. a\nB. b\nC. c\nD. d" + LETTER
-    jsonl(root / "seed_bench" / "llava-seed-bench.jsonl", ask(4, "SEED-Bench-image/4", text))
+    write_rows(root / "seed_bench" / "llava-seed-bench.jsonl", [ask(4, "SEED-Bench-image/4", text)])
     question = {"question_id": "4", "answer": "D", "data_type": "image", "question_type_id": 2}
     write(root / "seed_bench" / "SEED-Bench.json", {"question_type": {"Instance Identity": 2}, "questions": [question]})
     return "seed_bench/SEED-Bench-image/4", text, "D"
@@ -135,7 +131,7 @@ def llava_bench(root):
 
 
 def mmvet(root):
-    jsonl(root / "mm-vet" / "llava-mm-vet.jsonl", ask(0, "v1_0.png", "Question 0?"))
+    write_rows(root / "mm-vet" / "llava-mm-vet.jsonl", [ask(0, "v1_0.png", "Question 0?")])
     write(root / "mm-vet" / "mm-vet.json", (SAMPLES / "mmvet" / "ground_truth.json").read_text())
     return "mm-vet/images/v1_0.png", "Question 0?", ""
 
@@ -157,16 +153,14 @@ def nocaps(root):
 
 
 def vsr(root):
-    jsonl(root / "vsr" / "test.jsonl", {"image": "1.jpg", "caption": "The cat is on it.", "label": 1, "relation": "on"})
-    return (
-        "vsr/images/1.jpg",
-        "Is the following statement about the image true or false? The cat is on it." + SHORT,
-        "True",
-    )
+    row = {"image": "1.jpg", "caption": "The cat is on it.", "label": 1, "relation": "on"}
+    write_rows(root / "vsr" / "test.jsonl", [row])
+    text = f"Is the following statement about the image true or false? {row['caption']}{SHORT}"
+    return "vsr/images/1.jpg", text, "True"
 
 
 def scenes(root):
-    jsonl(root / "val_questions.jsonl", {**ask("a", "1.png", "What colour?"), "answer": "red"})
+    write_rows(root / "val_questions.jsonl", [{**ask("a", "1.png", "What colour?"), "answer": "red"}])
     return "images/1.png", "What colour?", "red"
 
 
@@ -202,21 +196,18 @@ NEEDING_MORE = ("coco_caption", "nocaps", "llava_bench", "mmvet")  # Java or a j
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in NEEDING_MORE])
 def test_right_answers_score_full_marks_against_the_data_root(capsys, tmp_path, name):
     _, _, right = LAYOUTS[name](tmp_path)
-    questions = get_benchmark(name).questions(tmp_path)
-    answers = tmp_path / "answers.jsonl"
-    jsonl(answers, *({"question_id": q.question_id, "prompt": q.text, "text": right or ""} for q in questions))
+    benchmark = get_benchmark(name)
+    rows = [
+        {"question_id": question.question_id, "prompt": question.text, "text": right or ""}
+        for question in benchmark.questions(tmp_path)
+    ]
+    answers = write_rows(tmp_path / "answers.jsonl", rows)
     if right is None:  # the answers are the server's secret
-        from tove_llava import cli
-
-        files = ["--predictions", str(answers), "--ground-truth", str(tmp_path)]
-        assert cli.main(["score", "--benchmark", name, *files]) == 2
-        assert "only its server scores them" in capsys.readouterr().err
+        assert "only its server scores them" in refuse(capsys, name, answers, tmp_path)
         return
     got = score(capsys, name, answers, tmp_path)
     assert not got["unanswered"] and not got["unknown"] and got["count"] == (2 if name == "mme" else 1)
-    from tove_llava.eval.rows import read_answers
-
-    result = get_benchmark(name).score(read_answers(answers), get_benchmark(name).ground_truth(tmp_path))
+    result = benchmark.score(rows, benchmark.ground_truth(tmp_path))
     assert result.marks and all(mark == 1 for mark in result.marks.values())
 
 
@@ -225,8 +216,7 @@ def test_ground_truth_answers_the_questions(tmp_path, name):
     LAYOUTS[name](tmp_path)
     benchmark = get_benchmark(name)
     truth = {benchmark.truth_key(row) for row in benchmark.ground_truth(tmp_path)}
-    rows = [{"question_id": q.question_id, "prompt": q.text} for q in benchmark.questions(tmp_path)]
-    assert {benchmark.answer_key(row) for row in rows} <= truth
+    assert {benchmark.question_key(question) for question in benchmark.questions(tmp_path)} <= truth
     if name == "coco_caption":
         assert benchmark.ground_truth(tmp_path)[0]["references"] == ["a cat", "a small cat"]
         assert benchmark.read_ground_truth(benchmark.question_file(tmp_path)) == benchmark.ground_truth(tmp_path)

@@ -5,15 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 from answer_parts import make_answerer, make_scenes, save_model
+from score_parts import read_rows, write_rows
 
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
 from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.question_loader import prompt_ids
 from tove_llava.eval.rows import AppendFile, spread
 from tove_llava.eval.runner import Settings, run_benchmark
 from tove_llava.eval.tasks import Decoding, Task
+from tove_llava.inference.generation import Answerer
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,7 @@ def test_answers_do_not_depend_on_the_batch(answerer, data, tmp_path):
 
 def test_answer_lines_are_llavas(answerer, data, tmp_path):
     answer(answerer, data, tmp_path)
-    questions = [json.loads(line) for line in (data / "val_questions.jsonl").read_text().splitlines()]
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    questions, rows = read_rows(data / "val_questions.jsonl"), read_rows(tmp_path / "answers.jsonl")
     assert [row["question_id"] for row in rows] == [row["question_id"] for row in questions]
     assert set(rows[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
     assert rows[0]["prompt"] == questions[0]["text"] and rows[0]["metadata"] == {"category": "count"}
@@ -58,8 +60,6 @@ def test_answer_lines_are_llavas(answerer, data, tmp_path):
 
 
 def test_the_prompt_is_llavas(answerer):
-    from tove_llava.eval.question_loader import prompt_ids
-
     ids = prompt_ids(answerer, Question(1, "Is it red?", Path("x.png")))
     images = [index for index, token in enumerate(ids) if token == answerer.image_token_id]
     assert len(images) == answerer.num_image_tokens == 16 and images[-1] - images[0] == 15
@@ -193,7 +193,7 @@ def test_append_file_keeps_whole_lines_only(tmp_path):
     file.write_bytes(file.read_bytes() + b'{"a": 3')
     with AppendFile(file) as out:
         out.append([{"a": 4}])
-    assert [json.loads(line)["a"] for line in file.read_text().splitlines()] == [1, "é", 4]
+    assert [row["a"] for row in read_rows(file)] == [1, "é", 4]
 
 
 @pytest.mark.parametrize(
@@ -228,17 +228,9 @@ def model_folder(tmp_path_factory):
 
 
 def evaluate(model_folder, data, output, *more, benchmark="scenes"):
-    arguments = [
-        "--model",
-        str(model_folder),
-        "--benchmark",
-        benchmark,
-        "--data-root",
-        str(data),
-        "--output",
-        str(output),
-    ]
-    return ["eval", *arguments, "--device", "cpu", *more]
+    folders = {"--model": model_folder, "--data-root": data, "--output": output}
+    flags = [str(word) for pair in folders.items() for word in pair]
+    return ["eval", "--benchmark", benchmark, *flags, "--device", "cpu", *more]
 
 
 def test_table_has_question_types_as_rows_and_conditions_as_columns(model_folder, data, tmp_path, capsys):
@@ -260,8 +252,6 @@ def test_json_has_the_scores_of_every_benchmark(model_folder, data, tmp_path, ca
 
 
 def test_saved_model_answers_as_the_one_in_memory(model_folder, data, tmp_path, answerer):
-    from tove_llava.inference.generation import Answerer
-
     loaded = Answerer.load(model_folder, device="cpu")
     assert answer(loaded, data, tmp_path / "a") == answer(answerer, data, tmp_path / "b")
     assert loaded.template.name == "v1" and loaded.transform.aspect_ratio == "pad"
@@ -284,25 +274,21 @@ def test_flags_override_the_benchmarks_decoding(model_folder, data, tmp_path, ca
     assert other["template"] == "llava_v1"
     assert full("beams", "--num-beams", "2")["answering"] == "batches"
     again = full("usual")
-    assert (
-        again["questions_answered"] == 0
-        and again["questions_per_second"] is None
-        and again["scores"] == usual["scores"]
-    )
+    assert again["questions_answered"] == 0 and again["questions_per_second"] is None
+    assert again["scores"] == usual["scores"]
 
 
 def test_options_are_scored_and_recorded(model_folder, tmp_path, capsys):
     rows = make_scenes(tmp_path / "data")
     for row in rows:
         row |= {"text": f"{row['text']}\nA. red\nB. blue", "answer": "A"}
-    questions = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "data" / "val_questions.jsonl").write_text(questions)
+    write_rows(tmp_path / "data" / "val_questions.jsonl", rows)
     for name in ("likelihood", "likelihood_text"):
         arguments = evaluate(model_folder, tmp_path / "data", tmp_path / name, "--score-options", name, "--json")
         assert cli.main(arguments) == 0
         full = json.loads(capsys.readouterr().out)["benchmarks"]["scenes"]["full"]
         assert full["answering"] == name
-        lines = [json.loads(line) for line in (tmp_path / name / "scenes/full/answers.jsonl").read_text().splitlines()]
+        lines = read_rows(tmp_path / name / "scenes/full/answers.jsonl")
         picked = [max(line["metadata"]["log_likelihood"].items(), key=lambda item: item[1])[0] for line in lines]
         assert [line["text"] for line in lines] == picked
         assert full["scores"]["overall"]["accuracy"] == picked.count("A") / 12
@@ -320,46 +306,34 @@ def finished(model_folder, data, tmp_path_factory):
     return folder
 
 
-def bad(folder, change):
-    """A copy of the scenes that is wrong in one way."""
-    make_scenes(folder)
-    change(folder)
-    return folder
+def changed(change):
+    """Change the text of the question file."""
 
+    def apply(folder):
+        file = folder / "val_questions.jsonl"
+        file.write_text(change(file.read_text()))
 
-def cut_a_line(folder):
-    file = folder / "val_questions.jsonl"
-    lines = file.read_text().splitlines()
-    file.write_text("\n".join([*lines[:4], lines[4][:25], *lines[5:]]) + "\n")
-
-
-def cut_the_end(folder):
-    file = folder / "val_questions.jsonl"
-    file.write_text(file.read_text()[:-30])
-
-
-def lose_a_key(folder):
-    file = folder / "val_questions.jsonl"
-    file.write_text(file.read_text().replace('"image": ', '"picture": '))
-
-
-def lose_pictures(folder):
-    (folder / "images" / "val_000002.png").unlink()
+    return apply
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (cut_a_line, ["val_questions.jsonl, line 5: not valid JSON"]),
-        (cut_the_end, ["val_questions.jsonl, line 12: not valid JSON"]),
-        (lose_a_key, ["val_questions.jsonl, line 1: the key 'image' is missing"]),
-        (lose_pictures, ["3 of 12 images are missing", "question '2-0': there is no image", "val_000002.png"]),
-        (lambda folder: (folder / "val_questions.jsonl").write_text(""), ["val_questions.jsonl", "no questions"]),
+        (changed(lambda text: text.replace('"question_id": "1-1"', '"quest')), ["line 5: not valid JSON"]),
+        (changed(lambda text: text[:-30]), ["val_questions.jsonl, line 12: not valid JSON"]),
+        (changed(lambda text: text.replace('"image": ', '"picture": ')), ["line 1: the key 'image' is missing"]),
+        (
+            lambda folder: (folder / "images" / "val_000002.png").unlink(),
+            ["3 of 12 images are missing", "question '2-0': there is no image", "val_000002.png"],
+        ),
+        (changed(lambda text: ""), ["val_questions.jsonl", "no questions"]),
     ],
 )
 def test_bad_data_is_named_and_nothing_is_overwritten(model_folder, finished, tmp_path, capsys, change, words):
+    make_scenes(tmp_path / "data")
+    change(tmp_path / "data")
     before = tree(finished)
-    assert cli.main(evaluate(model_folder, bad(tmp_path / "data", change), finished, "--overwrite")) == 2
+    assert cli.main(evaluate(model_folder, tmp_path / "data", finished, "--overwrite")) == 2
     captured = capsys.readouterr()
     assert all(word in captured.err for word in words) and not captured.out
     assert tree(finished) == before
@@ -417,10 +391,8 @@ def test_two_questions_of_one_id_get_an_answer_each(answerer, data, tmp_path):
 def test_pictures_inside_the_question_file(answerer, data, tmp_path):
     content = base64.b64encode((data / "images" / "val_000000.png").read_bytes()).decode()
     texts = {}
-    for name, image in (
-        ("file", data / "images" / "val_000000.png"),
-        ("embedded", EmbeddedImage("row 1", content)),
-    ):
+    file = data / "images" / "val_000000.png"
+    for name, image in (("file", file), ("embedded", EmbeddedImage("row 1", content))):
         (row,) = answer_questions(answerer, "mmbench", [Question(1, "Which?", image)], tmp_path / name)
         texts[name] = row["text"]
     assert texts["embedded"] == texts["file"]
@@ -428,16 +400,13 @@ def test_pictures_inside_the_question_file(answerer, data, tmp_path):
         answer_questions(answerer, "mmbench", [Question(1, "Which?", EmbeddedImage("row 2", "?"))], tmp_path / "bad")
 
 
-def test_answers_without_public_truth_are_kept_and_not_scored(tmp_path):
-    folder = save_model(tmp_path)
+def test_answers_without_public_truth_are_kept_and_not_scored(model_folder, tmp_path):
     data = tmp_path / "data"
     make_scenes(data / "vqav2" / "rows")
     (data / "vqav2" / "rows" / "images").rename(data / "vqav2" / "test2015")
-    rows = [{"question_id": 1, "image": "val_000000.png", "text": "What?", "category": "default"}]
-    file = data / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--benchmark", "vqav2", "--data-root", str(data), "--device", "cpu"]
-    assert cli.main(["eval", "--model", str(folder), *flags]) == 0
-    results = json.loads((folder / "eval" / "results.json").read_text())["benchmarks"]["vqav2"]["full"]
+    row = {"question_id": 1, "image": "val_000000.png", "text": "What?", "category": "default"}
+    write_rows(data / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", [row])
+    assert cli.main(evaluate(model_folder, data, tmp_path / "out", benchmark="vqav2")) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]["vqav2"]["full"]
     assert results["scores"] == {} and "submission" in results["unavailable"]["all"]
-    assert len((folder / "eval" / "vqav2" / "full" / "answers.jsonl").read_text().splitlines()) == 1
+    assert len(read_rows(tmp_path / "out" / "vqav2" / "full" / "answers.jsonl")) == 1

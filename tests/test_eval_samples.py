@@ -6,8 +6,9 @@ import random
 import shutil
 
 import pytest
-from score_parts import SAMPLES, differences, refuse, score, truth_file
+from score_parts import SAMPLES, differences, read_rows, refuse, sample, score, truth_file, write_rows
 
+from tove_llava import cli
 from tove_llava.eval.benchmarks import BENCHMARKS, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import option_index
 from tove_llava.eval.benchmarks.scienceqa import parse_answer as parse_scienceqa
@@ -29,56 +30,44 @@ def test_every_benchmark_has_a_sample():
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_sample(capsys, name):
-    folder = SAMPLES / name
-    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
-    assert got["benchmark"] == name
-    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+    answers, truth, expected = sample(name)
+    got = score(capsys, name, answers, truth)
+    assert got["benchmark"] == name and not differences(got, expected, 1e-9)
 
 
 @needs_java
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_caption_sample(capsys, name):
-    folder = SAMPLES / name
-    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
-    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-6)
+    answers, truth, expected = sample(name)
+    got = score(capsys, name, answers, truth)
+    assert not differences(got, expected, 1e-6)
     assert "SPICE" in got["unavailable"] and "SPICE" not in got["scores"]
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_order_of_answers_does_not_matter_and_the_last_of_two_counts(capsys, tmp_path, name):
-    folder = SAMPLES / name
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    want = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
-    last = {}  # the last line of each question, in any order
-    for line in lines:
-        row = json.loads(line)
-        last[row["question_id"], row["prompt"]] = line
-    early = [json.dumps({**json.loads(line), "text": "nonsense"}) for line in last.values()]
+    answers, truth, _ = sample(name)
+    want = score(capsys, name, answers, truth)
+    last = {(row["question_id"], row["prompt"]): row for row in read_rows(answers)}
+    early = [{**row, "text": "nonsense"} for row in last.values()]
     for seed in range(5):
-        shuffled = list(last.values())
-        random.Random(seed).shuffle(shuffled)
-        file = tmp_path / "predictions.jsonl"
-        file.write_text("\n".join([*early, *shuffled]) + "\n")
-        got = score(capsys, name, file, truth_file(folder))
+        shuffled = random.Random(seed).sample(list(last.values()), len(last))
+        file = write_rows(tmp_path / "predictions.jsonl", [*early, *shuffled])
+        got = score(capsys, name, file, truth)
         assert not differences(got["scores"], want["scores"], 1e-12) and got["count"] == want["count"]
         assert len(got["duplicated"]) >= 1 and set(got["unanswered"]) == set(want["unanswered"])
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_missing_answer_stays_in_the_count(capsys, tmp_path, name):
-    folder = SAMPLES / name
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    want = score(capsys, name, folder / "predictions.jsonl", truth_file(folder))
-    file = tmp_path / "predictions.jsonl"
-    file.write_text(lines[-2] + "\n")
-    got = score(capsys, name, file, truth_file(folder))
+    answers, truth, _ = sample(name)
+    want = score(capsys, name, answers, truth)
+    file = write_rows(tmp_path / "predictions.jsonl", read_rows(answers)[-2:-1])
+    got = score(capsys, name, file, truth)
     assert got["count"] == want["count"] and got["unanswered"]
-    assert get_benchmark(name)  # and the human-readable form names them
-    from tove_llava import cli
-
-    files = ["--predictions", str(file), "--ground-truth", str(truth_file(folder))]
-    assert cli.main(["score", "--benchmark", name, *files]) == 0
+    # The human-readable form names them.
+    assert cli.main(["score", "--benchmark", name, "--predictions", str(file), "--ground-truth", str(truth)]) == 0
     assert f"{len(got['unanswered'])} questions without an answer" in capsys.readouterr().out
 
 
@@ -94,29 +83,26 @@ def test_ground_truth_of_another_benchmark_is_refused(capsys, name):
 
 @pytest.mark.parametrize("name", [*PLAIN, *JUDGED])
 def test_bad_files_are_refused(capsys, tmp_path, name):
-    folder = SAMPLES / name
-    truth = truth_file(folder)
+    answers, truth, _ = sample(name)
     empty, cut = tmp_path / "empty.jsonl", tmp_path / "cut.jsonl"
     empty.write_text("\n")
     assert "holds no answers" in refuse(capsys, name, empty, truth)
-    lines = (folder / "predictions.jsonl").read_bytes().split(b"\n")
+    lines = answers.read_bytes().split(b"\n")
     cut.write_bytes(b"\n".join([*lines[:-1], lines[0][:30]]))
     assert f"cut.jsonl, line {len(lines)}: not valid JSON" in refuse(capsys, name, cut, truth)
     cut.write_bytes(b"\n".join([*lines[:-1], '{"question_id": 1, "text": "é'.encode()[:-1]]))
     assert f"cut.jsonl, line {len(lines)}: not UTF-8" in refuse(capsys, name, cut, truth)
     nothing = tmp_path / f"nothing{truth.suffix}"
     nothing.write_text("" if truth.suffix == ".jsonl" else "{}")
-    assert str(nothing) in refuse(capsys, name, folder / "predictions.jsonl", nothing)
+    assert str(nothing) in refuse(capsys, name, answers, nothing)
 
 
 def test_texts_with_other_line_ends_and_half_surrogates(capsys, tmp_path):
-    folder = SAMPLES / "textvqa"
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    answers, truth, _ = sample("textvqa")
+    rows = read_rows(answers)
     rows[0]["text"] = "a\u2028b\x85c \ud83d"
-    file = tmp_path / "predictions.jsonl"
-    lines = [json.dumps(rows[0]).replace("\\u2028", "\u2028").replace("\\u0085", "\x85"), json.dumps(rows[1])]
-    file.write_text("\n".join(lines))
-    got = score(capsys, "textvqa", file, truth_file(folder))
+    line = json.dumps(rows[0]).replace("\\u2028", "\u2028").replace("\\u0085", "\x85")
+    got = score(capsys, "textvqa", write_rows(tmp_path / "predictions.jsonl", [line, rows[1]]), truth)
     assert got["per_item"][0]["normalized_prediction"] == "b c \ud83d"  # the article went
 
 
@@ -129,27 +115,21 @@ def test_texts_with_other_line_ends_and_half_surrogates(capsys, tmp_path):
     ],
 )
 def test_other_rules_are_named(capsys, name, rule, values):
-    folder = SAMPLES / name
-    got = score(capsys, name, folder / "predictions.jsonl", truth_file(folder), "--rule", rule)
+    answers, truth, _ = sample(name)
+    got = score(capsys, name, answers, truth, "--rule", rule)
     assert got["rule"] == rule and not differences(got["scores"], values, 1e-9)
-    assert score(capsys, name, folder / "predictions.jsonl", truth_file(folder))["rule"] == next(
-        iter(get_benchmark(name).rules)
-    )
+    assert score(capsys, name, answers, truth)["rule"] == next(iter(get_benchmark(name).rules))
 
 
 def test_an_unknown_rule_is_refused(capsys):
-    folder = SAMPLES / "vqav2"
-    message = refuse(capsys, "vqav2", folder / "predictions.jsonl", truth_file(folder), "--rule", "mine")
-    assert "no rule 'mine'; rules: official, llava" in message
-    message = refuse(capsys, "gqa", folder / "predictions.jsonl", truth_file(folder), "--rule", "mine")
-    assert "it has only one" in message
+    files = sample("vqav2")[:2]
+    assert "no rule 'mine'; rules: official, llava" in refuse(capsys, "vqav2", *files, "--rule", "mine")
+    assert "it has only one" in refuse(capsys, "gqa", *files, "--rule", "mine")
 
 
 def test_vsr_missing_answers_are_not_unparsed_ones(capsys, tmp_path):
-    folder = SAMPLES / "vsr"
-    file = tmp_path / "predictions.jsonl"
-    file.write_text("\n".join((folder / "predictions.jsonl").read_text().splitlines()[1:3]))
-    got = score(capsys, "vsr", file, truth_file(folder))
+    answers, truth, _ = sample("vsr")
+    got = score(capsys, "vsr", write_rows(tmp_path / "predictions.jsonl", read_rows(answers)[1:3]), truth)
     assert got["unanswered"] == [0, 3] and got["unparsed"] == 1
 
 
@@ -157,9 +137,7 @@ def test_mme_takes_the_lines_of_a_picture_two_by_two(capsys, tmp_path):
     answers = ["yes", "yes", "yes", "no"]  # all right but the last
     rows = [{"question_id": "count/1.jpg", "prompt": f"{i}", "text": text} for i, text in enumerate(answers)]
     truth = [{"category": "count", "image": "1.jpg", "question": f"{i}", "answer": "Yes"} for i in range(4)]
-    for name, lines in (("p.jsonl", rows), ("t.jsonl", truth)):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in lines))
-    got = score(capsys, "mme", tmp_path / "p.jsonl", tmp_path / "t.jsonl")
+    got = score(capsys, "mme", write_rows(tmp_path / "p.jsonl", rows), write_rows(tmp_path / "t.jsonl", truth))
     assert got["scores"]["subtasks"]["count"]["score"] == 75 + 50
     assert "perception" in got["unavailable"] and "perception" not in got["scores"]
 
@@ -195,7 +173,7 @@ def test_golden_scienceqa(capsys, conformance):
     got = score(capsys, "scienceqa", place / "predictions.jsonl", truth_file(place))
     assert not differences(got, {key: expected[key] for key in ("scores", "per_item")}, 1e-9)
     real = json.loads((place / "real_model_expected.json").read_text())["per_item"]
-    rows = [json.loads(line) for line in (place / "real_model_outputs.jsonl").read_text().split("\n") if line]
+    rows = read_rows(place / "real_model_outputs.jsonl")
     assert len(rows) == len(real)
     for row in rows:
         letter, want = parse_scienceqa(row["text"]), real[row["question_id"]]
@@ -214,34 +192,30 @@ def test_golden_seed_with_missing_answers(capsys, conformance):
 
 def test_golden_mme_real_answers_in_any_order(capsys, conformance, tmp_path):
     place = conformance / "eval" / "mme"
-    rows = [json.loads(line) for line in (place / "real_lavin_rows.jsonl").read_text().split("\n") if line]
+    rows = read_rows(place / "real_lavin_rows.jsonl")
     expected = json.loads((place / "real_lavin_expected.json").read_text())
     answers = [
         {"question_id": f"{row['category']}/{row['image']}", "prompt": f"q{row['pair_position']}", "text": row["text"]}
         for row in rows
     ]
     truth = [{**row, "question": f"q{row['pair_position']} Please answer yes or no."} for row in rows]
-    (tmp_path / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    file = write_rows(tmp_path / "truth.jsonl", truth)
     for order in (0, 1):
         if order:
             random.Random(order).shuffle(answers)
-        (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
-        got = score(capsys, "mme", tmp_path / "answers.jsonl", tmp_path / "truth.jsonl")
+        got = score(capsys, "mme", write_rows(tmp_path / "answers.jsonl", answers), file)
         assert not differences(got, {key: expected[key] for key in ("scores", "count")}, 1e-6)
 
 
-def test_mme_pairs_by_position_where_prompts_do_not_tell(capsys, tmp_path):
-    folder = SAMPLES / "mme"
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    file = tmp_path / "predictions.jsonl"
-    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows))
-    got = score(capsys, "mme", file, truth_file(folder))
-    assert not differences(got, json.loads((folder / "expected.json").read_text()), 1e-9)
+def test_mme_pairs_by_position_where_prompts_are_the_same(capsys, tmp_path):
+    answers, truth, expected = sample("mme")
+    file, rows = tmp_path / "predictions.jsonl", read_rows(answers)
+    same = [{**row, "prompt": "p"} for row in rows]
+    got = score(capsys, "mme", write_rows(file, same), truth)
+    assert not differences(got, expected, 1e-9)
     swapped = [rows[1], rows[0], *rows[2:]]  # by position this would exchange two answers
-    file.write_text("".join(json.dumps(row) + "\n" for row in swapped))
-    assert score(capsys, "mme", file, truth_file(folder))["scores"] == got["scores"]
-    file.write_text("".join(json.dumps({**row, "prompt": "p"}) + "\n" for row in rows[:-1]))
-    assert "another benchmark's" in refuse(capsys, "mme", file, truth_file(folder))
+    assert score(capsys, "mme", write_rows(file, swapped), truth)["scores"] == got["scores"]
+    assert "another benchmark's" in refuse(capsys, "mme", write_rows(file, same[:-1]), truth)
 
 
 def test_golden_other_rules(capsys, conformance):
@@ -278,8 +252,7 @@ def test_golden_captions(capsys, conformance, name):
 
 def test_golden_normalisation(conformance):
     def rows(name):
-        text = (conformance / "eval" / name / "normalization.jsonl").read_text()
-        return [json.loads(line) for line in text.split("\n") if line]
+        return read_rows(conformance / "eval" / name / "normalization.jsonl")
 
     for row in rows("vqav2"):
         assert strip_punctuation(flatten(row["input"])) == row["after_punctuation"]

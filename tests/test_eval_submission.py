@@ -3,24 +3,16 @@
 import json
 
 import pytest
+from score_parts import read_rows, write_rows
 
 from tove_llava import cli
 
 
 def submit(tmp_path, benchmark, answers, questions=None, *flags, out="out.json"):
-    file = tmp_path / "answers.jsonl"
-    if not isinstance(answers, list):
-        file = answers
-    else:
-        file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in answers))
+    file = write_rows(tmp_path / "answers.jsonl", answers) if isinstance(answers, list) else answers
     arguments = ["submission", "--benchmark", benchmark, "--predictions", str(file), "--out", str(tmp_path / out)]
     arguments += ["--questions", str(questions)] if questions else []
     return cli.main([*arguments, *flags])
-
-
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 def answer(key, text):
@@ -28,7 +20,9 @@ def answer(key, text):
 
 
 def test_vqav2_fills_gaps_and_names_what_it_left_out(tmp_path, capsys):
-    questions = jsonl(tmp_path / "q.jsonl", [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (5, 6, 7)])
+    questions = write_rows(
+        tmp_path / "q.jsonl", [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (5, 6, 7)]
+    )
     rows = [answer(7, "first"), '{"question_id": 5, "te', answer(99, "x"), answer(7, "A")]
     rows.append(answer(5, "The 2 dogs, two."))
     assert submit(tmp_path, "vqav2", rows, questions) == 0
@@ -44,7 +38,7 @@ def test_vqav2_fills_gaps_and_names_what_it_left_out(tmp_path, capsys):
 
 def test_vizwiz_wants_every_answer(tmp_path, capsys):
     rows = [{"question_id": key, "image": f"{key}.jpg", "text": "?"} for key in (0, 1)]
-    questions = jsonl(tmp_path / "q.jsonl", rows)
+    questions = write_rows(tmp_path / "q.jsonl", rows)
     assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable")], questions) == 2
     assert "1 questions have no answer" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
     assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable"), answer(0, "it's")], questions) == 0
@@ -53,27 +47,26 @@ def test_vizwiz_wants_every_answer(tmp_path, capsys):
 
 
 def test_nothing_is_overwritten_or_misnamed(tmp_path, capsys):
-    questions = jsonl(tmp_path / "q.jsonl", [{"question_id": 1, "image": "i.jpg", "text": "?"}])
+    questions = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "image": "i.jpg", "text": "?"}])
     (tmp_path / "out.json").write_text("mine")
     assert submit(tmp_path, "vqav2", [answer(1, "a")], questions) == 2
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "out.json").read_text() == "mine"
     assert submit(tmp_path, "vqav2", [answer(1, "red")], questions, "--overwrite") == 0
     assert json.loads((tmp_path / "out.json").read_text()) == [{"question_id": 1, "answer": "red"}]
-    assert submit(tmp_path, "vqav2", [answer(1, "a")], questions, out="out.txt") == 2
-    assert "must end in .json" in capsys.readouterr().err
-    assert submit(tmp_path, "vqav2", [answer(1, "a")], out="new.json") == 2
-    assert "give --questions" in capsys.readouterr().err
-    assert submit(tmp_path, "pope", [answer(1, "a")], questions, out="new.json") == 2
-    assert "no submission format" in capsys.readouterr().err
-    assert submit(tmp_path, "vqav2", [answer(2, "a")], questions, out="new.json") == 2
-    assert "another benchmark's" in capsys.readouterr().err
+    for benchmark, key, file, out, words in (
+        ("vqav2", 1, questions, "out.txt", "must end in .json"),
+        ("vqav2", 1, None, "new.json", "give --questions"),
+        ("pope", 1, questions, "new.json", "no submission format"),
+        ("vqav2", 2, questions, "new.json", "another benchmark's"),
+    ):
+        assert submit(tmp_path, benchmark, [answer(key, "a")], file, out=out) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_questions_may_be_the_data_root(tmp_path):
-    (tmp_path / "vqav2").mkdir()
     # The server wants the whole test set, not the test-dev questions that were asked.
     rows = [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (1, 2)]
-    jsonl(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", rows)
+    write_rows(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", rows)
     assert submit(tmp_path, "vqav2", [answer(1, "red")], tmp_path) == 0
     assert len(json.loads((tmp_path / "out.json").read_text())) == 2
 
@@ -109,36 +102,27 @@ def test_mmbench_sheet(tmp_path, capsys):
     assert "control character" in capsys.readouterr().err and not (tmp_path / "bad.xlsx").exists()
 
 
-@pytest.mark.parametrize("name", ["vqav2", "vizwiz"])
+@pytest.mark.parametrize("name", ["vqav2", "vizwiz", "mmvet"])
 def test_golden_json(tmp_path, conformance, name):
     place = conformance / "eval" / "submission" / name
-    assert submit(tmp_path, name, place / "predictions.jsonl", place / "questions.jsonl") == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(
-        (place / "expected_submission.json").read_text()
-    )
+    questions = None if name == "mmvet" else place / "questions.jsonl"
+    assert submit(tmp_path, name, place / "predictions.jsonl", questions) == 0
+    expected = json.loads((place / "expected_submission.json").read_text())
+    assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
-def test_golden_mmvet_and_gqa_need_no_questions(tmp_path, conformance):
-    place = conformance / "eval" / "submission" / "mmvet"
-    assert submit(tmp_path, "mmvet", place / "predictions.jsonl") == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(
-        (place / "expected_submission.json").read_text()
-    )
+def test_golden_gqa_needs_no_questions(tmp_path, conformance):
     place = conformance / "eval" / "gqa"
+    expected = json.loads((place / "converted_predictions.json").read_text())
     for questions in (None, place / "ground_truth.json"):
         assert submit(tmp_path, "gqa", place / "predictions.jsonl", questions, "--overwrite") == 0
-        expected = json.loads((place / "converted_predictions.json").read_text())
         assert json.loads((tmp_path / "out.json").read_text()) == expected
 
 
 def test_golden_seed(tmp_path, conformance, capsys):
     place = conformance / "eval" / "seed_bench"
     assert submit(tmp_path, "seed", place / "predictions.jsonl", place / "ground_truth.json", out="out.jsonl") == 0
-    rows, expected = (
-        [json.loads(line) for line in file.read_text().split("\n") if line]
-        for file in (tmp_path / "out.jsonl", place / "converted_submission.jsonl")
-    )
-    assert rows == expected
+    assert read_rows(tmp_path / "out.jsonl") == read_rows(place / "converted_submission.jsonl")
     incomplete = place / "predictions_incomplete.jsonl"
     assert submit(tmp_path, "seed", incomplete, place / "ground_truth.json", out="new.jsonl") == 2
     assert "have no answer" in capsys.readouterr().err
