@@ -1,5 +1,6 @@
 """The pairing of answers with questions."""
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,8 +59,7 @@ def match(
     keys = [truth_key(row) for row in truth]
     known = set(keys)
     if len(known) != len(keys):
-        seen: set[Hashable] = set()
-        twice = next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        ((twice, _),) = Counter(keys).most_common(1)
         raise DataError(f"the ground truth has question {twice!r} twice; is the file whole?")
     answers: dict[Hashable, Mapping[str, Any]] = {}
     duplicated: dict[Any, None] = {}

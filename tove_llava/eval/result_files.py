@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.files import write_atomically
+from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Question, Score
 from tove_llava.eval.rows import Row
 from tove_llava.eval.tasks import Task
@@ -87,14 +88,13 @@ def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
         for level, names in row["groups"].items():
             for name in names:
                 members.setdefault(level, {}).setdefault(name, []).append(row["values"])
-    return {
-        level: {name: {"count": len(items), **_means(items)} for name, items in sorted(groups.items())}
-        for level, groups in members.items()
-    }
-
-
-def _means(items: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {metric: sum(item[metric] for item in items) / len(items) for metric in items[0]}
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for level, groups in members.items():
+        found[level] = {}
+        for name, items in sorted(groups.items()):
+            means = {metric: mean([item[metric] for item in items]) for metric in items[0]}
+            found[level][name] = {"count": len(items), **means}
+    return found
 
 
 def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None) -> dict[str, Any]:

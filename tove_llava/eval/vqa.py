@@ -54,13 +54,15 @@ def read_annotations(file: str | Path) -> list[Row]:
     keys = {"question_id": (int, str), "answers": list, "question_type": str, "answer_type": str}
     checked = require(rows, file, keys)
     for row in checked:
-        if not row["answers"] or not all(
-            isinstance(record, dict) and isinstance(record.get("answer"), str) for record in row["answers"]
-        ):
-            raise DataError(
-                f"{file}, question {row['question_id']!r}: 'answers' must be a list of objects with an 'answer'"
-            )
+        require_answers(row, f"{file}, question {row['question_id']!r}")
     return checked
+
+
+def require_answers(row: Mapping[str, Any], name: str) -> None:
+    """Raise DataError unless a record's ``answers`` are a list of objects with an ``answer``."""
+    records = row["answers"]
+    if not records or not all(isinstance(each, dict) and isinstance(each.get("answer"), str) for each in records):
+        raise DataError(f"{name}: 'answers' must be a list of objects with an 'answer'")
 
 
 class VqaBenchmark(Benchmark):

@@ -21,6 +21,7 @@ from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_question
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
 from tove_llava.eval.rows import Row, read_jsonl, require
 from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
+from tove_llava.eval.vqa import require_answers
 
 M4C, API = "m4c", "api"
 
@@ -52,10 +53,7 @@ class VizWiz(Benchmark, Submitting):
         rows = require(content, file, keys)
         for row in rows:
             row.setdefault("question_id", _number(row["image"], file))
-            if not row["answers"] or not all(
-                isinstance(record, dict) and isinstance(record.get("answer"), str) for record in row["answers"]
-            ):
-                raise DataError(f"{file}, {row['image']}: 'answers' must be a list of objects with an 'answer'")
+            require_answers(row, f"{file}, {row['image']}")
         return rows
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -42,15 +42,6 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Differing:
-    """A question on which two runs have different values."""
-
-    item: Item
-    first: Item
-    second: Item
-
-
-@dataclass(frozen=True)
 class Pair:
     """The baseline and another run on one benchmark.
 
@@ -58,7 +49,7 @@ class Pair:
         shared: the number of questions that both have, with the same words, image and right answer.
         left_out: the number of other questions.
         differing: the number of shared questions with different values.
-        shown: some of those.
+        shown: some of those, as each run has them.
     """
 
     first: str
@@ -66,7 +57,7 @@ class Pair:
     shared: int
     left_out: int
     differing: int
-    shown: Sequence[Differing]
+    shown: Sequence[tuple[Item, Item]]
 
 
 @dataclass(frozen=True)
@@ -175,7 +166,7 @@ def _pair(first: Run, second: Run, shared: set[str], shown: int) -> Pair:
     half = shown // 2
     some = max(shown - half, shown - len(worse))
     chosen = _largest(worse, changes, shown - min(some, len(better))) + _largest(better, changes, some)
-    items = [Differing(first.items[name], first.items[name], second.items[name]) for name in chosen]
+    items = [(first.items[name], second.items[name]) for name in chosen]
     return Pair(first.label, second.label, len(shared), left_out, len(better) + len(worse), items)
 
 

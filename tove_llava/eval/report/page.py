@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from tove_llava.eval.report.comparison import OVERALL, Comparison, Differing, Line, Pair, Section
+from tove_llava.eval.report.comparison import OVERALL, Comparison, Line, Pair, Section
 from tove_llava.eval.report.published import Published
 from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Difference, Interval
@@ -125,9 +125,7 @@ def _runs(comparison: Comparison) -> Table:
                     f"{found.get('device', _NONE)} x {found.get('processes', 1)}, {found.get('dtype', _NONE)}",
                     ", ".join(f"{name} {version}" for name, version in (found.get("versions") or {}).items()),
                     str(found["count"]),
-                    _number(found.get("seconds")),
-                    _number(found.get("questions_per_second")),
-                    _number(found.get("images_per_second")),
+                    *(_number(found.get(key)) for key in ("seconds", "questions_per_second", "images_per_second")),
                 ]
             )
     return Table(header, rows, left=7)
@@ -169,7 +167,7 @@ def _published(benchmark: str, models: Sequence[Published]) -> Table:
         [
             f"{model.name} (published)",
             f"{model.paper} (arXiv {model.arxiv}): {model.source}. {model.note}".strip(),
-            *(_figure(model.scores[benchmark].get(label)) for label in labels),
+            *(_number(model.scores[benchmark].get(label), "g") for label in labels),
         ]
         for model in models
     ]
@@ -199,27 +197,23 @@ def _pair(pair: Pair, section: Section, number: int, thumbnails: Thumbnails | No
     runs = {run.label: run for run in section.runs}
     header = ["question", "right answer", pair.first, pair.second]
     rows: list[list[Cell]] = []
-    for index, differing in enumerate(pair.shown):
-        cells: list[Cell] = [
-            _short(differing.item.prompt or differing.item.name),
-            _short(differing.item.expected),
-            _answer(differing.first),
-            _answer(differing.second),
-        ]
+    for index, (item, other) in enumerate(pair.shown):
+        asked = [_short(item.prompt or item.name), _short(item.expected)]
+        cells: list[Cell] = [*asked, _answer(item), _answer(other)]
         if thumbnails is not None:
             # A benchmark's name comes from a file, and must not lead out of the folder.
             prefix = re.sub(r"[^\w-]", "_", section.benchmark)
-            cells.insert(0, _image(differing, runs[pair.first], thumbnails, f"{prefix}-{number}-{index}.jpg"))
+            cells.insert(0, _image(item, runs[pair.first], thumbnails, f"{prefix}-{number}-{index}.jpg"))
         rows.append(cells)
     if thumbnails is not None:
         header.insert(0, "image")
     return Table(header, rows, left=len(header))
 
 
-def _image(differing: Differing, run: Run, thumbnails: Thumbnails, name: str) -> Cell:
-    found = thumbnails.of(run, differing.item.name)
+def _image(item: Item, run: Run, thumbnails: Thumbnails, name: str) -> Cell:
+    found = thumbnails.of(run, item.name)
     if isinstance(found, bytes):
-        return Image(found, name, differing.item.image or differing.item.name)
+        return Image(found, name, item.image or item.name)
     return found or "no image"
 
 
@@ -258,58 +252,33 @@ def _p(value: float) -> str:
     return "<0.0001" if value < 0.0001 else f"{value:.4f}"
 
 
-def _number(value: Any) -> str:
-    return f"{value:.1f}" if isinstance(value, int | float) else _NONE
-
-
-def _figure(value: float | None) -> str:
-    return _NONE if value is None else f"{value:g}"
+def _number(value: Any, form: str = ".1f") -> str:
+    return format(value, form) if isinstance(value, int | float) else _NONE
 
 
 def to_json(comparison: Comparison, published: Sequence[Published]) -> dict[str, Any]:
     """Return the comparison as plain types, for programs."""
-    how = comparison.bootstrap
     return {
         "baseline": comparison.baseline,
-        "bootstrap": {"resamples": how.resamples, "seed": how.seed, "level": how.level},
+        "bootstrap": vars(comparison.bootstrap),
         "benchmarks": {section.benchmark: _section_json(section) for section in comparison.sections},
         "published": {model.key: vars(model) for model in published},
     }
 
 
 def _section_json(section: Section) -> Mapping[str, Any]:
+    lines = []
+    for line in section.lines:
+        differences = {}
+        for label, difference in line.differences.items():
+            rest = {**vars(difference), "p_holm": line.corrected[label]}
+            differences[label] = {**vars(rest.pop("interval")), **rest}
+        means = {label: vars(interval) for label, interval in line.intervals.items()}
+        head = {"level": line.level, "group": line.group, "metric": line.metric}
+        lines.append({**head, "means": means, "differences": differences})
     return {
         "notes": list(section.notes),
         "runs": {run.label: {"folder": str(run.folder), "rows": run.rows} for run in section.runs},
-        "lines": [
-            {
-                "level": line.level,
-                "group": line.group,
-                "metric": line.metric,
-                "means": {label: vars(interval) for label, interval in line.intervals.items()},
-                "differences": {
-                    label: {
-                        **vars(difference.interval),
-                        "p": difference.p,
-                        "p_holm": line.corrected[label],
-                        "test": difference.test,
-                        "better": difference.better,
-                        "worse": difference.worse,
-                    }
-                    for label, difference in line.differences.items()
-                },
-            }
-            for line in section.lines
-        ],
-        "pairs": [
-            {
-                "first": pair.first,
-                "second": pair.second,
-                "shared": pair.shared,
-                "left_out": pair.left_out,
-                "differing": pair.differing,
-                "shown": [differing.item.name for differing in pair.shown],
-            }
-            for pair in section.pairs
-        ],
+        "lines": lines,
+        "pairs": [{**vars(pair), "shown": [item.name for item, _ in pair.shown]} for pair in section.pairs],
     }
