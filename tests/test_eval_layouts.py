@@ -13,9 +13,8 @@ from score_parts import SAMPLES, refuse, score, write_rows
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER
-from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, Question, get_benchmark
+from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, EmbeddedImage, Question, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
-from tove_llava.eval.embedded_image import EmbeddedImage
 
 SHORT = f"\n{SHORT_ANSWER}"
 LETTER = f"\n{OPTION_LETTER}"

@@ -9,9 +9,8 @@ from score_parts import read_rows, write_rows
 
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.eval.benchmarks import Question, get_benchmark
+from tove_llava.eval.benchmarks import EmbeddedImage, Question, get_benchmark
 from tove_llava.eval.conditions import ALL, BLANK, DETACHED, FULL, Condition, parse_conditions
-from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.question_loader import prompt_ids
 from tove_llava.eval.rows import AppendFile, spread
 from tove_llava.eval.runner import Settings, run_benchmark

@@ -12,8 +12,7 @@ from tove_llava.data.images import open_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.presence import Finding, check_parts
 from tove_llava.data.sets import BENCHMARK, DataSet
-from tove_llava.eval.benchmarks import Benchmark, Question, get_benchmark
-from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.benchmarks import Benchmark, EmbeddedImage, Question, get_benchmark
 from tove_llava.eval.score_table import first_ids
 
 TEXT_ONLY = "text only"  # the group of a training set's records without an image

@@ -46,14 +46,6 @@ class Request:
 Exchange = Generator[Request, str, T]
 
 
-@dataclass(frozen=True)
-class Price:
-    """Prices of a million tokens, read and written, in any currency."""
-
-    read: float
-    written: float
-
-
 class OnlyEstimated(ToveError):
     """The calls were counted, as asked, and none was made."""
 
@@ -70,7 +62,7 @@ class Judge:
         url: the endpoint's base address: what comes before ``/chat/completions``.
         model: the model's name there.
         cache: JSONL file of replies; made when the first call is.
-        price: for the estimate.
+        price: of a million tokens, read and written, in any currency; for the estimate.
         estimate_only: say what the calls would cost, and make none.
         workers: requests at a time.
         retries: repetitions of a call that fails; the client waits longer each time, or as long as the server says.
@@ -79,7 +71,7 @@ class Judge:
     url: str
     model: str
     cache: Path
-    price: Price | None = None
+    price: tuple[float, float] | None = None
     estimate_only: bool = False
     workers: int = 4
     retries: int = 6
@@ -150,7 +142,8 @@ class Judge:
         written = sum(request.max_tokens for request in requests)
         cost = ""
         if self.price is not None:
-            cost = f", {(read * self.price.read + written * self.price.written) / 1e6:.2f} at most by the given prices"
+            amount = (read * self.price[0] + written * self.price[1]) / 1e6
+            cost = f", {amount:.2f} at most by the given prices"
         text = (
             f"judge {self.model}: {len(requests)} calls to make, about {read} tokens to read (at "
             f"{_CHARACTERS_PER_TOKEN} characters a token), at most {written} to write{cost}; replies in {self.cache}"
@@ -257,11 +250,11 @@ def judge_from(args: argparse.Namespace, answers: Path) -> Judge | None:
     return Judge(url, model, cache, _price(args.judge_price), args.judge_estimate)
 
 
-def _price(text: str | None) -> Price | None:
+def _price(text: str | None) -> tuple[float, float] | None:
     if text is None:
         return None
     try:
         read, written = (float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"--judge-price wants two numbers with a comma between them, not {text!r}") from None
-    return Price(read, written)
+    return read, written

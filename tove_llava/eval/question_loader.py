@@ -12,8 +12,7 @@ from torch import Tensor
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.eval.answering import Job
-from tove_llava.eval.benchmarks import Question
-from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.benchmarks import EmbeddedImage, Question
 from tove_llava.inference.generation import Answerer
 
 Image = Path | EmbeddedImage

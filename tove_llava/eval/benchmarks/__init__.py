@@ -7,29 +7,55 @@ A newcomer adds a file like this (see ``playground_scenes.py``)::
         max_new_tokens = 16
         def question_file(self, root): ...
         def questions(self, root): ...
-        def ground_truth(self, root): ...
         def score(self, predictions, truth): ...
 """
 
+import base64
+import binascii
+import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from tove_llava.core.errors import ConfigError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.registry import Registry
-from tove_llava.eval.embedded_image import EmbeddedImage
 from tove_llava.eval.matching import Matched, match
 from tove_llava.eval.rows import Row, read_jsonl, spread
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
 
 _OPTION_LINE = re.compile(r"^([A-Z])\. ?(.*)$")  # "B. a red ball"
 _INLINE_OPTION = re.compile(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |\n|$)")  # "(A) blue (B) red"
+
+
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image in base64 text; ``name`` identifies it in messages and fingerprints."""
+
+    name: str
+    data: str = field(repr=False, compare=False)
+
+    def open(self) -> "Image.Image":
+        """Decode the image.
+
+        Raises:
+            DataError: it is not base64, not an image, damaged, or too large.
+        """
+        from tove_llava.data.images import open_image
+
+        try:
+            content = base64.b64decode(self.data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise DataError(f"image {self.name} is not base64 text ({error}); is the file whole?") from error
+        return open_image(io.BytesIO(content), name=f"image {self.name}")
 
 
 @dataclass(frozen=True)
@@ -122,9 +148,9 @@ class Benchmark(ABC):
             DataError: a file is missing or malformed; it is named.
         """
 
-    @abstractmethod
     def ground_truth(self, root: Path) -> list[Row] | None:
-        """Read rows for :meth:`score`; None where only the benchmark's server has the answers."""
+        """Read rows for :meth:`score`, by default from the questions; None where only a server has the answers."""
+        return self.read_ground_truth(self.question_file(root))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         """Read ground truth from a single file, for scoring without a model."""

@@ -65,9 +65,6 @@ class LlavaBench(JudgedBenchmark):
         file = self.question_file(root)
         return read_questions(file, file.with_name("images"))
 
-    def ground_truth(self, root: Path) -> list[Row]:
-        return self.read_ground_truth(self.question_file(root))
-
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         keys = {"question_id": (int, str), "image": str, "text": str, "category": str}
         rows = require(read_jsonl(file), file, keys)

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, EmbeddedImage, Question, Score, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
 from tove_llava.eval.server_files import Submission, Submitting, known
 

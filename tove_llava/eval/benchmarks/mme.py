@@ -18,21 +18,9 @@ from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score,
 from tove_llava.eval.matching import Matched
 from tove_llava.eval.rows import Row, read_jsonl, require
 
-SUBTASKS = {
-    "Perception": (
-        "existence",
-        "count",
-        "position",
-        "color",
-        "posters",
-        "celebrity",
-        "scene",
-        "landmark",
-        "artwork",
-        "OCR",
-    ),
-    "Cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
-}
+_PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
+_COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
+SUBTASKS = {"Perception": _PERCEPTION.split(), "Cognition": _COGNITION.split()}
 _TYPE = {name: kind for kind, names in SUBTASKS.items() for name in names}
 _YES_OR_NO = "Please answer yes or no."
 _PREFIX = 4  # characters of an answer that are looked at

@@ -34,10 +34,9 @@ class NoCaps(CaptionBenchmark):
         file = self.question_file(root)
         rows = require(self.read_ground_truth(file), file, {"file_name": str})
         images = root / "nocaps" / "images"
-        return [Question(row["question_id"], PROMPT, images / row["file_name"], _metadata(row)) for row in rows]
-
-    def ground_truth(self, root: Path) -> list[Row]:
-        return self.read_ground_truth(self.question_file(root))
+        return [
+            Question(row["question_id"], PROMPT, images / row["file_name"], {"domain": row["domain"]}) for row in rows
+        ]
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         return require(super().read_ground_truth(file), file, {"domain": str})
@@ -71,7 +70,3 @@ class NoCaps(CaptionBenchmark):
 
 def _means(images: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {metric: mean([image[metric] for image in images]) for metric in _MEAN_METRICS}
-
-
-def _metadata(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"domain": row["domain"]}

@@ -28,9 +28,6 @@ class Scenes(Benchmark):
     def questions(self, root: Path) -> list[Question]:
         return read_questions(self.question_file(root), root / "images", required=("category",))
 
-    def ground_truth(self, root: Path) -> list[Row]:
-        return self.read_ground_truth(self.question_file(root))
-
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         rows = read_jsonl(file, required=("question_id", "answer", "category"))
         return require(rows, file, {"category": str})

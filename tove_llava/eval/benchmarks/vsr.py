@@ -46,9 +46,6 @@ class Vsr(Benchmark):
             for row in require(self.read_ground_truth(file), file, {"caption": str, "image": str})
         ]
 
-    def ground_truth(self, root: Path) -> list[Row]:
-        return self.read_ground_truth(self.question_file(root))
-
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         rows = require(read_jsonl(file), file, {"label": int, "relation": str})
         return [{"question_id": number, **row} for number, row in enumerate(rows)]

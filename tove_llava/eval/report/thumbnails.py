@@ -6,8 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from tove_llava.core.errors import DataError, ToveError
-from tove_llava.eval.benchmarks import get_benchmark
-from tove_llava.eval.embedded_image import EmbeddedImage
+from tove_llava.eval.benchmarks import EmbeddedImage, get_benchmark
 from tove_llava.eval.report.runs import Run
 
 QUALITY = 80  # of the JPEG
