@@ -207,17 +207,18 @@ def test_a_result_says_where_it_comes_from(evaluated):
 
 
 def test_the_data_digest_is_of_questions_and_answers_in_any_order():
+    digest = result_files.data_fingerprint
     questions = [Question(i, f"What is {i}?", Path(f"a/{i}.png")) for i in range(3)]
     truth = [{"question_id": i, "answer": str(i)} for i in range(3)]
-    first = result_files.data_fingerprint(questions, truth)
-    assert first == result_files.data_fingerprint(questions[::-1], truth[::-1])
+    first = digest(questions, truth)
+    assert first == digest(questions[::-1], truth[::-1])
     moved = [Question(q.question_id, q.text, Path("b") / q.image.name) for q in questions]
-    assert first == result_files.data_fingerprint(moved, truth)
-    other = result_files.data_fingerprint([*questions[:2], Question(2, "What is 2 ?", Path("a/2.png"))], truth)
+    assert first == digest(moved, truth)
+    other = digest([*questions[:2], Question(2, "What is 2 ?", Path("a/2.png"))], truth)
     assert other["questions"] != first["questions"] and other["ground_truth"] == first["ground_truth"]
-    other = result_files.data_fingerprint(questions, [*truth[:2], {"question_id": 2, "answer": "3"}])
+    other = digest(questions, [*truth[:2], {"question_id": 2, "answer": "3"}])
     assert other["questions"] == first["questions"] and other["ground_truth"] != first["ground_truth"]
-    assert result_files.data_fingerprint(questions, None)["ground_truth"] is None
+    assert digest(questions, None)["ground_truth"] is None
 
 
 def test_a_run_that_goes_on_counts_its_own_questions(evaluated, tmp_path):
@@ -329,16 +330,9 @@ def write_run(folder, marks, benchmark="scenes", answers=None, prompts=None, **r
         for index, value in enumerate(marks)
     ]
     write_rows(folder / "items.jsonl", items)
-    whole = {
-        "benchmark": benchmark,
-        "model": "models/m",
-        "rows": {"overall": [50.0, len(items)]},
-        "condition": {"name": "full", "title": "ToVE", "blank_image": False, "detach": []},
-        "data": {"questions": "q"},
-        "data_root": str(folder / "data"),
-        "count": len(items),
-        **result,
-    }
+    condition = {"name": "full", "title": "ToVE", "blank_image": False, "detach": []}
+    whole = {"benchmark": benchmark, "model": "models/m", "rows": {"overall": [50.0, len(items)]}, "count": len(items)}
+    whole |= {"condition": condition, "data": {"questions": "q"}, "data_root": str(folder / "data"), **result}
     (folder / "result.json").write_text(json.dumps(whole))
     return folder
 
@@ -450,34 +444,36 @@ def test_a_score_without_items_has_no_interval(tmp_path):
     assert all(set(line["means"]) == {"b"} for line in scenes["lines"])
 
 
-def damage(change):
+ITEM = '{"item": 1, "values": {"mark": 1}, "groups": {}}'
+
+
+def with_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def with_result(**entries):
     def apply(folder):
         result = json.loads((folder / "result.json").read_text())
-        change(result)
-        (folder / "result.json").write_text(json.dumps(result))
+        (folder / "result.json").write_text(json.dumps(result | entries))
 
     return apply
-
-
-def items_text(text):
-    return lambda folder: (folder / "items.jsonl").write_text(text)
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (lambda folder: (folder / "result.json").unlink(), "has no result.json"),
-        (lambda folder: (folder / "result.json").write_text('{"benchmark": "sce'), "not valid JSON"),
-        (lambda folder: (folder / "result.json").write_text("[]"), "was it written by"),
-        (damage(lambda result: result.pop("rows")), "no 'rows'"),
-        (damage(lambda result: result.update(rows={"x": "y"})), "a value and a number"),
-        (damage(lambda result: result.update(condition={})), "a name and a title"),
-        (items_text('{"item": 1}\n'), "line 1: the key 'values' is missing"),
-        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {}}\n{"item": 2, "values'), "line 2: not valid JSON"),
-        (items_text('{"item": 1, "values": {"mark": "x"}, "groups": {}}\n'), "each a number"),
-        (items_text('{"item": 1, "values": {"mark": NaN}, "groups": {}}\n'), "each a number"),
-        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {}}\n' * 2), "line 2: '1' occurs twice"),
-        (items_text('{"item": 1, "values": {"mark": 1}, "groups": {"a": "b"}}\n'), "lists of groups"),
+        (with_text("result.json", '{"benchmark": "sce'), "not one JSON value"),
+        (with_text("result.json", "[]"), "was it written by"),
+        (with_result(rows=None), "no 'rows'"),
+        (with_result(rows={"x": "y"}), "a value and a number"),
+        (with_result(condition={}), "a name and a title"),
+        (with_text("items.jsonl", '{"item": 1}\n'), "line 1: the key 'values' is missing"),
+        (with_text("items.jsonl", f"{ITEM}\n{ITEM[:-5]}"), "line 2: not valid JSON"),
+        (with_text("items.jsonl", ITEM.replace("1}", '"x"}')), "each a number"),
+        (with_text("items.jsonl", ITEM.replace("1}", "NaN}")), "each a number"),
+        (with_text("items.jsonl", f"{ITEM}\n" * 2), "line 2: '1' occurs twice"),
+        (with_text("items.jsonl", ITEM.replace("{}", '{"a": "b"}')), "lists of groups"),
     ],
 )
 def test_malformed_results_are_refused(tmp_path, capsys, spoil, message):
@@ -509,15 +505,9 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
 
 
 def labels_of(name):
-    if name == "coco_caption":
-        return set(METRICS)
-    if name == "mmvet":
-        return {"total"}  # the scorer needs a judge; its test has this label
-    if name == "llava_bench":
-        return {"all"}
-    if name == "mme":
-        return set(scored(name)[0].rows) | {"perception (points)", "cognition (points)"}
-    return set(scored(name)[0].rows)
+    known = {"coco_caption": set(METRICS), "mmvet": {"total"}, "llava_bench": {"all"}}  # their tests have these labels
+    more = {"perception (points)", "cognition (points)"} if name == "mme" else set()
+    return known[name] if name in known else set(scored(name)[0].rows) | more
 
 
 @pytest.mark.parametrize("model", read_published().values(), ids=lambda model: model.key)
