@@ -4,9 +4,9 @@ A newcomer adds a file like this (see ``playground_scenes.py``)::
 
     @register_benchmark("mine")
     class Mine(Benchmark):
+        question_path = "mine/questions.jsonl"
+        image_folder = "mine/images"
         max_new_tokens = 16
-        def question_file(self, root): ...
-        def questions(self, root): ...
         def score(self, predictions, truth): ...
 """
 
@@ -120,6 +120,10 @@ class Benchmark(ABC):
         ConfigError: the benchmark has no such rule.
     """
 
+    #: the question file under ``root``; its presence shows that the benchmark's data is there
+    question_path: ClassVar[str]
+    #: folder under ``root`` of the images that :func:`read_questions` names
+    image_folder: ClassVar[str] = ""
     # Decoding, as LLaVA-1.5's evaluation scripts set it for all of their benchmarks; flags override it.
     max_new_tokens: ClassVar[int]
     temperature: ClassVar[float] = 0.0  # greedy
@@ -136,17 +140,16 @@ class Benchmark(ABC):
             raise ConfigError(f"this benchmark has no rule {rule!r}; rules: {known}")
         self.rule = rule if rule is not None else next(iter(self.rules), None)
 
-    @abstractmethod
     def question_file(self, root: Path) -> Path:
-        """Return the file whose presence shows that the benchmark's data is under ``root``."""
+        return root / self.question_path
 
-    @abstractmethod
     def questions(self, root: Path) -> list[Question]:
-        """Read all questions, in file order.
+        """Read all questions, in file order, by default from JSONL of LLaVA's layout.
 
         Raises:
             DataError: a file is missing or malformed; it is named.
         """
+        return read_questions(self.question_file(root), root / self.image_folder)
 
     def ground_truth(self, root: Path) -> list[Row] | None:
         """Read rows for :meth:`score`, by default from the questions; None where only a server has the answers."""
@@ -223,17 +226,16 @@ def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
     return BENCHMARKS.get(name)(rule)
 
 
-def read_questions(file: Path, images: Path, required: Sequence[str] = ()) -> list[Question]:
+def read_questions(file: Path, images: Path) -> list[Question]:
     """Read a JSONL file of LLaVA's layout: ``question_id``, ``image``, and ``text``, the whole prompt.
 
     Args:
         images: folder that the image names are relative to.
-        required: further keys that each row must have.
 
     Raises:
         DataError: the file is missing or malformed.
     """
-    rows = read_jsonl(file, required=("question_id", "image", "text", *required))
+    rows = read_jsonl(file, required=("question_id", "image", "text"))
     return [
         Question(
             row["question_id"],

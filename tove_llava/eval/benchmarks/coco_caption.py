@@ -23,8 +23,7 @@ _NUMBER = re.compile(r"(\d+)\.\w+$")
 class CocoCaption(CaptionBenchmark):
     """Captions of everyday images."""
 
-    def question_file(self, root: Path) -> Path:
-        return root / "coco_caption" / "coco_karpathy_test.json"
+    question_path = "coco_caption/coco_karpathy_test.json"
 
     def questions(self, root: Path) -> list[Question]:
         rows = karpathy_references(self.question_file(root))

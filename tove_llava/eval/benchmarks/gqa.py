@@ -15,7 +15,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, first_of, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, first_of, register_benchmark
 from tove_llava.eval.rows import Row, require
 from tove_llava.eval.server_files import Submission, Submitting
 
@@ -39,13 +39,9 @@ def steps(program: Sequence[Mapping[str, Any]]) -> int:
 class Gqa(Benchmark, Submitting):
     """Exact match over the balanced questions, with GQA's breakdowns and its distribution score."""
 
+    question_path = "gqa/llava_gqa_testdev_balanced.jsonl"
+    image_folder = "gqa/data/images"
     max_new_tokens = 128
-
-    def question_file(self, root: Path) -> Path:
-        return root / "gqa" / "llava_gqa_testdev_balanced.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "gqa" / "data" / "images")
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(self.submission_questions(root))

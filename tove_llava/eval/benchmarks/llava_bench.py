@@ -12,7 +12,7 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Score, register_benchmark
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
 from tove_llava.eval.rows import Row, read_jsonl, require
 from tove_llava.eval.scorer_data import scorer_data
@@ -58,12 +58,8 @@ def request(row: Mapping[str, Any], answer: str) -> Request:
 class LlavaBench(JudgedBenchmark):
     """The model's score as percent of GPT-4's, per category and over all."""
 
-    def question_file(self, root: Path) -> Path:
-        return root / "llava-bench-in-the-wild" / "questions.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        file = self.question_file(root)
-        return read_questions(file, file.with_name("images"))
+    question_path = "llava-bench-in-the-wild/questions.jsonl"
+    image_folder = "llava-bench-in-the-wild/images"
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         keys = {"question_id": (int, str), "image": str, "text": str, "category": str}

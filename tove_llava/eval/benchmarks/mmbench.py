@@ -138,12 +138,7 @@ class MmBenchmark(Benchmark, Submitting):
 
     max_new_tokens = 1024
     submission_suffix = ".xlsx"
-    folder: ClassVar[str]
-    sheet: ClassVar[str]
     request: ClassVar[str]  # for an answer by letter
-
-    def question_file(self, root: Path) -> Path:
-        return root / self.folder / self.sheet
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)
@@ -236,6 +231,5 @@ class MmBenchmark(Benchmark, Submitting):
 class MmBench(MmBenchmark):
     """Multiple-choice questions on twenty abilities."""
 
-    folder = "mmbench"
-    sheet = "mmbench_dev_20230712.tsv"
+    question_path = "mmbench/mmbench_dev_20230712.tsv"
     request = OPTION_LETTER

@@ -8,6 +8,5 @@ from tove_llava.eval.benchmarks.mmbench import MmBenchmark
 class MmBenchCn(MmBenchmark):
     """MMBench's questions in Chinese."""
 
-    folder = "mmbench_cn"
-    sheet = "mmbench_dev_cn_20231003.tsv"
+    question_path = "mmbench_cn/mmbench_dev_cn_20231003.tsv"
     request = "请直接回答选项字母。"

@@ -14,7 +14,7 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_text
-from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.matching import Matched
 from tove_llava.eval.rows import Row, read_jsonl, require
 
@@ -41,13 +41,9 @@ def core(text: str) -> str:
 class Mme(Benchmark):
     """Points: per subtask the percent of right answers plus that of images with both right, and their sums."""
 
+    question_path = "MME/llava_mme.jsonl"
+    image_folder = "MME/MME_Benchmark_release_version"
     max_new_tokens = 128
-
-    def question_file(self, root: Path) -> Path:
-        return root / "MME" / "llava_mme.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "MME" / "MME_Benchmark_release_version")
 
     def ground_truth(self, root: Path) -> list[Row]:
         release = root / "MME" / "MME_Benchmark_release_version"

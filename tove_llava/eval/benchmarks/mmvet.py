@@ -13,7 +13,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Score, register_benchmark
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
 from tove_llava.eval.rows import Row, require
 from tove_llava.eval.scorer_data import scorer_data
@@ -54,11 +54,8 @@ def _request(text: str, temperature: float) -> Request:
 class MmVet(JudgedBenchmark, Submitting):
     """Mean grade, percent: over all, per capability and per combination of capabilities."""
 
-    def question_file(self, root: Path) -> Path:
-        return root / "mm-vet" / "llava-mm-vet.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "mm-vet" / "images")
+    question_path = "mm-vet/llava-mm-vet.jsonl"
+    image_folder = "mm-vet/images"
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(root / "mm-vet" / "mm-vet.json")

@@ -22,13 +22,11 @@ _MEAN_METRICS = ("CIDEr", "ROUGE_L", "METEOR")
 class NoCaps(CaptionBenchmark):
     """Caption metrics over all images and by domain."""
 
+    question_path = "nocaps/nocaps_val_4500_captions.json"
     rules = {
         SUBSET: "a domain's scores are those of its images only, CIDEr's document frequencies included",
         MEANS: "a domain's scores are means of its images' scores in the run over all images",
     }
-
-    def question_file(self, root: Path) -> Path:
-        return root / "nocaps" / "nocaps_val_4500_captions.json"
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)

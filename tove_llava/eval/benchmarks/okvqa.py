@@ -18,8 +18,7 @@ from tove_llava.eval.vqa import VqaBenchmark
 class OkVqa(VqaBenchmark):
     """Consensus accuracy, overall and per type of answer and question."""
 
-    def question_file(self, root: Path) -> Path:
-        return root / "okvqa" / "OpenEnded_mscoco_val2014_questions.json"
+    question_path = "okvqa/OpenEnded_mscoco_val2014_questions.json"
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)

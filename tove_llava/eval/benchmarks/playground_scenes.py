@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
 
 
@@ -20,13 +20,9 @@ def normalise(text: str) -> str:
 class Scenes(Benchmark):
     """Questions with one short right answer about generated scenes."""
 
+    question_path = "val_questions.jsonl"
+    image_folder = "images"
     max_new_tokens = 16
-
-    def question_file(self, root: Path) -> Path:
-        return root / "val_questions.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "images", required=("category",))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         rows = read_jsonl(file, required=("question_id", "answer", "category"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.rows import Row, read_jsonl, require
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -52,13 +52,9 @@ def _rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 class Pope(Benchmark):
     """Yes/no questions about objects in three categories of difficulty."""
 
+    question_path = "pope/llava_pope_test.jsonl"
+    image_folder = "pope/val2014"
     max_new_tokens = 128
-
-    def question_file(self, root: Path) -> Path:
-        return root / "pope" / "llava_pope_test.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "pope" / "val2014", required=("category",))
 
     def ground_truth(self, root: Path) -> list[Row]:
         # Labels belong to questions by position within a category: the two files number them differently.

@@ -44,10 +44,8 @@ def option_index(letter: str, options: int) -> int:
 class ScienceQa(Benchmark):
     """Accuracy over all questions and over those with an image."""
 
+    question_path = "scienceqa/llava_test_CQM-A.json"
     max_new_tokens = 1024
-
-    def question_file(self, root: Path) -> Path:
-        return root / "scienceqa" / "llava_test_CQM-A.json"
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)

@@ -11,7 +11,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.rows import Row, require
 from tove_llava.eval.server_files import Submission, Submitting, json_lines, known, require_all
 
@@ -28,14 +28,10 @@ def answer_id(key: str | int) -> str | int:
 class Seed(Benchmark, Submitting):
     """Share of answers that are exactly the right letter: overall, images, videos, and per type."""
 
+    question_path = "seed_bench/llava-seed-bench.jsonl"
+    image_folder = "seed_bench"
     max_new_tokens = 128
     submission_suffix = ".jsonl"
-
-    def question_file(self, root: Path) -> Path:
-        return root / "seed_bench" / "llava-seed-bench.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "seed_bench")
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(root / "seed_bench" / "SEED-Bench.json")

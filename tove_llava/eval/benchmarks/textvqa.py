@@ -13,7 +13,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row, require
 
@@ -46,13 +46,9 @@ def question_of(prompt: str) -> str:
 class TextVqa(Benchmark):
     """Consensus accuracy."""
 
+    question_path = "textvqa/llava_textvqa_val_v051_ocr.jsonl"
+    image_folder = "textvqa/train_images"
     max_new_tokens = 128
-
-    def question_file(self, root: Path) -> Path:
-        return root / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "textvqa" / "train_images")
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(root / "textvqa" / "TextVQA_0.5.1_val.json")

@@ -17,7 +17,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
-from tove_llava.eval.benchmarks import Benchmark, Question, Score, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
 from tove_llava.eval.rows import Row, read_jsonl, require
 from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
@@ -30,17 +30,13 @@ M4C, API = "m4c", "api"
 class VizWiz(Benchmark, Submitting):
     """Consensus accuracy, overall, per type of answer, and for answerable and unanswerable questions."""
 
+    question_path = "vizwiz/llava_test.jsonl"
+    image_folder = "vizwiz/test"
     max_new_tokens = 128
     rules = {
         M4C: "LLaVA's text evaluator: answers and references normalised",
         API: "the VizWiz challenge API: only answers normalised; with average precision and F1 of 'unanswerable'",
     }
-
-    def question_file(self, root: Path) -> Path:
-        return root / "vizwiz" / "llava_test.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "vizwiz" / "test")
 
     def ground_truth(self, root: Path) -> list[Row] | None:
         return None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tove_llava.eval.benchmarks import Question, read_questions, register_benchmark
+from tove_llava.eval.benchmarks import register_benchmark
 from tove_llava.eval.rows import Row
 from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
 from tove_llava.eval.vqa import VqaBenchmark
@@ -19,11 +19,8 @@ from tove_llava.eval.vqa import VqaBenchmark
 class Vqav2(VqaBenchmark, Submitting):
     """Consensus accuracy, overall and per type of answer and question."""
 
-    def question_file(self, root: Path) -> Path:
-        return root / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl"
-
-    def questions(self, root: Path) -> list[Question]:
-        return read_questions(self.question_file(root), root / "vqav2" / "test2015")
+    question_path = "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl"
+    image_folder = "vqav2/test2015"
 
     def ground_truth(self, root: Path) -> list[Row] | None:
         return None

@@ -29,10 +29,8 @@ def parse_answer(text: str) -> bool | None:
 class Vsr(Benchmark):
     """Accuracy, overall, per relation and per category of relations."""
 
+    question_path = "vsr/test.jsonl"
     max_new_tokens = 128
-
-    def question_file(self, root: Path) -> Path:
-        return root / "vsr" / "test.jsonl"
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)
