@@ -33,44 +33,19 @@ POPE_TRUTH = [
 ]
 
 
-def test_pope_counts_by_hand():
-    answers = ["no", "yes", "yes", "no", "no", "yes", "no", "yes"]
-    predictions = [{"question_id": index, "text": text} for index, text in enumerate(answers)]
-    score = get_benchmark("pope").score(predictions, POPE_TRUTH)
-    assert score.scores["popular"]["f1"] == 1.0 and score.scores["popular"]["accuracy"] == 1.0
-    random = score.scores["random"]
-    assert [random[key] for key in ("TP", "FP", "TN", "FN")] == [1, 1, 1, 1] and random["f1"] == 0.5
-    assert score.extras["mean_of_categories"]["accuracy"] == 0.75
-
-
 @pytest.mark.parametrize("name", ["pope", "scenes"])
 def test_unanswered_questions_are_named_and_wrong_and_the_last_of_two_answers_counts(name):
     truth = [{**row, "answer": row["label"]} for row in POPE_TRUTH]
     benchmark = get_benchmark(name)
     perfect = [{"question_id": row["question_id"], "text": row["label"]} for row in truth]
-    assert benchmark.score(perfect, truth).rows[{"pope": "mean accuracy", "scenes": "overall"}[name]][0] == 100
+    label = {"pope": "mean accuracy", "scenes": "overall"}[name]
+    whole = benchmark.score(perfect, truth)
+    assert whole.rows[label][0] == 100
     for missing in range(8):
-        score = benchmark.score([row for row in perfect if row["question_id"] != missing], truth)
-        assert score.count == 8 and score.extras["unanswered"] == [missing]
-        assert score.rows[{"pope": "mean accuracy", "scenes": "overall"}[name]][0] == 87.5
-    corrected = [{"question_id": 0, "text": "yes"}, *perfect]
-    score = benchmark.score(corrected, truth)
-    assert score.extras["duplicated"] == [0]
-    assert score.scores == benchmark.score(perfect, truth).scores
-
-
-def test_scenes_accuracy_per_category_and_overall():
-    truth = [
-        {"question_id": "a", "answer": "Red", "category": "colour"},
-        {"question_id": "b", "answer": "blue", "category": "colour"},
-        {"question_id": "c", "answer": "2", "category": "count"},
-    ]
-    texts = {"a": " red. ", "b": "green", "c": "2"}
-    score = get_benchmark("scenes").score([{"question_id": k, "text": v} for k, v in texts.items()], truth)
-    assert score.scores["colour"] == {"accuracy": 0.5, "samples": 2}
-    assert score.scores["count"]["accuracy"] == 1
-    assert score.scores["overall"]["accuracy"] == pytest.approx(2 / 3)
-    assert score.rows["overall"] == (pytest.approx(200 / 3), 3)
+        score = benchmark.score(perfect[:missing] + perfect[missing + 1 :], truth)
+        assert score.count == 8 and score.extras["unanswered"] == [missing] and score.rows[label][0] == 87.5
+    score = benchmark.score([{"question_id": 0, "text": "yes"}, *perfect], truth)
+    assert score.extras["duplicated"] == [0] and score.scores == whole.scores
 
 
 @given(st.text())
@@ -82,11 +57,9 @@ def test_normalising_twice_changes_nothing(text):
 @pytest.mark.parametrize(
     ("predictions", "truth", "words"),
     [
-        (['{"question_id": 1, "text": "yes"}', '{"question_id": 2, "te'], None, "predictions.jsonl, line 2"),
         (["[1, 2]"], None, "predictions.jsonl, line 1: a JSON object is needed"),
         (['{"question_id": 1}'], None, "the key 'text' is missing"),
         (['{"question_id": 1, "text": 5}'], None, "question 1 is not a string"),
-        ([], None, "holds no answers"),
         (['{"question_id": 77, "text": "yes"}'], None, "none of the predictions"),
         (None, ['{"question_id": 1, "answer": "yes", "category": "x"}'], "the key 'label' is missing"),
         (None, ['{"question_id": 1, "label": "maybe", "category": "x"}'], "must be yes or no"),

@@ -222,20 +222,10 @@ def test_the_data_digest_is_of_questions_and_answers_in_any_order():
 
 
 def test_a_run_that_goes_on_counts_its_own_questions(evaluated, tmp_path):
-    model, data = evaluated / "model", evaluated / "data"
-    evaluate(model, data, tmp_path, "--limit", "2")
-    place = tmp_path / "scenes" / "full"
-    asked = [row["question_id"] for row in read_answers(place / "answers.jsonl")]
-    left = next(row for row in items_of(evaluated)[0] if row["item"] not in asked)
-    # A kill in the middle of a line: that question is answered again.
-    line = json.dumps({"question_id": left["item"], "prompt": left["prompt"], "text": "y"})
-    (place / "answers.part0.jsonl").write_text(line[:-1])
-    evaluate(model, data, tmp_path)
-    result = json.loads((tmp_path / "scenes" / "full" / "result.json").read_text())
-    assert result["questions_answered"] == result["count"] - 2
-    evaluate(model, data, tmp_path)
-    result = json.loads((tmp_path / "scenes" / "full" / "result.json").read_text())
-    assert result["questions_answered"] == 0 and result["questions_per_second"] is None
+    for flags, answered in ((["--limit", "2"], 2), ([], len(items_of(evaluated)[0]) - 2), ([], 0)):
+        evaluate(evaluated / "model", evaluated / "data", tmp_path, *flags)
+        result = json.loads((tmp_path / "scenes" / "full" / "result.json").read_text())
+        assert result["questions_answered"] == answered and (result["questions_per_second"] is None) == (not answered)
 
 
 # -- pages ------------------------------------------------------------------------------------------------------------
