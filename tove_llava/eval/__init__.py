@@ -1,1 +1,1 @@
-"""Evaluation: benchmarks (prompts and scorers), the runner that answers their questions, and the report."""
+"""Evaluation: benchmarks, the runner that answers them, and reports."""

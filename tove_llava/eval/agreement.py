@@ -5,7 +5,7 @@ from decimal import ROUND_HALF_UP, Decimal
 
 
 def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence[int] | None = None) -> float:
-    """Return the mean over the references of min(1, matches among the *others* / 3).
+    """Return the mean of min(1, matches among the *other* references / 3).
 
     With ten references, 0, 1, 2, 3, 4 or more matches give 0, 0.3, 0.6, 0.9, 1.
 
@@ -24,7 +24,7 @@ def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence
 
 
 def record_copies(records: Sequence[Mapping[str, object]]) -> list[int] | None:
-    """Count how often each record occurs; None if ids make every record different."""
+    """Count each record's occurrences; None if ids make all records different."""
     ids = {repr(record.get("answer_id")) for record in records}
     if len(ids) == len(records):
         return None
@@ -37,5 +37,5 @@ def mean(values: Sequence[float]) -> float:
 
 
 def rounded(value: float, digits: int) -> float:
-    """Round with ties away from zero, as Python 2 does, in which the official VQA numbers are printed."""
+    """Round with ties away from zero, as Python 2 prints VQA's numbers."""
     return float(Decimal(value).quantize(Decimal(1).scaleb(-digits), rounding=ROUND_HALF_UP))

@@ -1,4 +1,4 @@
-"""Caption metrics as pycocoevalcap 1.2 computes them, and what COCO Caption and NoCaps share."""
+"""Caption metrics of pycocoevalcap 1.2, for COCO Caption and NoCaps."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ UNAVAILABLE = {"SPICE": "its parser's models are not part of pycocoevalcap"}
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Metrics of a set of images: of the whole set (BLEU and METEOR of the corpus, the others means) and per image."""
+    """Metrics of a set of images: of the whole set and per image."""
 
     total: dict[str, float]
     per_image: dict[Hashable, dict[str, float]]
@@ -48,7 +48,7 @@ class Tokens:
 
 
 def caption_scores(tokens: Tokens, subsets: Sequence[Sequence[Hashable]]) -> list[CaptionScores]:
-    """Compute all metrics for each subset of the images as if it were the whole set (CIDEr's frequencies, too).
+    """Compute all metrics for each subset as if it were all images.
 
     Raises:
         ConfigError: Java or pycocoevalcap is missing, or METEOR failed.
@@ -90,7 +90,7 @@ class CaptionBenchmark(Benchmark):
         java.check()
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        """Read references from JSONL (``image_id``, ``references``) or a file of the COCO caption format."""
+        """Read references from JSONL (``image_id``, ``references``) or COCO's format."""
         rows = read_jsonl(file) if Path(file).suffix == ".jsonl" else coco_references(file)
         checked = require(rows, file, {"image_id": (int, str), "references": list})
         for row in checked:
@@ -107,7 +107,7 @@ class CaptionBenchmark(Benchmark):
 
 
 def coco_references(file: str | Path) -> list[Row]:
-    """Read a COCO caption file: ``images`` (with all their keys) and ``annotations`` (``image_id``, ``caption``)."""
+    """Read a COCO caption file, ``images`` with all their keys."""
     content = read_json(file)
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{file} has no 'images' and 'annotations'; give a caption file of the COCO format")

@@ -1,4 +1,4 @@
-"""The check that a data set is whole: parts, questions and their number, ground truth, every image."""
+"""The check that a data set is whole."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -177,7 +177,7 @@ class _ImageCheck:
     decode: bool
 
     def __call__(self, image: Image) -> tuple[Image, str]:
-        """Return the image and what is wrong with it; an empty string if nothing is."""
+        """Return the image and its problem; an empty string for none."""
         try:
             if isinstance(image, EmbeddedImage):
                 if self.decode:

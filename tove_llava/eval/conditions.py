@@ -1,4 +1,4 @@
-"""Changes of the model or its input while it answers: the columns of an ablation table."""
+"""Changes of the model or its input: columns of an ablation table."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +60,7 @@ CONDITIONS = {condition.name: condition for condition in (BLANK, DETACHED, FULL)
 
 
 def parse_conditions(names: str | None, blank_image: bool = False, detach: str | None = None) -> Sequence[Condition]:
-    """Read the conditions of a command line: comma-separated names, or flags that make one condition.
+    """Read conditions: comma-separated names, or flags that make one condition.
 
     Raises:
         ConfigError: an unknown name, or both forms at once.

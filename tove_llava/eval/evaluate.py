@@ -1,4 +1,4 @@
-"""A whole evaluation: load the model once, answer every benchmark under every condition, score, report."""
+"""A whole evaluation: every benchmark under every condition, with one loaded model."""
 
 import dataclasses
 import json
@@ -151,7 +151,7 @@ def _score(
     template: str,
     origin: Mapping[str, Any],
 ) -> tuple[Score, dict[str, Any]]:
-    """Score a run, save its result and items in its folder, and return the score and the result."""
+    """Score a run, save result and items, and return score and result."""
     if isinstance(task.benchmark, JudgedBenchmark) and evaluation.judge is not None:
         task.benchmark.judge = evaluation.judge(folder / ANSWERS)
     score = task.score(run.rows)

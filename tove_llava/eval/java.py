@@ -23,7 +23,7 @@ _LINE_ENDS = re.compile("[\n\r\v\f\x85\u2028\u2029]")
 
 
 def check() -> None:
-    """Raise ConfigError if Java or pycocoevalcap is missing; the message says how to install it."""
+    """Raise ConfigError if Java or pycocoevalcap is missing."""
     _package()
     _java()
 
@@ -78,7 +78,7 @@ class Meteor:
         return self._read()
 
     def evaluate(self, statistics: Sequence[str]) -> tuple[float, list[float]]:
-        """Return the score of a corpus, from summed statistics, and the score of each caption."""
+        """Return the score of a corpus and of each caption."""
         self._write(" ||| ".join(("EVAL", *statistics)))
         singles = [float(self._read()) for _ in statistics]
         return float(self._read()), singles

@@ -1,4 +1,4 @@
-"""A language model that judges answers, behind any endpoint that speaks OpenAI's chat protocol.
+"""A language model that judges answers, behind an endpoint with OpenAI's protocol.
 
 Every reply is kept in a file before it is used, under a digest of the model and the whole request: an interrupted run
 continues where it stopped, and a second run costs nothing.
@@ -79,7 +79,7 @@ class Judge:
     cached: int = field(default=0, init=False)
 
     def hold(self, exchanges: Sequence[Exchange[T]]) -> list[T]:
-        """Hold all exchanges, several at a time, and return their verdicts in order.
+        """Hold all exchanges, several at once, and return verdicts in order.
 
         Raises:
             ConfigError: the client is not installed.
@@ -228,7 +228,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def judge_from(args: argparse.Namespace, answers: Path) -> Judge | None:
-    """Make the judge of a command line and the environment; None where neither names one.
+    """Make the judge of a command line and the environment, if any.
 
     Args:
         answers: the file of answers to judge; the replies are kept next to it.

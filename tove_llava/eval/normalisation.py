@@ -51,7 +51,7 @@ def strip_punctuation(text: str, unicode_digits: bool = False) -> str:
 
 
 def canonical_words(text: str, contractions: Mapping[str, str]) -> str:
-    """Write in lower case, numbers as digits, no articles, contractions with apostrophes, single spaces."""
+    """Write lower case, numbers as digits, no articles, contractions with apostrophes."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(contractions.get(word, word) for word in words if word not in ARTICLES)
 
@@ -64,7 +64,7 @@ def normalise_vqa(text: str) -> str:
 
 @lru_cache(_CACHE)
 def normalise_evalai(text: str) -> str:
-    """Return the EvalAI form of a raw text, as LLaVA writes it into submission files."""
+    """Return the EvalAI form of a raw text, as LLaVA's submissions have."""
     text = flatten(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
     return canonical_words(strip_punctuation(text, unicode_digits=True), scorer_data("contractions"))
 

@@ -28,7 +28,7 @@ def provenance(answerer: Answerer, model: str | Path) -> dict[str, Any]:
 
 
 def model_fingerprint(answerer: Answerer, model: str | Path) -> str:
-    """Return the fingerprint of the checkpoint's trained weights; for a stock LLaVA folder, of all its weights."""
+    """Fingerprint a checkpoint's trained weights, or a stock LLaVA's weights."""
     if (Path(model) / MANIFEST).exists():
         return Manifest.read(model).fingerprint
     return sampled_fingerprint(answerer.model)

@@ -19,7 +19,7 @@ Image = Path | EmbeddedImage
 
 
 def portions(questions: Sequence[Question], batch_size: int, world: int = 1) -> list[list[Question]]:
-    """Order questions and cut them into portions that processes take one by one.
+    """Order questions and cut them into portions for processes to take.
 
     Questions about one image stay together, so that it is encoded once. Long questions come first: neighbours are of
     similar length, and a batch that does not fit into memory fails early. Portions shrink towards the end, so that all
@@ -130,7 +130,7 @@ class QuestionLoader:
         return result
 
     def _load_portion(self) -> bool:
-        """Queue the next portion and open its images; False when there is none."""
+        """Queue the next portion and open its images; False without one."""
         portion = next(self._portions, None)
         if portion is None:
             return False
@@ -158,7 +158,7 @@ def _named(question: Question) -> Iterator[None]:
 
 
 def prompt_ids(answerer: Answerer, question: Question, image_tokens: int | None = None) -> list[int]:
-    """Encode a question as LLaVA asks it: the image, a line break, the words.
+    """Encode a question as LLaVA does: image, line break, words.
 
     Args:
         image_tokens: as :meth:`Answerer.encode` takes it.

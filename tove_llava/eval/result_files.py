@@ -40,7 +40,7 @@ def item_values(score: Score) -> dict[str, dict[str, float]]:
 
 
 def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
-    """Make the lines of ``items.jsonl``: a question's marks, its groups, and the texts to show of it.
+    """Make the lines of ``items.jsonl``: marks, groups and texts to show.
 
     Args:
         answers: rows that were scored.
@@ -71,7 +71,7 @@ def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
 
 
 def expected(row: Mapping[str, Any]) -> str | None:
-    """Format the right answer of a row of the ground truth; of several the most frequent first."""
+    """Format a row's right answer; of several, the most frequent first."""
     found = next((row[key] for key in ("answer", "label", "answers", "references") if row.get(key) is not None), None)
     if found is None:
         return None
@@ -82,7 +82,7 @@ def expected(row: Mapping[str, Any]) -> str | None:
 
 
 def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return level -> group -> the number of its items (``count``) and the mean of each metric."""
+    """Return level -> group -> ``count`` and the mean of each metric."""
     members: dict[str, dict[str, list[Mapping[str, float]]]] = {}
     for row in rows:
         for level, names in row["groups"].items():
@@ -98,7 +98,7 @@ def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None) -> dict[str, Any]:
-    """Digest questions and right answers, in any order. Images count by name, not by content."""
+    """Digest questions (with image names) and right answers, in any order."""
     asked = [[str(q.question_id), q.text, q.image.name if q.image else None] for q in questions]
     return {
         "questions": _digest(asked),
@@ -113,14 +113,14 @@ def _digest(rows: Iterable[Any]) -> str:
 
 
 def _relative(question: Question, root: Path) -> str | None:
-    """Return the image's path under the data root; None for an embedded image, and without an image."""
+    """Return the image's path under the data root, if it is there."""
     if isinstance(question.image, Path) and question.image.is_relative_to(root):
         return question.image.relative_to(root).as_posix()
     return None
 
 
 def backbone_fingerprints(model: Any) -> dict[str, str]:
-    """Digest a tower's frozen parts, which are in no checkpoint: CLIP and each expert that is loaded."""
+    """Digest a tower's frozen parts: CLIP and each loaded expert."""
     from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 
     frozen = getattr(model.base_model.vision_tower, "frozen", None)

@@ -58,7 +58,7 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
 
 
 def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of a ground-truth file, each of which must have these keys (key -> type, or types).
+    """Check that rows of a ground truth have these keys, of these types.
 
     Raises:
         DataError: there is no row, or one is not an object, lacks a key, or has a value of another type there.
@@ -82,7 +82,7 @@ def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> l
 
 
 class AppendFile:
-    """A JSONL file that grows by whole lines, which survive a kill or a power cut.
+    """A JSONL file of whole lines that survive a power cut.
 
     Opening it cuts off a last line that an earlier process did not finish.
     """
@@ -111,7 +111,7 @@ class AppendFile:
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """Choose ``limit`` items at even distances (all, without a limit), so that every category has its share."""
+    """Choose ``limit`` items (by default all) at even distances."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

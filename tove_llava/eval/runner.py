@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that answer one benchmark together, as ``torchrun`` starts them; by default only this one.
+    """The processes that ``torchrun`` started; by default only this one.
 
     Args:
         store: torch.distributed's, which all processes reach; None for a single process.
@@ -56,24 +56,24 @@ class Ranks:
         return _joined() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else cls()
 
     def wait(self) -> None:
-        """Return once every process has come here; fail when one of them has died."""
+        """Wait for every process; fail when one of them has died."""
         if self.world > 1:
             distributed.barrier()
 
     def begin(self) -> str:
-        """Return a name for the next run's counters, the same on all processes."""
+        """Return a name for the next run's counters."""
         self._runs += 1
         return f"run{self._runs}"
 
     def add(self, counter: str, amount: int) -> int:
-        """Add to a counter that all processes share, and return its new value."""
+        """Add to a shared counter, and return its new value."""
         if self._store is not None:
             return int(self._store.add(f"tove_llava/{counter}", amount))
         self._counts[counter] = self._counts.get(counter, 0) + amount
         return self._counts[counter]
 
     def claim(self, counter: str, items: Sequence[T]) -> Iterator[T]:
-        """Yield items that no other process has claimed, as they are asked for."""
+        """Yield items that no other process has claimed."""
         while (number := self.add(counter, 1) - 1) < len(items):
             yield items[number]
 
@@ -129,7 +129,7 @@ class Run:
     peak_memory: int | None
 
     def record(self) -> dict[str, Any]:
-        """Return entries of a report; rates are None when no question was left to answer."""
+        """Return entries of a report; rates are None without new answers."""
         counts = {"questions": self.answered, "images": self.images}
         return {
             "answering": self.answering,
@@ -209,7 +209,7 @@ def run_benchmark(
 
 
 def _progress(task: Task, known: int, label: str | None) -> Any:
-    """Return a bar over the questions asked, on standard error; a log gets few updates."""
+    """Return a bar over the questions asked; a log gets few updates."""
     return tqdm(
         total=len(task.asked),
         initial=known,
@@ -221,7 +221,7 @@ def _progress(task: Task, known: int, label: str | None) -> Any:
 
 
 def _row(answer: Answer, model_id: str, identity: Mapping[str, Any]) -> Row:
-    """Make LLaVA's answer line. Its id depends on the run and the question: a restarted run gives the same file."""
+    """Make LLaVA's answer line; its id depends on run and question."""
     question = answer.question
     name = json.dumps([identity, question.key], sort_keys=True)
     return {
@@ -235,7 +235,7 @@ def _row(answer: Answer, model_id: str, identity: Mapping[str, Any]) -> Row:
 
 
 def _finish(folder: Path, task: Task) -> list[Row]:
-    """Put all parts together in ``answers.jsonl`` and return the rows of the questions asked.
+    """Join all parts in ``answers.jsonl`` and return the rows asked for.
 
     The file keeps earlier answers to questions that are not asked now.
     """
@@ -254,12 +254,12 @@ def _finish(folder: Path, task: Task) -> list[Row]:
 
 
 def answer_files(folder: Path) -> list[Path]:
-    """List a folder's files of answers, those of a finished run first; a judge's replies are not among them."""
+    """List a folder's files of answers, a finished run's first."""
     return sorted([*folder.glob("answers.jsonl"), *folder.glob("answers.part*.jsonl")])
 
 
 def _answered(folder: Path, questions: Sequence[Question]) -> dict[tuple[int | str, str], Row]:
-    """Read the answers on disk to these questions, by their key; a last line that was cut off is not an answer."""
+    """Read whole lines of answers to these questions, by their key."""
     asked = {question.key for question in questions}
     rows: list[Row] = []
     for file in answer_files(folder):
@@ -273,7 +273,7 @@ def _answered(folder: Path, questions: Sequence[Question]) -> dict[tuple[int | s
 
 
 def _identity(answerer: Answerer, task: Task, condition: Condition, model_id: str, answering: str) -> Row:
-    """Describe a run; answers of an earlier run are used only if its description is the same."""
+    """Describe a run; answers are only reused under the same description."""
     digest = hashlib.sha256()
     for question in sorted(task.questions, key=lambda question: str(question.key)):
         image = question.image.name if question.image else None
@@ -316,7 +316,7 @@ def forget(folder: str | Path) -> None:
 
 
 def peak_memory(device: torch.device, start: bool = False) -> int | None:
-    """Return the most bytes of tensors on a GPU since the last ``start``; None on the CPU."""
+    """Return the most bytes on a GPU since the last ``start``."""
     if device.type != "cuda":
         return None
     if start:

@@ -7,7 +7,7 @@ from tove_llava.eval.benchmarks import Score
 
 
 def score_table(columns: Mapping[str, Score], corner: str = "") -> str:
-    """Make a table of one benchmark: a row per category, a column per entry of ``columns``, in percent."""
+    """Make a benchmark's table: categories as rows, conditions as columns, in percent."""
     labels = list(dict.fromkeys(label for score in columns.values() for label in score.rows))
     header = [corner, *columns, "questions"]
     lines = [header]
@@ -25,7 +25,7 @@ def first_ids(ids: Sequence[object], shown: int = 10) -> str:
 
 
 def notes(score: Score) -> list[str]:
-    """Return the lines below a table: the rule, unavailable metrics, and the first ids that need attention."""
+    """Return the lines below a table: rule, unavailable metrics, notable ids."""
     lines = [f"rule: {score.rule}"] if score.rule else []
     lines += [f"{name}: unavailable ({reason})" for name, reason in score.unavailable.items()]
     meanings = {

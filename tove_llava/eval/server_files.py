@@ -1,4 +1,4 @@
-"""Files for the benchmarks' own servers and programs, as LLaVA's conversion scripts write them."""
+"""Files for the benchmarks' own servers, as LLaVA's scripts write them."""
 
 import json
 from abc import ABC, abstractmethod
@@ -16,14 +16,14 @@ from tove_llava.eval.score_table import first_ids
 
 @dataclass(frozen=True)
 class Submission:
-    """A file to send, and notes: ids that need attention (``unanswered``, ``duplicated``, ``unknown``, ...)."""
+    """A file to send, and notes: ids that need attention."""
 
     content: bytes
     notes: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
 class Submitting(ABC):
-    """The part of a benchmark that writes answers for another program to score."""
+    """The part of a benchmark that writes answers for a server."""
 
     #: how the file's name ends
     submission_suffix: ClassVar[str] = ".json"
@@ -48,7 +48,7 @@ class Submitting(ABC):
 def normalised_answers(
     predictions: Sequence[Mapping[str, Any]], questions: Path | None, name: str, complete: bool = False
 ) -> Submission:
-    """Make a JSON list of ``{NAME: ..., "answer": ...}`` in the questions' order, answers in the EvalAI form.
+    """Make a JSON list of ``{NAME: ..., "answer": ...}``, answers in EvalAI's form.
 
     Args:
         name: the key of a question that the server wants with the answer.
@@ -73,7 +73,7 @@ def known(questions: Path | None) -> Path:
 
 
 def require_all(unanswered: Sequence[Any]) -> None:
-    """Raise DataError if answers are missing and the format needs all; the first ids are named."""
+    """Raise DataError with the first ids if answers are missing."""
     if unanswered:
         ids = first_ids(unanswered, 5)
         raise DataError(f"{len(unanswered)} questions have no answer, and the server wants every one: {ids}")

@@ -1,4 +1,4 @@
-"""Benchmarks with their data, which is found, read and checked before any model is loaded."""
+"""Benchmarks with their data, checked before any model is loaded."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class Decoding:
 
     @classmethod
     def of(cls, benchmark: Benchmark, overrides: Mapping[str, Any] | None = None) -> "Decoding":
-        """Return a benchmark's settings, replaced by entries of ``overrides`` that are not None."""
+        """Return a benchmark's settings with ``overrides`` that are not None."""
         settings = cls(benchmark.max_new_tokens, benchmark.temperature, benchmark.top_p, benchmark.num_beams)
         return replace(settings, **{key: value for key, value in (overrides or {}).items() if value is not None})
 
@@ -126,7 +126,7 @@ class Task:
 
 
 def _check_images(questions: Sequence[Question], shown: int = 5) -> None:
-    """Raise DataError if image files are missing, with the first questions that need them."""
+    """Raise DataError with the first questions whose image files are missing."""
     there: dict[Path, set[str]] = {}
     lost = []
     for question in questions:

@@ -38,7 +38,7 @@ def vqa_accuracy(text: str, records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def read_annotations(file: str | Path) -> list[Row]:
-    """Read annotations from the official file (``{"annotations": [...]}``), or JSONL with one of them a line.
+    """Read annotations from the official JSON, or JSONL with one a line.
 
     Raises:
         DataError: the file is malformed or not a VQA annotation file.
@@ -59,7 +59,7 @@ def read_annotations(file: str | Path) -> list[Row]:
 
 
 def require_answers(row: Mapping[str, Any], name: str) -> None:
-    """Raise DataError unless a record's ``answers`` are a list of objects with an ``answer``."""
+    """Raise DataError unless ``answers`` are objects with an ``answer``."""
     records = row["answers"]
     if not records or not all(isinstance(each, dict) and isinstance(each.get("answer"), str) for each in records):
         raise DataError(f"{name}: 'answers' must be a list of objects with an 'answer'")

@@ -1,4 +1,4 @@
-"""Benchmarks: one registered file each, with its file layout, prompts, answer length and scorer.
+"""Benchmarks: one registered file each, with layout, prompts and scorer.
 
 A newcomer adds a file like this (see ``playground_scenes.py``)::
 
@@ -60,7 +60,7 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Question:
-    """A question for the model: an image (or none) and the user's words, without a placeholder."""
+    """A question: an image (or none) and words, without a placeholder."""
 
     question_id: int | str
     text: str
@@ -69,7 +69,7 @@ class Question:
 
     @property
     def key(self) -> tuple[int | str, str]:
-        """Identify the question within the benchmark; in some benchmarks two questions share an id."""
+        """Identify the question; in some benchmarks two share an id."""
         return self.question_id, self.text
 
 
@@ -144,7 +144,7 @@ class Benchmark(ABC):
         return root / self.question_path
 
     def questions(self, root: Path) -> list[Question]:
-        """Read all questions, in file order, by default from JSONL of LLaVA's layout.
+        """Read all questions, by default from JSONL of LLaVA's layout.
 
         Raises:
             DataError: a file is missing or malformed; it is named.
@@ -152,7 +152,7 @@ class Benchmark(ABC):
         return read_questions(self.question_file(root), root / self.image_folder)
 
     def ground_truth(self, root: Path) -> list[Row] | None:
-        """Read rows for :meth:`score`, by default from the questions; None where only a server has the answers."""
+        """Read rows for :meth:`score`; None if the answers are not public."""
         return self.read_ground_truth(self.question_file(root))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
@@ -160,7 +160,7 @@ class Benchmark(ABC):
         return read_jsonl(file, required=("question_id",))
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:
-        """Return the key that pairs an answer line (``question_id`` and ``prompt``) with its question."""
+        """Return the key that pairs an answer with its question."""
         key: Hashable = row["question_id"]
         return key
 
@@ -169,20 +169,20 @@ class Benchmark(ABC):
         return self.answer_key({"question_id": question.question_id, "prompt": question.text})
 
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
-        """Return the key that pairs a row of the ground truth with its answer."""
+        """Return the key that pairs a right answer with its question."""
         key: Hashable = row["question_id"]
         return key
 
     def mark_name(self, row: Mapping[str, Any]) -> Any:
-        """Return the key in :attr:`Score.marks` of a row of the ground truth, unique in the benchmark."""
+        """Return a row's unique key in :attr:`Score.marks`."""
         return row["question_id"]
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
-        """Return the groups of a breakdown that a row of the ground truth belongs to, by level."""
+        """Return a row's groups in a breakdown, by level."""
         return {"category": [row["category"]]} if row.get("category") else {}
 
     def unit(self, question: Question) -> Hashable:
-        """Return a key that questions share which are scored together; a limit keeps or drops all of them."""
+        """Return the unit of questions that a limit keeps together."""
         return question.key
 
     def limited(self, questions: Sequence[Question], limit: int | None) -> list[Question]:
@@ -202,7 +202,7 @@ class Benchmark(ABC):
         return lettered_options(question.text)
 
     def check_requirements(self) -> None:  # noqa: B027  (most need nothing beyond the base)
-        """Raise ConfigError before any work is done if :meth:`score` would lack a program or package."""
+        """Raise ConfigError if :meth:`score` would lack a program or package."""
 
     @abstractmethod
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
@@ -227,7 +227,7 @@ def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
 
 
 def read_questions(file: Path, images: Path) -> list[Question]:
-    """Read a JSONL file of LLaVA's layout: ``question_id``, ``image``, and ``text``, the whole prompt.
+    """Read LLaVA's JSONL of ``question_id``, ``image`` and ``text``, the whole prompt.
 
     Args:
         images: folder that the image names are relative to.
@@ -248,12 +248,12 @@ def read_questions(file: Path, images: Path) -> list[Question]:
 
 
 def first_of(*files: Path) -> Path:
-    """Return the first file that exists, or the first of all, so that messages name it."""
+    """Return the first file that exists, else the first, for messages."""
     return next((file for file in files if file.is_file()), files[0])
 
 
 def lettered_options(text: str) -> dict[str, str]:
-    """Read letter -> words of a question's options from its text; empty where it lists none.
+    """Read the options in a question's text, letter -> words.
 
     They stand on lines of their own (``A. red``), as in LLaVA's question files, or in one line (``(A) red (B) blue``),
     from A on and without a gap.

@@ -25,7 +25,7 @@ _NO_CHOICES = "it needs GQA's choices file, which the release lacks"
 
 
 def convert(text: str) -> str:
-    """Return the answer in lower case, without full stops at the end; nothing else is trimmed."""
+    """Return the answer in lower case, without final full stops."""
     return text.rstrip(".").lower()
 
 
@@ -37,7 +37,7 @@ def steps(program: Sequence[Mapping[str, Any]]) -> int:
 
 @register_benchmark("gqa")
 class Gqa(Benchmark, Submitting):
-    """Exact match over the balanced questions, with GQA's breakdowns and its distribution score."""
+    """Exact match over balanced questions, with breakdowns and distribution score."""
 
     question_path = "gqa/llava_gqa_testdev_balanced.jsonl"
     image_folder = "gqa/data/images"
@@ -124,7 +124,7 @@ _BREAKDOWNS = {
 
 
 def _distribution(golds: Mapping[str, Counter[str]], answers: Mapping[str, Counter[str]]) -> float:
-    """Return the chi-square distance of right and given answers, per group, weighted by size, / 100."""
+    """Return the weighted chi-square distance of right and given answers, / 100."""
     total = weighted = 0.0
     for group, gold in golds.items():
         given = answers.get(group, Counter())

@@ -23,7 +23,7 @@ _UNREAD = (-1.0, -1.0)  # counts in the means, as in the reference
 
 
 def parse_review(review: str) -> tuple[float, float]:
-    """Read the scores of the reference and of the model from a review's first line; (-1, -1) without them."""
+    """Read the reference's and the model's score from a review's first line."""
     parts = review.split("\n")[0].replace(",", " ").split(" ")
     if len(parts) != 2:
         return _UNREAD
@@ -119,7 +119,7 @@ def _conversation(row: Mapping[str, Any], answer: str) -> Exchange[str]:
 
 
 def _summary(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Rounded as the reference prints: means to 3 digits, then percent to 1."""
+    """Round as the reference prints: means to 3 digits, percent to 1."""
     reference, model = (round(mean(list(column)), 3) for column in zip(*pairs, strict=True))
     return {
         "relative_percent": round(100 * model / reference, 1) if reference else 0.0,

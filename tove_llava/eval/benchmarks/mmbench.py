@@ -47,7 +47,7 @@ _CELL = 32767
 
 
 def parse_answer(text: str, options: Mapping[str, str]) -> str | bool:
-    """Read the option that an answer names: its letter, ``Z`` for a refusal, or False.
+    """Read the option of an answer: letter, ``Z`` (refusal) or False.
 
     Args:
         options: letter -> text of the options of this row.
@@ -72,7 +72,7 @@ def _letter(text: str, options: Mapping[str, str]) -> str | bool:
 
 
 def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
-    """Find the single option whose text occurs in an answer not much longer than all options together."""
+    """Find the single option that an answer quotes, if the answer is short."""
     lowered = text.lower()
     if len(lowered) > 2 * sum(len(option) for option in options.values()):
         return False
@@ -81,12 +81,12 @@ def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
 
 
 def is_missing(value: Any) -> bool:
-    """Tell whether LLaVA's runner reads a cell as an absent option or hint."""
+    """Tell whether LLaVA's runner takes a cell as empty."""
     return value is None or value != value or (isinstance(value, str) and value.lower() in ("nan", "none"))
 
 
 def read_table(file: str | Path) -> Any:
-    """Read an MMBench sheet (TSV) with pandas, whose reading of cells (``N/A`` is missing) is the official one.
+    """Read an MMBench sheet (TSV) with pandas, the official reader of cells.
 
     Raises:
         ConfigError: pandas is not installed.
@@ -109,7 +109,7 @@ def read_table(file: str | Path) -> Any:
 
 
 def workbook(sheet: Any) -> bytes:
-    """Make an Excel workbook of a data frame, with every text as text.
+    """Make an Excel workbook of a data frame, without formulas.
 
     Raises:
         ConfigError: openpyxl is not installed.
@@ -134,7 +134,7 @@ def workbook(sheet: Any) -> bytes:
 
 
 class MmBenchmark(Benchmark, Submitting):
-    """Circular evaluation: a question counts when every rotation of its options is answered rightly."""
+    """Circular evaluation: a question needs right answers to all its rotations."""
 
     max_new_tokens = 1024
     submission_suffix = ".xlsx"

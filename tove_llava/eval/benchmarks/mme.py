@@ -27,19 +27,19 @@ _PREFIX = 4  # characters of an answer that are looked at
 
 
 def parse_answer(text: str) -> str:
-    """ "yes", "no" or "other", from the first four characters, untrimmed, in any case."""
+    """Read "yes", "no" or "other" from the first four characters, untrimmed."""
     prefix = text.lower()[:_PREFIX]
     return next((word for word in ("yes", "no") if word in prefix), "other")
 
 
 def core(text: str) -> str:
-    """A question without the requests for a form of answer, with single spaces."""
+    """Return a question without the requests for a form of answer."""
     return " ".join(text.replace(SHORT_ANSWER, " ").replace(_YES_OR_NO, " ").split())
 
 
 @register_benchmark("mme")
 class Mme(Benchmark):
-    """Points: per subtask the percent of right answers plus that of images with both right, and their sums."""
+    """Points: percent of right answers plus percent of images with both right."""
 
     question_path = "MME/llava_mme.jsonl"
     image_folder = "MME/MME_Benchmark_release_version"
@@ -135,7 +135,7 @@ class Mme(Benchmark):
 
 
 def _read_answers(file: Path) -> dict[str, str]:
-    """Question -> answer of one of MME's text files (a tab between them)."""
+    """Read one of MME's text files: question, tab, answer."""
     answers = {}
     for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip():
@@ -148,7 +148,7 @@ def _read_answers(file: Path) -> dict[str, str]:
 
 
 def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]:
-    """One subtask's numbers from (image, label, answer) triples; the two questions of an image are neighbours."""
+    """Score a subtask's (image, label, answer) triples; an image's two questions are neighbours."""
     pairs: list[tuple[Any, list[bool]]] = []
     for image, label, answer in items:
         if pairs and pairs[-1][0] == image and len(pairs[-1][1]) == 1:

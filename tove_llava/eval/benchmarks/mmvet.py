@@ -25,7 +25,7 @@ _TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # of the repeated requests; after them the
 
 
 def parse_grade(reply: str) -> float | None:
-    """Read the number in front of the first space, if it is from 0 to 1."""
+    """Read a number from 0 to 1 in front of the first space."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -34,7 +34,7 @@ def parse_grade(reply: str) -> float | None:
 
 
 def conversation(row: Mapping[str, Any], answer: str) -> Exchange[float]:
-    """Ask for a grade; while the reply is none, ask again at a higher temperature."""
+    """Ask for a grade, and again at higher temperatures while it is unreadable."""
     fixed = scorer_data("mmvet")
     truth = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = fixed["prompt"] + "\n" + " | ".join([row["question"], truth, answer, ""])

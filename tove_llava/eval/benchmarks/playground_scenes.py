@@ -12,7 +12,7 @@ from tove_llava.eval.rows import Row, read_jsonl, require
 
 
 def normalise(text: str) -> str:
-    """Write in lower case, with single spaces and without full stops at the end."""
+    """Write in lower case, with single spaces, without final full stops."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 

@@ -17,7 +17,7 @@ CATEGORIES = ("random", "popular", "adversarial")
 
 
 def parse_answer(text: str) -> str:
-    """Return "no" if the words before the first full stop include ``No``, ``no`` or ``not``, else "yes".
+    """Return "no" if the first sentence has ``No``, ``no`` or ``not``, else "yes".
 
     Words are separated by single spaces, and commas do not count. This is the official rule, with its quirks: an empty
     answer is "yes", and so is "no" before a line break.
@@ -27,7 +27,7 @@ def parse_answer(text: str) -> str:
 
 
 def _rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Score (label, answer) pairs; "yes" is the positive class, and an undefined ratio is 0."""
+    """Score (label, answer) pairs; "yes" is positive, and undefined ratios are 0."""
     tp = pairs.count(("yes", "yes"))
     fp = pairs.count(("no", "yes"))
     tn = pairs.count(("no", "no"))

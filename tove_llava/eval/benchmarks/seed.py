@@ -17,7 +17,7 @@ from tove_llava.eval.server_files import Submission, Submitting, json_lines, kno
 
 
 def answer_id(key: str | int) -> str | int:
-    """Return the id in LLaVA's answers: a number where the annotation's id reads as one (images)."""
+    """Return the id in LLaVA's answers, a number where possible."""
     try:
         return int(key)
     except ValueError:
@@ -26,7 +26,7 @@ def answer_id(key: str | int) -> str | int:
 
 @register_benchmark("seed")
 class Seed(Benchmark, Submitting):
-    """Share of answers that are exactly the right letter: overall, images, videos, and per type."""
+    """Share of exactly right letters: overall, images, videos, and per type."""
 
     question_path = "seed_bench/llava-seed-bench.jsonl"
     image_folder = "seed_bench"

@@ -22,7 +22,7 @@ _SHOWN = 400  # characters of a normalised answer in the details
 
 
 def question_of(prompt: str) -> str:
-    """Read the question from one of the four forms of prompt that LLaVA's programs write.
+    """Read the question from one of LLaVA's four forms of prompt.
 
     Raises:
         DataError: the prompt has another form.

@@ -28,7 +28,7 @@ M4C, API = "m4c", "api"
 
 @register_benchmark("vizwiz")
 class VizWiz(Benchmark, Submitting):
-    """Consensus accuracy, overall, per type of answer, and for answerable and unanswerable questions."""
+    """Consensus accuracy: overall, per answer type, answerable and unanswerable questions."""
 
     question_path = "vizwiz/llava_test.jsonl"
     image_folder = "vizwiz/test"
@@ -94,7 +94,7 @@ class VizWiz(Benchmark, Submitting):
 
 
 def _number(image: str, file: str | Path) -> int:
-    """The question's id where the file has none: LLaVA numbers the questions as the images are numbered."""
+    """Read a question's id from its image's number, as LLaVA does."""
     found = re.search(r"(\d+)\.\w+$", image)
     if not found:
         raise DataError(f"{file}: a record without question_id needs a number in its image's name, not {image!r}")

@@ -20,7 +20,7 @@ _WORD = re.compile(r"\b(?:(yes|true)|(no|false))\b", re.IGNORECASE)
 
 
 def parse_answer(text: str) -> bool | None:
-    """Return True, False, or None if the text has none of the four words."""
+    """Return True, False, or None without any of the four words."""
     found = _WORD.search(text)
     return None if found is None else found.group(1) is not None
 
@@ -86,6 +86,6 @@ class Vsr(Benchmark):
 
 
 def _entries(groups: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
-    """Return each group's accuracy (4 digits, as the authors print) and size, the largest group first."""
+    """Return each group's accuracy (4 digits, as printed) and size, largest first."""
     ordered = sorted(groups.items(), key=lambda item: -len(item[1]))
     return {name: {"accuracy": round(mean(values), 4), "count": len(values)} for name, values in ordered}

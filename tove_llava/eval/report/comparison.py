@@ -73,7 +73,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The content of a page; ``baseline`` is the heading of the run that others are compared with."""
+    """The content of a page; ``baseline`` is a run's heading."""
 
     baseline: str
     bootstrap: Bootstrap
@@ -130,14 +130,14 @@ def _section(benchmark: str, runs: Sequence[Run], baseline: str, bootstrap: Boot
 
 
 def shared_names(first: Run, second: Run) -> set[str]:
-    """Return the names of items that are the same question in both runs."""
+    """Return the names of items that both runs have."""
     return {
         name for name, item in first.items.items() if name in second.items and second.items[name].asked == item.asked
     }
 
 
 def _groups(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
-    """Yield (level, group, metric) of every line: all questions first, then level by level, groups by name."""
+    """Yield (level, group, metric) of every line, all questions first."""
     metrics = list(dict.fromkeys(metric for run in runs for metric in run.metrics))
     found: dict[str, set[str]] = {}
     for run in runs:
@@ -171,7 +171,7 @@ def _pair(first: Run, second: Run, shared: set[str], shown: int) -> Pair:
 
 
 def _largest(names: Sequence[str], changes: Mapping[str, float], number: int) -> list[str]:
-    """Choose the largest changes; equal ones at even distances, so that no part of the file is favoured."""
+    """Choose the largest changes, equal ones evenly spread over the file."""
     ranked = sorted(names, key=lambda name: -abs(changes[name]))
     if number >= len(ranked):
         return ranked
@@ -208,7 +208,7 @@ def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
 
 
 def _corrected(sections: Sequence[Section]) -> list[Section]:
-    """Apply Holm's correction over the lines of all questions, and in each level of each benchmark."""
+    """Apply Holm's correction over all questions' lines, and in each level."""
     families: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
     for section in sections:
         for index, line in enumerate(section.lines):

@@ -1,4 +1,4 @@
-"""The pages of a comparison, rendered from the templates, and the same for programs."""
+"""The pages of a comparison, and the same for programs."""
 
 import base64
 import re
@@ -43,7 +43,7 @@ Cell = str | Image
 
 @dataclass(frozen=True)
 class Table:
-    """A heading and rows of as many cells; the first ``left`` columns are text, the others numbers."""
+    """A heading and rows; the first ``left`` columns are text."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -51,7 +51,7 @@ class Table:
 
 
 def escape_markdown(text: str) -> str:
-    """Escape a text so that Markdown shows it unchanged, on one line, without markup, links or HTML."""
+    """Escape a text so that Markdown shows it unchanged, on one line."""
     return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
 
 
@@ -60,7 +60,7 @@ def _markdown_value(value: Any) -> Any:
 
 
 def render(content: Mapping[str, Any]) -> tuple[str, str]:
-    """Render the HTML and the Markdown page. All values are untrusted text, which the layouts escape.
+    """Render the HTML and the Markdown page; all values are escaped.
 
     Args:
         content: from :func:`build`.

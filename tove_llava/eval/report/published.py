@@ -24,7 +24,7 @@ from tove_llava.core.mappings import from_mapping
 
 @dataclass(frozen=True)
 class Published:
-    """Figures of one model as its authors give them; fields as in the file."""
+    """Figures of one model by its authors; fields as in the file."""
 
     key: str
     name: str

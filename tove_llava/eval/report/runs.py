@@ -1,4 +1,4 @@
-"""Runs as ``tove-llava eval`` leaves them: one folder with ``result.json`` (and ``items.jsonl``) a benchmark."""
+"""Results of ``tove-llava eval``: a folder per benchmark with ``result.json`` and ``items.jsonl``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Item:
 
     @property
     def asked(self) -> tuple[Any, ...]:
-        """Identify the question; items of two runs with the same value are the same question."""
+        """Identify the question across runs."""
         return self.prompt, self.image, self.expected
 
 

@@ -1,4 +1,4 @@
-"""Intervals and tests over questions, with fixed seeds: the same numbers give the same page.
+"""Intervals and tests over questions, with fixed seeds.
 
 Questions are resampled independently; that several may be about one image is not modelled. Intervals are percentile
 bootstrap intervals (Efron and Tibshirani 1993, ch. 13).
@@ -93,7 +93,7 @@ class Bootstrap:
         return Interval(fsum(values) / len(values), float(low), float(high), len(values))
 
     def difference(self, first: Sequence[float], second: Sequence[float]) -> Difference:
-        """Compare question by question: exact McNemar where every value is 0 or 1, else the bootstrap.
+        """Compare question by question: McNemar for values 0 and 1, else bootstrap.
 
         Raises:
             ValueError: the runs have different numbers of questions, or none.
@@ -108,7 +108,7 @@ class Bootstrap:
         return Difference(self.interval(change), p, "McNemar" if binary else "bootstrap", better, worse)
 
     def _null(self, change: Any) -> float:
-        """Return the share of resamples, moved to mean zero, that are as far from it as the mean seen."""
+        """Return the share of centred resamples as far from 0 as the mean."""
         seen = abs(change.mean())
         strays = np.abs(self.means(change - change.mean()))
         # A tie is as far; the last digits of a sum must not decide. The mean seen counts as one resample.
@@ -124,7 +124,7 @@ def mcnemar(better: int, worse: int) -> float:
 
 
 def holm(values: Mapping[Any, float]) -> dict[Any, float]:
-    """Correct p values for their number (Holm 1979), so that the chance of one false find stays at the level."""
+    """Correct p values for their number (Holm 1979)."""
     corrected, largest = {}, 0.0
     for rank, (key, p) in enumerate(sorted(values.items(), key=lambda item: item[1])):
         largest = max(largest, min(1.0, p * (len(values) - rank)))

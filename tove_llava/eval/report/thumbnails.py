@@ -26,7 +26,7 @@ class Thumbnails:
         self._made: dict[tuple[Path, str], bytes | str] = {}
 
     def of(self, run: Run, name: str) -> bytes | str | None:
-        """Return the JPEG of an item's image, a sentence if it cannot be shown, or None if the item has none."""
+        """Return a JPEG, a sentence if it cannot be shown, or None."""
         image = run.items[name].image
         root = Path(self.root or str(run.result.get("data_root", "")))
         if image is None:
@@ -58,7 +58,7 @@ class Thumbnails:
 
 @lru_cache(maxsize=4)
 def _embedded(benchmark: str, root: Path) -> Mapping[str, EmbeddedImage]:
-    """Return the images inside a benchmark's question file, by the question's id; empty if there are none."""
+    """Return the images inside a question file, by the question's id."""
     try:
         questions = get_benchmark(benchmark).questions(root)
     except ToveError:
