@@ -39,10 +39,10 @@ class Tokens:
         Raises:
             ConfigError: Java or pycocoevalcap is missing.
         """
-        said = java.tokenize(list(candidates.values()))
+        tokenized = java.tokenize(list(candidates.values()))
         known = iter(java.tokenize([text for texts in references.values() for text in texts]))
         return cls(
-            dict(zip(candidates, said, strict=True)),
+            dict(zip(candidates, tokenized, strict=True)),
             {key: [next(known) for _ in texts] for key, texts in references.items()},
         )
 

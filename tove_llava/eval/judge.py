@@ -1,4 +1,4 @@
-"""A language model that judges answers, behind an endpoint with OpenAI's protocol.
+"""A language model that judges answers, at an endpoint with OpenAI's protocol.
 
 Every reply is kept in a file before it is used, under a digest of the model and the whole request: an interrupted run
 continues where it stopped, and a second run costs nothing.
@@ -56,7 +56,7 @@ class _Stopped(Exception):
 
 @dataclass
 class Judge:
-    """A model behind an endpoint, with a file of its replies.
+    """A model at an endpoint, with a file of its replies.
 
     Args:
         url: the endpoint's base address: what comes before ``/chat/completions``.

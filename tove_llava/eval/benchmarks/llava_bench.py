@@ -2,7 +2,7 @@
 
 LLaVA's layout: ``llava-bench-in-the-wild/questions.jsonl``, ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``.
 The request and the reading of the judge's scores follow LLaVA's ``eval_gpt_review_bench.py``, the sums
-``summarize_gpt_review.py``. Ground truth for ``tove-llava score`` is ``questions.jsonl`` with the other two beside it.
+``summarize_gpt_review.py``. Ground truth for ``tove-llava score`` is ``questions.jsonl`` with the other two next to it.
 """
 
 from collections.abc import Mapping, Sequence

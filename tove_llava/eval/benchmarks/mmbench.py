@@ -171,7 +171,7 @@ class MmBenchmark(Benchmark, Submitting):
         truth = []
         for row in require(rows, file, {"index": int, "answer": str, "A": object, "B": object}):
             options = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
-            # An option such as "N/A" reads as missing, and its letter can then not be told: so it is officially too.
+            # An option such as "N/A" reads as missing, and no answer can name it: the official program agrees.
             if row["answer"] not in tuple(LETTERS):
                 raise DataError(f"{file}, row {row['index']}: the answer must be A to D, not {row['answer']!r}")
             labels = {key: row.get(key) for key in ("category", "l2-category", "split")}

@@ -89,11 +89,11 @@ class Mme(Benchmark):
 
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         parallel = [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]
-        if truth and parallel and not self._told_apart(predictions, truth):
+        if truth and parallel and not self._distinguished(predictions, truth):
             return Matched(list(predictions), [], [], [])
         return super().match(predictions, truth)
 
-    def _told_apart(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
+    def _distinguished(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether each prompt names one question, and each question has one."""
         if not all(isinstance(row.get("prompt"), str) for row in predictions):
             return False
@@ -161,7 +161,7 @@ def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]
     right = found["TP"] + found["TN"]
     accuracy = 100 * right / len(items)
     accuracy_plus = 100 * sum(all(both) for _, both in pairs) / len(pairs)
-    said, real = found["TP"] + found["FP"], found["TP"] + found["FN"]
+    positive, real = found["TP"] + found["FP"], found["TP"] + found["FN"]
     return {
         "type": _TYPE[name],
         "score": accuracy + accuracy_plus,
@@ -169,6 +169,6 @@ def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]
         "acc_plus": accuracy_plus,
         **found,
         "other": len(items) - sum(found.values()),
-        "precision": found["TP"] / said if said else 0.0,
+        "precision": found["TP"] / positive if positive else 0.0,
         "recall": found["TP"] / real if real else 0.0,
     }

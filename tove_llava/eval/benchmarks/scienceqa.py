@@ -2,7 +2,7 @@
 
 LLaVA's layout: ``scienceqa/llava_test_CQM-A.json``, ``scienceqa/images/test/``, ``scienceqa/pid_splits.json`` and
 ``scienceqa/problems.json``. Scores follow LLaVA's ``eval_science_qa.py``. Ground truth for ``tove-llava score`` is
-``problems.json`` with ``pid_splits.json`` beside it, or one file with both objects under those names.
+``problems.json`` with ``pid_splits.json`` next to it, or one file with both objects under those names.
 """
 
 import re
@@ -16,7 +16,7 @@ from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, Question, Score
 from tove_llava.eval.rows import Row, require
 
 LETTERS = "ABCDE"
-PLACEHOLDER = "<image>"  # that of tove_llava.data, whose import takes seconds
+PLACEHOLDER = "<image>"  # as in tove_llava.data, whose import takes seconds
 FAILED = "FAILED"
 _SENTENCE = re.compile(r"The answer is ([A-Z]).")
 
@@ -72,11 +72,11 @@ class ScienceQa(Benchmark):
         if not isinstance(problems, dict):
             raise DataError(f"{file} is no dictionary of problems by id; give ScienceQA's problems.json")
         require(problems.values(), file, {"choices": list, "answer": int})
-        beside = Path(file).with_name("pid_splits.json")
-        splits = content.get("pid_splits") if combined else read_json(beside)
+        split_file = Path(file).with_name("pid_splits.json")
+        splits = content.get("pid_splits") if combined else read_json(split_file)
         ids = splits.get("test") if isinstance(splits, dict) else None
         if not isinstance(ids, list):
-            raise DataError(f"{file if combined else beside} has no list of the test split's ids")
+            raise DataError(f"{file if combined else split_file} has no list of the test split's ids")
         missing = [key for key in ids if not isinstance(key, str) or key not in problems]
         if missing:
             raise DataError(f"{file}: problem {missing[0]!r} of the test split is missing")

@@ -111,11 +111,11 @@ def _by_api(text: str, references: Sequence[str]) -> float:
 
 def _unanswerability(truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> dict[str, float]:
     """Rate the detection of unanswerable questions: average precision and F1, percent."""
-    told = [text is not None and normalise_vizwiz(text) == "unanswerable" for text in texts]
+    flagged = [text is not None and normalise_vizwiz(text) == "unanswerable" for text in texts]
     real = [not row["answerable"] for row in truth]
-    hits = sum(a and b for a, b in zip(told, real, strict=True))
+    hits = sum(a and b for a, b in zip(flagged, real, strict=True))
     positives, share = sum(real), sum(real) / len(real)
-    precision = hits / sum(told) if any(told) else 0.0
+    precision = hits / sum(flagged) if any(flagged) else 0.0
     recall = hits / positives if positives else 0.0
     # Area under the steps of the precision-recall curve; a yes/no answer gives two thresholds.
     average_precision = recall * precision + (1 - recall) * share if positives else 0.0
