@@ -55,6 +55,9 @@ def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
             continue
         key = benchmark.truth_key(row)
         question = asked.get(key)
+        image = None
+        if question is not None and isinstance(question.image, Path) and question.image.is_relative_to(task.root):
+            image = question.image.relative_to(task.root).as_posix()
         rows.append(
             {
                 "item": name,
@@ -62,7 +65,7 @@ def item_rows(task: Task, answers: Sequence[Row], score: Score) -> list[Row]:
                 "values": values[name],
                 "groups": benchmark.groups(row),
                 "prompt": None if question is None else question.text,
-                "image": None if question is None else _relative(question, task.root),
+                "image": image,
                 "answer": given.get(key),
                 "expected": expected(row),
             }
@@ -110,13 +113,6 @@ def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None)
 def _digest(rows: Iterable[Any]) -> str:
     lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _relative(question: Question, root: Path) -> str | None:
-    """Return the image's path under the data root, if it is there."""
-    if isinstance(question.image, Path) and question.image.is_relative_to(root):
-        return question.image.relative_to(root).as_posix()
-    return None
 
 
 def backbone_fingerprints(model: Any) -> dict[str, str]:

@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -130,17 +130,17 @@ class Run:
 
     def record(self) -> dict[str, Any]:
         """Return entries of a report; rates are None without new answers."""
-        counts = {"questions": self.answered, "images": self.images}
+        per_second = [
+            round(count / self.seconds, 3) if self.answered else None for count in (self.answered, self.images)
+        ]
         return {
             "answering": self.answering,
-            "decoding": self.decoding.to_dict(),
+            "decoding": asdict(self.decoding),
             "questions_answered": self.answered,
             "images": self.images,
             "seconds": round(self.seconds, 3),
-            **{
-                f"{name}_per_second": round(count / self.seconds, 3) if self.answered else None
-                for name, count in counts.items()
-            },
+            "questions_per_second": per_second[0],
+            "images_per_second": per_second[1],
             "peak_memory_bytes": self.peak_memory,
         }
 
@@ -289,7 +289,7 @@ def _identity(answerer: Answerer, task: Task, condition: Condition, model_id: st
         "blank_image": condition.blank_image,
         "detach": list(condition.detach),
         "answering": answering,
-        "decoding": task.decoding.to_dict(),
+        "decoding": asdict(task.decoding),
     }
 
 

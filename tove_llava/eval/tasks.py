@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,6 @@ class Decoding:
         """Return a benchmark's settings with ``overrides`` that are not None."""
         settings = cls(benchmark.max_new_tokens, benchmark.temperature, benchmark.top_p, benchmark.num_beams)
         return replace(settings, **{key: value for key, value in (overrides or {}).items() if value is not None})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
