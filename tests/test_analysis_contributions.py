@@ -8,6 +8,7 @@ from analysis_parts import write_records
 from answer_parts import make_answerer, make_model, make_scenes, save_model
 from PIL import Image
 from torch.nn import functional as F
+from tower_parts import tower_config
 
 from tove_llava import cli
 from tove_llava.analysis.contributions import measure_contributions
@@ -69,8 +70,12 @@ def summary(rows):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_size):
-    found = measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"), batch_size)
+def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_size, monkeypatch):
+    encode, seen = answerer.tower.encode, []
+    with monkeypatch.context() as patch:
+        patch.setattr(answerer.tower, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
+        found = measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"), batch_size)
+    assert sum(seen) == 4, "every image is encoded once"
     everything, nothing = naive(answerer, data, []), naive(answerer, data, NAMES)
     left_out = {name: naive(answerer, data, [name]) for name in NAMES}
     groups = {"overall": (found.overall, range(8))}
@@ -94,13 +99,6 @@ def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_s
     assert any(e.accuracy_change for group, _ in groups.values() for e in group.experts.values())
 
 
-def test_every_image_is_encoded_once(answerer, data, monkeypatch):
-    encode, seen = answerer.tower.encode, []
-    monkeypatch.setattr(answerer.tower, "encode", lambda pixels: seen.append(len(pixels)) or encode(pixels))
-    measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"), batch_size=3)
-    assert sum(seen) == 4
-
-
 def test_gate_weight_and_norm_share_by_hand(answerer, data):
     tower, files = answerer.tower, [data.parent / "images" / f"{i}.png" for i in range(4)]
     found = measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"))
@@ -122,7 +120,7 @@ def test_gate_weight_and_norm_share_by_hand(answerer, data):
         assert expert.norm_share == pytest.approx((parts[k].norm(dim=-1) / length).mean().item(), rel=1e-4)
 
 
-def test_an_expert_that_failed_on_an_image_has_no_share_there(answerer):
+def test_a_failed_expert_has_no_share_of_an_image(answerer):
     features = answerer.tower.encode(torch.zeros(2, 3, 32, 32))
     features.usable["edge"] = torch.tensor([True, False])
     weights, shares = image_statistics(answerer.tower, features)
@@ -157,29 +155,18 @@ def test_ranking_is_by_loss_then_gate_weight():
 def test_playground_questions_are_read_as_records(answerer, tmp_path):
     rows = make_scenes(tmp_path / "scenes", images=2)
     from_questions = load_samples(tmp_path / "scenes" / "val_questions.jsonl", None, answerer, "nowhere")
-    records = [
-        {
-            "image": row["image"],
-            "category": row["category"],
-            "conversations": [
-                {"from": "human", "value": f"<image>\n{row['text']}"},
-                {"from": "gpt", "value": row["answer"]},
-            ],
-        }
-        for row in rows
-    ]
+    records = [{"image": row["image"], "category": row["category"], "conversations": [
+        {"from": "human", "value": f"<image>\n{row['text']}"}, {"from": "gpt", "value": row["answer"]},
+    ]} for row in rows]  # fmt: skip
     (tmp_path / "scenes" / "records.json").write_text(json.dumps(records))
     from_records = load_samples(tmp_path / "scenes" / "records.json", None, answerer, "nowhere")
     assert len(from_questions.rows) == 6
     for a, b in zip(from_questions.rows, from_records.rows, strict=True):
         assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.labels, b.labels)
         assert (a.category, a.files, a.prompt, a.reply) == (b.category, b.files, b.prompt, b.reply)
-        assert (
-            a.prompt
-            == a.input_ids.tolist()[: a.input_ids.tolist().index(-200)]
-            + [answerer.image_token_id] * 16
-            + (a.input_ids.tolist()[a.input_ids.tolist().index(-200) + 1 : (a.labels >= 0).nonzero()[0]])
-        ), "what is asked is what the loss is conditioned on"
+        ids, image, answer = a.input_ids.tolist(), a.input_ids.tolist().index(-200), (a.labels >= 0).nonzero()[0]
+        asked = ids[:image] + [answerer.image_token_id] * 16 + ids[image + 1 : answer]
+        assert a.prompt == asked, "the question is what the loss is conditioned on"
 
 
 def test_records_are_left_out_with_a_reason_and_limit_spreads(answerer, data):
@@ -190,36 +177,24 @@ def test_records_are_left_out_with_a_reason_and_limit_spreads(answerer, data):
     assert len(load_samples(data, None, answerer, "nowhere", limit=3).rows) == 3
 
 
-@pytest.mark.parametrize("fusion", ["top1", "add", "replace"])
-def test_other_sums_work(tmp_path, data, fusion, monkeypatch):
-    monkeypatch.setattr("answer_parts.tower_config", with_fusion(fusion))
-    monkeypatch.setattr("answer_parts.open_output", lambda tower, scale: randomise(tower.fusion))
+@torch.no_grad()
+def randomise(tower, scale):
+    for parameter in tower.fusion.parameters():
+        parameter.normal_(std=0.5)
+
+
+@pytest.mark.parametrize("fusion", ["top1", "add", "replace", "channel_concat", "sequence_append", "none"])
+def test_fusions_with_one_part_per_expert_are_measured_and_others_refused(tmp_path, data, fusion, monkeypatch):
+    monkeypatch.setattr("answer_parts.tower_config", lambda folder: tower_config(folder, fusion=fusion))
+    monkeypatch.setattr("answer_parts.open_output", randomise)
     answerer = Answerer(*make_model(tmp_path / "parts"))
-    group = measure_contributions(answerer, load_samples(data, None, answerer, "nowhere")).overall
-    assert all(e.norm_share > 0 for e in group.experts.values())
-    assert all((e.gate_weight is None) == (fusion == "add") for e in group.experts.values())
-
-
-@pytest.mark.parametrize("fusion", ["channel_concat", "sequence_append", "none"])
-def test_fusions_without_separate_parts_are_refused(tmp_path, data, fusion, monkeypatch):
-    monkeypatch.setattr("answer_parts.tower_config", with_fusion(fusion))
-    monkeypatch.setattr("answer_parts.open_output", lambda tower, scale: None)
-    answerer = Answerer(*make_model(tmp_path / "parts"))
-    message = "no experts" if fusion == "none" else f"fusion '{fusion}' does not add"
-    with pytest.raises(ConfigError, match=message):
-        measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"))
-
-
-def with_fusion(fusion):
-    from tower_parts import tower_config
-
-    return lambda folder: tower_config(folder, fusion=fusion)
-
-
-def randomise(module):
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.normal_(std=0.5)
+    samples = load_samples(data, None, answerer, "nowhere")
+    if fusion in ("top1", "add", "replace"):
+        experts = measure_contributions(answerer, samples).overall.experts.values()
+        assert all(e.norm_share > 0 and (e.gate_weight is None) == (fusion == "add") for e in experts)
+        return
+    with pytest.raises(ConfigError, match="no experts" if fusion == "none" else f"fusion '{fusion}' does not add"):
+        measure_contributions(answerer, samples)
 
 
 @pytest.fixture(scope="module")

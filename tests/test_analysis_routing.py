@@ -1,4 +1,4 @@
-"""Routing as arrays and pictures."""
+"""Routing as arrays and images."""
 
 import json
 
@@ -65,14 +65,13 @@ def test_command_writes_maps_and_arrays(folder, tmp_path, capsys):
     arguments = ["routing", "--model", str(folder), "--out", str(tmp_path / "out"), "--image", *files]
     assert cli.main(arguments) == 0
     assert "tall.png" in capsys.readouterr().out
-    names = ["argmax.png", "weight_depth.png", "weight_edge.png", "weight_normal.png"]
-    wanted = {f"{stem}_{name}" for stem in ("scene_1", "scene_2", "tall") for name in names}
-    wanted |= {f"{stem}.npz" for stem in ("scene_1", "scene_2", "tall")}
+    names, stems = ["argmax", "weight_depth", "weight_edge", "weight_normal"], ("scene_1", "scene_2", "tall")
+    wanted = {f"{stem}_{name}.png" for stem in stems for name in names} | {f"{stem}.npz" for stem in stems}
     assert {file.name for file in (tmp_path / "out").iterdir()} == wanted
     for file in (tmp_path / "out").glob("*.png"):
         with Image.open(file) as plot:
             assert plot.size == (640, 520)
-    arrays = [np.load(tmp_path / "out" / f"{stem}.npz") for stem in ("scene_1", "scene_2", "tall")]
+    arrays = [np.load(tmp_path / "out" / f"{stem}.npz") for stem in stems]
     for array in arrays:
         assert array["routing"].shape == (4, 4, 3) and array["names"].tolist() == ["depth", "edge", "normal"]
         np.testing.assert_allclose(array["routing"].sum(axis=-1), 1, rtol=1e-5)

@@ -350,7 +350,7 @@ def test_scaling(tmp_path, capfd):
         ("train_step", ["--mix-batches", "0"], "--mix-batches must be at least 1"),
         ("train_step", ["--execution", "eagre"], "unknown execution 'eagre'"),
         ("train_step", ["--text-tokens", "1"], "--text-tokens must be at least 2"),
-        ("data_path", ["--records", "x.json"], "x.json"),
+        ("data_path", ["--records", "x.json"], "--image-folder"),
         ("data_wait", ["--steps", "7"], "multiples of 5"),
         ("data_wait", ["--dtype", "bfloat16"], "no --dtype"),
         ("cached_features", ["--scenes", "20"], "--scenes"),

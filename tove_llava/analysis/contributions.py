@@ -45,7 +45,7 @@ def measure_contributions(answerer: Answerer, samples: Samples, batch_size: int 
 
 
 def loss_and_accuracy(found: Measurement, subset: Subset, rows: Sequence[int]) -> tuple[float, float | None]:
-    """Return the loss per token of some samples, and their accuracy (None without counted answers)."""
+    """Compute loss per token and accuracy (None without counted answers) of some samples."""
     loss = math.fsum(found.losses[subset][i] for i in rows) / sum(found.tokens[i] for i in rows)
     marks = [mark for i in rows if (mark := found.right[subset][i]) is not None]
     return loss, sum(marks) / len(marks) if marks else None

@@ -1,4 +1,4 @@
-"""The detach curve: experts are removed one by one, the least contributing first, down to plain CLIP."""
+"""The detach curve: experts are removed one by one, down to plain CLIP."""
 
 from __future__ import annotations
 

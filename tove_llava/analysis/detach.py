@@ -61,7 +61,7 @@ class Detached:
 
 
 def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str], experts: Iterable[str]) -> Detached:
-    """Write a checkpoint of the same kind without some experts, and without those that ``model`` has masked.
+    """Write a checkpoint without some experts and those that are masked.
 
     Args:
         model: a folder that training wrote.
@@ -113,7 +113,9 @@ def check_out(out: str | os.PathLike[str]) -> None:
 
 
 def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisionConfig:
-    """Return the configuration without these and the masked experts; its fusion is ``none`` when none is left.
+    """Return the configuration without these and the masked experts.
+
+    Its fusion is ``none`` when no expert is left.
 
     Raises:
         ConfigError: an unknown expert, no experts at all, a fusion that cannot be cut, or too large a ``top_k``.
@@ -140,7 +142,7 @@ def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisi
 def cut_state(
     large: ToveVisionConfig, small: ToveVisionConfig, state: Mapping[str, Tensor], where: str | os.PathLike[str] = ""
 ) -> dict[str, Tensor]:
-    """Cut the smaller fusion's tensors from the larger one's; names are relative to the fusion.
+    """Cut the smaller fusion's tensors from the larger one's, by names in the fusion.
 
     Gate columns and embeddings of removed experts go; a null slot's column stays last.
 
@@ -226,7 +228,7 @@ def _stays(name: str, kept: Mapping[str, Tensor]) -> bool:
 
 
 def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: ToveVisionConfig) -> None:
-    """Copy adapters, generation settings, and the parts of a self-contained folder, without the removed experts."""
+    """Copy adapters, generation settings, and the kept parts of a self-contained folder."""
     for name in ("generation_config.json", "adapter_config.json", ADAPTER):
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)

@@ -67,7 +67,7 @@ def tower_with_experts(answerer: Answerer) -> ToveVisionModel:
 
 
 def check_fusion(config: ToveVisionConfig) -> None:
-    """Raise ConfigError for a fusion whose tokens are not a sum with one part per expert."""
+    """Raise ConfigError for a fusion that does not sum one part per expert."""
     if FUSIONS.get(config.fusion).transfers is Fusion.transfers:
         raise ConfigError(
             f"fusion {config.fusion!r} does not add one part per expert to CLIP's tokens, so experts cannot be "
@@ -90,7 +90,7 @@ def without(tower: ToveVisionModel, names: Sequence[str]) -> Iterator[None]:
 def measure(
     answerer: Answerer, samples: Sequence[Sample], subsets: Sequence[Subset], *, batch_size: int = 16, label: str = ""
 ) -> Measurement:
-    """Measure loss and answers of every sample under every subset, and each image's gate weights and norm shares.
+    """Measure loss and answers under every subset, gate weights and norm shares.
 
     Args:
         samples: those that share an image should be neighbours: an image's features are kept while they are needed.
@@ -131,7 +131,7 @@ def measure(
 
 
 class _Store:
-    """Features of the frozen part, computed in batches of images and dropped after their last use."""
+    """Features of the frozen part, kept until their last use."""
 
     def __init__(
         self, answerer: Answerer, tower: ToveVisionModel, samples: Sequence[Sample], batch_size: int, into: Measurement
@@ -166,10 +166,7 @@ class _Store:
 
 
 def image_statistics(tower: ToveVisionModel, features: TowerFeatures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return mean gate weights and norm shares ``|G_k P_k| / |T'|``, ``[B]`` float32 by attached expert.
-
-    ``P_k = W_o H_k``. The weights are empty for a fusion without a gate.
-    """
+    """Return mean gate weights (none without a gate) and norm shares, ``[B]`` by attached expert."""
     fused = tower.fuse(features)
     names = tower.config.expert_names
     weights = {} if fused.routing is None else {

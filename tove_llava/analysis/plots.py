@@ -1,4 +1,4 @@
-"""Figures as PNG files, drawn without pyplot: no display and no global state is needed."""
+"""Figures as PNG files, drawn without pyplot, display or global state."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def save(drawn: Any, file: str | Path) -> None:
 
 
 def plot_contributions(found: Contributions, file: str | Path) -> None:
-    """Draw bars over the experts: gate weight, norm share, changes of loss and accuracy without them."""
+    """Draw gate weights, norm shares, and changes of loss and accuracy, by expert."""
     experts = found.overall.experts
     panels: list[tuple[str, list[float | None]]] = [
         ("mean gate weight", [e.gate_weight for e in experts.values()]),
@@ -64,7 +64,7 @@ def plot_contributions(found: Contributions, file: str | Path) -> None:
 
 
 def plot_types(found: Contributions, file: str | Path) -> None:
-    """Draw bars over the question types: changes of loss and accuracy without each expert."""
+    """Draw the changes of loss and accuracy without each expert, by question type."""
     names, kinds = list(found.overall.experts), list(found.types)
     drawn = figure(max(6.0, 1.5 + 0.25 * len(kinds) * (len(names) + 1)), 6.5)
     upper, lower = drawn.subplots(2, 1, sharex=True)
@@ -79,7 +79,7 @@ def plot_types(found: Contributions, file: str | Path) -> None:
 
 
 def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
-    """Draw accuracy, loss and images per second against the number of experts that are left."""
+    """Draw accuracy, loss and images per second by the number of experts left."""
     labels = [f"{len(step.experts)}" + (f"\n-{step.removed}" if step.removed else "\nall") for step in steps]
     lines: list[tuple[str, list[float | None]]] = [
         ("accuracy (%)", [_points(step.accuracy) for step in steps]),
@@ -112,7 +112,7 @@ def _points(share: float | None) -> float | None:
 
 
 def plot_routing_argmax(image: Image, columns: Any, shares: Mapping[str, float], file: str | Path) -> None:
-    """Draw the column with the largest gate weight at each token over the image (640 x 520 pixels).
+    """Draw each token's column with the largest gate weight over the image.
 
     Args:
         image: the image as the model sees it.
@@ -136,7 +136,7 @@ def plot_routing_argmax(image: Image, columns: Any, shares: Mapping[str, float],
 
 
 def plot_routing_weight(image: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
-    """Draw one column's gate weight ``[g,g]`` as a heat map over the image (640 x 520 pixels).
+    """Draw a column's gate weights ``[g,g]`` as a heat map over the image.
 
     Args:
         largest: the end of the colour scale, shared by the maps of one image.

@@ -20,7 +20,7 @@ from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 
 def seen_image(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
-    """Turn ``[3,S,S]`` CLIP-normalised pixels into the RGB image that the model sees, cropped or padded."""
+    """Turn ``[3,S,S]`` CLIP-normalised pixels into the RGB image that the model sees."""
     mean = torch.tensor(config.image_mean).view(3, 1, 1)
     std = torch.tensor(config.image_std).view(3, 1, 1)
     values = (pixels.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -53,7 +53,7 @@ def save_routing(found: RoutingMap, image: Image.Image, folder: str | Path, name
 def show_routing(
     answerer: Any, images: Sequence[str | Path], folder: str | Path
 ) -> list[tuple[Path, RoutingMap, list[Path]]]:
-    """Draw the routing of image files; return for each the file, its routing, and the files written.
+    """Draw the routing of images; return each image, its routing, and the files written.
 
     Images are turned upright by their EXIF orientation, as in a chat. Files have the image's name; where two images
     have one name, the number in ``images`` is added.
@@ -82,7 +82,7 @@ def show_routing(
 
 
 def routing_table(shown: Sequence[tuple[Path, RoutingMap, list[Path]]]) -> str:
-    """Format the mean gate weights and, in brackets, the percentage of tokens that chose each column."""
+    """Format mean gate weights and, in brackets, the share of tokens that chose each column."""
     lines = [["image", *shown[0][1].names]]
     for image, found, _ in shown:
         cells = [f"{found.means[name]:.3f} ({100 * found.chosen[name]:.0f}%)" for name in found.names]

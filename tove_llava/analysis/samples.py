@@ -1,4 +1,4 @@
-"""Calibration data: LLaVA records, or the playground's questions, that a trained model is measured on."""
+"""Calibration data: LLaVA records, or the playground's questions."""
 
 from __future__ import annotations
 

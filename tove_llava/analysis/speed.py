@@ -16,7 +16,7 @@ from tove_llava.tower import ToveVisionModel
 
 @torch.inference_mode()
 def seconds(tower: ToveVisionModel, subsets: Sequence[Subset], batch: int, rounds: int) -> list[float]:
-    """Measure the median seconds of the tower (CLIP, attached experts, fusion) for one batch, by subset left out.
+    """Measure the tower's median seconds for one batch, by subset left out.
 
     The subsets take turns within each round, so that other load on the machine slows all of them.
 
@@ -57,7 +57,7 @@ class Fit:
 
 
 def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> Fit:
-    """Leave out experts in the order of ``ranking`` until the tower takes at most ``limit_ms`` for one image.
+    """Leave out experts, by ``ranking``, until the tower takes ``limit_ms`` for one image.
 
     Raises:
         ConfigError: plain CLIP takes longer.

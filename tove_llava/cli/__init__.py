@@ -56,7 +56,7 @@ verbs:
 
 
 def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
-    """Build the parser of a verb. Flags cannot be abbreviated: an abbreviation could change its meaning later."""
+    """Build the parser of a verb; flags cannot be abbreviated."""
     parser = argparse.ArgumentParser(
         prog=f"{PROGRAM} {name}",
         description=module.__doc__ or module.HELP,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add --model; a verb that does not require it takes the newest model in outputs/."""
+    """Add --model; where it is not required, the newest model is taken."""
     default = "" if required else " (default: the newest in outputs/)"
     parser.add_argument("--model", required=required, metavar="DIR", help=f"folder that training wrote{default}")
 

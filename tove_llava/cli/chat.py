@@ -111,7 +111,7 @@ def _read_line() -> str:
 
 
 def _answer(talk: "Talk", question: str) -> None:
-    """Print an answer as it comes. Ctrl-C ends it; the part that was printed stays in the conversation."""
+    """Print an answer as it comes; Ctrl-C ends it, and the printed part counts."""
     text = ""
     try:
         with talk.ask(question) as reply:

@@ -1,4 +1,4 @@
-"""Open the demo: chat with a model about images in the browser, and see its experts at work.
+"""Chat with a model about images in the browser, and see its experts.
 
 The same as `python -m tove_llava.serve.gradio_app`.
 """

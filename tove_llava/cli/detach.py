@@ -122,7 +122,7 @@ def _least(args: argparse.Namespace) -> list[str]:
 
 
 def _ranked(args: argparse.Namespace) -> Any:
-    """Return the model, the samples (None without --data), and its experts, the least contributing first."""
+    """Return the model, the samples (None without --data), and the ranking."""
     from tove_llava.analysis.contributions import (
         measure_contributions,
         read_ranking,

@@ -1,4 +1,4 @@
-"""Show what this machine has and what can run on it, and the command that installs what is missing.
+"""Show what this machine has, what is missing, and what can run on it.
 
 Lists versions, devices, free memory and disk, Java, Chromium and the bundled weights; and for each preset whether its
 sources are here (or can be fetched) and which of its stages fit into this machine. Loads and downloads nothing.

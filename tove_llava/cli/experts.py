@@ -1,4 +1,4 @@
-"""List the vision experts: what each returns, what it costs, and whether its weights can be loaded here.
+"""List the vision experts, their costs, and whether their weights can be loaded here.
 
 Costs are counted from configurations; GFLOPs are per image, two operations per multiply-add. Nothing is downloaded or
 loaded.
@@ -79,7 +79,7 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Format the rows as a table, and say below it why an expert cannot be loaded."""
+    """Format the rows, and below them why experts cannot be loaded."""
     head = ["name", "source", "mode", "input", "tokens", "width", "params", "GFLOPs", "licence", "loadable"]
     lines = [head]
     for row in rows:

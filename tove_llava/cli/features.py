@@ -1,4 +1,4 @@
-"""Compute the frozen encoders' output for each image once, for several trainings over the same images.
+"""Compute the frozen encoders' output once, for several trainings over the same images.
 
 Training then reads the folder with --feature_cache and runs no encoder. An image takes width x tokens x 4 bytes for
 CLIP and for each expert's output in float32, half of that in float16, and 1.13 bytes a value in int8. The same command

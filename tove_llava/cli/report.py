@@ -8,6 +8,7 @@ runs differ, with images. Published figures of papers are marked as published.
 import argparse
 
 from tove_llava.cli._flags import check_least, split_names
+from tove_llava.core.text import listed
 
 HELP = "compare runs: intervals, paired tests, and the questions on which they differ"
 
@@ -44,8 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.eval.report.write import Options, write_report
 
     if args.list_published:
-        for key, model in read_published().items():
-            print(f"{key:24}  {model.name}: {', '.join(model.scores)}  (arXiv {model.arxiv})")
+        models = read_published().items()
+        rows = ((key, f"{model.name}: {', '.join(model.scores)}  (arXiv {model.arxiv})") for key, model in models)
+        print("\n".join(listed(rows)))
         return 0
     if not args.runs or args.out is None:
         raise ConfigError("give at least one folder with results, and --out for the new folder")

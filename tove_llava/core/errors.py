@@ -30,7 +30,7 @@ class ServiceError(ToveError, RuntimeError):
 
 
 class BusyError(ToveError, RuntimeError):
-    """An engine takes no more questions: its queue is full, or it is shutting down."""
+    """An engine's queue is full, or it is shutting down."""
 
 
 class AnswerError(ToveError, RuntimeError):

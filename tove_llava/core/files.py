@@ -16,7 +16,7 @@ from tove_llava.core.errors import CheckpointError, DataError, ToveError
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Yield an empty folder that becomes ``out`` when the block ends, or is removed when the block fails.
+    """Yield a folder that becomes ``out``, or is removed when the block fails.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.

@@ -15,7 +15,7 @@ _PUBLISHED = {
 
 
 def licence_of(source: str) -> str:
-    """Return the licence of a source: this package's own, a known repository's, or that of a folder's card."""
+    """Return the licence of a source, or :data:`NOT_STATED`."""
     parsed = Source.parse(source)
     if isinstance(parsed, BundledSource):
         return "Apache-2.0"

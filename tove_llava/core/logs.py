@@ -5,7 +5,7 @@ import sys
 
 
 class _DeepSpeed(logging.Filter):
-    """Sends DeepSpeed's log to standard error; on standard output it would precede a JSON result."""
+    """Sends DeepSpeed's log to standard error."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()

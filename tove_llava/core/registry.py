@@ -13,7 +13,7 @@ C = TypeVar("C", bound=type)
 
 
 def closest(name: str, known: Iterable[str]) -> str:
-    """Write " Did you mean ...?" after a mistyped name; empty where no known name is near."""
+    """Write " Did you mean ...?" where a known name is near."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
@@ -49,7 +49,7 @@ class Registry(Generic[T]):
         return add
 
     def register_class(self, name: str) -> Callable[[C], C]:
-        """Return a class decorator that registers a class, and sets its ``name``; errors as in :meth:`register`."""
+        """Return a decorator that registers a class and sets its ``name``."""
 
         def add(cls: C) -> C:
             cls.name = name  # type: ignore[attr-defined]

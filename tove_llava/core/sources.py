@@ -55,7 +55,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def path(self) -> Path | None:
-        """The local folder or file of the weights, or None where a hub or a library downloads them."""
+        """The local folder or file of the weights, or None."""
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
         """Anchor a path relative to a checkpoint (``./...``) at the folder ``base_dir``."""
@@ -121,7 +121,7 @@ def _is_relative(target: str) -> bool:
 
 
 def _is_path(target: str) -> bool:
-    """True for a target that is written as a path, not as a name on a hub."""
+    """True for a target that is written as a path."""
     return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
 
 
@@ -326,7 +326,7 @@ class BundledSource(Source):
 
 
 def display_source(source: str) -> str:
-    """Write a source for others to read: only the last part of a path on this machine."""
+    """Write a source for others, with only the last part of a local path."""
     parsed = Source.parse(source)
     if parsed.path is None or parsed.is_portable:
         return str(parsed)
@@ -334,7 +334,7 @@ def display_source(source: str) -> str:
 
 
 def write_origin(folder: Path, source: str, licence: str | None) -> None:
-    """Write a card next to a copy of weights, with their origin and licence; an existing card stays."""
+    """Write a card with origin and licence next to a copy of weights, unless there is one."""
     card = folder / "README.md"
     if not card.exists():
         stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""

@@ -22,7 +22,7 @@ def _padded(line: Sequence[str], widths: Sequence[int], left: int) -> list[str]:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Format a heading and rows of cells as a Markdown table, with ``left`` as in :func:`aligned`."""
+    """Format a Markdown table, with ``left`` as in :func:`aligned`."""
     marks = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *rows))
 

@@ -1,4 +1,4 @@
-"""The checks of ``tove-llava doctor``: what this machine has, what is missing, and what can run on it."""
+"""The checks of ``tove-llava doctor``."""
 
 from tove_llava.doctor.finding import Finding
 

@@ -128,7 +128,7 @@ def judge(
 
 
 def _fitting(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> tuple[Run, str] | None:
-    """Find the smallest change with which a stage fits: smaller batches, then another ZeRO configuration.
+    """Find smaller batches, or another ZeRO configuration, with which a stage fits.
 
     Captions are short, and need no change where short ones fit.
     """
@@ -158,7 +158,7 @@ def judge_answering(preset: Preset, shape: Shape, machine: Machine, missing: tup
 
 
 def memory_table(names: Sequence[str]) -> str:
-    """Write the table of docs/reference/memory.md: the needs of each stage of the presets on one and eight devices."""
+    """Write the table of docs/reference/memory.md."""
     header = (
         "preset, stage|trained|records x positions|weights|encoders|1 device|8 devices|short records|host, 8 devices"
     )
