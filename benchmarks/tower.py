@@ -18,7 +18,7 @@ differs by more than rounding does not count. A contender that fails is told wit
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -167,77 +167,113 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+class Towers:
+    """The tower, its optimised copies, the loop, and how each is timed.
+
+    Attributes:
+        contenders, parts: what is compared; the parts make up the tower.
+        further: the fusion of each copy, and the matrix product.
+        copies: names of contenders that are optimised copies.
+        equality: by copy, as :func:`compare` returns it.
+    """
+
+    def __init__(self, bench: Bench, tower: ToveVisionModel, record: dict[str, Any], executions: Sequence[str]) -> None:
+        batch, size = bench.args.batch, tower.config.image_size
+        generator = torch.Generator().manual_seed(bench.args.seed)
+        pixel_values = torch.randn(batch, 3, size, size, generator=generator).to(bench.device, bench.dtype)
+        pixels, features = to_unit_range(tower, pixel_values), tower.encode(pixel_values)
+        self.tower = tower
+        self.loop = bench.attempt(record, TITLES["loop"], lambda: whole_loop(tower, features, pixel_values))
+        exact = bench.attempt(record, "float32 features", partial(exact_features, tower, pixel_values))
+        made: dict[str, ToveVisionModel] = {}
+        self.equality: dict[str, Any] = {}
+        for name in executions:
+            key = f"tove_{name}"
+            other = bench.attempt(record, TITLES[key], partial(optimised, tower, pixel_values, name))
+            if other is not None:
+                made[key] = other
+                if exact is not None or tower.dtype == torch.float32:
+                    self.equality[key] = compare(other.encode(pixel_values), features, exact)
+        loop = self.loop
+        self.contenders: dict[str, Callable[[], Any]] = {
+            "tove": lambda: tower(pixel_values),
+            **{name: partial(other, pixel_values) for name, other in made.items()},
+            **({} if loop is None else {"loop": partial(loop, pixel_values)}),
+            "clip": lambda: tower.frozen.encode(pixel_values, [], strict=False),
+        }
+        hub = tower.frozen.hub
+        self.parts = {
+            "part/clip": self.contenders["clip"],
+            **{f"part/{name}": partial(hub[name], pixels) for name in tower.active_experts},
+            "part/fusion": lambda: tower.fuse(features),
+        }
+        product, self.product_flops = matrix_product(bench.device, bench.dtype)
+        self.further = {f"fusion/{name}": partial(other.fuse, features) for name, other in made.items()}
+        self.further["matrix_product"] = product
+        self.copies = list(made)
+
+    def keep(self, samples: Mapping[str, Samples]) -> None:
+        """Leave out what could not be measured."""
+        self.contenders = {name: run for name, run in self.contenders.items() if name in samples}
+        self.parts = {name: run for name, run in self.parts.items() if name in samples}
+        self.copies = [name for name in self.copies if name in samples and f"fusion/{name}" in samples]
+
+    def weights(self) -> dict[str, int]:
+        """Bytes by contender."""
+        tower, loop = self.tower, self.loop
+        whole = weight_bytes(tower.frozen.clip, tower.frozen.hub, tower.fusion)
+        return {
+            **dict.fromkeys(["tove", *self.copies], whole),
+            "loop": 0 if loop is None else weight_bytes(loop.clip, *loop.experts.values(), tower.fusion),
+            "clip": weight_bytes(tower.frozen.clip),
+        }
+
+
 @torch.no_grad()
 def benchmark(bench: Bench) -> dict[str, Any]:
-    executions = [name for name in bench.args.executions.split(",") if name]
+    args = bench.args
+    executions = [name for name in args.executions.split(",") if name]
     for name in executions:
         execution_mode(name)
     weights = bench.weights(vision_sources(bench.preset))
     tower = build_tower(bench, weights)
     if not tower.active_experts:
         raise ConfigError(f"preset {bench.preset.name!r} has no experts; there is nothing to compare")
-    batch, device = bench.args.batch, bench.device
-    size = tower.config.image_size
-    generator = torch.Generator().manual_seed(bench.args.seed)
-    pixel_values = torch.randn(batch, 3, size, size, generator=generator).to(device, bench.dtype)
-    pixels = to_unit_range(tower, pixel_values)
-    record = bench.record("tower", weights, batch=batch, image_size=size, tokens_per_image=tower.config.num_patches)
-
-    features = tower.encode(pixel_values)
-    loop = bench.attempt(record, TITLES["loop"], lambda: whole_loop(tower, features, pixel_values))
-    exact = bench.attempt(record, "float32 features", partial(exact_features, tower, pixel_values))
-    hub, names = tower.frozen.hub, tower.active_experts
-    towers: dict[str, ToveVisionModel] = {}
-    record["equality"] = {}
-    for name in executions:
-        made = bench.attempt(record, TITLES[f"tove_{name}"], partial(optimised, tower, pixel_values, name))
-        if made is not None:
-            towers[f"tove_{name}"] = made
-            if exact is not None or tower.dtype == torch.float32:
-                record["equality"][f"tove_{name}"] = compare(made.encode(pixel_values), features, exact)
-    del exact
-    contenders: dict[str, Callable[[], Any]] = {
-        "tove": lambda: tower(pixel_values),
-        **{name: (lambda other=other: other(pixel_values)) for name, other in towers.items()},
-        **({} if loop is None else {"loop": lambda: loop(pixel_values)}),
-        "clip": lambda: tower.frozen.encode(pixel_values, [], strict=False),
-    }
-    parts = {
-        "part/clip": contenders["clip"],
-        **{f"part/{name}": (lambda expert=hub[name]: expert(pixels)) for name in names},
-        "part/fusion": lambda: tower.fuse(features),
-    }
-    product, product_flops = matrix_product(device, bench.dtype)
-    # The last ones are not the tower's: its fusion as the executions run it, and the ceiling.
-    fusions = {f"fusion/{name}": (lambda other=other: other.fuse(features)) for name, other in towers.items()}
-    further = {**fusions, "matrix_product": product}
-    lost: dict[str, str] = {}
+    config = tower.config
+    record = bench.record(
+        "tower", weights, batch=args.batch, image_size=config.image_size, tokens_per_image=config.num_patches
+    )
+    towers, lost = Towers(bench, tower, record, executions), {}
     samples = measure(
-        contenders | parts | further,
-        repeats=bench.args.repeats,
-        warmup=bench.args.warmup,
-        device=device,
+        towers.contenders | towers.parts | towers.further,
+        repeats=args.repeats,
+        warmup=args.warmup,
+        device=bench.device,
         lost=lost,
         is_over=bench.is_over,
     )
     record["not_measured"] |= {TITLES.get(name, name): reason for name, reason in lost.items()}
-    contenders = {name: run for name, run in contenders.items() if name in samples}
-    parts = {name: run for name, run in parts.items() if name in samples}
-    towers = {name: other for name, other in towers.items() if name in samples and f"fusion/{name}" in samples}
-    memory = {name: peak_memory(run, device) for name, run in contenders.items()}
+    towers.keep(samples)
+    _fill(record, bench, towers, samples)
+    if args.profile:
+        runs = {name: towers.contenders[name] for name in ("tove", "loop") if name in towers.contenders}
+        record["profile"] = bench.attempt(
+            record, "profile", lambda: {name: profile_kinds(run, bench.device) for name, run in runs.items()}
+        )
+    record["targets"] = targets(record, bench.device.type)
+    write_results(args.output, record, render(record))
+    return record
 
-    flops = {name: count_flops(run) / batch for name, run in (contenders | parts).items() if name not in towers}
-    whole = weight_bytes(tower.frozen.clip, hub, tower.fusion)
-    flops |= dict.fromkeys(towers, flops["tove"])  # the same work; compiled code cannot be counted
-    held = {
-        **dict.fromkeys(["tove", *towers], whole),
-        "loop": 0 if loop is None else weight_bytes(loop.clip, *loop.experts.values(), tower.fusion),
-        "clip": weight_bytes(tower.frozen.clip),
-    }
-    modules = {"clip": tower.frozen.clip, **{name: hub[name] for name in names}, "fusion": tower.fusion}
-    modules = {name: module for name, module in modules.items() if f"part/{name}" in parts}
-    total = sum(samples[part].median for part in parts)
-    total_cpu = sum(samples[part].cpu_median for part in parts)
+
+def _fill(record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[str, Samples]) -> None:
+    """Add the contenders, the parts, their ratios and the figures to a record."""
+    tower, batch, copies = towers.tower, bench.args.batch, towers.copies
+    memory = {name: peak_memory(run, bench.device) for name, run in towers.contenders.items()}
+    counted = {name: run for name, run in (towers.contenders | towers.parts).items() if name not in copies}
+    flops = {name: count_flops(run) / batch for name, run in counted.items()}
+    flops |= dict.fromkeys(copies, flops["tove"])  # the same work; compiled code cannot be counted
+    held = towers.weights()
+    record["equality"] = towers.equality
     record["contenders"] = {
         name: {
             **samples[name].to_dict(),
@@ -246,38 +282,31 @@ def benchmark(bench: Bench) -> dict[str, Any]:
             "weight_bytes": held[name],
             "peak_bytes_above_weights": memory[name],
         }
-        for name in contenders
+        for name in towers.contenders
     }
-    record["parts"] = {
-        name: {
-            **samples[f"part/{name}"].to_dict(),
-            "share_of_time": samples[f"part/{name}"].median / total,
-            "share_of_cpu_time": samples[f"part/{name}"].cpu_median / total_cpu,
-            "gflop_per_image": flops[f"part/{name}"] / 1e9,
-            "parameters": count_parameters(module),
-            "weight_bytes": weight_bytes(module),
+    total = sum(samples[part].median for part in towers.parts)
+    total_cpu = sum(samples[part].cpu_median for part in towers.parts)
+    modules = {"clip": tower.frozen.clip, "fusion": tower.fusion}
+    modules |= {name: tower.frozen.hub[name] for name in tower.active_experts}
+    record["parts"] = {}
+    for part in towers.parts:
+        name = part.removeprefix("part/")
+        record["parts"][name] = {
+            **samples[part].to_dict(),
+            "share_of_time": samples[part].median / total,
+            "share_of_cpu_time": samples[part].cpu_median / total_cpu,
+            "gflop_per_image": flops[part] / 1e9,
+            "parameters": count_parameters(modules[name]),
+            "weight_bytes": weight_bytes(modules[name]),
         }
-        for name, module in modules.items()
-    }
+    over_loop = ["tove", *copies] if "loop" in samples else []
     record["ratios"] = {
         "tove_over_clip": ratio(samples["tove"], samples["clip"]),
         "parts_over_tove": total / samples["tove"].median,
-        **{
-            f"loop_over_{name}": ratio(samples["loop"], samples[name])
-            for name in ["tove", *towers]
-            if "loop" in samples
-        },
+        **{f"loop_over_{name}": ratio(samples["loop"], samples[name]) for name in over_loop},
     }
-    equal = [name for name in towers if record["equality"].get(name, {}).get("equal")]
-    record["figures"] = figures(samples, equal, flops["tove"] * batch, product_flops)
-    if bench.args.profile:
-        which = {"tove": contenders["tove"], **({"loop": contenders["loop"]} if "loop" in contenders else {})}
-        record["profile"] = bench.attempt(
-            record, "profile", lambda: {name: profile_kinds(run, device) for name, run in which.items()}
-        )
-    record["targets"] = targets(record, device.type)
-    write_results(bench.args.output, record, render(record))
-    return record
+    equal = [name for name in copies if towers.equality.get(name, {}).get("equal")]
+    record["figures"] = figures(samples, equal, flops["tove"] * batch, towers.product_flops)
 
 
 def whole_loop(tower: ToveVisionModel, features: TowerFeatures, pixel_values: torch.Tensor) -> WholeEncoders:
@@ -377,52 +406,15 @@ TITLES = {
 def render(record: dict[str, Any]) -> str:
     """Write the record as Markdown."""
     batch, ratios = record["settings"]["batch"], record["ratios"]
-    speed = markdown_table(
-        [
-            "",
-            "images/s",
-            "ms per image (quartiles)",
-            "CPU ms per image",
-            "GFLOP per image",
-            "weights MB",
-            "peak above weights MB",
-        ],
-        [
-            [
-                TITLES[name],
-                f"{row['images_per_second']:.4g}",
-                milliseconds(row["wall_seconds"]["values"], batch),
-                f"{row['cpu_seconds']['median'] * 1e3 / batch:.3g}",
-                f"{row['gflop_per_image']:.4g}",
-                f"{row['weight_bytes'] / MB:.4g}",
-                f"{row['peak_bytes_above_weights'] / MB:.4g}",
-            ]
-            for name, row in record["contenders"].items()
-        ],
-    )
-    shares = markdown_table(
-        [
-            "part",
-            "share of the time",
-            "of CPU time",
-            "ms per image (quartiles)",
-            "GFLOP per image",
-            "parameters M",
-            "weights MB",
-        ],
-        [
-            [
-                name,
-                f"{row['share_of_time']:.1%}",
-                f"{row['share_of_cpu_time']:.1%}",
-                milliseconds(row["wall_seconds"]["values"], batch),
-                f"{row['gflop_per_image']:.4g}",
-                f"{row['parameters'] / 1e6:.4g}",
-                f"{row['weight_bytes'] / MB:.4g}",
-            ]
-            for name, row in record["parts"].items()
-        ],
-    )
+    speed = []
+    for name, row in record["contenders"].items():
+        speed.append([TITLES[name], f"{row['images_per_second']:.4g}", *_per_image(row, batch)])
+        speed[-1] += [f"{row[key] / MB:.4g}" for key in ("weight_bytes", "peak_bytes_above_weights")]
+    shares = []
+    for name, row in record["parts"].items():
+        time, _, work = _per_image(row, batch)
+        shares.append([name, f"{row['share_of_time']:.1%}", f"{row['share_of_cpu_time']:.1%}", time, work])
+        shares[-1] += [f"{row['parameters'] / 1e6:.4g}", f"{row['weight_bytes'] / MB:.4g}"]
     found = record["figures"]
     loop, clip = ratios.get("loop_over_tove"), ratios["tove_over_clip"]
     beside = (
@@ -433,13 +425,16 @@ def render(record: dict[str, Any]) -> str:
             f"{loop['paired_q3']:.2f} repeat by repeat; {loop['cpu_time']:.2f} in processor time), and "
         )
     )
+    time, work = "ms per image (quartiles)", "GFLOP per image"
     over = "" if loop is None else f"**{found['over_loop']:.2f} times** as fast as the loop, "
     return "\n\n".join(
         [
             "# The tower's speed",
             circumstances(record),
             *lost_table(record),
-            speed,
+            markdown_table(
+                ["", "images/s", time, "CPU ms per image", work, "weights MB", "peak above weights MB"], speed
+            ),
             f"The tower {beside}takes "
             f"**{clip['value']:.2f} times** the time of CLIP alone ({clip['paired_q1']:.2f} to "
             f"{clip['paired_q3']:.2f}; {clip['cpu_time']:.2f} in processor time).",
@@ -450,11 +445,18 @@ def render(record: dict[str, Any]) -> str:
             "What they compile and record was made before; a CUDA graph's own memory is not in the table.",
             *_equality(record["equality"]),
             targets_table(record["targets"]),
-            shares,
+            markdown_table(
+                ["part", "share of the time", "of CPU time", time, work, "parameters M", "weights MB"], shares
+            ),
             f"Parts are timed one by one; together they take {ratios['parts_over_tove']:.2f} times the tower's time.",
             *_profile(record.get("profile")),
         ]
     )
+
+
+def _per_image(row: dict[str, Any], batch: int) -> list[str]:
+    cpu = f"{row['cpu_seconds']['median'] * 1e3 / batch:.3g}"
+    return [milliseconds(row["wall_seconds"]["values"], batch), cpu, f"{row['gflop_per_image']:.4g}"]
 
 
 def _equality(found: dict[str, Any]) -> list[str]:
