@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tove_llava.cli._flags import add_loading, add_model, loading_options
+from tove_llava.core.errors import ConfigError, ToveError
 
 if TYPE_CHECKING:
     from tove_llava.serve.commands import Talk
@@ -33,7 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.core.errors import ConfigError
     from tove_llava.serve.models import find_model
 
     if args.json and args.question is None:
@@ -85,7 +85,6 @@ def _print_json(talk: "Talk", question: str) -> int:
 
 
 def _talk(talk: "Talk") -> int:
-    from tove_llava.core.errors import ToveError
     from tove_llava.serve.commands import run_command
 
     print(f"{talk.engine.name}: type a question; /help lists the commands, an empty line ends.")

@@ -9,6 +9,8 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from tove_llava.cli._flags import check_least
@@ -31,10 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = _action(actions, "list", "public data sets: how large, and whether they are there")
     show = _action(actions, "show", "one public data set: licence, downloads, layout")
     show.add_argument("names", nargs="+", metavar="NAME", help="see 'data list'")
-    for action in (listing, show):
-        _root_argument(action)
+    check = _action(actions, "check", "check that data is complete", _CHECK)
+    for action in (listing, show, check):
+        action.add_argument(
+            "--data-root", metavar="DIR", help="folder of public sets (default: each set's, as in LLaVA)"
+        )
         action.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    _check_arguments(_action(actions, "check", "check that data is complete", _CHECK))
+    _check_arguments(check)
 
 
 def _action(actions: Any, name: str, summary: str, description: str | None = None) -> argparse.ArgumentParser:
@@ -48,18 +53,12 @@ def _action(actions: Any, name: str, summary: str, description: str | None = Non
     return parser
 
 
-def _root_argument(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument("--data-root", metavar="DIR", help="folder of public sets (default: each set's, as in LLaVA)")
-
-
 def _check_arguments(check: argparse.ArgumentParser) -> None:
     check.add_argument("names", nargs="*", metavar="NAME", help="public data sets, or all")
-    _root_argument(check)
     check.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="processes")
     check.add_argument("--no-decode", action="store_true", help="only check that the images exist")
     check.add_argument("--allow-image-links", action="store_true", help="accept links that lead out of the folder")
     check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (10; the JSON has all)")
-    check.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     own = check.add_argument_group("a training set of your own")
     own.add_argument("--data-path", metavar="FILE", help="LLaVA records, JSON or JSONL")
     own.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
@@ -80,12 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return _check_public(args) if args.names else _check_own(args)
 
 
-# --- public sets ------------------------------------------------------------------------------------------------------
-
-
-def _root(data_set: Any, args: argparse.Namespace) -> Any:
-    from pathlib import Path
-
+def _root(data_set: Any, args: argparse.Namespace) -> Path:
     return Path(args.data_root or data_set.root)
 
 
@@ -112,8 +106,6 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _facts(data_set: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
     return {**asdict(data_set), "download_bytes": data_set.download_bytes}
 
 
@@ -161,17 +153,8 @@ def _check_public(args: argparse.Namespace) -> int:
         sets = [data_set for data_set in sets if any(present(data_set, _root(data_set, args)))]
     if not sets:
         raise DataError("no public data set is there; see 'tove-llava data show NAME', or give --data-root")
-    reports = [
-        check_set(
-            data_set,
-            _root(data_set, args),
-            decode=not args.no_decode,
-            workers=args.workers,
-            allow_image_links=args.allow_image_links,
-            progress=_progress,
-        )
-        for data_set in sets
-    ]
+    options = {"decode": not args.no_decode, "workers": args.workers, "allow_image_links": args.allow_image_links}
+    reports = [check_set(data_set, _root(data_set, args), **options, progress=_progress) for data_set in sets]
     if args.json:
         print(json.dumps({report.name: report.to_dict() for report in reports}, ensure_ascii=False))
     else:
@@ -186,9 +169,6 @@ def _report(report: Any, show: int) -> str:
     lines += _first([f"  {finding.kind}: {finding.message}" for finding in report.findings], show, "  ")
     lines.append(f"  {len(report.findings):,} problems" if report.findings else "  complete")
     return "\n".join(lines)
-
-
-# --- a training set of your own ---------------------------------------------------------------------------------------
 
 
 def _check_own(args: argparse.Namespace) -> int:
@@ -216,13 +196,9 @@ def _progress(items: Any, total: int, label: str) -> Any:
 
 
 def _table(report: Any, show: int) -> str:
-    rows: list[tuple[str, str]] = [
-        ("records", f"{report.records:,}"),
-        ("text only", f"{report.text_only:,}"),
-        ("several images", f"{report.multi_image:,}"),
-        ("most turns", f"{report.turns:,}"),
-        ("image files", f"{report.images:,}"),
-    ]
+    counts = {"records": report.records, "text only": report.text_only, "several images": report.multi_image}
+    counts |= {"most turns": report.turns, "image files": report.images}
+    rows = [(name, f"{count:,}") for name, count in counts.items()]
     if report.image_modes:
         rows.append(("image modes", ", ".join(f"{mode} {count:,}" for mode, count in report.image_modes.items())))
     if report.tokens:

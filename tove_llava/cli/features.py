@@ -46,18 +46,9 @@ def run(args: argparse.Namespace) -> int:
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
     tower.to(choose_device(args.device), dtype).load_backbones()
     names = dict.fromkeys(name for file in args.data for record in load_records(file) for name in record.images)
-    filled = fill_cache(
-        args.out,
-        tower,
-        list(names),
-        args.image_folder,
-        aspect_ratio=args.image_aspect_ratio,
-        store=args.store,
-        share=share,
-        batch_size=args.batch_size,
-        shard_images=args.shard_images,
-        workers=args.workers,
-    )
+    keys = ("store", "batch_size", "shard_images", "workers")
+    options = {key: getattr(args, key) for key in keys} | {"aspect_ratio": args.image_aspect_ratio, "share": share}
+    filled = fill_cache(args.out, tower, list(names), args.image_folder, **options)
     rest = f"; {filled.missing} shards of other shares are still missing" if filled.missing else ""
     print(f"{args.out}: features of {len(names)} images, {filled.size / 1e6:.0f} MB{rest}")
     return 0

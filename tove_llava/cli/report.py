@@ -8,6 +8,7 @@ runs differ, with images. Published figures of papers are marked as published.
 import argparse
 
 from tove_llava.cli._flags import check_least, split_names
+from tove_llava.core.errors import ConfigError
 from tove_llava.core.text import listed
 
 HELP = "compare runs: intervals, paired tests, and the questions on which they differ"
@@ -40,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
     import json
     from pathlib import Path
 
-    from tove_llava.core.errors import ConfigError
     from tove_llava.eval.report.published import read_published
     from tove_llava.eval.report.write import Options, write_report
 
@@ -53,16 +53,11 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("give at least one folder with results, and --out for the new folder")
     check_least(args, "--differences", "--thumbnail", "--seed", least=0)
     check_least(args, "--resamples", least=100)
+    keys = ("baseline", "published", "differences", "thumbnail", "data_root", "resamples", "seed")
     options = Options(
-        baseline=args.baseline,
         benchmarks=tuple(split_names(args.benchmark)),
         conditions=tuple(split_names(args.conditions)),
-        published=args.published,
-        differences=args.differences,
-        thumbnail=args.thumbnail,
-        data_root=args.data_root,
-        resamples=args.resamples,
-        seed=args.seed,
+        **{key: getattr(args, key) for key in keys},
     )
     record = write_report(args.runs, Path(args.out), options)
     print(json.dumps(record) if args.json else f"{args.out}/report.html\n{args.out}/report.md")
