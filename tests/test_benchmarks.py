@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_parts import BENCHMARKS, ROOT, bench, median, run
+from measuring import Samples
 
 from tove_llava.data import ImageTransform, LlavaDataset, load_tokenizer
 from tove_llava.llava.build import vision_config
@@ -89,21 +90,17 @@ def test_tower(tmp_path):
         assert str(ROOT) not in text and os.uname().nodename not in text
 
 
-def test_tower_does_not_count_an_execution_that_differs_or_fails(tmp_path, monkeypatch):
+def test_tower_counts_only_executions_with_its_features(monkeypatch):
     tower = importlib.import_module("tower")
-    compare, optimised = tower.compare, tower.optimised
-
-    def fails(*args):
-        if args[2] == "compiled":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return optimised(*args)
-
-    monkeypatch.setattr(tower, "optimised", fails)
-    monkeypatch.setattr(tower, "compare", lambda *a: {**compare(*a), "equal": False})
-    record, page = run(tower, tmp_path, "--batch", "2", "--executions", "compiled,concurrent", code=1)
-    assert record["not_measured"] == {"ToVE tower, compiled": "OutOfMemoryError: CUDA out of memory"}
-    assert record["figures"]["fastest"] == "tove" and "tove_concurrent" in record["contenders"]
-    assert "| **different**, and does not count |" in page
+    monkeypatch.setattr(tower, "counted_tflop", lambda preset: 1.0)
+    seconds = {"tove": 2.0, "tove_compiled": 1.0, "loop": 4.0, "matrix_product": 1.0}
+    seconds |= {"part/fusion": 0.4, "fusion/tove_compiled": 0.1}
+    samples = {name: Samples([value] * 2, [value] * 2) for name, value in seconds.items()}
+    for equal, fastest, over_loop, fusion in (([], "tove", 2, 0.2), (["tove_compiled"], "tove_compiled", 4, 0.1)):
+        found = tower.figures(samples, equal, 1e12, 2e12)
+        assert (found["fastest"], found["over_loop"]) == (fastest, over_loop)
+        assert found["fusion_share_of_time"] == pytest.approx(fusion)
+        assert found["share_of_matrix_product"] == pytest.approx(found["achieved_tflops"] / 2)
 
 
 def test_tower_compares_features():

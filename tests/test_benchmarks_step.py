@@ -237,30 +237,10 @@ def test_the_whole_program(whole):
     assert os.uname().nodename not in page and "not measured (needs a GPU)" in page
 
 
-def test_parts_that_fail_leave_the_others(whole, monkeypatch):
-    contender, measure_stage = step_mix.Contenders.run, train_step.measure_stage
-
-    def no_memory(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-
-    def broken(self, name, batches=None):
-        if name == "original":
-            raise ConfigError("it cannot")
-        contender(self, name, batches)
-
-    monkeypatch.setattr(step_mix.Contenders, "run", broken)
-    monkeypatch.setattr(step_clip, "packed", no_memory)
-    monkeypatch.setattr(
-        train_step, "measure_stage", lambda *a: no_memory() if a[2] == "pretrain" else measure_stage(*a)
-    )
-    record, page = whole("--stages", f"pretrain,{STAGE}", code=1)
-    reason = "OutOfMemoryError: CUDA out of memory. Tried to allocate 9 GiB"
-    lost = {"stage pretrain": reason, "the mix: the original recipe, restated": "it cannot"}
-    assert record["not_measured"] == {**lost, f"{STAGE} beside CLIP alone": reason}
-    assert list(record["stages"]) == [STAGE] and list(record["mix"]["contenders"]) == ["ours"]
-    speed = next(row for row in record["targets"] if row["name"].startswith("samples/s"))
-    assert record["mix"]["ratio"] is None and speed["value"] is None and speed["reason"] == "it cannot"
-    assert record["beside_clip"][STAGE]["flops"]["value"] > 1 and f"| stage pretrain | {reason} |" in page
+def test_a_target_without_a_value_says_why(bench):
+    found = step_mix.mix_targets(bench, None, None, {f"{step_mix.MIX}: the original recipe": "it cannot"})
+    assert [row["value"] for row in found] == [None] * 4
+    assert [row.get("reason") for row in found] == ["it cannot", None, None, None]  # the others need a GPU
 
 
 def test_llavas_own_step(whole, monkeypatch):
