@@ -1,14 +1,12 @@
-"""Imports of the programs in benchmarks/, and small runs of them."""
+"""Small runs of the programs in benchmarks/, which are importable in tests (pyproject.toml)."""
 
 import json
-import sys
 from pathlib import Path
+
+from common import Bench, argument_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from common import Bench, argument_parser  # noqa: E402
 
 BRIEF = ["--device", "cpu", "--repeats", "2", "--warmup", "1"]
 
