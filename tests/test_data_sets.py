@@ -257,11 +257,11 @@ def test_check_of_named_sets(capsys, pope, tmp_path):
     ("arguments", "words"),
     [
         ((), "--data-path"),
-        (("pope", "--data-path", "x.json"), "not both"),
+        (("pope", "--data-path", "x.json"), "or --data-path"),
         (("popo",), "Did you mean 'pope'"),
         (("pope", "--data-root", "nowhere"), "there is no data folder nowhere"),
         (("all", "--data-root", "nowhere"), "no public data set is there"),
-        (("pope", "--workers", "0"), "--workers must be positive"),
+        (("pope", "--workers", "0"), "--workers must be at least 1"),
     ],
 )
 def test_wrong_requests(capsys, arguments, words):

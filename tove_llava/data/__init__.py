@@ -1,4 +1,4 @@
-"""Data: LLaVA records, conversation templates, tokens and labels, pictures, batches, sampling."""
+"""LLaVA records, conversation templates, tokens and labels, images, batches, sampling."""
 
 from tove_llava.data.collator import LlavaCollator
 from tove_llava.data.dataset import DataReport, LlavaDataset

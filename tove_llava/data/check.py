@@ -1,4 +1,4 @@
-"""Checks a whole data set before it is trained on: every record, every picture, every length."""
+"""Check a whole data set before training on it: every record, image and length."""
 
 import os
 import statistics
@@ -14,17 +14,17 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.dataset import truncate
 from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
-from tove_llava.data.records import Record, parse_record, prepare_turns, read_records
-from tove_llava.data.templates import Template, get_template
-from tove_llava.data.tokenization import encode_record
+from tove_llava.data.records import Record, parse_record, prepare_turns, read_records, record_name
+from tove_llava.data.templates import Template, Turn, get_template
+from tove_llava.data.tokenization import encode_turns
 
-#: kinds of problem, in the order in which a record is looked at
+#: kinds of problem, in the order in which a record is checked
 KINDS = ("structure", "conversation", "length", "image")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why one record cannot be trained on; ``image`` is the name of the picture that is at fault, if one is."""
+    """A reason why one record cannot be trained on; ``image`` names the image at fault, if one is."""
 
     index: int
     id: str
@@ -35,23 +35,23 @@ class Problem:
 
 @dataclass
 class CheckReport:
-    """What :func:`check_dataset` found.
+    """The result of :func:`check_dataset`.
 
     Attributes:
         file: the data file.
-        records: how many it holds.
-        bad: how many of them have a problem.
+        records: number of its records.
+        bad: number of records with a problem.
         problems: all problems, by index.
         counts: problems by kind.
-        images: distinct picture files.
-        image_modes: how many pictures have each Pillow mode.
-        text_only: records without a picture.
+        images: distinct image files.
+        image_modes: images by Pillow mode.
+        text_only: records without an image.
         multi_image: records with several.
         turns: most turns of a record.
-        folders: records by the first folder on the way to their first picture, where there is one.
+        folders: records by the first folder of their first image's path.
         duplicate_ids: ids that occur more than once (harmless).
-        tokens: with a tokenizer: mean and largest length (pictures expanded), mean of supervised tokens, and how
-            many records are cut at the maximum length.
+        tokens: with a tokenizer: mean and largest length (images expanded), mean of supervised tokens, and number of
+            records that are cut at the maximum length.
     """
 
     file: str
@@ -69,21 +69,21 @@ class CheckReport:
     tokens: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON."""
+        """Return plain types, for JSON."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to check beside the structure.
+    """Settings of :func:`check_dataset`.
 
     Attributes:
-        image_folder: where the pictures are; None checks no picture.
+        image_folder: folder of the images; None checks no image.
         template: conversation template.
         tokenizer: measures lengths; None measures none.
-        num_image_tokens: positions of a picture in the sequence.
+        num_image_tokens: tokens of an image in the sequence.
         model_max_length: longest sequence.
-        decode: decode each picture; otherwise only look whether it is there.
+        decode: decode each image; otherwise only check that it exists.
         allow_image_links, max_pixels: see :mod:`tove_llava.data.images`.
     """
 
@@ -97,18 +97,19 @@ class CheckOptions:
     max_pixels: int = MAX_PIXELS
 
 
+_Length = tuple[int, int, bool]  # tokens, supervised tokens, cut at the maximum
+_Show = Callable[[Iterable[Any], int, str], Iterable[Any]]
+
+
 def check_dataset(
-    data_path: str | Path,
-    options: CheckOptions,
-    workers: int = 1,
-    progress: Callable[[Iterable[Any], int, str], Iterable[Any]] | None = None,
+    data_path: str | Path, options: CheckOptions, workers: int = 1, progress: _Show | None = None
 ) -> CheckReport:
-    """Look at everything in a data set; go on after a problem.
+    """Check everything in a data set, and go on after a problem.
 
     Args:
         data_path: a JSON or JSONL file.
         options: what to check.
-        workers: processes.
+        workers: number of processes.
         progress: wraps an iterator, given the number of items and a label (a tqdm factory).
 
     Raises:
@@ -122,39 +123,25 @@ def check_dataset(
     template = get_template(options.template)
     raw = read_records(data_path)
     show = progress or (lambda items, total, label: items)
-    report = CheckReport(str(data_path), records=len(raw))
-    lengths: list[tuple[int, int, bool]] = []
-    names: dict[str, list[tuple[int, str]]] = {}
+    report = CheckReport(str(data_path), records=len(raw), duplicate_ids=_duplicates(raw))
 
+    lengths: list[_Length] = []
+    images: dict[str, list[tuple[int, str]]] = {}  # name -> index and id of its records
     results = parallel_map(_RecordCheck(str(data_path), options, template), list(enumerate(raw)), workers)
     for record, problem, length in show(results, len(raw), "records"):
         if problem is not None:
             report.problems.append(problem)
         if length is not None:
             lengths.append(length)
-        if record is None:
-            continue
-        report.text_only += not record.images
-        report.multi_image += len(record.images) > 1
-        report.turns = max(report.turns, len(record.turns))
-        folder, slash, _ = (record.images or ("",))[0].partition("/")
-        if slash:
-            report.folders[folder] = report.folders.get(folder, 0) + 1
-        for name in record.images:
-            names.setdefault(name, []).append((record.index, record.id))
-    report.duplicate_ids = _duplicates(raw)
-
-    report.images = len(names)
+        if record is not None:
+            _count(record, report)
+            for name in record.images:
+                images.setdefault(name, []).append((record.index, record.id))
+    report.images = len(images)
     if options.image_folder is not None:
-        modes: Counter[str] = Counter()
-        found = parallel_map(_ImageCheck(options), list(names), workers)
-        for name, mode, message in show(found, len(names), "images"):
-            modes[mode] += bool(mode)
-            for index, record_id in names[name] if message else []:
-                where = Record(record_id, (), (), index, str(data_path)).where
-                report.problems.append(Problem(index, record_id, "image", f"{where}: {message}", name))
-        report.image_modes = {mode: count for mode, count in sorted(modes.items()) if count}
-    elif names:
+        found = parallel_map(_ImageCheck(options), list(images), workers)
+        _add_images(show(found, len(images), "images"), images, report)
+    elif images:
         raise ConfigError(f"{data_path} has images; say where they are with --image-folder")
 
     report.problems.sort(key=lambda problem: (problem.index, KINDS.index(problem.kind)))
@@ -162,13 +149,35 @@ def check_dataset(
     counts = Counter(problem.kind for problem in report.problems)
     report.counts = {kind: counts[kind] for kind in KINDS if counts[kind]}
     if lengths:
+        totals, supervised, cut = zip(*lengths, strict=True)
         report.tokens = {
-            "mean": round(statistics.fmean(total for total, _, _ in lengths), 1),
-            "max": max(total for total, _, _ in lengths),
-            "mean_supervised": round(statistics.fmean(supervised for _, supervised, _ in lengths), 1),
-            "truncated": sum(cut for _, _, cut in lengths),
+            "mean": round(statistics.fmean(totals), 1),
+            "max": max(totals),
+            "mean_supervised": round(statistics.fmean(supervised), 1),
+            "truncated": sum(cut),
         }
     return report
+
+
+def _count(record: Record, report: CheckReport) -> None:
+    report.text_only += not record.images
+    report.multi_image += len(record.images) > 1
+    report.turns = max(report.turns, len(record.turns))
+    folder, slash, _ = (record.images or ("",))[0].partition("/")
+    if slash:
+        report.folders[folder] = report.folders.get(folder, 0) + 1
+
+
+def _add_images(
+    found: Iterable[tuple[str, str, str]], images: dict[str, list[tuple[int, str]]], report: CheckReport
+) -> None:
+    modes: Counter[str] = Counter()
+    for name, mode, message in found:
+        modes[mode] += bool(mode)
+        for index, record_id in images[name] if message else []:
+            where = record_name(report.file, index, record_id)
+            report.problems.append(Problem(index, record_id, "image", f"{where}: {message}", name))
+    report.image_modes = {mode: count for mode, count in sorted(modes.items()) if count}
 
 
 @dataclass(frozen=True)
@@ -177,7 +186,7 @@ class _RecordCheck:
     options: CheckOptions
     template: Template
 
-    def __call__(self, item: tuple[int, Any]) -> tuple[Record | None, Problem | None, tuple[int, int, bool] | None]:
+    def __call__(self, item: tuple[int, Any]) -> tuple[Record | None, Problem | None, _Length | None]:
         index, raw = item
         kind, record = "structure", None
         try:
@@ -187,22 +196,24 @@ class _RecordCheck:
             kind = "length"
             if not any(turn.role == "assistant" and turn.text for turn in turns):
                 raise DataError(f"{record.where}: no answer to learn from; add one or take the record out")
-            return record, None, self._length(record)
+            return record, None, self._length(record, turns)
         except DataError as error:
             record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
             return record, Problem(index, record_id, kind, str(error)), None
 
-    def _length(self, record: Record) -> tuple[int, int, bool] | None:
+    def _length(self, record: Record, turns: list[Turn]) -> _Length | None:
         options = self.options
         if options.tokenizer is None:
             return None
-        encoded = encode_record(record, options.tokenizer, self.template)
+        with record.errors():
+            images = bool(record.images) or self.template.single_turn
+            encoded = encode_turns(turns, options.tokenizer, self.template, images)
         total = len(encoded.input_ids) + encoded.num_images * (options.num_image_tokens - 1)
         kept = truncate(encoded, options.model_max_length, options.num_image_tokens)
         if not kept.num_supervised:
             raise DataError(
                 f"{record.where}: the answers lie beyond the maximum length of {options.model_max_length} (the record "
-                f"has {total} positions); shorten the questions or raise the maximum"
+                f"has {total} tokens); shorten the questions or raise the maximum"
             )
         return total, kept.num_supervised, total > options.model_max_length
 
@@ -212,7 +223,7 @@ class _ImageCheck:
     options: CheckOptions
 
     def __call__(self, name: str) -> tuple[str, str, str]:
-        """Name, mode, and what is wrong (an empty string if nothing is)."""
+        """Return name, mode, and the problem (an empty string if there is none)."""
         options, mode = self.options, ""
         try:
             file = resolve_image(options.image_folder or "", name, options.allow_image_links)

@@ -1,4 +1,4 @@
-"""Batches: images expanded; rows padded to the longest, or all sequences in one row without any padding."""
+"""Make batches: images expanded; rows padded to the longest, or all sequences in one row without padding."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ class LlavaCollator:
 
     Args:
         pad_token_id: fills rows on the right. Attention comes from the lengths, so any id will do.
-        image_token_id: the language model's id of one image position.
-        num_image_tokens: positions that each image takes.
-        multiple_of: round the width up to a multiple (8 or 64 for tensor cores); None pads no further than needed.
+        image_token_id: the language model's id of an image token.
+        num_image_tokens: tokens of each image.
+        multiple_of: round the width up to a multiple (8 or 64 for tensor cores).
         packed: one row of all sequences instead of padded rows.
 
     Returns (from a call):
         ``input_ids`` int64 [B, L], ``attention_mask`` int64 [B, L], ``labels`` int64 [B, L] with -100 on padding and
-        images; ``supervised`` int64 [n], the places in the flattened batch whose next label is supervised; and, if
-        there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of their
-        placeholders, or ``vision_features`` of as many, or both, as the examples have them.
+        images; ``supervised`` int64 [n], indices into the flattened batch of tokens whose next label is supervised;
+        and, if there is any image, ``pixel_values`` float32 [all images of the batch, 3, S, S] in the order of their
+        placeholders, or their ``vision_features``, or both, as the examples have them.
 
-        Packed, B is 1 and L the sum of the lengths, and instead of the mask there are ``position_ids`` int64 [1, L],
-        which begin anew with each sequence, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` int32 [sequences + 1], where each
-        begins, and L, and the ints ``max_length_q`` and ``max_length_k``: transformers' names.
+        Packed, B is 1 and L the sum of the lengths. The mask gives way to transformers' ``position_ids`` int64 [1, L],
+        which restart with each sequence, ``cu_seq_lens_q`` and ``cu_seq_lens_k`` int32 [sequences + 1] (the start of
+        each, and L), and the ints ``max_length_q`` and ``max_length_k``.
     """
 
     pad_token_id: int
@@ -45,15 +45,14 @@ class LlavaCollator:
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be positive, not {self.multiple_of}")
         if self.packed and self.multiple_of is not None:
-            raise ConfigError("multiple_of is of padded rows, and packed ones have no padding; give one of the two")
+            raise ConfigError("multiple_of pads rows, and packed rows have no padding; give one of the two")
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         rows = [self._expand(example) for example in examples]
         batch = _one_row(rows) if self.packed else self._padded(rows)
-        # A sequence's first token is predicted by none.
+        # Each token predicts the next; nothing predicts a sequence's first.
         follows = batch["labels"][:, 1:] != IGNORE_INDEX
-        places = torch.arange(batch["labels"].numel()).view_as(batch["labels"])[:, :-1]
-        batch["supervised"] = places[follows]
+        batch["supervised"] = torch.arange(batch["labels"].numel()).view_as(batch["labels"])[:, :-1][follows]
         pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]
@@ -84,7 +83,7 @@ class LlavaCollator:
         images = example["pixel_values"] if example["pixel_values"] is not None else example.get("vision_features")
         found, given = int(is_image.sum()), 0 if images is None else len(images)
         if found != given:
-            raise DataError(f"an example has {found} image placeholders and {given} images; they must be as many")
+            raise DataError(f"an example has {found} image placeholders and {given} images; the two must be equal")
         if bool((ids[~is_image] == self.image_token_id).any()):
             raise DataError(f"an example's text contains the image token's id {self.image_token_id}")
         repeats = torch.where(is_image, self.num_image_tokens, 1)
@@ -96,7 +95,7 @@ def _one_row(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     labels = torch.cat([labels for _, labels in rows])
-    labels[bounds[:-1]] = IGNORE_INDEX  # else the last token of the sequence in front would have to predict it
+    labels[bounds[:-1]] = IGNORE_INDEX  # else the last token of the sequence before would have to predict it
     bounds, longest = bounds.to(torch.int32), int(lengths.max())
     return {
         "input_ids": torch.cat([ids for ids, _ in rows])[None],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
 
@@ -16,7 +16,7 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.images import ImageTransform, resolve_image
 from tove_llava.data.records import Record, load_records, prepare_turns
 from tove_llava.data.templates import Template, get_template
-from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_record
+from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_turns
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ _TEMPLATE_BYTES = 2000
 
 
 class Example(TypedDict):
-    """What the collator takes.
+    """One record as the collator takes it.
 
-    ``pixel_values`` is float32 [images, 3, S, S], ``vision_features`` what the tower's frozen part gives for the
-    images; either is None where it is not wanted or there are no images.
+    ``pixel_values`` is float32 [images, 3, S, S], ``vision_features`` the output of the tower's frozen part. Either is
+    None where it is not wanted or there are no images.
     """
 
     input_ids: torch.Tensor
@@ -40,25 +40,22 @@ class Example(TypedDict):
 
 
 class FeatureSource(Protocol):
-    """Where features computed earlier are read (:class:`tove_llava.train.features.FeatureCache`)."""
+    """A reader of features computed earlier, such as :class:`tove_llava.train.features.FeatureCache`."""
 
     def read(self, images: Sequence[str]) -> TowerFeatures:
-        """Features of images, by the names that records call them."""
+        """Read the features of images, by their names in the records."""
 
 
 @dataclass
 class DataReport:
-    """Records that are not trained on, and why."""
+    """Records that are not trained on, by reason."""
 
     total: int = 0
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, record: Record) -> None:
-        self.left_out.setdefault(reason, []).append(record.id or f"record {record.index}")
-
     @property
     def counts(self) -> Counter[str]:
-        """How many records each reason left out."""
+        """Count the records that each reason left out."""
         return Counter({reason: len(ids) for reason, ids in self.left_out.items()})
 
     def __str__(self) -> str:
@@ -75,24 +72,28 @@ class LlavaDataset(Dataset[Example]):
     """LLaVA records as token ids, labels and pixels.
 
     All records are checked when the data set is built: structure, placeholders, that each image file exists inside the
-    image folder, and that something of each answer survives ``model_max_length``. Pictures are decoded in
-    ``__getitem__``.
+    image folder, and that part of an answer survives ``model_max_length``. Images are decoded in ``__getitem__``.
 
     Args:
         data_path: a JSON or JSONL file.
-        image_folder: where the records' file names start.
+        image_folder: folder that the records' file names are relative to.
         tokenizer: with a fast backend.
         template: conversation template, or its name.
         image_transform: makes the tower's input.
-        num_image_tokens: positions that an image takes in the language model's sequence.
-        model_max_length: longest sequence, images expanded. A cut never goes through an image: one that does
-            not fit whole is left out with what follows it.
-        unsupervised: what becomes of records of which no supervised token is left: ``"drop"`` leaves them out and
-            counts them in :attr:`report`, ``"error"`` raises.
+        num_image_tokens: tokens of an image in the language model's sequence.
+        model_max_length: longest sequence, images expanded. An image that does not fit whole is left out with all that
+            follows it.
+        unsupervised: policy for records that lose every supervised token: ``"drop"`` counts them in :attr:`report`,
+            ``"error"`` raises.
         check_files: look for each image file now rather than when it is needed.
         allow_image_links: see :func:`tove_llava.data.images.resolve_image`.
         features: read the images' features from here.
-        read_pixels: decode the pictures; False where ``features`` are all that is needed.
+        read_pixels: decode the images; False where ``features`` suffice.
+
+    Attributes:
+        records: the records that are trained on, their turns as :func:`prepare_turns` returns them.
+        modality_lengths: word counts, negative for text-only records: input of the grouped sampler.
+        report: the records that are left out.
 
     Raises:
         DataError: a record, or an image path, cannot be used.
@@ -119,7 +120,7 @@ class LlavaDataset(Dataset[Example]):
             )
         self.image_folder = image_folder
         self.tokenizer = tokenizer
-        self.template = get_template(template) if isinstance(template, str) else template
+        self.template = get_template(template)
         self.image_transform = image_transform
         self.num_image_tokens = num_image_tokens
         self.model_max_length = model_max_length
@@ -128,20 +129,23 @@ class LlavaDataset(Dataset[Example]):
         self.read_pixels = read_pixels
         self.report = DataReport()
         self.records: list[Record] = []
+        self.modality_lengths: list[int] = []
         for record in load_records(data_path):
             self.report.total += 1
-            reason = self._why_unsupervised(record)
+            prepared = replace(record, turns=tuple(prepare_turns(record, self.template)))
+            reason = self._why_unsupervised(prepared)
             if reason is not None:
                 if unsupervised == "error":
                     raise DataError(f"{record.where}: {reason}; lengthen model_max_length or take the record out")
-                self.report.add(reason, record)
+                self.report.left_out.setdefault(reason, []).append(record.id or f"record {record.index}")
                 continue
             if check_files:
                 self._image_files(record)
-            self.records.append(record)
+            self.records.append(prepared)
+            self.modality_lengths.append(record.modality_length or (1 if record.images else -1))
         if not self.records:
             raise DataError(f"{data_path}: nothing is left to train on; {self.report}")
-        self.encode(self.records[0])  # a tokenizer that does not suit the template shows now
+        self.encode(self.records[0])  # a tokenizer that does not suit the template fails here
 
     def __len__(self) -> int:
         return len(self.records)
@@ -151,31 +155,28 @@ class LlavaDataset(Dataset[Example]):
         encoded = self.encode(record)
         if not encoded.num_supervised:
             raise DataError(f"{record.where}: no supervised token is left; take the record out")
+        num_images = encoded.num_images
         example: Example = {
             "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoded.labels, dtype=torch.long),
             "pixel_values": None,
             "vision_features": None,
         }
-        if encoded.num_images and self.read_pixels:
-            files = self._image_files(record)[: encoded.num_images]
-            with record.errors():
+        with record.errors():
+            if num_images and self.read_pixels:
+                files = self._image_files(record)[:num_images]
                 pixels = [self.image_transform.open(file)[None] for file in files]  # [1,3,S,S] each
-            example["pixel_values"] = pixels[0] if len(pixels) == 1 else torch.cat(pixels)  # one needs no copy
-        if encoded.num_images and self.features is not None:
-            with record.errors():
-                example["vision_features"] = self.features.read(record.images[: encoded.num_images])
+                example["pixel_values"] = pixels[0] if num_images == 1 else torch.cat(pixels)  # one needs no copy
+            if num_images and self.features is not None:
+                example["vision_features"] = self.features.read(record.images[:num_images])
         return example
 
     def encode(self, record: Record) -> Encoded:
-        """Ids and labels, cut so that they fit with the images expanded."""
-        encoded = encode_record(record, self.tokenizer, self.template)
+        """Encode one of :attr:`records`, cut so that it fits with the images expanded."""
+        with record.errors():
+            images = bool(record.images) or self.template.single_turn
+            encoded = encode_turns(record.turns, self.tokenizer, self.template, images)
         return truncate(encoded, self.model_max_length, self.num_image_tokens)
-
-    @property
-    def modality_lengths(self) -> list[int]:
-        """Word counts, negative for text-only records: input of the grouped sampler."""
-        return [record.modality_length or (1 if record.images else -1) for record in self.records]
 
     def _image_files(self, record: Record) -> list[Path]:
         if record.images and self.image_folder is None:
@@ -184,18 +185,17 @@ class LlavaDataset(Dataset[Example]):
             return [resolve_image(self.image_folder or "", name, self.allow_image_links) for name in record.images]
 
     def _why_unsupervised(self, record: Record) -> str | None:
-        """None if something of an answer is certainly left after the cut; else the reason.
+        """Return None if part of an answer certainly survives the cut, else the reason why not.
 
-        A token covers at least one byte, so text that is short in bytes need not be tokenised to know that it fits.
+        A token covers at least one byte, so a text that is short in bytes fits without being tokenised.
         """
-        turns = prepare_turns(record, self.template)
-        if not any(turn.role == "assistant" and turn.text for turn in turns):
+        if not any(turn.role == "assistant" and turn.text for turn in record.turns):
             return "no answer to learn from"
         budget = self.model_max_length - len(record.images) * self.num_image_tokens
-        if sum(len((turn.text or "").encode()) for turn in turns) + _TEMPLATE_BYTES < budget:
+        if sum(len((turn.text or "").encode()) for turn in record.turns) + _TEMPLATE_BYTES < budget:
             return None
         with record.errors():
-            segments = self.template.render(turns, self.tokenizer)
+            segments = self.template.render(record.turns, self.tokenizer)
         before = 0
         for segment in segments:
             if segment.supervised:
@@ -210,10 +210,10 @@ class LlavaDataset(Dataset[Example]):
 
 
 def truncate(encoded: Encoded, max_length: int, num_image_tokens: int) -> Encoded:
-    """Cut a sequence so that it is at most ``max_length`` long once each image takes ``num_image_tokens`` positions."""
+    """Cut a sequence to ``max_length`` tokens, of which each image takes ``num_image_tokens``."""
     length = 0
-    for position, token in enumerate(encoded.input_ids):
+    for index, token in enumerate(encoded.input_ids):
         length += num_image_tokens if token == IMAGE_TOKEN_INDEX else 1
         if length > max_length:
-            return Encoded(encoded.input_ids[:position], encoded.labels[:position])
+            return Encoded(encoded.input_ids[:index], encoded.labels[:index])
     return encoded

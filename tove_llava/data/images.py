@@ -1,4 +1,4 @@
-"""Opening pictures (untrusted files) and turning them into the vision tower's input."""
+"""Open images (untrusted files) and turn them into the vision tower's input."""
 
 import math
 import os
@@ -15,14 +15,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.data.resize import ImageResize, Levels, pad_and_resize, pad_to_square, resize
+from tove_llava.data.resize import ImageResize, pad_and_resize, pad_to_square, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 AspectRatio = Literal["square", "pad"]
 
-#: pictures with more pixels are refused; Pillow's own limit for its warning
+#: images with more pixels are refused; Pillow's own limit for its warning
 MAX_PIXELS = 89_478_485
 
 # Readers of photographs. Pillow's other readers include interpreters of whole languages (EPS).
@@ -30,7 +30,7 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "
 
 
 def resolve_image(folder: str | Path, name: str, allow_links: bool = False) -> Path:
-    """The file of an image, which must lie inside the image folder.
+    """Find the file of an image, which must lie inside the image folder.
 
     Args:
         folder: the image folder; it may itself be a link.
@@ -71,14 +71,14 @@ def _real(folder: str) -> str:
 
 
 def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
-    """Open and fully decode a picture file (of an animation, the first frame), in the file's own mode.
+    """Open and decode an image file in its own mode; of an animation, the first frame.
 
     Args:
         file: its path, or its content.
-        name: what messages call it; the path by default.
+        name: its name in messages; the path by default.
 
     Raises:
-        DataError: not a picture, damaged, or too large to be decoded safely.
+        DataError: not an image, damaged, or too large to be decoded safely.
     """
     name = str(file) if name is None else name
     try:
@@ -93,7 +93,7 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: 
     except FileNotFoundError:
         raise DataError(f"there is no image file {name}") from None
     except UnidentifiedImageError:
-        raise DataError(f"{name} is not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
+        raise DataError(f"{name} is not an image that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from None
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large to be decoded safely: {error}") from error
     except DataError:
@@ -112,18 +112,18 @@ def _available_formats() -> tuple[str, ...]:
 def to_rgb(
     image: Image.Image, exif_transpose: bool = False, background: tuple[int, int, int] | None = None
 ) -> Image.Image:
-    """An 8-bit RGB picture.
+    """Convert an image to 8-bit RGB.
 
     Pillow clips 16-bit greyscale at 255; here it is scaled.
 
     Args:
         image: in any mode.
-        exif_transpose: turn the picture as its EXIF orientation says. LLaVA does not.
-        background: colour put behind transparent parts; None drops the transparency, as LLaVA does, and shows the
+        exif_transpose: turn the image as its EXIF orientation says. LLaVA does not.
+        background: colour put behind transparent parts. None drops the transparency, as LLaVA does, and shows the
             colour that the file has under it.
 
     Raises:
-        DataError: a floating-point or 32-bit picture, whose range is unknown.
+        DataError: a floating-point or 32-bit image, whose range is unknown.
     """
     if exif_transpose:
         image = ImageOps.exif_transpose(image)
@@ -131,11 +131,11 @@ def to_rgb(
         values = np.asarray(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(
-                f"a 32-bit picture with values from {values.min()} to {values.max()}; convert it to 8 or 16 bits"
+                f"a 32-bit image with values from {values.min()} to {values.max()}; convert it to 8 or 16 bits"
             )
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise DataError("a floating-point picture, whose range is unknown; convert it to 8 or 16 bits")
+        raise DataError("a floating-point image, whose range is unknown; convert it to 8 or 16 bits")
     if background is not None and image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, (*background, 255)), layer).convert("RGB")
@@ -143,18 +143,17 @@ def to_rgb(
 
 
 class ImageTransform:
-    """From a picture to the tower's ``pixel_values``, exactly as LLaVA-1.5 prepares them.
+    """Turns an image into the tower's ``pixel_values``, exactly as LLaVA-1.5 does.
 
     ``square`` resizes the shortest side and cuts out the middle; ``pad`` first pads to a square with the mean colour.
-    Resizing is Pillow's 8-bit bicubic; every pixel is, bit for bit, that of transformers' CLIP processor (the one that
-    uses Pillow), which is slower.
+    Resizing is Pillow's 8-bit bicubic. Every pixel equals that of transformers' slower CLIP processor for Pillow.
 
     Args:
         image_size: pixels per side of the result.
         aspect_ratio: ``"square"`` or ``"pad"``.
         mean, std: normalisation per channel.
         exif_transpose, background: see :func:`to_rgb`.
-        max_pixels: limit on the decoded, padded and resized picture.
+        max_pixels: limit on the decoded, padded and resized image.
         image_resize: ``"pillow"``, or a faster way with a stated tolerance: see :mod:`tove_llava.data.resize`.
 
     Raises:
@@ -193,69 +192,54 @@ class ImageTransform:
         )
         red, green, blue = (int(value * 255) for value in mean)
         self._pad_colour = (red, green, blue)
-        # What the processor makes of each level of each channel: looking it up is the same arithmetic, done once.
+        # The processor's value of each level of each channel: a look-up is the same arithmetic, done once.
         levels = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)  # [256,1,3]
         shown = self.processor(Image.fromarray(levels), do_resize=False, do_center_crop=False, return_tensors="np")
         self._values: np.ndarray[Any, Any] = shown["pixel_values"][0, :, :, 0].astype(np.float32)  # [3,256]
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Pixels of one picture.
-
-        Returns:
-            float32 [3, image_size, image_size].
+        """Transform one image to float32 [3, image_size, image_size].
 
         Raises:
-            DataError: the picture is too long and thin to be padded or resized safely, or of an unknown range.
+            DataError: the image is too long and thin to be padded or resized safely, or of an unknown range.
         """
-        levels = self._square(self._rgb(image))  # uint8 [S,S,3]
-        pixels = np.empty((3, *levels.shape[:2]), dtype=np.float32)
+        image, side = self._checked_rgb(image), self.image_size
+        if self.aspect_ratio == "pad":
+            levels = np.asarray(pad_and_resize(image, side, self._pad_colour, self.image_resize))  # uint8 [S,S,3]
+        else:
+            longer = int(side * max(image.size) / min(image.size))
+            width, height = (side, longer) if image.width <= image.height else (longer, side)
+            left, top = (width - side) // 2, (height - side) // 2  # as the processor crops
+            resized = np.asarray(resize(image, width, height, self.image_resize))
+            levels = resized[top : top + side, left : left + side]
+        pixels = np.empty((3, side, side), dtype=np.float32)
         for channel in range(3):  # without a mode NumPy would make a copy
             np.take(self._values[channel], levels[..., channel], out=pixels[channel], mode="clip")
         return torch.from_numpy(pixels)
 
-    def _rgb(self, image: Image.Image) -> Image.Image:
-        self._check_shape(image)
-        return to_rgb(image, self.exif_transpose, self.background)
-
-    def _square(self, image: Image.Image) -> Levels:
-        """Padded and resized; or the middle of a picture whose shortest side has been resized, as the processor's."""
-        side = self.image_size
-        if self.aspect_ratio == "pad":
-            return pad_and_resize(image, side, self._pad_colour, self.image_resize)
-        short, long = min(image.size), max(image.size)
-        longer = int(side * long / short)
-        width, height = (side, longer) if image.width <= image.height else (longer, side)
-        left, top = (width - side) // 2, (height - side) // 2
-        return resize(image, width, height, self.image_resize)[top : top + side, left : left + side]
-
     def framed(self, image: Image.Image) -> Image.Image:
-        """The square of a picture that the tower is shown, at the picture's own resolution, RGB.
-
-        Raises:
-            DataError: as when called.
-        """
-        image = self._rgb(image)
+        """Return the RGB square that the tower sees, at the image's own resolution; errors as when called."""
+        image = self._checked_rgb(image)
         image = pad_to_square(image, self._pad_colour) if self.aspect_ratio == "pad" else image
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.crop((left, top, left + side, top + side))
 
     def open(self, file: str | Path) -> torch.Tensor:
-        """Pixels of a picture file; every :class:`DataError` names the file."""
+        """Transform an image file; every :class:`DataError` names it."""
         image = open_image(file, self.max_pixels)
         try:
             return self(image)
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
 
-    def _check_shape(self, image: Image.Image) -> None:
-        long, short = max(image.size), min(image.size)
+    def _checked_rgb(self, image: Image.Image) -> Image.Image:
+        long, short, side = max(image.size), min(image.size), self.image_size
         if short == 0:
-            raise DataError("an empty picture")
-        work = (
-            long * long if self.aspect_ratio == "pad" else self.image_size * math.ceil(long / short * self.image_size)
-        )
+            raise DataError("an empty image")
+        work = long * long if self.aspect_ratio == "pad" else side * math.ceil(long / short * side)
         if work > 2 * self.max_pixels:
             raise DataError(
                 f"{image.width} x {image.height} pixels: too long and thin to be brought to a square; crop or shrink it"
             )
+        return to_rgb(image, self.exif_transpose, self.background)

@@ -1,4 +1,4 @@
-"""``map`` over processes, in order."""
+"""Map a function over processes."""
 
 import multiprocessing
 import os
@@ -20,11 +20,7 @@ def _work(item: Any) -> Any:
 
 
 def parallel_map(task: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """``map`` over processes, in order; in this process for one worker.
-
-    Args:
-        task: can be pickled.
-    """
+    """Map a picklable task over items in order, in ``workers`` processes; one worker is this process."""
     if workers == 1 or len(items) < 2:
         yield from map(task, items)
         return

@@ -1,4 +1,4 @@
-"""Whether the parts of a public data set lie where they belong, and whether what was downloaded is unharmed."""
+"""Check that the parts of a public data set exist and that downloads are intact."""
 
 import hashlib
 import os
@@ -9,17 +9,17 @@ from pathlib import Path
 from tove_llava.core.errors import ConfigError
 from tove_llava.data.sets import DataSet, Part
 
-_DEPTH = 4  # folders below the root in which a misplaced part is looked for
+_DEPTH = 4  # folders below the root that are searched for a misplaced part
 _BLOCK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong with a data set.
+    """A fault of a data set.
 
     Attributes:
         kind: "missing", "misplaced", "download", "file", "ground truth", "record", "picture" or "count".
-        message: which file, record or question, and what to do.
+        message: the file, record or question, and what to do.
     """
 
     kind: str
@@ -27,12 +27,12 @@ class Finding:
 
 
 def present(data_set: DataSet, root: Path) -> list[bool]:
-    """For each part whether it is there. Nothing is read."""
+    """Tell for each part if it exists; nothing is read."""
     return [part.found(root) is not None for part in data_set.parts]
 
 
 def check_parts(data_set: DataSet, root: Path) -> list[Finding]:
-    """Missing and misplaced parts, and downloads that are not what the publisher gave out.
+    """Find missing and misplaced parts, and downloads that differ from the publisher's.
 
     Raises:
         ConfigError: there is no folder ``root``.
@@ -52,20 +52,20 @@ def check_parts(data_set: DataSet, root: Path) -> list[Finding]:
 
 def _missing(part: Part, root: Path) -> Finding:
     archive = next(_archives(part, root), None)
-    place = root / part.path
+    path = root / part.path
     if archive is not None:
-        return Finding("missing", f"{place} is not there, but {archive} is: unpack it")
+        return Finding("missing", f"{path} is not there, but {archive} is: unpack it")
     elsewhere = _elsewhere(part, root)
     if elsewhere is not None:
-        return Finding("misplaced", f"{place} is not there, but {elsewhere} is: move or link it, or change --data-root")
-    empty = " (the folder is empty)" if place.is_dir() else ""
+        return Finding("misplaced", f"{path} is not there, but {elsewhere} is: move or link it, or change --data-root")
+    empty = " (the folder is empty)" if path.is_dir() else ""
     source = f"{part.archive} from {part.url}" if part.archive else part.url
     how = "; ".join(text for text in (f"get {source}" if source else "", part.note) if text)
-    return Finding("missing", f"{place} is not there{empty}: {how}")
+    return Finding("missing", f"{path} is not there{empty}: {how}")
 
 
 def _archives(part: Part, root: Path) -> Iterator[Path]:
-    """Where the part's archive lies: beside the part, or in a folder above it up to the root."""
+    """Find the part's archive next to the part, or in a folder above it up to the root."""
     if not part.archive:
         return
     folder = root / part.path
@@ -76,7 +76,7 @@ def _archives(part: Part, root: Path) -> Iterator[Path]:
 
 
 def _elsewhere(part: Part, root: Path) -> Path | None:
-    """The part in another folder: the root is one level off, or a folder on the way has another name."""
+    """Find the part in another folder: the root is one level off, or a folder in its path has another name."""
     for above in (root.parent, root.parent.parent):
         if part.is_at(above / part.path):
             return above / part.path
@@ -96,8 +96,10 @@ def _elsewhere(part: Part, root: Path) -> Path | None:
 
 
 def _download(part: Part, root: Path, found: Path | None) -> Path | None:
-    """The file that the part's size and digest are of, if it still lies there."""
-    return next(_archives(part, root), None) if part.archive else found if not part.is_folder else None
+    """Find the file that the part's size and digest describe."""
+    if part.archive:
+        return next(_archives(part, root), None)
+    return None if part.is_folder else found
 
 
 def _check_download(part: Part, file: Path) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""LLaVA's data format: reading it and checking it, with messages that name the record."""
+"""Read and check LLaVA's data format, with messages that name the record."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -21,9 +21,9 @@ class Record:
     Attributes:
         id: its ``id``, or an empty string.
         images: file names relative to the image folder, in the order of the placeholders.
-        turns: all turns as written; placeholders where the author put them.
+        turns: all turns as written, until :func:`prepare_turns`.
         index: position in the file, counted from 0.
-        file: the file it came from, for messages.
+        file: its file, for messages.
     """
 
     id: str
@@ -34,18 +34,18 @@ class Record:
 
     @property
     def where(self) -> str:
-        """How messages name this record."""
-        return _where(self.file, self.index, self.id)
+        """Name this record for a message."""
+        return record_name(self.file, self.index, self.id)
 
     @property
     def modality_length(self) -> int:
-        """Words over all turns, negative for a record without images: what grouped sampling sorts by (LLaVA's rule)."""
+        """Count the words of all turns, negative without images: grouped sampling's key, by LLaVA's rule."""
         words = sum(len((turn.text or "").split()) for turn in self.turns)
         return words if self.images else -words
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Names this record in every :class:`DataError` that is raised inside."""
+        """Name this record in every :class:`DataError` that is raised inside."""
         try:
             yield
         except DataError as error:
@@ -53,16 +53,17 @@ class Record:
             raise DataError(message if message.startswith(self.where) else f"{self.where}: {message}") from error
 
 
-def _where(file: str, index: int, record_id: str) -> str:
+def record_name(file: str, index: int, record_id: str) -> str:
+    """Name a record for a message."""
     name = f"record {index}" + (f" (id {record_id!r})" if record_id else "")
     return f"{file}: {name}" if file else name
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Raw records of a JSON file (one list) or a JSONL file (one object a line; empty lines are skipped).
+    """Read the raw records of a JSON file (one list) or a JSONL file (one object a line).
 
     Raises:
-        DataError: the file is missing, empty, or not JSON; the line is named.
+        DataError: the file is missing, empty, or not JSON; the message names the line.
     """
     hint = "--data_path must be one JSON list, or one JSON object a line (.jsonl)"
     text = read_text(path, hint=hint)
@@ -80,14 +81,13 @@ def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
 
     Args:
         raw: ``{"id", "image" (a name, a list of names, or absent), "conversations": [{"from", "value"}]}``.
-        index: its position in the file.
-        file: the file's name, for messages.
+        index, file: see :class:`Record`.
 
     Raises:
         DataError: something is missing, of the wrong type, or empty.
     """
     record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
-    where = _where(file, index, record_id)
+    where = record_name(file, index, record_id)
     if not isinstance(raw, dict):
         raise DataError(f"{where} is a {type(raw).__name__}; a record must be an object with 'conversations'")
     if "conversations" not in raw:
@@ -106,7 +106,7 @@ def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
             raise DataError(f"{where}: turn {number} is from {_short(role)}; 'from' must be 'human' or 'gpt'")
         if not isinstance(message["value"], str):
             raise DataError(f"{where}: the value of turn {number} must be a string, not {_short(message['value'])}")
-        if not _is_text(message["value"]):
+        if not _has_encoding(message["value"]):
             raise DataError(f"{where}: the value of turn {number} holds half of a surrogate pair; repair its encoding")
         turns.append(Turn(_ROLES[role], message["value"]))
     images = raw.get("image")
@@ -119,7 +119,7 @@ def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
     return Record(record_id, tuple(images), tuple(turns), index, file)
 
 
-def _is_text(value: str) -> bool:
+def _has_encoding(value: str) -> bool:
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -128,7 +128,7 @@ def _is_text(value: str) -> bool:
 
 
 def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and "\0" not in value and _is_text(value)
+    return isinstance(value, str) and bool(value) and "\0" not in value and _has_encoding(value)
 
 
 def load_records(path: str | Path) -> list[Record]:
@@ -137,20 +137,19 @@ def load_records(path: str | Path) -> list[Record]:
 
 
 def prepare_turns(record: Record, template: Template, check_images: bool = True) -> list[Turn]:
-    """The turns as the template wants them, with one placeholder for each image.
+    """Arrange the turns as the template wants them, with one placeholder for each image.
 
-    LLaVA's rules: a first turn that is not the human's is dropped. In a record with one image the
-    placeholder moves to the front of its turn, followed by a newline, and several in one turn become one. In a record
-    with several images a placeholder that is alone in its turn moves likewise; several in one turn stay where the
-    author put them, one for each image.
+    LLaVA's rules: a first turn that is not the human's is dropped. In a record with one image, several placeholders in
+    one turn become one, which moves to the front of its turn, followed by a newline. In a record with several images
+    the only placeholder of a turn moves likewise; several in one turn stay where the author put them.
 
-    In a record without images ``<image>`` is ordinary text, unless it stands where an image belongs (at the start of
-    a human turn or on a line of its own): then the ``image`` key was forgotten.
+    In a record without images ``<image>`` is ordinary text, unless an image belongs there (at the start of a human turn
+    or on a line of its own): then the ``image`` key was forgotten.
 
     Args:
         record: a checked record.
-        template: what it will be rendered with.
-        check_images: refuse a record whose placeholders and images differ in number. LLaVA does not look.
+        template: template that will render them.
+        check_images: refuse a record whose placeholders and images differ in number. LLaVA does not.
 
     Raises:
         DataError: roles do not alternate, nothing is left, or placeholders and images differ in number.
@@ -174,13 +173,13 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
         if not turns:
             raise DataError("no human turn; the conversation must start with one")
         split_system(turns, "")
-        turns = [_place(turn, len(record.images), template) for turn in turns]
+        turns = [_with_placeholders(turn, len(record.images), template) for turn in turns]
         if check_images:
             _check_placeholders(turns, record, template)
     return turns
 
 
-def _place(turn: Turn, num_images: int, template: Template) -> Turn:
+def _with_placeholders(turn: Turn, num_images: int, template: Template) -> Turn:
     text = turn.text or ""
     count = text.count(IMAGE_PLACEHOLDER)
     if not num_images or not count:

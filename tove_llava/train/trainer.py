@@ -28,7 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tove_llava.core.errors import NonFiniteError
 from tove_llava.core.files import read_json_object
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
-from tove_llava.data.parcel import Parcel
+from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import step_checkpoints as checkpoints
@@ -316,9 +316,9 @@ class _NumberedCollator:
     def __init__(self, collator: LlavaCollator) -> None:
         self.collator = collator
 
-    def __call__(self, numbered: list[Any]) -> dict[str, Any] | Parcel:
+    def __call__(self, numbered: list[Any]) -> dict[str, Any] | PackedBatch:
         batch = self._collate(numbered)
-        return batch if get_worker_info() is None else Parcel(batch)  # it arrives as the batch
+        return batch if get_worker_info() is None else PackedBatch(batch)  # it arrives as the batch
 
     def _collate(self, numbered: list[Any]) -> dict[str, Any]:
         indices, examples, further = zip(*numbered, strict=True)

@@ -1,4 +1,4 @@
-"""What every conversation template offers."""
+"""The contract of a conversation template, and the registry of all."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. ``text`` is None for the open turn that a generation prompt ends with."""
+    """One message. ``text`` is None for the open turn that ends a generation prompt."""
 
     role: Role
     text: str | None
@@ -23,20 +23,20 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the prompt, and whether the model learns to produce it."""
+    """A stretch of the prompt; the model learns to produce it if it is ``supervised``."""
 
     text: str
     supervised: bool = False
 
 
 class Template(ABC):
-    """Turns a conversation into segments; their texts joined are the prompt.
+    """Turns a conversation into segments; their joined texts are the prompt.
 
     Attributes:
-        name: the name it is registered under.
-        adds_bos: whether the tokenizer's own prefix (LLaMA: BOS) goes in front. False where the text contains it.
-        single_turn: whether it takes exactly one question and one answer, whatever their declared roles (``plain``).
-        image_wrapper: what stands before and after each image placeholder.
+        name: its registered name.
+        adds_bos: put the tokenizer's own prefix (LLaMA: BOS) in front. False where the text contains it.
+        single_turn: take exactly one question and one answer, whatever their declared roles (``plain``).
+        image_wrapper: text before and after each image placeholder.
     """
 
     name: str = ""
@@ -46,7 +46,7 @@ class Template(ABC):
 
     @abstractmethod
     def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-        """Segments of the prompt.
+        """Render a conversation.
 
         Args:
             turns: alternating user and assistant turns, a system turn possibly in front; the last may be open.
@@ -57,12 +57,12 @@ class Template(ABC):
         """
 
     def prompt(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
-        """The prompt as one string."""
+        """Render a conversation as one string."""
         return "".join(segment.text for segment in self.render(turns, tokenizer))
 
 
 def split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
-    """The system text (the conversation's own, or ``default``) and the other turns, checked to alternate.
+    """Return the system text (the conversation's own, or ``default``) and the other turns.
 
     Raises:
         DataError: two turns of the same role follow one another, or the first is not the user's.
@@ -84,7 +84,7 @@ T = TypeVar("T", bound=type[Template])
 
 
 def register_template(name: str, *aliases: str) -> Callable[[T], T]:
-    """Class decorator that registers a template under its name and aliases."""
+    """Return a class decorator that registers a template under its name and aliases."""
 
     def add(cls: T) -> T:
         cls.name = name
@@ -96,15 +96,15 @@ def register_template(name: str, *aliases: str) -> Callable[[T], T]:
     return add
 
 
-def get_template(name: str) -> Template:
-    """The template called exactly ``name``.
+def get_template(name: str | Template) -> Template:
+    """Return the template called exactly ``name``; a template is returned as it is.
 
     Raises:
         ConfigError: there is none; the message lists the names that exist.
     """
-    return _templates.get(name)
+    return name if isinstance(name, Template) else _templates.get(name)
 
 
 def template_names() -> list[str]:
-    """All names and aliases, sorted."""
+    """List all names and aliases, sorted."""
     return _templates.names()

@@ -1,4 +1,4 @@
-"""``chat_template``: whatever chat template the tokenizer ships."""
+"""``chat_template``: the chat template that the tokenizer ships."""
 
 from collections.abc import Sequence
 
@@ -13,8 +13,8 @@ from tove_llava.data.templates.base import Segment, Template, Turn, register_tem
 class ChatTemplate(Template):
     """The tokenizer's own template; answers are found by rendering ever longer prefixes of the conversation.
 
-    Each prefix that is about to be answered, with the generation prompt, must begin the rendering of the whole: then
-    what follows is what the model will have to say, up to the end-of-sequence token where the template writes one.
+    Each prefix that awaits an answer, with the generation prompt, must begin the rendering of the whole. The text that
+    follows is the answer, up to the end-of-sequence token where the template writes one.
     """
 
     adds_bos = False  # the template writes its own
@@ -37,7 +37,7 @@ class ChatTemplate(Template):
             if not (after.startswith(before) and whole.startswith(after)):
                 raise DataError(
                     f"the tokenizer's chat template renders turn {index + 1} differently once more turns follow, so "
-                    "what the model must say cannot be told; choose another conversation template"
+                    "the answers in it cannot be found; choose another conversation template"
                 )
             end = after.rfind(tokenizer.eos_token, len(before)) if tokenizer.eos_token else -1
             end = len(after) if end < 0 else end + len(tokenizer.eos_token)

@@ -1,12 +1,38 @@
-"""``llama_2``: Llama 2's chat format with its own system text."""
+"""Llama 2's chat format: ``llava_llama_2`` with LLaVA's system text, ``llama_2`` with Llama 2's own."""
 
-from tove_llava.data.templates.base import register_template
-from tove_llava.data.templates.llava_llama_2 import LlavaLlama2
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
+
+
+@register_template("llava_llama_2")
+class LlavaLlama2(Template):
+    """``[INST] <<SYS>>...<</SYS>> question [/INST] answer </s><s>[INST] question [/INST] ...``."""
+
+    system = (
+        "You are a helpful language and vision assistant. "
+        "You are able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+    )
+
+    def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
+        system, turns = split_system(turns, self.system)
+        segments = []
+        for index, turn in enumerate(turns):
+            if turn.role == "user":
+                start = tokenizer.bos_token or "" if index else ""  # the tokenizer itself begins the first round
+                block = "" if index else f"<<SYS>>\n{system}\n<</SYS>>\n\n"
+                segments.append(Segment(f"{start}[INST] {block}{turn.text} [/INST]"))
+            elif turn.text:
+                segments.append(Segment(f" {turn.text} {tokenizer.eos_token}", supervised=True))
+        return segments
 
 
 @register_template("llama_2")
 class Llama2(LlavaLlama2):
-    """As ``llava_llama_2``, with the system text that Llama 2's chat models were tuned with."""
+    """``llava_llama_2`` with the system text of Llama 2's chat models."""
 
     # The two spaces after "while being safe." are LLaVA's.
     system = (

@@ -11,18 +11,12 @@ from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
 @register_template("plain")
 class Plain(Template):
-    """The image, the caption, a newline. The question is dropped, and there is no end token to learn.
-
-    Several placeholders in the question stay several: one for each image.
-    """
+    """The image, the caption, a newline. The question is dropped but for its placeholders; no end token is learned."""
 
     single_turn = True
 
     def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-        if turns and turns[-1].text is None:
-            question, caption = turns[:-1], None
-        else:
-            question, caption = turns[:-1], turns[-1].text if turns else ""
+        question, caption = turns[:-1], turns[-1].text if turns else ""
         if len(question) != 1:
             raise DataError(f"the plain template takes one question and one caption, not {len(turns)} turns")
         images = (question[0].text or "").count(IMAGE_PLACEHOLDER)

@@ -1,4 +1,4 @@
-"""``v1`` (Vicuna 1.1, LLaVA-1.5's instruction template)."""
+"""``v1`` (Vicuna 1.1, LLaVA-1.5's instruction template) and its variants ``llava_v1`` and ``v1_mmtag``."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,8 @@ from tove_llava.data.templates.base import Segment, Template, Turn, register_tem
 class V1(Template):
     """``SYSTEM USER: question ASSISTANT: answer</s>USER: ...``.
 
-    A turn with an empty text is written as its role and colon alone, with no separator after it, as LLaVA does: after
-    an empty answer there is nothing to learn.
+    A turn with an empty text is only its role and colon, with no separator, as in LLaVA: after an empty answer there is
+    nothing to learn.
     """
 
     system = (
@@ -31,3 +31,27 @@ class V1(Template):
             else:
                 segments.append(Segment("ASSISTANT:"))
         return segments
+
+
+@register_template("llava_v1")
+class LlavaV1(V1):
+    """``v1`` about a *human* rather than a *user*."""
+
+    system = (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    )
+
+
+@register_template("v1_mmtag")
+class V1MmTag(V1):
+    """``v1`` with another system text and ``<Image>`` tags."""
+
+    # The missing space after "language." is LLaVA's.
+    system = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant is able to understand the visual content that the user provides, "
+        "and assist the user with a variety of tasks using natural language."
+        "The visual content will be provided with the following format: <Image>visual content</Image>."
+    )
+    image_wrapper = ("<Image>", "</Image>")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from tove_llava.data.parcel import Parcel
+from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.tower import TowerFeatures
 
 DTYPES = [torch.int64, torch.int32, torch.float32, torch.bfloat16, torch.bool, torch.uint8]
@@ -37,7 +37,7 @@ def test_arrives_as_it_was(tensors):
         tensor = torch.randint(0, 2, shape).to(dtype)
         made.append(tensor.transpose(0, -1) if turned and shape else tensor)
     content = {"list": made, "text": "a", "none": None, "nested": {str(i): t for i, t in enumerate(made)}}
-    assert same(pickle.loads(pickle.dumps(Parcel(content))), content)
+    assert same(pickle.loads(pickle.dumps(PackedBatch(content))), content)
 
 
 def batch(_):
@@ -50,20 +50,20 @@ def test_one_file_descriptor_a_batch(monkeypatch):
     monkeypatch.setattr(torch.multiprocessing.reductions, "reduce_storage", lambda s: handed.append(s) or (bytes, ()))
     ForkingPickler.register(torch.UntypedStorage, torch.multiprocessing.reductions.reduce_storage)
     try:
-        ForkingPickler.dumps(Parcel(batch(None)))
+        ForkingPickler.dumps(PackedBatch(batch(None)))
     finally:
         monkeypatch.undo()
         ForkingPickler.register(torch.UntypedStorage, torch.multiprocessing.reductions.reduce_storage)
     assert len(handed) == 1
 
 
-def parcel(indices):
+def packed(indices):
     torch.manual_seed(indices[0])
-    return Parcel(batch(None))
+    return PackedBatch(batch(None))
 
 
 def test_through_a_data_loader():
-    found = list(DataLoader(range(3), batch_size=1, collate_fn=parcel, num_workers=1))
+    found = list(DataLoader(range(3), batch_size=1, collate_fn=packed, num_workers=1))
     assert len(found) == 3
     for index, one in enumerate(found):
         torch.manual_seed(index)
