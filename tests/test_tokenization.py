@@ -27,6 +27,7 @@ from tove_llava.data import (
     parse_record,
     template_names,
 )
+from tove_llava.data.templates import Segment, Template
 from tove_llava.data.tokenizer import text_encoder
 
 SLOW_FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
@@ -91,12 +92,13 @@ def _converted(file: str) -> Any:
     images=st.booleans(),
 )
 def test_chunks_and_special_tokens_follow_llavas_rules(model_file: Path, parts: list[str], images: bool) -> None:
-    from tove_llava.data.templates import Segment
-    from tove_llava.data.tokenization import encode_segments
+    class Raw(Template):
+        def render(self, turns, tokenizer):
+            return [Segment(prompt)]
 
     prompt = "".join(parts).replace("\0", "")
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    encoded = encode_segments([Segment(prompt)], _converted(str(model_file)), images=images)
+    encoded = encode_turns([], _converted(str(model_file)), Raw(), images)
     assert encoded.input_ids == sentencepiece_oracle(processor, prompt, images)
 
 
