@@ -1,6 +1,6 @@
 """The contract of an expert: it owns its source, input size and normalisation, and returns a feature map.
 
-A newcomer is one file: a subclass of :class:`Expert` (or of a library's base, such as ``TimmExpert``) under
+A new expert is one file: a subclass of :class:`Expert` (or of a library's base, such as ``TimmExpert``) under
 ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
@@ -36,7 +36,7 @@ E = TypeVar("E", bound="type[Expert]")
 
 
 def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
-    """Class decorator: the expert ``name``, read from sources of ``schemes`` (default: that of its default source)."""
+    """Register a class as the expert ``name`` for sources of ``schemes`` (default: its default source's)."""
 
     def add(cls: E) -> E:
         if name not in _families:
@@ -53,31 +53,31 @@ def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
 class Expert(nn.Module, ABC):
     """A frozen, pre-trained network that turns an image into a feature map.
 
-    Until :meth:`load` there are no weights; ``spec.width`` and ``spec.grid`` are known all the same, from the spec or
-    else from the source's configuration. After it the expert is in eval mode for good, without gradients, and runs
-    without autograd (``no_grad``: tensors made in inference mode could not be saved for the trainable parts' backward).
+    Until :meth:`load` there are no weights, but ``spec.width`` and ``spec.grid`` are known, from the spec or from the
+    source's configuration. After it the expert stays in eval mode, without gradients, and runs without autograd
+    (``no_grad``: the trainable parts' backward pass could not save tensors made in inference mode).
 
-    Subclasses set the class attributes and write :meth:`build` and :meth:`features`, and :meth:`configure` where the
-    normalisation or the input size has to be read from the source.
+    Subclasses set the class attributes and write :meth:`build` and :meth:`features`, and :meth:`configure` if the
+    source states the normalisation or the input size.
     """
 
     default_source: ClassVar[str] = ""
-    default_image_size: ClassVar[int | None] = None  # of the default source; any other source's own size is taken
-    further_sources: ClassVar[tuple[str, ...]] = ()  # worth listing beside the default
-    remark: ClassVar[str] = ""  # what a user has to know; shown under the table of experts
-    option_names: ClassVar[tuple[str, ...]] = ()  # the keys of spec.options that the class understands
+    default_image_size: ClassVar[int | None] = None  # of the default source; any other has its own size
+    further_sources: ClassVar[tuple[str, ...]] = ()  # listed next to the default
+    remark: ClassVar[str] = ""  # note to users under the table of experts
+    option_names: ClassVar[tuple[str, ...]] = ()  # keys of spec.options that the class understands
     modes: ClassVar[tuple[str, ...]] = ("features",)
-    convolutional: ClassVar[bool] = False  # the network is convolutions throughout, so its memory layout matters
+    convolutional: ClassVar[bool] = False  # only convolutions, so its memory layout matters
 
     mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
 
     def __init__(self, spec: ExpertSpec, base_dir: str | PathLike[str] | None = None) -> None:
-        """Reads configuration only. ``base_dir`` anchors a source that is relative to a checkpoint.
+        """Read the configuration only. ``base_dir`` anchors a source that is relative to a checkpoint.
 
         Raises:
-            ConfigError: an option or a mode that the expert does not know, or a source it cannot read.
+            ConfigError: an unknown option or mode, or a source that cannot be read.
         """
         super().__init__()
         if not spec.source:
@@ -95,42 +95,42 @@ class Expert(nn.Module, ABC):
         self.spec = spec
         self.source = Source.parse(spec.source).resolve(base_dir)
         self.backbone: nn.Module | None = None
-        self._dtype, self._device = torch.get_default_dtype(), torch.device("cpu")
+        self.dtype, self.device = torch.get_default_dtype(), torch.device("cpu")
         if not spec.is_complete:
             self.spec = self.describe()
 
     # -- what a subclass writes -------------------------------------------------------------------------------------
 
     def configure(self) -> int | None:
-        """Reads mean, std and interpolation from the source's configuration; returns its own image size, if any."""
+        """Read mean, std and interpolation from the source's configuration; return its own image size, if any."""
         return None
 
     @abstractmethod
     def build(self, pretrained: bool) -> nn.Module:
-        """The network for ``self.image_size``: with the source's weights, or empty (under the meta device)."""
+        """Build the network for ``self.image_size``, with the source's weights or empty (under the meta device)."""
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
-        """[B,3,S,S], resized and normalised -> feature map [B,width,*grid]. Other experts may share the pixels."""
+        """Map pixels [B,3,S,S], which other experts may share, to features [B,width,*grid]."""
 
     def hub_file(self) -> tuple[str, str] | None:
-        """(repository, file) on the Hugging Face hub that the weights are read from, or None for a local source."""
+        """Return the repository and file of the weights on the Hugging Face hub, or None for a local source."""
         return None
 
     def is_cached(self) -> bool:
-        """Whether the weights of a hub source lie on this machine already."""
-        place = self.hub_file()
-        return place is not None and isinstance(try_to_load_from_cache(*place, revision=self.spec.revision), str)
+        """Tell if the weights of a hub source are on this machine."""
+        file = self.hub_file()
+        return file is not None and isinstance(try_to_load_from_cache(*file, revision=self.spec.revision), str)
 
     def licence(self) -> str:
-        """Licence of the weights, as far as their source says."""
+        """Return the licence of the weights, if their source states it."""
         return self.source.stated_licence() or NOT_STATED
 
-    def set_attention(self, implementation: str) -> None:  # noqa: B027 - a network may have one implementation alone
-        """Uses transformers' attention implementation of that name (``"eager"``, ``"sdpa"``, ...), if it knows it."""
+    def set_attention(self, implementation: str) -> None:  # noqa: B027 - a network may have only one
+        """Use transformers' attention implementation of that name (``"eager"``, ``"sdpa"``, ...), if it is known."""
 
     def save_backbone(self, folder: Path) -> Source:
-        """Writes the loaded network to ``folder`` (safetensors) and returns the source that reads it there."""
+        """Write the loaded network to ``folder`` (safetensors) and return the source that reads it."""
         raise CheckpointError(f"expert {self.name!r} cannot be saved by value; keep it by reference")
 
     # -- what callers use -------------------------------------------------------------------------------------------
@@ -147,11 +147,7 @@ class Expert(nn.Module, ABC):
 
     @property
     def network(self) -> Any:
-        """The loaded network.
-
-        Raises:
-            CheckpointError: there is none yet.
-        """
+        """Return the loaded network; CheckpointError if there is none yet."""
         if self.backbone is None:
             raise CheckpointError(f"expert {self.name!r} has no weights yet; call load() (source: {self.source})")
         return self.backbone
@@ -160,16 +156,8 @@ class Expert(nn.Module, ABC):
     def is_loaded(self) -> bool:
         return self.backbone is not None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self._device
-
     def describe(self) -> ExpertSpec:
-        """The spec with image size, width and grid filled in, from the source's configuration alone (meta device)."""
+        """Fill in the spec's image size, width and grid from the source's configuration (meta device)."""
         self._read_configuration()
         twin = self.meta_twin()
         with torch.no_grad():
@@ -177,7 +165,7 @@ class Expert(nn.Module, ABC):
         return self.spec.replace(width=out.shape[1], grid=(out.shape[2], out.shape[3]))
 
     def meta_twin(self) -> "Expert":
-        """The same expert with an empty network on the meta device: shapes, parameters and FLOPs without weights."""
+        """Copy the expert with an empty network on the meta device, for shapes, parameters and FLOPs."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._modules = {}
@@ -187,7 +175,7 @@ class Expert(nn.Module, ABC):
         return twin
 
     def load(self) -> None:
-        """Builds the network and loads its weights; does nothing when it is loaded already.
+        """Build the network and load its weights, unless it is loaded.
 
         Raises:
             CheckpointError: the weights are missing, incomplete or not plain tensors.
@@ -198,7 +186,7 @@ class Expert(nn.Module, ABC):
         if self.source.path is not None:
             self.source.require()
         try:
-            actual = self.describe()  # of the source itself, where the spec holds what a checkpoint recorded
+            actual = self.describe()  # of the source itself; the spec may be a checkpoint's record
             self._check_shape((actual.width, *actual.grid))
             backbone = self.build(pretrained=True)
         except ToveError:
@@ -208,7 +196,7 @@ class Expert(nn.Module, ABC):
         left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
         if left:
             raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
-        self.backbone = backbone.to(device=self._device, dtype=self._dtype).eval().requires_grad_(False)
+        self.backbone = backbone.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
 
     def _loading_error(self, error: BaseException) -> CheckpointError:
         what = f"expert {self.name!r}: the weights of {self.source} cannot be loaded"
@@ -216,7 +204,7 @@ class Expert(nn.Module, ABC):
         while chain is not None:  # a library may have wrapped torch's refusal
             if isinstance(chain, pickle.UnpicklingError):
                 return CheckpointError(
-                    f"{what}: they are a damaged file or a pickle of more than plain tensors, which is not opened, for "
+                    f"{what}: they are a damaged file or a pickle of more than plain tensors, which is not opened: "
                     "it could run code. Convert them to safetensors"
                 )
             chain = chain.__cause__ or chain.__context__
@@ -226,17 +214,17 @@ class Expert(nn.Module, ABC):
         return CheckpointError(f"{what} ({_summary(error)}). {remedy}")
 
     def unload(self) -> None:
-        """Frees the weights; :meth:`load` brings them back."""
+        """Free the weights; :meth:`load` restores them."""
         self.backbone = None
 
     def forward(
         self, pixels: Tensor, *, prepared: Tensor | None = None, encode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """[B,3,H,W] in 0..1 (any float dtype, any size) -> [B,width,*grid] in the expert's dtype, without autograd.
+        """Map [B,3,H,W] in 0..1 (any float dtype, any size) to [B,width,*grid] in the expert's dtype, without autograd.
 
         Args:
-            prepared: what :meth:`condition` made of them, if that was done already.
-            encode: does what :meth:`features` does, in another way: its compiled form.
+            prepared: the output of :meth:`condition`, if it exists already.
+            encode: another form of :meth:`features`, such as its compiled one.
 
         Raises:
             CheckpointError: the expert is not loaded.
@@ -248,11 +236,11 @@ class Expert(nn.Module, ABC):
         return out
 
     def condition(self, pixels: Tensor, shared: dict[tuple[Any, ...], Tensor] | None = None) -> Tensor:
-        """Resizes to the expert's size and normalises: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype.
+        """Resize to the expert's size and normalise: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype.
 
         Args:
-            shared: for experts that are given the same pixels: a dict in which they find each other's results. One
-                resize then serves all experts of a size, one normalisation those that also share its constants.
+            shared: results of other experts for the same pixels. One resize then serves all experts of a size, and one
+                normalisation those that also share its constants.
         """
         shared = {} if shared is None else shared
         resized = (self.image_size, self.interpolation)
@@ -264,7 +252,7 @@ class Expert(nn.Module, ABC):
         return shared[ready]
 
     def save(self, folder: str | Path) -> Source:
-        """Writes the loaded weights to ``folder`` and returns the source that reads them from there."""
+        """Write the loaded weights to ``folder`` and return the source that reads them."""
         if not self.is_loaded:
             raise CheckpointError(f"expert {self.name!r} is not loaded; call load() before saving it by value")
         folder = Path(folder)
@@ -272,17 +260,17 @@ class Expert(nn.Module, ABC):
         return self.save_backbone(folder)
 
     def train(self, mode: bool = True) -> "Expert":
-        """Stays in eval mode: batch statistics and dropout of a frozen network never change."""
+        """Stay in eval mode: batch statistics and dropout of a frozen network never change."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Expert":
-        """Stays frozen."""
+        """Stay frozen."""
         return super().requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Expert":
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self._dtype, device=self._device))  # so that a later load() lands there too
-        self._dtype, self._device = probe.dtype, probe.device
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))  # so that a later load() goes there too
+        self.dtype, self.device = probe.dtype, probe.device
         return self
 
     def _check_shape(self, actual: tuple[int, ...]) -> None:
@@ -297,14 +285,14 @@ class Expert(nn.Module, ABC):
         own_size = self.configure()
         if self.interpolation not in _INTERPOLATIONS:
             raise ConfigError(
-                f"expert {self.name!r}: the source asks for {self.interpolation!r} resizing; experts know "
+                f"expert {self.name!r}: the source wants {self.interpolation!r} resizing; experts know "
                 f"{' and '.join(_INTERPOLATIONS)}: change it in the source's preprocessing configuration"
             )
         if self.spec.image_size is None and own_size is not None:
             self.spec = self.spec.replace(image_size=own_size)
 
     def option(self, key: str, default: Any = None) -> Any:
-        """The value of one of ``option_names`` in the spec."""
+        """Return the value of one of ``option_names`` in the spec."""
         return self.spec.options.get(key, default)
 
 
@@ -315,7 +303,7 @@ def _summary(error: BaseException) -> str:
 
 @contextmanager
 def library(source: Source, distribution: str) -> Iterator[None]:
-    """Around the import of a library that some experts alone need: made when one is used, the others do without it.
+    """Guard the import of a library that only some experts need.
 
     Raises:
         ConfigError: it cannot be imported; the message says what to install.
@@ -328,7 +316,7 @@ def library(source: Source, distribution: str) -> Iterator[None]:
 
 
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:
-    """The expert that a spec names, without weights.
+    """Build a spec's expert, without weights.
 
     Raises:
         ConfigError: unknown expert, unknown key or option, or a source scheme that the expert cannot be read from.
@@ -347,7 +335,7 @@ def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str
 
 
 def complete_specs(entries: list[Any], base_dir: str | PathLike[str] | None = None) -> list[ExpertSpec]:
-    """Specs with source, image size, width and grid filled in, as a config records them.
+    """Fill in source, image size, width and grid of specs, as a config records them.
 
     Raises:
         ConfigError: an entry is wrong, two entries share a name, or a source's configuration cannot be read.
@@ -362,7 +350,7 @@ def complete_specs(entries: list[Any], base_dir: str | PathLike[str] | None = No
 
 
 def check_names(specs: list[ExpertSpec]) -> None:
-    """Raises ConfigError when two specs share a name."""
+    """Raise ConfigError if two specs share a name."""
     names = [spec.name for spec in specs]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

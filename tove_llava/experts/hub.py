@@ -1,4 +1,4 @@
-"""All experts of a tower: built in order, run in order, frozen."""
+"""All experts of a tower, built and run in order, frozen."""
 
 import shutil
 import warnings
@@ -20,12 +20,12 @@ from tove_llava.experts.spec import ExpertSpec
 
 @dataclass
 class HubOutput:
-    """What the experts saw.
+    """Output of the experts.
 
     Attributes:
         features: name -> [B,d_k,h_k,w_k], every value finite.
-        valid: name -> [B] bool, False where an expert's output was not finite and has been zeroed: the gate has to
-            mask that expert for that image.
+        valid: name -> [B] bool, False where an expert's output was not finite and has been zeroed: the gate has to mask
+            that expert for that image.
     """
 
     features: dict[str, Tensor]
@@ -33,11 +33,11 @@ class HubOutput:
 
 
 class ExpertHub(nn.Module):
-    """Runs the experts that a list of specs names.
+    """Runs the experts of a list of specs.
 
     Args:
         specs: ExpertSpecs or their dicts; recorded width and grid are trusted until the weights are loaded.
-        base_dir: the checkpoint folder that relative sources (``hf:./experts/depth``) belong to.
+        base_dir: checkpoint folder of relative sources (``hf:./experts/depth``).
 
     Raises:
         ConfigError: an entry is wrong or two experts share a name.
@@ -55,17 +55,6 @@ class ExpertHub(nn.Module):
     def names(self) -> list[str]:
         return list(self.experts)
 
-    @property
-    def specs(self) -> list[ExpertSpec]:
-        """Completed specs in order."""
-        return [expert.spec for expert in self._all()]
-
-    def __len__(self) -> int:
-        return len(self.experts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.experts
-
     def __getitem__(self, name: str) -> Expert:
         if name not in self.experts:
             raise ConfigError(f"the tower has no expert {name!r}; it has: {', '.join(self.names) or 'none'}")
@@ -77,34 +66,35 @@ class ExpertHub(nn.Module):
         return [self[name] for name in (self.names if names is None else names)]
 
     def is_loaded(self, names: Iterable[str] | None = None) -> bool:
-        return all(expert.is_loaded for expert in self._all(names))
+        wanted = self.names if names is None else names
+        return all(name in self.experts and self[name].is_loaded for name in wanted)
 
     def load(self, names: Iterable[str] | None = None) -> None:
-        """Loads the weights of the named experts, or of all; those that are loaded stay as they are."""
+        """Load the weights of the named experts, or of all; loaded ones stay as they are."""
         for expert in self._all(names):
             expert.load()
 
     def set_attention(self, implementation: str) -> None:
-        """Has loaded experts use an attention implementation, those that know it."""
+        """Set the attention implementation of loaded experts that know it."""
         for expert in self._all():
             if expert.is_loaded:
                 expert.set_attention(implementation)
 
     def unload(self, names: Iterable[str] | None = None) -> None:
-        """Frees the weights of the named experts, or of all."""
+        """Free the weights of the named experts, or of all."""
         for expert in self._all(names):
             expert.unload()
 
     def run(self, pixels: Tensor, skip: Collection[str] = (), strict: bool = False) -> HubOutput:
-        """Runs every expert but those in ``skip``, in order.
+        """Run every expert but those in ``skip``, in order.
 
         Args:
             pixels: [B,3,H,W] in 0..1.
-            skip: detached experts; nothing of them is computed and they are absent from the result.
+            skip: detached experts, which are absent from the result.
             strict: raise on a non-finite output (training) instead of dropping the expert for that image (inference).
 
         Raises:
-            NonFiniteError: ``strict``, and an expert returned NaN or infinity; the message names it.
+            NonFiniteError: ``strict``, and an expert returned NaN or infinity.
             CheckpointError: an expert that has to run is not loaded.
         """
         for name in skip:
@@ -114,14 +104,17 @@ class ExpertHub(nn.Module):
         return self.check({name: self[name](pixels, prepared=prepared[name]) for name in names}, strict)
 
     def condition(self, pixels: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """What each of the named experts takes, from pixels [B,3,H,W] in 0..1; equal ones are one tensor."""
+        """Prepare pixels [B,3,H,W] in 0..1 for each named expert; equal results are one tensor."""
         shared: dict[tuple[Any, ...], Tensor] = {}
         return {name: self[name].condition(pixels, shared) for name in names}
 
     def check(self, features: dict[str, Tensor], strict: bool = False) -> HubOutput:
-        """Deals with values that are not finite, as :meth:`run` says; waits for the device once."""
-        valid = {name: _finite(x) for name, x in features.items()}  # [B]
-        if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops without a word, in training too
+        """Handle values that are not finite, as :meth:`run` says; waits for the device once."""
+        valid = {}
+        for name, x in features.items():
+            low, high = x.flatten(1).aminmax(dim=1)  # NaN reaches both
+            valid[name] = low.isfinite() & high.isfinite()  # [B]
+        if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops silently, in training too
             return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
         if valid and not bool(torch.stack(list(valid.values())).all()):
             features = {
@@ -141,20 +134,8 @@ class ExpertHub(nn.Module):
         warnings.warn(f"{message}; it is left out for these images", RuntimeWarning, stacklevel=3)
         return _without(x, ok)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Parameters of each loaded expert."""
-        return {e.name: sum(p.numel() for p in e.parameters()) for e in self._all() if e.is_loaded}
-
-    def memory(self) -> dict[str, int]:
-        """Bytes that the weights of each loaded expert hold."""
-        return {
-            e.name: sum(t.numel() * t.element_size() for t in (*e.parameters(), *e.buffers()))
-            for e in self._all()
-            if e.is_loaded
-        }
-
     def save(self, folder: str | Path, prefix: str = "experts") -> list[ExpertSpec]:
-        """Writes each expert to ``folder/prefix/<name>`` and returns specs whose sources point there (``./...``).
+        """Write each expert to ``folder/prefix/<name>``; return specs whose sources point there (``./...``).
 
         Raises:
             CheckpointError: an expert is not loaded.
@@ -171,12 +152,6 @@ class ExpertHub(nn.Module):
         return specs
 
 
-def _finite(x: Tensor) -> Tensor:
-    """Whether every value of an image is finite: [B,d,h,w] -> [B]. One pass, for NaN reaches both extremes."""
-    low, high = x.flatten(1).aminmax(dim=1)
-    return low.isfinite() & high.isfinite()
-
-
 def _without(x: Tensor, ok: Tensor) -> Tensor:
-    """Zeros for the images [B] that are not ok."""
+    """Zero the images [B] that are not ok."""
     return torch.where(ok.view(-1, 1, 1, 1), x, torch.zeros((), dtype=x.dtype, device=x.device))

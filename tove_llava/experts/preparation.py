@@ -1,4 +1,4 @@
-"""From a tower's pixels to what an expert takes: resizing and normalisation, on the device."""
+"""Turn a tower's pixels into an expert's input, on the device: resizing and normalisation."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -9,31 +9,31 @@ from torch import Tensor
 
 
 def unnormalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalised [B,3,H,W] of any float dtype -> float32 in 0..1."""
+    """Undo the normalisation of [B,3,H,W] of any float dtype, to float32 in 0..1."""
     scale, shift = _affine(tuple(mean), tuple(std), True, pixels.device)
     return torch.addcmul(shift, pixels.float(), scale).clamp_(0, 1)
 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """[B,3,H,W] in 0..1 -> normalised, float32."""
+    """Normalise [B,3,H,W] in 0..1, in float32."""
     scale, shift = _affine(tuple(mean), tuple(std), False, pixels.device)
     return torch.addcmul(shift, pixels, scale)
 
 
 def resize(pixels: Tensor, size: int, interpolation: str) -> Tensor:
-    """[B,3,H,W] in 0..1 -> float32 [B,3,size,size] in 0..1, antialiased; untouched where the size is right."""
+    """Resize [B,3,H,W] in 0..1 to float32 [B,3,size,size], antialiased; the right size stays untouched."""
     x = pixels.float()  # antialiased interpolation has no bf16 kernel on the CPU, and resizing wants the precision
     if x.shape[-2:] == (size, size):
         return x
     return F.interpolate(x, (size, size), mode=interpolation, align_corners=False, antialias=True).clamp_(0, 1)
 
 
-@lru_cache(maxsize=64)  # else each call would copy from host to device and wait
+@lru_cache(maxsize=64)  # without it each call would copy from host to device and wait
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], undo: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scale and shift [1,3,1,1] of a normalisation, or of its inverse."""
+    """Return scale and shift [1,3,1,1] of a normalisation, or of its inverse."""
     scale = std if undo else [1 / s for s in std]
     shift = mean if undo else [-m / s for m, s in zip(mean, std, strict=True)]
-    with torch.inference_mode(False):  # a cached tensor must be usable wherever it is asked for next
+    with torch.inference_mode(False):  # a cached tensor must be usable outside it too
         return (
             torch.tensor(scale, dtype=torch.float32, device=device).view(1, 3, 1, 1),
             torch.tensor(shift, dtype=torch.float32, device=device).view(1, 3, 1, 1),

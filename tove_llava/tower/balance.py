@@ -1,10 +1,10 @@
 """Balance loss of the gate: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
 
 ``L_aux = CV(importance)^2 + CV(load)^2`` where CV is the coefficient of variation over the attached experts,
-``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens for which expert k
-is among the chosen, under a fresh draw of its own noise.
+``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens that choose expert
+k, under a fresh draw of its own noise.
 
-Both sums are additive over images while their CV is not, so the sums travel (between the micro-batches of an
+Both sums are additive over images, but their CV is not. So the sums are added (between the micro-batches of an
 accumulation window and between ranks) and the CV is taken once, of the global batch.
 """
 
@@ -28,7 +28,7 @@ class BalanceStatistics:
         importance: ``[K]`` float32, sum of gate weights per expert. The null slot is not an expert and not in here.
         load: ``[K]`` float32, expected number of tokens that choose each expert; None when the gate has no noise.
         tokens: float32 scalar, number of tokens.
-        attached: ``[K]`` bool, experts that are compared; a detached one has no part in the coefficient of variation.
+        attached: ``[K]`` bool, experts that are compared; detached ones do not count.
     """
 
     importance: torch.Tensor
@@ -54,14 +54,14 @@ class BalanceStatistics:
         return NotImplemented
 
     def detach(self) -> BalanceStatistics:
-        """The same numbers without their graph."""
+        """Return the same numbers without their graph."""
         return replace(
             self, importance=self.importance.detach(), load=None if self.load is None else self.load.detach()
         )
 
 
 def cv_squared(values: torch.Tensor) -> torch.Tensor:
-    """Squared coefficient of variation of ``values`` ``[K]``: population variance over squared mean.
+    """Compute the squared coefficient of variation of ``[K]``: population variance over squared mean.
 
     Zero (still differentiable) for fewer than two values and for all zeros.
     """
@@ -73,7 +73,7 @@ def cv_squared(values: torch.Tensor) -> torch.Tensor:
 
 
 def balance_loss(statistics: BalanceStatistics) -> torch.Tensor:
-    """``CV(importance)^2 + CV(load)^2`` over the attached experts, a float32 scalar.
+    """Compute ``CV(importance)^2 + CV(load)^2`` over the attached experts, a float32 scalar.
 
     Without noise there is no load term. One expert, or no tokens, gives zero.
     """
@@ -86,17 +86,17 @@ def balance_loss(statistics: BalanceStatistics) -> torch.Tensor:
 def expected_load(
     clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, allowed: torch.Tensor, k: int
 ) -> torch.Tensor:
-    """Probability that a column is among the k largest when its own noise is drawn again (equation 9 of the paper).
+    """Compute each column's probability to be among the k largest if its own noise is redrawn (equation 9).
 
-    ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``, all other columns keeping the noise they have.
+    ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``, where all other columns keep their noise.
 
     Args:
         clean, noisy, std: ``[..., S]`` float32: logits without noise, with it, and the noise's standard deviation.
         allowed: bool, broadcastable to them; columns that take part. Others get probability 0.
-        k: how many columns a token chooses.
+        k: number of columns that a token chooses.
 
     Returns:
-        ``[..., S]`` float32 in 0..1. Where at most k columns take part, each of them has probability 1.
+        ``[..., S]`` float32 in 0..1. If at most k columns take part, each has probability 1.
     """
     allowed = allowed.expand_as(noisy)
     slots = noisy.shape[-1]
@@ -105,7 +105,7 @@ def expected_load(
     masked = noisy.masked_fill(~allowed, float("-inf"))
     top, index = masked.topk(k + 1, dim=-1)  # [..., k+1]
     inside = torch.zeros_like(allowed).scatter(-1, index[..., :k], True)  # [..., S]
-    # The k-th largest of the others: for a column within the top k that is the (k+1)-th of all, else the k-th.
+    # The k-th largest of the others is, for a column within the top k, the (k+1)-th of all, else the k-th.
     threshold = torch.where(inside, top[..., k : k + 1], top[..., k - 1 : k])
     bounded = threshold.isfinite()  # -inf: fewer than k others take part, so the column is always chosen
     distance = (clean - threshold.masked_fill(~bounded, 0.0)) / std
@@ -127,11 +127,11 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def all_reduce_statistics(statistics: BalanceStatistics, group: dist.ProcessGroup | None = None) -> BalanceStatistics:
-    """Sums statistics over all ranks of ``group``, differentiably. Every rank must call it, also one without images.
+    """Sum statistics over all ranks of ``group``, differentiably; every rank must call it, even without images.
 
-    Convention: each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and
-    gradients are afterwards *averaged* over ranks (as DDP and DeepSpeed do). The backward pass therefore multiplies by
-    the number of ranks, needs no communication, and the average is exactly the gradient of the global batch's loss.
+    Each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and gradients are then
+    *averaged* over ranks (as in DDP and DeepSpeed). So the backward pass multiplies by the number of ranks and needs no
+    communication, and the average is exactly the gradient of the global batch's loss.
 
     Without an initialised process group the statistics are returned as they are.
     """

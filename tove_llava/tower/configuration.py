@@ -1,4 +1,4 @@
-"""Configuration of the vision tower: what a checkpoint needs to say so that its trainable parts can be built alone."""
+"""Configuration of the vision tower, from which a checkpoint builds its trainable parts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tove_llava.experts.spec import ExpertSpec
 #: subclasses of :class:`tove_llava.tower.fusion.Fusion` by name; it lives here because a configuration asks for sizes
 FUSIONS: Registry[Any] = Registry("fusion", package="tove_llava.tower.fusion")
 
-# What transformers itself puts beside a model's own keys in a config.json or passes while loading one.
+# Keys that transformers adds to a config.json or passes while loading one.
 _LIBRARY_KEYS = {
     "_attn_implementation_internal",
     "_commit_hash",
@@ -118,16 +118,16 @@ class ToveVisionConfig(PreTrainedConfig):
         base_dir: str | os.PathLike[str] | None = None,
         **keys: Any,
     ) -> ToveVisionConfig:
-        """Reads CLIP's configuration and each expert's width and grid from their sources; loads no weights.
+        """Read CLIP's configuration and each expert's width and grid from their sources; load no weights.
 
         Args:
             clip_source: ``hf:<repository or folder>`` or ``bundled:<name>``.
             experts: :class:`~tove_llava.experts.spec.ExpertSpec` objects or their dicts.
-            base_dir: folder to which sources such as ``hf:./clip`` are relative.
+            base_dir: folder of sources such as ``hf:./clip``.
             keys: any other key of the configuration.
 
         Raises:
-            ConfigError: a wrong source, expert or key. CheckpointError: a source that is not there.
+            ConfigError: a wrong source, expert or key. CheckpointError: a missing source.
         """
         source = Source.parse(clip_source).resolve(base_dir)
         try:
@@ -143,12 +143,12 @@ class ToveVisionConfig(PreTrainedConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Its keys alone: any other attribute that it was given would be an unknown key when it is read again."""
+        """Return only the known keys: another attribute would be an unknown key for a reader."""
         known = {field.name for field in dataclasses.fields(self)} | _library_keys()
         return {key: value for key, value in super().to_dict().items() if key in known}
 
     def anchor(self, base_dir: str | os.PathLike[str]) -> None:
-        """Writes out sources that are relative to the checkpoint ``base_dir``, for use outside of it."""
+        """Make sources absolute that are relative to the checkpoint ``base_dir``."""
 
         def outside(source: str) -> str:
             return str(Source.parse(source).resolve(base_dir).absolute()) if source else source
@@ -188,19 +188,19 @@ class ToveVisionConfig(PreTrainedConfig):
             raise ConfigError(f"router_aux_loss_coef={self.router_aux_loss_coef} must not be negative")
 
     def check_expert_names(self, names: Iterable[str]) -> None:
-        """Raises ConfigError when one of ``names`` is not an expert of this tower."""
+        """Raise ConfigError if one of ``names`` is not an expert of this tower."""
         unknown = [name for name in names if name not in self.expert_names]
         if unknown:
             raise ConfigError(f"unknown expert(s) {unknown}; this tower has: {', '.join(self.expert_names) or 'none'}")
 
     @property
     def expert_names(self) -> list[str]:
-        """Names of all experts, in the order of the gate's columns."""
+        """List all experts, in the order of the gate's columns."""
         return [entry["name"] for entry in self.experts]
 
     @property
     def attached_experts(self) -> list[str]:
-        """Names of the experts that are not detached, in the order of the gate's columns."""
+        """List the experts that are not detached, in the order of the gate's columns."""
         return [name for name in self.expert_names if name not in self.detached_experts]
 
     @property
@@ -209,12 +209,12 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def lies_in_checkpoint(self) -> bool:
-        """Whether sources are relative to the checkpoint's folder, which then holds those backbones."""
+        """Tell if sources are relative to the checkpoint's folder, which then holds those backbones."""
         return any(source.is_relative for source in self._sources())
 
     @property
     def is_portable(self) -> bool:
-        """Whether the sources mean the same on another machine: none is a folder of this one."""
+        """Tell if the sources mean the same on another machine: none is a folder of this one."""
         return all(source.is_portable for source in self._sources())
 
     def _sources(self) -> list[Source]:
@@ -222,39 +222,39 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def num_clip_layers(self) -> int:
-        """How many of CLIP's layers lie below the tokens that are used, and hence are built."""
+        """Count CLIP's layers below the tokens that are used; only these are built."""
         if self.clip_layer < 0:
             return self.clip_config.num_hidden_layers + 1 + self.clip_layer
         return self.clip_layer
 
     @property
     def clip_width(self) -> int:
-        """Width d of CLIP's tokens."""
+        """Return the width d of CLIP's tokens."""
         return self.clip_config.hidden_size
 
     @property
     def hidden_size(self) -> int:
-        """Width of the tower's tokens, which LLaVA's projector takes: d, but for fusions that change it."""
+        """Return the width of the tower's tokens, the projector's input: d, unless the fusion changes it."""
         return FUSIONS.get(self.fusion).output_width(self)
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens that the language model reads of an image: N, but for fusions that add some."""
+        """Return the tokens that the language model reads of an image: N, unless the fusion adds some."""
         return FUSIONS.get(self.fusion).num_tokens(self)
 
     @property
     def grid(self) -> int:
-        """Vision tokens per side."""
+        """Return the vision tokens per side."""
         return self.clip_config.image_size // self.clip_config.patch_size
 
     @property
     def num_patches(self) -> int:
-        """N, CLIP's patch tokens per image."""
+        """Return N, CLIP's patch tokens per image."""
         return self.grid**2
 
     @property
     def patch_size(self) -> int:
-        """Pixels of ``pixel_values`` per token and side, by which LLaVA's processor counts placeholders."""
+        """Return the pixels per token and side, from which LLaVA's processor counts placeholders."""
         return self.image_size // self.grid
 
     @property
@@ -267,7 +267,7 @@ def _library_keys() -> set[str]:
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:
-    """An expert's entry as plain JSON."""
+    """Return an expert's entry as plain JSON."""
     if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
         entry = dataclasses.asdict(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):

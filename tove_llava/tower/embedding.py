@@ -1,4 +1,4 @@
-"""From an expert's feature map to hidden rows ``H_k``, one per vision token: the expert-specific first layers."""
+"""Turn an expert's feature map into hidden rows ``H_k``, one per vision token: the expert-specific first layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEM_WIDTH = 16  # channels of the stem that embeds a dense prediction
 
 
 def resample_grid(features: torch.Tensor, size: int) -> torch.Tensor:
-    """``[B,c,h,w]`` -> ``[B,c,size,size]``: bilinear, antialiased when shrinking; untouched when the size is right.
+    """Resample ``[B,c,h,w]`` to ``[B,c,size,size]``: bilinear, antialiased when shrinking.
 
     Computed in float32 (antialiasing has no bfloat16 kernel on the CPU), returned in the input's dtype.
     """
@@ -30,7 +30,7 @@ def resample_grid(features: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class ClosedLinear(nn.Linear):
-    """A linear layer that starts at zero, so that the residual branch behind it starts closed."""
+    """A linear layer that starts at zero, so that its residual branch starts closed."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -48,11 +48,11 @@ class TokenEmbedding(nn.Module):
         self.linear = nn.Linear(channels, width)
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """``[B,c,h,w]`` -> ``[B*N,c]``: what :meth:`forward` takes, one row per token."""
+        """Turn ``[B,c,h,w]`` into one row per token, ``[B*N,c]``, for :meth:`forward`."""
         return _as_rows(resample_grid(features, self.grid).flatten(2))
 
     def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
-        """``[R,c]`` -> ``[R,m]``; without the GELU where ``activate`` is False."""
+        """Map ``[R,c]`` to ``[R,m]``; without the GELU if ``activate`` is False."""
         hidden = self.linear(self.norm(rows.to(self.norm.weight.dtype)))
         return F.gelu(hidden) if activate else hidden
 
@@ -63,10 +63,9 @@ class TokenEmbedding(nn.Module):
 class MapEmbedding(nn.Module):
     """Expert-specific first layer for a dense prediction: a small convolutional stem with the tower's patch size.
 
-    A map's values are used as they are: bringing them to the order of 1 is the expert's business, it knows its units.
-    A 3x3 convolution, GELU, and a patch embedding, GELU. A map in which a whole number of cells makes up each token
-    stays at its own resolution (its patch then covers the same part of the picture); any other is brought to the
-    picture's.
+    It consists of a 3x3 convolution, GELU, a patch embedding, GELU. The map's values should be of order 1, which the
+    expert ensures. A map with a whole number of cells per token stays at its own resolution, where its patch covers the
+    same part of the image; any other is resampled to the image's.
     """
 
     def __init__(
@@ -78,23 +77,23 @@ class MapEmbedding(nn.Module):
         self.map_size = rows if native else image_size
         self.patch_size = patch_size = self.map_size // grid
         self.conv = nn.Conv2d(channels, stem_width, kernel_size=3, padding=1)
-        # A convolution of kernel and stride p, written on unfolded patches, so that tokens can be left out.
+        # A convolution of kernel and stride p on unfolded patches, so that tokens can be left out.
         self.linear = nn.Linear(stem_width * patch_size**2, width)
 
     def rows(self, features: torch.Tensor) -> torch.Tensor:
-        """``[B,c,h,w]`` -> ``[B*N, stem_width*p*p]``."""
+        """Turn ``[B,c,h,w]`` into one row per token, ``[B*N, stem_width*p*p]``, for :meth:`forward`."""
         maps = resample_grid(features, self.map_size).to(self.conv.weight.dtype)  # [B,c,S,S]
         stem = F.gelu(self.conv(maps))  # [B,s,S,S]
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
         return _as_rows(patches)
 
     def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
-        """``[R, stem_width*p*p]`` -> ``[R,m]``; without the GELU where ``activate`` is False."""
+        """Map ``[R, stem_width*p*p]`` to ``[R,m]``; without the GELU if ``activate`` is False."""
         hidden = self.linear(rows.to(self.linear.weight.dtype))
         return F.gelu(hidden) if activate else hidden
 
     def empty_rows(self, device: torch.device) -> torch.Tensor:
-        # Through the convolution too: its parameters have to be in the graph like all others.
+        # Through the convolution too: its parameters have to be in the graph as well.
         empty = torch.empty(0, self.conv.in_channels, self.map_size, self.map_size, device=device)
         return self.conv(empty.to(self.conv.weight.dtype)).reshape(0, self.linear.in_features)
 
@@ -110,7 +109,7 @@ class ExpertEmbeddings(nn.ModuleDict):
         super().__init__()
         if not config.experts:
             raise ConfigError(
-                f"fusion {config.fusion!r} needs at least one expert; for CLIP alone set fusion to 'none'"
+                f"fusion {config.fusion!r} needs at least one expert; for a tower of only CLIP set fusion to 'none'"
             )
         for spec in config.expert_specs:
             if spec.width < 1:
@@ -131,14 +130,11 @@ class ExpertEmbeddings(nn.ModuleDict):
                 self[spec.name] = TokenEmbedding(spec.width, config.projection_dim, grid=config.grid)
 
     def hidden(self, name: str, features: torch.Tensor, usable: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
-        """``H_k`` of one expert for all tokens.
+        """Compute ``H_k`` of one expert for all tokens, ``[B,N,m]``.
 
         Args:
             features: ``[B,d_k,h_k,w_k]``.
             usable: ``[B]`` bool by expert; the rows of other images are zero.
-
-        Returns:
-            ``[B,N,m]``.
         """
         embedding = self[name]
         hidden = embedding(embedding.rows(features)).unflatten(0, (len(features), -1))  # [B,N,m]
@@ -147,7 +143,7 @@ class ExpertEmbeddings(nn.ModuleDict):
         return hidden
 
     def touched(self, name: str, device: torch.device) -> torch.Tensor:
-        """Zero, through all parameters of an expert that is not computed.
+        """Return zero, computed through all parameters of an expert that is left out.
 
         In training every rank and every step has to touch the same parameters; this costs nothing.
         """
@@ -156,5 +152,5 @@ class ExpertEmbeddings(nn.ModuleDict):
 
 
 def _as_rows(columns: torch.Tensor) -> torch.Tensor:
-    """``[B,c,N]`` -> ``[B*N,c]``, laid out row by row also for one image: all rows picked out give the same bits."""
+    """Turn ``[B,c,N]`` into ``[B*N,c]``, contiguous also for one image: any selection of rows gives the same bits."""
     return columns.transpose(1, 2).flatten(0, 1).contiguous()

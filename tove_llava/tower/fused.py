@@ -1,9 +1,8 @@
-"""``sum_k G_k * GELU(z_k)``, the gate's weighted sum of the experts' hidden rows, in one pass on a GPU.
+"""Compute ``sum_k G_k * GELU(z_k)``, the gate's weighted sum of hidden rows, in one pass on a GPU.
 
 Written out, each of the K products and sums reads and writes a whole ``[R,m]`` tensor, and autograd keeps two of them
-per expert. Here the rows are read once, summed in float32 and written once, and the backward pass needs nothing but
-``z_k`` and ``G``. Only activations come in here: the linear layers that make them run as the modules that they are, so
-that ZeRO-3 gathers their weights as ever.
+per expert. Here the rows are read once, summed in float32 and written once, and the backward pass only needs ``z_k``
+and ``G``. The input is activations: the linear layers before them stay modules, so that ZeRO-3 gathers their weights.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused: bool = False) -> torch.Tensor:
-    """``sum_k gates[:, k] * GELU(hidden[k])``.
+    """Compute ``sum_k gates[:, k] * GELU(hidden[k])``.
 
     Args:
         hidden: K tensors ``[R,m]``: linear layers' outputs before their GELU.
         gates: ``[R,K]`` float32.
-        fused: by one kernel, where :func:`supports_fused` says that there is one for these tensors.
+        fused: use one kernel, if :func:`supports_fused`.
 
     Returns:
         ``[R,m]`` in the dtype of ``hidden``.
@@ -43,8 +42,7 @@ def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused
 
 
 def supports_fused(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> bool:
-    """Whether the kernel can be used: everything on one GPU, one dtype, and Triton there. ``torch.compile`` fuses
-    the plain form itself."""
+    """Tell if the kernel can be used: one GPU, one dtype, and Triton; ``torch.compile`` fuses the plain form itself."""
     first = hidden[0]
     return (
         first.is_cuda
@@ -60,7 +58,7 @@ def supports_fused(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
-    """The kernels' module; None without Triton, and in a model that was exported with its code, which has it not."""
+    """Import the kernels' module; None without Triton, and in a model exported with its code."""
     try:
         return importlib.import_module(_KERNELS)
     except ImportError:

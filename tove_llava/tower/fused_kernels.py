@@ -49,7 +49,7 @@ def _backward_kernel(
 
 
 def forward(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor:
-    """K contiguous ``[R,m]`` and ``[R,K]`` float32 -> ``[R,m]``."""
+    """Map K contiguous ``[R,m]`` and ``[R,K]`` float32 to ``[R,m]``."""
     rows, columns = hidden[0].shape
     out = torch.empty_like(hidden[0])
     grid = (triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS))
@@ -60,7 +60,7 @@ def forward(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> torch.Tensor
 def backward(
     hidden: Sequence[torch.Tensor], gates: torch.Tensor, grad: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """Gradients of the K ``hidden`` and of ``gates``."""
+    """Compute the gradients of the K ``hidden`` and of ``gates``."""
     rows, columns = hidden[0].shape
     d_hidden, d_gates = tuple(torch.empty_like(z) for z in hidden), torch.empty_like(gates)
     grid = (triton.cdiv(rows, _ROWS),)

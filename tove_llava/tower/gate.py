@@ -1,4 +1,4 @@
-"""The token-aware gate: for every vision token, how much of each expert it receives."""
+"""The token-aware gate: each vision token's weight for each expert."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from tove_llava.tower.balance import expected_load
 
 
 class GateOutput(NamedTuple):
-    """What the gate decided; S = K experts, plus one when there is a null slot (the last column).
+    """The gate's decision; S = K experts, plus one with a null slot (the last column).
 
-    A tuple rather than a dataclass because DeepSpeed looks for tensors in tuples.
+    A tuple rather than a dataclass, because DeepSpeed looks for tensors in tuples.
 
     Args:
         weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed (or to the probability of the
             selected columns, for a gate with ``keep_probability``).
         logits: ``[B,N,S]`` float32, before noise and masks.
         selected: ``[B,N,S]`` bool: allowed, and among the top k.
-        load: ``[B,N,S]`` float32, probability of being chosen if the column's noise is drawn again; None without noise.
+        load: ``[B,N,S]`` float32, probability of being chosen if the column's noise is redrawn; None without noise.
     """
 
     weights: torch.Tensor
@@ -29,10 +29,10 @@ class GateOutput(NamedTuple):
 
 
 class Float32Linear(nn.Module):
-    """A bias-free linear map computed in float32 whatever the dtype of weights, inputs and autocast.
+    """A bias-free linear map computed in float32, whatever the dtype of weights, inputs and autocast.
 
-    Not an ``nn.Linear``, so that sweeps for LoRA targets or quantisable layers pass it by. The weight is used inside
-    this module's own forward, where ZeRO-3 gathers it.
+    It is no ``nn.Linear``, so sweeps for LoRA targets or quantisable layers skip it. The weight is used inside this
+    module's own forward, where ZeRO-3 gathers it.
     """
 
     def __init__(self, in_features: int, out_features: int, *, std: float) -> None:
@@ -47,14 +47,14 @@ class Float32Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            # One product a column: a matrix product's last bits depend on how many columns it has, and a gate from
-            # which columns were removed has to give the others exactly what they were. Not by F.linear: DeepSpeed
-            # replaces it under ZeRO-3 by one whose backward pass takes matrices only.
+            # One product a column: a matrix product's last bits depend on its number of columns, and removing columns
+            # from a gate must not change the others. Not F.linear: DeepSpeed replaces it under ZeRO-3 by one whose
+            # backward pass takes matrices only.
             return torch.stack([x @ column for column in self.weight.float()], dim=-1)
 
 
 class Float32LayerNorm(nn.Module):
-    """Layer normalisation computed and returned in float32 whatever the dtype of weights, inputs and autocast."""
+    """Layer normalisation in float32, whatever the dtype of weights, inputs and autocast."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class Float32LayerNorm(nn.Module):
 class TokenGate(nn.Module):
     """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)``, masked columns at -inf (Shazeer et al. 2017, 2.1).
 
-    All of it in float32: a gate decides by small differences, and a recomputation from the same T and eps has to give
-    the same G whatever the autocast around it.
+    All of it is float32: a gate decides by small differences, and a recomputation from the same T and eps has to give
+    the same G under any autocast.
 
     Args:
         width: d, width of a token.
         slots: S, number of columns.
-        noisy: whether there is a trainable noise scale.
+        noisy: with a trainable noise scale.
         top_k: keep the k largest logits of a token before the softmax; None keeps all.
-        keep_probability: take the softmax over all allowed columns and keep the top k of it, not made to sum to 1.
+        keep_probability: keep the top k of a softmax over all allowed columns, without making them sum to 1.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class TokenGate(nn.Module):
         self.top_k = top_k
         self.keep_probability = keep_probability
         self.norm = Float32LayerNorm(width)
-        # Nearly even weights at the start. Shazeer et al. use zeros; a tie without noise, though, would send every
-        # token to the same top k.
+        # Nearly even weights at the start. Shazeer et al. use zeros, but a tie without noise would send every token to
+        # the same top k.
         self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 
@@ -102,13 +102,13 @@ class TokenGate(nn.Module):
         """
         Args:
             tokens: ``[B,N,d]``.
-            allowed: ``[B,S]`` bool, columns that may be used for an image.
+            allowed: ``[B,S]`` bool, usable columns of an image.
             eps: ``[B,N,S]`` standard normal noise, or None for a gate without noise.
         """
         allowed = allowed[:, None, :].expand(-1, tokens.shape[1], -1)  # [B,N,S]
         normed = self.norm(tokens)
         logits = self.score(normed)
-        # The noise scale is computed also when no noise is wanted in training: every step touches the same parameters.
+        # The noise scale is computed even without noise: in training every step touches the same parameters.
         std = F.softplus(self.noise(normed)) if self.noise is not None else None
         noisy, load = logits, None
         if std is not None and eps is not None:
@@ -126,7 +126,7 @@ class TokenGate(nn.Module):
 
 
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Softmax over the True columns; exactly 0 elsewhere, and all 0 (not NaN) in a row without any."""
+    """Compute the softmax over the True columns; exactly 0 elsewhere, and in a row without any."""
     empty = ~mask.any(dim=-1, keepdim=True)
     weights = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)
     return weights.masked_fill(~mask, 0.0)

@@ -1,4 +1,4 @@
-"""The vision tower as a transformers model: frozen backbones, one trainable fusion."""
+"""The vision tower as a transformers model: frozen backbones and one trainable fusion."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class ToveVisionOutput(ModelOutput):
         hidden_states: ``(last_hidden_state,)``, which ``vision_feature_layer=-1`` indexes.
         routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
         gate_logits: ``[B,N,S]`` float32, before noise and masks.
-        gate_inputs: what ``tower.fusion.balance_statistics`` takes; in training alone.
-        merge_loss: ``[B]`` float32, set while the tower is merged (:mod:`tove_llava.train.merging`).
+        gate_inputs: input of ``tower.fusion.balance_statistics``; only in training.
+        merge_loss: ``[B]`` float32, while the tower is merged (:mod:`tove_llava.train.merging`).
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -46,10 +46,10 @@ class ToveVisionOutput(ModelOutput):
 
 
 class ToveVisionModel(PreTrainedModel):
-    """CLIP-normalised ``pixel_values`` [B,3,S,S] -> tokens [B,N,d] that carry the experts' knowledge.
+    """Maps CLIP-normalised ``pixel_values`` [B,3,S,S] to tokens [B,N,d] that carry the experts' knowledge.
 
     ``fusion`` is the only registered submodule: everything trainable, and nothing else. ``frozen`` holds CLIP and the
-    experts, which :meth:`load_backbones` brings in; before that the tower refuses to run.
+    experts, which :meth:`load_backbones` loads; before that the tower refuses to run.
     """
 
     config: ToveVisionConfig
@@ -67,7 +67,7 @@ class ToveVisionModel(PreTrainedModel):
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
         self.fusion: Fusion = FUSIONS.get(config.fusion)(config)
-        # Follows moves and casts also where the fusion has no parameters, so that backbones loaded later go along.
+        # Follows moves and casts even if the fusion has no parameters, for backbones that are loaded later.
         self.register_buffer("_placement", torch.zeros(0), persistent=False)
         self.frozen = FrozenBackbones(config)
         self.post_init()
@@ -90,7 +90,7 @@ class ToveVisionModel(PreTrainedModel):
         return self
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """As transformers'. CLIP and the experts follow with the next image."""
+        """Set the attention implementation; CLIP and the experts follow with the next image."""
         with clip_follows(self.config, attn_implementation):
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -102,7 +102,7 @@ class ToveVisionModel(PreTrainedModel):
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Loads the trainable part of a checkpoint, then CLIP and the experts from the sources it records.
+        """Load the trainable part of a checkpoint, then CLIP and the experts from its recorded sources.
 
         Args:
             load_backbones: False leaves them out; the tower then refuses to run until :meth:`load_backbones`.
@@ -116,7 +116,7 @@ class ToveVisionModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
     ) -> None:
-        """Saves the trainable part and the configuration; the backbones as :meth:`save_parts` says."""
+        """Save the trainable part and the configuration; the backbones as :meth:`save_parts` says."""
         own, state = self.config, dict(kwargs.pop("state_dict", None) or self.state_dict())
         self.config, state = self.save_parts(save_directory, state, "", self_contained)
         try:
@@ -125,15 +125,15 @@ class ToveVisionModel(PreTrainedModel):
             self.config = own
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """As transformers'. A repository of the tower alone names its backbones by their sources.
+        """Upload the tower, which names its backbones by their sources.
 
         Raises:
             CheckpointError: a source is a folder of this machine.
         """
         if not self.config.is_portable:
             raise CheckpointError(
-                "the tower's backbones are folders of this machine, which others do not have. Push the LLaVA that it "
-                "belongs to, which takes them along, or upload a folder written by save_pretrained(self_contained=True)"
+                "the tower's backbones are folders of this machine, which others lack. Push its LLaVA, which includes "
+                "them, or upload a folder written by save_pretrained(self_contained=True)"
             )
         return super().push_to_hub(repo_id, **kwargs)
 
@@ -141,22 +141,22 @@ class ToveVisionModel(PreTrainedModel):
 
     @property
     def active_experts(self) -> list[str]:
-        """Experts that a forward pass runs."""
+        """List the experts that a forward pass runs."""
         return self.config.attached_experts if self.fusion.uses_experts else []
 
     @property
     def is_loaded(self) -> bool:
-        """Whether CLIP and every active expert are in memory."""
+        """Tell if CLIP and every active expert are in memory."""
         return self.frozen.is_loaded(self.active_experts)
 
     def load_backbones(
         self, names: Iterable[str] | None = None, *, base_dir: str | os.PathLike[str] | None = None
     ) -> ToveVisionModel:
-        """Loads CLIP and experts from their recorded sources, to this module's device and dtype.
+        """Load CLIP and experts from their recorded sources, to this module's device and dtype.
 
         Args:
-            names: experts to load; all active ones by default. Loaded ones are left alone.
-            base_dir: checkpoint folder to which sources such as ``hf:./backbones/clip`` are relative.
+            names: experts to load; all active ones by default. Loaded ones stay as they are.
+            base_dir: checkpoint folder of sources such as ``hf:./backbones/clip``.
 
         Raises:
             CheckpointError: weights are missing, incomplete or of another model.
@@ -170,7 +170,7 @@ class ToveVisionModel(PreTrainedModel):
         return self
 
     def save_backbones(self, folder: str | os.PathLike[str]) -> ToveVisionConfig:
-        """Writes CLIP and every expert to ``folder/backbones/<name>``, for a self-contained checkpoint in ``folder``.
+        """Write CLIP and every expert to ``folder/backbones/<name>``.
 
         Returns:
             A copy of the configuration whose sources point there, relative to ``folder``. The caller saves it.
@@ -178,7 +178,7 @@ class ToveVisionModel(PreTrainedModel):
         Raises:
             CheckpointError: an expert, attached or not, is not in memory or cannot be saved by value.
         """
-        if self.frozen.clip is None or self.frozen.hub is None:
+        if self.frozen.clip is None or self.frozen.hub.names != self.config.expert_names:
             raise CheckpointError("the tower's backbones are not loaded; call load_backbones() before saving them")
         target = Path(folder) / "backbones"
         config = ToveVisionConfig.from_dict(self.config.to_dict())
@@ -191,16 +191,16 @@ class ToveVisionModel(PreTrainedModel):
     def save_parts(
         self, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor], prefix: str, self_contained: bool
     ) -> tuple[ToveVisionConfig, dict[str, torch.Tensor]]:
-        """What a checkpoint in ``folder`` holds of the tower beside its trained tensors.
+        """Write the tower's part of a checkpoint in ``folder``, apart from its trained tensors.
 
         Args:
             trained: trained tensors of the whole model by name.
             prefix: of this tower's names among them.
-            self_contained: write the backbones. They are written in any case when they came with the checkpoint that
-                this tower was loaded from: its configuration names them by paths inside a folder.
+            self_contained: write the backbones. They are always written if they came with the checkpoint that this
+                tower was loaded from: its configuration names them by paths inside a folder.
 
         Returns:
-            the configuration to save, and the tensors that are left to be saved.
+            The configuration and the tensors that the caller has to save.
 
         Raises:
             CheckpointError: backbones have to be written that are not in memory.
@@ -209,10 +209,7 @@ class ToveVisionModel(PreTrainedModel):
         return self.save_backbones(folder) if by_value else self.config, dict(trained)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """One image of zeros, as arguments of the model's ``forward``.
-
-        Given as the frozen encoders' output: they need not run for it.
-        """
+        """Return arguments of the model's ``forward`` for one image of zeros, for which no encoder runs."""
         config = self.config
         specs = [spec for spec in config.expert_specs if spec.name in self.active_experts]
         features = TowerFeatures(
@@ -222,11 +219,11 @@ class ToveVisionModel(PreTrainedModel):
         return {"vision_features": features}
 
     def detach_experts(self, names: str | Iterable[str], *, free: bool = False) -> None:
-        """Takes experts out: they are not computed any more, and the gate renormalises over the rest.
+        """Take experts out: they are not computed any more, and the gate renormalises over the rest.
 
         Args:
-            names: one name or several. Naming one that is detached already is fine.
-            free: also give back their memory; ``load_backbones`` brings them back.
+            names: one name or several, detached already or not.
+            free: also free their memory; ``load_backbones`` restores them.
         """
         names = [names] if isinstance(names, str) else list(names)
         self.config.check_expert_names(names)
@@ -236,10 +233,10 @@ class ToveVisionModel(PreTrainedModel):
             self.frozen.unload(names)
 
     def attach_experts(self, names: str | Iterable[str]) -> None:
-        """Undoes :meth:`detach_experts`.
+        """Undo :meth:`detach_experts`.
 
         Raises:
-            CheckpointError: an expert's memory was freed (or never loaded) while the others' is there.
+            CheckpointError: an expert is not in memory, but the others are.
         """
         names = [names] if isinstance(names, str) else list(names)
         self.config.check_expert_names(names)
@@ -251,20 +248,21 @@ class ToveVisionModel(PreTrainedModel):
 
     @property
     def execution(self) -> str:
-        """How CLIP and the experts are run; see :meth:`set_execution`."""
+        """Return the name of the execution; see :meth:`set_execution`."""
         return self.frozen.execution.name
 
     def set_execution(self, name: str) -> ToveVisionModel:
-        """Chooses how CLIP and the experts are run; the results are equal up to rounding.
+        """Choose how CLIP and the experts run; the results are equal up to rounding.
 
         Args:
             name: ``"eager"``, one after another (default). ``"concurrent"``: on a GPU side by side, as a CUDA graph,
-                with the gate's weighted sum as one kernel; on the CPU as eager. ``"compiled"``: as that on a GPU, and
-                on threads that share the cores on the CPU; ``torch.compile`` compiles each encoder at the first image.
+                with the gate's weighted sum as one kernel; on the CPU like eager. ``"compiled"``: like concurrent on a
+                GPU, and in threads that share the cores on the CPU; ``torch.compile`` compiles each encoder at the
+                first image.
 
-        What is recorded or compiled is for one batch size; the tower pads a batch up to one that it has, and makes it
-        anew after moves, casts and changes of weights through the tower's own methods. After writing into the frozen
-        weights by hand call this again.
+        A graph or compiled encoder serves one batch size; the tower pads smaller batches. Both are made again after
+        moves, casts and changes of weights through the tower's own methods. After writing into the frozen weights by
+        hand call this again.
 
         Raises:
             ConfigError: an unknown name.
@@ -276,14 +274,14 @@ class ToveVisionModel(PreTrainedModel):
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def encode(self, pixel_values: torch.Tensor) -> TowerFeatures:
-        """Runs CLIP and the active experts without autograd.
+        """Run CLIP and the active experts without autograd.
 
         Args:
             pixel_values: ``[B,3,S,S]`` CLIP-normalised, S the configuration's ``image_size``.
 
         Raises:
             CheckpointError: backbones are not loaded.
-            NonFiniteError: in training mode, an expert returned NaN or infinity. In eval mode that expert is left out
+            NonFiniteError: in training mode, an expert returned NaN or infinity. In eval mode that expert is dropped
                 for that image, with a warning.
         """
         if not self.is_loaded:
@@ -295,16 +293,16 @@ class ToveVisionModel(PreTrainedModel):
         return self.frozen.encode(pixel_values, self.active_experts, strict=self.training)
 
     def fuse(self, features: TowerFeatures, gate_noise: torch.Tensor | None = None) -> ToveVisionOutput:
-        """The trainable part.
+        """Run the trainable part.
 
         Args:
-            features: what :meth:`encode` returned; it may hold more experts than are attached.
-            gate_noise: ``[B,N,S]`` standard normal noise of the gate instead of a fresh draw, e.g. the share of this
-                rank in a draw for the global batch. Used in training mode only.
+            features: output of :meth:`encode`, which may hold more experts than are attached.
+            gate_noise: ``[B,N,S]`` standard normal noise of the gate instead of a fresh draw, e.g. this rank's share of
+                a draw for the global batch. Used in training mode only.
         """
         missing = [name for name in self.active_experts if name not in features.experts]
         if missing:
-            raise ConfigError(f"the features hold nothing of the attached expert(s) {missing}; encode the images again")
+            raise ConfigError(f"the features lack the attached expert(s) {missing}; encode the images again")
         fused = self.fusion(features.base, features.experts, noise=gate_noise, usable=features.usable)
         return ToveVisionOutput(
             last_hidden_state=fused.tokens,
@@ -327,22 +325,28 @@ class ToveVisionModel(PreTrainedModel):
         """
         Args:
             pixel_values: ``[B,3,S,S]``, or None when ``features`` are given.
-            features: what :meth:`encode` returned, instead of ``pixel_values``.
+            features: output of :meth:`encode`, instead of ``pixel_values``.
             gate_noise: see :meth:`fuse`.
-            output_hidden_states: a flag, or, as LLaVA passes it, the layer or layers that it will index. There is one
-                hidden state, so the index must be -1 (or 0).
+            output_hidden_states: a flag, or the layer or layers that LLaVA will index. There is one hidden state, so
+                the index must be -1 (or 0).
 
         Raises:
             ConfigError: another layer is asked for, or not exactly one of ``pixel_values`` and ``features`` is given.
         """
-        _check_layers(output_hidden_states)
+        layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states or []
+        if any(layer not in (-1, 0) for layer in layers if not isinstance(layer, bool)):
+            raise ConfigError(
+                f"vision_feature_layer={output_hidden_states} does not exist in a ToVE tower, which returns one hidden "
+                "state (the tower's clip_layer chooses CLIP's layer). Set vision_feature_layer=-1, "
+                "vision_feature_select_strategy='full'."
+            )
         if (pixel_values is None) == (features is None):
             raise ConfigError("give exactly one of pixel_values and features to the tower")
         output = self.fuse(features if features is not None else self.encode(pixel_values), gate_noise)
         return output if return_dict is not False else output.to_tuple()
 
     def balance_loss(self, gate_inputs: GateInputs | None) -> torch.Tensor | None:
-        """Balance loss of one batch on one process, not yet multiplied by its coefficient; None without a gate.
+        """Compute the balance loss of one batch on one process, before its coefficient; None without a gate.
 
         For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance`.
         """
@@ -352,9 +356,9 @@ class ToveVisionModel(PreTrainedModel):
 
 @contextmanager
 def clip_follows(config: ToveVisionConfig, attn_implementation: str | dict[str, Any]) -> Iterator[None]:
-    """While transformers sets an attention implementation: CLIP's configuration has it already.
+    """Give CLIP's configuration an attention implementation before transformers sets it.
 
-    Else transformers would look for CLIP among the submodules, and warn that it finds none.
+    Otherwise transformers would look for CLIP among the submodules, and warn that it finds none.
     """
     clip = config.clip_config
     before = clip._attn_implementation
@@ -367,17 +371,6 @@ def clip_follows(config: ToveVisionConfig, attn_implementation: str | dict[str, 
         raise
 
 
-def local_folder(place: str | os.PathLike[str] | None) -> str | None:
-    """What ``from_pretrained`` was given, where it is a folder."""
-    return None if place is None or not os.path.isdir(place) else os.fspath(place)
-
-
-def _check_layers(selection: bool | int | list[int] | tuple[int, ...] | None) -> None:
-    if selection is None or isinstance(selection, bool):
-        return
-    layers = [selection] if isinstance(selection, int) else list(selection)
-    if any(layer not in (-1, 0) for layer in layers):
-        raise ConfigError(
-            f"vision_feature_layer={selection} does not exist in a ToVE tower, which returns one hidden state (CLIP's "
-            "layer is the tower's clip_layer). Set vision_feature_layer=-1, vision_feature_select_strategy='full'."
-        )
+def local_folder(name: str | os.PathLike[str] | None) -> str | None:
+    """Return the argument of ``from_pretrained`` if it is a folder, else None."""
+    return None if name is None or not os.path.isdir(name) else os.fspath(name)

@@ -1,4 +1,4 @@
-"""Every expert alike: ``T' = T + W_o( mean_k H_k )``. ToVE without its gate."""
+"""Equal weights of all experts: ``T' = T + W_o( mean_k H_k )``, ToVE without its gate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tove_llava.tower.fusion.base import Fusion, FusionOutput
 
 @FUSIONS.register("add")
 class AddFusion(Fusion):
-    """First layers and output layer as in ``tove``; the mean is over the experts that are usable for an image."""
+    """``tove``'s first layers and output layer, and the mean over the experts that are usable for an image."""
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
@@ -34,7 +34,7 @@ class AddFusion(Fusion):
         for hidden in self._weighted(experts, usable).values():
             total = total + hidden
         if self.training:
-            for name in set(self.config.expert_names) - set(self.config.attached_experts):
+            for name in self.config.detached_experts:  # in one order on every rank
                 total = total + self.embeddings.touched(name, base.device).to(total.dtype)
         return FusionOutput(tokens=base + self.output(total).to(base.dtype))
 
@@ -50,7 +50,7 @@ class AddFusion(Fusion):
     def _weighted(
         self, experts: Mapping[str, torch.Tensor], usable: Mapping[str, torch.Tensor] | None
     ) -> dict[str, torch.Tensor]:
-        """``H_k / number of usable experts``, ``[B,N,m]`` by attached expert."""
+        """Compute ``H_k / number of usable experts``, ``[B,N,m]`` by attached expert."""
         names = self.config.attached_experts
         hidden = {name: self.embeddings.hidden(name, experts[name], usable) for name in names}
         count: torch.Tensor | int = len(names)

@@ -1,4 +1,4 @@
-"""The contract of a fusion: everything trainable of a tower is in one such module, and nothing else is."""
+"""The contract of a fusion, the module that holds everything trainable of a tower."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tove_llava.tower.configuration import ToveVisionConfig
 
 
 class GateInputs(NamedTuple):
-    """All that is needed to compute a gate again: the accumulation window's balance loss does so.
+    """The inputs of a gate, kept to compute it again for the accumulation window's balance loss.
 
     Args:
         tokens: ``[B,N,d]`` CLIP's tokens, without graph.
-        noise: ``[B,N,S]`` float32 standard normal, or None when the gate ran without noise.
-        usable: ``[B,K]`` bool, False where an expert was dropped for an image; None when none was.
+        noise: ``[B,N,S]`` float32 standard normal, or None for a gate that ran without noise.
+        usable: ``[B,K]`` bool, False for an expert that was dropped for an image; None if none was.
     """
 
     tokens: torch.Tensor
@@ -34,7 +34,7 @@ class FusionOutput(NamedTuple):
         tokens: ``[B,M,w]``, in the dtype of CLIP's tokens; ``[B,N,d]`` for a fusion that keeps their shape.
         routing: ``[B,N,S]`` float32 gate weights, or None for a fusion without a gate.
         gate_logits: ``[B,N,S]`` float32 before noise and masks, or None.
-        gate_inputs: what :meth:`Fusion.balance_statistics` takes, or None for a fusion without a gate.
+        gate_inputs: input of :meth:`Fusion.balance_statistics`, or None for a fusion without a gate.
     """
 
     tokens: torch.Tensor
@@ -46,12 +46,12 @@ class FusionOutput(NamedTuple):
 class Fusion(nn.Module, ABC):
     """Base class; a subclass registers itself with ``@FUSIONS.register(name)`` and takes the tower's configuration.
 
-    ``config.detached_experts`` may change at any time; a fusion reads it at every call. Layers own their initial
-    values: each one with parameters has a ``reset_parameters``, which uses ``torch.nn.init``.
+    ``config.detached_experts`` may change at any time, so a fusion reads it at every call. Each layer with parameters
+    sets its initial values in ``reset_parameters``, with ``torch.nn.init``.
     """
 
     uses_experts: ClassVar[bool] = True
-    fused: bool = False  # use kernels that do several steps at once, where a fusion has them and the device can
+    fused: bool = False  # use fused kernels, if the fusion has them and the device runs them
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__()
@@ -59,20 +59,16 @@ class Fusion(nn.Module, ABC):
 
     @classmethod
     def output_width(cls, config: ToveVisionConfig) -> int:
-        """Width w of a token that the fusion returns."""
+        """Return the width w of the fusion's tokens."""
         return config.clip_width
 
     @classmethod
     def num_tokens(cls, config: ToveVisionConfig) -> int:
-        """How many tokens M it returns for an image; may depend on which experts are attached."""
+        """Return the number M of tokens of an image, which may depend on the attached experts."""
         return config.num_patches
 
     def options(self, **defaults: Any) -> dict[str, Any]:
-        """``config.fusion_options`` over ``defaults``.
-
-        Raises:
-            ConfigError: an option that is not among the defaults.
-        """
+        """Return ``config.fusion_options`` over ``defaults``; ConfigError for an option without a default."""
         given = self.config.fusion_options or {}
         unknown = sorted(set(given) - set(defaults))
         if unknown:
@@ -104,17 +100,17 @@ class Fusion(nn.Module, ABC):
         *,
         usable: Mapping[str, torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """What each attached expert adds to the tokens, without noise: ``[B,N,d]`` by expert (``G_k P_k`` for ToVE).
+        """Compute each attached expert's addition to the tokens, without noise: ``[B,N,d]`` (ToVE's ``G_k P_k``).
 
         Empty for a fusion that does not add. Arguments as in :meth:`forward`.
         """
         return {}
 
     def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics | None:
-        """Statistics of the balance loss, recomputed with gradients from a gate's inputs; None without a gate.
+        """Recompute the balance loss's statistics, with gradients, from a gate's inputs; None without a gate.
 
-        The inputs of several batches in a list are computed in one pass of the gate, so that ranks whose windows hold
-        different numbers of batches with images still run the gate equally often, as ZeRO-3 needs. ``None`` (or an
-        empty list) gives the statistics of no image at all; it touches the same parameters.
+        A list of several batches' inputs takes one pass of the gate, so that ranks whose windows hold different numbers
+        of batches with images run the gate equally often, as ZeRO-3 needs. ``None`` (or an empty list) gives the
+        statistics of no image; it touches the same parameters.
         """
         return None

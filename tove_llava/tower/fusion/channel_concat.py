@@ -1,7 +1,7 @@
-"""Experts beside CLIP along the channels: ``T' = [T, H_1, ..., H_K]``, which the projector mixes.
+"""Experts next to CLIP along the channels: ``T' = [T, H_1, ..., H_K]``, which the projector mixes.
 
-The way of DeepSeek-VL (arXiv 2403.05525), Eagle (arXiv 2408.15998) and Florence-VL (arXiv 2412.04424). As many tokens
-as CLIP's, each ``d + K m`` wide.
+So do DeepSeek-VL (arXiv 2403.05525), Eagle (arXiv 2408.15998) and Florence-VL (arXiv 2412.04424). The number of tokens
+stays, and each is ``d + K m`` wide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tove_llava.tower.fusion.base import Fusion, FusionOutput
 
 @FUSIONS.register("channel_concat")
 class ChannelConcatFusion(Fusion):
-    """First layers as in ``tove``. The channels of a detached expert are zero."""
+    """``tove``'s first layers; the channels of a detached expert are zero."""
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
-"""The gated knowledge in place of CLIP's tokens: what ToVE would be without the residual.
+"""The gated knowledge instead of CLIP's tokens: ToVE without the residual.
 
-``T' = W_o( sum_k G_k * H_k )``. The gate still reads CLIP's tokens; with a single expert it has nothing to decide, so
-the tower is then that expert without CLIP.
+``T' = W_o( sum_k G_k * H_k )``. The gate still reads CLIP's tokens. With a single expert it decides nothing, and the
+tower is that expert without CLIP.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ from tove_llava.tower.fusion.tove import ToveFusion
 
 @FUSIONS.register("replace")
 class ReplaceFusion(ToveFusion):
-    """As ``tove``, but nothing of CLIP's tokens is kept, so the output layer cannot start at zero.
-
-    With every expert detached the tokens are zero.
-    """
+    """``tove`` without CLIP's tokens, so the output layer cannot start at zero; they are zero without experts."""
 
     output_layer = nn.Linear
 

@@ -1,6 +1,6 @@
-"""Experts' tokens behind CLIP's in the language model's sequence, as Prismer has them (arXiv 2303.02506).
+"""Experts' tokens after CLIP's in the language model's sequence, as in Prismer (arXiv 2303.02506).
 
-``T' = [T ; W_o pool(H_1) ; ... ; W_o pool(H_K)]`` along the sequence. Prismer brings the experts to a fixed number of
+``T' = [T ; W_o pool(H_1) ; ... ; W_o pool(H_K)]`` along the sequence. Prismer reduces the experts to a fixed number of
 tokens with a resampler; here their grid is averaged over ``pool x pool`` cells (``fusion_options: {pool: 2}``; 1 keeps
 every token).
 """
@@ -23,11 +23,7 @@ POOL = 2
 
 @FUSIONS.register("sequence_append")
 class SequenceAppendFusion(Fusion):
-    """First layers as in ``tove``, the output layer from torch's own start. A detached expert has no tokens.
-
-    Raises:
-        ConfigError: ``pool`` does not divide the token grid's side.
-    """
+    """``tove``'s first layers, and an output layer with torch's initial values; a detached expert has no tokens."""
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
@@ -59,8 +55,7 @@ class SequenceAppendFusion(Fusion):
             pooled = F.avg_pool2d(maps, self.pool).flatten(2).transpose(1, 2)  # [B,n,m]
             parts.append(self.output(pooled).to(base.dtype))  # [B,n,d]
         if self.training:
-            detached = [name for name in self.config.expert_names if name not in self.config.attached_experts]
-            for name in detached:
+            for name in self.config.detached_experts:
                 parts[0] = parts[0] + self.embeddings.touched(name, base.device).to(base.dtype)
             nothing = torch.zeros(0, self.config.projection_dim, device=base.device, dtype=self.output.weight.dtype)
             parts[0] = parts[0] + self.output(nothing).sum().to(base.dtype)  # also with every expert detached

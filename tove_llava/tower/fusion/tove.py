@@ -39,7 +39,7 @@ class ToveFusion(Fusion):
         return TokenGate(self.config.clip_width, slots, noisy=self.config.noisy_gating, top_k=self.config.top_k)
 
     def combine(self, base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        """CLIP's tokens ``[B,N,d]`` and the knowledge for them ``[B,N,d]`` -> the tower's tokens ``[B,N,d]``."""
+        """Combine CLIP's tokens ``[B,N,d]`` with the knowledge for them ``[B,N,d]``."""
         return base + delta
 
     def forward(
@@ -61,7 +61,11 @@ class ToveFusion(Fusion):
             usable=self._usable(batch, base.device, usable),
         )
         gate = self._gate(inputs)
-        mixed = self._mix(base, experts, gate)  # [B*N,m]
+        sparse = self.gate.top_k is not None and self.gate.top_k < self.gate.slots
+        mixed = (self._mix_selected if sparse else self._mix_all)(base, experts, gate)  # [B*N,m]
+        if self.training:
+            for name in self.config.detached_experts:  # in one order on every rank
+                mixed = mixed + self.embeddings.touched(name, base.device).to(mixed.dtype)
         delta = self.output(mixed)  # [B*N,d]
         return FusionOutput(
             tokens=self.combine(base, delta.view_as(base).to(base.dtype)),
@@ -115,14 +119,9 @@ class ToveFusion(Fusion):
         usable = None
         if any(part.usable is not None for part in inputs):
             experts = len(self.config.experts)
-            usable = torch.cat(
-                [
-                    torch.ones(len(part.tokens), experts, dtype=torch.bool, device=device)
-                    if part.usable is None
-                    else part.usable
-                    for part in inputs
-                ]
-            )
+            ones = [torch.ones(len(part.tokens), experts, dtype=torch.bool, device=device) for part in inputs]
+            marks = zip(inputs, ones, strict=True)
+            usable = torch.cat([every if part.usable is None else part.usable for part, every in marks])
         return GateInputs(
             tokens=torch.cat([part.tokens for part in inputs]),
             noise=torch.cat(noise) if noise else None,
@@ -146,7 +145,7 @@ class ToveFusion(Fusion):
     def _usable(
         self, batch: int, device: torch.device, usable: Mapping[str, torch.Tensor] | None
     ) -> torch.Tensor | None:
-        """``[B,K]`` bool, or None when every expert is usable for every image."""
+        """Return ``[B,K]`` bool, or None if every expert is usable for every image."""
         if not usable:
             return None
         everywhere = torch.ones(batch, dtype=torch.bool, device=device)
@@ -161,38 +160,23 @@ class ToveFusion(Fusion):
             allowed = allowed & torch.cat([inputs.usable, null], dim=1)
         return self.gate(inputs.tokens, allowed, inputs.noise)
 
-    def _mix(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        gate: GateOutput,
-    ) -> torch.Tensor:
-        """``sum_k G_k * H_k`` as ``[B*N,m]``; rows of H_k that no token selects are not computed."""
-        if self.gate.top_k is not None and self.gate.top_k < self.gate.slots:
-            mixed = self._mix_selected(base, experts, gate)
-        else:
-            mixed = self._mix_all(base, experts, gate)
-        if self.training:
-            for name in self.config.expert_names:
-                if name not in self.config.attached_experts:
-                    mixed = mixed + self.embeddings.touched(name, base.device).to(mixed.dtype)
-        return mixed
-
     def _mix_all(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+        """Compute ``sum_k G_k * H_k`` as ``[B*N,m]``."""
         hidden, columns = [], []
-        for k, name in self._attached():
+        for name in self.config.attached_experts:
             embedding = self.embeddings[name]
             hidden.append(embedding(embedding.rows(experts[name]), activate=False))  # [B*N,m]
-            columns.append(gate.weights[..., k].flatten())
+            columns.append(gate.weights[..., self.config.expert_names.index(name)].flatten())
         if not hidden:
             return self._zeros(base, self.output.weight)
         return gated_gelu_sum(hidden, torch.stack(columns, dim=1), fused=self.fused)
 
     def _mix_selected(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+        """Compute the same sum, but not rows of H_k that no token selects."""
         weights, selected = gate.weights.flatten(0, 1), gate.selected.flatten(0, 1)  # [B*N,S]
         mixed: torch.Tensor | None = None
-        for k, name in self._attached():
-            embedding = self.embeddings[name]
+        for name in self.config.attached_experts:
+            k, embedding = self.config.expert_names.index(name), self.embeddings[name]
             chosen = selected[:, k].nonzero().squeeze(1)  # [R]
             hidden = embedding(embedding.rows(experts[name])[chosen])
             part = weights[chosen, k, None].to(hidden.dtype) * hidden
@@ -200,18 +184,13 @@ class ToveFusion(Fusion):
             mixed = mixed.index_add(0, chosen, part.to(mixed.dtype))
         return self._zeros(base, self.output.weight) if mixed is None else mixed
 
-    def _attached(self) -> list[tuple[int, str]]:
-        """Column of the gate and name of each attached expert."""
-        attached = set(self.config.attached_experts)
-        return [(k, name) for k, name in enumerate(self.config.expert_names) if name in attached]
-
     def _zeros(self, base: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return torch.zeros(
             base.shape[0] * base.shape[1], self.config.projection_dim, device=base.device, dtype=like.dtype
         )
 
 
-@lru_cache(maxsize=64)  # else each call would copy from host to device and wait
+@lru_cache(maxsize=64)  # without it each call would copy from host to device and wait
 def _mask(columns: tuple[bool, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # a cached tensor must be usable wherever it is asked for next
+    with torch.inference_mode(False):  # a cached tensor must be usable outside it too
         return torch.tensor(columns, dtype=torch.bool, device=device)
