@@ -54,6 +54,6 @@ FILES = {
     "gif": ("bomb.gif", bomb_gif, "too large to be decoded safely"),
     "text-bomb": ("comment.png", text_bomb_png, "is damaged"),
     "data-bomb": ("bomb.png", bomb_png, None),
-    "svg": ("drawing.svg", lambda: SVG, "not a picture"),
-    "html": ("page.jpg", lambda: HTML, "not a picture"),
+    "svg": ("drawing.svg", lambda: SVG, "not an image"),
+    "html": ("page.jpg", lambda: HTML, "not an image"),
 }

@@ -285,7 +285,7 @@ def test_images_are_looked_for_at_once(make: Any, name: str, message: str) -> No
 
 def test_a_damaged_image_names_its_record(make: Any, tmp_path: Path) -> None:
     (tmp_path / "images" / "page.png").write_bytes(b"<html>")
-    with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad'\): .*page.png is not a picture"):
+    with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad'\): .*page.png is not an image"):
         make(_with_image("page.png"))[1]
 
 

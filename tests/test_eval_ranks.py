@@ -258,10 +258,10 @@ def test_two_processes_give_the_answers_of_one(tmp_path):
 def test_when_one_process_fails_the_other_does_not_wait_for_ever(tmp_path):
     model = save_model(tmp_path / "model")
     make_scenes(tmp_path / "data", images=20)
-    (tmp_path / "data/images/val_000007.png").write_bytes(b"not a picture")
+    (tmp_path / "data/images/val_000007.png").write_bytes(b"not an image")
     launched, outputs = two_ranks(command(model, tmp_path / "data", tmp_path / "out"), 29617)
     assert all(process.returncode for process in launched)
-    assert any("question '7-" in errors and "is not a picture" in errors for _, errors in outputs)
+    assert any("question '7-" in errors and "is not an image" in errors for _, errors in outputs)
     assert not (tmp_path / "out/results.json").exists()
 
 

@@ -173,8 +173,8 @@ def test_a_limit_spreads_over_the_file_and_can_be_raised(answerer, data, tmp_pat
 
 def test_a_picture_that_cannot_be_read_names_the_question(answerer, tmp_path):
     make_scenes(tmp_path / "data", images=3)
-    (tmp_path / "data" / "images" / "val_000001.png").write_bytes(b"not a picture")
-    with pytest.raises(DataError, match=r"question '1-\d': .*val_000001.png is not a picture"):
+    (tmp_path / "data" / "images" / "val_000001.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match=r"question '1-\d': .*val_000001.png is not an image"):
         answer(answerer, tmp_path / "data", tmp_path / "run", batch_size=2)
 
 

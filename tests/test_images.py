@@ -203,7 +203,7 @@ def test_a_truncated_file_is_damaged(kind: str, tmp_path: Path) -> None:
     data = _picture_bytes(kind)
     file = tmp_path / "half.img"
     file.write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="half.img.*(damaged|not a picture)"):
+    with pytest.raises(DataError, match="half.img.*(damaged|not an image)"):
         open_image(file)
 
 
@@ -213,7 +213,7 @@ def test_a_truncated_file_is_damaged(kind: str, tmp_path: Path) -> None:
 def test_what_is_no_picture_is_refused(data: bytes, tmp_path: Path) -> None:
     file = tmp_path / "page.jpg"
     file.write_bytes(data)
-    with pytest.raises(DataError, match="page.jpg is not a picture"):
+    with pytest.raises(DataError, match="page.jpg is not an image"):
         open_image(file)
 
 

@@ -291,7 +291,7 @@ def test_a_refused_file_stays_in_the_box_with_a_message(page, tmp_path):
     page.wait_for_timeout(1000)
     box(page).fill("What?")
     box(page).press("Enter")
-    page.get_by_text("page.jpg is not a picture").wait_for()
+    page.get_by_text("page.jpg is not an image").wait_for()
     page.locator("#tove-entry .stop-button").wait_for(state="hidden")
     assert box(page).input_value() == "What?" and page.title() == "ToVE-LLaVA"
     box(page).fill("x" * 10_000)

@@ -1,4 +1,4 @@
-"""Vision experts: one small file each, one contract, run together by the hub."""
+"""Vision experts: one file each, one contract, run together by the hub."""
 
 from tove_llava.experts.base import EXPERTS, Expert, build_expert, complete_specs, register_expert
 from tove_llava.experts.hub import ExpertHub, HubOutput

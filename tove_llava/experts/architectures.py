@@ -1,4 +1,4 @@
-"""Public configurations shipped as data, so that shapes, parameters and GFLOPs are known without a network."""
+"""Public configurations as data: shapes, parameters and GFLOPs without a network."""
 
 from functools import cache
 from pathlib import Path
@@ -15,5 +15,5 @@ def _table() -> dict[str, dict[str, Any]]:
 
 
 def known_architecture(source: str) -> dict[str, Any] | None:
-    """The entry (``config``, ``preprocessor``, ``licence``) of a source written exactly as in the table, or None."""
+    """Look up the entry (``config``, ``preprocessor``, ``licence``) of a source, or None."""
     return _table().get(source)

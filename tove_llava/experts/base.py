@@ -301,6 +301,13 @@ def _summary(error: BaseException) -> str:
     return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
 
+def choose(index: Any, count: int, option: str) -> int:
+    """Return ``index`` counted as in a list of ``count``; ConfigError, which names the option, if it is outside."""
+    if not isinstance(index, int) or not -count <= index < count:
+        raise ConfigError(f"{option}={index!r} must be from {-count} to {count - 1}")
+    return index % count
+
+
 @contextmanager
 def library(source: Source, distribution: str) -> Iterator[None]:
     """Guard the import of a library that only some experts need.

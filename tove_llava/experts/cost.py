@@ -1,4 +1,4 @@
-"""What an expert costs, from its configuration alone: nothing is loaded and nothing is computed."""
+"""Count an expert's cost from its configuration; nothing is loaded or computed."""
 
 from dataclasses import dataclass
 
@@ -10,19 +10,14 @@ from tove_llava.experts.base import Expert
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one expert.
-
-    Attributes:
-        parameters: of the network as it is built for the expert's mode.
-        flops: floating point operations per image at the expert's image size, two per multiply-add.
-    """
+    """The cost of one expert in its mode."""
 
     parameters: int
-    flops: int
+    flops: int  # per image at the expert's image size, two per multiply-add
 
 
 def expert_cost(expert: Expert) -> Cost:
-    """Counts on the meta device (``torch.utils.flop_counter``: matrix products, convolutions and attention)."""
+    """Count on the meta device, by ``torch.utils.flop_counter``."""
     twin = expert.meta_twin()
     pixels = torch.empty(1, 3, twin.image_size, twin.image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():

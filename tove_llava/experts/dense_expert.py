@@ -1,4 +1,4 @@
-"""Dense-prediction experts from transformers: one base for depth, normals, edges and segmentation."""
+"""The base of dense-prediction experts from transformers: depth, normals, edges and segmentation."""
 
 import json
 from abc import abstractmethod
@@ -29,12 +29,12 @@ class DenseExpert(Expert):
 
     Options:
         stage: for hierarchical encoders, the stage whose tokens are returned.
-        map_size: [rows, columns] or pixels per side that the map is resized to (default: what the network gives).
+        map_size: [rows, columns] or pixels per side of the resized map (default: the network's size).
     """
 
     modes = ("features", "map")
     option_names: ClassVar[tuple[str, ...]] = ("stage", "map_size")
-    map_options: ClassVar[tuple[str, ...]] = ("map_size",)  # those that concern the map and not the network
+    map_options: ClassVar[tuple[str, ...]] = ("map_size",)  # not of the network
 
     architecture: DenseArchitecture
     preprocessor: dict[str, Any]
@@ -42,7 +42,7 @@ class DenseExpert(Expert):
 
     @abstractmethod
     def to_map(self, prediction: Tensor) -> Tensor:
-        """Raw prediction [B,C,h,w] in float32 -> the expert's map [B,c,h,w]."""
+        """Turn a raw prediction [B,C,h,w] in float32 into the expert's map [B,c,h,w]."""
 
     def configure(self) -> int | None:
         config, self.preprocessor = read_configuration(self.source, self.spec.revision, self._use_table)
@@ -62,7 +62,7 @@ class DenseExpert(Expert):
         return size
 
     def load(self) -> None:
-        self._use_table = False  # with the weights comes their own configuration
+        self._use_table = False  # the weights come with their own configuration
         super().load()
 
     def build(self, pretrained: bool) -> nn.Module:
@@ -113,10 +113,10 @@ class DenseExpert(Expert):
 def read_configuration(
     source: Source, revision: str | None, use_table: bool
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """The model's and the image processor's configuration.
+    """Read the configurations of the model and its image processor.
 
-    With ``use_table`` a well-known repository's is taken from this package's own table, so that shapes are known
-    without a network.
+    With ``use_table`` those of a well-known repository come from this package's table, so that shapes are known without
+    a network.
 
     Raises:
         ConfigError: the source has no readable configuration.
@@ -124,18 +124,18 @@ def read_configuration(
     known = known_architecture(str(source)) if use_table else None
     if known is not None:
         return AutoConfig.for_model(**known["config"]), dict(known["preprocessor"])
-    place = source.pretrained()["pretrained_model_name_or_path"]
+    name = source.pretrained()["pretrained_model_name_or_path"]
     try:
-        config = AutoConfig.from_pretrained(place, revision=revision or "main")
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError) as error:
         raise ConfigError(f"source {source}: its configuration cannot be read ({error})") from error
-    return config, _read_preprocessor(source, place, revision)
+    return config, _read_preprocessor(source, name, revision)
 
 
-def _read_preprocessor(source: Source, place: str, revision: str | None) -> dict[str, Any]:
+def _read_preprocessor(source: Source, name: str, revision: str | None) -> dict[str, Any]:
     hint = "save the image processor next to the weights (image_mean, image_std, size)"
     try:
-        file = cached_file(place, "preprocessor_config.json", revision=revision or "main")
+        file = cached_file(name, "preprocessor_config.json", revision=revision or "main")
     except OSError as error:
         raise ConfigError(f"source {source}: preprocessor_config.json cannot be read ({error}); {hint}") from error
     return read_json_object(str(file), ConfigError, hint)

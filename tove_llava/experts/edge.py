@@ -1,4 +1,4 @@
-"""Edges: kornia's DexiNed. Dense networks are in a file of their own, which needs no kornia."""
+"""Edges from kornia's DexiNed; ``edge_dense.py`` needs no kornia."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ _DECODER = tuple(f"up_block_{k}" for k in range(1, 7))
 
 
 class _Tap(nn.Module):
-    """Stands where an upsampling block stood, so that ``get_features`` hands out the encoder's own block."""
+    """A stand-in for an upsampling block, so that ``get_features`` returns the encoder's own block."""
 
     def forward(self, block: Tensor, out_shape: tuple[int, int]) -> Tensor:
         return block
@@ -33,7 +33,7 @@ class DexiNedEdge(Expert):
     default_image_size = 336
     modes = ("features", "map")
     convolutional = True
-    # BGR in 0..255 minus its mean is what DexiNed was trained on; here as RGB in 0..1, flipped in features().
+    # DexiNed was trained on BGR in 0..255 minus its mean; here it is RGB in 0..1, flipped in features().
     mean = (123.68 / 255, 116.779 / 255, 103.939 / 255)
     std = (1 / 255, 1 / 255, 1 / 255)
     interpolation = "bilinear"
@@ -69,7 +69,7 @@ class DexiNedEdge(Expert):
         return ("kornia/dexined", _WEIGHTS) if self.source.path is None else None
 
     def is_cached(self) -> bool:
-        return (Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS).is_file()  # where kornia keeps its downloads
+        return (Path(torch.hub.get_dir()) / "checkpoints" / _WEIGHTS).is_file()  # kornia's downloads
 
     def licence(self) -> str:
         return "MIT" if self.source.path is None else super().licence()

@@ -8,7 +8,7 @@ from tove_llava.experts.dense_expert import DenseExpert
 
 @register_expert("edge", "hf", "bundled")
 class DenseEdge(DenseExpert):
-    """An edge logit per pixel from a dense network with one label; the map is its probability."""
+    """An edge probability per pixel, from a dense network with one label."""
 
     default_source = "bundled:edge"
 

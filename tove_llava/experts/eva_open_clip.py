@@ -1,4 +1,4 @@
-"""EVA-02 through open_clip: a second source of the same expert."""
+"""EVA-02 through open_clip, a second source of the same expert."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from tove_llava.experts.timm_expert import TimmExpert
 
 @register_expert("eva", "open_clip")
 class EvaOpenClip(TimmExpert):
-    """The vision tower of an open_clip model, which for EVA-02 is a timm trunk; the text tower is let go after loading.
+    """The vision tower of an open_clip model, which for EVA-02 is a timm trunk; the text tower is dropped.
 
     Saved by value it becomes a ``timm:local-dir:`` folder, which the timm class of the same expert reads.
     """
@@ -23,7 +23,7 @@ class EvaOpenClip(TimmExpert):
 
     def configure(self) -> int:
         self._vision, preprocess = _read_config(self.source)
-        pool = self._vision.get("timm_pool")  # decides whether the norm lies before or after the pooling
+        pool = self._vision.get("timm_pool")  # decides if the norm comes before or after the pooling
         self._model_args: dict[str, Any] = {"global_pool": pool} if pool else {}
         if self.spec.revision:
             raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")
@@ -62,7 +62,7 @@ def _open_clip(source: Source) -> Any:
 
 
 def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
-    """open_clip's vision configuration and preprocessing of a source."""
+    """Read open_clip's vision configuration and preprocessing of a source."""
     assert isinstance(source, OpenClipSource)
     name, tag = source.model_and_tag
     if tag is None:

@@ -1,4 +1,4 @@
-"""Surface normals: a three-channel DPT or SegFormer from a folder that the user brings, or the bundled tiny expert."""
+"""Surface normals: a three-channel DPT or SegFormer from a user's folder, or the bundled tiny expert."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +10,7 @@ from tove_llava.experts.dense_expert import DenseExpert
 
 @register_expert("normal", "hf", "bundled")
 class Normal(DenseExpert):
-    """The map is a unit vector per pixel."""
+    """A unit vector per pixel."""
 
     default_source = "bundled:normal"
     remark = "no public transformers checkpoint predicts normals; name a folder of your own: hf:/path/to/folder"

@@ -8,7 +8,7 @@ from tove_llava.experts.dense_expert import DenseExpert
 
 @register_expert("segmentation", "hf", "bundled")
 class Segmentation(DenseExpert):
-    """The map is one probability per class and pixel."""
+    """One probability per class and pixel."""
 
     default_source = "hf:facebook/mask2former-swin-large-ade-semantic"
     default_image_size = 384

@@ -12,17 +12,17 @@ MODES = ("features", "map")
 
 @dataclass(frozen=True)
 class ExpertSpec:
-    """What an expert is, before any weight is loaded.
+    """The description of an expert, before any weight is loaded.
 
     Attributes:
         name: unique in the hub, such as "depth".
-        expert: the registered expert; ``name`` when left out.
-        source: where the weights are (:mod:`tove_llava.core.sources`); the expert's default when left out.
+        expert: the registered expert; ``name`` by default.
+        source: source of the weights (:mod:`tove_llava.core.sources`); the expert's own by default.
         revision: commit, branch or tag of a hub source.
         mode: "features" for the encoder's own tokens, "map" for the dense prediction.
-        image_size: pixels per side that this expert works at; the source's own when left out.
-        width, grid: channels and (rows, columns) of what the expert returns; filled in by
-            :func:`tove_llava.experts.complete_specs` and then recorded, so that trainable parts need no source.
+        image_size: pixels per side of the expert's input; the source's own by default.
+        width, grid: channels and (rows, columns) of the expert's output, which
+            :func:`tove_llava.experts.complete_specs` fills in, so that trainable parts need no source.
         options: keys that the registered expert understands; see its class.
     """
 
@@ -52,12 +52,12 @@ class ExpertSpec:
 
     @property
     def is_complete(self) -> bool:
-        """Whether width and grid have been filled in."""
+        """Tell if width and grid are filled in."""
         return self.width > 0 and min(self.grid) > 0
 
     @classmethod
     def from_dict(cls, entry: "dict[str, Any] | ExpertSpec") -> "ExpertSpec":
-        """Reads a preset's or a config's entry.
+        """Read an entry of a preset or a config.
 
         Raises:
             ConfigError: a key is unknown (the message names it and the nearest known one), missing, or ill-valued.
@@ -69,9 +69,9 @@ class ExpertSpec:
         return from_mapping(cls, entry, f"expert {entry.get('name', '?')!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a config or a YAML file; ``from_dict`` reads it back."""
+        """Return plain data for a config or a YAML file; ``from_dict`` reads it."""
         return {**dataclasses.asdict(self), "grid": list(self.grid)}
 
     def replace(self, **changes: Any) -> "ExpertSpec":
-        """A copy with some fields changed."""
+        """Copy with some fields changed."""
         return dataclasses.replace(self, **changes)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source, TimmSource
-from tove_llava.experts.base import Expert, library
+from tove_llava.experts.base import Expert, choose, library
 
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
 
@@ -17,12 +17,12 @@ class TimmExpert(Expert):
     """Patch tokens of one block of a timm model.
 
     Options:
-        layer: the block whose tokens are returned, counted as in a list (-1 is the last); later blocks are not run.
+        layer: index of the block whose tokens are returned (-1 is the last); later blocks do not run.
         norm: apply the model's final norm to them (default: only after the last block).
     """
 
     option_names = ("layer", "norm")
-    build_at_image_size: ClassVar[bool] = True  # False for models that take other sizes than they were built for
+    build_at_image_size: ClassVar[bool] = True  # False for models that accept other sizes
 
     def configure(self) -> int:
         self._architecture, self._pretrained_cfg, self._model_args = _read_config(self.source)
@@ -42,7 +42,7 @@ class TimmExpert(Expert):
             config["hf_hub_id"] = f"{config['hf_hub_id']}@{self.spec.revision}"
         if pretrained and self.source.path is not None:
             config["file"] = str(_weights(self.source))
-        # With the head it was saved with, timm loads strictly; only then is the head taken off.
+        # timm loads strictly with the saved head; only then is the head removed.
         timm = _timm(self.source)
         model = timm.create_model(self._architecture, pretrained=pretrained, pretrained_cfg=config, **args)
         model.reset_classifier(0)
@@ -53,7 +53,7 @@ class TimmExpert(Expert):
         is_last = layer in (-1, depth - 1)
         [tokens] = self.network.forward_intermediates(
             pixels,
-            indices=[_block(layer, depth, self.name)],
+            indices=[choose(layer, depth, f"expert {self.name!r}: option layer")],
             norm=self.option("norm", is_last),
             output_fmt="NCHW",
             intermediates_only=True,
@@ -90,25 +90,19 @@ def _timm(source: Source) -> Any:
     return timm
 
 
-def _block(layer: int, depth: int, name: str) -> int:
-    if not isinstance(layer, int) or not -depth <= layer < depth:
-        raise ConfigError(f"expert {name!r}: option layer={layer!r} must be from {-depth} to {depth - 1}")
-    return layer % depth
-
-
 def _weights(source: Source) -> Path:
-    """The folder's safetensors file. It is named to timm, whose older releases would rather open a pickle beside it."""
+    """Return the folder's safetensors file, which older releases of timm would pass over for a pickle."""
     file = source.require() / "model.safetensors"
     if not file.is_file():
         raise CheckpointError(
-            f"source {source}: no model.safetensors in the folder. A pickle (.bin, .pth) is not opened, for it could "
+            f"source {source}: no model.safetensors in the folder. A pickle (.bin, .pth) is not opened: it could "
             "run code. Convert them to safetensors: timm's save_for_hf(..., safe_serialization=True)"
         )
     return file
 
 
 def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """timm's architecture, preprocessing configuration and model arguments of a source."""
+    """Read timm's architecture, preprocessing configuration and model arguments of a source."""
     if source.path is None:
         timm = _timm(source)
         try:

@@ -1,7 +1,7 @@
 """Words for a scene: a caption as people write it, an exact description, and questions with balanced answers.
 
-For every question type the wanted answer is drawn first and a question that has it is looked for afterwards, so that a
-model that does not see the picture stays at chance.
+For every question type the answer is drawn first and a question with that answer is sought afterwards, so that a model
+that does not see the image stays at chance.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ SIZES = ("tiny", "small", "medium", "large", "huge")
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's wording for short answers
 
 # How clear a difference must be before it is asked about.
-PLACE_MARGIN = 0.09  # of the picture's side
+PLACE_MARGIN = 0.09  # of the image's side
 DEPTH_RATIO = 1.18
 SIZE_RATIO = 1.3
 
@@ -33,28 +33,28 @@ class Question:
 
 
 def place(item: Object) -> str:
-    """Column and row of the object's visible centroid on a 6 x 6 chessboard, e.g. ``B4``."""
+    """Return the square of the object's visible centroid on a 6 x 6 chessboard, e.g. ``B4``."""
     column, row = (min(int(x * 6), 5) for x in (item.u, item.v))
     return COLUMNS[column] + ROWS[row]
 
 
 def metres(item: Object) -> str:
-    """The object's depth in whole metres, as a word."""
+    """Return the object's depth in whole metres, as a word."""
     return METRES[int(np.clip(round(item.depth), 3, 14)) - 3]
 
 
 def size(item: Object) -> str:
-    """One of five words for the object's real size, whatever its size in the picture."""
+    """Return one of five words for the object's real size."""
     return SIZES[min(int((item.radius - MIN_RADIUS) / (MAX_RADIUS - MIN_RADIUS) * len(SIZES)), len(SIZES) - 1)]
 
 
 def describe(scene: Scene) -> str:
-    """Every object from left to right with its place, depth and size: what alignment teaches the model to say."""
+    """Describe every object from left to right with its place, depth and size, for alignment."""
     return " ".join(f"{o.name} at {place(o)}, {metres(o)} metres, {size(o)}." for o in _left_to_right(scene))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One sentence as a person might write it: some objects, loosely placed, nothing measured."""
+    """Write one sentence as a person might: some objects, loosely placed, nothing measured."""
     items = list(scene.objects)
     items = [items[i] for i in rng.permutation(len(items))]
     phrases = [_phrase(item, rng) for item in items]
@@ -64,14 +64,14 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         rest = phrases[2:]
     else:
         first, rest = phrases[0], phrases[1:]
-    sentence = (
-        first if not rest else f"{first}, " + (", ".join(rest[:-1]) + " and " if len(rest) > 1 else "with ") + rest[-1]
-    )
+    sentence = first
+    if rest:
+        sentence += ", " + (", ".join(rest[:-1]) + " and " if len(rest) > 1 else "with ") + rest[-1]
     return sentence[0].upper() + sentence[1:] + "."
 
 
 def ask(scene: Scene, rng: np.random.Generator, categories: tuple[str, ...] | None = None) -> list[Question]:
-    """At most one question of each category, in random order; a category that the scene cannot serve is left out."""
+    """Ask at most one question of each category, in random order; some scenes cannot serve a category."""
     found = []
     for category in categories or tuple(CATEGORIES):
         asked = CATEGORIES[category](scene, rng)
@@ -118,9 +118,9 @@ def existence(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def absent_pair(scene: Scene, rng: np.random.Generator, near: bool) -> tuple[str, str]:
-    """A colour-shape pair that the scene lacks; with ``near``, its colour and its shape both occur if that is possible.
+    """Draw a colour-shape pair that the scene lacks; with ``near``, colour and shape both occur if possible.
 
-    Held-out pairs are asked about in the "novel" split alone: elsewhere they would always be answered "No".
+    Only the "novel" split asks about held-out pairs: elsewhere the answer would always be "No".
     """
     present = {o.pair for o in scene.objects}
     pool = [
@@ -187,7 +187,7 @@ def bigger(scene: Scene, rng: np.random.Generator) -> Asked | None:
 
 
 def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    """A VSR-style statement (Liu et al. 2023) about any of the three directions."""
+    """Make a VSR-style statement (Liu et al. 2023) about one of three directions."""
     relation = (left_right, above_below, front_behind)[int(rng.integers(3))]
     asked = relation(scene, rng)
     if asked is None:
@@ -210,7 +210,7 @@ CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     "bigger": bigger,
     "statement": statement,
 }
-# Questions that only ask for one object's entry of the description; the language model learns to read with them.
+# Questions about one object's entry of the description, which teach the language model to read.
 MEASURES: dict[str, Callable[[Object], Asked]] = {
     "place": lambda o: (f"Where is the {o.name}?", place(o)),
     "distance": lambda o: (f"How far is the {o.name}?", f"{metres(o)} metres"),
@@ -219,7 +219,7 @@ MEASURES: dict[str, Callable[[Object], Asked]] = {
 
 
 def contrast(a: Object, b: Object) -> Asked:
-    """How two objects differ, one word for each respect that is asked about; for the language model too."""
+    """Compare two objects, one word for each question type; for the language model too."""
     words = (
         "left" if a.u < b.u else "right",
         "above" if a.v < b.v else "below",
@@ -239,7 +239,7 @@ Clear = Callable[[float, float], bool]
 def _ordered_pair(
     scene: Scene, rng: np.random.Generator, measure: Measure, clear: Clear
 ) -> tuple[Object, Object] | None:
-    """A random pair whose first member's measure is clearly the smaller."""
+    """Draw a pair whose first member's measure is clearly smaller."""
     pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b and clear(measure(a), measure(b))]
     return pairs[int(rng.integers(len(pairs)))] if pairs else None
 

@@ -1,7 +1,7 @@
 """The objects of a scene: camera, solids, and the scene itself.
 
 World coordinates are in metres, z up, ground at z = 0. A point's depth is its distance along the camera's optical
-axis, its position (u, v) lies in 0..1 from the picture's left and top.
+axis; (u, v) in 0..1 count from the image's left and top.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -44,7 +44,7 @@ class Camera:
         return cls(*as_tuple, tangent=float(np.tan(np.radians(fov_degrees) / 2)))  # type: ignore[arg-type, misc]
 
     def project(self, point: np.ndarray) -> tuple[float, float, float]:
-        """(u, v, depth) of a world point."""
+        """Return (u, v, depth) of a world point."""
         offset = np.asarray(point) - np.asarray(self.position)
         depth = float(offset @ np.asarray(self.forward))
         u = 0.5 + 0.5 * float(offset @ np.asarray(self.right)) / (depth * self.tangent)
@@ -54,7 +54,7 @@ class Camera:
 
 @dataclass
 class Object:
-    """One solid. ``radius`` is half its height; ``u, v, depth, area`` describe its visible part in the picture."""
+    """One solid. ``radius`` is half its height; ``u, v, depth, area`` describe its visible part in the image."""
 
     shape: str
     colour: str
@@ -73,7 +73,7 @@ class Object:
 
     @property
     def name(self) -> str:
-        """The words that single this object out; colour and shape together are unique in a scene."""
+        """Return the words that identify this object; colour and shape together are unique in a scene."""
         return f"{self.colour} {self.shape}"
 
 

@@ -1,4 +1,4 @@
-"""Ray casting of a scene: colour, depth, normals, instance and class masks and edges, all from one set of hits.
+"""Cast rays into a scene: colour, depth, normals, instance and class masks and edges from one set of hits.
 
 Rays are ``origin + t * direction`` with directions scaled so that ``t`` is the depth along the optical axis. Each
 object is intersected only inside the rectangle that its bounding sphere covers.
@@ -12,8 +12,8 @@ import numpy as np
 from tove_llava.scenes.objects import COLOURS, SHAPES, Object, Scene
 
 CLASSES = ("sky", "ground", *SHAPES)
-SKY, GROUND = -2, -1  # instance ids of what is no object
-FAR = 40.0  # metres; the depth given to the sky
+SKY, GROUND = -2, -1  # instance ids of no object
+FAR = 40.0  # metres; the sky's depth
 CREASE = np.cos(np.radians(35.0))  # a turn of the surface sharper than this is an edge
 
 Hit = tuple[np.ndarray, np.ndarray]  # depth [n] (inf where missed), outward normal [n, 3]
@@ -21,7 +21,7 @@ Hit = tuple[np.ndarray, np.ndarray]  # depth [n] (inf where missed), outward nor
 
 @dataclass
 class Rendering:
-    """All maps of one picture of side S.
+    """All maps of one image of side S.
 
     Attributes:
         image: uint8 [S, S, 3], RGB.
@@ -41,7 +41,7 @@ class Rendering:
 
 
 def render(scene: Scene, size: int = 96) -> Rendering:
-    """Renders a scene as a square of ``size`` pixels."""
+    """Render a scene as a square of ``size`` pixels."""
     depth, normals, instances, points = _cast(scene, size)
     camera = scene.camera
     axes = np.stack([camera.right, camera.up, -np.asarray(camera.forward)], axis=1).astype(np.float32)  # [3, 3]
@@ -62,7 +62,7 @@ def render(scene: Scene, size: int = 96) -> Rendering:
 
 
 def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, float]]:
-    """Per object: visible shares of its silhouette and of the picture, and the visible part's centroid (u, v)."""
+    """Return, per object, the visible share of its silhouette and of the image, and the visible centroid (u, v)."""
     owner, outlines = _owners(scene, size)
     found = []
     for index, outline in enumerate(outlines):
@@ -76,7 +76,7 @@ def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, floa
 
 
 def coverage(scene: Scene, grid: int, size: int = 48) -> np.ndarray:
-    """Share of each cell of a grid that each object visibly fills: float32 [grid, grid, objects]."""
+    """Return the share of each grid cell that each object visibly fills: float32 [grid, grid, objects]."""
     owner, _ = _owners(scene, size)
     masks = owner[:, None] == np.arange(len(scene.objects))  # [S*S, objects]
     cell = size // grid
@@ -84,7 +84,7 @@ def coverage(scene: Scene, grid: int, size: int = 48) -> np.ndarray:
 
 
 def _owners(scene: Scene, size: int) -> tuple[np.ndarray, list[int]]:
-    """The object that each pixel shows [S*S] (``SKY`` for none), and how many pixels each object's silhouette has."""
+    """Return each pixel's object [S*S] (``SKY`` for none), and the pixels of each object's silhouette."""
     directions = _directions(scene, size)
     nearest = np.full(size * size, np.inf, dtype=np.float32)
     owner = np.full(size * size, SKY, dtype=np.int16)
@@ -109,7 +109,7 @@ def _directions(scene: Scene, size: int) -> np.ndarray:
 
 
 def _footprint(scene: Scene, item: Object, size: int) -> np.ndarray:
-    """Indices of the pixels that the object's bounding sphere may cover."""
+    """Return the indices of pixels that the object's bounding sphere may cover."""
     u, v, depth = scene.camera.project(np.asarray(item.centre))
     bound = 1.5 * item.radius
     half = 0.5 * bound / (max(depth - bound, 0.2) * scene.camera.tangent)
@@ -141,7 +141,7 @@ def _cast(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def _intersect(scene: Scene, item: Object, directions: np.ndarray) -> Hit:
-    """First hit of rays [n, 3] with one object, worked out in the object's own frame (unit size, turned upright)."""
+    """Find the first hit of rays [n, 3] with one object, in the object's own frame (unit size, upright)."""
     cos, sin = np.float32(np.cos(item.angle)), np.float32(np.sin(item.angle))
     turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
     offset = np.asarray(scene.camera.position, dtype=np.float32) - np.asarray(item.centre, dtype=np.float32)
@@ -208,7 +208,7 @@ def _cone(origin: np.ndarray, rays: np.ndarray) -> Hit:
 
 
 def _disc(origin: np.ndarray, rays: np.ndarray, top: float, radius: float) -> Hit:
-    """The flat end that faces the ray's origin: the disc at ``+top`` or, for a closed solid, at ``-top`` from below."""
+    """Hit the flat end that faces the origin: the disc at ``+top`` or, for a closed solid, at ``-top`` from below."""
     level = top if (origin[2] > top) or top < 0 else -top
     t = (level - origin[2]) / rays[:, 2]
     points = origin + np.where(np.isfinite(t), t, 0)[:, None] * rays
@@ -276,7 +276,7 @@ def _shade(
 
 
 def _sunlit(scene: Scene, points: np.ndarray, ground: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """1 where the light reaches the ground, less in the (spherical) shadow of an object; only ground points count."""
+    """Return 1 where light reaches the ground, less in the (spherical) shadow of an object."""
     lit = np.ones(len(points), dtype=np.float32)
     floor = points[ground]
     shade = np.ones(len(floor), dtype=np.float32)

@@ -8,27 +8,27 @@ from tove_llava.scenes.render import silhouettes
 # These pairs occur in no training scene of any kind: they test whether a model composes what it knows.
 HELD_OUT_PAIRS = frozenset({("purple", "cone"), ("cyan", "cube"), ("orange", "sphere"), ("white", "cylinder")})
 
-# A split is a random stream of its own. "parts" is what the bundled CLIP, experts and language model were trained on;
-# "val" and "novel" (scenes with held-out pairs) were seen by nothing.
+# Each split has its own random stream. The bundled parts were trained on "parts" (CLIP, experts, language model), and
+# nothing on "val" and "novel" (scenes with held-out pairs).
 SPLITS = {"train": 0, "val": 1, "novel": 2, "parts": 3}
 
 MIN_RADIUS, MAX_RADIUS = 0.32, 1.0
 MIN_OBJECTS, MAX_OBJECTS = 2, 5
 MIN_VISIBLE_SHARE = 0.45  # of an object's own silhouette
-MIN_VISIBLE_AREA = 0.006  # of the picture
-CHECK_SIZE = 48  # pixels per side of the draft on which visibility is judged, whatever size is rendered afterwards
+MIN_VISIBLE_AREA = 0.006  # of the image
+CHECK_SIZE = 48  # pixels per side of the draft that decides visibility
 
 
 def scene_rng(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Generator:
-    """The random stream of one scene: independent between seeds, splits, scenes and purposes (0 world, 1 language)."""
+    """Make the random stream of one scene and purpose (0 world, 1 language, 2 POPE)."""
     return np.random.default_rng([seed, SPLITS[split], index, purpose])
 
 
 def sample_scene(seed: int, split: str, index: int) -> Scene:
-    """Scene number ``index`` of a split.
+    """Draw scene number ``index`` of a split.
 
-    The same arguments give the same scene on one platform and set of versions. Every object is visible enough to be
-    asked about, and no two objects share both colour and shape.
+    The same arguments give the same scene on one platform and set of versions. Every object is visible enough for
+    questions, and no two objects share both colour and shape.
     """
     rng = scene_rng(seed, split, index)
     while True:
@@ -49,7 +49,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
         sky=_tone(rng, 0.6, 0.95),
     )
     wanted = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-    pairs = _sample_pairs(rng, split, wanted + 1)  # one spare, should an object turn out hidden
+    pairs = _sample_pairs(rng, split, wanted + 1)  # one spare, in case an object is hidden
     for colour, shape in pairs:
         placed = _place(rng, scene, colour, shape)
         if placed is not None:
@@ -62,7 +62,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
             visible.append(item)
     if len(visible) < wanted:
         return None
-    scene.objects = visible[:wanted]  # taking objects out only uncovers the others
+    scene.objects = visible[:wanted]  # removing objects only uncovers the others
     for item, (_, area, u, v) in zip(scene.objects, silhouettes(scene, CHECK_SIZE), strict=True):
         item.u, item.v, item.area = u, v, area
     if split == "novel" and not any(item.pair in HELD_OUT_PAIRS for item in scene.objects):
@@ -71,7 +71,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
 
 
 def _sample_camera(rng: np.random.Generator) -> Camera:
-    # Height and pitch vary widely, so that the height in the picture does not tell the distance.
+    # Height and pitch vary widely, so that the height in the image does not tell the distance.
     distance, height = rng.uniform(6.0, 8.5), rng.uniform(0.7, 5.5)
     position = np.array([rng.uniform(-1.0, 1.0), -distance, height])
     target = np.array([rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 1.5), rng.uniform(0.3, 1.6)])

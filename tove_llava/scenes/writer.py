@@ -1,7 +1,7 @@
-"""Scenes as files: pictures, LLaVA records, evaluation questions, and POPE's layout.
+"""Write scenes as files: images, LLaVA records, evaluation questions, and POPE's layout.
 
-A folder is written beside its destination and renamed when complete, so that an interrupted run leaves nothing that
-looks finished. Several processes may be asked for the same folder: each writes its own, and the first to end is kept.
+A folder is written next to its destination and renamed when complete, so that an interrupted run leaves nothing that
+looks finished. Several processes may write the same folder: each writes its own, and the first to end is kept.
 """
 
 import json
@@ -29,7 +29,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be written. ``counts`` maps a split (train, val, novel) to its number of scenes."""
+    """The scenes to write. ``counts`` maps a split (train, val, novel) to its number of scenes."""
 
     counts: dict[str, int]
     seed: int = 0
@@ -41,7 +41,7 @@ class Request:
         if self.image_format not in ("png", "jpg"):
             raise ConfigError(f"--format is png or jpg, not {self.image_format!r}")
         if not 32 <= self.size <= 1024:
-            raise ConfigError(f"--size is {self.size}; pictures may have 32 to 1024 pixels a side")
+            raise ConfigError(f"--size is {self.size}; images may have 32 to 1024 pixels a side")
         if self.seed < 0:
             raise ConfigError(f"--seed is {self.seed}; it must not be negative")
         for split, count in self.counts.items():
@@ -52,10 +52,10 @@ class Request:
 
 
 def write_scenes(request: Request, folder: Path, progress: Progress | None = None) -> bool:
-    """Writes the scenes of a request to ``folder``.
+    """Write the scenes of a request to ``folder``.
 
     Returns:
-        False if the folder already holds exactly this request's scenes, which are then left as they are.
+        False if the folder already holds exactly this request's scenes, which then stay.
 
     Raises:
         DataError: the folder exists and holds something else. Nothing is overwritten.
@@ -73,7 +73,7 @@ def write_scenes(request: Request, folder: Path, progress: Progress | None = Non
 
 
 def _is_written(request: Request, folder: Path) -> bool:
-    """Raises DataError when the folder holds something else."""
+    """Tell if the folder holds the request's scenes; DataError if it holds something else."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     manifest = folder / MANIFEST
@@ -91,8 +91,9 @@ def _write(request: Request, folder: Path, progress: Progress | None) -> None:
     total, done, begun = sum(request.counts.values()), 0, time.monotonic()
     for split, count in request.counts.items():
         scenes = []
-        for scene in _scenes(request, split, count):
-            _write_pictures(request, scene, render(scene, request.size), folder)
+        for index in range(count):
+            scene = sample_scene(request.seed, split, index)
+            _write_images(request, scene, render(scene, request.size), folder)
             scenes.append(scene)
             done += 1
             if progress is not None:
@@ -107,23 +108,18 @@ def image_name(scene: Scene, image_format: str) -> str:
 
 
 def caption_record(scene: Scene, image: str) -> dict[str, Any]:
-    """A stage-1 record: the picture and its description."""
+    """Make a stage-1 record: the image and its description."""
     return _record(scene, image, [("<image>\nDescribe the scene.", describe(scene))])
 
 
 def instruct_record(scene: Scene, image: str, questions: list[Question]) -> dict[str, Any]:
-    """A stage-2 record: all questions about one picture in one conversation, as LLaVA joins VQA data.
+    """Make a stage-2 record: all questions about one image in one conversation, as LLaVA joins VQA data.
 
-    Every other record leaves out the request for a short answer, for people in a chat leave it out.
+    Every other record omits the request for a short answer, as people in a chat do.
     """
     first = f"<image>\n{questions[0].text}" + (f"\n{SHORT_ANSWER}" if scene.index % 2 == 0 else "")
     turns = [(first if i == 0 else q.text, q.answer) for i, q in enumerate(questions)]
     return _record(scene, image, turns)
-
-
-def _scenes(request: Request, split: str, count: int) -> Iterator[Scene]:
-    for index in range(count):
-        yield sample_scene(request.seed, split, index)
 
 
 def _record(scene: Scene, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
@@ -163,7 +159,7 @@ def _write_language(request: Request, split: str, scenes: list[Scene], folder: P
 
 
 def _write_pope(request: Request, scenes: list[Scene], images: list[str], folder: Path) -> None:
-    """POPE's categories: absent pairs at random, the most frequent absent pairs, pairs close to what is there."""
+    """Write POPE's categories: absent pairs at random, the most frequent ones, and pairs close to present ones."""
     frequency: dict[tuple[str, str], int] = {}
     for scene in scenes:
         for item in scene.objects:
@@ -218,7 +214,7 @@ def _pope_pairs(
         yield no, "no"
 
 
-def _write_pictures(request: Request, scene: Scene, rendering: Rendering, folder: Path) -> None:
+def _write_images(request: Request, scene: Scene, rendering: Rendering, folder: Path) -> None:
     name = image_name(scene, request.image_format)
     # Level 1 costs a third of the time of the default and a tenth more bytes.
     options: dict[str, Any] = {"compress_level": 1} if request.image_format == "png" else {"quality": 92}
@@ -226,16 +222,16 @@ def _write_pictures(request: Request, scene: Scene, rendering: Rendering, folder
     if not request.maps:
         return
     stem = Path(name).stem
-    pictures = {
+    maps = {
         "depth": Image.fromarray(np.round(rendering.depth * 1000).astype(np.uint16)),  # millimetres
         "normals": Image.fromarray(np.round((rendering.normals + 1) * 127.5).astype(np.uint8)),
         "instances": Image.fromarray((rendering.instances + 2).astype(np.uint8)),  # 0 sky, 1 ground, 2... objects
         "classes": Image.fromarray(rendering.classes),
         "edges": Image.fromarray(rendering.edges.astype(np.uint8) * 255),
     }
-    for kind, picture in pictures.items():
+    for kind, image in maps.items():
         (folder / "maps" / kind).mkdir(parents=True, exist_ok=True)
-        picture.save(folder / "maps" / kind / f"{stem}.png", compress_level=1)
+        image.save(folder / "maps" / kind / f"{stem}.png", compress_level=1)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 # As in the authors' implementation (tensor2tensor, cv_squared): population variance, and this under the fraction.
 _EPSILON = 1e-10
@@ -31,10 +32,10 @@ class BalanceStatistics:
         attached: ``[K]`` bool, experts that are compared; detached ones do not count.
     """
 
-    importance: torch.Tensor
-    load: torch.Tensor | None
-    tokens: torch.Tensor
-    attached: torch.Tensor
+    importance: Tensor
+    load: Tensor | None
+    tokens: Tensor
+    attached: Tensor
 
     def __add__(self, other: BalanceStatistics) -> BalanceStatistics:
         if (self.load is None) != (other.load is None):
@@ -60,7 +61,7 @@ class BalanceStatistics:
         )
 
 
-def cv_squared(values: torch.Tensor) -> torch.Tensor:
+def cv_squared(values: Tensor) -> Tensor:
     """Compute the squared coefficient of variation of ``[K]``: population variance over squared mean.
 
     Zero (still differentiable) for fewer than two values and for all zeros.
@@ -72,7 +73,7 @@ def cv_squared(values: torch.Tensor) -> torch.Tensor:
     return (values - mean).square().mean() / (mean.square() + _EPSILON)
 
 
-def balance_loss(statistics: BalanceStatistics) -> torch.Tensor:
+def balance_loss(statistics: BalanceStatistics) -> Tensor:
     """Compute ``CV(importance)^2 + CV(load)^2`` over the attached experts, a float32 scalar.
 
     Without noise there is no load term. One expert, or no tokens, gives zero.
@@ -83,9 +84,7 @@ def balance_loss(statistics: BalanceStatistics) -> torch.Tensor:
     return loss
 
 
-def expected_load(
-    clean: torch.Tensor, noisy: torch.Tensor, std: torch.Tensor, allowed: torch.Tensor, k: int
-) -> torch.Tensor:
+def expected_load(clean: Tensor, noisy: Tensor, std: Tensor, allowed: Tensor, k: int) -> Tensor:
     """Compute each column's probability to be among the k largest if its own noise is redrawn (equation 9).
 
     ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``, where all other columns keep their noise.
@@ -115,14 +114,14 @@ def expected_load(
 
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.world_size = dist.get_world_size(group)
         total = tensor.clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0] * ctx.world_size, None
 
 

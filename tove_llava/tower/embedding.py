@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
@@ -14,7 +14,7 @@ from tove_llava.tower.configuration import ToveVisionConfig
 STEM_WIDTH = 16  # channels of the stem that embeds a dense prediction
 
 
-def resample_grid(features: torch.Tensor, size: int) -> torch.Tensor:
+def resample_grid(features: Tensor, size: int) -> Tensor:
     """Resample ``[B,c,h,w]`` to ``[B,c,size,size]``: bilinear, antialiased when shrinking.
 
     Computed in float32 (antialiasing has no bfloat16 kernel on the CPU), returned in the input's dtype.
@@ -47,16 +47,16 @@ class TokenEmbedding(nn.Module):
         self.norm = nn.LayerNorm(channels)
         self.linear = nn.Linear(channels, width)
 
-    def rows(self, features: torch.Tensor) -> torch.Tensor:
+    def rows(self, features: Tensor) -> Tensor:
         """Turn ``[B,c,h,w]`` into one row per token, ``[B*N,c]``, for :meth:`forward`."""
         return _as_rows(resample_grid(features, self.grid).flatten(2))
 
-    def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
+    def forward(self, rows: Tensor, activate: bool = True) -> Tensor:
         """Map ``[R,c]`` to ``[R,m]``; without the GELU if ``activate`` is False."""
         hidden = self.linear(self.norm(rows.to(self.norm.weight.dtype)))
         return F.gelu(hidden) if activate else hidden
 
-    def empty_rows(self, device: torch.device) -> torch.Tensor:
+    def empty_rows(self, device: torch.device) -> Tensor:
         return torch.empty(0, self.linear.in_features, device=device)
 
 
@@ -80,19 +80,19 @@ class MapEmbedding(nn.Module):
         # A convolution of kernel and stride p on unfolded patches, so that tokens can be left out.
         self.linear = nn.Linear(stem_width * patch_size**2, width)
 
-    def rows(self, features: torch.Tensor) -> torch.Tensor:
+    def rows(self, features: Tensor) -> Tensor:
         """Turn ``[B,c,h,w]`` into one row per token, ``[B*N, stem_width*p*p]``, for :meth:`forward`."""
         maps = resample_grid(features, self.map_size).to(self.conv.weight.dtype)  # [B,c,S,S]
         stem = F.gelu(self.conv(maps))  # [B,s,S,S]
         patches = F.unfold(stem, kernel_size=self.patch_size, stride=self.patch_size)  # [B, s*p*p, N]
         return _as_rows(patches)
 
-    def forward(self, rows: torch.Tensor, activate: bool = True) -> torch.Tensor:
+    def forward(self, rows: Tensor, activate: bool = True) -> Tensor:
         """Map ``[R, stem_width*p*p]`` to ``[R,m]``; without the GELU if ``activate`` is False."""
         hidden = self.linear(rows.to(self.linear.weight.dtype))
         return F.gelu(hidden) if activate else hidden
 
-    def empty_rows(self, device: torch.device) -> torch.Tensor:
+    def empty_rows(self, device: torch.device) -> Tensor:
         # Through the convolution too: its parameters have to be in the graph as well.
         empty = torch.empty(0, self.conv.in_channels, self.map_size, self.map_size, device=device)
         return self.conv(empty.to(self.conv.weight.dtype)).reshape(0, self.linear.in_features)
@@ -129,7 +129,7 @@ class ExpertEmbeddings(nn.ModuleDict):
             else:
                 self[spec.name] = TokenEmbedding(spec.width, config.projection_dim, grid=config.grid)
 
-    def hidden(self, name: str, features: torch.Tensor, usable: Mapping[str, torch.Tensor] | None) -> torch.Tensor:
+    def hidden(self, name: str, features: Tensor, usable: Mapping[str, Tensor] | None) -> Tensor:
         """Compute ``H_k`` of one expert for all tokens, ``[B,N,m]``.
 
         Args:
@@ -142,7 +142,7 @@ class ExpertEmbeddings(nn.ModuleDict):
             hidden = hidden * usable[name].to(hidden.device)[:, None, None]
         return hidden
 
-    def touched(self, name: str, device: torch.device) -> torch.Tensor:
+    def touched(self, name: str, device: torch.device) -> Tensor:
         """Return zero, computed through all parameters of an expert that is left out.
 
         In training every rank and every step has to touch the same parameters; this costs nothing.
@@ -151,6 +151,6 @@ class ExpertEmbeddings(nn.ModuleDict):
         return embedding(embedding.empty_rows(device)).sum()
 
 
-def _as_rows(columns: torch.Tensor) -> torch.Tensor:
+def _as_rows(columns: Tensor) -> Tensor:
     """Turn ``[B,c,N]`` into ``[B*N,c]``, contiguous also for one image: any selection of rows gives the same bits."""
     return columns.transpose(1, 2).flatten(0, 1).contiguous()

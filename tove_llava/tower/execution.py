@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tove_llava.core.errors import ConfigError, ToveError
@@ -29,7 +30,7 @@ MAX_GRAPHS = 16  # graphs: batch sizes, and sets of attached experts
 MIN_SHARE = 4  # images of a thread: smaller batches are much less efficient
 _WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate what they keep
 
-Function = Callable[[torch.Tensor], torch.Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Encoders(Protocol):
         """Return the functions that :meth:`tasks` calls with prepared pixels; they can be compiled."""
 
     def tasks(
-        self, pixel_values: torch.Tensor, names: Sequence[str], compiled: Mapping[str, Function]
-    ) -> dict[str, partial[torch.Tensor]]:
+        self, pixel_values: Tensor, names: Sequence[str], compiled: Mapping[str, Function]
+    ) -> dict[str, partial[Tensor]]:
         """Make a call of each encoder, its pixels prepared, with ``compiled`` instead of a function."""
 
 
@@ -97,7 +98,7 @@ class Execution:
         self._graphs: dict[Hashable, _Graph] = {}
         self._pool: Any = None  # memory that all graphs share
 
-    def run(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def run(self, encoders: Encoders, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Encode images with CLIP and each named expert, without autograd and unchecked.
 
         Raises:
@@ -125,7 +126,7 @@ class Execution:
 
     # -- CPU ----------------------------------------------------------------------------------------------------------
 
-    def _on_cpu(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _on_cpu(self, encoders: Encoders, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         workers = self._start_workers(1 + len(names))
         where = _circumstances(pixel_values, workers.threads_each)
         batch, size = len(pixel_values), self._size(len(pixel_values), where)
@@ -140,11 +141,11 @@ class Execution:
         compiled = self._compile(encoders, pixels, names, whole, workers)
         for_share = self._compile(encoders, parts[0], names, shared, workers) if shared else {}
 
-        def prepare() -> list[Callable[[], dict[str, torch.Tensor]]]:
+        def prepare() -> list[Callable[[], dict[str, Tensor]]]:
             tasks = encoders.tasks(pixels, [name for name in names if name in whole], compiled)
             return [partial(_run, {name: tasks[name]}) for name in whole]
 
-        def encode(part: torch.Tensor) -> dict[str, torch.Tensor]:
+        def encode(part: Tensor) -> dict[str, Tensor]:
             tasks = encoders.tasks(part, [name for name in names if name in shared], for_share)
             return _run({name: tasks[name] for name in shared})
 
@@ -154,7 +155,7 @@ class Execution:
         made = {name: [some[name] for some in done if name in some] for name in costs}
         return {name: (torch.cat(some) if name in shared else some[0])[:batch] for name, some in made.items()}
 
-    def _count(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, int]:
+    def _count(self, encoders: Encoders, pixel_values: Tensor, names: Sequence[str]) -> dict[str, int]:
         """Count each encoder's operations for an image, which are the same in every run."""
         functions = encoders.functions(names)
         if not functions.keys() <= self._costs.keys():
@@ -175,7 +176,7 @@ class Execution:
     def _compile(
         self,
         encoders: Encoders,
-        pixel_values: torch.Tensor,
+        pixel_values: Tensor,
         names: Sequence[str],
         wanted: Sequence[str],
         workers: EncoderThreads | None,
@@ -198,7 +199,7 @@ class Execution:
 
     # -- GPU ----------------------------------------------------------------------------------------------------------
 
-    def _on_gpu(self, encoders: Encoders, pixel_values: torch.Tensor, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _on_gpu(self, encoders: Encoders, pixel_values: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         where = _circumstances(pixel_values, 0)
         batch, size = len(pixel_values), self._size(len(pixel_values), where)
         key = (where, size, tuple(names))
@@ -235,12 +236,7 @@ class _Graph:
         pool: memory pool shared with other graphs, whose replays overwrite it.
     """
 
-    def __init__(
-        self,
-        tasks: Callable[[torch.Tensor], dict[str, partial[torch.Tensor]]],
-        pixels: torch.Tensor,
-        pool: Any,
-    ) -> None:
+    def __init__(self, tasks: Callable[[Tensor], dict[str, partial[Tensor]]], pixels: Tensor, pool: Any) -> None:
         self._pixels = pixels.clone()
         self._streams: dict[str, torch.cuda.Stream] = {}
         aside, here = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -254,7 +250,7 @@ class _Graph:
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = self._side_by_side(tasks(self._pixels))
 
-    def _side_by_side(self, tasks: dict[str, partial[torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _side_by_side(self, tasks: dict[str, partial[Tensor]]) -> dict[str, Tensor]:
         here = torch.cuda.current_stream()
         outputs = {}
         for name, task in tasks.items():
@@ -263,14 +259,14 @@ class _Graph:
             with torch.cuda.stream(stream):
                 outputs[name] = task()
             for value in (*task.args, *task.keywords.values()):
-                if isinstance(value, torch.Tensor):
+                if isinstance(value, Tensor):
                     value.record_stream(stream)  # made on this stream, read on that one
         for name, stream in self._streams.items():
             here.wait_stream(stream)
             outputs[name].record_stream(here)
         return outputs
 
-    def __call__(self, pixel_values: torch.Tensor, batch: int) -> dict[str, torch.Tensor]:
+    def __call__(self, pixel_values: Tensor, batch: int) -> dict[str, Tensor]:
         self._pixels[:batch].copy_(pixel_values)
         if batch < len(self._pixels):
             self._pixels[batch:] = pixel_values[-1:]
@@ -279,18 +275,18 @@ class _Graph:
         return {name: out[:batch].clone() for name, out in self._outputs.items()}
 
 
-def _run(tasks: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, torch.Tensor]:
+def _run(tasks: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
     return {name: task() for name, task in tasks.items()}
 
 
-def _circumstances(pixel_values: torch.Tensor, threads: int) -> Hashable:
+def _circumstances(pixel_values: Tensor, threads: int) -> Hashable:
     """Return the key, next to the batch size, of compiled functions and graphs."""
     kind = pixel_values.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return pixel_values.device, pixel_values.dtype, autocast, threads
 
 
-def _padded(pixel_values: torch.Tensor, size: int) -> torch.Tensor:
+def _padded(pixel_values: Tensor, size: int) -> Tensor:
     """Repeat the last image until there are ``size``."""
     missing = size - len(pixel_values)
     return torch.cat([pixel_values, pixel_values[-1:].expand(missing, -1, -1, -1)]) if missing else pixel_values
@@ -304,7 +300,7 @@ def _compiled(function: Function) -> Function:
     return torch.compile(function, dynamic=False, **isolated)  # type: ignore[call-overload,no-any-return]
 
 
-def _frozen(task: Callable[[], torch.Tensor]) -> torch.Tensor:
+def _frozen(task: Callable[[], Tensor]) -> Tensor:
     """Run a task for the first time on the CPU.
 
     Weights become constants in the kernels' layout, and all of it one call of C++, which releases Python's lock to the

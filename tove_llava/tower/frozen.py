@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.integrations import deepspeed as hf_deepspeed
@@ -41,9 +41,9 @@ class TowerFeatures:
         usable: ``[B]`` bool by expert, False for images whose output was not finite; empty when all are.
     """
 
-    base: torch.Tensor
-    experts: dict[str, torch.Tensor] = field(default_factory=dict)
-    usable: dict[str, torch.Tensor] = field(default_factory=dict)
+    base: Tensor
+    experts: dict[str, Tensor] = field(default_factory=dict)
+    usable: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Return B, the number of images."""
@@ -73,7 +73,7 @@ class TowerFeatures:
         """Copy to page-locked memory, from which a GPU copies by itself; a ``DataLoader`` calls this."""
         return self.map(torch.Tensor.pin_memory)
 
-    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> TowerFeatures:
+    def map(self, fn: Callable[[Tensor], Tensor]) -> TowerFeatures:
         """Apply ``fn`` to every tensor, e.g. ``features.map(lambda x: x[:4])``."""
         return TowerFeatures(
             base=fn(self.base),
@@ -110,12 +110,7 @@ class FrozenBackbones:
         return self.clip is not None and self.hub.is_loaded(names)
 
     def load(
-        self,
-        names: list[str],
-        *,
-        base_dir: str | os.PathLike[str] | None,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, names: list[str], *, base_dir: str | os.PathLike[str] | None, device: torch.device, dtype: torch.dtype
     ) -> None:
         """Load CLIP and the named experts from their sources; loaded ones stay as they are."""
         with _outside_zero3():
@@ -130,7 +125,7 @@ class FrozenBackbones:
         self._follow_attention()
         self.apply(lambda tensor: tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None))
 
-    def apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def apply(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a move or cast of the tower to the backbones."""
         self.execution.reset()
         for module in self.modules():
@@ -144,7 +139,7 @@ class FrozenBackbones:
         yield self.hub
 
     @torch.no_grad()
-    def encode(self, pixel_values: torch.Tensor, names: list[str], *, strict: bool) -> TowerFeatures:
+    def encode(self, pixel_values: Tensor, names: list[str], *, strict: bool) -> TowerFeatures:
         """Compute CLIP's tokens and the named experts' feature maps; see :meth:`ToveVisionModel.encode`."""
         assert self.clip is not None
         size = self.config.image_size
@@ -168,27 +163,24 @@ class FrozenBackbones:
         """Implement :class:`~tove_llava.tower.execution.Encoders`, as do the next two methods."""
         return {CLIP: self.clip, **{name: self.hub[name].backbone for name in names}}
 
-    def functions(self, names: Sequence[str]) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    def functions(self, names: Sequence[str]) -> dict[str, Callable[[Tensor], Tensor]]:
         return {CLIP: self._clip_tokens, **{name: self.hub[name].features for name in names}}
 
     def tasks(
-        self,
-        pixel_values: torch.Tensor,
-        names: Sequence[str],
-        compiled: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
-    ) -> dict[str, partial[torch.Tensor]]:
+        self, pixel_values: Tensor, names: Sequence[str], compiled: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> dict[str, partial[Tensor]]:
         size = (self.config.clip_config.image_size,) * 2
         clip_pixels = pixel_values
         if pixel_values.shape[-2:] != size:
             clip_pixels = F.interpolate(pixel_values.float(), size, mode="bicubic", align_corners=False, antialias=True)
-        tasks: dict[str, partial[torch.Tensor]] = {CLIP: partial(compiled.get(CLIP, self._clip_tokens), clip_pixels)}
+        tasks: dict[str, partial[Tensor]] = {CLIP: partial(compiled.get(CLIP, self._clip_tokens), clip_pixels)}
         if names:
             pixels = unnormalise(pixel_values, self.config.image_mean, self.config.image_std)
             for name, prepared in self.hub.condition(pixels, names).items():
                 tasks[name] = partial(self.hub[name].__call__, pixels, prepared=prepared, encode=compiled.get(name))
         return tasks
 
-    def _clip_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _clip_tokens(self, pixels: Tensor) -> Tensor:
         """Compute ``[B,N,d]``, without the class token."""
         assert self.clip is not None
         return self.clip(pixels).last_hidden_state[:, 1:]
@@ -214,7 +206,7 @@ class FrozenBackbones:
 def load_clip(
     config: ToveVisionConfig,
     base_dir: str | os.PathLike[str] | None = None,
-    tensors: Mapping[str, torch.Tensor] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> CLIPVisionModel:
     """Load CLIP, frozen, up to the layer whose tokens are used; the layers above are never built.
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 MAX_EXPERTS = 8
@@ -20,7 +21,7 @@ _KERNELS = "tove_llava.tower.fused_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused: bool = False) -> torch.Tensor:
+def gated_gelu_sum(hidden: Sequence[Tensor], gates: Tensor, *, fused: bool = False) -> Tensor:
     """Compute ``sum_k gates[:, k] * GELU(hidden[k])``.
 
     Args:
@@ -33,7 +34,7 @@ def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused
     """
     if fused and supports_fused(hidden, gates):
         return _Fused.apply(gates.contiguous(), *(z.contiguous() for z in hidden))
-    mixed: torch.Tensor | None = None
+    mixed: Tensor | None = None
     for k, z in enumerate(hidden):
         part = gates[:, k, None].to(z.dtype) * F.gelu(z)
         mixed = part if mixed is None else mixed + part
@@ -41,7 +42,7 @@ def gated_gelu_sum(hidden: Sequence[torch.Tensor], gates: torch.Tensor, *, fused
     return mixed
 
 
-def supports_fused(hidden: Sequence[torch.Tensor], gates: torch.Tensor) -> bool:
+def supports_fused(hidden: Sequence[Tensor], gates: Tensor) -> bool:
     """Tell if the kernel can be used: one GPU, one dtype, and Triton; ``torch.compile`` fuses the plain form itself."""
     first = hidden[0]
     return (
@@ -67,13 +68,13 @@ def _kernels() -> Any:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gates: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gates: Tensor, *hidden: Tensor) -> Tensor:
         ctx.save_for_backward(gates, *hidden)
         return _kernels().forward(hidden, gates)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         gates, *hidden = ctx.saved_tensors
         d_hidden, d_gates = _kernels().backward(hidden, gates, grad.contiguous())
         return (d_gates, *d_hidden)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.tower.balance import expected_load
@@ -22,10 +22,10 @@ class GateOutput(NamedTuple):
         load: ``[B,N,S]`` float32, probability of being chosen if the column's noise is redrawn; None without noise.
     """
 
-    weights: torch.Tensor
-    logits: torch.Tensor
-    selected: torch.Tensor
-    load: torch.Tensor | None
+    weights: Tensor
+    logits: Tensor
+    selected: Tensor
+    load: Tensor | None
 
 
 class Float32Linear(nn.Module):
@@ -44,7 +44,7 @@ class Float32Linear(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.std)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
             # One product a column: a matrix product's last bits depend on its number of columns, and removing columns
@@ -66,7 +66,7 @@ class Float32LayerNorm(nn.Module):
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
 
@@ -98,7 +98,7 @@ class TokenGate(nn.Module):
         self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 
-    def forward(self, tokens: torch.Tensor, allowed: torch.Tensor, eps: torch.Tensor | None = None) -> GateOutput:
+    def forward(self, tokens: Tensor, allowed: Tensor, eps: Tensor | None = None) -> GateOutput:
         """
         Args:
             tokens: ``[B,N,d]``.
@@ -125,7 +125,7 @@ class TokenGate(nn.Module):
         return GateOutput(weights=weights, logits=logits, selected=selected, load=load)
 
 
-def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
     """Compute the softmax over the True columns; exactly 0 elsewhere, and in a row without any."""
     empty = ~mask.any(dim=-1, keepdim=True)
     weights = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -84,7 +84,7 @@ class ToveVisionModel(PreTrainedModel):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ToveVisionModel:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ToveVisionModel:
         super()._apply(fn, recurse)
         self.frozen.apply(fn)
         return self
@@ -189,8 +189,8 @@ class ToveVisionModel(PreTrainedModel):
         return config
 
     def save_parts(
-        self, folder: str | os.PathLike[str], trained: Mapping[str, torch.Tensor], prefix: str, self_contained: bool
-    ) -> tuple[ToveVisionConfig, dict[str, torch.Tensor]]:
+        self, folder: str | os.PathLike[str], trained: Mapping[str, Tensor], prefix: str, self_contained: bool
+    ) -> tuple[ToveVisionConfig, dict[str, Tensor]]:
         """Write the tower's part of a checkpoint in ``folder``, apart from its trained tensors.
 
         Args:
@@ -273,7 +273,7 @@ class ToveVisionModel(PreTrainedModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def encode(self, pixel_values: torch.Tensor) -> TowerFeatures:
+    def encode(self, pixel_values: Tensor) -> TowerFeatures:
         """Run CLIP and the active experts without autograd.
 
         Args:
@@ -292,7 +292,7 @@ class ToveVisionModel(PreTrainedModel):
             )
         return self.frozen.encode(pixel_values, self.active_experts, strict=self.training)
 
-    def fuse(self, features: TowerFeatures, gate_noise: torch.Tensor | None = None) -> ToveVisionOutput:
+    def fuse(self, features: TowerFeatures, gate_noise: Tensor | None = None) -> ToveVisionOutput:
         """Run the trainable part.
 
         Args:
@@ -314,10 +314,10 @@ class ToveVisionModel(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: torch.Tensor | None = None,
+        pixel_values: Tensor | None = None,
         *,
         features: TowerFeatures | None = None,
-        gate_noise: torch.Tensor | None = None,
+        gate_noise: Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -345,7 +345,7 @@ class ToveVisionModel(PreTrainedModel):
         output = self.fuse(features if features is not None else self.encode(pixel_values), gate_noise)
         return output if return_dict is not False else output.to_tuple()
 
-    def balance_loss(self, gate_inputs: GateInputs | None) -> torch.Tensor | None:
+    def balance_loss(self, gate_inputs: GateInputs | None) -> Tensor | None:
         """Compute the balance loss of one batch on one process, before its coefficient; None without a gate.
 
         For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance`.

@@ -1,4 +1,4 @@
-"""Public data sets as data: where each comes from, its licence, the layout that is wanted, and what it should hold.
+"""Public data sets as data: source, licence, layout and expected content of each.
 
 One YAML file a set, in this folder, named after the benchmark where it is one::
 
@@ -6,22 +6,22 @@ One YAML file a set, in this folder, named after the benchmark where it is one::
     kind: benchmark                     # or training
     homepage: https://...
     licence: MIT                        # as the publisher states it
-    root: playground/data/eval          # where LLaVA keeps it
-    parts:                              # what has to lie under the root
+    root: playground/data/eval          # LLaVA's folder for it
+    parts:                              # files and folders under the root
       - path: pope/llava_pope_test.jsonl
-        archive: eval.zip               # what it comes in (optional)
+        archive: eval.zip               # the archive that holds it (optional)
         url: https://...
       - path: pope/val2014/             # a folder ends with a slash
         archive: val2014.zip
         url: https://...
         bytes: 6645013297               # of the download
         digest: sha256:fe9b...          # of the download
-    questions: 8910                     # how many there should be; left out where no source says
-    images: 500                         # distinct pictures that they are about
+    questions: 8910                     # expected number, if a source states it
+    images: 500                         # distinct images of the questions
     groups: {random: 2910}              # questions of each category
-    stated: what the publisher says of the size, where it is no exact number
-    notes: [what a user has to know]
-    sources: [where all this was read]
+    stated: the publisher's size, if it is no exact number
+    notes: [remarks for users]
+    sources: [pages that state all this]
 
 A training set also names its ``records`` file and ``image_folder``, both relative to the root; its ``questions`` are
 records.
@@ -48,12 +48,12 @@ class Part:
 
     Attributes:
         path: relative to the set's root; a folder ends with a slash.
-        url: where it, or the archive that it comes in, is downloaded.
-        archive: file name of that archive; empty where the file comes as it is.
+        url: download of the part or of its archive.
+        archive: file name of that archive; empty for a file without one.
         bytes: size of the download.
         digest: "algorithm:hexadecimal" of the download.
-        instead: other places under the root where the same file is looked for.
-        note: how to make or place it, where that takes more than unpacking.
+        instead: other paths under the root of the same file.
+        note: how to make or place it, if that takes more than unpacking.
     """
 
     path: str
@@ -68,12 +68,12 @@ class Part:
     def is_folder(self) -> bool:
         return self.path.endswith("/")
 
-    def is_at(self, place: Path) -> bool:
-        """Whether the file, or a folder that is not empty, is there."""
-        return place.is_dir() and any(place.iterdir()) if self.is_folder else place.is_file()
+    def is_at(self, path: Path) -> bool:
+        """Tell if a path is the file, or a folder that is not empty."""
+        return path.is_dir() and any(path.iterdir()) if self.is_folder else path.is_file()
 
     def found(self, root: Path) -> Path | None:
-        """Where it lies under ``root``; None where it does not."""
+        """Find its path under ``root``, or None."""
         return next((root / path for path in (self.path, *self.instead) if self.is_at(root / path)), None)
 
 
@@ -99,19 +99,19 @@ class DataSet:
 
     @cached_property
     def download_bytes(self) -> int | None:
-        """Size of all downloads, each counted once; None where no source gives a size."""
+        """Add up the downloads, each counted once; None if no source gives a size."""
         sizes = {part.url: part.bytes for part in self.parts if part.bytes is not None}
         return sum(sizes.values()) if sizes else None
 
 
 def set_names() -> list[str]:
-    """Names of all sets, sorted."""
+    """List the names of all sets, sorted."""
     files = resources.files(__name__).iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
 def get_set(name: str) -> DataSet:
-    """The set called ``name``.
+    """Return the set called ``name``.
 
     Raises:
         ConfigError: there is none, or its file is malformed; the message lists those that exist.

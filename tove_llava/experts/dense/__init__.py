@@ -1,4 +1,4 @@
-"""Dense-prediction architectures from transformers, one file each, named by the class their config names."""
+"""Dense-prediction architectures from transformers, one file each, by their config's class name."""
 
 from tove_llava.experts.dense.base import DENSE, DenseArchitecture, register_dense
 

@@ -1,4 +1,4 @@
-"""What a dense architecture has to say: which class to build, where its tokens are, and its raw prediction."""
+"""The contract of a dense architecture: the class to build, its tokens and its raw prediction."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -16,7 +16,7 @@ A = TypeVar("A", bound="type[DenseArchitecture]")
 
 
 def register_dense(*class_names: str) -> Callable[[A], A]:
-    """Class decorator: the architecture of checkpoints whose config names one of ``class_names``."""
+    """Register a class for checkpoints whose config names one of ``class_names``."""
 
     def add(cls: A) -> A:
         for name in class_names:
@@ -32,7 +32,7 @@ class DenseArchitecture(ABC):
     Args:
         config: the checkpoint's own configuration; a subclass may shorten it so that no unused layer is built.
         options: the spec's options (``stage`` or ``layer``).
-        whole: build the decoder too; else the encoder alone where the library has a class for it.
+        whole: build the decoder too; otherwise only the encoder, if the library has a class for it.
     """
 
     option_names: ClassVar[tuple[str, ...]] = ()
@@ -49,31 +49,20 @@ class DenseArchitecture(ABC):
     @property
     @abstractmethod
     def model_class(self) -> type[PreTrainedModel]:
-        """The transformers class to build."""
+        """Return the transformers class to build."""
 
-    model_kwargs: dict[str, Any] = {}  # further arguments of the class, beside the config
+    model_kwargs: dict[str, Any] = {}  # further arguments of the class
 
     @abstractmethod
     def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """[B,3,S,S] -> tokens [B,d,h,w]; runs no decoder."""
+        """Encode [B,3,S,S] as tokens [B,d,h,w], without a decoder."""
 
     @abstractmethod
     def predict(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        """[B,3,S,S] -> raw prediction [B,C,h,w] (logits, or depth as the model gives it)."""
+        """Predict [B,C,h,w] from [B,3,S,S] (logits, or the model's depth)."""
 
 
 def tokens_to_map(tokens: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
-    """[B, prefix + h*w, d] -> [B,d,h,w], where h and w follow from the pixels and the patch size."""
+    """Turn [B, prefix + h*w, d] into [B,d,h,w]; h and w follow from the pixels and the patch size."""
     h, w = pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
     return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))
-
-
-def choose(index: int, count: int, key: str) -> int:
-    """``index`` counted as in a list of ``count``.
-
-    Raises:
-        ConfigError: it is not in the list; the message names the option ``key``.
-    """
-    if not isinstance(index, int) or not -count <= index < count:
-        raise ConfigError(f"option {key}={index!r} must be from {-count} to {count - 1}")
-    return index % count

@@ -13,7 +13,7 @@ class DepthAnything(DenseArchitecture):
         return DepthAnythingForDepthEstimation
 
     def encode(self, model: nn.Module, pixels: Tensor) -> Tensor:
-        # The backbone's forward would keep every block's output; only the last one's is wanted.
+        # The backbone's forward would keep every block's output; only the last is needed.
         encoder = model.backbone
         tokens = encoder.layernorm(encoder.encoder(encoder.embeddings(pixels)).last_hidden_state)
         return tokens_to_map(tokens, pixels, self.config.patch_size)

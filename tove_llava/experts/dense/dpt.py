@@ -1,4 +1,4 @@
-"""DPT with a plain ViT encoder (DPT-Large), for depth and for any other dense map."""
+"""DPT with a plain ViT encoder (DPT-Large), for depth and any other dense map."""
 
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation, DPTForSemanticSegmentation, DPTModel
@@ -9,7 +9,7 @@ from tove_llava.experts.dense.base import DenseArchitecture, register_dense, tok
 
 @register_dense("DPTModel")
 class DPT(DenseArchitecture):
-    """The encoder alone, as a self-contained checkpoint stores it."""
+    """The encoder without a head, as a self-contained checkpoint stores it."""
 
     model_kwargs = {"add_pooling_layer": False}
     head_class = None
@@ -19,7 +19,7 @@ class DPT(DenseArchitecture):
         if config.is_hybrid or config.backbone_config is not None:
             raise ConfigError("DPT is read with its own ViT encoder only, not with another backbone (backbone_config)")
         if whole and self.head_class is None:
-            raise ConfigError("this checkpoint holds DPT's encoder alone, which has no map; use mode 'features'")
+            raise ConfigError("this checkpoint only holds DPT's encoder, which has no map; use mode 'features'")
         if whole:
             self.model_kwargs = {}
 

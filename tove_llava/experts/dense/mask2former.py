@@ -1,4 +1,4 @@
-"""Mask2Former: class probabilities from its queries, or the tokens of its hierarchical encoder."""
+"""Mask2Former: class probabilities from its queries, or tokens of its hierarchical encoder."""
 
 from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation
@@ -22,4 +22,4 @@ class Mask2Former(DenseArchitecture):
         classes = out.class_queries_logits.float().softmax(-1)[..., :-1]  # [B,Q,C], "no object" left out
         masks = out.masks_queries_logits.float().sigmoid()  # [B,Q,h,w]
         scores = (classes.transpose(1, 2) @ masks.flatten(2)).unflatten(2, masks.shape[-2:])  # [B,C,h,w]
-        return scores.clamp_min(1e-6).log()  # logits, as the other architectures give: softmax makes them a mixture
+        return scores.clamp_min(1e-6).log()  # logits, like the other architectures': softmax makes them a mixture

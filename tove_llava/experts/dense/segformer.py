@@ -1,4 +1,4 @@
-"""SegFormer, and the bundled tiny experts, which share its architecture."""
+"""SegFormer, whose architecture the bundled tiny experts share."""
 
 import copy
 
@@ -6,22 +6,15 @@ from torch import Tensor, nn
 from transformers import SegformerForSemanticSegmentation, SegformerModel
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.experts.dense.base import DenseArchitecture, choose, register_dense
+from tove_llava.experts.base import choose
+from tove_llava.experts.dense.base import DenseArchitecture, register_dense
 
-_PER_STAGE = (
-    "depths",
-    "sr_ratios",
-    "hidden_sizes",
-    "patch_sizes",
-    "strides",
-    "num_attention_heads",
-    "mlp_ratios",
-)
+_PER_STAGE = ("depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides", "num_attention_heads", "mlp_ratios")
 
 
 @register_dense("SegformerForSemanticSegmentation", "SegformerModel")
 class Segformer(DenseArchitecture):
-    """Option ``stage``: which encoder stage's tokens are the features (-1, the last); later stages are not built."""
+    """Option ``stage``: the encoder stage of the features (-1, the last); later stages are not built."""
 
     option_names = ("stage",)
 
@@ -29,7 +22,7 @@ class Segformer(DenseArchitecture):
         super().__init__(config, options, whole)
         if whole and "stage" in options:
             raise ConfigError("option 'stage' belongs to mode 'features'; mode 'map' uses every encoder stage")
-        stages = choose(options.get("stage", -1), config.num_encoder_blocks, "stage") + 1
+        stages = choose(options.get("stage", -1), config.num_encoder_blocks, "option stage") + 1
         if not whole and stages < config.num_encoder_blocks:
             self.config = copy.deepcopy(config)
             self.config.num_encoder_blocks = stages

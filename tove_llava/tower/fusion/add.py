@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
+from torch import Tensor
 
 from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
-from tove_llava.tower.fusion.base import Fusion, FusionOutput
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
 
 
 @FUSIONS.register("add")
@@ -21,12 +20,7 @@ class AddFusion(Fusion):
         self.output = ClosedLinear(config.projection_dim, config.clip_width, bias=False)
 
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         total = torch.zeros(
             *base.shape[:2], self.config.projection_dim, device=base.device, dtype=self.output.weight.dtype
@@ -38,24 +32,16 @@ class AddFusion(Fusion):
                 total = total + self.embeddings.touched(name, base.device).to(total.dtype)
         return FusionOutput(tokens=base + self.output(total).to(base.dtype))
 
-    def transfers(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        usable: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def transfers(self, base: Tensor, experts: ByExpert, *, usable: ByExpert | None = None) -> dict[str, Tensor]:
         return {name: self.output(hidden) for name, hidden in self._weighted(experts, usable).items()}
 
-    def _weighted(
-        self, experts: Mapping[str, torch.Tensor], usable: Mapping[str, torch.Tensor] | None
-    ) -> dict[str, torch.Tensor]:
+    def _weighted(self, experts: ByExpert, usable: ByExpert | None) -> dict[str, Tensor]:
         """Compute ``H_k / number of usable experts``, ``[B,N,m]`` by attached expert."""
         names = self.config.attached_experts
         hidden = {name: self.embeddings.hidden(name, experts[name], usable) for name in names}
-        count: torch.Tensor | int = len(names)
+        count: Tensor | int = len(names)
         if usable:
             marks = [usable.get(name) for name in names]
             present = sum(1 if mark is None else mark.long() for mark in marks)  # [B], or a number
             count = torch.as_tensor(present).clamp(min=1).view(-1, 1, 1)
-        return {name: x / (count.to(x) if isinstance(count, torch.Tensor) else count) for name, x in hidden.items()}
+        return {name: x / (count.to(x) if isinstance(count, Tensor) else count) for name, x in hidden.items()}

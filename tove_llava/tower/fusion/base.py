@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance import BalanceStatistics
 from tove_llava.tower.configuration import ToveVisionConfig
+
+ByExpert: TypeAlias = Mapping[str, Tensor]  # by expert
 
 
 class GateInputs(NamedTuple):
@@ -23,9 +24,9 @@ class GateInputs(NamedTuple):
         usable: ``[B,K]`` bool, False for an expert that was dropped for an image; None if none was.
     """
 
-    tokens: torch.Tensor
-    noise: torch.Tensor | None = None
-    usable: torch.Tensor | None = None
+    tokens: Tensor
+    noise: Tensor | None = None
+    usable: Tensor | None = None
 
 
 class FusionOutput(NamedTuple):
@@ -37,9 +38,9 @@ class FusionOutput(NamedTuple):
         gate_inputs: input of :meth:`Fusion.balance_statistics`, or None for a fusion without a gate.
     """
 
-    tokens: torch.Tensor
-    routing: torch.Tensor | None = None
-    gate_logits: torch.Tensor | None = None
+    tokens: Tensor
+    routing: Tensor | None = None
+    gate_logits: Tensor | None = None
     gate_inputs: GateInputs | None = None
 
 
@@ -78,12 +79,7 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         """
         Args:
@@ -93,13 +89,7 @@ class Fusion(nn.Module, ABC):
             usable: ``[B]`` bool by expert, False for images for which its output cannot be used.
         """
 
-    def transfers(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        usable: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def transfers(self, base: Tensor, experts: ByExpert, *, usable: ByExpert | None = None) -> dict[str, Tensor]:
         """Compute each attached expert's addition to the tokens, without noise: ``[B,N,d]`` (ToVE's ``G_k P_k``).
 
         Empty for a fusion that does not add. Arguments as in :meth:`forward`.

@@ -6,13 +6,12 @@ stays, and each is ``d + K m`` wide.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
+from torch import Tensor
 
 from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
-from tove_llava.tower.fusion.base import Fusion, FusionOutput
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
 
 
 @FUSIONS.register("channel_concat")
@@ -28,12 +27,7 @@ class ChannelConcatFusion(Fusion):
         return config.clip_width + len(config.experts) * config.projection_dim
 
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         parts = [base]
         for name in self.config.expert_names:

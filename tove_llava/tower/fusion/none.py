@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
+from torch import Tensor
 
 from tove_llava.tower.configuration import FUSIONS
-from tove_llava.tower.fusion.base import Fusion, FusionOutput
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
 
 
 @FUSIONS.register("none")
@@ -15,11 +13,6 @@ class NoFusion(Fusion):
     uses_experts = False
 
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         return FusionOutput(tokens=base)

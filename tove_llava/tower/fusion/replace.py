@@ -6,8 +6,7 @@ tower is that expert without CLIP.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tove_llava.tower.configuration import FUSIONS
 from tove_llava.tower.fusion.tove import ToveFusion
@@ -19,5 +18,5 @@ class ReplaceFusion(ToveFusion):
 
     output_layer = nn.Linear
 
-    def combine(self, base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    def combine(self, base: Tensor, delta: Tensor) -> Tensor:
         return delta

@@ -7,16 +7,14 @@ every token).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
-from tove_llava.tower.fusion.base import Fusion, FusionOutput
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
 
 POOL = 2
 
@@ -41,12 +39,7 @@ class SequenceAppendFusion(Fusion):
         return config.num_patches + len(config.attached_experts) * (config.grid // pool) ** 2
 
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         parts = [base]
         for name in self.config.attached_experts:

@@ -6,19 +6,18 @@ The choices that the paper leaves open: docs/background/design.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance import BalanceStatistics
 from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
 from tove_llava.tower.fused import gated_gelu_sum
-from tove_llava.tower.fusion.base import Fusion, FusionOutput, GateInputs
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, GateInputs
 from tove_llava.tower.gate import GateOutput, TokenGate
 
 
@@ -38,17 +37,12 @@ class ToveFusion(Fusion):
     def make_gate(self, slots: int) -> TokenGate:
         return TokenGate(self.config.clip_width, slots, noisy=self.config.noisy_gating, top_k=self.config.top_k)
 
-    def combine(self, base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    def combine(self, base: Tensor, delta: Tensor) -> Tensor:
         """Combine CLIP's tokens ``[B,N,d]`` with the knowledge for them ``[B,N,d]``."""
         return base + delta
 
     def forward(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        noise: torch.Tensor | None = None,
-        usable: Mapping[str, torch.Tensor] | None = None,
+        self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
         batch, tokens, _ = base.shape
         attached = self.config.attached_experts
@@ -56,9 +50,7 @@ class ToveFusion(Fusion):
             routing = base.new_zeros(batch, tokens, self.gate.slots, dtype=torch.float32)
             return FusionOutput(tokens=self.combine(base, torch.zeros_like(base)), routing=routing)
         inputs = GateInputs(
-            tokens=base.detach(),
-            noise=self._noise(base, noise),
-            usable=self._usable(batch, base.device, usable),
+            tokens=base.detach(), noise=self._noise(base, noise), usable=self._usable(batch, base.device, usable)
         )
         gate = self._gate(inputs)
         sparse = self.gate.top_k is not None and self.gate.top_k < self.gate.slots
@@ -74,13 +66,7 @@ class ToveFusion(Fusion):
             gate_inputs=inputs,
         )
 
-    def transfers(
-        self,
-        base: torch.Tensor,
-        experts: Mapping[str, torch.Tensor],
-        *,
-        usable: Mapping[str, torch.Tensor] | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def transfers(self, base: Tensor, experts: ByExpert, *, usable: ByExpert | None = None) -> dict[str, Tensor]:
         inputs = GateInputs(tokens=base.detach(), usable=self._usable(len(base), base.device, usable))
         weights = self._gate(inputs).weights  # [B,N,S]
         parts = {}
@@ -123,16 +109,14 @@ class ToveFusion(Fusion):
             marks = zip(inputs, ones, strict=True)
             usable = torch.cat([every if part.usable is None else part.usable for part, every in marks])
         return GateInputs(
-            tokens=torch.cat([part.tokens for part in inputs]),
-            noise=torch.cat(noise) if noise else None,
-            usable=usable,
+            tokens=torch.cat([part.tokens for part in inputs]), noise=torch.cat(noise) if noise else None, usable=usable
         )
 
     @property
     def _draws_noise(self) -> bool:
         return self.training and self.gate.noise is not None
 
-    def _noise(self, base: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
+    def _noise(self, base: Tensor, given: Tensor | None) -> Tensor | None:
         if not self._draws_noise:
             return None
         shape = (*base.shape[:2], self.gate.slots)
@@ -142,9 +126,7 @@ class ToveFusion(Fusion):
             raise ConfigError(f"gate_noise has shape {tuple(given.shape)}, expected [images, tokens, slots] = {shape}")
         return given.to(base.device, torch.float32)
 
-    def _usable(
-        self, batch: int, device: torch.device, usable: Mapping[str, torch.Tensor] | None
-    ) -> torch.Tensor | None:
+    def _usable(self, batch: int, device: torch.device, usable: ByExpert | None) -> Tensor | None:
         """Return ``[B,K]`` bool, or None if every expert is usable for every image."""
         if not usable:
             return None
@@ -160,7 +142,7 @@ class ToveFusion(Fusion):
             allowed = allowed & torch.cat([inputs.usable, null], dim=1)
         return self.gate(inputs.tokens, allowed, inputs.noise)
 
-    def _mix_all(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+    def _mix_all(self, base: Tensor, experts: ByExpert, gate: GateOutput) -> Tensor:
         """Compute ``sum_k G_k * H_k`` as ``[B*N,m]``."""
         hidden, columns = [], []
         for name in self.config.attached_experts:
@@ -171,10 +153,10 @@ class ToveFusion(Fusion):
             return self._zeros(base, self.output.weight)
         return gated_gelu_sum(hidden, torch.stack(columns, dim=1), fused=self.fused)
 
-    def _mix_selected(self, base: torch.Tensor, experts: Mapping[str, torch.Tensor], gate: GateOutput) -> torch.Tensor:
+    def _mix_selected(self, base: Tensor, experts: ByExpert, gate: GateOutput) -> Tensor:
         """Compute the same sum, but not rows of H_k that no token selects."""
         weights, selected = gate.weights.flatten(0, 1), gate.selected.flatten(0, 1)  # [B*N,S]
-        mixed: torch.Tensor | None = None
+        mixed: Tensor | None = None
         for name in self.config.attached_experts:
             k, embedding = self.config.expert_names.index(name), self.embeddings[name]
             chosen = selected[:, k].nonzero().squeeze(1)  # [R]
@@ -184,13 +166,13 @@ class ToveFusion(Fusion):
             mixed = mixed.index_add(0, chosen, part.to(mixed.dtype))
         return self._zeros(base, self.output.weight) if mixed is None else mixed
 
-    def _zeros(self, base: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def _zeros(self, base: Tensor, like: Tensor) -> Tensor:
         return torch.zeros(
             base.shape[0] * base.shape[1], self.config.projection_dim, device=base.device, dtype=like.dtype
         )
 
 
 @lru_cache(maxsize=64)  # without it each call would copy from host to device and wait
-def _mask(columns: tuple[bool, ...], device: torch.device) -> torch.Tensor:
+def _mask(columns: tuple[bool, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a cached tensor must be usable outside it too
         return torch.tensor(columns, dtype=torch.bool, device=device)
