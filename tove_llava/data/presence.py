@@ -45,8 +45,9 @@ def check_parts(data_set: DataSet, root: Path) -> list[Finding]:
         if found is None:
             findings.append(_missing(part, root))
         download = _download(part, root, found)
-        if download is not None:
-            findings += _check_download(part, download)
+        damage = "" if download is None else _damage(part, download)
+        if damage:
+            findings.append(Finding("download", damage))
     return findings
 
 
@@ -102,25 +103,21 @@ def _download(part: Part, root: Path, found: Path | None) -> Path | None:
     return None if part.is_folder else found
 
 
-def _check_download(part: Part, file: Path) -> list[Finding]:
+def _damage(part: Part, file: Path) -> str:
+    """Describe how a download differs from the publisher's; empty if it does not."""
     size = file.stat().st_size
     if part.bytes is not None and size != part.bytes:
-        return [
-            Finding("download", f"{file} has {size:,} bytes instead of {part.bytes:,}: download it again, {part.url}")
-        ]
+        return f"{file} has {size:,} bytes instead of {part.bytes:,}: download it again, {part.url}"
     if not part.digest:
-        return []
+        return ""
     algorithm, expected = part.digest.split(":")
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with file.open("rb") as handle:
         while block := handle.read(_BLOCK):
             digest.update(block)
     if digest.hexdigest() == expected:
-        return []
-    return [
-        Finding(
-            "download",
-            f"{file} has the {algorithm} checksum {digest.hexdigest()} instead of {expected}: it is damaged or another "
-            f"release; download it again, {part.url}",
-        )
-    ]
+        return ""
+    return (
+        f"{file} has the {algorithm} checksum {digest.hexdigest()} instead of {expected}: it is damaged or another "
+        f"release; download it again, {part.url}"
+    )

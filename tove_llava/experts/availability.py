@@ -28,37 +28,27 @@ def downloadable(repository: str) -> tuple[bool, str]:
     """Tell if a repository of the hub that is not cached could be fetched, or why not; nothing is downloaded."""
     if constants.HF_HUB_OFFLINE:
         return False, "not in the cache, and HF_HUB_OFFLINE is set"
-    unreachable = _hub_problem(constants.ENDPOINT)
-    if unreachable:
-        return False, f"not in the cache, and the hub cannot be reached ({unreachable})"
-    return _repository(constants.ENDPOINT, repository)
+    status, reason = _head(constants.ENDPOINT)
+    if status is None:
+        return False, f"not in the cache, and the hub cannot be reached ({reason})"
+    status, reason = _head(f"{constants.ENDPOINT}/{repository}/resolve/main/README.md", get_token())
+    if status is None:
+        return False, f"{repository}: {reason}"
+    if status in (401, 403):
+        return False, f"{repository} needs a login (hf auth login) and its licence accepted"
+    return (True, "by download") if status < 400 else (False, f"{repository}: the hub answers {status}")
 
 
 @cache
-def _hub_problem(endpoint: str) -> str | None:
+def _head(url: str, token: str | None = None) -> tuple[int | None, str]:
+    """Request a page's header: its status, or None and the reason why there is no answer."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        return None  # the hub answers
-    except (urllib.error.URLError, TimeoutError) as error:
-        return str(getattr(error, "reason", error))
-    return None
-
-
-@cache
-def _repository(endpoint: str, repository: str) -> tuple[bool, str]:
-    token = get_token()
-    request = urllib.request.Request(
-        f"{endpoint}/{repository}/resolve/main/README.md",
-        method="HEAD",
-        headers={"Authorization": f"Bearer {token}"} if token else {},
-    )
-    try:
-        urllib.request.urlopen(request, timeout=_TIMEOUT).close()
+        with urllib.request.urlopen(
+            urllib.request.Request(url, method="HEAD", headers=headers), timeout=_TIMEOUT
+        ) as page:
+            return page.status, ""
     except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            return False, f"{repository} needs a login (hf auth login) and its licence accepted"
-        return False, f"{repository}: the hub answers {error.code}"
+        return error.code, ""
     except (urllib.error.URLError, TimeoutError) as error:
-        return False, f"{repository}: {getattr(error, 'reason', error)}"
-    return True, "by download"
+        return None, str(getattr(error, "reason", error))

@@ -23,8 +23,7 @@ One YAML file a set, in this folder, named after the benchmark where it is one::
     notes: [remarks for users]
     sources: [pages that state all this]
 
-A training set also names its ``records`` file and ``image_folder``, both relative to the root; its ``questions`` are
-records.
+A training set also names its ``records`` file and ``image_folder``, relative to the root; its questions are records.
 """
 
 from collections.abc import Mapping
