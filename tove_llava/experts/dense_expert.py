@@ -3,10 +3,12 @@
 import json
 from abc import abstractmethod
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig
 from transformers.utils import cached_file
@@ -14,10 +16,10 @@ from transformers.utils import cached_file
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
-from tove_llava.experts.architectures import known_architecture
 from tove_llava.experts.base import Expert
 from tove_llava.experts.dense import DENSE, DenseArchitecture
 
+_ARCHITECTURES = Path(__file__).with_name("architectures.yaml")  # public configurations, known without a network
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
@@ -97,7 +99,7 @@ class DenseExpert(Expert):
     def licence(self) -> str:
         if isinstance(self.source, BundledSource):
             return "Apache-2.0 (this project's own)"
-        known = known_architecture(str(self.source))
+        known = _architectures().get(str(self.source))
         return known["licence"] if known else super().licence()
 
     def set_attention(self, implementation: str) -> None:
@@ -108,6 +110,11 @@ class DenseExpert(Expert):
         self.network.save_pretrained(folder)
         (folder / "preprocessor_config.json").write_text(json.dumps(self.preprocessor, indent=2) + "\n")
         return self.source.at(folder)
+
+
+@cache
+def _architectures() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(_ARCHITECTURES.read_text())
 
 
 def read_configuration(
@@ -121,7 +128,7 @@ def read_configuration(
     Raises:
         ConfigError: the source has no readable configuration.
     """
-    known = known_architecture(str(source)) if use_table else None
+    known = _architectures().get(str(source)) if use_table else None
     if known is not None:
         return AutoConfig.for_model(**known["config"]), dict(known["preprocessor"])
     name = source.pretrained()["pretrained_model_name_or_path"]

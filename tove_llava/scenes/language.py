@@ -198,17 +198,9 @@ def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
     return f"{claim} Is this true or false?", "True" if asked[1] == "Yes" else "False"
 
 
+_ASKERS = (existence, counting, colour, shape, left_right, above_below, front_behind, nearer, bigger, statement)
 CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
-    "existence": existence,
-    "counting": counting,
-    "colour": colour,
-    "shape": shape,
-    "left_right": left_right,
-    "above_below": above_below,
-    "front_behind": front_behind,
-    "nearer": nearer,
-    "bigger": bigger,
-    "statement": statement,
+    asker.__name__: asker for asker in _ASKERS
 }
 # Questions about one object's entry of the description, which teach the language model to read.
 MEASURES: dict[str, Callable[[Object], Asked]] = {
