@@ -201,11 +201,7 @@ CASES = {
     "dinov3": Case("dinov3", timm_folder("vit_small_patch16_dinov3", img_size=64, **_VIT), 32, (4, 4)),
     "siglip2": Case("siglip2", timm_folder("vit_base_patch16_siglip_224", img_size=64, **_VIT), 32, (4, 4)),
     "sam": Case(
-        "sam",
-        timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT),
-        256,
-        (4, 4),
-        64,
+        "sam", timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT), 256, (4, 4), 64
     ),
     "sam-block": Case(
         "sam",

@@ -104,32 +104,17 @@ def test_batches(make: Any, tokenizer: Any) -> None:
         assert torch.equal(ids[ids != len(tokenizer)], example["input_ids"][example["input_ids"] >= 0])
 
 
-def test_a_text_batch_has_no_pixels(make: Any) -> None:
-    batch = LlavaCollator(0, 999, TOKENS)([make()[1]])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised"}
-
-
-def test_attention_comes_from_lengths_not_from_ids(make: Any) -> None:
-    """LLaVA takes a genuine <unk> (id 0, its padding) out of the text."""
-    dataset = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])
-    example = dataset[0]
-    assert (example["input_ids"] == 0).any()
-    batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1)([example])
-    assert batch["attention_mask"].all()
-
-
 @pytest.mark.parametrize("multiple", [1, 8, 64])
-def test_width_is_rounded_up_on_request(make: Any, multiple: int) -> None:
-    example = make()[1]
-    width = LlavaCollator(0, 999, TOKENS, multiple_of=multiple)([example])["input_ids"].shape[1]
-    assert width % multiple == 0
-    assert 0 <= width - len(example["input_ids"]) < multiple
-
-
-def test_an_image_within_an_answer_is_not_learnt() -> None:
-    ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
-    batch = LlavaCollator(0, 9, 2)([{"input_ids": ids, "labels": ids, "pixel_values": torch.zeros(1, 3, 2, 2)}])
-    assert batch["labels"].tolist() == [[1, IGNORE_INDEX, IGNORE_INDEX, 5]]
+def test_a_text_batch(make: Any, multiple: int) -> None:
+    """LLaVA takes a genuine <unk> (id 0, its padding) out of the text."""
+    example = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])[0]
+    batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1, multiple_of=multiple)([example])
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised"}  # no pixels
+    length, width = len(example["input_ids"]), batch["input_ids"].shape[1]
+    assert width % multiple == 0 and 0 <= width - length < multiple
+    assert (example["input_ids"] == 0).any() and batch["attention_mask"].tolist() == [
+        [1] * length + [0] * (width - length)
+    ]
 
 
 def test_a_collator_refuses_what_would_go_wrong_later() -> None:
@@ -139,22 +124,20 @@ def test_a_collator_refuses_what_would_go_wrong_later() -> None:
         LlavaCollator(0, 9, 4)([example])
     with pytest.raises(DataError, match="contains the image token's id 5"):
         LlavaCollator(0, 5, 4)([{**example, "pixel_values": torch.zeros(1, 3, 2, 2)}])
-    with pytest.raises(ConfigError, match="num_image_tokens"):
-        LlavaCollator(0, 5, 0)
-    with pytest.raises(ConfigError, match="multiple_of"):
-        LlavaCollator(0, 5, 1, multiple_of=0)
+    for keys in ({"num_image_tokens": 0}, {"multiple_of": 0}, {"multiple_of": 8, "packed": True}):
+        with pytest.raises(ConfigError, match=next(iter(keys))):
+            LlavaCollator(0, 5, **{"num_image_tokens": 1, **keys})
+    # An image within an answer is not learned.
+    batch = LlavaCollator(0, 9, 2)([{**example, "pixel_values": torch.zeros(1, 3, 2, 2)}])
+    assert batch["labels"].tolist() == [[1, IGNORE_INDEX, IGNORE_INDEX, 5]]
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_loader_workers(make: Any, start: str) -> None:
-    dataset = make()
-    collate = LlavaCollator(0, 999, TOKENS)
+def test_loader_workers(make: Any) -> None:
+    dataset, collate = make(), LlavaCollator(0, 999, TOKENS)
     options = {"batch_size": 2, "collate_fn": collate}
-    if start == "spawn":
-        pickle.loads(pickle.dumps((dataset, collate)))  # all that spawning needs; starting one takes long
-        return
+    pickle.loads(pickle.dumps((dataset, collate)))  # all that spawning needs; starting one takes long
     alone = list(DataLoader(dataset, **options))
-    workers = list(DataLoader(dataset, **options, num_workers=2, multiprocessing_context=start))
+    workers = list(DataLoader(dataset, **options, num_workers=2, multiprocessing_context="fork"))
     for ours, theirs in zip(workers, alone, strict=True):
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
@@ -212,15 +195,33 @@ def test_records_without_supervision_are_left_out_and_counted(make: Any) -> None
     assert "2: no answer to learn from (mute, open)" in str(dataset.report)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"records": UNTRAINABLE}, DataError, "nothing is left to train on; 3 of 3 records are left out"),
+        ({"unsupervised": "ignore"}, ConfigError, "'ignore'.*drop or error"),
+        ({"template": "chat_template"}, ConfigError, "no chat template"),
+        ({"image_folder": None}, DataError, "--image_folder"),
+        (
+            {"records": [{"id": "x", "conversations": turns("<image>\nWhat?", "Red.")}]},
+            DataError,
+            r"record 0 \(id 'x'\): 1 <image> placeholder for 0 images",
+        ),
+    ],
+)
+def test_a_data_set_that_cannot_be_used_is_refused_at_once(make: Any, options: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        make(**options)
+
+
+def test_text_needs_no_image_folder(make: Any) -> None:
+    assert len(make([RECORDS[1]], image_folder=None)) == 1
+
+
 @pytest.mark.parametrize("raw", UNTRAINABLE, ids=lambda raw: raw["id"])
 def test_records_without_supervision_may_be_an_error(make: Any, raw: Any) -> None:
     with pytest.raises(DataError, match=rf"data.json: record 1 \(id '{raw['id']}'\): .*"):
         make([RECORDS[0], raw], unsupervised="error")
-
-
-def test_nothing_left_is_an_error(make: Any) -> None:
-    with pytest.raises(DataError, match="nothing is left to train on; 3 of 3 records are left out"):
-        make(UNTRAINABLE)
 
 
 @settings(deadline=None, max_examples=60)
@@ -289,17 +290,6 @@ def test_a_damaged_image_names_its_record(make: Any, tmp_path: Path) -> None:
         make(_with_image("page.png"))[1]
 
 
-def test_image_folder_is_asked_for(make: Any) -> None:
-    with pytest.raises(DataError, match="--image_folder"):
-        make(image_folder=None)
-    assert len(make([RECORDS[1]], image_folder=None)) == 1
-
-
-def test_a_placeholder_without_image_is_found_at_once(make: Any) -> None:
-    with pytest.raises(DataError, match=r"record 0 \(id 'x'\): 1 <image> placeholder for 0 images"):
-        make([{"id": "x", "conversations": turns("<image>\nWhat?", "Red.")}])
-
-
 def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
     names = save_odd_kinds(Image.fromarray(noise), tmp_path / "images")
@@ -310,13 +300,3 @@ def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
         assert batch["pixel_values"].shape == (6, 3, 12, 12)
         assert batch["pixel_values"].isfinite().all()
         assert (batch["pixel_values"].flatten(1).std(1) > 0.1).all()
-
-
-def test_a_tokenizer_that_does_not_suit_the_template_shows_at_once(make: Any) -> None:
-    with pytest.raises(ConfigError, match="no chat template"):
-        make(template="chat_template")
-
-
-def test_an_unknown_policy_is_refused(make: Any) -> None:
-    with pytest.raises(ConfigError, match="'ignore'.*drop or error"):
-        make(unsupervised="ignore")

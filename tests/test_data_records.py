@@ -45,19 +45,16 @@ def test_json_and_jsonl_are_the_same(tmp_path: Path) -> None:
         (b"[{]", "x.json, line 1: not valid JSON"),
         (b'{"id": 1}\n{"id": \n', "x.json, line 2: not valid JSON"),
         (b"\xff\xfe[1]", "not UTF-8"),
+        (None, "no file .*x.json.*--data_path"),
     ],
 )
-def test_files_that_cannot_be_read(content: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read_records(tmp_path / "x.json")
-
-
-def test_a_missing_file_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no file .*absent.json.*--data_path"):
-        read_records(tmp_path / "absent.json")
+def test_files_that_cannot_be_read(content: bytes | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a folder"):
         read_records(tmp_path)
+    if content is not None:
+        (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_records(tmp_path / "x.json")
 
 
 # --- structure --------------------------------------------------------------------------------------------------------
@@ -96,40 +93,22 @@ def test_malformed_records(raw: Any, message: str) -> None:
         assert "(id 'r1')" in str(caught.value)
 
 
-def test_ids_may_be_numbers_absent_or_repeated() -> None:
+def test_ids_and_images_may_be_absent() -> None:
     assert parse_record({**record("a", "b"), "id": 12}).id == "12"
     assert parse_record({"conversations": record("a", "b")["conversations"]}, 3).where == "record 3"
-
-
-@pytest.mark.parametrize("image", [None, []])
-def test_no_image(image: Any) -> None:
-    assert parse_record({**record("a", "b"), "image": image}).images == ()
+    for image in (None, []):
+        assert parse_record({**record("a", "b"), "image": image}).images == ()
 
 
 # --- turns ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("values", "first", "message"),
-    [
-        (["only me"], "gpt", "no human turn"),
-        (["a", "b", "c"], "gpt", None),
-    ],
-)
-def test_a_first_turn_of_the_assistant_is_dropped(values: list[str], first: str, message: str | None) -> None:
-    raw = record(*values, first=first)
-    if message:
+def test_roles_alternate_and_a_first_turn_of_the_assistant_is_dropped() -> None:
+    assert prepared(record("a", "b", "c", first="gpt")) == ["b", "c"]
+    for raw, message in ((record("only me", first="gpt"), "no human turn"), (record("a", "b"), "turn 2 is the user's")):
+        raw["conversations"][-1]["from"] = "gpt" if len(raw["conversations"]) == 1 else "human"
         with pytest.raises(DataError, match=f"data.json: record 7 .id 'r1'.: {message}"):
             prepared(raw)
-    else:
-        assert prepared(raw) == ["b", "c"]
-
-
-def test_wrong_alternation_is_refused() -> None:
-    raw = record("a", "b")
-    raw["conversations"][1]["from"] = "human"
-    with pytest.raises(DataError, match="turn 2 is the user's"):
-        prepared(raw)
 
 
 @pytest.mark.parametrize(

@@ -105,10 +105,7 @@ def test_images_shared_out_among_threads(tmp_path, compiled, monkeypatch, dtype,
     assert_same(tower.encode(x[: batch - 1]), expected.map(lambda value: value[: batch - 1]), dtype)
 
 
-@given(
-    costs=st.lists(st.integers(0, 1000), min_size=1, max_size=8),
-    threads=st.integers(1, 8),
-)
+@given(costs=st.lists(st.integers(0, 1000), min_size=1, max_size=8), threads=st.integers(1, 8))
 def test_sharing_out_never_ends_later_and_takes_the_dearest(costs, threads):
     named = {str(i): cost for i, cost in enumerate(costs)}
     shared = execution.to_share(named, threads)

@@ -31,8 +31,7 @@ def single(shape: str, radius: float = 1.0, angle: float = 0.0) -> Scene:
 
 
 @pytest.mark.parametrize(
-    ("shape", "depth"),
-    [("sphere", 9.0), ("cube", 10.0 - 0.85), ("cylinder", 10.0 - 0.75), ("cone", 10.0 - 0.5)],
+    ("shape", "depth"), [("sphere", 9.0), ("cube", 10.0 - 0.85), ("cylinder", 10.0 - 0.75), ("cone", 10.0 - 0.5)]
 )
 def test_depth_of_each_solid_is_exact_at_the_middle_of_the_picture(shape, depth):
     rendering = render(single(shape), size=97)  # odd: one pixel looks exactly along the axis

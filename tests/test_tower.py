@@ -363,10 +363,7 @@ def test_saved_is_loaded_and_saved_keys_are_trainable_keys(tmp_path, keys):
     files = list((tmp_path / "saved").glob("*.safetensors"))
     saved = {key for file in files for key in safe_open(file, "pt").keys()}  # noqa: SIM118
     assert saved == trainable
-    for loaded in (
-        ToveVisionModel.from_pretrained(tmp_path / "saved"),
-        AutoModel.from_pretrained(tmp_path / "saved"),
-    ):
+    for loaded in (ToveVisionModel.from_pretrained(tmp_path / "saved"), AutoModel.from_pretrained(tmp_path / "saved")):
         assert isinstance(loaded, ToveVisionModel)
         assert torch.equal(loaded(pixels()).last_hidden_state, tower(pixels()).last_hidden_state)
         assert loaded.config.detached_experts == tower.config.detached_experts
