@@ -68,6 +68,11 @@ def test_side_by_side_is_one_after_another(tmp_path, compiled, dtype, keys):
     assert tower.set_execution("compiled") is tower and tower.execution == "compiled"
     assert_same(tower.encode(x), expected, dtype)
     torch.testing.assert_close(tower(x).last_hidden_state, whole, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    if dtype == torch.float32 and not keys:
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = tower.encode(x)
+            assert_same(actual, tower.set_execution("eager").encode(x), torch.bfloat16)
+        assert actual.experts["depth"].dtype == torch.bfloat16
 
 
 def test_without_a_gpu_concurrent_is_eager(tmp_path, compiled):
@@ -250,15 +255,9 @@ def test_sizes_are_padded_up_and_few(tmp_path, compiled, monkeypatch):
         assert_same(tower.encode(pixels(batch)), want)
     # Six is the first; five and three are padded to it, two would be less than half; seven becomes eight.
     assert [{shape[0] for shape in shapes} for shapes in compiled] == [{6}, {6}, {2}, {2}, {8}, {8}]
-
-
-def test_beyond_so_many_sizes_it_is_eager(tmp_path, compiled, monkeypatch):
-    monkeypatch.setattr(execution, "MAX_SIZES", 1)
-    tower = make_tower(tmp_path, names=("depth",))
-    expected = tower.encode(pixels(8))
-    tower.set_execution("compiled").encode(pixels(2))
-    assert_same(tower.encode(pixels(8)), expected)
-    assert len(compiled) == 2
+    monkeypatch.setattr(execution, "MAX_SIZES", 3)  # beyond that many it is eager
+    assert_same(tower.encode(pixels(30)), tower.set_execution("eager").encode(pixels(30)))
+    assert len(compiled) == 6
 
 
 def test_what_was_compiled_is_kept_and_forgotten(tmp_path, compiled):
@@ -308,15 +307,6 @@ def test_new_weights_are_used(tmp_path, compiled):
     assert torch.equal(tower.encode(x).base, before.base)
 
 
-def test_autocast_reaches_the_encoders(tmp_path, compiled):
-    tower = make_tower(tmp_path)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = tower.encode(pixels())
-        actual = tower.set_execution("compiled").encode(pixels())
-    assert expected.experts["depth"].dtype == torch.bfloat16
-    assert_same(actual, expected, torch.bfloat16)
-
-
 def test_features_of_inference_mode_are_usable_in_training(tmp_path, compiled):
     tower = make_tower(tmp_path, opened=True).set_execution("compiled")
     with torch.inference_mode():
@@ -345,7 +335,7 @@ def test_an_error_of_one_encoder_is_raised_and_leaves_the_tower_usable(tmp_path,
     assert_same(tower.encode(pixels()), expected)
 
 
-def test_what_cannot_be_compiled_says_so(tmp_path, monkeypatch):
+def test_an_execution_that_cannot_be_used_says_so(tmp_path, monkeypatch):
     def refuse(function, **_):
         def run(x):
             raise RuntimeError("no compiler\nhere")
@@ -354,13 +344,10 @@ def test_what_cannot_be_compiled_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     tower = make_tower(tmp_path).set_execution("compiled")
+    with pytest.raises(ConfigError, match="unknown execution 'fast' of the tower; known: eager, concurrent, compiled"):
+        tower.set_execution("fast")
     with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler\); use the execution 'eager'"):
         tower.encode(pixels())
-
-
-def test_an_unknown_execution_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="unknown execution 'fast' of the tower; known: eager, concurrent, compiled"):
-        make_tower(tmp_path).set_execution("fast")
 
 
 # -- where it can be chosen -------------------------------------------------------------------------------------------

@@ -87,13 +87,10 @@ def test_coverage_sums_to_the_visible_area():
 
 def test_splits_are_independent_and_scenes_reproducible():
     assert sample_scene(1, "train", 3) == sample_scene(1, "train", 3)
-    different = [
-        sample_scene(1, "val", 3),
-        sample_scene(1, "parts", 3),
-        sample_scene(2, "train", 3),
-        sample_scene(1, "train", 4),
-    ]
+    others = ((1, "val", 3), (1, "parts", 3), (2, "train", 3), (1, "train", 4))
+    different = [sample_scene(*other) for other in others]
     assert all(sample_scene(1, "train", 3).to_dict()["objects"] != other.to_dict()["objects"] for other in different)
+    assert scene_rng(1, "val", 2, 0).random() != scene_rng(1, "val", 2, 1).random()
 
 
 def test_held_out_pairs_occur_in_the_novel_split_alone():
@@ -300,7 +297,3 @@ def test_a_writer_who_was_overtaken_by_other_scenes_is_told(tmp_path):
 def test_bad_requests_name_the_flag(wrong, flag):
     with pytest.raises(ConfigError, match=flag):
         Request(**{"counts": {"train": 1}, **wrong})
-
-
-def test_language_and_world_have_streams_of_their_own():
-    assert scene_rng(1, "val", 2, 0).random() != scene_rng(1, "val", 2, 1).random()
