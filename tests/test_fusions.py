@@ -26,10 +26,6 @@ def opened(folder, fusion, **keys):
     return tower
 
 
-def test_all_of_the_issue_are_registered():
-    assert {"tove", "add", "top1", "channel_concat", "sequence_append", "none", "replace"} <= set(FUSIONS.names())
-
-
 @pytest.mark.parametrize("fusion", FUSIONS.names())
 def test_output_has_the_configured_shape(tmp_path, fusion):
     tower = opened(tmp_path, fusion) if fusion != "none" else make_tower(tmp_path, fusion=fusion)
@@ -37,13 +33,9 @@ def test_output_has_the_configured_shape(tmp_path, fusion):
     tokens = tower(pixels(2)).last_hidden_state
     assert tokens.shape == (2, config.num_image_tokens, config.hidden_size)
     assert torch.isfinite(tokens).all()
-
-
-@pytest.mark.parametrize("fusion", CLOSED)
-def test_closed_fusions_start_as_clip(tmp_path, fusion):
-    tower = make_tower(tmp_path, fusion=fusion)
-    features = tower.encode(pixels(2))
-    assert torch.equal(tower.fuse(features).last_hidden_state, features.base)
+    if fusion in CLOSED:
+        untrained = make_tower(tmp_path / "untrained", fusion=fusion)
+        assert torch.equal(untrained(pixels(2)).last_hidden_state, untrained.encode(pixels(2)).base)
 
 
 @pytest.mark.parametrize("fusion", WITH_EXPERTS)
@@ -126,8 +118,6 @@ def test_add_is_the_mean_of_the_experts(tmp_path):
     features = tower.encode(pixels(2))
     hidden = [tower.fusion.embeddings.hidden(name, features.experts[name], None) for name in NAMES]
     expected = features.base + F.linear(sum(hidden) / 3, tower.fusion.output.weight)
-    torch.testing.assert_close(tower.fuse(features).last_hidden_state, expected)
-    features.usable = {}  # as in training, where an expert that fails stops the run
     torch.testing.assert_close(tower.fuse(features).last_hidden_state, expected)
     features.usable = {"depth": torch.tensor([False, True])}
     expected[0] = features.base[0] + F.linear((hidden[1][0] + hidden[2][0]) / 2, tower.fusion.output.weight)

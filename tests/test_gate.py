@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from tower_parts import make_tower, open_output, pixels
+from tower_parts import make_tower, pixels
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.gate import TokenGate
@@ -78,6 +78,8 @@ def test_noise_is_for_training_only_and_may_be_given(tmp_path):
     assert torch.equal(tower(x, gate_noise=noise).gate_inputs.noise, noise)
     with pytest.raises(ConfigError, match=r"\(2, 16, 3\)"):
         tower(x, gate_noise=noise[:1])
+    quiet = make_tower(tmp_path / "quiet", opened=True, noisy_gating=False).train()
+    assert torch.equal(quiet(x).routing, quiet(x).routing) and quiet(x).gate_inputs.noise is None
 
 
 def test_a_share_of_the_global_noise_gives_a_share_of_the_routing(tmp_path):
@@ -88,12 +90,6 @@ def test_a_share_of_the_global_noise_gives_a_share_of_the_routing(tmp_path):
         share = tower(x[part], gate_noise=noise[part])
         torch.testing.assert_close(share.routing, whole.routing[part])
         torch.testing.assert_close(share.last_hidden_state, whole.last_hidden_state[part])
-
-
-def test_gate_without_noise_draws_none(tmp_path):
-    tower = make_tower(tmp_path, opened=True, noisy_gating=False).train()
-    assert torch.equal(tower(pixels()).routing, tower(pixels()).routing)
-    assert tower(pixels()).gate_inputs.noise is None
 
 
 def test_null_slot_receives_nothing(tmp_path):
@@ -142,14 +138,6 @@ def test_initial_weights_are_nearly_even_and_ties_are_broken(tmp_path):
     assert len(tower(pixels(8)).routing.argmax(-1).unique()) > 1
     even = make_tower(tmp_path / "even")
     torch.testing.assert_close(even(pixels()).routing, torch.full((2, 16, 3), 1 / 3), atol=0.03, rtol=0)
-
-
-def test_opening_the_output_changes_tokens_by_the_weighted_sum(tmp_path):
-    tower = make_tower(tmp_path)
-    features = tower.encode(pixels())
-    assert torch.equal(tower.fuse(features).last_hidden_state, features.base)
-    open_output(tower)
-    assert not torch.equal(tower.fuse(features).last_hidden_state, features.base)
 
 
 @pytest.mark.parametrize("width", [16, 192, 768])

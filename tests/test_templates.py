@@ -34,13 +34,9 @@ def test_own_sample(row: dict[str, Any]) -> None:
 
 def test_aliases_are_one_template() -> None:
     assert get_template("vicuna_v1") is get_template("v1")
-    assert get_template("vicuna_v1").name == "v1"
-    assert {"v1", "vicuna_v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "chat_template"} <= set(
-        template_names()
-    )
-
-
-def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
+    assert get_template("vicuna_v1").name == "v1" and get_template(get_template("v1")) is get_template("v1")
+    expected = {"v1", "vicuna_v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "llama_2", "chat_template"}
+    assert expected <= set(template_names())
     with pytest.raises(ConfigError, match="unknown conversation template 'vicuna_v2'.*Did you mean 'vicuna_v1'"):
         get_template("vicuna_v2")
 
@@ -101,11 +97,6 @@ def test_only_the_last_turn_may_be_open() -> None:
 def test_plain_takes_one_question_and_one_caption(count: int) -> None:
     with pytest.raises(DataError, match="one question and one caption"):
         get_template("plain").render([Turn("user", "<image>")] * count, TOKENIZER)
-
-
-def test_plain_needs_an_image() -> None:
-    with pytest.raises(DataError, match="<image>"):
-        get_template("plain").render([Turn("user", "Describe."), Turn("assistant", "A kite.")], TOKENIZER)
 
 
 def test_chat_template_supervises_what_the_model_must_say() -> None:

@@ -12,6 +12,7 @@ import sentencepiece
 from data_helpers import byte_level_tokenizer, decode_spans, sentencepiece_oracle, train_sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
@@ -152,6 +153,8 @@ def test_settings_beside_the_model_are_honoured(model_file: Path, tmp_path: Path
 def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no tokenizer folder"):
         load_tokenizer(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="bundled:absent"):
+        load_tokenizer("bundled:absent")
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="not a SentencePiece model"):
         load_tokenizer(tmp_path)
@@ -161,11 +164,6 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
     train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
     with pytest.raises(ConfigError, match="normalises its input"):
         load_tokenizer(tmp_path)
-
-
-def test_a_source_that_is_not_there_is_named() -> None:
-    with pytest.raises(CheckpointError, match="bundled:absent"):
-        load_tokenizer("bundled:absent")
 
 
 def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file: Path, tmp_path: Path) -> None:
@@ -186,15 +184,12 @@ def test_a_tokenizer_stays_itself_beside_any_model(model_file: Path, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     text = "USER: a  kite</s>USER: b"
     assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)  # of another kind: tokenizer.json counts
+    assert load_tokenizer(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+    (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(CheckpointError, match="tokenizer_config.json"):
         load_tokenizer(tmp_path)
-
-
-def test_a_model_of_another_kind_yields_to_its_tokenizer_json(model_file: Path, tmp_path: Path) -> None:
-    load_tokenizer(model_file).save_pretrained(tmp_path)
-    train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)
-    assert load_tokenizer(tmp_path)("a kite")["input_ids"] == load_tokenizer(model_file)("a kite")["input_ids"]
 
 
 # --- the image placeholder --------------------------------------------------------------------------------------------
@@ -215,13 +210,12 @@ def test_placeholder_in_text_is_never_the_image_token(tmp_path: Path, in_vocabul
     assert IMAGE_TOKEN_INDEX not in encoded.input_ids
     assert after in encoded.input_ids
     assert decode_spans(tokenizer, encoded.labels) == [" Where <image> features go.</s>"]
-
-
-def test_a_token_added_later_is_noticed(model_file: Path) -> None:
-    tokenizer = load_tokenizer(model_file)
+    as_images = encode_turns(turns, tokenizer, "v1", images=True)
+    assert as_images.num_images == 2 and as_images.labels.count(IMAGE_TOKEN_INDEX) == 1
+    assert as_images.num_supervised == sum(label >= 0 for label in as_images.labels)
     before = text_encoder(tokenizer).encode("<new>")
     tokenizer.add_tokens(["<new>"])
-    assert text_encoder(tokenizer).encode("<new>") == [len(tokenizer) - 1] != before
+    assert text_encoder(tokenizer).encode("<new>") == [len(tokenizer) - 1] != before  # a token added later
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -288,6 +282,7 @@ def test_supervised_ids_of_a_record_are_its_replies(
     record = parse_record({"image": [f"{index}.png" for index in range(images)], "conversations": messages})
     encoded = encode_record(record, tokenizer, "v1")
     assert encoded.num_images == images
+    assert encoded.num_supervised == sum(label >= 0 for label in encoded.labels)
     replies = [f" {answer}{tokenizer.eos_token}" for _, answer in conversation if answer]
     assert decode_spans(tokenizer, encoded.labels) == replies
 
@@ -317,15 +312,6 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     text = tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]
     starts_with_marker = text_encoder(tokenizer).encode("x") != text_encoder(tokenizer).continuation("x")
     return text[1:] if starts_with_marker else text
-
-
-def test_images_in_an_answer_are_not_counted_as_supervised(model_file: Path) -> None:
-    tokenizer = load_tokenizer(model_file)
-    turns = [Turn("user", "<image>\nWhat?"), Turn("assistant", "<image> this")]
-    encoded = encode_turns(turns, tokenizer, "v1", images=True)
-    assert encoded.num_images == 2
-    assert encoded.labels.count(IMAGE_TOKEN_INDEX) == 1
-    assert encoded.num_supervised == sum(label >= 0 for label in encoded.labels)
 
 
 @pytest.mark.parametrize("name", ["v1", "vicuna_v1", "plain", "chat_template"])
@@ -384,20 +370,15 @@ def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file: Path) ->
     with pytest.raises(ConfigError, match="no fast backend"):
         text_encoder(type("Slow", (), {"__len__": lambda self: 0})())
     tokenizer = load_tokenizer(model_file)
-    tokenizer.eos_token = None
-    with pytest.raises(ConfigError, match="no end-of-sequence token"):
-        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
-
-
-def test_a_tokenizer_that_starts_every_piece_with_a_space_is_refused(model_file: Path) -> None:
-    from tokenizers import normalizers
-
-    tokenizer = load_tokenizer(model_file)
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
     tokenizer.backend_tokenizer.pre_tokenizer = None
     with pytest.raises(ConfigError, match="puts a space in front"):
+        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+    tokenizer = load_tokenizer(model_file)
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="no end-of-sequence token"):
         encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
 
 
