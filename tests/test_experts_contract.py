@@ -49,6 +49,8 @@ def test_declared_shape_is_the_real_one(case, tmp_path):
     expert = build_expert(case.spec(tmp_path / "source"))
     assert (expert.spec.width, expert.spec.grid) == (case.width, case.grid)
     assert not expert.is_loaded and not list(expert.parameters())
+    with pytest.raises(CheckpointError, match=r"'x' has no weights yet; call load\(\)"):
+        expert(PIXELS)
     expert.load()
     out = expert(PIXELS)
     assert out.shape == (2, case.width, *case.grid)
@@ -81,9 +83,11 @@ def test_saved_by_value_and_read_back(loaded, tmp_path):
     assert not list(moved.rglob("*.bin")) and not list(moved.rglob("*.pt*"))
 
 
-def test_bfloat16(loaded):
-    loaded.to(torch.bfloat16)
-    out = loaded(PIXELS.to(torch.bfloat16))  # antialiased interpolation has no bf16 kernel on the CPU
+def test_bfloat16(case, tmp_path):
+    expert = build_expert(case.spec(tmp_path / "source")).to(torch.bfloat16)  # before the weights are there
+    expert.load()
+    assert {parameter.dtype for parameter in expert.parameters()} == {torch.bfloat16}
+    out = expert(PIXELS.to(torch.bfloat16))  # antialiased interpolation has no bf16 kernel on the CPU
     assert out.dtype == torch.bfloat16 and torch.isfinite(out.float()).all()
 
 
@@ -94,18 +98,6 @@ def test_recorded_shape_needs_no_source(case, tmp_path):
     assert expert.spec.width == case.width
     with pytest.raises(CheckpointError, match="gone"):
         expert.load()
-
-
-def test_refuses_to_run_before_load(case, tmp_path):
-    expert = build_expert(case.spec(tmp_path / "source"))
-    with pytest.raises(CheckpointError, match=r"'x' has no weights yet; call load\(\)"):
-        expert(PIXELS)
-
-
-def test_a_cast_before_load_reaches_the_weights(case, tmp_path):
-    expert = build_expert(case.spec(tmp_path / "source")).to(torch.bfloat16)
-    expert.load()
-    assert {parameter.dtype for parameter in expert.parameters()} == {torch.bfloat16}
 
 
 # -- nothing is computed that is not used ----------------------------------------------------------------------------
@@ -166,32 +158,31 @@ def test_features_mode_runs_no_decoder(key, decoder, tmp_path):
 # -- what the maps mean ----------------------------------------------------------------------------------------------
 
 
-def output(key, tmp_path):
+def is_depth(out):
+    return torch.equal(out.amin((1, 2, 3)), torch.zeros(2)) and torch.allclose(out.amax((1, 2, 3)), torch.ones(2))
+
+
+def is_normal(out):
+    return torch.allclose(out.norm(dim=1), torch.ones(()), atol=1e-5)
+
+
+def is_distribution(out):
+    return (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(()), atol=1e-5)
+
+
+MAPS = {
+    **dict.fromkeys(["depth-dpt-map", "depth-anything-map", "depth-segformer-map"], is_depth),
+    **dict.fromkeys(["normal-dpt-map", "normal-segformer-map"], is_normal),
+    **dict.fromkeys(["segmentation-segformer-map", "segmentation-mask2former-map"], is_distribution),
+    "edge-segformer-map": lambda out: (out > 0).all() and (out < 1).all(),
+}
+
+
+@pytest.mark.parametrize("key", MAPS)
+def test_a_map_has_its_meaning(key, tmp_path):
     expert = build_expert(CASES[key].spec(tmp_path))
     expert.load()
-    return expert(PIXELS)
-
-
-@pytest.mark.parametrize("key", ["depth-dpt-map", "depth-anything-map", "depth-segformer-map"])
-def test_depth_map_spans_zero_to_one_per_image(key, tmp_path):
-    out = output(key, tmp_path)
-    assert torch.equal(out.amin((1, 2, 3)), torch.zeros(2)) and torch.allclose(out.amax((1, 2, 3)), torch.ones(2))
-
-
-@pytest.mark.parametrize("key", ["normal-dpt-map", "normal-segformer-map"])
-def test_normal_map_is_of_unit_length(key, tmp_path):
-    assert torch.allclose(output(key, tmp_path).norm(dim=1), torch.ones(()), atol=1e-5)
-
-
-@pytest.mark.parametrize("key", ["segmentation-segformer-map", "segmentation-mask2former-map"])
-def test_segmentation_map_is_a_distribution(key, tmp_path):
-    out = output(key, tmp_path)
-    assert (out >= 0).all() and torch.allclose(out.sum(1), torch.ones(()), atol=1e-5)
-
-
-def test_edge_map_is_a_probability(tmp_path):
-    out = output("edge-segformer-map", tmp_path)
-    assert (out > 0).all() and (out < 1).all()
+    assert MAPS[key](expert(PIXELS))
 
 
 def test_depth_anything_tokens_are_the_backbones_last_feature_map(tmp_path):
@@ -322,29 +313,9 @@ def test_missing_tensors_are_never_made_up(key, tmp_path):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="norm"):
         build_expert(spec).load()
-
-
-@pytest.mark.parametrize("key", ["dinov2", "eva-open_clip", "depth-segformer"])
-def test_truncated_weights(key, tmp_path):
-    spec = CASES[key].spec(tmp_path)
-    [file] = tmp_path.glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="damaged"):
         build_expert(spec).load()
-
-
-def test_another_model_than_the_recorded_one(tmp_path):
-    spec = {**CASES["dinov2"].spec(tmp_path), "width": 48, "grid": (4, 4)}
-    with pytest.raises(ConfigError, match="another model than the one this tower was built for"):
-        build_expert(spec).load()
-
-
-def test_an_unknown_resampling_is_named(tmp_path):
-    spec = CASES["depth-segformer"].spec(tmp_path)
-    file = tmp_path / "preprocessor_config.json"
-    file.write_text(file.read_text().replace('"resample": 2', '"resample": 1'))
-    with pytest.raises(ConfigError, match="'resample=1' resizing"):
-        build_expert(spec)
 
 
 @pytest.mark.parametrize(
@@ -375,6 +346,34 @@ def test_wrong_entries(entry, words):
         build_expert(entry)
 
 
+def test_wrong_files(tmp_path):
+    spec = {**CASES["dinov2"].spec(tmp_path / "dinov2"), "width": 48, "grid": (4, 4)}
+    with pytest.raises(ConfigError, match="another model than the one this tower was built for"):
+        build_expert(spec).load()
+    spec = CASES["depth-segformer"].spec(tmp_path)
+    config, preprocessor = tmp_path / "config.json", tmp_path / "preprocessor_config.json"
+    preprocessor.write_text(preprocessor.read_text().replace('"resample": 2', '"resample": 1'))
+    with pytest.raises(ConfigError, match="'resample=1' resizing"):
+        build_expert(spec)
+    preprocessor.unlink()
+    with pytest.raises(ConfigError, match=r"preprocessor_config.json cannot be read .*\(image_mean, image_std, size\)"):
+        build_expert(spec)
+    preprocessor.write_text("[]")
+    with pytest.raises(ConfigError, match="preprocessor_config.json: a JSON object is needed"):
+        build_expert(spec)
+    preprocessor.write_text("{}")
+    config.write_text(config.read_text().replace("SegformerForSemanticSegmentation", "SegformerForSomething"))
+    with pytest.raises(ConfigError, match="unknown dense architecture 'SegformerForSomething'.*Did you mean"):
+        build_expert(spec)
+
+
+def test_specs_are_complete_and_their_names_unique():
+    [spec] = complete_specs([{"name": "self", "expert": "dinov2", "options": {"layer": 3}}])
+    assert type(spec).from_dict(spec.to_dict()) == spec
+    with pytest.raises(ConfigError, match="two experts are called 'a'"):
+        complete_specs([{"name": "a", "expert": "dinov2"}, {"name": "a", "expert": "dinov2"}])
+
+
 def test_wrong_options_of_an_architecture(tmp_path):
     with pytest.raises(ConfigError, match="stage=9 must be from -4 to 3"):
         build_expert({**CASES["depth-segformer"].spec(tmp_path), "options": {"stage": 9}})
@@ -382,28 +381,3 @@ def test_wrong_options_of_an_architecture(tmp_path):
         build_expert({**CASES["depth-dpt"].spec(tmp_path / "b"), "options": {"stage": 1}})
     with pytest.raises(ConfigError, match="gives 6 channels"):
         build_expert({**CASES["segmentation-segformer-map"].spec(tmp_path / "c"), "expert": "normal"})
-
-
-def test_a_folder_without_preprocessing_is_named(tmp_path):
-    spec = CASES["depth-segformer"].spec(tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"preprocessor_config.json \(image_mean, image_std, size\) cannot be read"):
-        build_expert(spec)
-
-
-def test_an_unknown_architecture_is_named(tmp_path):
-    spec = CASES["depth-segformer"].spec(tmp_path)
-    config = tmp_path / "config.json"
-    config.write_text(config.read_text().replace("SegformerForSemanticSegmentation", "SegformerForSomething"))
-    with pytest.raises(ConfigError, match="unknown dense architecture 'SegformerForSomething'.*Did you mean"):
-        build_expert(spec)
-
-
-def test_two_experts_of_one_name():
-    with pytest.raises(ConfigError, match="two experts are called 'a'"):
-        complete_specs([{"name": "a", "expert": "dinov2"}, {"name": "a", "expert": "dinov2"}])
-
-
-def test_spec_round_trip():
-    [spec] = complete_specs([{"name": "self", "expert": "dinov2", "options": {"layer": 3}}])
-    assert type(spec).from_dict(spec.to_dict()) == spec
