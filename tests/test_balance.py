@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tower_parts import make_tower, pixels
 
 from tove_llava.tower import BalanceStatistics, GateInputs, all_reduce_statistics, balance_loss
-from tove_llava.tower.balance import cv_squared, expected_load
+from tove_llava.tower.balance_loss import cv_squared, expected_load
 
 
 def statistics(importance, load=None, attached=None):

@@ -14,7 +14,7 @@ from train_parts import flags, write_parts, write_records
 
 from tove_llava.core.errors import ConfigError, NonFiniteError
 from tove_llava.tower import execution
-from tove_llava.tower.balance import balance_loss
+from tove_llava.tower.balance_loss import balance_loss
 from tove_llava.tower.frozen import CLIP
 from tove_llava.train.run import main
 

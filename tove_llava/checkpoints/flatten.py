@@ -1,7 +1,7 @@
 """Flatten a package's sources into one folder, as remote code has to be.
 
-``tove_llava/tower/modeling.py`` becomes ``tove_llava_tower_modeling.py``, and ``from tove_llava.tower import X`` in it
-becomes ``from .tove_llava_tower_configuration import X``: a name that a package re-exports is imported from the module
+``tove_llava/tower/gate.py`` becomes ``tove_llava_tower_gate.py``, and ``from tove_llava.tower import X`` in it becomes
+``from .tove_llava_tower_tower_config import X``: a name that a package re-exports is imported from the module
 that defines it, so no ``__init__.py`` is needed and nothing is registered by importing one. Only modules that are
 reached from the roots are written. A :class:`~tove_llava.core.registry.Registry` no longer searches its package; the
 caller imports what has to be registered.

@@ -17,7 +17,7 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.loss import supervised_loss
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
-from tove_llava.tower.modeling import clip_follows, local_folder
+from tove_llava.tower.tower_model import clip_follows, local_folder
 
 
 @dataclass

@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModel
 
-from tove_llava.tower.balance import BalanceStatistics, all_reduce_statistics, balance_loss
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.balance_loss import BalanceStatistics, all_reduce_statistics, balance_loss
 from tove_llava.tower.frozen import TowerFeatures
 from tove_llava.tower.fusion import FUSIONS, Fusion, GateInputs
-from tove_llava.tower.modeling import ToveVisionModel, ToveVisionOutput
+from tove_llava.tower.tower_config import ToveVisionConfig
+from tove_llava.tower.tower_model import ToveVisionModel, ToveVisionOutput
 
 AutoConfig.register("tove_vision", ToveVisionConfig)
 AutoModel.register(ToveVisionConfig, ToveVisionModel)

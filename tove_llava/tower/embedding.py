@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 STEM_WIDTH = 16  # channels of the stem that embeds a dense prediction
 

@@ -23,10 +23,10 @@ from transformers.utils import logging
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
-from tove_llava.experts.hub import ExpertHub
+from tove_llava.experts.expert_hub import ExpertHub
 from tove_llava.experts.preparation import unnormalise
-from tove_llava.tower.configuration import ToveVisionConfig
 from tove_llava.tower.execution import Execution
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 CLIP = ""  # CLIP's name among the experts'
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tove_llava.tower.balance import expected_load
+from tove_llava.tower.balance_loss import expected_load
 
 
 class GateOutput(NamedTuple):

@@ -21,8 +21,8 @@ from tove_llava.tower import Fusion
 ENTRY = "modeling_tove_llava"
 _CONFIG = ("tove_llava.llava.configuration", "ToveLlavaConfig")
 _MODEL = ("tove_llava.llava.modeling", "ToveLlavaForConditionalGeneration")
-_TOWER_CONFIG = ("tove_llava.tower.configuration", "ToveVisionConfig")
-_TOWER = ("tove_llava.tower.modeling", "ToveVisionModel")
+_TOWER_CONFIG = ("tove_llava.tower.tower_config", "ToveVisionConfig")
+_TOWER = ("tove_llava.tower.tower_model", "ToveVisionModel")
 _CORE = (_CONFIG, _MODEL, _TOWER_CONFIG, _TOWER)
 
 

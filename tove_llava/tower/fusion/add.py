@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
 from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
+from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 
 @FUSIONS.register("add")

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.balance import BalanceStatistics
-from tove_llava.tower.configuration import ToveVisionConfig
+from tove_llava.tower.balance_loss import BalanceStatistics
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 ByExpert: TypeAlias = Mapping[str, Tensor]  # by expert
 

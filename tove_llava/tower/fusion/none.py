@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tove_llava.tower.configuration import FUSIONS
 from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
+from tove_llava.tower.tower_config import FUSIONS
 
 
 @FUSIONS.register("none")

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tove_llava.tower.configuration import FUSIONS
 from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.tower.tower_config import FUSIONS
 
 
 @FUSIONS.register("replace")

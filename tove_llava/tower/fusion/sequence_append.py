@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
 from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
+from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 POOL = 2
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.balance import BalanceStatistics
-from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
+from tove_llava.tower.balance_loss import BalanceStatistics
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
 from tove_llava.tower.fused import gated_gelu_sum
 from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, GateInputs
 from tove_llava.tower.gate import GateOutput, TokenGate
+from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 
 @FUSIONS.register("tove")

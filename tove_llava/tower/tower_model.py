@@ -17,10 +17,10 @@ from transformers.utils import ModelOutput
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.licences import known, licence_of
 from tove_llava.core.sources import Source, write_origin
-from tove_llava.tower.balance import BalanceStatistics, balance_loss
-from tove_llava.tower.configuration import FUSIONS, ToveVisionConfig
+from tove_llava.tower.balance_loss import BalanceStatistics, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
 from tove_llava.tower.fusion import Fusion, GateInputs
+from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 
 @dataclass
@@ -348,7 +348,7 @@ class ToveVisionModel(PreTrainedModel):
     def balance_loss(self, gate_inputs: GateInputs | None) -> Tensor | None:
         """Compute the balance loss of one batch on one process, before its coefficient; None without a gate.
 
-        For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance`.
+        For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance_loss`.
         """
         statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
         return None if statistics is None else balance_loss(statistics)
