@@ -1,12 +1,11 @@
 """LLaVA records, conversation templates, tokens and labels, images, batches, sampling."""
 
 from tove_llava.data.collator import LlavaCollator
-from tove_llava.data.dataset import DataReport, LlavaDataset
+from tove_llava.data.dataset import LlavaDataset
 from tove_llava.data.images import ImageTransform, open_image, to_rgb
 from tove_llava.data.records import Record, load_records, parse_record, read_records
 from tove_llava.data.sampler import LengthGroupedSampler
-from tove_llava.data.sentencepiece_bpe import tokenizer_from_sentencepiece
-from tove_llava.data.templates import Template, Turn, get_template, template_names
+from tove_llava.data.templates import Turn, get_template, template_names
 from tove_llava.data.tokenization import (
     IGNORE_INDEX,
     IMAGE_TOKEN_INDEX,
@@ -21,14 +20,12 @@ __all__ = [
     "IGNORE_INDEX",
     "IMAGE_PLACEHOLDER",
     "IMAGE_TOKEN_INDEX",
-    "DataReport",
     "Encoded",
     "ImageTransform",
     "LengthGroupedSampler",
     "LlavaCollator",
     "LlavaDataset",
     "Record",
-    "Template",
     "Turn",
     "encode_prompt",
     "encode_record",
@@ -41,5 +38,4 @@ __all__ = [
     "read_records",
     "template_names",
     "to_rgb",
-    "tokenizer_from_sentencepiece",
 ]

@@ -221,9 +221,6 @@ def contrast(a: Object, b: Object) -> Asked:
     return f"How does the {a.name} compare with the {b.name}?", ", ".join(words)
 
 
-SPATIAL = ("left_right", "above_below", "statement")
-DEPTH = ("front_behind", "nearer")
-
 Measure = Callable[[Object], float]
 Clear = Callable[[float, float], bool]
 
