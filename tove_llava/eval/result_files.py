@@ -122,9 +122,8 @@ def backbone_fingerprints(model: Any) -> dict[str, str]:
     frozen = getattr(model.base_model.vision_tower, "frozen", None)
     if frozen is None or frozen.clip is None:
         return {}
-    parts = {"clip": frozen.clip}
-    if frozen.hub is not None:
-        parts |= {name: frozen.hub[name] for name in frozen.hub.names if frozen.hub.is_loaded([name])}
+    hub = frozen.hub
+    parts = {"clip": frozen.clip, **{name: hub[name] for name in hub.names if hub.is_loaded([name])}}
     return {name: sampled_fingerprint(part) for name, part in parts.items()}
 
 
