@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,12 +65,22 @@ def test_both_contenders_get_the_same_records(batches, step):
         assert len(batch.packed["supervised"]) == sum(batch.supervised) and "supervised" not in batch.padded
 
 
-def test_one_row_is_the_same_batch(step, monkeypatch):
+@contextmanager
+def replaced(module, name, value):
+    old = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, old)
+
+
+def test_one_row_is_the_same_batch(step):
     batch = make_batch(step.model, 3, 10, torch.float32, 0, supervised=4)
-    monkeypatch.setattr(step.model.tower.fusion.gate, "noise", None)  # two draws would differ
-    padded = step.forward(batch)
-    with packed_rows(step.model.model.language_model):
-        torch.testing.assert_close(padded, step.forward(packed(batch)), rtol=1e-5, atol=0)
+    with replaced(step.model.tower.fusion.gate, "noise", None):  # two draws would differ
+        padded = step.forward(batch)
+        with packed_rows(step.model.model.language_model):
+            torch.testing.assert_close(padded, step.forward(packed(batch)), rtol=1e-5, atol=0)
 
 
 def test_the_counted_work_is_that_of_the_records(batches, step):
@@ -87,15 +98,15 @@ def test_the_counted_work_is_that_of_the_records(batches, step):
     assert flops[False].fixed == pytest.approx(0, abs=1e-6 * flops[False](50, 5))
 
 
-def test_work_without_experts_and_on_the_meta_device_is_that_of_a_model(bench, step, monkeypatch):
+def test_work_without_experts_and_on_the_meta_device_is_that_of_a_model(bench, step):
     preset, costs = load_preset("tiny"), []
     for one in (preset, without_experts(preset)):
         own = step if one is preset else new_step(one)
         costs.append(whole_cost(own, 1, 40, supervised=20))
         assert step_flops_on_meta(one, STAGE, 40, 20) == pytest.approx(costs[-1], rel=0.01)
     assert costs[1] < costs[0]
-    monkeypatch.setattr(step.model.model, "vision_tower", step_clip.clip_alone(bench, step.model.tower))
-    assert whole_cost(step, 1, 40, supervised=20) == costs[1]
+    with replaced(step.model.model, "vision_tower", step_clip.clip_alone(bench, step.model.tower)):
+        assert whole_cost(step, 1, 40, supervised=20) == costs[1]
 
 
 def test_checkpointing_trades_arithmetic_for_memory():
