@@ -1,6 +1,6 @@
 """Presets, as YAML files, and the code that reads them."""
 
-from tove_llava.presets.preset import (
+from tove_llava.presets.preset import (  # noqa: F401
     LanguagePreset,
     LoraPreset,
     MergePreset,
@@ -11,17 +11,4 @@ from tove_llava.presets.preset import (
     VisionPreset,
     load_preset,
     preset_names,
-)
-
-__all__ = [
-    "LanguagePreset",
-    "LoraPreset",
-    "MergePreset",
-    "Preset",
-    "ProjectorPreset",
-    "QuantizationPreset",
-    "StagePreset",
-    "VisionPreset",
-    "load_preset",
-    "preset_names",
-]
+)  # fmt: skip

@@ -109,19 +109,12 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class Layout:
-    """The content of ``images.json``.
+    """The content of ``images.json``."""
 
-    Args:
-        image_aspect_ratio: how images were brought to the tower's size.
-        store: key of :data:`~tove_llava.train.feature_stores.STORES`.
-        shard_images: images of a shard; the last one may have fewer.
-        images: names in the order of rows.
-    """
-
-    image_aspect_ratio: str
-    store: str
-    shard_images: int
-    images: list[str]
+    image_aspect_ratio: str  # how images were brought to the tower's size
+    store: str  # key of STORES
+    shard_images: int  # images of a shard; the last one may have fewer
+    images: list[str]  # names, in the order of rows
 
     @property
     def shards(self) -> int:

@@ -49,19 +49,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Run:
-    """The circumstances of a run.
-
-    Attributes:
-        devices: number of them.
-        deepspeed: name or file of the DeepSpeed configuration; None without DeepSpeed.
-        batch: records on a device.
-        length: tokens of the longest record, image tokens included.
-    """
+    """The circumstances of a run."""
 
     devices: int
-    deepspeed: str | None
-    batch: int
-    length: int
+    deepspeed: str | None  # name or file of the DeepSpeed configuration
+    batch: int  # records on a device
+    length: int  # tokens of the longest record, image tokens included
 
     @classmethod
     def of(

@@ -45,19 +45,12 @@ _HOOKS: "WeakKeyDictionary[nn.Module, Any]" = WeakKeyDictionary()  # language mo
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Values per token in one decoder layer.
-
-    Attributes:
-        layers: number of equal layers.
-        hidden: width of a layer's input, which is always kept.
-        products: values that ``selective`` keeps, without the input.
-        whole: values that ``none`` keeps; recomputing a layer needs about twice as much for a moment.
-    """
+    """Values per token in one decoder layer."""
 
     layers: int
-    hidden: int
-    products: int
-    whole: int
+    hidden: int  # width of a layer's input, which is always kept
+    products: int  # kept by selective, without the input
+    whole: int  # kept by none; recomputing a layer needs about twice as much for a moment
 
     def selective_layers(self, tokens: int, size: int, budget: int | None) -> int:
         """Return how many layers keep their products.

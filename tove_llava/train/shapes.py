@@ -21,35 +21,21 @@ from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, Trainable, freeze
 
 @dataclass(frozen=True)
 class Shape:
-    """Counts of a stage that :mod:`tove_llava.train.memory` needs: numbers, not bytes.
+    """Counts of a stage that :mod:`tove_llava.train.memory` needs: numbers, not bytes."""
 
-    Attributes:
-        backbones: parameters of CLIP and the experts.
-        registered: parameters of language model, projector and tower, with those that the stage adds.
-        trained: those that train.
-        quantizable: those that the stage may quantise: the language model's linear layers.
-        layers, hidden, vocabulary: of the language model.
-        image_tokens: tokens of an image.
-        layer_kept: numbers a token that a layer of the language model keeps for the backward pass.
-        layer_products: those that selective checkpointing keeps, without the layer's input.
-        fusion_kept: numbers an image that the tower's fusion keeps.
-        encoder_kept: numbers an image that a CLIP keeps which trains.
-        encoder_work: numbers an image into and out of the largest layer of CLIP and the experts.
-    """
-
-    backbones: int
-    registered: int
+    backbones: int  # parameters of CLIP and the experts
+    registered: int  # parameters of language model, projector and tower, with those that the stage adds
     trained: int
-    quantizable: int
+    quantizable: int  # weights that the stage may quantise: the language model's linear layers
     layers: int
     hidden: int
     vocabulary: int
-    image_tokens: int
-    layer_kept: int
-    layer_products: int
-    fusion_kept: int
-    encoder_kept: int
-    encoder_work: int
+    image_tokens: int  # tokens of an image
+    layer_kept: int  # per token, what a layer of the language model keeps for the backward pass
+    layer_products: int  # per token, what selective checkpointing keeps of a layer, without its input
+    fusion_kept: int  # per image, what the tower's fusion keeps
+    encoder_kept: int  # per image, what a CLIP that trains keeps
+    encoder_work: int  # per image, into and out of the largest layer of CLIP and the experts
 
 
 def stage_shape(preset: Preset, stage_name: str) -> Shape:

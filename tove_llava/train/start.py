@@ -33,22 +33,14 @@ from tove_llava.tower import ToveVisionConfig
 
 
 class Start(Protocol):
-    """
-    Attributes:
-        stage: the stage's settings, adapted to what it starts from.
-        vision: the tower's configuration.
-        processor: with the stage's template.
-        language: the language model's entry in the stage's checkpoint.
-        language_fingerprint: of its weights before training and quantisation; set by :meth:`model`.
-        quantization: of its frozen weights, from this stage or an earlier one.
-    """
+    """A model to be made, and what is known before it is made."""
 
-    stage: StagePreset
+    stage: StagePreset  # adapted to the model
     vision: ToveVisionConfig
-    processor: LlavaProcessor
-    language: dict[str, Any]
-    language_fingerprint: str
-    quantization: QuantizationPreset | None
+    processor: LlavaProcessor  # with the stage's template
+    language: dict[str, Any]  # the language model's entry in the stage's checkpoint
+    language_fingerprint: str  # of its weights before training and quantisation; set by model()
+    quantization: QuantizationPreset | None  # of its frozen weights, from this stage or an earlier one
 
     def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
         """Make the model with its frozen backbones, on the CPU; quantised weights are on ``device``, if given."""

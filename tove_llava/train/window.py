@@ -17,22 +17,14 @@ from tove_llava.tower import GateInputs
 
 @dataclass
 class Window:
-    """
-    Args:
-        tokens: supervised tokens of the global batch.
-        images: ``[A][W]`` images of each of the A micro-batches on each of the W ranks.
-        samples: records of the global batch.
-        rank: of this process.
-        noise: ``[G,N,S]`` gate noise for the G images of the global batch, or None.
-        always_tower: run the tower's trainable part even if no rank has an image.
-    """
+    """The micro-batches of one optimizer step, on W ranks; ``step`` counts those that are done."""
 
-    tokens: int
-    images: list[list[int]]
-    samples: int
+    tokens: int  # supervised tokens of the global batch
+    images: list[list[int]]  # [A][W]: images of each of the A micro-batches on each rank
+    samples: int  # records of the global batch
     rank: int
-    noise: torch.Tensor | None = None
-    always_tower: bool = False
+    noise: torch.Tensor | None = None  # [G,N,S]: gate noise for the G images of the global batch
+    always_tower: bool = False  # run the tower's trainable part even if no rank has an image
     step: int = 0
     gate_inputs: list[GateInputs] = field(default_factory=list)
 

@@ -19,13 +19,6 @@ from tove_llava.tower import TowerFeatures
 class ImagePool:
     """The images that a file of records names.
 
-    Args:
-        data_path: LLaVA records.
-        folder: that their image paths start from.
-        transform: makes the tower's input.
-        features: reads their features, if they were computed earlier.
-        allow_links: see :func:`tove_llava.data.images.resolve_image`.
-
     Raises:
         DataError: the file is not usable, or names no image.
     """
@@ -33,7 +26,7 @@ class ImagePool:
     data_path: Path
     folder: Path
     transform: ImageTransform
-    features: FeatureSource | None = None
+    features: FeatureSource | None = None  # if they were computed earlier
     allow_links: bool = False
 
     def __post_init__(self) -> None:
