@@ -30,10 +30,10 @@ echo "4/4 evaluation on held-out scenes"
 tove-llava eval --model "$OUT/model" --benchmark scenes --data-root "$SCENES" \
     --conditions blank,detached,full --batch-size 64 --limit "${QUICKSTART_QUESTIONS:-1500}"
 
-pictures=("$SCENES"/images/val_*)
+images=("$SCENES"/images/val_*)
 cat <<END
 
 model:    $OUT/model
-terminal: .venv/bin/tove-llava chat --model $OUT/model --image ${pictures[0]}
+terminal: .venv/bin/tove-llava chat --model $OUT/model --image ${images[0]}
 browser:  .venv/bin/python -m tove_llava.serve.gradio_app --model $OUT/model
 END

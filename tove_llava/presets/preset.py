@@ -70,7 +70,7 @@ class LoraPreset:
 
     r: int = _flag(128, "rank of the adapters")
     alpha: int = _flag(256, "scale of the adapters")
-    dropout: float = _flag(0.05, "dropout in front of the adapters")
+    dropout: float = _flag(0.05, "dropout before the adapters")
     bias: str = "none"
 
 

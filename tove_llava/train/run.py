@@ -30,7 +30,7 @@ from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
-from tove_llava.train import step_checkpoints as checkpoints
+from tove_llava.train import step_checkpoints
 from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.features import FeatureCache
 from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
@@ -86,10 +86,10 @@ def run(settings: Settings) -> None:
         write_record(settings.output_dir, record)
     if resume is not None and _is_last_step(resume):
         _say(f"{resume} is the last step of this run; only saving was left to do")
-        checkpoints.load_weights(resume / checkpoints.WEIGHTS, trainable)
+        step_checkpoints.load_weights(resume / step_checkpoints.WEIGHTS, trainable)
         if _is_main():
             state = (resume / STATE).read_text()
-            _save(settings, start, model, trainable, checkpoints.gather(trainable, True), stages)
+            _save(settings, start, model, trainable, step_checkpoints.gather(trainable, True), stages)
             (settings.output_dir / STATE).write_text(state)
         return
 
@@ -103,7 +103,7 @@ def run(settings: Settings) -> None:
     with _fast_paths(model, start.stage, autocast=args.deepspeed is None and (args.bf16 or args.fp16)):
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
 
-    tensors = checkpoints.gather(trainable, args.should_save)  # every rank takes part
+    tensors = step_checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
         trainer.save_state()
         _save(settings, start, model, trainable, tensors, stages)
@@ -217,9 +217,9 @@ def make_trainer(
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """Return the newest complete checkpoint; print which incomplete ones are ignored."""
-    for path in checkpoints.incomplete(output_dir):
+    for path in step_checkpoints.incomplete(output_dir):
         _say(f"ignoring {path}: its save was interrupted")
-    found = checkpoints.complete(output_dir)
+    found = step_checkpoints.complete(output_dir)
     return found[-1] if found else None
 
 

@@ -112,7 +112,7 @@ def _language(model: ToveLlavaForConditionalGeneration) -> Trainable:
     if loaded_bits(model) != 16:
         raise ConfigError(
             f"this stage trains the language model's own weights, which cannot be in {loaded_bits(model)} bits; give "
-            "--bits 16, or train adapters beside them (--stage finetune_qlora)"
+            "--bits 16, or train adapters on top (--stage finetune_qlora)"
         )
     return _select(model, {LANGUAGE: [model.model.language_model, model.lm_head]})
 

@@ -31,7 +31,7 @@ from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
-from tove_llava.train import step_checkpoints as checkpoints
+from tove_llava.train import step_checkpoints
 from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter, TrainingLines, TrainingProgress
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
@@ -239,21 +239,23 @@ class ToveTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint under another name, then rename it: ``checkpoint-N`` is always whole."""
         run = Path(self.args.output_dir)
-        staging = run / f"{checkpoints.STAGING}{self.state.global_step}"
+        staging = run / f"{step_checkpoints.STAGING}{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
         self._barrier()
-        checkpoints.save_weights(staging / checkpoints.WEIGHTS, self._trainable, is_writer=self.args.should_save)
+        step_checkpoints.save_weights(
+            staging / step_checkpoints.WEIGHTS, self._trainable, is_writer=self.args.should_save
+        )
         self._save_optimizer_and_scheduler(str(staging))
         self._save_rng_state(str(staging))
         meter = self._meter.state()
         self.store_flos()
         self._barrier()
         if self.args.should_save:
-            (staging / checkpoints.METER).write_text(json.dumps(meter))
+            (staging / step_checkpoints.METER).write_text(json.dumps(meter))
             self.state.save_to_json(str(staging / "trainer_state.json"))
-            checkpoints.publish(staging, run / f"checkpoint-{self.state.global_step}", self._keep_checkpoints)
+            step_checkpoints.publish(staging, run / f"checkpoint-{self.state.global_step}", self._keep_checkpoints)
         self._barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -266,7 +268,7 @@ class ToveTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoints.load_weights(Path(resume_from_checkpoint) / checkpoints.WEIGHTS, self._trainable)
+        step_checkpoints.load_weights(Path(resume_from_checkpoint) / step_checkpoints.WEIGHTS, self._trainable)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         # Without the checkpoint: through transformers, DeepSpeed would look for the frozen weights in it.
@@ -276,7 +278,7 @@ class ToveTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            meter = read_json_object(Path(resume_from_checkpoint) / checkpoints.METER)
+            meter = read_json_object(Path(resume_from_checkpoint) / step_checkpoints.METER)
             self._meter.restore(meter, self.args.process_index)
         return prepared
 
