@@ -1,4 +1,4 @@
-"""Build dataclasses from mappings that people write: presets, data sets, experts, published figures."""
+"""Build dataclasses from the mappings of presets and other YAML files."""
 
 import dataclasses
 import types
@@ -43,7 +43,7 @@ def _build(cls: Any, value: Any, where: str, path: str, given: Mapping[str, Any]
 
 
 def _convert(kind: Any, value: Any, where: str, path: str) -> Any:
-    """Return a value as its field's annotation wants it; annotations that are not known here are not checked."""
+    """Return a value as its field's annotation wants it."""
     outer, inner = get_origin(kind), get_args(kind)
     if outer in (Union, types.UnionType):
         if value is None and type(None) in inner:

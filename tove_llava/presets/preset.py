@@ -1,4 +1,4 @@
-"""Read a preset: the parts of a model and the settings of its training stages.
+"""Read a preset: a model's parts and its stages' settings.
 
 ``extends: NAME`` starts from another preset; mappings are merged, lists and values replaced. ``key.path=value``
 overrides a key; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``.
@@ -45,15 +45,15 @@ class VisionPreset:
 
 @dataclass
 class LanguagePreset:
-    """The language model: ``source`` gives weights and tokenizer, ``config`` its architecture without them."""
+    """The language model."""
 
-    source: str
+    source: str  # of weights and tokenizer
     revision: str | None = None
     dtype: str = "float32"
     attention: str | None = None
     image_token: str = "<image>"
     tokenizer: str | None = None  # source of the tokenizer, where it is another one
-    config: dict[str, Any] | None = None
+    config: dict[str, Any] | None = None  # its architecture, where the weights are out of reach
 
 
 @dataclass

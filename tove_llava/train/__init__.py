@@ -1,4 +1,4 @@
-"""Train: settings of a stage, its trainable parts, the trainer, and the run."""
+"""Train a stage: settings, trainable parts, trainer, and run."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Read the command line of a training run: a preset's stage, overridden by flags.
+"""Read a run's command line: a preset's stage, overridden by flags.
 
 The flags are those of :class:`RunArguments`, of the preset's stage (every field with a help text), and of
 ``transformers.TrainingArguments``.
@@ -38,7 +38,7 @@ def _flag(default: Any, help: str) -> Any:
 
 @dataclass
 class RunArguments:
-    """Flags of the run itself: what is trained on what, and how the result is saved."""
+    """Flags of the run itself: preset, stage, data, start and saving."""
 
     preset: str = _flag("tiny", "name of a preset or path of a .yaml file")
     stage: str = _flag("pretrain", "stage of the preset")
@@ -193,7 +193,7 @@ def _quantization(stage: StagePreset, run: RunArguments, given: dict[str, Any]) 
 
 
 def _checkpointing(stage: StagePreset, given: dict[str, Any]) -> StagePreset:
-    """Return the stage with its kind of checkpointing; transformers' flag for it is understood too."""
+    """Resolve the kind of checkpointing, from transformers' flag for it too."""
     for name in CHECKPOINTING_FLAGS:
         if given.get(name) is not None:
             kind = FULL if given[name] else NONE

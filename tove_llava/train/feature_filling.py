@@ -1,4 +1,4 @@
-"""Fill a cache of features shard by shard; it can be interrupted, and processes can share the shards."""
+"""Fill a feature cache, in processes that share its shards."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Opened = tuple[torch.Tensor, Fingerprint]  # pixels [3,S,S], and the file's fing
 
 @dataclass(frozen=True)
 class Filled:
-    """Bytes of features in a cache, and shards that other processes still have to make."""
+    """Bytes of features in a cache, and shards of other processes."""
 
     size: int
     missing: int

@@ -1,4 +1,4 @@
-"""Store cached features on disk in shards: as they are, rounded, or compressed.
+"""Store features in shards: as they are, rounded, or compressed.
 
 A shard is a safetensors file that is mapped into memory. A row of each of its tensors belongs to one image. A new way
 to store values is a new entry of :data:`STORES`.
@@ -25,9 +25,9 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Store:
-    """A way to store features: ``pack`` turns float32 ``[B,C,...]`` into tensors of B rows, ``unpack`` turns back."""
+    """A way to store features."""
 
-    pack: Callable[[np.ndarray], Tensors]
+    pack: Callable[[np.ndarray], Tensors]  # float32 [B,C,...] -> tensors of B rows
     unpack: Callable[[Mapping[str, np.ndarray]], np.ndarray]
 
 
@@ -45,7 +45,7 @@ def _to_blocks(values: np.ndarray) -> np.ndarray:
 
 
 def _pack_int8(values: np.ndarray) -> Tensors:
-    """Pack 8 bits a value, and a float32 scale for each block of neighbouring positions of a channel.
+    """Pack 8 bits a value, with a float32 scale for each block.
 
     As in GGUF's Q8_0 the largest value of a block becomes 127. ``gguf.quants`` itself does not fit: its scales are
     float16, its blocks always have 32 values, and it rounds halves in another way. Blocks lie within a channel because
@@ -98,7 +98,7 @@ def write_shard(file: Path, values: np.ndarray, store: str) -> None:
 
 
 class Shards:
-    """The shards of one part of a cache; each is opened when a row of it is first read."""
+    """The shards of one part of a cache, opened when needed."""
 
     def __init__(self, files: Sequence[Path], rows: int, store: str) -> None:
         self._files, self._rows, self._store = files, rows, store

@@ -1,4 +1,4 @@
-"""Read features that a frozen tower computed once, for several runs over the same images.
+"""Read features that a frozen tower computed once for several runs.
 
 A folder holds ``images.json`` (names of the images in order, how values are stored), ``pictures/`` (fingerprints of
 the image files), and for CLIP and each expert a folder with ``part.json`` (its origin) and shards of features. A run
@@ -90,7 +90,7 @@ class FeatureCache:
                 check_images(self.folder, layout, shard, Path(image_folder))
 
     def read(self, images: Sequence[str]) -> TowerFeatures:
-        """Return the features of named images, in float16 if the cache stores float16, else in float32.
+        """Return the features of named images, in float16 or float32.
 
         Raises:
             DataError: an image is not in the cache, or a file of the cache is damaged.
@@ -199,7 +199,7 @@ def check_images(folder: Path, layout: Layout, shard: int, image_folder: Path) -
 
 
 def check_part(folder: Path, part: str, description: dict[str, Any]) -> None:
-    """Refuse a part of another origin, or of local weights that have changed."""
+    """Refuse a part of another origin, or of changed local weights."""
     found = read_description(folder, part)
     prints = found.pop(FILES, {})
     odd = sorted(key for key in description.keys() | found.keys() if description.get(key) != found.get(key))

@@ -17,7 +17,7 @@ def file_fingerprint(file: str | os.PathLike[str]) -> Fingerprint:
 
 
 def has_changed(file: str | os.PathLike[str], recorded: Sequence[int | str]) -> bool:
-    """Return True if a file has other bytes than recorded; False if the file is gone.
+    """Return True if a file exists with other bytes than recorded.
 
     A file of the recorded size and time is not read.
     """
@@ -32,7 +32,7 @@ def has_changed(file: str | os.PathLike[str], recorded: Sequence[int | str]) -> 
 
 
 def source_files(path: Path | None) -> dict[str, Path]:
-    """Return the files of weights and settings of a local source, by name; none if it is not local."""
+    """Return a local source's files of weights and settings, by name."""
     if path is None or not path.exists():
         return {}
     files = [path] if path.is_file() else path.iterdir()

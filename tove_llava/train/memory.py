@@ -31,14 +31,14 @@ GATHERED = 10**9  # parameters that ZeRO-3 may hold whole at a time (stage3_max_
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device; ``host`` is the machine's own memory, for all processes together."""
+    """Bytes on each device, and on the host."""
 
     weights: int
     backbones: int
     gradients: int
     optimizer: int
     activations: int
-    host: int
+    host: int  # for all processes together
 
     @property
     def total(self) -> int:
@@ -127,7 +127,7 @@ def answering_memory(preset: Preset, shape: Shape, length: int = 2048) -> Memory
 
 
 def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
-    """Return the bytes of a checkpoint to resume from: trained parameters and AdamW's state.
+    """Return the bytes of a checkpoint to resume from.
 
     DeepSpeed's state has a master copy in float32 and, below ZeRO-3, the trained parameters once more.
 
@@ -141,19 +141,20 @@ def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
 
 
 def stage_disk(preset: Preset, stage_name: str, shape: Shape) -> int:
-    """Return the most bytes of a run's folder: the result, the checkpoints, and one that is being written."""
+    """Return the most bytes of a run's folder, while a checkpoint is written."""
     stage = preset.stage(stage_name)
     kept = 1 + int(stage.arguments.get("save_total_limit") or 1)
     return shape.trained * _bytes(preset) + kept * checkpoint_size(preset, shape, stage.deepspeed)
 
 
 def download_size(preset: Preset, shape: Shape) -> int:
-    """Return the bytes of the published weights: the language model in 16 bits, encoders in 32."""
+    """Return the bytes of the published weights."""
+    # The language model is published in 16 bits, encoders in 32.
     return 2 * shape.registered + 4 * shape.backbones
 
 
 def largest_batch(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> int:
-    """Return the largest batch that fits: the run's own, halved as often as needed; 0 if none fits."""
+    """Halve the run's batch until it fits; return 0 if none does."""
     batch = run.batch
     while batch:
         needed = training_memory(preset, stage_name, shape, Run(run.devices, run.deepspeed, batch, run.length))
@@ -186,7 +187,7 @@ def _packed(quantization: QuantizationPreset | None, size: int, shape: Shape) ->
 
 
 def _kept_by_layers(stage: StagePreset, shape: Shape, tokens: int, size: int) -> int:
-    """Return the numbers a token that the layers keep until the backward pass."""
+    """Return the numbers per token that layers keep."""
     if stage.kept == NONE:
         return shape.layers * shape.layer_kept
     kept = shape.layers * shape.hidden

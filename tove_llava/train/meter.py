@@ -1,4 +1,4 @@
-"""Average losses and gate weights over the steps between two logs, and show them."""
+"""Average losses and gate weights between two logs, and show them."""
 
 import math
 import time
@@ -18,7 +18,7 @@ _SHOWN = (
 
 
 class Meter:
-    """Sums over steps; each rank adds its share, and :meth:`read` sums the shares.
+    """Sums over steps, to which each rank adds its share.
 
     Args:
         columns: names of the gate's columns.
@@ -59,7 +59,7 @@ class Meter:
         self.add("gate_entropy", torch.special.entr(routing).sum())
 
     def read(self, aux_coefficient: float, merge_coefficient: float = 0.0) -> dict[str, float]:
-        """Return the averages over all ranks since the last call, and reset. Every rank calls this."""
+        """Return averages over all ranks and reset. Every rank calls this."""
         total = dict(zip((*_SCALARS, *self.columns), self._reduced(), strict=True))
         # Local samples over local time: the sums restart with a resumed run's clock.
         world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -88,7 +88,7 @@ class Meter:
         return {"columns": self.columns, "sums": self._reduced()}
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
-        """Continue from :meth:`state`: rank 0 takes the sums of all ranks, the others start at zero."""
+        """Continue from :meth:`state`; only rank 0 takes the sums."""
         if state["columns"] == self.columns and rank == 0:
             self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
 
@@ -122,7 +122,7 @@ class TrainingLines(TrainerCallback):
 
 
 def describe(logs: dict[str, Any]) -> str:
-    """Return a step's logs as one line; other logs give an empty one."""
+    """Return a step's logs as one line, empty for others."""
     if "lm_loss" not in logs:
         return ""
     shown = [f"{name} {_number(logs[name])}" for name in _SHOWN if name in logs]

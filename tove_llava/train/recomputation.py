@@ -1,4 +1,4 @@
-"""Choose which activations the language model's layers keep, and which they compute again.
+"""Choose the activations that layers keep, and those they recompute.
 
 ``none`` keeps everything. ``full`` keeps the input of each layer and computes the layer again. ``selective`` keeps the
 outputs of attention and of wide matrix products, and computes the rest again: norms, rotary positions, activations,
@@ -67,7 +67,7 @@ class LayerCosts:
 
 
 def kept_products(layer: nn.Module, hidden: int) -> int:
-    """Return the values per token of a layer's wide products and attention's output."""
+    """Count the values per token of a layer's wide products and attention."""
     wide = [m.out_features for m in layer.modules() if isinstance(m, nn.Linear) and m.in_features >= hidden]
     return sum(wide) + hidden
 
@@ -137,7 +137,7 @@ class _Selection:
 
 
 def wide_products(width: int) -> Callable[..., CheckpointPolicy]:
-    """Make a policy that keeps attention, and products whose inner dimension is at least ``width``."""
+    """Make a policy that keeps attention and products as wide as ``width``."""
 
     def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         space, _, name = operator.name().partition("::")

@@ -165,7 +165,7 @@ def _open_cache(settings: Settings, folder: Path, vision: ToveVisionConfig, imag
 
 
 def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, seed: int) -> FurtherImages | None:
-    """Return the images that only the merge loss sees, if the stage wants any."""
+    """Return the stage's images that only the merge loss sees."""
     merge = settings.stage.merge
     if merge is None or merge.images_per_record == 0:
         return None
@@ -309,7 +309,7 @@ def _keep_deepspeed_from_compiling() -> None:
 
 
 def _use_master_weights(args: TrainingArguments, trainable: Trainable) -> None:
-    """Make trainable parameters float32, as autocast needs them. DeepSpeed keeps float32 copies itself."""
+    """Make trainable parameters float32; DeepSpeed keeps such copies itself."""
     if args.deepspeed is None:
         for parameter in trainable.parameters():
             parameter.data = parameter.data.float()
@@ -325,7 +325,7 @@ def _say(text: str) -> None:
 
 
 def print_sizes(argv: Sequence[str]) -> None:
-    """Print a preset's parameters and GFLOPs at its true size, without loading weights."""
+    """Print a preset's parameters and GFLOPs without loading weights."""
     from tove_llava.llava.sizes import format_sizes, preset_sizes
 
     given = Parser().given([word for word in argv if word != "--meta"])
@@ -333,7 +333,7 @@ def print_sizes(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
-    """Run the command line; return 0, or 2 for bad input. Error messages begin with ``command``."""
+    """Run the command line; return 0, or 2 for bad input."""
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
@@ -353,7 +353,7 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
 
 
 def run_as_process(argv: Sequence[str] | None = None) -> int:
-    """Run :func:`main`; after a success wait for the other ranks and end the communication."""
+    """Run :func:`main`; after success wait for all ranks and disconnect."""
     code = main(argv)
     if code == 0 and dist.is_available() and dist.is_initialized():
         dist.barrier()

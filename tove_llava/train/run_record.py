@@ -1,4 +1,4 @@
-"""Keep the record of a run: by it a folder is recognised as this run's, finished or to be resumed."""
+"""Keep the record by which a finished or interrupted run is recognised."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
 
 
 def stage_history(settings: Settings, records: int) -> list[dict[str, Any]]:
-    """Return data and recipe of this stage and of those before it, for a model card; no path of this machine."""
+    """Return data and recipe of the stages so far, without local paths."""
     record = run_record(settings)
     earlier = Manifest.read(settings.pretrained).history if settings.pretrained is not None else []
     lines = {name: record[key] for name, key in _CARD_LINES.items() if record.get(key) is not None}

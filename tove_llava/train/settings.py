@@ -1,4 +1,4 @@
-"""The settings of a run, what transformers makes of them, and the record by which a run is continued."""
+"""Hold a run's settings; make its ``TrainingArguments`` and its record."""
 
 import dataclasses
 import os
@@ -80,7 +80,7 @@ class Settings:
         return self.stage.kept
 
     def deepspeed_file(self) -> str | None:
-        """Return the path of the DeepSpeed configuration, if the run uses one; see :func:`resolve_deepspeed`."""
+        """Return the path of the run's DeepSpeed configuration, or None."""
         return resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
 
     def device(self) -> torch.device:
@@ -125,7 +125,7 @@ class Settings:
 
 
 def resolve_deepspeed(name: str | None) -> str | None:
-    """Return the path of a DeepSpeed configuration; None if the run does not use DeepSpeed.
+    """Return the path of a DeepSpeed configuration, or None without DeepSpeed.
 
     A process that no launcher started trains without DeepSpeed.
 

@@ -1,4 +1,4 @@
-"""Count what a stage's memory depends on, from its architectures: nothing is loaded or downloaded."""
+"""Count parameters and activations of a stage without loading weights."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ class _VisionShape:
 
 @lru_cache
 def _vision_shape(preset: str) -> _VisionShape:
-    """Count a ``VisionPreset``, given as JSON; cached, as stages and presets share it and it takes longest."""
+    """Count a ``VisionPreset``, given as JSON for the cache."""
     config = vision_config(VisionPreset(**json.loads(preset)), offline=True)
     backbones = [_empty_clip(config), *(build_expert(spec).meta_twin() for spec in config.expert_specs)]
     return _VisionShape(
@@ -120,20 +120,20 @@ def _counts(preset: Preset, stage: StagePreset, vision: _VisionShape, layers: in
 
 
 def _empty_clip(vision: ToveVisionConfig) -> CLIPVisionModel:
-    """Build CLIP up to the layer whose tokens are used, on the meta device."""
+    """Build CLIP up to the layer in use, on the meta device."""
     config = CLIPVisionConfig(**{**vision.clip_config.to_dict(), "num_hidden_layers": vision.num_clip_layers})
     with torch.device("meta"):
         return CLIPVisionModel(config).eval()
 
 
 def kept_by_layer(language: Any, trainable: Trainable, lora: LoraPreset | None) -> int:
-    """Return the numbers a token that a layer keeps for the backward pass without recomputation."""
+    """Count what a layer keeps per token without recomputation."""
     parts = trainable.parts
     return _layer_kept(language.config, language.dtype, whole=LANGUAGE in parts, lora=lora if LORA in parts else None)
 
 
 def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPreset | None) -> int:
-    """Count the numbers a token that a LLaMA layer with torch's fused attention keeps.
+    """Count what a LLaMA layer with fused attention keeps per token.
 
     Measured with torch's record of allocations. Norms, queries, keys, values, attention and residuals keep 6 times the
     width, the gated MLP 3 times its own. Norms compute in float32: in 16 bits that adds 2 widths. A weight that trains
@@ -151,7 +151,7 @@ def _layer_kept(config: Any, dtype: torch.dtype, *, whole: bool, lora: LoraPrese
 
 
 def _fusion_kept(vision: ToveVisionConfig) -> int:
-    """Count what the fusion keeps by running it on the CPU for one image."""
+    """Run the fusion on the CPU and count what it keeps."""
     tower = ToveVisionModel(vision).train()
     features = TowerFeatures(
         base=torch.zeros(1, vision.num_patches, vision.clip_width),
@@ -172,7 +172,7 @@ def _fusion_kept(vision: ToveVisionConfig) -> int:
 
 
 def _largest_layer(module: Any) -> int:
-    """Count the numbers into and out of a module's largest layer for one image, on the meta device."""
+    """Count the inputs and outputs of a module's largest layer, per image."""
     size = getattr(module, "image_size", None) or module.config.image_size
     sizes = [0]
 

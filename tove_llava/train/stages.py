@@ -79,7 +79,7 @@ def full(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
 
 @POLICIES.register("lora")
 def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Train the parts of stage 1 and adapters on the language model's linear layers, except its head."""
+    """Train the parts of stage 1 and adapters of the language model."""
     if stage.lora is None:
         raise ConfigError("freezing policy 'lora' needs the stage's 'lora' settings: {r, alpha, dropout}")
     trainable = alignment(model, stage)
@@ -89,7 +89,7 @@ def lora(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Traina
 
 @POLICIES.register("merge")
 def merge(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Trainable:
-    """Train a copy of CLIP in the tower's place, the projector, and the language model.
+    """Train a copy of CLIP, the projector, and the language model.
 
     With the stage's ``lora`` settings the language model trains through adapters: its own, or new ones.
     """
@@ -129,7 +129,7 @@ def _adapters(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> T
 
 
 def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) -> Any:
-    """Return a stage's peft configuration, whose pattern matches layers of the language model only."""
+    """Return a peft configuration that matches only the language model's layers."""
     from peft import LoraConfig
 
     assert stage.lora is not None
@@ -148,7 +148,7 @@ def lora_config(model: ToveLlavaForConditionalGeneration, stage: StagePreset) ->
 
 
 def add_lora(model: ToveLlavaForConditionalGeneration, config: Any) -> None:
-    """Put adapters into the model, whose class and module paths stay as they are."""
+    """Put adapters into the model; its class and module paths stay."""
     from peft import inject_adapter_in_model
 
     inject_adapter_in_model(config, model)

@@ -1,4 +1,4 @@
-"""Make the model that a stage starts from: of the preset's parts, or of a checkpoint."""
+"""Make the model that a stage starts from."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tove_llava.tower import ToveVisionConfig
 
 
 class Start(Protocol):
-    """A model to be made, and what is known before it is made."""
+    """A model to be made, and the facts about it."""
 
     stage: StagePreset  # adapted to the model
     vision: ToveVisionConfig
@@ -43,7 +43,7 @@ class Start(Protocol):
     quantization: QuantizationPreset | None  # of its frozen weights, from this stage or an earlier one
 
     def model(self, seed: int, device: torch.device | None = None) -> ToveLlavaForConditionalGeneration:
-        """Make the model with its frozen backbones, on the CPU; quantised weights are on ``device``, if given."""
+        """Make the model, on the CPU; quantised weights go to ``device``."""
 
 
 MakeStart = Any  # callable: (preset, stage, folder of --pretrained or None) -> Start
@@ -53,7 +53,7 @@ STARTS: Registry[MakeStart] = Registry("kind of start (stages.NAME.starts_from)"
 @STARTS.register("parts")
 @dataclass
 class FromParts:
-    """The preset's CLIP, experts and language model, with new projector and gate or those of ``folder``."""
+    """The preset's parts, with trained parts of ``folder`` if given."""
 
     preset: Preset
     stage: StagePreset
@@ -83,7 +83,7 @@ class FromParts:
 @STARTS.register("checkpoint")
 @dataclass
 class FromCheckpoint:
-    """The model of a folder, with its adapters; of the preset only the stage's settings are used.
+    """The model of a folder, adapters included, under the stage's settings.
 
     Raises:
         ConfigError: no folder is given, or its language model is quantised in another way than the stage's.
@@ -120,7 +120,7 @@ class FromCheckpoint:
             self.stage = dataclasses.replace(self.stage, lora=None)
 
     def _own_chat_template(self) -> str | None:
-        """Return the chat template of the language model's own tokenizer, if its source has one."""
+        """Return the chat template of the language model's own tokenizer."""
         try:
             return read_tokenizer(LanguagePreset(**self.language)).chat_template
         except CheckpointError:
@@ -144,7 +144,7 @@ class FromCheckpoint:
         return self._continued(model)
 
     def _continued(self, model: ToveLlavaForConditionalGeneration) -> ToveLlavaForConditionalGeneration:
-        """Give the loaded model the stage's template, and sources that are valid outside its folder."""
+        """Give the loaded model the stage's template and absolute sources."""
         assert self.folder is not None
         model.tower.config.anchor(self.folder)
         model.config.conversation_template = self.processor.conversation_template
@@ -154,7 +154,7 @@ class FromCheckpoint:
 @STARTS.register("model")
 @dataclass
 class FromModel(FromCheckpoint):
-    """A whole model that replaces the preset's parts; adapters refer to its folder as their language model."""
+    """A whole model, to whose folder adapters will refer."""
 
     def __post_init__(self) -> None:
         stage = self.stage
@@ -174,7 +174,7 @@ class FromModel(FromCheckpoint):
 
 
 def make_start(preset: Preset, stage: StagePreset, folder: Path | None) -> Start:
-    """Make a stage's start, by its ``starts_from``; a whole model in ``folder`` replaces the preset's parts.
+    """Make a stage's start; a whole model in ``folder`` replaces the parts.
 
     Raises:
         ConfigError: the stage needs a folder.

@@ -20,7 +20,7 @@ _PREFIX = "checkpoint-"
 
 
 def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
-    """Return the trainable parameters on the CPU, by name, on the writer. Every rank calls this."""
+    """Return the trainable parameters on the writer. Every rank calls this."""
     tensors: dict[str, torch.Tensor] = {}
     for part in trainable.parts.values():
         for name, parameter in part.items():
@@ -69,7 +69,7 @@ def load_weights(file: Path, trainable: Trainable) -> None:
 
 
 def publish(staging: Path, final: Path, keep: int | None) -> None:
-    """Make a staged checkpoint the newest complete one, then remove those that it supersedes.
+    """Publish a staged checkpoint, then remove those that it supersedes.
 
     Its files reach the disk before its name does. An interruption at any point leaves a complete checkpoint.
     """

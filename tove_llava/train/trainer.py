@@ -1,4 +1,4 @@
-"""Train with transformers' ``Trainer``, with losses over the global batch and atomic checkpoints.
+"""Train with losses over the global batch and atomic checkpoints.
 
 Objective of one optimizer step, over the accumulation windows of all ranks::
 
@@ -130,7 +130,7 @@ class ToveTrainer(Trainer):
         return batches, max(window.tokens, 1)
 
     def _always_runs_tower(self) -> bool:
-        """Return True if the tower's parameters need a gradient in every micro-batch, with images or without.
+        """Return True if micro-batches without images must run the tower too.
 
         True when nothing but projector and tower trains. Also under ZeRO-3 and optimizer offload: both reset a gradient
         in the first micro-batch of a window and reduce it in the last, so a parameter that is skipped there would be
@@ -196,7 +196,7 @@ class ToveTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _window_balance_loss(self, window: Window) -> torch.Tensor | None:
-        """Return the balance loss of the window on all ranks; every rank calls this, with images or without."""
+        """Return the balance loss of the window. Every rank calls this."""
         if not self._columns or not window.num_images:
             return None
         fusion = self.model.tower.fusion
@@ -206,7 +206,7 @@ class ToveTrainer(Trainer):
         return balance_loss(all_reduce_statistics(statistics))
 
     def _dummy_image(self, device: torch.device) -> tuple[dict[str, Any], VisionInputs]:
-        """Return one image of zeros, for a rank without images next to one with some."""
+        """Return an image of zeros, for a rank without images."""
         dtype = next(self.model.model.multi_modal_projector.parameters()).dtype
         tokens = self.model.config.vision_config.num_patches
         noise = torch.zeros(1, tokens, len(self._columns)) if self._columns else None
@@ -237,7 +237,7 @@ class ToveTrainer(Trainer):
     # -- checkpoints of a run -----------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        """Write a checkpoint under another name, then rename it: ``checkpoint-N`` is always whole."""
+        """Write a checkpoint, then rename it: ``checkpoint-N`` is always whole."""
         run = Path(self.args.output_dir)
         staging = run / f"{step_checkpoints.STAGING}{self.state.global_step}"
         if self.args.should_save:

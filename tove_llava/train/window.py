@@ -17,7 +17,7 @@ from tove_llava.tower import GateInputs
 
 @dataclass
 class Window:
-    """The micro-batches of one optimizer step, on W ranks; ``step`` counts those that are done."""
+    """The micro-batches of one optimizer step, on W ranks."""
 
     tokens: int  # supervised tokens of the global batch
     images: list[list[int]]  # [A][W]: images of each of the A micro-batches on each rank
@@ -40,7 +40,7 @@ class Window:
 
     @property
     def runs_tower(self) -> bool:
-        """True if every rank runs the tower in this micro-batch; all ranks agree.
+        """True if all ranks run the tower in this micro-batch.
 
         The last micro-batch carries the balance loss of the whole window, and so gradients of the gate.
         """
@@ -59,7 +59,7 @@ class Window:
 
 
 def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False) -> Window:
-    """Count tokens and images of this rank's micro-batches and exchange the counts; every rank calls this.
+    """Exchange the counts of all micro-batches. Every rank calls this.
 
     The first label of a row is not counted: no token predicts it.
     """
@@ -88,6 +88,6 @@ def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, a
 
 
 def draw_noise(shape: tuple[int, int, int], seed: int, step: int) -> torch.Tensor:
-    """Draw the gate noise of a global batch, from seed and step; on the CPU, for the same noise on any device."""
+    """Draw a global batch's gate noise, the same on any device."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**63)
     return torch.randn(shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Merge a tower ("ToVE-lite"): a copy of CLIP learns its tokens and then replaces it."""
+"""Merge a tower into a copy of its CLIP ("ToVE-lite")."""
 
 from tove_llava.train.merging.encoder import merged_encoder, prepare_encoder
 from tove_llava.train.merging.further_images import FurtherImages, ImagePool

@@ -1,4 +1,4 @@
-"""Prepare the student, a copy of CLIP, and turn the result into plain CLIP again."""
+"""Prepare the student, a copy of CLIP; turn it into plain CLIP."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -37,7 +37,7 @@ def prepare_encoder(clip: CLIPVisionModel, settings: MergePreset) -> tuple[CLIPV
 def merged_encoder(
     clip: CLIPVisionModel, settings: MergePreset, tensors: Mapping[str, torch.Tensor]
 ) -> CLIPVisionModel:
-    """Return plain CLIP with the student's parameters, on the CPU and in the dtype of ``tensors``.
+    """Return plain CLIP with the student's parameters, on the CPU.
 
     Args:
         clip: the original of the student.

@@ -1,4 +1,4 @@
-"""Add images without text for the merge loss: an encoder learns from many images, and text costs time."""
+"""Add images without text for the merge loss."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ImagePool:
             raise DataError(f"{self.data_path} names no image to merge on; set merge_images_per_record to 0")
 
     def read(self, names: Sequence[str]) -> tuple[torch.Tensor, TowerFeatures | None]:
-        """Return pixels ``[k,3,S,S]`` of named images, and their features if there are any.
+        """Return pixels ``[k,3,S,S]`` of named images, and features if available.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -68,6 +68,6 @@ class FurtherImages:
         self._names = [pool.names[index] for index in order]
 
     def of(self, index: int) -> tuple[torch.Tensor, TowerFeatures | None]:
-        """Return pixels ``[k,3,S,S]`` of the images of record ``index``, and their features if there are any."""
+        """Return pixels and features of the images of record ``index``."""
         first = index * self.per_record
         return self.pool.read([self._names[(first + k) % len(self._names)] for k in range(self.per_record)])

@@ -1,4 +1,4 @@
-"""Measure the distance of the student's tokens from the tower's: ``L_merge``, one number per image.
+"""Measure the student's distance from the tower: ``L_merge`` of each image.
 
 The paper gives no formula; these are our choices. ``T'`` are the tower's tokens, which get no gradient, and ``T`` are
 CLIP's. The unit of distance is the root mean square of ``T' - T``, so that CLIP's scale does not matter: with ``mse`` a
@@ -30,13 +30,13 @@ def mse(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torc
 
 @MERGE_LOSSES.register("smooth_l1")
 def smooth_l1(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Square distances below one unit only, so that the few huge channels of large CLIPs weigh less."""
+    """Square distances below one unit only: huge channels weigh less."""
     return F.smooth_l1_loss(student / unit, target / unit, reduction="none").mean(-1)
 
 
 @MERGE_LOSSES.register("cosine")
 def cosine(student: torch.Tensor, target: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Return one minus the cosine of a token and its target; the token's length does not count."""
+    """Return one minus the cosine of a token and its target."""
     return 1 - F.cosine_similarity(student, target, dim=-1)
 
 
@@ -48,7 +48,7 @@ def uniform(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @TOKEN_WEIGHTS.register("transfer")
 def transfer(base: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Weigh a token by how much was transferred to it: ``|T' - T|``."""
+    """Weigh a token by what was transferred to it: ``|T' - T|``."""
     return (target - base).norm(dim=-1)
 
 

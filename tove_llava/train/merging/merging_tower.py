@@ -1,4 +1,4 @@
-"""Replace the tower while it is merged: a student for the language model, and its teacher."""
+"""Replace a tower while it is merged, by student and teacher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLIP_FOLDER = "clip"  # of the merged encoder, in the checkpoint
 
 
 class MergingTower(PreTrainedModel):
-    """A tower whose CLIP learns to predict the tokens of another tower, its teacher.
+    """A tower whose CLIP learns to predict its teacher's tokens.
 
     The language model reads the student, which gets the gradients of both losses. The teacher is frozen and no
     submodule, like backbones (:mod:`tove_llava.tower.frozen`). ``config`` is that of the result, without experts.
@@ -129,7 +129,7 @@ class MergingTower(PreTrainedModel):
         return ToveVisionOutput(last_hidden_state=tokens, hidden_states=(tokens,), merge_loss=loss)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Return an image of zeros as arguments of the model's ``forward``, as :class:`ToveVisionModel` does."""
+        """Return an image of zeros; see :meth:`ToveVisionModel.blank_inputs`."""
         size = self.teacher.config.image_size
         return {"pixel_values": torch.zeros(1, 3, size, size, device=device, dtype=dtype)}
 
@@ -148,7 +148,7 @@ class MergingTower(PreTrainedModel):
 
 
 def merged_config(config: ToveVisionConfig) -> ToveVisionConfig:
-    """Return the configuration of a merged tower: CLIP at its own input size, without experts."""
+    """Return a merged tower's configuration: CLIP without experts."""
     return ToveVisionConfig(
         clip_config=config.clip_config.to_dict(),
         clip_source=config.clip_source,
