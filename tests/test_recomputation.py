@@ -107,14 +107,14 @@ def test_the_kind_is_a_setting_of_the_stage(tmp_path):
     write_parts(tmp_path)
     write_records(tmp_path)
     line = flags(tmp_path, "finetune_lora", tmp_path / "out")
-    assert parse(line).checkpointing == "none"
-    assert parse([*line, "--gradient_checkpointing", "True"]).checkpointing == "full"
+    assert parse(line).stage.kept == "none"
+    assert parse([*line, "--gradient_checkpointing", "True"]).stage.kept == "full"
     chosen = parse([*line, "--checkpointing", "selective", "--checkpointing_gib", "30"])
-    assert (chosen.checkpointing, chosen.stage.checkpointing_gib) == ("selective", 30.0)
-    assert parse([*line, "--set", "stages.finetune_lora.checkpointing=full"]).checkpointing == "full"
+    assert (chosen.stage.kept, chosen.stage.checkpointing_gib) == ("selective", 30.0)
+    assert parse([*line, "--set", "stages.finetune_lora.checkpointing=full"]).stage.kept == "full"
     # The preset's own argument gives way to the flag; two flags that disagree do not pass.
     on = ["--set", "stages.finetune_lora.arguments.gradient_checkpointing=true"]
-    assert parse([*line, *on, "--checkpointing", "none"]).checkpointing == "none"
+    assert parse([*line, *on, "--checkpointing", "none"]).stage.kept == "none"
     for wrong, message in [
         (["--checkpointing", "some"], "none, full, selective"),
         (["--checkpointing", "none", "--gradient_checkpointing", "True"], "give one of them"),

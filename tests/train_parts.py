@@ -111,28 +111,15 @@ def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", coun
     for index in range(max(captions, count)):
         pixels = torch.randint(0, 256, (24 + index % 3, 36, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(root / "images" / f"{index}.png")
-    caption = [
-        {
-            "id": f"c{i}",
-            "image": f"{i}.png",
-            "conversations": [
-                {"from": "human", "value": "<image>\nDescribe."},
-                {"from": "gpt", "value": " ".join(words[: 1 + i % 6])},
-            ],
-        }
-        for i in range(captions)
-    ]
-    instruct = []
-    for i in range(count):
-        image = pattern[i % len(pattern)] == "i"
-        record = {
-            "id": f"r{i}",
-            "conversations": [
-                {"from": "human", "value": ("<image>\n" if image else "") + "What is it?"},
-                {"from": "gpt", "value": words[i % 6]},
-            ],
-        }
-        instruct.append(record | ({"image": f"{i}.png"} if image else {}))
+
+    def record(name: str, image: str | None, question: str, answer: str) -> dict[str, object]:
+        mark = "" if image is None else "<image>\n"
+        turns = [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+        return {"id": name, "conversations": turns} | ({} if image is None else {"image": image})
+
+    caption = [record(f"c{i}", f"{i}.png", "Describe.", " ".join(words[: 1 + i % 6])) for i in range(captions)]
+    images = [f"{i}.png" if pattern[i % len(pattern)] == "i" else None for i in range(count)]
+    instruct = [record(f"r{i}", images[i], "What is it?", words[i % 6]) for i in range(count)]
     (root / "captions.json").write_text(json.dumps(caption))
     (root / "instruct.json").write_text(json.dumps(instruct))
 

@@ -74,11 +74,6 @@ class Settings:
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training arguments: {error}") from error
 
-    @property
-    def checkpointing(self) -> str:
-        """``none``, ``full`` or ``selective`` (:mod:`tove_llava.train.recomputation`)."""
-        return self.stage.kept
-
     def deepspeed_file(self) -> str | None:
         """Return the path of the run's DeepSpeed configuration, or None."""
         return resolve_deepspeed(self.training.get("deepspeed", self.stage.deepspeed))
