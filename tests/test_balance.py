@@ -136,8 +136,8 @@ def test_joining_keeps_dropped_experts_apart(tmp_path):
     apart = tower.fusion.balance_statistics(inputs) + tower.fusion.balance_statistics(dropped)
     torch.testing.assert_close(joined.importance, apart.importance)
     torch.testing.assert_close(joined.load, apart.load)
-    alone = tower.fusion.balance_statistics(inputs)
-    assert not torch.allclose(joined.importance, 2 * alone.importance)
+    single = tower.fusion.balance_statistics(inputs)
+    assert not torch.allclose(joined.importance, 2 * single.importance)
 
 
 def test_no_image_touches_the_same_parameters(tmp_path):

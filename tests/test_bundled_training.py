@@ -70,7 +70,7 @@ def test_perfect_predictions_get_nearly_perfect_metrics(task):
     }[task](), metric
 
 
-def test_mirroring_mirrors_pictures_and_targets_and_turns_normals():
+def test_mirroring_mirrors_images_and_targets_and_turns_normals():
     views = [render(scene, scene_cache.SIZE) for scene in SCENES]
     images = np.stack([view.image for view in views])
     normal = np.stack([scene_cache.targets(view)["normal"] for view in views])

@@ -62,12 +62,12 @@ def test_weights_gradients_and_optimizer(deepspeed, devices, weights, gradients,
 def test_activations_by_hand():
     shape = replace(BARE, hidden=100, layer_kept=1000, vocabulary=7, fusion_kept=5000, image_tokens=4)
     preset = load_preset("vicuna-7b")
-    run = Run(1, "zero2", 2, 30)  # 60 positions, 2 pictures
+    run = Run(1, "zero2", 2, 30)  # 60 tokens, 2 images
     kept = 10 * 60 * 100 + 2 * (5000 + 3 * 4 * 100)  # checkpointed: each layer's input; projector and tower
     assert training_memory(preset, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
     loss = replace(shape, vocabulary=70_000)
     assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 60 * 70_000 * 14
-    loss = replace(shape, vocabulary=2_000_000)  # a piece of the logits, 33 positions; under ZeRO-3 all of them
+    loss = replace(shape, vocabulary=2_000_000)  # a piece of the logits, 33 tokens; under ZeRO-3 all of them
     assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 33 * 2_000_000 * 14
     zero3 = replace(run, deepspeed="zero3")
     assert training_memory(preset, "pretrain", loss, zero3).activations == 2 * kept + 60 * 2_000_000 * 14
@@ -80,7 +80,7 @@ def test_activations_by_hand():
 
 def test_selective_checkpointing_keeps_what_the_budget_allows():
     shape = replace(BARE, hidden=100, layer_kept=1000, layer_products=400)
-    run = Run(1, "zero2", 2, 30)  # 60 positions
+    run = Run(1, "zero2", 2, 30)  # 60 tokens
     always = 2 * 60 * (10 * 100 + 2 * 1000)  # each layer's input, and a layer at work
     for gib, layers in ((None, 10), (0.0, 0), ((always + 2 * 60 * 400 * 3.5) / 2**30, 3)):
         keys = ["checkpointing=selective", *([] if gib is None else [f"checkpointing_gib={gib:.12f}"])]
@@ -154,7 +154,7 @@ def test_backbones_are_clip_and_the_experts():
     assert stage_shape(load_preset("tiny"), "pretrain").backbones == encoders
 
 
-def test_merging_trains_the_encoder_besides():
+def test_merging_trains_the_encoder_too():
     preset = load_preset("tiny")
     lora, merge = (stage_shape(preset, stage) for stage in ("finetune_lora", "merge"))
     clip = next(size.parameters for size in preset_sizes("tiny") if size.part == "CLIP")

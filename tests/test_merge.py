@@ -58,7 +58,7 @@ def test_loss_is_zero_at_the_target_and_falls_towards_it(loss, weights):
 
 def test_token_weights_count_what_was_transferred():
     base, target, student = tokens(0), tokens(1), tokens(0)
-    target[:, 1:] = base[:, 1:]  # one token alone has received something
+    target[:, 1:] = base[:, 1:]  # only one token has received something
     student[:, 1:] += 1  # and the student is wrong in the others
     student[:, 0] = target[:, 0]
     assert merge_loss(student, base, target, token_weights="transfer").abs().max() == 0
@@ -68,8 +68,8 @@ def test_token_weights_count_what_was_transferred():
 def test_images_do_not_influence_each_other_and_no_gradient_reaches_the_target():
     base, target, student = tokens(0), tokens(1).requires_grad_(), tokens(2).requires_grad_()
     whole = merge_loss(student, base, target)
-    alone = torch.cat([merge_loss(student[i : i + 1], base[i : i + 1], target[i : i + 1]) for i in range(3)])
-    assert torch.equal(whole, alone)
+    apart = torch.cat([merge_loss(student[i : i + 1], base[i : i + 1], target[i : i + 1]) for i in range(3)])
+    assert torch.equal(whole, apart)
     whole.sum().backward()
     assert target.grad is None
     assert student.grad.abs().sum() > 0
@@ -236,7 +236,7 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
     assert processor.conversation_template == "v1"
     saved = {p.name for p in (copy / "merged").iterdir()}
     assert ("adapter_model.safetensors" in saved) == (kind == "lora")
-    if start == "lora":  # the adapters were continued, not begun anew
+    if start == "lora":  # the adapters were continued, not begun again
         after = load_file(copy / "merged" / "adapter_model.safetensors")
         assert after.keys() == before.keys()
         distance = sum(float((after[n] - before[n]).abs().sum()) for n in before)
@@ -315,14 +315,14 @@ def test_stage_keeps_what_it_started_from(root, tmp_path):
     assert {path: path.read_bytes() for path in (root / "lora").rglob("*") if path.is_file()} == files
 
 
-def test_merge_on_cached_features_equals_the_merge_on_pictures(root, tmp_path):
+def test_merge_on_cached_features_equals_the_merge_on_images(root, tmp_path):
     data = ["--data", str(root / "instruct.json"), "--image-folder", str(root / "images")]
     where = ["--preset", str(root / "preset.yaml"), "--out", str(root / "cache")]
     assert cli(["features", *where, *data, "--image-aspect-ratio", "pad"]) == 0
-    assert main(merge(root, "lora", tmp_path / "pictures")) == 0
+    assert main(merge(root, "lora", tmp_path / "images")) == 0
     assert main(merge(root, "lora", tmp_path / "cached", "--feature_cache", str(root / "cache"))) == 0
     for term in ("lm_loss", "merge_loss"):
-        assert history(tmp_path / "cached", term) == pytest.approx(history(tmp_path / "pictures", term), abs=1e-5)
+        assert history(tmp_path / "cached", term) == pytest.approx(history(tmp_path / "images", term), abs=1e-5)
 
 
 @pytest.mark.parametrize(

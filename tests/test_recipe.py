@@ -274,7 +274,7 @@ def test_the_samples_agree(conformance: Path) -> None:
 
 # --- parameters and their groups --------------------------------------------------------------------------------------
 
-# The original's names, and ours. Ours has a tower besides, and a language model of two layers.
+# The original's names, and ours. Ours has a tower too, and a language model of two layers.
 NAMES = {
     "base_model.model.": "",
     "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",

@@ -54,18 +54,18 @@ def open_cache(folder, image_folder=None, cache=None, dtype=torch.float32, aspec
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
-def test_run_on_the_cache_equals_the_run_on_pictures(root, tmp_path, stage):
+def test_run_on_the_cache_equals_the_run_on_images(root, tmp_path, stage):
     square = ("--image_aspect_ratio", "square", "--max_steps", "3")
     more = ("--set", "vision.experts.normal.mode=map")
-    assert train(flags(root, stage, tmp_path / "pictures", *square, *more)) == 0
+    assert train(flags(root, stage, tmp_path / "images", *square, *more)) == 0
     cached = ("--feature_cache", str(root / "cache"))
     assert train(flags(root, stage, tmp_path / "cached", *square, *more, *cached)) == 0
     name = "trained.safetensors" if stage == "pretrain" else "model.safetensors"
-    pictures, cached = (load_file(tmp_path / run / name) for run in ("pictures", "cached"))
-    assert pictures.keys() == cached.keys()
-    for key, value in pictures.items():
+    images, cached = (load_file(tmp_path / run / name) for run in ("images", "cached"))
+    assert images.keys() == cached.keys()
+    for key, value in images.items():
         torch.testing.assert_close(cached[key], value, rtol=1e-5, atol=1e-6)
-    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=1e-5) for row in losses(tmp_path / "pictures")]
+    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=1e-5) for row in losses(tmp_path / "images")]
 
 
 def losses(output):
@@ -79,7 +79,7 @@ def train_cached(folder, output, cache=None, *more):
     return train(flags(folder, "pretrain", output, *options, *more))
 
 
-def test_gradients_from_the_cache_are_those_from_pictures(root):
+def test_gradients_from_the_cache_are_those_from_images(root):
     """Of each loss term, to float32's rounding."""
     preset = load_preset(str(root / "preset.yaml"))
     tower = ToveVisionModel(vision_config(preset.vision)).load_backbones().train()
@@ -96,13 +96,13 @@ def test_gradients_from_the_cache_are_those_from_pictures(root):
         grads = [grad for term in terms for grad in torch.autograd.grad(term, list(tower.parameters()), **wanted)]
         results.append([*(term.detach() for term in terms), *grads])
     assert results[0][1] > 0 and results[0][2].any()
-    for pictures, cached in zip(*results, strict=True):
-        assert (cached - pictures).norm() <= 1e-5 * pictures.norm()
+    for images, cached in zip(*results, strict=True):
+        assert (cached - images).norm() <= 1e-5 * images.norm()
 
 
-def test_run_on_the_cache_opens_no_picture(root, tmp_path, monkeypatch):
+def test_run_on_the_cache_opens_no_image(root, tmp_path, monkeypatch):
     def refuse(*args):
-        raise AssertionError("a picture was opened")
+        raise AssertionError("an image was opened")
 
     monkeypatch.setattr("tove_llava.data.images.ImageTransform.open", refuse)
     assert train_cached(root, tmp_path / "run") == 0
@@ -226,26 +226,26 @@ def test_size_of_a_value(tmp_path, store, bytes_each):
 
 
 @pytest.mark.parametrize(("store", "bound"), [("float16", 1e-3), ("int8", 1e-2)])
-def test_run_on_a_rounded_cache_is_close_to_the_run_on_pictures(root, tmp_path, store, bound):
+def test_run_on_a_rounded_cache_is_close_to_the_run_on_images(root, tmp_path, store, bound):
     assert make(root, "--store", store, out=tmp_path / "cache") == 0
     square = ("--image_aspect_ratio", "square", "--max_steps", "3", "--logging_steps", "1")
-    assert train(flags(root, "pretrain", tmp_path / "pictures", *square)) == 0
+    assert train(flags(root, "pretrain", tmp_path / "images", *square)) == 0
     assert train(flags(root, "pretrain", tmp_path / "cached", *square, "--feature_cache", str(tmp_path / "cache"))) == 0
-    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=bound) for row in losses(tmp_path / "pictures")]
+    assert losses(tmp_path / "cached") == [pytest.approx(row, rel=bound) for row in losses(tmp_path / "images")]
 
 
 def test_cache_computed_in_16_bits_serves_runs_that_compute_so(root, tmp_path, capsys):
     folder = tmp_path / "cache"
     assert make(root, "--dtype", "bfloat16", out=folder) == 0
-    told = "computed in bfloat16, and this run computes in float32.*features --dtype float32"
-    with pytest.raises(ConfigError, match=told):
+    message = "computed in bfloat16, and this run computes in float32.*features --dtype float32"
+    with pytest.raises(ConfigError, match=message):
         open_cache(root, cache=folder)
     features = open_cache(root, cache=folder, dtype=torch.bfloat16).read(["0.png"])
     assert torch.equal(features.base, features.base.to(torch.bfloat16).float())  # what 16 bits hold
     exact = open_cache(root, dtype=torch.bfloat16).read(["0.png"])  # of float32, which serves every run
     assert 0 < (features.base - exact.base).norm() < 2e-2 * exact.base.norm()
     assert train_cached(root, tmp_path / "run", folder) == 2
-    assert re.search(told, capsys.readouterr().err)
+    assert re.search(message, capsys.readouterr().err)
     assert train_cached(root, tmp_path / "run", folder, "--bf16", "True") == 0
     assert make(root, out=folder) == 2 and "dtype differ" in capsys.readouterr().err, "and is not added to"
     assert make(root, "--dtype", "int8", out=tmp_path / "other") == 2
@@ -276,7 +276,7 @@ def test_eight_bits_round_by_half_a_step_of_their_block(values, tmp_path_factory
     assert (np.abs(found - values) <= largest / 127 * 0.5001 + 1e-38).all()
 
 
-def test_value_too_large_for_float16_is_told(tmp_path):
+def test_value_too_large_for_float16_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="float16; store int8 or float32"):
         write_shard(tmp_path / "part" / "0.safetensors", np.full((1, 1, 2), 1e5, np.float32), "float16")
     assert not list((tmp_path / "part").glob("*"))
@@ -308,17 +308,17 @@ def replace_content(file):
     file.write_bytes(content)
 
 
-def test_picture_replaced_by_another_makes_the_cache_stale(own, tmp_path, capsys):
+def test_image_replaced_by_another_makes_the_cache_stale(own, tmp_path, capsys):
     replace_content(own / "images" / "1.png")
     assert train_cached(own, tmp_path / "run") == 2
-    told = capsys.readouterr().err
-    assert "stale" in told and "1.png" in told and "tove-llava features" in told
+    message = capsys.readouterr().err
+    assert "stale" in message and "1.png" in message and "tove-llava features" in message
     (own / "cache" / "normal" / "000000.safetensors").unlink()
-    assert make(own) == 2, "nor are parts of other pictures added to it"
+    assert make(own) == 2, "nor are parts of other images added to it"
     assert "stale" in capsys.readouterr().err
 
 
-def test_copied_pictures_are_the_same_pictures(own, tmp_path):
+def test_copied_images_are_the_same_images(own, tmp_path):
     for file in (own / "images").iterdir():
         file.touch()
     assert make(own) == 0
@@ -347,7 +347,7 @@ def test_part_of_unknown_origin_is_not_added_to(own, capsys):
     assert make(own) == 2 and "does not say what it was computed from" in capsys.readouterr().err
 
 
-def test_damaged_fingerprints_are_told(own):
+def test_damaged_fingerprints_are_named(own):
     (own / "cache" / "pictures" / "000000.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"000000\.json is damaged"):
         open_cache(own, own / "images")
@@ -365,7 +365,7 @@ def test_features_are_joined_in_order():
     assert moved.usable["a"].dtype == torch.bool
 
 
-def test_features_are_pinned_and_copied_beside_the_step(monkeypatch, tmp_path):
+def test_features_are_pinned_and_copied_during_the_step(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self + 1)  # there is no GPU to pin it for
     features = TowerFeatures(torch.zeros(1, 2, 3), {"a": torch.zeros(1, 1, 2, 2)})
     pinned = pin_memory({"vision_features": features})["vision_features"]  # as a DataLoader does

@@ -17,7 +17,7 @@ DESCENT = ["--optim", "sgd", "--learning_rate", "0.3", "--lr_scheduler_type", "c
 TEXT_HEAVY = ["--data_path", "{root}/text_heavy.json", "--group_by_modality_length", "False", "--template", "v1"]
 MERGE_OPTIONS = ["--merge_loss", "smooth_l1", "--merge_token_weights", "transfer", "--merge_lora_r", "2"]
 
-# name -> (stage, further flags, (batch, accumulation) of one rank alone, the same for one of two ranks)
+# name -> (stage, further flags, (batch, accumulation) of one rank, and of each of two ranks)
 SCENARIOS = {
     "pretrain": ("pretrain", ["--max_steps", "3"], (8, 1), (4, 1)),
     "lora": ("finetune_lora", ["--max_steps", "3", "--group_by_modality_length", "False"], (8, 1), (2, 2)),
@@ -64,11 +64,11 @@ def command(root, name, output, split, *more):
 
 
 @pytest.fixture(scope="module")
-def alone(root):
+def single(root):
     """One process, the whole batch at once."""
     outcomes = {}
     for name, (*_, whole, _split) in SCENARIOS.items():
-        output = root / f"alone-{name}"
+        output = root / f"single-{name}"
         assert main(command(root, name, output, whole)) == 0
         outcomes[name] = outcome(output)
     return outcomes
@@ -85,8 +85,8 @@ def assert_same(got, expected):
         torch.testing.assert_close(got[1][name], value, rtol=0, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_scenarios_exercise_what_they_should(alone, root):
-    for name, (terms, tensors) in alone.items():
+def test_scenarios_exercise_what_they_should(single, root):
+    for name, (terms, tensors) in single.items():
         assert len({round(float(x), 5) for x in terms[:, 0]}) > 1, name
         merges = name.startswith("merge")
         assert terms[:, 1 + merges].max() > 1e-4, f"{name}: no {'merge' if merges else 'balance'} loss"
@@ -112,14 +112,14 @@ PADDING_FREE = ["--padding_free", "True"]
         ("merge-further", (2, 2), PADDING_FREE),
     ],
 )
-def test_accumulation_changes_nothing(alone, root, name, split, more):
+def test_accumulation_changes_nothing(single, root, name, split, more):
     output = root / f"accumulated-{len(more)}-{name}"
     assert main(command(root, name, output, split, *more)) == 0
-    assert_same(outcome(output), alone[name])
+    assert_same(outcome(output), single[name])
 
 
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
-def test_ranks_under_deepspeed_change_nothing(alone, root, deepspeed):
+def test_ranks_under_deepspeed_change_nothing(single, root, deepspeed):
     lines = []
     for name, (*_, split) in SCENARIOS.items():
         more = PADDING_FREE if name in ("lora", "full-text") else []
@@ -128,11 +128,11 @@ def test_ranks_under_deepspeed_change_nothing(alone, root, deepspeed):
     file.write_text(json.dumps(lines))
     launch([str(file)], module="train_worker")
     for name in SCENARIOS:
-        assert_same(outcome(root / f"{deepspeed}-{name}"), alone[name])
+        assert_same(outcome(root / f"{deepspeed}-{name}"), single[name])
 
 
 @pytest.mark.slow
-def test_ranks_without_deepspeed_change_nothing(alone, root):
+def test_ranks_without_deepspeed_change_nothing(single, root):
     lines = [
         command(root, name, root / f"ddp-{name}", split, "--deepspeed", "none")
         for name, (*_, split) in SCENARIOS.items()
@@ -141,7 +141,7 @@ def test_ranks_without_deepspeed_change_nothing(alone, root):
     file.write_text(json.dumps(lines))
     launch_torch([str(file)], "train_worker")
     for name in SCENARIOS:
-        assert_same(outcome(root / f"ddp-{name}"), alone[name])
+        assert_same(outcome(root / f"ddp-{name}"), single[name])
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
@@ -190,7 +190,7 @@ def check_calls(rows, experts):
 
 
 def test_without_images_no_encoder_runs(root, monkeypatch, tmp_path):
-    """One process that is told of another: it has images where this one has none, and nothing anywhere at times."""
+    """Pretend another rank: it has images where this one has none, and sometimes neither has any."""
     from tower_calls_child import count
 
     from tove_llava.train import trainer
@@ -209,7 +209,7 @@ def test_without_images_no_encoder_runs(root, monkeypatch, tmp_path):
     assert {(True, True, 1), (False, True, 1)} <= kinds
     monkeypatch.setattr(trainer, "open_window", opened)
     rows.clear()
-    assert main(command(root, "lora-text", tmp_path / "alone", (1, 1), "--max_steps", "8")) == 0
+    assert main(command(root, "lora-text", tmp_path / "single", (1, 1), "--max_steps", "8")) == 0
     assert check_calls(rows, experts=2) == {(True, True, 1), (False, False, 0)}
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends where an uninterrupted one does; a finished one is left alone."""
+"""A run that is killed and started again ends where an uninterrupted one does; a finished one is not touched."""
 
 import pytest
 import torch
