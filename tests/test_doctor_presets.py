@@ -69,8 +69,8 @@ def test_settings_that_fit_are_named_and_do_fit():
         ("finetune", {**BIG, "disk": 100}, {}, "up to 189 GiB of disk, and 100 GiB are free"),
         ("pretrain", BIG, {"missing": ("no CLIP",)}, "no CLIP"),
         ("pretrain", {**BIG, "disk": 10}, {"download": 16 * GIB}, "of disk"),
-        ("pretrain", {"host": 900}, {}, "it is made for CUDA GPUs"),
-        ("pretrain", {**BIG, "device": 31, "tf32": False}, {}, "it is made for GPUs with TF32 and bfloat16"),
+        ("pretrain", {"host": 900}, {}, "it needs CUDA GPUs"),
+        ("pretrain", {**BIG, "device": 31, "tf32": False}, {}, "it needs GPUs with TF32 and bfloat16"),
     ],
 )
 def test_what_is_short_is_named(stage, there, more, reason):
@@ -175,7 +175,7 @@ def test_through_the_command(capsys):
     assert stages["pretrain"]["details"]["runs"] is False and stages["pretrain"]["details"]["reasons"]
     assert cli.main(["doctor", "--preset", "tiny", "--preset", "vicuna-7b"]) == 0
     out = capsys.readouterr().out
-    assert "preset tiny:" in out and "made for CUDA GPUs" in out
+    assert "preset tiny:" in out and "needs CUDA GPUs" in out
     assert out.count("--set language.source=hf:FOLDER") == 1
 
 

@@ -179,7 +179,7 @@ def test_processes_share_a_cache(own, tmp_path, capsys):
     shutil.rmtree(own / "cache")
     small = ("--shard-images", "2")
     assert make(own, *small, "--share", "1/2") == 0
-    assert "missing yet, of other shares" in capsys.readouterr().out
+    assert "still missing" in capsys.readouterr().out
     assert not (own / "cache" / "clip" / "000000.safetensors").exists()
     assert train_cached(own, tmp_path / "run") == 2
     assert "not complete" in capsys.readouterr().err
