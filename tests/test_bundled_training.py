@@ -38,12 +38,8 @@ def test_the_sky_has_no_inverse_depth_and_nearer_is_larger():
 def test_targets_agree_with_the_rendering(scene):
     view = render(scene, scene_cache.SIZE)
     found = scene_cache.targets(view)
-    assert {key: value.shape for key, value in found.items()} == {
-        "depth": (24, 24, 1),
-        "normal": (24, 24, 3),
-        "edge": (24, 24, 1),
-        "segmentation": (24, 24, 6),
-    }
+    channels = {"depth": 1, "normal": 3, "edge": 1, "segmentation": 6}
+    assert {key: value.shape for key, value in found.items()} == {key: (24, 24, n) for key, n in channels.items()}
     assert (found["segmentation"].sum(-1) == 16).all()
     assert found["segmentation"].sum((0, 1)).tolist() == np.bincount(view.classes.ravel(), minlength=6).tolist()
     assert np.allclose(np.linalg.norm(found["normal"].astype(np.float32), axis=-1), 1, atol=2e-3)
@@ -75,8 +71,7 @@ def test_mirroring_mirrors_images_and_targets_and_turns_normals():
     images = np.stack([view.image for view in views])
     normal = np.stack([scene_cache.targets(view)["normal"] for view in views])
     flips = np.random.default_rng(3).random(len(images)) < 0.5  # the first numbers that augmented() draws
-    assert flips.any()
-    assert not flips.all()
+    assert flips.any() and not flips.all()
     _, found = train_expert.augmented(images, normal, "normal", np.random.default_rng(3))
     expected = normal.astype(np.float32)
     assert np.array_equal(found[~flips], expected[~flips])
@@ -111,16 +106,8 @@ def _train(state, steps_before_interruption=None):
             raise KeyboardInterrupt
         return (model(torch.randn(8, 4, generator=torch.Generator().manual_seed(step))) - 1).square().mean()
 
-    training.train(
-        model,
-        loss_of_step,
-        steps=12,
-        batch=8,
-        learning_rate=0.1,
-        weight_decay=0.1,
-        state=state,
-        signature={"steps": 12},
-    )
+    keys = {"steps": 12, "batch": 8, "learning_rate": 0.1, "weight_decay": 0.1, "signature": {"steps": 12}}
+    training.train(model, loss_of_step, **keys, state=state)
     return model.weight.detach()
 
 

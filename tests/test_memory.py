@@ -12,15 +12,7 @@ from tove_llava import build_model, load_preset
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava.build import build_on_meta, language_config, parameter_table
 from tove_llava.llava.sizes import preset_sizes
-from tove_llava.train.memory import (
-    GATHERED,
-    PROCESS,
-    Run,
-    answering_memory,
-    largest_batch,
-    stage_disk,
-    training_memory,
-)
+from tove_llava.train.memory import GATHERED, PROCESS, Run, answering_memory, largest_batch, stage_disk, training_memory
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.shapes import Shape, stage_shape
 from tove_llava.train.stages import freeze
@@ -175,17 +167,10 @@ def test_answering_needs_weights_and_a_cache():
     assert 12.6 < memory.weights / 2**30 < 12.7
 
 
-@pytest.mark.parametrize(
-    ("stage", "checkpointing"),
-    [
-        ("pretrain", "none"),
-        ("finetune_lora", "none"),
-        ("finetune", "none"),
-        ("finetune_lora", "full"),
-        ("finetune_lora", "selective"),
-        ("pretrain", "selective"),
-    ],
-)
+CASES = ("pretrain none", "finetune_lora none", "finetune none", "finetune_lora full", "finetune_lora selective")
+
+
+@pytest.mark.parametrize(("stage", "checkpointing"), [case.split() for case in (*CASES, "pretrain selective")])
 def test_the_estimate_is_what_a_step_needs_or_a_little_more(stage, checkpointing):
     from measuring import peak_memory
     from step_parts import TrainingStep, make_batch

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_helpers import save_odd_kinds
 from PIL import Image
-from train_parts import flags, write_parts, write_records
+from train_parts import flags, losses, weights, write_parts, write_records
 
 from tove_llava import build_model, load_preset
 from tove_llava.core.errors import ConfigError, DataError, NonFiniteError
@@ -18,7 +18,7 @@ from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.meter import Meter, describe
 from tove_llava.train.run import main, run
-from tove_llava.train.stages import POLICIES, freeze, lora_config, parameter_groups
+from tove_llava.train.stages import freeze, lora_config, parameter_groups
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +69,14 @@ def test_lora_is_on_the_language_model_alone(root):
     assert all(not p.any() for name, p in trainable.parts["lora"].items() if "lora_B" in name)
 
 
-def test_unknown_policy_is_named():
-    with pytest.raises(ConfigError, match="Did you mean 'alignment'"):
-        POLICIES.get("alignmnt")
-
-
-def test_lora_policy_needs_its_settings(root):
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [("lora", "'lora' settings"), ("merge", "'merge' settings"), ("alignmnt", "Did you mean 'alignment'")],
+)
+def test_wrong_policies_are_named(root, policy, message):
     model, _ = build_model(str(root / "preset.yaml"), load_backbones=False)
-    with pytest.raises(ConfigError, match="'lora' settings"):
-        freeze(model, StagePreset(train="lora", template="v1"))
+    with pytest.raises(ConfigError, match=message):
+        freeze(model, StagePreset(train=policy, template="v1"))
 
 
 def test_parts_with_their_own_rate_get_their_own_groups(root):
@@ -85,13 +84,8 @@ def test_parts_with_their_own_rate_get_their_own_groups(root):
     groups = parameter_groups(
         trainable, learning_rate=2e-4, weight_decay=0.1, projector_learning_rate=2e-5, tower_learning_rate=3e-5
     )
-    assert {(g["lr"], g["weight_decay"]) for g in groups} == {
-        (2e-5, 0.1),
-        (2e-5, 0.0),
-        (3e-5, 0.1),
-        (3e-5, 0.0),
-        (2e-4, 0.1),
-    }
+    rates = {(2e-5, 0.1), (2e-5, 0.0), (3e-5, 0.1), (3e-5, 0.0), (2e-4, 0.1)}
+    assert {(g["lr"], g["weight_decay"]) for g in groups} == rates
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in trainable.parameters())
 
@@ -100,9 +94,7 @@ def test_all_rates_follow_the_schedule(root):
     output = root / "rates"
     arguments = flags(root, "pretrain", output, "--tower_learning_rate", "0.5", "--max_steps", "2", "--optim", "sgd")
     assert main([*arguments, "--learning_rate", "0.0"]) == 0
-    from safetensors.torch import load_file
-
-    saved = load_file(output / "trained.safetensors")
+    saved = weights(output)
     start = dict(build_model(str(root / "preset.yaml"), load_backbones=False)[0].named_parameters())
     moved = {name for name, value in saved.items() if not torch.equal(value, start[name])}
     assert moved and all("vision_tower.fusion" in name for name in moved)
@@ -148,9 +140,8 @@ def test_both_stages_train_on_photographs_of_odd_kinds(root, tmp_path):
     assert main(flags(root, "pretrain", stage1, *more)) == 0
     assert main(flags(root, "finetune_lora", stage2, *more, "--pretrained", str(stage1))) == 0
     for folder in (stage1, stage2):
-        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-        losses = [row["loss"] for row in log if "loss" in row]
-        assert len(losses) == len(names) / 4 and all(map(math.isfinite, losses))
+        found = [loss for (loss,) in losses(folder, "loss")]
+        assert len(found) == len(names) / 4 and all(map(math.isfinite, found))
 
 
 def test_bad_record_stops_before_anything_is_written(root, tmp_path):
