@@ -14,9 +14,10 @@ from records import DONE
 
 from tove_llava.core.text import markdown_table
 from tove_llava.eval.benchmarks.playground_scenes import normalise
-from tove_llava.scenes.language import CATEGORIES, DEPTH, SPATIAL
+from tove_llava.scenes.language import CATEGORIES
 
 BOTH = "spatial and depth"
+SPATIAL_AND_DEPTH = ("left_right", "above_below", "statement", "front_behind", "nearer")
 ROWS = (*CATEGORIES, BOTH, "overall")
 
 # 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal distribution's.
@@ -115,7 +116,7 @@ class Runs:
         file = self.folder(seed) / "eval" / "results.json"
         found = json.loads(file.read_text())["benchmarks"]["scenes"]["full"]["scores"]
         percent = {name: 100 * entry["accuracy"] for name, entry in found.items()}
-        return {**percent, BOTH: statistics.mean(percent[name] for name in (*SPATIAL, *DEPTH))}
+        return {**percent, BOTH: statistics.mean(percent[name] for name in SPATIAL_AND_DEPTH)}
 
 
 def summary(settings: Settings) -> list[dict[str, Any]]:
