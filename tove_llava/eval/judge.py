@@ -114,8 +114,7 @@ class Judge:
                     while True:
                         request = exchange.send(ask(request))
                 except StopIteration as end:
-                    verdict: T = end.value
-                    return verdict
+                    return end.value
                 except ServiceError:
                     stop.set()
                     raise

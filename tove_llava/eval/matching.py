@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from tove_llava.core.errors import DataError
@@ -34,17 +35,11 @@ class Matched:
         return {"unanswered": self.unanswered, "duplicated": self.duplicated, "unknown": self.unknown}
 
 
-def question_id(row: Mapping[str, Any]) -> Hashable:
-    """Return the key by which most benchmarks pair."""
-    key: Hashable = row["question_id"]
-    return key
-
-
 def match(
     predictions: Sequence[Mapping[str, Any]],
     truth: Sequence[Mapping[str, Any]],
-    answer_key: Callable[[Mapping[str, Any]], Hashable] = question_id,
-    truth_key: Callable[[Mapping[str, Any]], Hashable] = question_id,
+    answer_key: Callable[[Mapping[str, Any]], Hashable] = itemgetter("question_id"),
+    truth_key: Callable[[Mapping[str, Any]], Hashable] = itemgetter("question_id"),
 ) -> Matched:
     """Pair answers with questions.
 

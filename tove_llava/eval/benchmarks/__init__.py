@@ -161,8 +161,7 @@ class Benchmark(ABC):
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:
         """Return the key that pairs an answer with its question."""
-        key: Hashable = row["question_id"]
-        return key
+        return row["question_id"]
 
     def question_key(self, question: Question) -> Hashable:
         """Return the key that an answer to the question will have."""
@@ -170,8 +169,7 @@ class Benchmark(ABC):
 
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         """Return the key that pairs a right answer with its question."""
-        key: Hashable = row["question_id"]
-        return key
+        return row["question_id"]
 
     def mark_name(self, row: Mapping[str, Any]) -> Any:
         """Return a row's unique key in :attr:`Score.marks`."""

@@ -10,5 +10,4 @@ from typing import Any
 def scorer_data(name: str) -> dict[str, Any]:
     """Read the table of ``NAME.json`` in this folder."""
     text = resources.files(__package__).joinpath(f"{name}.json").read_text(encoding="utf-8")
-    value: dict[str, Any] = json.loads(text)["table"]
-    return value
+    return json.loads(text)["table"]
