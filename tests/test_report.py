@@ -453,7 +453,7 @@ def with_result(**entries):
     ("spoil", "message"),
     [
         (lambda folder: (folder / "result.json").unlink(), "has no result.json"),
-        (with_text("result.json", '{"benchmark": "sce'), "not one JSON value"),
+        (with_text("result.json", '{"benchmark": "sce'), "not valid JSON"),
         (with_text("result.json", "[]"), "was it written by"),
         (with_result(rows=None), "no 'rows'"),
         (with_result(rows={"x": "y"}), "a value and a number"),
