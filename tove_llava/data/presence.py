@@ -32,11 +32,7 @@ def present(data_set: DataSet, root: Path) -> list[bool]:
 
 
 def check_parts(data_set: DataSet, root: Path) -> list[Finding]:
-    """Find missing and misplaced parts, and downloads that differ from the publisher's.
-
-    Raises:
-        ConfigError: there is no folder ``root``.
-    """
+    """Find missing and misplaced parts, and downloads that differ from the publisher's."""
     if not root.is_dir():
         raise ConfigError(f"there is no data folder {root}; give --data-root, or make it ({data_set.root} in LLaVA)")
     findings = []

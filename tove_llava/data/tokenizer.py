@@ -32,10 +32,6 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
     Returns:
         A tokenizer with a fast backend, padding on the right.
-
-    Raises:
-        CheckpointError: the folder does not exist or holds no tokenizer.
-        ConfigError: the SentencePiece model cannot be converted exactly.
     """
     path = Path(folder)
     if isinstance(folder, str) and ":" in folder and not path.exists():

@@ -74,11 +74,7 @@ class Expert(nn.Module, ABC):
     interpolation: str = "bicubic"
 
     def __init__(self, spec: ExpertSpec, base_dir: str | PathLike[str] | None = None) -> None:
-        """Read the configuration only. ``base_dir`` anchors a source that is relative to a checkpoint.
-
-        Raises:
-            ConfigError: an unknown option or mode, or a source that cannot be read.
-        """
+        """Read the configuration only. ``base_dir`` is the checkpoint folder of a relative source."""
         super().__init__()
         if not spec.source:
             spec = spec.replace(source=self.default_source)
@@ -310,11 +306,7 @@ def choose(index: Any, count: int, option: str) -> int:
 
 @contextmanager
 def library(source: Source, distribution: str) -> Iterator[None]:
-    """Guard the import of a library that only some experts need.
-
-    Raises:
-        ConfigError: it cannot be imported; the message says what to install.
-    """
+    """Guard the import of a library that only some experts need; ConfigError says what to install."""
     try:
         with torch.device("cpu"):  # a network may be wanted on the meta device; the library's own constants are not
             yield
@@ -323,11 +315,7 @@ def library(source: Source, distribution: str) -> Iterator[None]:
 
 
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:
-    """Build a spec's expert, without weights.
-
-    Raises:
-        ConfigError: unknown expert, unknown key or option, or a source scheme that the expert cannot be read from.
-    """
+    """Build a spec's expert, without weights; ConfigError for an unknown expert, key, option or scheme."""
     spec = ExpertSpec.from_dict(spec)
     family = EXPERTS.get(spec.expert)
     if not spec.source:
@@ -342,11 +330,7 @@ def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str
 
 
 def complete_specs(entries: list[Any], base_dir: str | PathLike[str] | None = None) -> list[ExpertSpec]:
-    """Fill in source, image size, width and grid of specs, as a config records them.
-
-    Raises:
-        ConfigError: an entry is wrong, two entries share a name, or a source's configuration cannot be read.
-    """
+    """Fill in source, image size, width and grid of specs, as a config records them; ConfigError names a fault."""
     specs = []
     for entry in entries:
         expert = build_expert(entry, base_dir)

@@ -124,9 +124,6 @@ def read_configuration(
 
     With ``use_table`` those of a well-known repository come from this package's table, so that shapes are known without
     a network.
-
-    Raises:
-        ConfigError: the source has no readable configuration.
     """
     known = _architectures().get(str(source)) if use_table else None
     if known is not None:

@@ -135,11 +135,7 @@ class ExpertHub(nn.Module):
         return _without(x, ok)
 
     def save(self, folder: str | Path, prefix: str = "experts") -> list[ExpertSpec]:
-        """Write each expert to ``folder/prefix/<name>``; return specs whose sources point there (``./...``).
-
-        Raises:
-            CheckpointError: an expert is not loaded.
-        """
+        """Write each expert to ``folder/prefix/<name>``; return specs whose sources point there (``./...``)."""
         folder, specs = Path(folder), []
         for expert in self._all():
             target = folder / prefix / expert.name

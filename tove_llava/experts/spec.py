@@ -57,11 +57,7 @@ class ExpertSpec:
 
     @classmethod
     def from_dict(cls, entry: "dict[str, Any] | ExpertSpec") -> "ExpertSpec":
-        """Read an entry of a preset or a config.
-
-        Raises:
-            ConfigError: a key is unknown (the message names it and the nearest known one), missing, or ill-valued.
-        """
+        """Read an entry of a preset or a config; ConfigError names a wrong key or value."""
         if isinstance(entry, ExpertSpec):
             return entry
         if not isinstance(entry, dict):

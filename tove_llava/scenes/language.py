@@ -5,7 +5,7 @@ that does not see the image stays at chance.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -148,48 +148,64 @@ def counting(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def colour(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    unique = [o for o in scene.objects if sum(p.shape == o.shape for p in scene.objects) == 1]
-    if not unique:
-        return None
-    item = unique[int(rng.integers(len(unique)))]
-    return f"What color is the {item.shape}?", item.colour
+    item = _unique(scene, rng, "shape")
+    return None if item is None else (f"What color is the {item.shape}?", item.colour)
 
 
 def shape(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    unique = [o for o in scene.objects if sum(p.colour == o.colour for p in scene.objects) == 1]
-    if not unique:
-        return None
-    item = unique[int(rng.integers(len(unique)))]
-    return f"What shape is the {item.colour} object?", item.shape
+    item = _unique(scene, rng, "colour")
+    return None if item is None else (f"What shape is the {item.colour} object?", item.shape)
 
 
-def left_right(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    return _relation(
-        scene, rng, ("to the left of", "to the right of"), lambda o: o.u, lambda a, b: b - a > PLACE_MARGIN
-    )
+def _unique(scene: Scene, rng: np.random.Generator, key: str) -> Object | None:
+    values = [getattr(o, key) for o in scene.objects]
+    unique = [o for o, value in zip(scene.objects, values, strict=True) if values.count(value) == 1]
+    return unique[int(rng.integers(len(unique)))] if unique else None
 
 
-def above_below(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    return _relation(scene, rng, ("above", "below"), lambda o: o.v, lambda a, b: b - a > PLACE_MARGIN)
+@dataclass(frozen=True)
+class Comparison:
+    """A measure of objects, words for its smaller and its larger value, and what a clear difference is."""
+
+    words: tuple[str, str]
+    measure: Callable[[Object], float]
+    clear: Callable[[float, float], bool]
+
+    def relation(self, scene: Scene, rng: np.random.Generator) -> Asked | None:
+        pair = self._pair(scene, rng)
+        if pair is None:
+            return None
+        wanted, answer = _yes_no(rng)
+        smaller_first = bool(rng.random() < 0.5)
+        first, second = pair if smaller_first else pair[::-1]
+        word = self.words[0] if smaller_first == wanted else self.words[1]
+        return f"Is the {first.name} {word} the {second.name}?", answer
+
+    def choice(self, scene: Scene, rng: np.random.Generator) -> Asked | None:
+        pair = self._pair(scene, rng)
+        if pair is None:
+            return None
+        which = int(rng.integers(2))
+        named = pair if rng.random() < 0.5 else pair[::-1]
+        return f"Which is {self.words[which]}, the {named[0].name} or the {named[1].name}?", pair[which].name
+
+    def _pair(self, scene: Scene, rng: np.random.Generator) -> tuple[Object, Object] | None:
+        """Draw a pair whose first member's measure is clearly smaller."""
+        items = [(o, self.measure(o)) for o in scene.objects]
+        pairs = [(a, b) for a, x in items for b, y in items if a is not b and self.clear(x, y)]
+        return pairs[int(rng.integers(len(pairs)))] if pairs else None
 
 
-def front_behind(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    return _relation(scene, rng, ("in front of", "behind"), lambda o: o.depth, lambda a, b: b / a > DEPTH_RATIO)
-
-
-def nearer(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    words = ("closer to the camera", "farther from the camera")
-    return _choice(scene, rng, words, lambda o: o.depth, lambda a, b: b / a > DEPTH_RATIO)
-
-
-def bigger(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    return _choice(scene, rng, ("smaller", "bigger"), lambda o: o.radius, lambda a, b: b / a > SIZE_RATIO)
+LEFT_RIGHT = Comparison(("to the left of", "to the right of"), lambda o: o.u, lambda a, b: b - a > PLACE_MARGIN)
+ABOVE_BELOW = Comparison(("above", "below"), lambda o: o.v, lambda a, b: b - a > PLACE_MARGIN)
+FRONT_BEHIND = Comparison(("in front of", "behind"), lambda o: o.depth, lambda a, b: b / a > DEPTH_RATIO)
+NEARER = replace(FRONT_BEHIND, words=("closer to the camera", "farther from the camera"))
+BIGGER = Comparison(("smaller", "bigger"), lambda o: o.radius, lambda a, b: b / a > SIZE_RATIO)
 
 
 def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
     """Make a VSR-style statement (Liu et al. 2023) about one of three directions."""
-    relation = (left_right, above_below, front_behind)[int(rng.integers(3))]
-    asked = relation(scene, rng)
+    asked = (LEFT_RIGHT, ABOVE_BELOW, FRONT_BEHIND)[int(rng.integers(3))].relation(scene, rng)
     if asked is None:
         return None
     claim = asked[0].removeprefix("Is the ").removesuffix("?")
@@ -198,9 +214,10 @@ def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
     return f"{claim} Is this true or false?", "True" if asked[1] == "Yes" else "False"
 
 
-_ASKERS = (existence, counting, colour, shape, left_right, above_below, front_behind, nearer, bigger, statement)
 CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
-    asker.__name__: asker for asker in _ASKERS
+    **{"existence": existence, "counting": counting, "colour": colour, "shape": shape},
+    **{"left_right": LEFT_RIGHT.relation, "above_below": ABOVE_BELOW.relation, "front_behind": FRONT_BEHIND.relation},
+    **{"nearer": NEARER.choice, "bigger": BIGGER.choice, "statement": statement},
 }
 # Questions about one object's entry of the description, which teach the language model to read.
 MEASURES: dict[str, Callable[[Object], Asked]] = {
@@ -219,39 +236,3 @@ def contrast(a: Object, b: Object) -> Asked:
         "smaller" if a.radius < b.radius else "bigger",
     )
     return f"How does the {a.name} compare with the {b.name}?", ", ".join(words)
-
-
-Measure = Callable[[Object], float]
-Clear = Callable[[float, float], bool]
-
-
-def _ordered_pair(
-    scene: Scene, rng: np.random.Generator, measure: Measure, clear: Clear
-) -> tuple[Object, Object] | None:
-    """Draw a pair whose first member's measure is clearly smaller."""
-    pairs = [(a, b) for a in scene.objects for b in scene.objects if a is not b and clear(measure(a), measure(b))]
-    return pairs[int(rng.integers(len(pairs)))] if pairs else None
-
-
-def _relation(
-    scene: Scene, rng: np.random.Generator, words: tuple[str, str], measure: Measure, clear: Clear
-) -> Asked | None:
-    pair = _ordered_pair(scene, rng, measure, clear)
-    if pair is None:
-        return None
-    wanted, answer = _yes_no(rng)
-    smaller_first = bool(rng.random() < 0.5)
-    first, second = pair if smaller_first else pair[::-1]
-    word = words[0] if smaller_first == wanted else words[1]
-    return f"Is the {first.name} {word} the {second.name}?", answer
-
-
-def _choice(
-    scene: Scene, rng: np.random.Generator, words: tuple[str, str], measure: Measure, clear: Clear
-) -> Asked | None:
-    pair = _ordered_pair(scene, rng, measure, clear)
-    if pair is None:
-        return None
-    which = int(rng.integers(2))
-    named = pair if rng.random() < 0.5 else pair[::-1]
-    return f"Which is {words[which]}, the {named[0].name} or the {named[1].name}?", pair[which].name

@@ -125,11 +125,7 @@ class ToveVisionModel(PreTrainedModel):
             self.config = own
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
-        """Upload the tower, which names its backbones by their sources.
-
-        Raises:
-            CheckpointError: a source is a folder of this machine.
-        """
+        """Upload the tower, which names its backbones by their sources."""
         if not self.config.is_portable:
             raise CheckpointError(
                 "the tower's backbones are folders of this machine, which others lack. Push its LLaVA, which includes "
@@ -233,11 +229,7 @@ class ToveVisionModel(PreTrainedModel):
             self.frozen.unload(names)
 
     def attach_experts(self, names: str | Iterable[str]) -> None:
-        """Undo :meth:`detach_experts`.
-
-        Raises:
-            CheckpointError: an expert is not in memory, but the others are.
-        """
+        """Undo :meth:`detach_experts`; CheckpointError if an expert is not in memory, but the others are."""
         names = [names] if isinstance(names, str) else list(names)
         self.config.check_expert_names(names)
         if self.frozen.clip is not None and self.fusion.uses_experts and not self.frozen.is_loaded(names):

@@ -110,11 +110,7 @@ def set_names() -> list[str]:
 
 
 def get_set(name: str) -> DataSet:
-    """Return the set called ``name``.
-
-    Raises:
-        ConfigError: there is none, or its file is malformed; the message lists those that exist.
-    """
+    """Return the set called ``name``; ConfigError for an unknown name or a malformed file."""
     names = set_names()
     if name not in names:
         raise ConfigError(f"unknown data set {name!r}.{closest(name, names)} Available: {', '.join(names)}")

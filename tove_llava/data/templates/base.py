@@ -97,11 +97,7 @@ def register_template(name: str, *aliases: str) -> Callable[[T], T]:
 
 
 def get_template(name: str | Template) -> Template:
-    """Return the template called exactly ``name``; a template is returned as it is.
-
-    Raises:
-        ConfigError: there is none; the message lists the names that exist.
-    """
+    """Return the template called exactly ``name``, or raise ConfigError; a template is returned as it is."""
     return name if isinstance(name, Template) else _templates.get(name)
 
 
