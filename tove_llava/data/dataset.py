@@ -71,8 +71,8 @@ class DataReport:
 class LlavaDataset(Dataset[Example]):
     """LLaVA records as token ids, labels and pixels.
 
-    All records are checked when the data set is built: structure, placeholders, that each image file exists inside the
-    image folder, and that part of an answer survives ``model_max_length``. Images are decoded in ``__getitem__``.
+    All records are checked when the data set is built (DataError): structure, placeholders, that each image file exists
+    inside the image folder, and that part of an answer survives ``model_max_length``. ``__getitem__`` decodes images.
 
     Args:
         data_path: a JSON or JSONL file.
@@ -94,9 +94,6 @@ class LlavaDataset(Dataset[Example]):
         records: the records that are trained on, their turns as :func:`prepare_turns` returns them.
         modality_lengths: word counts, negative for text-only records: input of the grouped sampler.
         report: the records that are left out.
-
-    Raises:
-        DataError: a record, or an image path, cannot be used.
     """
 
     def __init__(

@@ -77,14 +77,11 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
-    """Check one raw record.
+    """Check one raw record; DataError if anything is missing, of the wrong type, or empty.
 
     Args:
         raw: ``{"id", "image" (a name, a list of names, or absent), "conversations": [{"from", "value"}]}``.
         index, file: see :class:`Record`.
-
-    Raises:
-        DataError: something is missing, of the wrong type, or empty.
     """
     record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
     where = record_name(file, index, record_id)

@@ -44,9 +44,6 @@ def encode_record(
         tokenizer: with a fast backend, best from :func:`tove_llava.data.load_tokenizer`.
         template: a template or its registered name.
         check_images: see :func:`tove_llava.data.records.prepare_turns`.
-
-    Raises:
-        DataError: the conversation does not suit the template.
     """
     template = get_template(template)
     turns = prepare_turns(record, template, check_images)
