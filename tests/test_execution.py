@@ -197,20 +197,6 @@ def test_compiled_is_eager(tmp_path, dtype):
 
 @needs_compiler
 @pytest.mark.slow
-def test_the_bundled_encoders_compile_to_the_same(tmp_path):
-    from tove_llava.llava.build import vision_config
-    from tove_llava.presets import load_preset
-    from tove_llava.tower import ToveVisionModel
-
-    tower = ToveVisionModel(vision_config(load_preset("tiny").vision)).load_backbones(["depth"]).eval()
-    tower.detach_experts(["normal", "edge", "segmentation"])
-    x = pixels(2, size=96)
-    expected = tower.encode(x)
-    assert_same(tower.set_execution("compiled").encode(x), expected)
-
-
-@needs_compiler
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_the_true_architectures_compile_to_the_same(tmp_path, dtype):
     """EVA-02, DINOv2, Depth-Anything and DexiNed at their real widths, few layers, a third of their input size."""

@@ -12,7 +12,7 @@ from train_parts import environment
 from tove_llava.cli import main
 from tove_llava.core.errors import ConfigError, NonFiniteError
 from tove_llava.core.sources import Source
-from tove_llava.experts import ExpertHub, ExpertSpec, build_expert, complete_specs
+from tove_llava.experts import ExpertHub, build_expert, complete_specs
 from tove_llava.experts.base import library
 from tove_llava.experts.cost import expert_cost
 from tove_llava.experts.preparation import unnormalise
@@ -198,12 +198,6 @@ def test_a_library_is_not_imported_onto_the_meta_device(tmp_path, monkeypatch):
         import some_library
     assert some_library.CONSTANT.tolist() == [1, 1]
     sys.modules.pop("some_library")
-
-
-def test_complete_specs_record_what_a_config_needs(tmp_path):
-    [spec] = complete_specs([CASES["depth-segformer"].spec(tmp_path, "depth")])
-    assert ExpertSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
-    assert spec.is_complete and spec.image_size == 96
 
 
 # -- preparation -----------------------------------------------------------------------------------------------------
