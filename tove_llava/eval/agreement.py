@@ -17,9 +17,9 @@ def agreement(answer: Hashable, references: Sequence[Hashable], copies: Sequence
     if not matches:
         return 0.0
     total = 0.0
-    for index, reference in enumerate(references):
-        own = (1 if copies is None else copies[index]) if reference == answer else 0
-        total += min(1.0, (matches - own) / 3)
+    for reference, own in zip(references, copies or [1] * len(references), strict=True):
+        others = matches - own if reference == answer else matches
+        total += min(1.0, others / 3)
     return total / len(references)
 
 

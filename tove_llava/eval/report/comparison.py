@@ -145,7 +145,9 @@ def _groups(runs: Sequence[Run]) -> Iterable[tuple[str, str, str]]:
             for level, names in item.groups.items():
                 found.setdefault(level, set()).update(names)
     yield from ((OVERALL, ALL, metric) for metric in metrics)
-    yield from ((level, name, metric) for level in found for name in sorted(found[level]) for metric in metrics)
+    for level in found:
+        for name in sorted(found[level]):
+            yield from ((level, name, metric) for metric in metrics)
 
 
 def _members(run: Run, level: str, group: str) -> list[Item]:
