@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    words = list(args.arguments)
-    if not words or words[0] in ("-h", "--help"):
+    if not args.arguments or args.arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0
     from tove_llava.checkpoints.manifest import Manifest
@@ -27,10 +26,13 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.presets import preset_names
     from tove_llava.train.run import main
 
-    folder = _take(words, "--model")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--model", "--preset"):
+        parser.add_argument(flag, nargs="?")
+    given, words = parser.parse_known_args(args.arguments)
+    folder, preset = given.model, given.preset
     if not folder:
         raise ConfigError("--model DIR is needed: the folder of the model to merge")
-    preset = _take(words, "--preset")
     if preset is None:
         preset = Manifest.read(folder).preset
         if preset not in preset_names():
@@ -38,16 +40,3 @@ def run(args: argparse.Namespace) -> int:
                 f"{folder} was trained with the preset {preset!r}, which is a file; name it with --preset"
             )
     return main(["--pretrained", folder, "--preset", preset, *words, "--stage", "merge"], command="merge")
-
-
-def _take(words: list[str], flag: str) -> str | None:
-    """Remove ``--flag VALUE`` or ``--flag=VALUE`` from ``words``, and return the value."""
-    for at, word in enumerate(words):
-        if word == flag:
-            value = words[at + 1] if at + 1 < len(words) else ""
-            del words[at : at + 2]
-            return value
-        if word.startswith(f"{flag}="):
-            del words[at]
-            return word.partition("=")[2]
-    return None
