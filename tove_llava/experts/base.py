@@ -25,6 +25,7 @@ from tove_llava.experts.preparation import normalise, resize
 from tove_llava.experts.spec import ExpertSpec
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
+_shapes: dict[tuple[Any, ...], tuple[int, int, int]] = {}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -69,6 +70,7 @@ class Expert(nn.Module, ABC):
     modes: ClassVar[tuple[str, ...]] = ("features",)
     convolutional: ClassVar[bool] = False  # only convolutions, so its memory layout matters
 
+    configuration: str | None = None  # of the network, where configure() reads one: equal ones have equal shapes
     mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
@@ -155,10 +157,19 @@ class Expert(nn.Module, ABC):
     def describe(self) -> ExpertSpec:
         """Fill in the spec's image size, width and grid from the source's configuration (meta device)."""
         self._read_configuration()
-        twin = self.meta_twin()
-        with torch.no_grad():
-            out = twin.features(torch.empty(1, 3, self.image_size, self.image_size, device="meta"))
-        return self.spec.replace(width=out.shape[1], grid=(out.shape[2], out.shape[3]))
+        width, rows, columns = self.output_shape()
+        return self.spec.replace(width=width, grid=(rows, columns))
+
+    def output_shape(self) -> tuple[int, int, int]:
+        """Return (channels, rows, columns), computed on the meta device once for each configuration."""
+        spec, is_local = self.spec, self.source.path is not None
+        key = (type(self), self.configuration, is_local, spec.revision, spec.image_size, spec.mode, repr(spec.options))
+        if self.configuration is None or key not in _shapes:
+            with torch.no_grad():
+                out = self.meta_twin().features(torch.empty(1, 3, self.image_size, self.image_size, device="meta"))
+            _, width, rows, columns = out.shape
+            _shapes[key] = width, rows, columns
+        return _shapes[key]
 
     def meta_twin(self) -> "Expert":
         """Copy the expert with an empty network on the meta device, for shapes, parameters and FLOPs."""

@@ -48,6 +48,7 @@ class DenseExpert(Expert):
 
     def configure(self) -> int | None:
         config, self.preprocessor = read_configuration(self.source, self.spec.revision, self._use_table)
+        self.configuration = str(config)
         names = config.architectures or ["(none)"]
         options = {key: value for key, value in self.spec.options.items() if key not in self.map_options}
         self.architecture = DENSE.get(names[0])(config, options, whole=self.spec.mode == "map")

@@ -27,6 +27,7 @@ class EvaOpenClip(TimmExpert):
         self._model_args: dict[str, Any] = {"global_pool": pool} if pool else {}
         if self.spec.revision:
             raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")
+        self.configuration = repr((self._vision, self._model_args))
         self._hub = preprocess.get("hf_hub", "").strip("/")
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.interpolation = preprocess.get("interpolation", "bicubic")

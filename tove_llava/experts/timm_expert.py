@@ -26,6 +26,7 @@ class TimmExpert(Expert):
 
     def configure(self) -> int:
         self._architecture, self._pretrained_cfg, self._model_args = _read_config(self.source)
+        self.configuration = repr((self._architecture, self._model_args))
         config = self._pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
         self.interpolation = config.get("interpolation", "bicubic")
