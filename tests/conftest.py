@@ -11,6 +11,8 @@ import pytest
 for _name, _value in {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}.items():
     os.environ.setdefault(_name, _value)
 
+gc.disable()  # until the libraries are imported
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # Marks that transformers' common tests carry (test_transformers_common.py).
@@ -20,7 +22,15 @@ _MARKS_OF_TRANSFORMERS = (
 )  # fmt: skip
 
 
+# They start first, so that no process has one of them left when the others are done.
+_SLOWEST = (
+    "test_docs", "test_train_global_batch", "test_merge", "test_hf", "test_benchmarks_step", "test_export",
+    "test_analysis_detach", "test_qlora", "test_experts_contract", "test_convert", "test_experts_hub", "test_memory",
+)  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would order the files by their numbers of tests
     for name in _MARKS_OF_TRANSFORMERS if os.environ.get("TRANSFORMERS_SRC") else ():
         config.addinivalue_line("markers", f"{name}: of transformers' tests")
 
@@ -30,6 +40,7 @@ def imports_are_no_garbage() -> None:
     """Keep what is imported out of garbage collection: accelerate collects after each training, for half a second."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -46,6 +57,8 @@ def conformance() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(_SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
