@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,7 +23,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
-from train_parts import environment
 
 from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.checkpoints.base import FORMATS, LlavaFormat, find_format, register_format
@@ -480,12 +477,9 @@ def test_training_names_the_command(world):
         Manifest.read(world.hf)
 
 
-def test_command(tmp_path, world):
-    """Through the real entry point, in a process of its own."""
-    run = [sys.executable, "-m", "tove_llava"]
-    command = [*run, "convert", "--model", str(world.whole), "--out", str(tmp_path / "tove")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'tove'}\n"), done.stderr
+def test_command(tmp_path, world, capfd):
+    assert main(["convert", "--model", str(world.whole), "--out", str(tmp_path / "tove")]) == 0
+    assert capfd.readouterr().out == f"{tmp_path / 'tove'}\n"
     assert load_model(tmp_path / "tove")[0].tower.is_loaded
 
 

@@ -169,7 +169,7 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
 
 
 def launch_torch(arguments: list[str], module: str) -> None:
-    """Run a module on two ranks under torch's launcher, without DeepSpeed."""
+    """Run a module on two ranks under torch's launcher, which starts faster than DeepSpeed's."""
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", module]
     code, output = run_group([sys.executable, *command, *arguments], 600)
     assert code == 0, output[-4000:]
