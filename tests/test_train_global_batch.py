@@ -118,30 +118,35 @@ def test_accumulation_changes_nothing(single, root, name, split, more):
     assert_same(outcome(output), single[name])
 
 
-@pytest.mark.parametrize("deepspeed", ["zero2", "zero3", pytest.param("zero3_offload", marks=pytest.mark.slow)])
-def test_ranks_under_deepspeed_change_nothing(single, root, deepspeed):
+def launch_ranks(root, *kinds, launcher=launch_torch):
+    """Run every scenario under each kind of DeepSpeed, all in one pair of ranks."""
     lines = []
-    for name, (*_, split) in SCENARIOS.items():
-        more = PADDING_FREE if name in ("lora", "full-text") else []
-        lines.append(command(root, name, root / f"{deepspeed}-{name}", split, "--deepspeed", deepspeed, *more))
-    file = root / f"{deepspeed}.json"
+    for kind in kinds:
+        for name, (*_, split) in SCENARIOS.items():
+            more = PADDING_FREE if name in ("lora", "full-text") and kind != "none" else []
+            lines.append(command(root, name, root / f"{kind}-{name}", split, "--deepspeed", kind, *more))
+    file = root / f"{kinds[0]}.json"
     file.write_text(json.dumps(lines))
-    launch([str(file)], module="train_worker")
+    launcher([str(file)], module="train_worker")
+
+
+@pytest.fixture(scope="module")
+def deepspeed_ranks(root):
+    launch_ranks(root, "zero2", "zero3")
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_ranks_under_deepspeed_change_nothing(single, root, deepspeed_ranks, kind):
     for name in SCENARIOS:
-        assert_same(outcome(root / f"{deepspeed}-{name}"), single[name])
+        assert_same(outcome(root / f"{kind}-{name}"), single[name])
 
 
 @pytest.mark.slow
-def test_ranks_without_deepspeed_change_nothing(single, root):
-    lines = [
-        command(root, name, root / f"ddp-{name}", split, "--deepspeed", "none")
-        for name, (*_, split) in SCENARIOS.items()
-    ]
-    file = root / "ddp.json"
-    file.write_text(json.dumps(lines))
-    launch_torch([str(file)], "train_worker")
+@pytest.mark.parametrize(("kind", "launcher"), [("zero3_offload", launch), ("none", launch_torch)])
+def test_other_ranks_change_nothing(single, root, kind, launcher):
+    launch_ranks(root, kind, launcher=launcher)
     for name in SCENARIOS:
-        assert_same(outcome(root / f"ddp-{name}"), single[name])
+        assert_same(outcome(root / f"{kind}-{name}"), single[name])
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
