@@ -32,7 +32,7 @@ class Server:
         command = [sys.executable, str(ROOT / "tests" / "docs_server.py"), address, *hidden]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         environment = {**self.environment(), "HF_MODULES_CACHE": str(folder / "modules")}
-        self.process = subprocess.Popen(command, env=environment, cwd=folder, **pipes)
+        self.process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, **pipes)
         assert self.process.stdout is not None and self.process.stdout.readline() == "ready\n"
 
     def environment(self) -> dict[str, str]:
@@ -46,7 +46,7 @@ class Server:
         return {**inherited, **fixed}
 
     def close(self) -> None:
-        self.process.kill()  # it holds nothing that wants closing
+        os.killpg(self.process.pid, 9)  # with programs that a block left running
         self.process.communicate()
 
 
