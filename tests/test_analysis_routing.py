@@ -13,7 +13,7 @@ from tove_llava import cli
 from tove_llava.analysis.routing_maps import seen_image, show_routing
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.inference.engine import Engine
-from tove_llava.inference.routing import RoutingMap, routing_map
+from tove_llava.inference.routing_map import RoutingMap, routing_map
 
 
 def test_grid_is_the_towers_routing_in_reading_order(tmp_path):

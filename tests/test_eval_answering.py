@@ -1,6 +1,7 @@
 """Answering modes against plain computations of the same thing, one question at a time."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -9,10 +10,11 @@ from answer_parts import make_answerer, make_scenes
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn
-from tove_llava.eval.answering import MODES, Job, get_option_mode
+from tove_llava.eval.answering import MODES, get_option_mode
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark, lettered_options
 from tove_llava.eval.question_loader import QuestionLoader, portions, prompt_ids
 from tove_llava.eval.tasks import Decoding
+from tove_llava.inference.rolling_batch import Row, next_tokens
 
 OPTIONS = {"A": "red", "B": "a blue ball", "C": "green"}
 CHOICE = "\n".join(["Which colour?", *(f"{letter}. {words}" for letter, words in OPTIONS.items()), "Answer."])
@@ -121,32 +123,25 @@ def test_drawn_answers_are_the_questions_own(answerer, questions):
     assert texts(answerer, questions, temperature=1.5, top_p=1e-6) == greedy
 
 
-def test_words_are_drawn_with_their_probabilities(answerer):
-    from tove_llava.eval.answering.generate import Generate
+def test_words_are_drawn_with_their_probabilities():
+    def draw(decoding, logits, draws):
+        rows = [Row(prompt=[1], decoding=decoding, longest=1, draw=each) for each in draws]
+        return next_tokens(torch.tensor(logits).expand(len(rows), -1), rows, [])
 
-    mode = Generate(answerer, Decoding(1, temperature=2.0), lambda jobs: [None] * len(jobs), 4)
-    logits = torch.tensor([0.0, 2.0, -torch.inf, 4.0]).expand(4000, -1)
-    rows = [mode._row(Job(Question(index, "?", None), [1])) for index in range(4000)]
-    shares = torch.bincount(mode._next(rows, logits), minlength=4) / 4000
+    draws = [random.Random(str(index)).random for index in range(4000)]
+    found = draw(Decoding(1, temperature=2.0), [0.0, 2.0, -torch.inf, 4.0], draws)
+    shares = torch.bincount(found, minlength=4) / 4000
     expected = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).softmax(dim=0)
     torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
     assert shares[2] == 0
-
-
-def test_a_word_that_cannot_be_is_not_drawn_by_the_smallest_number(answerer):
-    from tove_llava.eval.answering.generate import Generate
-
-    mode = Generate(answerer, Decoding(1, temperature=1.0), lambda jobs: [None] * len(jobs), 4)
-    row = mode._row(Job(Question(1, "?", None), [1]))
-    row.draws.random = lambda: 0.0
-    assert mode._next([row], torch.tensor([[-torch.inf, 1.0, 2.0]])).tolist() == [1]
+    assert draw(Decoding(1, temperature=1.0), [-torch.inf, 1.0, 2.0], [lambda: 0.0]).tolist() == [1]
 
 
 def test_beams_are_the_library_s(answerer, questions):
     expected = {question.question_id: library(answerer, question, num_beams=3) for question in questions}
     got, worker = run(answerer, questions, "batches", capacity=9, num_beams=3)
     assert {key: answer.text for key, answer in got.items()} == expected
-    assert worker.capacity == 3, "three beams take the room of three questions"
+    assert worker.room.size == 3, "three beams take the room of three questions"
     assert expected != texts(answerer, questions)
 
 
@@ -275,7 +270,7 @@ def test_when_memory_is_full_the_batch_is_halved(answerer, questions, monkeypatc
     with pytest.warns(RuntimeWarning, match="going on with 8 questions at a time"):
         got, worker = run(answerer, asked, mode, capacity=16)
     assert {key: answer.text for key, answer in got.items()} == expected
-    assert worker.capacity == 2 if words == 10**9 else worker.capacity in (1, 2)
+    assert worker.room.size == 2 if words == 10**9 else worker.room.size in (1, 2)
 
 
 def test_memory_for_not_even_one_question_is_an_error(answerer, questions, monkeypatch):

@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from transformers.cache_utils import DynamicCache
 
 from tove_llava.data import Turn
-from tove_llava.inference.prefill import Prefill, Prompt, pad_left
-from tove_llava.inference.sequences import Sequences, has_plain_cache
+from tove_llava.inference.prefill import Prefill, Prompt
+from tove_llava.inference.sequences import Sequences, has_plain_cache, pad_left
 
 
 @pytest.fixture(scope="module")
@@ -128,14 +128,14 @@ def answerer(tmp_path_factory):
     return make_answerer(tmp_path_factory.mktemp("model"))
 
 
-def prompt(answerer, text, image=None, features=None):
+def prompt(answerer, text, image=None, features=()):
     turn = Turn("user", text if image is None else f"<image>\n{text}")
     return Prompt(answerer.encode([turn], num_images=int(image is not None)), image, features)
 
 
 @torch.no_grad()
 def reference(answerer, prompt):
-    images = {} if prompt.features is None else {"pixel_values": answerer.pixels(picture(prompt.picture))[None]}
+    images = {"pixel_values": answerer.pixels(picture(prompt.image))[None]} if prompt.features else {}
     return answerer.model(input_ids=torch.tensor([prompt.ids]), **images).logits[0, -1]
 
 
@@ -150,7 +150,7 @@ def test_prompts_with_shared_pictures_with_their_own_and_with_none(answerer, sha
         ("Who?", None),
         ("What?", 2),
     ]
-    prompts = [prompt(answerer, text, image, None if image is None else features[image]) for text, image in asked]
+    prompts = [prompt(answerer, text, image, () if image is None else [features[image]]) for text, image in asked]
     prefill = Prefill(answerer, share)
     for _ in range(2):  # the second time the head is known
         sequences, logits = prefill(prompts)
@@ -162,7 +162,9 @@ def test_prompts_with_shared_pictures_with_their_own_and_with_none(answerer, sha
 def test_what_is_shared_is_computed_once(answerer, monkeypatch):
     features = answerer.features(torch.stack([answerer.pixels(picture(index)) for index in range(2)]))
     texts = [f"Question {index}?" for index in range(6)]
-    prompts = [prompt(answerer, text, index // 3, features[index // 3]) for index, text in enumerate(texts)]
+    prompts = [
+        prompt(answerer, text, index // 3, features[index // 3 : index // 3 + 1]) for index, text in enumerate(texts)
+    ]
     shapes = []
     real = answerer.model.forward
 
@@ -183,5 +185,5 @@ def test_what_is_shared_is_computed_once(answerer, monkeypatch):
 def test_a_prompt_that_ends_with_its_picture_is_not_cut(answerer):
     features = answerer.features(answerer.pixels(picture(0))[None])
     ids = [1, 5, *[answerer.image_token_id] * 16]
-    _, logits = Prefill(answerer)([Prompt(ids, 0, features[0])])
-    torch.testing.assert_close(logits[0], reference(answerer, Prompt(ids, 0, features[0])), atol=1e-4, rtol=1e-4)
+    _, logits = Prefill(answerer)([Prompt(ids, 0, features)])
+    torch.testing.assert_close(logits[0], reference(answerer, Prompt(ids, 0, features)), atol=1e-4, rtol=1e-4)

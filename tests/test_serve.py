@@ -25,8 +25,8 @@ def test_pieces_join_to_the_answer_of_the_batch_path(engine):
     answerer = engine.answerer
     question = ask("What is it?", picture())
     pieces = list(engine.stream(question, max_new_tokens=12))
-    prompt, pixels = engine._prepare(question)
-    (expected,) = answerer.generate([prompt], answerer.features(pixels[0][None]), 12)
+    asked = engine.prepare(question)
+    (expected,) = answerer.generate([asked.prompt], answerer.features(asked.pixels[0][None]), 12)
     assert "".join(pieces).strip() == expected != ""
     assert engine.answer(question, max_new_tokens=12) == expected
 
@@ -47,7 +47,7 @@ def test_a_chat_sees_a_photograph_upright_and_a_benchmark_sees_it_as_stored(engi
     exif[0x0112] = 6  # "turn by 90 degrees clockwise to view"
     upright.rotate(90, expand=True).save(tmp_path / "phone.png", exif=exif)
     answerer = engine.answerer
-    assert torch.equal(engine._prepare(ask("What?", tmp_path / "phone.png"))[1][0], answerer.pixels(upright))
+    assert torch.equal(engine.prepare(ask("What?", tmp_path / "phone.png")).pixels[0], answerer.pixels(upright))
     assert torch.equal(answerer.pixels(tmp_path / "phone.png"), answerer.pixels(upright.rotate(90, expand=True)))
 
 
@@ -55,9 +55,9 @@ def test_several_pictures_in_several_turns_keep_their_order(engine):
     first, second = picture(1), picture(2)
     chat = [Message("user", "One", (first,)), Message("assistant", "ok"), Message("user", "Two", (second,))]
     swapped = [Message("user", "One", (second,)), Message("assistant", "ok"), Message("user", "Two", (first,))]
-    prompt, pixels = engine._prepare(chat)
-    assert prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(pixels) == 2
-    assert all(torch.equal(p, engine.answerer.pixels(i)) for p, i in zip(pixels, (first, second), strict=True))
+    asked = engine.prepare(chat)
+    assert asked.prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(asked.pixels) == 2
+    assert all(torch.equal(p, engine.answerer.pixels(i)) for p, i in zip(asked.pixels, (first, second), strict=True))
     assert engine.answer(chat, max_new_tokens=12) != engine.answer(swapped, max_new_tokens=12)
 
 
@@ -77,8 +77,8 @@ def test_a_model_of_captions_stops_at_the_end_of_the_line(tmp_path, monkeypatch)
     monkeypatch.setattr(captioner.model, "generate", spy)
     for template in ("plain", "v1"):
         captioner.template = get_template(template)
-        prompt, pixels = Engine(captioner)._prepare(ask("Describe it", picture()))
-        captioner.generate([prompt], captioner.features(pixels[0][None]), 5)
+        asked = Engine(captioner).prepare(ask("Describe it", picture()))
+        captioner.generate([asked.prompt], captioner.features(asked.pixels[0][None]), 5)
     assert lengths == [1, 5], "v1 has an end token of its own"
 
 
@@ -86,7 +86,7 @@ def test_placeholders_go_in_front_unless_the_text_has_them(engine):
     tokenizer = engine.answerer.tokenizer
 
     def prompt(text, *images):
-        return tokenizer.decode(engine._prepare(ask(text, *images))[0]).replace("<image>" * 16, "[picture]")
+        return tokenizer.decode(engine.prepare(ask(text, *images)).prompt).replace("<image>" * 16, "[picture]")
 
     one = picture()
     assert "USER: [picture]\nWhat? ASSISTANT:" in prompt("What?", one)
@@ -120,8 +120,8 @@ def test_bad_conversations_are_explained_before_anything_runs(engine, messages, 
 
 def test_the_answer_is_cut_to_what_the_model_can_hold(engine):
     room = engine.answerer.max_length
-    prompt, _ = engine._prepare(ask("x" * (room - 220)))
-    assert room - len(prompt) < 100
+    asked = engine.prepare(ask("x" * (room - 220)))
+    assert room - len(asked.prompt) < 100
     engine.answer(ask("x" * (room - 220)), max_new_tokens=1000)
 
 
@@ -228,16 +228,16 @@ def test_a_stock_llava_answers_as_its_own_generate_does(tmp_path):
     save_stock(tmp_path)
     stock = Engine.load(tmp_path, device="cpu")
     answerer = stock.answerer
-    prompt, pixels = stock._prepare(ask("What is it?", picture()))
-    ids = torch.tensor([prompt])
+    asked = stock.prepare(ask("What is it?", picture()))
+    ids = torch.tensor([asked.prompt])
     output = answerer.model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        pixel_values=pixels[0][None],
+        pixel_values=asked.pixels[0][None],
         max_new_tokens=8,
         do_sample=False,
     )
-    expected = answerer.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
+    expected = answerer.tokenizer.decode(output[0, len(asked.prompt) :], skip_special_tokens=True).strip()
     assert stock.answer(ask("What is it?", picture()), max_new_tokens=8) == expected != ""
     assert stock.routing(picture()) is None
 

@@ -92,7 +92,7 @@ def test_a_conversation_over_several_turns(answerer, engine, files, monkeypatch,
     first = engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS)
     chat = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?")]
     second, third = (engine.answer(messages, max_new_tokens=TOKENS) for messages in (chat, ask("Hello")))
-    for text in ("1 picture(s)", first, second, "a new conversation", third):
+    for text in ("1 image(s)", first, second, "a new conversation", third):
         assert text in out
         out = out.split(text, 1)[1]
 
@@ -128,7 +128,7 @@ def test_routing_is_drawn_with_the_experts_that_are_attached(answerer, engine, f
     assert drawn.stat().st_size > 1000 and f"written: {drawn}" in out and "depth 0.000" in out
     means = engine.routing(picture(), experts=["edge", "normal"]).means
     assert f"edge {means['edge']:.3f}" in out
-    for words in ("there is no picture yet", f"{drawn} exists", "needs a file to write", "nothing is routed"):
+    for words in ("there is no image yet", f"{drawn} exists", "needs a file to write", "nothing is routed"):
         assert words in err
 
 

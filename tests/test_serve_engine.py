@@ -15,12 +15,10 @@ from tower_parts import text_config, tower_config
 
 from tove_llava.core.errors import AnswerError, BusyError, DataError
 from tove_llava.data import get_template
-from tove_llava.inference import rolling_batch as batches
+from tove_llava.inference import engine as engines
 from tove_llava.inference.engine import Engine, Message, Sampling
 from tove_llava.inference.generation import Answerer
-from tove_llava.inference.pieces import Pieces
-from tove_llava.inference.replies import Request
-from tove_llava.inference.rolling_batch import Together
+from tove_llava.inference.rolling_batch import RollingBatch
 from tove_llava.inference.vision import Vision
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
@@ -62,14 +60,14 @@ def alone(answerer, messages, tokens=TOKENS, experts=None, system=None):
     """The answer by transformers' ``generate``, the experts detached by hand."""
     engine, tower = Engine(answerer), answerer.tower
     chosen = frozenset(EXPERTS if experts is None else experts)
-    prompt, pixels = engine._prepare(messages, system, chosen)
+    asked = engine.prepare(messages, system=system, experts=chosen)
     out = [name for name in tower.config.expert_names if name not in chosen]
     tower.detach_experts(out)
     try:
-        features = answerer.features(torch.stack(pixels)) if pixels else []
+        features = answerer.features(torch.stack(asked.pixels)) if asked.pixels else []
     finally:
         tower.attach_experts(out)
-    return answerer.generate([prompt], features, tokens)[0]
+    return answerer.generate([asked.prompt], features, tokens)[0]
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +95,12 @@ history = st.lists(
 @given(events=history)
 @settings(max_examples=12, deadline=None)
 def test_rows_that_join_leave_and_start_again_say_what_they_say_alone(answerer, answers, events):
-    vision, engine = Vision(answerer), Engine(answerer)
-    batch, asked = Together(answerer, vision), []
+    engine = Engine(answerer)
+    batch, asked = RollingBatch(answerer, Vision(answerer).read), []
 
     def request(number):
         messages, options = chats()[number]
-        chosen = vision.chosen(options.get("experts"))
-        prompt, pixels = engine._prepare(messages, options.get("system"), chosen)
-        made = Request(prompt, pixels, chosen, Sampling(), TOKENS, Pieces(answerer.tokenizer))
+        made = engine.prepare(messages, Sampling(TOKENS), **options)
         asked.append((number, made))
         return made
 
@@ -113,12 +109,14 @@ def test_rows_that_join_leave_and_start_again_say_what_they_say_alone(answerer, 
             batch.join([request(number) for number in value])
         elif kind == "step":
             for _ in range(value):
+                batch.leave()
                 batch.step()
         elif kind == "cancel" and asked:
             asked[value % len(asked)][1].cancelled = True
         elif kind == "abandon" and (rows := batch.abandon()):  # as when the memory was full
             batch.join(rows)
     while batch.rows:
+        batch.leave()
         batch.step()
     for number, made in asked:
         text = answerer.text(made.tokens)
@@ -145,8 +143,8 @@ def test_expert_sets_of_one_batch_for_other_fusions(tmp_path, fusion):
     for experts in sets:  # the model's own way: detached for good while it answers
         out = [] if experts is None else [name for name in EXPERTS if name not in experts]
         model.tower.detach_experts(out)
-        prompt, pixels = Engine(answerer)._prepare(ask("What is it?", picture()))
-        expected += answerer.generate([prompt], answerer.features(pixels[0][None]), 6)
+        asked = Engine(answerer).prepare(ask("What is it?", picture()))
+        expected += answerer.generate([asked.prompt], answerer.features(asked.pixels[0][None]), 6)
         model.tower.attach_experts(out)
     with Engine(answerer) as engine:
         replies = [engine.ask(ask("What is it?", picture()), Sampling(6), experts=experts) for experts in sets]
@@ -294,7 +292,7 @@ def test_an_expert_that_the_model_has_lost_cannot_be_chosen(tmp_path):
 
 def test_a_system_prompt_takes_the_templates_place(engine, answerer):
     def prompt(system):
-        return answerer.tokenizer.decode(engine._prepare(ask("Hi"), system)[0])
+        return answerer.tokenizer.decode(engine.prepare(ask("Hi"), system=system).prompt)
 
     assert prompt("Be brief.") == "Be brief. USER: Hi ASSISTANT:"
     assert prompt(None).startswith("A chat between a curious user")
@@ -345,7 +343,7 @@ def test_a_question_that_does_not_fit_alone_is_told_so_and_the_next_is_answered(
     with Engine(answerer) as engine:
         with monkeypatch.context() as patch:
             Limited(answerer, patch, rows=0)
-            with pytest.raises(AnswerError, match="memory is full with this question alone"):
+            with pytest.raises(AnswerError, match="memory is full with only this question"):
                 engine.answer(ask("What?", picture()))
         messages, _ = chats()[0]
         assert engine.ask(messages, Sampling(TOKENS)).text() == answers[0]
@@ -430,7 +428,7 @@ def test_closing_without_patience_ends_a_running_answer(answerer):
 def test_an_engine_that_is_forgotten_takes_its_thread_along(answerer):
     engine = Engine(answerer)
     engine.answer(ask("Hi"), max_new_tokens=1)
-    thread = engine._worker._thread
+    thread = engine.worker._thread
     reply = engine.ask(ask("Hi"), Sampling(TOKENS))
     del engine
     gc.collect()
@@ -445,9 +443,9 @@ def test_an_engine_that_is_forgotten_takes_its_thread_along(answerer):
 
 
 def test_other_caches_answer_one_after_another(answerer, answers, monkeypatch):
-    monkeypatch.setattr(batches, "has_plain_cache", lambda model: False)
+    monkeypatch.setattr(engines, "has_plain_cache", lambda model: False)
     with Engine(answerer) as engine:
-        assert isinstance(engine._worker._batch, batches.OneByOne)
+        assert isinstance(engine.worker._batch, engines.SequentialBatch)
         replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
         assert [reply.text() for reply in replies] == answers
         assert 1 < replies[0].timing.tokens <= TOKENS
@@ -499,5 +497,5 @@ def test_a_thousand_requests_leave_nothing_behind(answerer):
         tracemalloc.stop()
         assert grown < 300_000 and more < 500, (grown, more)
         assert resident() - held < 30e6
-        worker = engine._worker
+        worker = engine.worker
         assert not (worker._waiting or worker._jobs or worker._batch.rows)

@@ -26,10 +26,11 @@ gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 
-from tove_llava.serve.ui.answers import Desk, Settings  # noqa: E402
 from tove_llava.serve.ui.auth import read_auth  # noqa: E402
-from tove_llava.serve.ui.conversation import Said, question, shown  # noqa: E402
+from tove_llava.serve.ui.conversation import Message as Shown  # noqa: E402
+from tove_llava.serve.ui.conversation import shown  # noqa: E402
 from tove_llava.serve.ui.running import Running  # noqa: E402
+from tove_llava.serve.ui.session import Session, Settings  # noqa: E402
 
 QUESTION = "What is <b>it</b>? <script>document.title='broken'</script>"
 TOKENS = 8
@@ -196,13 +197,14 @@ def test_long_and_empty_questions_are_refused(chat):
         chat.predict(message={"text": "x", "files": []}, system="x" * 9000, api_name="/chat")
 
 
-def test_pictures_are_limited_in_number_and_pixels(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="9 pictures"):
-        question({"text": "x", "files": ["a.png"] * 9})
-    monkeypatch.setattr("tove_llava.serve.ui.conversation.MAX_PIXELS", 100)
+def test_images_are_limited_in_number_and_pixels(engine, tmp_path, monkeypatch):
+    session = Session()
+    with pytest.raises(DataError, match="9 images"):
+        session.question(engine, {"text": "x", "files": ["a.png"] * 9})
+    monkeypatch.setattr("tove_llava.serve.ui.session.MAX_PIXELS", 100)
     picture().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="^a.png has 40 x 30 pixels, more than the limit of 100"):
-        question({"text": "x", "files": [str(tmp_path / "a.png")]})
+        session.question(engine, {"text": "x", "files": [str(tmp_path / "a.png")]})
 
 
 def test_messages_are_text_and_never_html(app):
@@ -307,19 +309,19 @@ def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
 
     monkeypatch.setattr(answerer.model, "forward", forward)
 
-    async def last() -> list[Said]:
+    async def last() -> list[Shown]:
         turns = []
-        answers = Desk().ask(engine, [Said("user", "Who?")], Settings(Sampling(TOKENS)))
+        answers = Session().ask(engine, [Shown("user", "Who?")], Settings(Sampling(TOKENS)))
         async with aclosing(answers):
             async for answer in answers:
-                turns.append(answer.turn)
+                turns.append(answer.message)
                 opened.set()
         return turns
 
     with Engine(answerer, max_batch=1) as engine:
         first = engine.ask(ask("What?"), Sampling(TOKENS))
         turns = anyio.run(last)
-        assert turns[0] == Said("assistant", "", note="waiting, number 1 in the queue")
+        assert turns[0] == Shown("assistant", "", note="waiting, number 1 in the queue")
         assert turns[-1].text and "first token" in turns[-1].note and first.text()
 
 
@@ -411,13 +413,13 @@ def test_it_starts_with_the_newest_model_and_leaves_nothing_behind(tmp_path, num
 
 def test_what_is_written_is_never_html():
     for role in ("user", "assistant"):
-        (entry,) = shown([Said(role, QUESTION)])
+        (entry,) = shown([Shown(role, QUESTION)])
         assert "<" not in entry["content"] and html.unescape(entry["content"]) == QUESTION
-    _, note = shown([Said("assistant", "x", note=QUESTION)])
+    _, note = shown([Shown("assistant", "x", note=QUESTION)])
     assert note["content"].count("<") == 2, "the span alone"
 
 
 def test_pictures_are_shown_in_front_of_their_text():
-    entries = shown([Said("user", "one", ("a.png", "b.png")), Said("assistant", "two")])
+    entries = shown([Shown("user", "one", ("a.png", "b.png")), Shown("assistant", "two")])
     contents = [entry["content"] for entry in entries]
     assert [c["path"] for c in contents[:2]] == ["a.png", "b.png"] and contents[2:] == ["one", "two"]

@@ -7,10 +7,9 @@ from PIL import Image
 from tove_llava.analysis.colours import column_colour, heat_colours
 from tove_llava.data.images import ImageTransform
 from tove_llava.inference.engine import Routing, Timing
-from tove_llava.serve.ui.answers import timing_line
 from tove_llava.serve.ui.examples import make_examples
-from tove_llava.serve.ui.legend import legend
-from tove_llava.serve.ui.overlay import ALL, SIDE, Look, draw, name_of
+from tove_llava.serve.ui.overlay import ALL, RoutingView, draw, legend, name_of
+from tove_llava.serve.ui.session import SIDE, timing_line
 
 NAMES = ("depth", "<b>edge")
 
@@ -23,7 +22,7 @@ def found():
     means = {"depth": 0.625, "<b>edge": 0.375}
     argmax = [["depth", "<b>edge"], ["depth", "<b>edge"]]
     seen = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
-    return Look(seen, Routing(means, {"depth": 0.5, "<b>edge": 0.5}, grids, argmax), NAMES)
+    return RoutingView(seen, Routing(means, {"depth": 0.5, "<b>edge": 0.5}, grids, argmax), NAMES)
 
 
 def corner(image, right):
@@ -44,22 +43,22 @@ def test_a_heat_map_ends_at_the_largest_weight_of_all(found):
 
 @pytest.mark.parametrize("view", [ALL, "depth"])
 def test_opacity_goes_from_the_picture_to_the_map(found, view):
-    assert draw(found, view, 0).tobytes() == found.seen.tobytes()
+    assert draw(found, view, 0).tobytes() == found.framed.tobytes()
     half = corner(draw(found, view, 0.5), False)
     whole = corner(draw(found, view, 1), False)
     assert all(abs(h - (w + s) / 2) <= 1 for h, w, s in zip(half, whole, (10, 20, 30), strict=True))
 
 
 def test_without_a_gate_the_picture_is_shown_and_it_is_said_why(found):
-    bare = Look(found.seen, None, ())
-    assert draw(bare, ALL, 1).tobytes() == found.seen.tobytes() and "CLIP alone" in legend(bare, NAMES)
+    bare = RoutingView(found.framed, None, ())
+    assert draw(bare, ALL, 1).tobytes() == found.framed.tobytes() and "only CLIP" in legend(bare, NAMES)
 
 
 def test_the_legend_has_shares_and_no_foreign_html(found):
     text = legend(found, NAMES)
     assert "62 %" in text and "38 %" in text and "<b>edge" not in text and "&lt;b&gt;edge" in text
     assert "weight of &lt;b&gt;edge: 0" in legend(found, NAMES, "<b>edge")
-    detached = legend(Look(found.seen, found.routing, ("depth",)), NAMES)
+    detached = legend(RoutingView(found.framed, found.routing, ("depth",)), NAMES)
     assert detached.count("detached") == 1 and "tove-off" in detached
 
 

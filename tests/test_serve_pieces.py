@@ -10,15 +10,16 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import load_tokenizer
-from tove_llava.inference.pieces import BROKEN, Pieces
-from tove_llava.inference.sampling import Sampling, drawn, next_tokens, warped
+from tove_llava.inference.replies import BROKEN, TextStream
+from tove_llava.inference.rolling_batch import Row, next_tokens
+from tove_llava.inference.sampling import Sampling, drawn, warped
 
 TOKENIZERS = {"bytes": byte_tokenizer(), "bundled": load_tokenizer("bundled:llm")}
 
 
 def given_out(tokenizer, tokens):
-    pieces = Pieces(tokenizer)
-    return [*(pieces.add(token) for token in tokens), pieces.end()]
+    stream = TextStream(tokenizer)
+    return [*(stream.add([token]) for token in tokens), stream.add((), final=True)]
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -70,10 +71,11 @@ def test_sampling_out_of_range_is_explained(values, words):
 
 def test_each_row_is_chosen_as_it_says():
     logits = torch.tensor([[0.0, 3.0, 1.0], [4.0, 3.9, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
-    rows = [Sampling(), Sampling(temperature=1.0, top_p=0.3), Sampling(temperature=1.0), Sampling(temperature=2.0)]
+    settings = [Sampling(), Sampling(temperature=1.0, top_p=0.3), Sampling(temperature=1.0), Sampling(temperature=2.0)]
     draws = iter([0.9, 0.0, 0.99])
+    rows = [Row(prompt=[1], decoding=each, longest=5, draw=lambda: next(draws)) for each in settings]
     # The second's nucleus is one word; a draw of 0 takes the third row's first word, one of .99 the last row's last.
-    assert next_tokens(logits, rows, lambda: next(draws)).tolist() == [1, 0, 0, 2]
+    assert next_tokens(logits, rows, []).tolist() == [1, 0, 0, 2]
 
 
 def test_words_are_drawn_as_often_as_transformers_draws_them():

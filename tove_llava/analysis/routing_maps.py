@@ -15,7 +15,7 @@ from PIL import Image
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.text import aligned
-from tove_llava.inference.routing import RoutingMap, routing_map
+from tove_llava.inference.routing_map import RoutingMap, routing_map
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 

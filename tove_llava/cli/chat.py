@@ -13,7 +13,7 @@ from tove_llava.cli._flags import add_loading, add_model, loading_options
 from tove_llava.core.errors import ConfigError, ToveError
 
 if TYPE_CHECKING:
-    from tove_llava.serve.commands import Talk
+    from tove_llava.serve.commands import Conversation
 
 HELP = "chat with a model in the terminal"
 
@@ -41,36 +41,36 @@ def run(args: argparse.Namespace) -> int:
     folder = find_model(args.model)
     from tove_llava.core.logs import quiet_transformers
     from tove_llava.inference.engine import Engine, Sampling
-    from tove_llava.serve.commands import Talk
+    from tove_llava.serve.commands import Conversation
 
     quiet_transformers()
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_p)
     experts = None if args.experts is None else [name for name in args.experts.replace(",", " ").split() if name]
     with Engine.load(folder, **loading_options(args)) as engine:
-        talk = Talk(engine, sampling, args.system, experts, pictures=list(args.image))
+        chat = Conversation(engine, sampling, args.system, experts, images=list(args.image))
         if args.json:
-            return _print_json(talk, args.question)
+            return _print_json(chat, args.question)
         if args.question is not None:
-            with talk.ask(args.question) as reply:
+            with chat.ask(args.question) as reply:
                 for piece in reply:
                     print(piece, end="", flush=True)
             print()
             return 0
-        return _talk(talk)
+        return _converse(chat)
 
 
-def _print_json(talk: "Talk", question: str) -> int:
+def _print_json(chat: "Conversation", question: str) -> int:
     import json
     import time
 
     started = time.monotonic()
-    reply = talk.ask(question)
+    reply = chat.ask(question)
     text, timing = reply.text(), reply.timing
-    routing = [talk.engine.routing(image, talk.attached) for image in talk.pictures]
+    routing = [chat.engine.routing(chat.read(image), chat.attached) for image in chat.images]
     result = {
-        "model": talk.engine.name,
-        "images": talk.pictures,
-        "experts": list(talk.attached or ()),
+        "model": chat.engine.name,
+        "images": chat.images,
+        "experts": list(chat.attached or ()),
         "question": question,
         "answer": text,
         "routing": [entry.means if entry else None for entry in routing],
@@ -84,16 +84,16 @@ def _print_json(talk: "Talk", question: str) -> int:
     return 0
 
 
-def _talk(talk: "Talk") -> int:
+def _converse(chat: "Conversation") -> int:
     from tove_llava.serve.commands import run_command
 
-    print(f"{talk.engine.name}: type a question; /help lists the commands, an empty line ends.")
+    print(f"{chat.engine.name}: type a question; /help lists the commands, an empty line ends.")
     while line := _read_line():
         try:
             if line.startswith("/"):
-                print(run_command(talk, line))
+                print(run_command(chat, line))
             else:
-                _answer(talk, line)
+                _answer(chat, line)
         except ToveError as error:  # an error in one line does not end the conversation
             print(f"{error}", file=sys.stderr)
     return 0
@@ -109,18 +109,18 @@ def _read_line() -> str:
             print("\n(an empty line or Ctrl-D ends)", file=sys.stderr)
 
 
-def _answer(talk: "Talk", question: str) -> None:
+def _answer(chat: "Conversation", question: str) -> None:
     """Print an answer as it comes; Ctrl-C ends it, and the printed part counts."""
     text = ""
     try:
-        with talk.ask(question) as reply:
+        with chat.ask(question) as reply:
             for piece in reply:
                 text += piece
                 print(_shown(piece), end="", flush=True)
     except KeyboardInterrupt:
         print(" (stopped)", end="", file=sys.stderr)
     print()
-    talk.said(question, text.strip())
+    chat.keep(question, text.strip())
 
 
 def _shown(text: str) -> str:

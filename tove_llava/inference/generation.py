@@ -1,11 +1,10 @@
-"""From conversations and pictures to answers: what the evaluation and the demo share.
+"""A loaded model that answers conversations with images.
 
 ``B`` prompts in a batch, ``N`` vision tokens an image, ``D`` the language model's width.
 """
 
 from collections.abc import Sequence
 from copy import copy
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,16 @@ from tove_llava.data import (
     get_template,
 )
 from tove_llava.data.images import AspectRatio
+from tove_llava.inference.sequences import as_images, pad_left
 from tove_llava.presets import QuantizationPreset
-from tove_llava.tower import ToveVisionModel, ToveVisionOutput
+from tove_llava.tower import ToveVisionModel
 from tove_llava.tower.execution import execution_mode
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """The device called ``name``; without one, the first GPU, else the CPU.
+    """Return the device called ``name``; without one, the first GPU, else the CPU.
 
     Raises:
         ConfigError: there is no such device here.
@@ -57,7 +57,9 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype called ``name``; without one, bfloat16 on a GPU that has it (else float16), float32 on the CPU.
+    """Return the dtype called ``name``.
+
+    Without a name: bfloat16 on a GPU that has it (else float16), float32 on the CPU.
 
     Raises:
         ConfigError: an unknown name.
@@ -80,7 +82,7 @@ def _set_execution(model: PreTrainedModel, name: str) -> None:
 
 
 class _EndOfLine(StoppingCriteria):
-    """Ends an answer at its first line break: what a model says that was trained on captions, without an end token."""
+    """Ends an answer at its first line break, for models of captions, which have no end token."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -96,9 +98,8 @@ class Answerer:
     Args:
         model: a LLaVA model (ours or stock), on its device.
         processor: its ``LlavaProcessor``.
-        template: registered name of the conversation template that the model was trained with; where its folder does
-            not record one, LLaVA-1.5's.
-        aspect_ratio: how it was shown its pictures, "pad" or "square".
+        template: registered name of the model's conversation template; LLaVA-1.5's where its folder records none.
+        aspect_ratio: "pad" or "square", as in training.
 
     Attributes:
         recorded_template: the template's name, if the model's folder records it.
@@ -124,6 +125,11 @@ class Answerer:
         self.image_token_id: int = model.config.image_token_id
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
+        self.pad_id: int = self.tokenizer.pad_token_id or 0  # masked wherever it is
+        # Ids that end an answer: the tokenizer's, and those that the model names.
+        named = getattr(model.generation_config, "eos_token_id", None)
+        named = named if isinstance(named, list) else [named]
+        self.end_ids = sorted({token for token in (*named, self.tokenizer.eos_token_id) if token is not None})
 
     @classmethod
     def load(
@@ -163,7 +169,7 @@ class Answerer:
         return cls(model, processor, processor.conversation_template, ratio)
 
     def with_template(self, name: str) -> "Answerer":
-        """The same model, spoken to with another conversation template.
+        """Return the same model with another conversation template.
 
         Raises:
             ConfigError: there is no such template.
@@ -178,21 +184,20 @@ class Answerer:
 
     @property
     def num_image_tokens(self) -> int:
-        """Positions that an image takes; with some fusions it depends on which experts are attached."""
+        """Return the number of tokens of an image; with some fusions the attached experts change it."""
         config = self.model.config
         return getattr(config.vision_config, "num_image_tokens", config.image_seq_length)
 
     @property
     def tower(self) -> Any:
-        """The vision tower inside the model."""
+        """Return the vision tower inside the model."""
         return self.model.base_model.vision_tower
 
     def encode(self, turns: Sequence[Turn], num_images: int, image_tokens: int | None = None) -> list[int]:
-        """Prompt ids of a conversation that waits for an answer; each image takes ``num_image_tokens`` ids.
+        """Return the prompt ids of a conversation; each image takes ``num_image_tokens`` ids.
 
         Args:
-            image_tokens: ``num_image_tokens``, for callers with many conversations: looking it up takes longer than
-                the text.
+            image_tokens: ``num_image_tokens``, for callers with many conversations: looking it up is slow.
 
         Raises:
             DataError: placeholders and images differ in number, the turns do not alternate, or the prompt leaves the
@@ -217,21 +222,20 @@ class Answerer:
         return expanded
 
     def pixels(self, image: Image.Image | str | Path, upright: bool = False) -> Tensor:
-        """float32 [3, S, S] of a picture or a picture file.
+        """Return float32 [3, S, S] of an image or an image file.
 
         Args:
-            upright: turn the picture as its EXIF orientation says, as a person sees it. Benchmarks do not (nor does
-                LLaVA); a chat does.
+            upright: turn the image as its EXIF orientation says. A chat does; benchmarks and LLaVA do not.
 
         Raises:
-            DataError: the file is missing, damaged, not a picture, or too large.
+            DataError: the file is missing, damaged, not an image, or too large.
         """
         transform = self.upright_transform if upright else self.transform
         return transform(image) if isinstance(image, Image.Image) else transform.open(image)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """What the language model reads of each image.
+        """Encode images for the language model.
 
         Args:
             pixels: float [n, 3, S, S].
@@ -242,66 +246,60 @@ class Answerer:
         pixels = pixels.to(self.device, self.model.dtype)
         return list(self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
+    def generate(self, *args: Any, **options: Any) -> list[str]:
+        """Return the answers of a batch, without special tokens, stripped; arguments as of :meth:`generate_ids`."""
+        return [self.text(tokens) for tokens in self.generate_ids(*args, **options)]
+
     @torch.inference_mode()
-    def generate(
+    def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
         features: Sequence[Tensor],
         max_new_tokens: int,
         temperature: float = 0.0,
         top_p: float = 1.0,
-        streamer: Any = None,
+        *,
         stop: StoppingCriteria | None = None,
         num_beams: int = 1,
         min_new_tokens: int = 0,
-    ) -> list[str]:
-        """Answers of a batch, greedy at temperature 0.
+    ) -> list[list[int]]:
+        """Answer a batch by the model's own ``generate``, greedy at temperature 0.
 
-        The evaluation has a faster way for many questions, :mod:`tove_llava.eval.answering.generate`.
+        :class:`~tove_llava.inference.rolling_batch.RollingBatch` is faster for many questions.
 
         Args:
-            prompts: ids from :meth:`encode`; they are padded on the left.
-            features: of all images of the batch, in the order of their placeholders, each [N, D].
+            prompts: ids from :meth:`encode`.
+            features: [N, D] of all images of the batch, in the order of their placeholders.
 
         Returns:
-            the answers, without special tokens, stripped.
+            the tokens of each answer; those that end before the longest are padded.
         """
-        longest = max(len(prompt) for prompt in prompts)
-        pad = self.pad_id
-        ids = torch.full((len(prompts), longest), pad, dtype=torch.long)  # [B, L]
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-        )
+        ids, mask = pad_left(prompts, self.pad_id, self.device)  # [B, L]
         config = GenerationConfig(
-            max_new_tokens=max(1, min(max_new_tokens, self.max_length - longest)),
+            max_new_tokens=max(1, min(max_new_tokens, self.max_length - ids.shape[1])),
             min_new_tokens=min_new_tokens or None,
             num_beams=num_beams,
             eos_token_id=self.end_ids,
-            pad_token_id=pad,
+            pad_token_id=self.pad_id,
             bos_token_id=self.tokenizer.bos_token_id,
-            **sampling,
+            do_sample=temperature > 0,
+            **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
         )
         stops = [] if stop is None else [stop]
         if self.template.single_turn:
             stops.append(_EndOfLine(self.tokenizer))
-        images = {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}}
         output = self.model.generate(
-            input_ids=ids.to(self.device),
-            attention_mask=mask.to(self.device),
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=config,
-            streamer=streamer,
             stopping_criteria=StoppingCriteriaList(stops),
-            **(images if features else {}),
+            **as_images(features),
         )
-        texts = self.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        tokens: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return tokens
 
     def answer_ids(self, words: str) -> list[int]:
-        """Ids with which the model would say these words as its answer, without the end of the answer.
+        """Return the ids of these words as the model's answer, without the end of the answer.
 
         Raises:
             ConfigError: the template has no questions and answers.
@@ -313,26 +311,13 @@ class Answerer:
         turns = [Turn("user", "?"), Turn("assistant", words)]
         encoded = encode_turns(turns, self.tokenizer, self.template, images=False)
         ids = [label for label in encoded.labels if label != IGNORE_INDEX]
-        ends = [place for place, token in enumerate(ids) if token in self.end_ids]
+        ends = [index for index, token in enumerate(ids) if token in self.end_ids]
         return ids[: ends[0]] if ends else ids
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The answer that generated tokens say, without special tokens, stripped."""
+        """Return the text of generated tokens, without special tokens, stripped."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def ends(self, token: int) -> bool:
-        """Whether an answer ends with this token."""
+        """Tell if an answer ends with this token."""
         return token in self.end_ids or (self.template.single_turn and "\n" in self.tokenizer.decode([token]))
-
-    @property
-    def pad_id(self) -> int:
-        """What fills a row up; it is masked wherever it stands."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else 0
-
-    @cached_property
-    def end_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's, and those that the model itself names."""
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        named = named if isinstance(named, list) else [named]
-        return sorted({token for token in (*named, self.tokenizer.eos_token_id) if token is not None})

@@ -1,28 +1,62 @@
-"""A question on its way: what the worker knows of it, and what its caller sees."""
+"""A question in the engine, and the reply that its caller reads."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from tove_llava.inference.pieces import Pieces
-from tove_llava.inference.sampling import Sampling
+from tove_llava.inference.rolling_batch import Row
+
+if TYPE_CHECKING:
+    from tove_llava.inference.engine import Engine
+
+BROKEN = "\ufffd"  # decoders write it for bytes that are no character, or not yet one
+
+
+@dataclass
+class TextStream:
+    """The text of tokens as they come, never a part of a character.
+
+    The text of a token depends on its neighbours, so each piece is the growth of the last few tokens' text. Joined, the
+    pieces are the text of all tokens without leading white space. (``tokenizers.decoders.DecodeStream`` raises where
+    LLaMA's byte tokens form no character, so it cannot serve drawn answers.)
+    """
+
+    tokenizer: Any
+    _window: list[int] = field(default_factory=list)  # tokens whose text was returned, as context, and later ones
+    _given: int = 0  # tokens of the window whose text was returned
+    _started: bool = False
+
+    def add(self, tokens: Sequence[int], final: bool = False) -> str:
+        """Return the text that is now certain; with ``final``, also a character that was never finished."""
+        self._window += tokens
+        before, after = (
+            str(self.tokenizer.decode(part, skip_special_tokens=True))
+            for part in (self._window[: self._given], self._window)
+        )
+        if len(after) <= len(before) or (after.endswith(BROKEN) and not final):
+            return ""
+        self._window, self._given = self._window[self._given :], len(self._window) - self._given
+        piece = after[len(before) :] if self._started else after[len(before) :].lstrip()
+        self._started = self._started or bool(piece)
+        return piece
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Where the time of an answer went, in seconds.
+    """The stages of an answer, in seconds.
 
     Attributes:
         waited: in the queue.
-        tower: in the vision tower, together with the pictures that were encoded in the same batch.
+        tower: in the vision tower, together with the images that were encoded in the same batch.
         first_token: from the start of work to the first token, the tower included; 0 until it is there.
         tokens: generated so far, the one that ends the answer included.
         tokens_per_second: of this answer, after its first token; 0 until there are two.
-        images: pictures of the conversation.
+        images: images of the conversation.
     """
 
     waited: float
@@ -33,133 +67,109 @@ class Timing:
     images: int
 
 
-class Request:
-    """A question within the engine. The worker alone changes it, but for ``cancelled``.
+@dataclass(eq=False, kw_only=True)
+class Request(Row):
+    """A question in the engine. Only the worker changes it, except for ``cancelled``.
 
-    Args:
-        prompt: ids, each image token in place.
-        pixels: [3, S, S] of each picture, in the order of their placeholders.
-        experts: with which the tower reads them.
-        longest: tokens after which the answer ends.
+    Attributes:
+        pixels: [3, S, S] of each image, in the order of their placeholders.
+        experts: the tower reads the images with these.
+        events: pieces of text, then an error or None, the end.
+        tower: seconds that the vision tower took.
+        began: time at which work started.
     """
 
-    def __init__(
-        self,
-        prompt: Sequence[int],
-        pixels: Sequence[Tensor],
-        experts: frozenset[str],
-        sampling: Sampling,
-        longest: int,
-        pieces: Pieces,
-    ) -> None:
-        self.prompt = list(prompt)
-        self.pixels = list(pixels)
-        self.experts = experts
-        self.sampling = sampling
-        self.longest = longest
-        self.tokens: list[int] = []
-        self.cancelled = False
-        self.ended = False
-        self.tower = 0.0
-        # Text, then one of: None (the end), an error.
-        self.events: SimpleQueue[str | BaseException | None] = SimpleQueue()
+    stream: TextStream
+    pixels: list[Tensor] = field(default_factory=list)
+    experts: tuple[str, ...] = ()
+    cancelled: bool = False
+    tower: float = 0.0
+    began: float = 0.0
+    events: "SimpleQueue[str | BaseException | None]" = field(default_factory=SimpleQueue)
+
+    def __post_init__(self) -> None:
         self._images = len(self.pixels)
-        self._pieces = pieces
         self._asked = time.perf_counter()
-        self._began = self._first = self._last = 0.0
+        self._first = self._last = 0.0
 
     @property
     def live(self) -> bool:
-        """Whether somebody waits for more of it."""
+        """Tell if somebody still waits for more text."""
         return not (self.ended or self.cancelled)
 
-    def begin(self) -> None:
-        """Work starts; a second time after the memory was full."""
-        self._began = self._began or time.perf_counter()
-
     def take(self, token: int, ends: Callable[[int], bool]) -> None:
-        """The next token of the answer."""
         self._last = time.perf_counter()
         self._first = self._first or self._last
         self.tokens.append(token)
-        self._say(self._pieces.add(token))
+        if piece := self.stream.add([token]):
+            self.events.put(piece)
         if len(self.tokens) >= self.longest or ends(token):
             self.finish()
 
     def finish(self, error: BaseException | None = None) -> None:
-        """Nothing more comes, because of ``error`` if there is one."""
         if self.ended:
             return
-        if error is None:
-            self._say(self._pieces.end())
+        if error is None and (piece := self.stream.add((), final=True)):
+            self.events.put(piece)
         self.ended = True
         self.pixels = []
         self.events.put(error)
 
-    def _say(self, piece: str) -> None:
-        if piece:
-            self.events.put(piece)
-
     @property
     def timing(self) -> Timing | None:
-        """None before work has started."""
-        if not self._began:
+        """Return the times so far; None before work has started."""
+        if not self.began:
             return None
-        tokens, told = len(self.tokens), self._last - self._first
+        tokens, elapsed = len(self.tokens), self._last - self._first
         return Timing(
-            waited=self._began - self._asked,
+            waited=self.began - self._asked,
             tower=self.tower,
-            first_token=self._first - self._began if self._first else 0.0,
+            first_token=self._first - self.began if self._first else 0.0,
             tokens=tokens,
-            tokens_per_second=(tokens - 1) / told if tokens > 1 and told > 0 else 0.0,
+            tokens_per_second=(tokens - 1) / elapsed if tokens > 1 and elapsed > 0 else 0.0,
             images=self._images,
         )
 
 
 class Reply:
-    """An answer as it comes: an iterator over pieces of its text.
+    """An iterator over the pieces of an answer.
 
-    An error of this answer is raised where its pieces would be. An answer that nobody reads any more (cancelled,
-    closed, or this object gone) frees its place at the next token.
+    It raises the error of the answer at the place of its pieces. When nobody reads the answer any more (cancelled,
+    closed, or this object deleted), the answer leaves the batch at the next token.
     """
 
-    def __init__(self, request: Request, position: Callable[[Request], int], cancel: Callable[[Request], None]) -> None:
+    def __init__(self, request: Request, engine: "Engine") -> None:
         self._request = request
-        self._position = position
-        self._cancel = cancel
+        self._engine = engine  # kept alive until the answer has been read
         self._over = False
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        if self._over:
-            raise StopIteration
-        event = self._request.events.get()
+        event = None if self._over else self._request.events.get()
         if isinstance(event, str):
             return event
         self._over = True
-        if event is not None:
-            raise event
-        raise StopIteration
+        raise StopIteration if event is None else event
 
     def text(self) -> str:
-        """The rest of the answer, waited for; without white space around it."""
+        """Wait for the rest of the answer and return it without surrounding white space."""
         return "".join(self).strip()
 
     @property
     def position(self) -> int:
-        """Place in the queue, from 1; 0 once work on it has started."""
-        return self._position(self._request)
+        """Return the position in the queue, from 1; 0 once work has started."""
+        return self._engine.worker.position(self._request)
 
     @property
     def timing(self) -> Timing | None:
-        """Where the time went so far; None before work has started."""
+        """Return the times so far; None before work has started."""
         return self._request.timing
 
     def cancel(self) -> None:
-        """Ends the answer; whoever reads it sees its end. Any thread may call it, also when it has ended."""
-        self._cancel(self._request)
+        """End the answer; its reader sees the end. Any thread may call this, also after the end."""
+        self._engine.worker.cancel(self._request)
 
     close = cancel
 
@@ -170,5 +180,5 @@ class Reply:
         self.cancel()
 
     def __del__(self) -> None:
-        # May run anywhere, also while the engine's lock is held: no more than a flag.
+        # May run anywhere, also while the engine's lock is held, so it only sets a flag.
         self._request.cancelled = True

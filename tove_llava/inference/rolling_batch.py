@@ -1,165 +1,261 @@
-"""The answers in the making: rows of one batch, which join and leave between two tokens."""
+"""Batches of answers: rows join and leave between two tokens, or go through the model's own ``generate``."""
 
+import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
 
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.prefill import Prefill, Prompt
-from tove_llava.inference.replies import Request
-from tove_llava.inference.sampling import next_tokens
-from tove_llava.inference.sequences import Sequences, has_plain_cache
-from tove_llava.inference.vision import Vision
+from tove_llava.inference.sampling import drawn, warped
+from tove_llava.inference.sequences import Sequences
+
+CALM = 16  # answers without full memory, after which the batch may grow by one
+
+
+@dataclass(eq=False, kw_only=True)
+class Row:
+    """An answer in the making.
+
+    Attributes:
+        prompt: ids, with the tokens of each image in place.
+        decoding: has ``temperature`` (0 takes the most likely token), ``top_p`` and ``min_new_tokens``.
+        longest: number of tokens after which the answer ends.
+        image: equal for rows about the same image, so that they can share its computation.
+        draw: gives numbers in [0, 1), one for each token that is drawn.
+        job: the caller's own.
+    """
+
+    prompt: Sequence[int]
+    decoding: Any
+    longest: int
+    image: Hashable = None
+    draw: Callable[[], float] = random.random
+    job: Any = None
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def live(self) -> bool:
+        """Tell if the answer goes on."""
+        return not self.ended
+
+    def take(self, token: int, ends: Callable[[int], bool]) -> None:
+        """Append the next token of the answer."""
+        self.tokens.append(token)
+        if len(self.tokens) >= self.longest or ends(token):
+            self.finish()
+
+    def finish(self) -> None:
+        """End the answer."""
+        self.ended = True
+
+
+class Room:
+    """The number of answers that fit into the device's memory at a time; ``size`` starts at ``most``."""
+
+    def __init__(self, most: int) -> None:
+        self.size = self._most = most
+        self._ended = 0
+
+    def halve(self, running: int) -> bool:
+        """Free memory that was full with ``running`` answers; return False if they were too few to halve."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if running > 1:
+            self.size, self._ended = running // 2, 0
+        return running != 1
+
+    def grow(self, ended: int) -> None:
+        """Count answers that have ended: after enough of them one more may run at a time again."""
+        self._ended += ended
+        if self._ended >= CALM and self.size < self._most:
+            self.size, self._ended = self.size + 1, 0
+
+
+Features = Callable[[Sequence[Any]], Sequence[Sequence[Tensor]]]
 
 
 class Batch(ABC):
     """Answers that are generated together.
 
+    Args:
+        features: returns [N, D] of the images of each row.
+
     Attributes:
-        limit: most answers at a time; None where any number can be.
+        limit: most answers at a time; None for any number.
     """
 
     limit: int | None = None
 
-    def __init__(self, answerer: Answerer, vision: Vision) -> None:
+    def __init__(self, answerer: Answerer, features: Features) -> None:
         self.answerer = answerer
-        self.vision = vision
-        self.rows: list[Request] = []
+        self.features = features
+        self.rows: list[Any] = []
 
     @property
-    def live(self) -> list[Request]:
-        """Those that somebody waits for."""
+    def live(self) -> list[Any]:
+        """Return the rows that go on."""
         return [row for row in self.rows if row.live]
 
     @abstractmethod
-    def join(self, requests: Sequence[Request]) -> None:
-        """Take in requests and give each its first token. When it fails, the batch is as it was."""
+    def join(self, rows: Sequence[Any]) -> None:
+        """Take in rows and give each its first token. After a failure the batch is as it was."""
 
-    @abstractmethod
-    def step(self) -> None:
-        """One more token for every live row; the others leave. When it fails, only :meth:`abandon` may follow."""
+    def step(self) -> None:  # noqa: B027 - some batches have all tokens once they have joined
+        """Give every row one more token. After a failure only :meth:`abandon` may follow."""
 
-    def abandon(self) -> list[Request]:
-        """Forget all rows; returns the live ones."""
+    def leave(self) -> None:
+        """Take out the rows that do not go on."""
+        self.rows = self.live
+
+    def abandon(self) -> list[Any]:
+        """Take out all rows and return those that could go on."""
         rows, self.rows = self.live, []
         return rows
 
 
-class Together(Batch):
-    """All rows in one batch of :class:`~tove_llava.inference.sequences.Sequences`."""
+class RollingBatch(Batch):
+    """A batch that sequences join and leave.
 
-    def __init__(self, answerer: Answerer, vision: Vision) -> None:
-        super().__init__(answerer, vision)
-        self._prefill = Prefill(answerer, share=False)
+    Args:
+        share: compute what prompts have in common once.
+    """
+
+    def __init__(self, answerer: Answerer, features: Features, share: bool = False) -> None:
+        super().__init__(answerer, features)
+        self._prefill = Prefill(answerer, share)
         self._sequences: Sequences | None = None
         self._tokens: Tensor | None = None  # [B] chosen, and not yet given to the model
 
     @torch.inference_mode()
-    def join(self, requests: Sequence[Request]) -> None:
+    def join(self, rows: Sequence[Any]) -> None:
         if not self.live:
-            self.abandon()  # what those who have gone hold may be what these need
-        features = self.vision.read(requests)
-        # With tokens already, where the memory was full in mid-answer.
-        prompts = [
-            Prompt([*request.prompt, *request.tokens], features=images)
-            for request, images in zip(requests, features, strict=True)
-        ]
-        sequences, logits = self._prefill(prompts)
-        tokens = next_tokens(logits, [request.sampling for request in requests])
-        kept = [place for place, row in enumerate(self.rows) if row.live]
-        rows = [self.rows[place] for place in kept]
+            self.abandon()  # the new rows may need the memory
+        # A row has tokens already when the memory was full in mid-answer.
+        sequences, logits = self._prefill(
+            [
+                Prompt([*row.prompt, *row.tokens], row.image, images)
+                for row, images in zip(rows, self.features(rows), strict=True)
+            ]
+        )
+        tokens = next_tokens(logits, rows, self.answerer.end_ids)
+        kept = self._kept()
         if kept and self._sequences is not None and self._tokens is not None:
-            sequences = Sequences.gather([(self._sequences, kept), (sequences, range(len(requests)))])
+            sequences = Sequences.gather([(self._sequences, kept), (sequences, range(len(rows)))])
             tokens = torch.cat([self._tokens[kept], tokens])
-        self.rows, self._sequences, self._tokens = [*rows, *requests], sequences, tokens
-        self._say(tokens.tolist()[len(rows) :], requests)
+        self.rows = [*(self.rows[index] for index in kept), *rows]
+        self._sequences, self._tokens = sequences, tokens
+        self._take(rows)
 
     @torch.inference_mode()
     def step(self) -> None:
-        self._leave()
         if self._sequences is None or self._tokens is None:
             return
         logits = self._sequences.extend(self.answerer.model, self._tokens[:, None])[:, -1]
-        self._tokens = next_tokens(logits, [row.sampling for row in self.rows])
-        self._say(self._tokens.tolist(), self.rows)
+        self._tokens = next_tokens(logits, self.rows, self.answerer.end_ids)
+        self._take(self.rows)
 
-    def abandon(self) -> list[Request]:
-        self._sequences = self._tokens = None
-        return super().abandon()
-
-    def _leave(self) -> None:
-        """Rows that have ended take no further step: they might leave the positions that the model knows."""
-        kept = [place for place, row in enumerate(self.rows) if row.live]
+    def leave(self) -> None:
+        kept = self._kept()
         if not kept:
             self.abandon()
         elif len(kept) < len(self.rows) and self._sequences is not None and self._tokens is not None:
             self._sequences, self._tokens = Sequences.gather([(self._sequences, kept)]), self._tokens[kept]
-            self.rows = [self.rows[place] for place in kept]
+            self.rows = [self.rows[index] for index in kept]
 
-    def _say(self, tokens: Sequence[int], rows: Sequence[Request]) -> None:
-        for row, token in zip(rows, tokens, strict=True):
+    def abandon(self) -> list[Any]:
+        rows = self.live
+        self.rows, self._sequences, self._tokens = [], None, None
+        return rows
+
+    def _kept(self) -> list[int]:
+        # Asked once for each change of the batch: a reader may go away at any time.
+        return [index for index, row in enumerate(self.rows) if row.live]
+
+    def _take(self, rows: Sequence[Any]) -> None:
+        """Hand the chosen tokens to the last rows of the batch."""
+        assert self._tokens is not None
+        for row, token in zip(rows, self._tokens[-len(rows) :].tolist(), strict=True):
             if row.live:
                 row.take(token, self.answerer.ends)
 
 
-class OneByOne(Batch):
-    """One answer after another by the model's own ``generate``, for caches that cannot be put together anew."""
+class SequentialBatch(Batch):
+    """One fixed batch after another by the model's own ``generate``.
+
+    For beam search, and for caches that :class:`Sequences` cannot hold (sliding windows).
+    """
 
     limit = 1
 
-    def join(self, requests: Sequence[Request]) -> None:
-        self.rows = list(requests)
+    def __init__(self, answerer: Answerer, features: Features, num_beams: int = 1) -> None:
+        super().__init__(answerer, features)
+        self._num_beams = num_beams
+
+    def join(self, rows: Sequence[Any]) -> None:
+        self.rows = list(rows)
+        decoding = rows[0].decoding
         try:
-            for request, features in zip(requests, self.vision.read(requests), strict=True):
-                self.answerer.generate(
-                    [request.prompt],
-                    features,
-                    request.longest,
-                    request.sampling.temperature,
-                    request.sampling.top_p,
-                    streamer=_Listener(request, self.answerer),
-                    stop=_Left(request),
-                )
-                request.finish()
-        finally:
+            found = self.answerer.generate_ids(
+                [row.prompt for row in rows],
+                [image for images in self.features(rows) for image in images],
+                max(row.longest for row in rows),
+                decoding.temperature,
+                decoding.top_p,
+                stop=None if self._num_beams > 1 else _Listener(rows, self.answerer.ends),
+                num_beams=self._num_beams,
+                min_new_tokens=decoding.min_new_tokens,
+            )
+        except BaseException:
             self.rows = []
-
-    def step(self) -> None:
-        """All is done in :meth:`join`."""
-
-
-class _Listener(BaseStreamer):
-    """Hands tokens of ``generate`` on."""
-
-    def __init__(self, request: Request, answerer: Answerer) -> None:
-        self.request = request
-        self.answerer = answerer
-        self.heard_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        if self.heard_prompt and self.request.live:
-            self.request.take(int(value.item()), self.answerer.ends)
-        self.heard_prompt = True
-
-    def end(self) -> None:
-        """The batch ends the request."""
+            raise
+        for row, tokens in zip(rows, found, strict=True):
+            for token in tokens[len(row.tokens) :]:
+                if row.live:
+                    row.take(token, self.answerer.ends)
+            row.finish()
 
 
-class _Left(StoppingCriteria):
-    """Ends the generation at the next token once nobody waits for more."""
+class _Listener(StoppingCriteria):
+    """Hands the tokens of ``generate`` on, and ends rows that do not go on."""
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, rows: Sequence[Any], ends: Callable[[int], bool]) -> None:
+        self.rows = rows
+        self.ends = ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        return torch.full((len(input_ids),), not self.request.live, device=input_ids.device, dtype=torch.bool)
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if row.live:
+                row.take(token, self.ends)
+        return torch.tensor([not row.live for row in self.rows], device=input_ids.device)
 
 
-def make_batch(answerer: Answerer, vision: Vision) -> Batch:
-    """The way of answering that suits the model."""
-    return (Together if has_plain_cache(answerer.model) else OneByOne)(answerer, vision)
+def next_tokens(logits: Tensor, rows: Sequence[Any], end_ids: Sequence[int]) -> Tensor:
+    """Choose the next token of each row.
+
+    Args:
+        logits: float32 [B, V].
+        end_ids: tokens that no answer may have before its ``min_new_tokens``.
+
+    Returns:
+        [B] ids.
+    """
+    early = [index for index, row in enumerate(rows) if len(row.tokens) < row.decoding.min_new_tokens]
+    if early:
+        logits = logits.clone()
+        logits[torch.tensor(early)[:, None], torch.tensor(end_ids)] = -torch.inf
+    tokens = logits.argmax(dim=-1)
+    groups: dict[tuple[float, float], list[int]] = {}
+    for index, row in enumerate(rows):
+        if row.decoding.temperature:
+            groups.setdefault((row.decoding.temperature, row.decoding.top_p), []).append(index)
+    for (temperature, top_p), indices in groups.items():
+        draws = [rows[index].draw() for index in indices]
+        tokens[indices] = drawn(warped(logits[indices], temperature, top_p), draws)
+    return tokens

@@ -1,6 +1,6 @@
 """A batch of token sequences of different lengths with their key-value cache, which rows join and leave.
 
-transformers' continuous batching takes token ids alone, without images, so the batch is kept here; the model's own
+transformers' continuous batching takes only token ids, no images, so the batch is kept here; the model's own
 ``forward`` and the library's cache layers do the work. ``B`` sequences, ``T`` columns, ``V`` words.
 """
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-# Columns by which a full buffer grows: copying it every so many steps costs little beside the steps.
+from tove_llava.tower import ToveVisionOutput
+
+# Columns by which a full buffer grows: a copy every 32 steps costs little next to the steps.
 GROWTH = 32
 
 
@@ -25,7 +27,7 @@ class _Layer(DynamicLayer):
 
     @classmethod
     def filled(cls, keys: Tensor, values: Tensor, columns: int) -> "_Layer":
-        """A layer whose first ``columns`` of two buffers [B, heads, room, width] are filled."""
+        """Make a layer of two buffers [B, heads, room, width] whose first ``columns`` are filled."""
         layer = cls()
         layer.lazy_initialization(keys, values)
         layer._keys, layer._values = keys, values
@@ -60,12 +62,12 @@ def _widened(states: Tensor, room: int) -> Tensor:
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
-    """Whether every layer keeps the keys and values of all tokens, as LLaMA's do: what :class:`Sequences` needs."""
+    """Tell if every layer keeps the keys and values of all tokens, as :class:`Sequences` needs."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config.get_text_config()).layers)
 
 
 class Sequences:
-    """``B`` sequences, each ending at the last column; what a row does not use is masked, at its left or within.
+    """``B`` sequences that end at the last column; columns that a row does not use are masked.
 
     Args:
         rows: how many sequences; they are empty.
@@ -84,7 +86,7 @@ class Sequences:
 
     @classmethod
     def gather(cls, parts: Sequence[tuple["Sequences", Sequence[int]]], room: int = GROWTH) -> "Sequences":
-        """Chosen rows of several batches as one new batch; a row may be chosen several times.
+        """Copy chosen rows of several batches into a new batch; a row may be chosen several times.
 
         Args:
             parts: batches, each with the rows to take.
@@ -125,7 +127,7 @@ class Sequences:
         model: PreTrainedModel,
         ids: Tensor,
         valid: Tensor | None = None,
-        images: Any = None,
+        images: Sequence[Tensor] = (),
         logits_to_keep: int = 1,
     ) -> Tensor:
         """Append tokens to every row and run the model on them.
@@ -133,8 +135,8 @@ class Sequences:
         Args:
             ids: [B, L], padded on the left.
             valid: [B, L], 1 for a token and 0 for padding; all tokens by default.
-            images: the model's ``mm_encoder_outputs`` for the image placeholders in ``ids``, in their order.
-            logits_to_keep: of how many of the last columns.
+            images: [N, D] of the image placeholders in ``ids``, in their order.
+            logits_to_keep: number of last columns.
 
         Returns:
             float32 [B, logits_to_keep, V].
@@ -152,9 +154,25 @@ class Sequences:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
-            **({} if images is None else {"mm_encoder_outputs": images}),
+            **as_images(images),
         )
         # An empty row begins with its first token.
         self.spans = [span + width if span else count for span, count in zip(self.spans, added, strict=True)]
         self.lengths = [length + count for length, count in zip(self.lengths, added, strict=True)]
         return output.logits.float()
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return [B, L] ids, and [B, L] ones for tokens and zeros for padding."""
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    valid = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(row, dtype=torch.long)
+        valid[index, longest - len(row) :] = 1
+    return ids.to(device), valid.to(device)
+
+
+def as_images(features: Sequence[Tensor]) -> dict[str, Any]:
+    """Return the model's arguments for images [N, D], in the order of their placeholders."""
+    return {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}} if features else {}

@@ -3,7 +3,9 @@
 ``N`` vision tokens an image, ``D`` the language model's width.
 """
 
+import hashlib
 import time
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -14,96 +16,109 @@ from torch import Tensor
 from tove_llava.core.errors import DataError
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.replies import Request
-from tove_llava.inference.routing import RoutingMap, routing_map
+from tove_llava.inference.routing_map import RoutingMap, routing_map
 from tove_llava.tower import ToveVisionModel
 
-PICTURES = 16  # at a time: what bounds the tower's memory
+AT_ONCE = 16  # images that the tower encodes at a time: this bounds its memory
+KEPT = 32  # images whose features are kept: a conversation sends its images again with every question
 
 
 class Vision:
-    """Reads pictures with any set of the model's experts. One thread at a time may read.
+    """Reads images with any set of the model's experts. One thread at a time may read.
 
     Attributes:
-        experts: all that can be chosen, in the order of the gate's columns: those that are attached now.
+        experts: all that can be chosen (those that are attached now), in the order of the gate's columns.
     """
 
     def __init__(self, answerer: Answerer) -> None:
         self.answerer = answerer
         self.tower: ToveVisionModel | None = answerer.tower if isinstance(answerer.tower, ToveVisionModel) else None
         self.experts: tuple[str, ...] = () if self.tower is None else tuple(self.tower.active_experts)
-        self._tokens: dict[frozenset[str], int] = {}
+        self._image_tokens: dict[tuple[str, ...], int] = {}
+        # By content and experts; the least recently used come first.
+        self._known: OrderedDict[tuple[bytes, tuple[str, ...]], Tensor] = OrderedDict()
 
-    def chosen(self, experts: Collection[str] | None) -> frozenset[str]:
-        """The set of ``experts``; all for None.
+    def choose(self, experts: Collection[str] | None) -> tuple[str, ...]:
+        """Return the chosen experts in the order of the gate's columns; all for None.
 
         Raises:
             DataError: the model has no such expert.
         """
-        if experts is None:
-            return frozenset(self.experts)
-        names = frozenset([experts] if isinstance(experts, str) else experts)
+        names = set(self.experts if experts is None else [experts] if isinstance(experts, str) else experts)
         unknown = sorted(names - set(self.experts))
         if unknown:
-            known = ", ".join(self.experts) or "none: its vision tower is CLIP alone"
+            known = ", ".join(self.experts) or "none: its vision tower is only CLIP"
             raise DataError(f"unknown expert(s) {', '.join(unknown)}; this model has: {known}")
-        return names
+        return tuple(name for name in self.experts if name in names)
 
-    def image_tokens(self, experts: frozenset[str]) -> int:
-        """N with these experts."""
+    def image_tokens(self, experts: tuple[str, ...]) -> int:
+        """Return N with these experts."""
         if self.tower is None or not self.experts:
             return self.answerer.num_image_tokens
-        if experts not in self._tokens:
+        if experts not in self._image_tokens:
             config = copy(self.tower.config)  # the tower's own belongs to the thread that reads
             config.detached_experts = [name for name in config.expert_names if name not in experts]
-            self._tokens[experts] = config.num_image_tokens
-        return self._tokens[experts]
+            self._image_tokens[experts] = config.num_image_tokens
+        return self._image_tokens[experts]
 
     def read(self, requests: Sequence[Request]) -> list[list[Tensor]]:
-        """What the language model reads of each request's pictures, [N, D] each; requests with equal experts together.
+        """Return the features [N, D] of each request's images, and note the seconds that they took.
 
-        Each request is told the seconds that its batch took.
+        Requests with equal experts are encoded together.
         """
-        groups: dict[frozenset[str], list[int]] = {}
-        for place, request in enumerate(requests):
-            if request.pixels:
-                groups.setdefault(request.experts, []).append(place)
-        found: list[list[Tensor]] = [[] for _ in requests]
-        for experts, places in groups.items():
+        keys = [
+            [
+                (hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest(), request.experts)
+                for image in request.pixels
+            ]
+            for request in requests
+        ]
+        found: dict[tuple[bytes, tuple[str, ...]], Tensor] = {}
+        for experts in dict.fromkeys(request.experts for request in requests if request.pixels):
             started = time.perf_counter()
-            pixels = [picture for place in places for picture in requests[place].pixels]
-            features = iter(self._features(pixels, experts))
-            for place in places:
-                found[place] = [next(features) for _ in requests[place].pixels]
+            mine = [index for index, request in enumerate(requests) if request.pixels and request.experts == experts]
+            wanted = {
+                key: image for index in mine for key, image in zip(keys[index], requests[index].pixels, strict=True)
+            }
+            found |= {key: self._known[key] for key in wanted if key in self._known}
+            new = [key for key in wanted if key not in found]
+            with self._attached(experts):
+                for start in range(0, len(new), AT_ONCE):
+                    batch = new[start : start + AT_ONCE]
+                    features = self.answerer.features(torch.stack([wanted[key] for key in batch]))
+                    # Copies, because rows of a batch would keep the whole batch in memory.
+                    found |= {key: each.clone() for key, each in zip(batch, features, strict=True)}
             if self.answerer.device.type == "cuda":
                 torch.cuda.synchronize(self.answerer.device)
-            for place in places:
-                requests[place].tower = time.perf_counter() - started
-        return found
+            for index in mine:
+                requests[index].tower = time.perf_counter() - started
+        for key, features in found.items():
+            self._known[key] = features
+            self._known.move_to_end(key)
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)
+        return [[found[key] for key in each] for each in keys]
 
-    def routing(self, pixels: Tensor, experts: frozenset[str]) -> RoutingMap | None:
-        """The routing of one picture [3, S, S]; None without a gate or without experts."""
+    def forget(self) -> None:
+        """Free the features that are kept."""
+        self._known.clear()
+
+    def routing(self, pixels: Tensor, experts: tuple[str, ...]) -> RoutingMap | None:
+        """Return the routing of one image [3, S, S]; None without a gate or without experts."""
         if self.tower is None or not experts:
             return None
         with self._attached(experts):
             return routing_map(self.tower, pixels)
 
-    def _features(self, pixels: Sequence[Tensor], experts: frozenset[str]) -> list[Tensor]:
-        with self._attached(experts):
-            return [
-                tokens
-                for start in range(0, len(pixels), PICTURES)
-                for tokens in self.answerer.features(torch.stack(list(pixels[start : start + PICTURES])))
-            ]
-
     @contextmanager
-    def _attached(self, experts: frozenset[str]) -> Iterator[None]:
-        """Exactly these experts are attached within a ``with`` block."""
-        out = [name for name in self.experts if name not in experts]
-        if self.tower is None or not out:
+    def _attached(self, experts: tuple[str, ...]) -> Iterator[None]:
+        """Attach exactly these experts within a ``with`` block."""
+        detached = [name for name in self.experts if name not in experts]
+        if self.tower is None or not detached:
             yield
             return
-        self.tower.detach_experts(out)
+        self.tower.detach_experts(detached)
         try:
             yield
         finally:
-            self.tower.attach_experts(out)
+            self.tower.attach_experts(detached)

@@ -1,1 +1,1 @@
-"""Answering: one loaded model, its prompts and pictures, streaming answers, and the browser demo."""
+"""The web: the page in the browser, the OpenAI endpoint, and the commands of the terminal chat."""

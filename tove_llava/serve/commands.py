@@ -1,21 +1,24 @@
 """The commands of the chat in a terminal: one small function each, found by its name."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from tove_llava.core.errors import ConfigError, DataError, ToveError
 from tove_llava.core.registry import Registry
 from tove_llava.inference.engine import Engine, Message, Reply, Sampling
 
+KEPT = 32  # images that are kept as the model reads them
+
 
 @dataclass
-class Talk:
+class Conversation:
     """A conversation and its settings.
 
     Attributes:
-        attached: experts that read the pictures; all by default.
-        pictures: files that go with the next question.
+        attached: experts that read the images; all by default.
+        images: files that go with the next question.
     """
 
     engine: Engine
@@ -23,123 +26,111 @@ class Talk:
     system: str | None = None
     attached: Collection[str] | None = None
     history: list[Message] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        wanted = self.engine.experts if self.attached is None else self.attached
-        self.attached = ordered(self.engine, wanted)
+        self.attached = self.engine.choose(self.attached)
+        self.read = lru_cache(KEPT)(self.engine.pixels)
 
     def ask(self, text: str) -> Reply:
-        """Ask a question with the pictures that were added; errors as in :meth:`Engine.ask`."""
-        messages = [*self.history, Message("user", text, tuple(self.pictures))]
-        return self.engine.ask(messages, self.sampling, system=self.system, experts=self.attached)
+        """Ask a question with the images that were added; errors as in :meth:`Engine.ask`."""
+        messages = [*self.history, Message("user", text, tuple(self.images))]
+        read = [replace(each, images=[self.read(image) for image in each.images]) for each in messages]
+        return self.engine.ask(read, self.sampling, system=self.system, experts=self.attached)
 
-    def said(self, text: str, answer: str) -> None:
-        """Keep a question and its answer."""
-        self.history += [Message("user", text, tuple(self.pictures)), Message("assistant", answer)]
-        self.pictures = []
+    def keep(self, text: str, answer: str) -> None:
+        """Add a question and its answer to the history."""
+        self.history += [Message("user", text, tuple(self.images)), Message("assistant", answer)]
+        self.images = []
 
 
-Command = Callable[[Talk, str], str]  # the talk and what stands behind the command -> what to print
+Command = Callable[[Conversation, str], str]  # conversation, rest of the line -> text to print
 
 COMMANDS: Registry[Command] = Registry("command")
 
 
-def run_command(talk: Talk, line: str) -> str:
-    """Carries out a line that begins with ``/``; returns what to print.
+def run_command(chat: Conversation, line: str) -> str:
+    """Carry out a line that begins with ``/`` and return the text to print.
 
     Raises:
-        ToveError: no such command, or it cannot be done; the talk is as it was.
+        ToveError: no such command, or it cannot be done; the conversation is as it was.
     """
     name, _, rest = line.partition(" ")
     try:
         command = COMMANDS.get(name)
     except ConfigError as error:
         raise ConfigError(f"{error}. /help explains them") from error
-    return command(talk, rest.strip())
-
-
-def ordered(engine: Engine, names: Collection[str]) -> tuple[str, ...]:
-    """Experts in the order of the gate's columns.
-
-    Raises:
-        ConfigError: the model has none of that name.
-    """
-    unknown = sorted(set(names) - set(engine.experts))
-    if unknown:
-        known = ", ".join(engine.experts) or "none: its vision tower is CLIP alone"
-        raise ConfigError(f"unknown expert(s) {', '.join(unknown)}; this model has: {known}")
-    return tuple(name for name in engine.experts if name in set(names))
+    return command(chat, rest.strip())
 
 
 @COMMANDS.register("/image")
-def image(talk: Talk, rest: str) -> str:
-    """/image FILE: add a picture to the next question"""
+def image(chat: Conversation, rest: str) -> str:
+    """/image FILE: add an image to the next question"""
     if not rest:
         raise DataError("/image needs a file: /image photo.jpg")
-    talk.engine.answerer.pixels(rest, upright=True)  # what cannot be read shows now
-    talk.pictures.append(rest)
-    return f"{len(talk.pictures)} picture(s) for the next question"
+    chat.read(rest)  # reports a file that cannot be read now
+    chat.images.append(rest)
+    return f"{len(chat.images)} image(s) for the next question"
 
 
 @COMMANDS.register("/detach")
-def detach(talk: Talk, rest: str) -> str:
-    """/detach NAME: read pictures without this expert from now on"""
-    out = ordered(talk.engine, _names(rest, "/detach"))
-    talk.attached = [name for name in talk.attached or () if name not in out]
-    return experts(talk, "")
+def detach(chat: Conversation, rest: str) -> str:
+    """/detach NAME: read images without this expert"""
+    out = chat.engine.choose(_names(rest, "/detach"))
+    chat.attached = [name for name in chat.attached or () if name not in out]
+    return experts(chat, "")
 
 
 @COMMANDS.register("/attach")
-def attach(talk: Talk, rest: str) -> str:
-    """/attach NAME: read pictures with this expert again"""
-    talk.attached = ordered(talk.engine, [*(talk.attached or ()), *_names(rest, "/attach")])
-    return experts(talk, "")
+def attach(chat: Conversation, rest: str) -> str:
+    """/attach NAME: read images with this expert again"""
+    chat.attached = chat.engine.choose([*(chat.attached or ()), *_names(rest, "/attach")])
+    return experts(chat, "")
 
 
 @COMMANDS.register("/experts")
-def experts(talk: Talk, rest: str) -> str:
+def experts(chat: Conversation, rest: str) -> str:
     """/experts: which experts are attached"""
-    if not talk.engine.experts:
-        return "this model's vision tower is CLIP alone"
-    shown = (f"{name} ({'attached' if name in (talk.attached or ()) else 'detached'})" for name in talk.engine.experts)
+    if not chat.engine.experts:
+        return "this model's vision tower is only CLIP"
+    shown = (f"{name} ({'attached' if name in (chat.attached or ()) else 'detached'})" for name in chat.engine.experts)
     return ", ".join(shown)
 
 
 @COMMANDS.register("/routing")
-def routing(talk: Talk, rest: str) -> str:
-    """/routing OUT.png: draw which expert each part of the last picture listens to"""
+def routing(chat: Conversation, rest: str) -> str:
+    """/routing OUT.png: draw which expert each part of the last image listens to"""
     file = Path(rest)
     if file.suffix.lower() != ".png":
         raise DataError("/routing needs a file to write: /routing out.png")
     if file.exists():
         raise DataError(f"{file} exists; name another file")
-    seen = [*(picture for message in talk.history for picture in message.images), *talk.pictures]
+    seen = [*(image for message in chat.history for image in message.images), *chat.images]
     if not seen:
-        raise DataError("there is no picture yet; add one: /image photo.jpg")
-    found = talk.engine.routing_map(seen[-1], talk.attached)
+        raise DataError("there is no image yet; add one: /image photo.jpg")
+    pixels = chat.read(seen[-1])
+    found = chat.engine.routing_map(pixels, chat.attached)
     if found is None:
         raise ToveError("nothing is routed: no expert is attached, or the model has no gate")
     from tove_llava.analysis.plots import plot_routing_argmax
     from tove_llava.analysis.routing_maps import seen_image
 
-    answerer = talk.engine.answerer
-    picture = seen_image(answerer.pixels(seen[-1], upright=True), answerer.tower.config)
-    plot_routing_argmax(picture, found.argmax.numpy(), found.chosen, file)
+    shown = seen_image(pixels, chat.engine.answerer.tower.config)
+    plot_routing_argmax(shown, found.argmax.numpy(), found.chosen, file)
     return "\n".join([*(f"{name} {mean:.3f}" for name, mean in found.means.items()), f"written: {file}"])
 
 
 @COMMANDS.register("/system")
-def system(talk: Talk, rest: str) -> str:
-    """/system TEXT: another system prompt from now on; without a text, the model's own again"""
-    talk.system = rest or None
-    return "the model's own system prompt" if talk.system is None else "system prompt set"
+def system(chat: Conversation, rest: str) -> str:
+    """/system TEXT: use another system prompt; without a text, the model's own"""
+    chat.system = rest or None
+    return "the model's own system prompt" if chat.system is None else "system prompt set"
 
 
 @COMMANDS.register("/reset")
-def reset(talk: Talk, rest: str) -> str:
-    """/reset: start over, without what was said and the pictures"""
-    talk.history, talk.pictures = [], []
+def reset(chat: Conversation, rest: str) -> str:
+    """/reset: start over, without history and images"""
+    chat.history, chat.images = [], []
     return "a new conversation"
 
 
@@ -147,7 +138,7 @@ COMMANDS.register("/new")(reset)
 
 
 @COMMANDS.register("/help")
-def help_(talk: Talk, rest: str) -> str:
+def help_(chat: Conversation, rest: str) -> str:
     """/help: this list"""
     lines = dict.fromkeys(COMMANDS.get(name).__doc__ or name for name in COMMANDS)
     return "\n".join([*lines, "Ctrl-C stops an answer; an empty line or Ctrl-D ends."])

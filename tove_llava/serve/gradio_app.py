@@ -16,18 +16,18 @@ from tove_llava.inference.engine import Engine
 logger = logging.getLogger(__name__)
 
 MAX_UPLOAD = "20mb"
-WAITING = 128  # events in gradio's queue; more are told to come back. The engine has a queue of its own
+WAITING = 128  # events in gradio's queue; more are refused. The engine has its own queue
 THREADS = 80
-CACHE = (600, 7200)  # seconds between two looks for old files, and the age at which they go
+CACHE = (600, 7200)  # seconds between two searches for old files, and the age at which they are deleted
 
 TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
 
 
 def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None = None) -> Any:
-    """The page over an engine: a chat with its experts beside it, and two sides to compare.
+    """Build the page over an engine: a chat with its experts, and two sides to compare.
 
     Args:
-        max_new_tokens: the longest answer that the page lets a user choose, and what it starts with.
+        max_new_tokens: the longest answer that a user can choose, and the default.
         compare: the model of the right side; by default the same.
 
     Returns:
@@ -40,13 +40,13 @@ def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None 
         import gradio as gr
     except ImportError as error:
         raise ConfigError("the demo needs gradio; install it: pip install 'tove-llava[demo]'") from error
-    from tove_llava.serve.ui.answers import Desk
     from tove_llava.serve.ui.api import Api
-    from tove_llava.serve.ui.chat import Chat
-    from tove_llava.serve.ui.compare import Compare
+    from tove_llava.serve.ui.chat_tab import Chat
+    from tove_llava.serve.ui.compare_tab import Compare
     from tove_llava.serve.ui.examples import make_examples
+    from tove_llava.serve.ui.session import Session
 
-    engines, desk = (engine, compare or engine), Desk()
+    engines, session = (engine, compare or engine), Session()
     folder = tempfile.TemporaryDirectory(prefix="tove-llava-")
     examples = make_examples(Path(folder.name))
     with gr.Blocks(title="ToVE-LLaVA", analytics_enabled=False, delete_cache=CACHE, fill_width=True) as app:
@@ -54,10 +54,10 @@ def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None 
             gr.HTML(_title(engine))
             theme = gr.Button("Light / dark", size="sm", elem_id="tove-theme", scale=0, min_width=110)
         with gr.Tab("Chat"):
-            chat = Chat(engine, desk, examples, max_new_tokens)
+            chat = Chat(engine, session, examples, max_new_tokens)
         with gr.Tab("Compare", visible=bool(engine.experts) or compare is not None):
-            Compare(engines, desk, chat.settings, {"text": examples[0].text, "files": [examples[0].file]})
-        Api(engines, desk, chat.settings)
+            Compare(engines, session, chat.settings, {"text": examples[0].text, "files": [examples[0].file]})
+        Api(engines, session, chat.settings)
         theme.click(None, None, None, js=TOGGLE_THEME, api_visibility="private")
     app.examples_folder = folder  # removed with the app
     return app
@@ -77,7 +77,7 @@ def launch(
     """Serve until interrupted, or, without ``block``, until ``close`` is called on what is returned.
 
     Args:
-        auth: users and passwords; None lets in whoever reaches the page.
+        auth: users and passwords; None lets everyone in.
         share: make a public address through gradio's service.
 
     Raises:
@@ -94,7 +94,7 @@ def launch(
             auth=None if auth is None else list(auth),
             max_file_size=MAX_UPLOAD,
             max_threads=THREADS,
-            show_error=False,  # what a user can mend is told all the same; of other faults the log has the traceback
+            show_error=False,  # the page shows ToveErrors all the same; the log has the traceback of others
             prevent_thread_lock=True,
             quiet=True,
             footer_links=["api"],
@@ -121,7 +121,7 @@ def _title(engine: Engine) -> str:
     from tove_llava.serve.ui.overlay import name_of
 
     experts = ", ".join(engine.experts)
-    about = f"CLIP with {len(engine.experts)} experts: {experts}" if experts else "CLIP alone"
+    about = f"CLIP with {len(engine.experts)} experts: {experts}" if experts else "only CLIP"
     return (
         f'<div class="tove-brand"><h1>ToVE-LLaVA</h1><p><b>{html.escape(name_of(engine.name))}</b> '
         f"{html.escape(about)}</p></div>"
@@ -129,7 +129,7 @@ def _title(engine: Engine) -> str:
 
 
 def _theme() -> Any:
-    """Fonts of the system alone: the page asks nobody for anything."""
+    """Use only fonts of the system, so that the page loads nothing from elsewhere."""
     import gradio as gr
 
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]

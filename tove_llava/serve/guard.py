@@ -1,7 +1,7 @@
-"""What stands between clients and ``transformers serve``.
+"""The guard between clients and ``transformers serve``.
 
-That server also loads any model by name, and opens pictures by path and by address. Here only what a chat needs gets
-through: pictures come with the request, are of bounded size, and are decoded once before they are handed on.
+That server also loads any model by name, and opens images by path and by address. The guard passes only chats: images
+come with the request, have a bounded size, and are decoded once before they are handed on.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, open_image
 
 MAX_BODY = 64 * 2**20  # bytes
-MAX_PIXELS = 40_000_000  # decoded, a picture of this size takes 120 MB
+MAX_PIXELS = 40_000_000  # decoded, an image of this size takes 120 MB
 MAX_IMAGES = 16
 WAITING = 64  # requests at a time
 
-# Others reach into the server: which template is rendered, how much is generated.
+# Other keys change the server: the template, the length of answers.
 KEYS = ("model", "messages", "max_tokens", "temperature", "top_p", "seed", "stop", "frequency_penalty", "stream")
 
 Message = dict[str, Any]
@@ -31,12 +31,7 @@ CHAT, MODELS, HEALTH = "/v1/chat/completions", "/v1/models", "/health"
 
 
 class Guard:
-    """An ASGI application around another.
-
-    Args:
-        app: the server's.
-        model: the name by which requests call the model.
-    """
+    """An ASGI application around the server's ``app``; requests call the model ``model``."""
 
     def __init__(self, app: Callable[..., Awaitable[None]], model: str) -> None:
         self.app = app
@@ -66,10 +61,10 @@ class Guard:
         try:
             body = await _read(receive)
             if body is None:
-                await _refuse(send, 413, f"the request is larger than {MAX_BODY // 2**20} MB; send smaller pictures")
+                await _refuse(send, 413, f"the request is larger than {MAX_BODY // 2**20} MB; send smaller images")
                 return
             try:
-                await asyncio.to_thread(check_request, body)  # pictures take a while
+                await asyncio.to_thread(check_request, body)  # decodes images
             except DataError as error:
                 await _refuse(send, 400, str(error))
                 return
@@ -79,7 +74,7 @@ class Guard:
 
 
 def check_request(body: bytes) -> None:
-    """Raises DataError for a chat request with anything but roles, text, pictures as base64, and :data:`KEYS`."""
+    """Raise DataError for a chat request with anything but roles, text, base64 images, and :data:`KEYS`."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -95,45 +90,39 @@ def check_request(body: bytes) -> None:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError("a message is an object with a role and a content")
         content = message.get("content")
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else _parts(content):
-            images += _check_part(part)
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        if not isinstance(content, list):
+            raise DataError("a message's content is a text or a list of parts")
+        images += sum(_check_part(part) for part in content)
     if images > MAX_IMAGES:
-        raise DataError(f"the conversation has {images} pictures; at most {MAX_IMAGES} are taken")
-
-
-def _parts(content: object) -> list[Any]:
-    if not isinstance(content, list):
-        raise DataError("a message's content is a text or a list of parts")
-    return content
+        raise DataError(f"the conversation has {images} images; at most {MAX_IMAGES} are taken")
 
 
 def _check_part(part: object) -> int:
-    """How many pictures a part of a message is: 0 or 1."""
+    """Check a part of a message and return its number of images: 0 or 1."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         if IMAGE_PLACEHOLDER in part["text"]:
-            raise DataError(f"the text contains {IMAGE_PLACEHOLDER}, which stands for a picture; take it out")
+            raise DataError(f"the text contains {IMAGE_PLACEHOLDER}, which stands for an image; take it out")
         return 0
-    if isinstance(part, dict) and kind == "image_url":
-        holder = part.get("image_url")
-        _check_picture(holder.get("url") if isinstance(holder, dict) else holder)
-        return 1
-    raise DataError(f"a part of a message is of type 'text' or 'image_url', not {kind!r}")
-
-
-def _check_picture(url: object) -> None:
+    if not isinstance(part, dict) or kind != "image_url":
+        raise DataError(f"a part of a message has type 'text' or 'image_url', not {kind!r}")
+    url = part.get("image_url")
+    url = url.get("url") if isinstance(url, dict) else url
     head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma or "," in data:
-        raise DataError("a picture comes with the request: image_url is data:image/...;base64,...")
+        raise DataError("an image comes with the request: image_url is data:image/...;base64,...")
     try:
         raw = base64.b64decode(data, validate=True)
     except binascii.Error as error:
-        raise DataError(f"a picture is not valid base64: {error}") from error
-    open_image(io.BytesIO(raw), max_pixels=MAX_PIXELS, name="the picture")
+        raise DataError(f"an image is not valid base64: {error}") from error
+    open_image(io.BytesIO(raw), max_pixels=MAX_PIXELS, name="the image")
+    return 1
 
 
 async def _read(receive: Receive) -> bytes | None:
-    """The body of a request; None when it is too large."""
+    """Return the body of a request; None when it is too large."""
     parts, size = [], 0
     while True:
         message = await receive()
@@ -148,7 +137,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """Gives the body once more, then what comes behind it: that the client has gone."""
+    """Give the body once more, then later events: that the client has gone."""
     left = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""Which model to serve when none is named."""
+"""Find the model to serve when none is named."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
 
 
 def newest_model(root: Path = OUTPUTS) -> Path | None:
-    """The model folder under ``root`` that was finished last; step checkpoints inside a run do not count."""
+    """Return the newest finished model folder under ``root``, without step checkpoints of a run."""
     # The manifest is written last, so a folder that has one is complete.
     manifests = [file for file in root.glob(f"**/{MANIFEST}") if not file.parent.name.startswith("checkpoint-")]
     newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
@@ -18,7 +18,7 @@ def newest_model(root: Path = OUTPUTS) -> Path | None:
 
 
 def find_model(folder: str | Path | None) -> Path:
-    """``folder``, or without one the newest model that the quickstart or the training scripts made.
+    """Return ``folder``, or without one the newest model of the quickstart or the training scripts.
 
     Raises:
         CheckpointError: there is none; the message has the command that makes one.

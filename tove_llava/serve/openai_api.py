@@ -1,7 +1,7 @@
 """An OpenAI-compatible endpoint: ``transformers serve``, with this package's models and a guard in front.
 
-transformers loads, queues, generates and speaks the protocol; here are the folder that it is handed, the registration
-of the model's class, and the guard (:mod:`tove_llava.serve.guard`).
+transformers loads, queues, generates and speaks the protocol. This module prepares the folder, registers the model's
+class, and adds the guard (:mod:`tove_llava.serve.guard`).
 """
 
 import os
@@ -28,7 +28,7 @@ def serve_openai(
         model: a folder that training or ``tove-llava export`` wrote.
 
     Raises:
-        ConfigError: what ``transformers serve`` needs is not installed, or the address is taken.
+        ConfigError: packages of ``transformers serve`` are missing, or the address is taken.
         CheckpointError: the folder holds no model.
     """
     serve = _server_class()
@@ -45,7 +45,7 @@ def serve_openai(
 
 
 def _server_class() -> Any:
-    """transformers' server, knowing this package's models, behind the guard."""
+    """Return transformers' server with this package's models, behind the guard."""
     try:
         from transformers import AutoModelForMultimodalLM
         from transformers.cli.serve import Serve
@@ -60,7 +60,7 @@ def _server_class() -> Any:
 
     from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 
-    # The server asks this table which classes read pictures, and loads them by their Auto class.
+    # The server asks this table which classes read images, and loads them by their Auto class.
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[ToveLlavaConfig.model_type] = ToveLlavaForConditionalGeneration.__name__
     AutoModelForMultimodalLM.register(ToveLlavaConfig, ToveLlavaForConditionalGeneration, exist_ok=True)
 
@@ -76,7 +76,7 @@ def _server_class() -> Any:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Before the model is loaded, which may take minutes."""
+    """Check the address before the model is loaded, which may take minutes."""
     import socket
 
     try:
@@ -88,10 +88,9 @@ def _check_address(host: str, port: int) -> None:
 
 @contextmanager
 def _servable(model: Path) -> Iterator[Path]:
-    """The model in a folder that stock loading code opens, within a folder of its own.
+    """Put the model in a folder that stock code opens.
 
-    What training wrote is exported to a temporary place (adapters merged, chat template for servers); anything else is
-    served as it is.
+    A folder that training wrote is exported (adapters merged, chat template for servers); others are linked.
     """
     name = model.name.replace("@", "-").replace(":", "-") or "model"  # which mean something in a model's name
     with tempfile.TemporaryDirectory(prefix="tove-llava-") as parent:
@@ -107,7 +106,7 @@ def _servable(model: Path) -> Iterator[Path]:
 
 
 def _check_exported(model: Path) -> None:
-    """Refuse a folder that ``transformers serve`` would not understand."""
+    """Refuse a folder that ``transformers serve`` cannot read."""
     from tove_llava.checkpoints.loading import is_stock_llava
 
     if is_stock_llava(model):
@@ -117,7 +116,7 @@ def _check_exported(model: Path) -> None:
     except (CheckpointError, KeyError) as error:
         raise CheckpointError(f"{model} holds no model that can be served: {error!r}") from error
     if kind != "tove_llava":
-        raise CheckpointError(f"{model} is of another format; convert it first: tove-llava convert --model {model}")
+        raise CheckpointError(f"{model} has another format; convert it first: tove-llava convert --model {model}")
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Ways of getting an answer out of a model: one registered file each.
+"""Ways to get answers from a model, found by their names.
 
-A mode takes questions as it has room for them and hands out answers as they are ready, so that no question waits for
+A mode takes questions when it has room for them and returns answers when they are ready, so that no question waits for
 the longest answer of a fixed batch.
 """
 
@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tove_llava.inference.generation import Answerer
+    from tove_llava.inference.rolling_batch import Batch, Row
+
+# Share of ended answers at which they leave the batch: leaving moves the whole cache.
+ENDED = 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """A question in the model's terms.
+    """A question as ids.
 
     Attributes:
         prompt: ids from :meth:`Answerer.encode`.
@@ -37,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text to score, and what else the answer line records."""
+    """The text to score, and the other fields of the answer line."""
 
     question: Question
     text: str
@@ -54,7 +58,7 @@ class Mode(ABC):
     When the GPU's memory is full, the batch is halved and goes on; questions that were in it are asked again.
 
     Args:
-        features: gives [N, D] of each question's picture, None for those without.
+        features: returns [N, D] of each question's image, None for those without.
         capacity: questions in the model at a time.
         share: compute what prompts have in common once, where the mode can.
     """
@@ -65,74 +69,79 @@ class Mode(ABC):
     def __init__(
         self, answerer: "Answerer", decoding: Decoding, features: Features, capacity: int, share: bool = True
     ) -> None:
+        from tove_llava.inference.rolling_batch import Room
+
         self.answerer = answerer
         self.decoding = decoding
         self.features = features
-        self.capacity = capacity
+        self.room = Room(capacity)
         self.share = share
-        self.waiting: list[Job] = []
+        self.batch = self.make_batch()
 
     @abstractmethod
-    def busy(self) -> int:
-        """Questions in the model now."""
+    def make_batch(self) -> "Batch":
+        """Make the batch that the questions join."""
 
     @abstractmethod
-    def start(self, jobs: Sequence[Job]) -> None:
-        """Take in questions, at most ``capacity - busy()``."""
+    def answer(self, row: "Row") -> Answer:
+        """Return the answer of a row that has ended."""
 
-    @abstractmethod
-    def work(self) -> list[Answer]:
-        """Compute until some answers are ready."""
-
-    @abstractmethod
-    def abandon(self) -> list[Job]:
-        """Forget the questions in the model and return them."""
+    def images(self, rows: "Sequence[Row]") -> "list[list[Tensor]]":
+        """Return the features of each row's images."""
+        return [[] if found is None else [found] for found in self.features([row.job for row in rows])]
 
     def run(self, take: Take) -> Iterator[list[Answer]]:
-        """Answers of all questions that ``take(n)`` gives (at most ``n`` a call; none when there are no more).
+        """Yield answers to all questions of ``take(n)`` (at most ``n`` a call; none when there are no more).
 
         Raises:
             ConfigError: a single question does not fit into the GPU's memory.
         """
         import torch
 
+        waiting: list[Job] = []
         while True:
-            answers: list[Answer] | None = None
             try:
-                self._fill(take)
-                if not self.busy():
+                free = self.room.size - len(self.batch.rows)
+                if free > len(waiting):
+                    waiting += take(free - len(waiting))
+                if waiting and free:
+                    self.batch.join([self._row(job) for job in waiting[:free]])
+                    del waiting[:free]
+                rows = self.batch.rows
+                if not rows:
                     return
-                answers = self.work()
+                while sum(row.ended for row in rows) < ENDED * len(rows):
+                    self.batch.step()
+                answers = [self.answer(row) for row in rows if row.ended]
+                self.batch.leave()
             except torch.OutOfMemoryError:
-                pass  # handled below, where the error no longer holds the tensors of its frames
-            if answers is None:
-                self._shrink()
-            else:
+                answers = []  # handled below, where the error no longer holds the tensors of its frames
+            if answers:
                 yield answers
+                continue
+            waiting = [row.job for row in self.batch.rows] + waiting
+            self.batch.abandon()
+            if not self.room.halve(self.room.size):
+                raise ConfigError(
+                    "the GPU's memory is full with one question at a time; use a smaller --dtype or --max-new-tokens, "
+                    "or a GPU with more memory"
+                )
+            text = f"the GPU's memory is full; going on with {self.room.size} questions at a time"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def _fill(self, take: Take) -> None:
-        room = self.capacity - self.busy()
-        if room > len(self.waiting):
-            self.waiting += take(room - len(self.waiting))
-        jobs = self.waiting[:room]
-        if jobs:
-            self.start(jobs)
-            self.waiting = self.waiting[len(jobs) :]
+    def _row(self, job: Job) -> "Row":
+        import random
 
-    def _shrink(self) -> None:
-        import torch
+        from tove_llava.inference.rolling_batch import Row
 
-        self.waiting = self.abandon() + self.waiting
-        if self.capacity == 1:
-            raise ConfigError(
-                "the GPU's memory is full with one question at a time; use a smaller --dtype or --max-new-tokens, or a "
-                "GPU with more memory"
-            )
-        self.capacity //= 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"the GPU's memory is full; going on with {self.capacity} questions at a time", RuntimeWarning, stacklevel=2
+        return Row(
+            prompt=job.prompt,
+            decoding=self.decoding,
+            longest=min(self.decoding.max_new_tokens, self.answerer.max_length - len(job.prompt)),
+            image=job.question.image,
+            # Its own source of chance, so that no answer depends on the batch, the process or a restart.
+            draw=random.Random(str(job.question.key)).random,
+            job=job,
         )
 
 
@@ -141,7 +150,7 @@ register_mode = MODES.register
 
 
 def get_option_mode(name: str) -> type[Mode]:
-    """The mode called ``name``, which must score options.
+    """Return the mode called ``name``, which must score options.
 
     Raises:
         ConfigError: there is none; the message lists those that exist.

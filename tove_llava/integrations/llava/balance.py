@@ -13,8 +13,8 @@ from tove_llava.integrations.llava.tower import ToveVisionTower
 class BalancedLoss:
     """transformers' own loss function of a language model, plus the tower's balance loss.
 
-    A term of the loss itself, and not a gradient injected behind the tower, because whatever a trainer does to the loss
-    (division by accumulation steps, loss scaling in fp16) then happens to both terms alike.
+    It is a term of the loss, not a gradient injected after the tower, so that a trainer treats both terms alike
+    (division by accumulation steps, loss scaling in fp16).
 
     Args:
         language: the loss function that the model has.

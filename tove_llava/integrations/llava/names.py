@@ -1,4 +1,4 @@
-"""What follows ``--vision_tower``: ``tove:<preset>``, ``tove:<preset file>.yaml`` or ``tove:<checkpoint folder>``."""
+"""Values of ``--vision_tower``: ``tove:<preset>``, ``tove:<preset file>.yaml`` or ``tove:<checkpoint folder>``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ _PRESET_FILES = (".yaml", ".yml")
 
 
 def is_ours(name: str) -> bool:
-    """Whether a value of ``--vision_tower`` names a tower of this package."""
+    """Tell if a value of ``--vision_tower`` names a tower of this package."""
     return name.startswith(PREFIX)
 
 
@@ -27,8 +27,8 @@ class TowerName:
     """A parsed name.
 
     Args:
-        target: what follows ``tove:``.
-        folder: the checkpoint folder that it is, or None for a preset.
+        target: the text after ``tove:``.
+        folder: the checkpoint folder, or None for a preset.
     """
 
     target: str
@@ -36,14 +36,14 @@ class TowerName:
 
     @classmethod
     def parse(cls, name: str) -> "TowerName":
-        """A folder is written with a slash (``./folder``), so that it cannot be taken for a preset, or the reverse."""
+        """Parse a name; a folder has a slash (``./folder``), a preset none."""
         target = name.removeprefix(PREFIX)
         if Path(target).suffix in _PRESET_FILES or "/" not in target:
             return cls(target)
         return cls(target, Path(target).expanduser())
 
     def config(self) -> ToveVisionConfig:
-        """The tower's configuration; reads no weights.
+        """Return the tower's configuration; reads no weights.
 
         Raises:
             ConfigError: no such preset, or a wrong key in it.
@@ -61,7 +61,7 @@ class TowerName:
         return vision_config(load_preset(self.target).vision)
 
     def fill(self, tower: ToveVisionModel) -> None:
-        """Gives a new tower the folder's trained parts; does nothing for a preset.
+        """Load the folder's trained parts into a new tower; nothing for a preset.
 
         Raises:
             CheckpointError: the folder's weights are damaged or of another tower.
@@ -94,7 +94,7 @@ def _folder_config(folder: Path) -> ToveVisionConfig:
         raise CheckpointError(
             f"{folder} is a {config.model_type!r} checkpoint, without a ToVE tower; name the folder of one"
         )
-    # Written out, so that they can still be found from the folders that later stages write.
+    # Resolved, so that they can still be found from the folders of later stages.
     config.clip_source = str(Source.parse(config.clip_source).resolve(folder))
     for expert in config.experts:
         expert["source"] = str(Source.parse(expert["source"]).resolve(folder))
@@ -102,7 +102,7 @@ def _folder_config(folder: Path) -> ToveVisionConfig:
 
 
 def _trained_parts(folder: Path) -> dict[str, torch.Tensor]:
-    """The tower's parameters in any folder that this package or ``save_pretrained`` writes."""
+    """Read the tower's parameters from any folder of this package or of ``save_pretrained``."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:

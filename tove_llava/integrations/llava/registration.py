@@ -1,4 +1,4 @@
-"""``register()``: the one function of LLaVA's that is rebound, and how the tower meets the model around it."""
+"""``register()``: rebind one function of LLaVA, and connect the tower with the model around it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _BUILDER, _ARCH = "llava.model.multimodal_encoder.builder", "llava.model.llava_a
 
 
 def register() -> None:
-    """Lets LLaVA's ``build_vision_tower`` build ``tove:...``; every other name goes to the original function.
+    """Make LLaVA's ``build_vision_tower`` build ``tove:...``; other names go to the original function.
 
     Call it before a model is built. A second call does nothing.
 
-    LLaVA hands a vision tower nothing of the model that it belongs to. So the tower is told by torch when LLaVA sets
-    ``mm_projector`` (which the trained parts join) and when it sets the model inside its ``...ForCausalLM`` (whose loss
-    function gets the balance loss): torch calls a registration hook for every submodule that is set.
+    LLaVA gives a vision tower no access to its model. So a hook of torch reports when LLaVA sets ``mm_projector``
+    (which the trained parts join), and when it sets the model inside its ``...ForCausalLM`` (whose loss function gets
+    the balance loss).
 
     Raises:
         ConfigError: the package ``llava`` cannot be imported, or is not haotian-liu/LLaVA.
@@ -50,7 +50,7 @@ class _BuildVisionTower:
         name = getattr(vision_tower_cfg, "mm_vision_tower", getattr(vision_tower_cfg, "vision_tower", None))
         if name is None or not is_ours(name):
             return self.original(vision_tower_cfg, **kwargs)
-        with torch.random.fork_rng(devices=[]):  # the projector, built next, starts from the values it has beside CLIP
+        with torch.random.fork_rng(devices=[]):  # the projector, built next, starts from the values it has with CLIP
             return ToveVisionTower(name, vision_tower_cfg, **kwargs)
 
 

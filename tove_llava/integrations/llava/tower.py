@@ -1,4 +1,4 @@
-"""The tower, answering everything that LLaVA's code asks of a vision tower."""
+"""The tower with everything that LLaVA's code asks of a vision tower."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.integrations.llava.names import TowerName
-from tove_llava.integrations.llava.record import RECORD, check_first_stage, recorded_config
+from tove_llava.integrations.llava.recorded_tower import RECORD, check_first_stage, recorded_config
 from tove_llava.llava.processing import build_image_processor
 from tove_llava.tower import GateInputs, ToveVisionConfig, ToveVisionModel, all_reduce_statistics, balance_loss
 
@@ -21,13 +21,12 @@ PART = "tove"  # attribute of the projector's first layer
 
 
 class ToveVisionTower(nn.Module):
-    """What ``build_vision_tower`` returns.
+    """The vision tower that ``build_vision_tower`` returns.
 
     The trained parts are built at once, also under ``delay_load``; CLIP and the experts come with :meth:`load_model`.
-    As soon as LLaVA has a projector, :meth:`join` makes the trained parts a part of it. LLaVA then does with them what
-    it does with the projector: trains them in both stages, gives them ``mm_projector_lr``, leaves them out of LoRA,
-    saves them in ``mm_projector.bin``, in ``non_lora_trainables.bin`` and in whole folders, and loads them from there.
-    This module itself holds no parameter, so freezing it freezes nothing.
+    :meth:`join` makes the trained parts a part of LLaVA's projector. LLaVA then treats them as the projector: trains
+    them in both stages with ``mm_projector_lr``, without LoRA, and saves and loads them in ``mm_projector.bin``,
+    ``non_lora_trainables.bin`` and whole folders. This module holds no parameter, so freezing it freezes nothing.
 
     Args:
         vision_tower: ``tove:...``.
@@ -51,7 +50,7 @@ class ToveVisionTower(nn.Module):
         self.image_processor = build_image_processor(config)
         self.tower = ToveVisionModel(config)
         self._gate_inputs: GateInputs | None = None
-        self._place = ""  # of the trained parts in the projector, once they have joined
+        self._prefix = ""  # of the trained parts in the projector, once they have joined
         self._seen: set[str] = set()  # names that load_state_dict has brought for the projector and the trained parts
         if not delay_load:
             name.fill(self.tower)
@@ -64,15 +63,14 @@ class ToveVisionTower(nn.Module):
         return self.tower.is_loaded
 
     def load_model(self, device_map: Any = None) -> None:
-        """Loads CLIP and the experts in float32, as LLaVA loads CLIP; does nothing where they are loaded.
+        """Load CLIP and the experts in float32, as LLaVA loads CLIP, unless they are loaded.
 
         Args:
-            device_map: a device, ``"auto"`` (the first GPU where there is one), or a mapping with an entry for the
-                whole model or its vision tower; beside the trained parts by default.
+            device_map: a device, ``"auto"`` (the first GPU, if any), or a mapping with an entry for the whole model or
+                its vision tower; by default the device of the trained parts.
 
         Raises:
-            CheckpointError: weights are missing or of another model, or what was loaded as a stage-1 file lacks the
-                tower's trained parts.
+            CheckpointError: weights are missing or of another model, or the stage-1 file lacks the trained parts.
         """
         if self.is_loaded:
             return
@@ -81,9 +79,9 @@ class ToveVisionTower(nn.Module):
         self.tower.frozen.load(self.tower.active_experts, base_dir=None, device=device, dtype=torch.float32)
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """``[B,3,S,S]`` -> ``[B,N,d]`` in the images' dtype; a list of ``[3,S,S]`` -> a list of ``[1,N,d]``.
+        """Encode ``[B,3,S,S]`` to ``[B,N,d]`` in the images' dtype, or a list of ``[3,S,S]`` to a list of ``[1,N,d]``.
 
-        CLIP and the experts run in their own dtype and without autograd, the trained parts on the images' dtype.
+        CLIP and the experts run in their own dtype without autograd, the trained parts in the images' dtype.
         """
         if isinstance(images, list):
             return list(self._tokens(torch.stack(images)).split(1))
@@ -105,7 +103,7 @@ class ToveVisionTower(nn.Module):
 
     @property
     def config(self) -> ToveVisionConfig:
-        """Has ``image_size``, ``patch_size`` and ``hidden_size``, as CLIP's configuration."""
+        """Return a configuration with CLIP's ``image_size``, ``patch_size`` and ``hidden_size``."""
         return self.tower.config
 
     @property
@@ -118,16 +116,16 @@ class ToveVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Tokens of an image, for the server's limit on the length of a prompt."""
+        """Return the tokens of an image, for the server's limit on a prompt's length."""
         return self.config.num_image_tokens
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def balance_loss(self) -> torch.Tensor | None:
-        """Balance loss of the images of the last training pass, times its coefficient; each pass gives it once.
+        """Return the balance loss of the last training pass, times its coefficient; once for each pass.
 
-        Over the images of all ranks, so every rank has to call it. It comes whole on each rank, for gradients that are
-        averaged over ranks. None without a gate, or when there was no such pass.
+        It covers the images of all ranks, so every rank has to call it, and is whole on each rank, for gradients that
+        are averaged over ranks. None without a gate, or without such a pass.
         """
         inputs, self._gate_inputs = self._gate_inputs, None
         if inputs is None or not self.config.router_aux_loss_coef:
@@ -138,9 +136,9 @@ class ToveVisionTower(nn.Module):
         return self.config.router_aux_loss_coef * balance_loss(all_reduce_statistics(statistics))
 
     def join(self, projector: nn.Module, config: Any) -> None:
-        """Makes the trained parts a part of LLaVA's projector, and records the tower in LLaVA's configuration.
+        """Add the trained parts to LLaVA's projector, and the tower to LLaVA's configuration.
 
-        They hang on the projector's first layer, because an ``nn.Sequential`` would run them.
+        The projector's first layer holds them, because an ``nn.Sequential`` would run them.
 
         Args:
             projector: the module that becomes ``mm_projector``.
@@ -154,11 +152,11 @@ class ToveVisionTower(nn.Module):
         self.__dict__["tower"] = tower  # a plain attribute: each parameter has one place in the model
         layer = next(module for module in projector.modules() if not isinstance(module, nn.Sequential))
         layer.add_module(PART, tower)
-        self._place = next(name for name, module in projector.named_modules() if module is tower) + "."
+        self._prefix = next(name for name, module in projector.named_modules() if module is tower) + "."
         projector.register_load_state_dict_pre_hook(self._before_load)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ToveVisionTower:
-        """``vision_tower.to(...)``: for CLIP and the experts; trained parts that have joined go with the projector."""
+        """Move CLIP and the experts too; trained parts that have joined go with the projector."""
         super()._apply(fn, recurse)
         self.tower.frozen.apply(fn)
         return self
@@ -170,14 +168,14 @@ class ToveVisionTower(nn.Module):
             )
         features = self.tower.encode(images.to(device=self.device, dtype=self.dtype))
         # Weights that accelerate keeps elsewhere until they are used are on the meta device meanwhile.
-        place = self.device if self.tower.device.type == "meta" else self.tower.device
-        output = self.tower.fuse(features.to(place, images.dtype))
+        device = self.device if self.tower.device.type == "meta" else self.tower.device
+        output = self.tower.fuse(features.to(device, images.dtype))
         if self.tower.training and torch.is_grad_enabled():
             self._keep(output.gate_inputs, images)
         return output.last_hidden_state
 
     def _keep(self, inputs: GateInputs | None, images: torch.Tensor) -> None:
-        """Keeps a gate's inputs for the balance loss, without the zeros that LLaVA feeds for a record without image."""
+        """Keep a gate's inputs for the balance loss, without the zeros that stand for no image."""
         if self._gate_inputs is not None:
             logger.warning_once(
                 "The balance loss of the tower's gate was not taken: nothing asked for it after a training pass. "
@@ -192,10 +190,10 @@ class ToveVisionTower(nn.Module):
     # -- loading ------------------------------------------------------------------------------------------------------
 
     def _before_load(self, projector: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Notes which tensors of the projector and the trained parts are loaded.
+        """Note which tensors of the projector and the trained parts are loaded.
 
-        ``mm_projector.load_state_dict(...)`` brings all of them at once. A whole model's may come in several shards,
-        and is followed by :meth:`load_model`.
+        ``mm_projector.load_state_dict(...)`` brings all at once; those of a whole model may come in several shards,
+        followed by :meth:`load_model`.
         """
         self._seen |= {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
         if not prefix:
@@ -204,7 +202,7 @@ class ToveVisionTower(nn.Module):
     def _check_seen(self) -> None:
         if not self._seen:
             return
-        found = {name.removeprefix(self._place) for name in self._seen if name.startswith(self._place)}
+        found = {name.removeprefix(self._prefix) for name in self._seen if name.startswith(self._prefix)}
         wrong = sorted(found ^ self.tower.state_dict().keys())
         self._seen.clear()
         if wrong:
@@ -217,7 +215,7 @@ class ToveVisionTower(nn.Module):
 
 
 def _check_options(args: Any, config: ToveVisionConfig) -> None:
-    """Refuses options of LLaVA's that a ToVE tower would have to ignore."""
+    """Refuse options of LLaVA that a ToVE tower would have to ignore."""
     layer = getattr(args, "mm_vision_select_layer", config.clip_layer)
     layers = config.clip_config.num_hidden_layers + 1
     if layer % layers != config.clip_layer % layers:
@@ -226,7 +224,7 @@ def _check_options(args: Any, config: ToveVisionConfig) -> None:
             f"--mm_vision_select_layer {config.clip_layer}, or set clip_layer in a preset of your own"
         )
     if getattr(args, "mm_vision_select_feature", "patch") != "patch":
-        raise ConfigError("a ToVE tower returns patch tokens alone; pass --mm_vision_select_feature patch")
+        raise ConfigError("a ToVE tower returns only patch tokens; pass --mm_vision_select_feature patch")
     if getattr(args, "s2", False):
         raise ConfigError("S2 runs CLIP at several scales and cannot run a ToVE tower; leave s2 out")
     if getattr(args, "unfreeze_mm_vision_tower", False):
@@ -237,7 +235,7 @@ def _device(device_map: Any, default: torch.device) -> torch.device:
     if isinstance(device_map, dict):
         found = [device_map[key] for key in ("", "vision_tower", "model.vision_tower") if key in device_map]
         if not found:
-            raise ConfigError(f"device_map {device_map} says nothing of the vision tower; add 'model.vision_tower'")
+            raise ConfigError(f"device_map {device_map} does not name the vision tower; add 'model.vision_tower'")
         device_map = found[0]
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """What lmms-eval registers; it imports nothing of the model until the model is asked for."""
+    """Return the entry that lmms-eval registers; the model is imported only when it is used."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     model = f"{__name__}.model"

@@ -1,4 +1,4 @@
-"""Answering what an evaluation harness asks, independent of the harness's own classes."""
+"""Answers to an evaluation harness, independent of the harness's own classes."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.eval.tasks import Decoding
 from tove_llava.inference.generation import Answerer
-from tove_llava.tower import ToveVisionOutput
+from tove_llava.inference.sequences import as_images
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 
@@ -26,7 +26,7 @@ class Request:
 
     Attributes:
         turns: system, user and assistant messages; the last is the user's.
-        images: pictures in the order of their placeholders.
+        images: in the order of their placeholders.
         settings: generation settings in transformers' names, and ``until``: texts at which the answer is cut.
     """
 
@@ -36,14 +36,14 @@ class Request:
 
 
 def user_turn(text: str, images: int) -> Turn:
-    """The user's words, with a placeholder for each picture in front, unless the text says where they belong."""
+    """Return the user's turn, with a placeholder for each image in front, unless the text has them."""
     if text.count(IMAGE_PLACEHOLDER) == images:
         return Turn("user", text)
     return Turn("user", f"{IMAGE_PLACEHOLDER}\n" * images + text.replace(IMAGE_PLACEHOLDER, "").strip())
 
 
 def decoding_of(settings: Mapping[str, Any]) -> Decoding:
-    """The decoding that the settings ask for. ``do_sample: false`` is greedy whatever the temperature.
+    """Read the decoding from settings. ``do_sample: false`` is greedy at any temperature.
 
     Raises:
         ConfigError: a setting is unknown or out of its range.
@@ -55,12 +55,12 @@ def decoding_of(settings: Mapping[str, Any]) -> Decoding:
     if settings.get("do_sample") is True:
         known.setdefault("temperature", 1.0)  # as in transformers
     if settings.get("do_sample") is False or not known.get("temperature"):
-        known |= {"temperature": 0.0, "top_p": 1.0}  # tasks give these any value beside greedy decoding
+        known |= {"temperature": 0.0, "top_p": 1.0}  # tasks give these any value with greedy decoding
     return Decoding(**{"max_new_tokens": DEFAULT_MAX_NEW_TOKENS, **known})
 
 
 def cut(text: str, until: Sequence[str] | str | None) -> str:
-    """The text before the first of the stop texts."""
+    """Return the text before the first of the stop texts."""
     for stop in [until] if isinstance(until, str) else until or []:
         if stop:
             text = text.split(stop)[0]
@@ -73,10 +73,10 @@ def answer(
     batch_size: int = 1,
     done: Callable[[int], Any] = lambda number: None,
 ) -> list[str]:
-    """Answers in the order of the requests; those with the same settings go through the model together.
+    """Answer the requests, in their order; those with the same settings go through the model together.
 
     Args:
-        done: is told how many more have been answered.
+        done: called with the number of further answers.
 
     Raises:
         ConfigError, DataError: a request cannot be answered; its number is named.
@@ -112,10 +112,10 @@ def answer(
 
 @torch.inference_mode()
 def loss(answerer: Answerer, request: Request, words: str) -> tuple[float, bool]:
-    """How unlikely the words are as the answer: the mean negative log-probability of their tokens (nats).
+    """Return the mean negative log-probability (nats) of the tokens of an answer.
 
     Returns:
-        the mean, and whether greedy decoding would begin with these tokens.
+        the mean, and True if greedy decoding would begin with these tokens.
 
     Raises:
         DataError: there are no words.
@@ -126,15 +126,14 @@ def loss(answerer: Answerer, request: Request, words: str) -> tuple[float, bool]
     prompt = answerer.encode(request.turns, len(request.images))
     ids = torch.tensor([prompt + said[:-1]], device=answerer.device)  # [1, L]
     features = _features(answerer, request.images)
-    images = {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=features)}} if features else {}
-    logits = answerer.model(input_ids=ids, logits_to_keep=len(said), **images).logits[0]  # [words, V]
+    logits = answerer.model(input_ids=ids, logits_to_keep=len(said), **as_images(features)).logits[0]  # [words, V]
     targets = torch.tensor(said, device=answerer.device)  # [words]
     logs = logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     return -float(logs.mean()), bool((logits.argmax(dim=-1) == targets).all())
 
 
 def _features(answerer: Answerer, images: Sequence[Image.Image | str]) -> list[torch.Tensor]:
-    """[N, D] of every image."""
+    """Return [N, D] of every image."""
     if not images:
         return []
     return answerer.features(torch.stack([answerer.pixels(image) for image in images]))

@@ -1,4 +1,4 @@
-"""lmms-eval's model interfaces, in front of :mod:`asking`. This module can be imported only where lmms-eval is."""
+"""lmms-eval's model interfaces over :mod:`asking`. Importing this module needs lmms-eval."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +18,13 @@ from tove_llava.integrations.lmms_eval.asking import Request, answer, loss, user
 
 
 class _ToveLlava(lmms):  # type: ignore[misc]
-    """What both interfaces share.
+    """The common part of both interfaces.
 
     Args:
         pretrained: any model folder that ``tove-llava eval`` takes.
-        device: "cuda", "cpu", ...; by default a GPU where there is one, and each process's own under ``accelerate``.
-        dtype: float32, bfloat16, float16; by default by the device.
-        template: conversation template instead of the one that the folder records.
+        device: "cuda", "cpu", ...; by default a GPU, if any, and each process's own under ``accelerate``.
+        dtype: float32, bfloat16, float16; by default the device decides.
+        template: conversation template; by default the one that the folder records.
         batch_size: requests in the model at a time.
     """
 
@@ -61,12 +61,12 @@ class _ToveLlava(lmms):  # type: ignore[misc]
 
 
 class ToveLlavaSimple(_ToveLlava):
-    """Tasks that give a text and pictures; multiple choice by likelihood too (``--force_simple``)."""
+    """Tasks that give a text and images; multiple choice by likelihood too (``--force_simple``)."""
 
     is_simple = True
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers of ``(context, settings, doc_to_visual, document, task, split)``."""
+        """Answer ``(context, settings, doc_to_visual, document, task, split)``."""
         asked = []
         for request in requests:
             context, settings, doc_to_visual, number, task, split = request.args
@@ -74,7 +74,7 @@ class ToveLlavaSimple(_ToveLlava):
         return self._answer(asked)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """lmms-eval takes the *lowest* value as the most likely: the mean negative log-probability of the tokens."""
+        """Return mean negative log-probabilities of tokens: lmms-eval takes the *lowest* as the most likely."""
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="tove_llava", unit="option"):
             context, target, doc_to_visual, number, task, split = request.args
@@ -85,17 +85,17 @@ class ToveLlavaSimple(_ToveLlava):
 
     @staticmethod
     def _request(context: str, visuals: Sequence[Any] | None, settings: dict[str, Any]) -> Request:
-        images = [_picture(visual) for visual in visuals or []]
+        images = [_image(visual) for visual in visuals or []]
         return Request([user_turn(context, len(images))], images, settings)
 
 
 class ToveLlavaChat(_ToveLlava):
-    """Tasks that give messages; what lmms-eval chooses by itself."""
+    """Tasks that give messages; lmms-eval chooses this by itself."""
 
     is_simple = False
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Answers of ``(context, doc_to_messages, settings, document, task, split)``."""
+        """Answer ``(context, doc_to_messages, settings, document, task, split)``."""
         asked = []
         for request in requests:
             _, doc_to_messages, settings, number, task, split = request.args
@@ -108,7 +108,7 @@ class ToveLlavaChat(_ToveLlava):
 
 
 def _conversation(messages: Sequence[Any], settings: dict[str, Any]) -> Request:
-    """A request of chat messages; pictures stand in front of their message's text, as in training."""
+    """Make a request of chat messages; images stand in front of their message's text, as in training."""
     turns, images = [], []
     for message in messages:
         texts, mine = [], []
@@ -116,7 +116,7 @@ def _conversation(messages: Sequence[Any], settings: dict[str, Any]) -> Request:
             if part.type == "text":
                 texts.append(part.text)
             elif part.type == "image" and message.role == "user":
-                mine.append(_picture(part.url))
+                mine.append(_image(part.url))
             else:
                 raise DataError(f"a message of the {message.role} has {part.type!r}, which this model does not take")
         text = "\n".join(texts)
@@ -125,7 +125,7 @@ def _conversation(messages: Sequence[Any], settings: dict[str, Any]) -> Request:
     return Request(turns, images, settings)
 
 
-def _picture(visual: Any) -> Image.Image | str:
+def _image(visual: Any) -> Image.Image | str:
     if isinstance(visual, Image.Image | str):
         return visual
-    raise DataError(f"a picture or a picture file is needed, found {type(visual).__name__}; video is not supported")
+    raise DataError(f"an image or an image file is needed, found {type(visual).__name__}; video is not supported")

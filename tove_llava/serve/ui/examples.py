@@ -17,14 +17,14 @@ CHOSEN = ((4, "nearer"), (11, "counting"), (10, "left_right"), (9, None))
 
 @dataclass(frozen=True)
 class Example:
-    """A question about a picture file."""
+    """A question about an image file."""
 
     file: str
     text: str
 
 
 def make_examples(folder: Path) -> list[Example]:
-    """Draws the scenes into ``folder``: pictures of the "val" split, which no training sees."""
+    """Draw scenes of the "val" split, which no training sees, into ``folder``."""
     examples = []
     for index, category in CHOSEN:
         scene = sample_scene(SEED, "val", index)

@@ -1,5 +1,6 @@
-"""The routing drawn over the picture that the model sees. Nothing here runs the model but :func:`look`."""
+"""The routing over the image that the model sees, and its legend. Only :func:`view_routing` runs the model."""
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,60 +10,82 @@ from PIL import Image
 
 from tove_llava.analysis.colours import column_colour, heat_colours
 from tove_llava.inference.engine import Engine, Routing
-from tove_llava.serve.ui.conversation import picture
+from tove_llava.serve.ui.session import Session
 
 ALL = "all experts"  # the view of the largest weight; any other is an expert's name
-SIDE = 480  # pixels of the drawing's side
+NO_IMAGE = "Add an image, and its map appears here: which expert each part of it listens to."
+NO_GATE = "No map: without experts (or a gate) only CLIP reads the image."
 
 
 @dataclass(frozen=True)
-class Look:
-    """One picture and its routing; ``routing`` is None without a gate or with all experts detached."""
+class RoutingView:
+    """One image and its routing; ``routing`` is None without a gate or with all experts detached."""
 
-    seen: Image.Image  # RGB, SIDE x SIDE
+    framed: Image.Image
     routing: Routing | None
     attached: tuple[str, ...]
 
 
-def look(engine: Engine, file: str, experts: Sequence[str] | None = None) -> Look:
-    """Runs the tower on one picture.
+def view_routing(session: Session, engine: Engine, file: str, experts: Sequence[str] | None) -> RoutingView:
+    """Run the tower on one image.
 
     Raises:
-        ToveError: as of ``Engine.routing`` and ``conversation.picture``.
+        ToveError: as of ``Engine.routing`` and ``Session.see``.
     """
-    opened = picture(file)
-    routing = engine.routing(opened, experts)
-    seen = engine.answerer.upright_transform.framed(opened).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return Look(seen, routing, engine.experts if experts is None else tuple(experts))
+    seen = session.see(engine, file)
+    attached = engine.experts if experts is None else tuple(experts)
+    return RoutingView(seen.framed, engine.routing(seen.pixels, attached), attached)
 
 
-def views(experts: Sequence[str]) -> list[str]:
-    """What :func:`draw` can show: the argmax map, and one heat map for each expert."""
-    return [ALL, *experts]
-
-
-def draw(found: Look, view: str = ALL, opacity: float = 0.55) -> Image.Image:
-    """The picture under its routing: :data:`ALL` colours each token as the expert that it listens to most, an
-    expert's name shows that expert's weight from 0 to the largest of all.
+def draw(view: RoutingView, choice: str = ALL, opacity: float = 0.55) -> Image.Image:
+    """Draw the routing over its image.
 
     Args:
-        opacity: 0 shows the picture alone, 1 the map alone.
+        choice: :data:`ALL` colours each token as the expert with the largest weight; an expert's name shows that
+            expert's weight, from 0 to the largest of all.
+        opacity: 0 shows only the image, 1 only the map.
     """
-    routing = found.routing
-    if routing is None or (view != ALL and view not in routing.grids):
-        return found.seen
-    if view == ALL:
+    routing = view.routing
+    if routing is None or (choice != ALL and choice not in routing.grids):
+        return view.framed
+    if choice == ALL:
         names = list(routing.grids)
         colours = np.array([column_colour(index) for index in range(len(names))], dtype=np.uint8)
         cells = colours[np.array([[names.index(name) for name in row] for row in routing.argmax])]
     else:
         largest = max(max(map(max, grid)) for grid in routing.grids.values())
-        cells = heat_colours(np.array(routing.grids[view]) / (largest or 1.0))
-    layer = Image.fromarray(cells).resize(found.seen.size, Image.Resampling.NEAREST)
-    return Image.blend(found.seen, layer, min(max(opacity, 0.0), 1.0))
+        cells = heat_colours(np.array(routing.grids[choice]) / (largest or 1.0))
+    layer = Image.fromarray(cells).resize(view.framed.size, Image.Resampling.NEAREST)
+    return Image.blend(view.framed, layer, min(max(opacity, 0.0), 1.0))
+
+
+def legend(view: RoutingView | None, experts: Sequence[str], choice: str = ALL) -> str:
+    """List name, bar and share: an expert's mean gate weight over the image's tokens."""
+    if view is None:
+        return f'<p class="tove-hint">{NO_IMAGE}</p>'
+    if view.routing is None:
+        return f'<p class="tove-hint">{NO_GATE}</p>'
+    rows = ""
+    for index, (name, share) in enumerate(view.routing.means.items()):
+        colour = "#{:02x}{:02x}{:02x}".format(*column_colour(index))
+        attached = name in view.attached or name not in experts
+        value, state = (f"{100 * share:.0f} %", "") if attached else ("detached", " tove-off")
+        rows += (
+            f'<div class="tove-row{state}"><i style="background:{colour}"></i><span>{html.escape(name)}</span>'
+            f'<b><u style="width:{100 * share:.1f}%;background:{colour}"></u></b><em>{value}</em></div>'
+        )
+    hint = '<p class="tove-hint">Colours: the expert with the largest weight. Bars: mean weight.</p>'
+    if choice != ALL and choice in view.routing.grids:
+        largest = max(max(map(max, grid)) for grid in view.routing.grids.values())
+        stops = ",".join("#{:02x}{:02x}{:02x}".format(*heat_colours(step / 8)) for step in range(9))  # type: ignore[arg-type]
+        hint = (
+            f'<p class="tove-hint tove-scale">weight of {html.escape(choice)}: 0 '
+            f'<i style="background:linear-gradient(90deg,{stops})"></i> {largest:.2f}</p>'
+        )
+    return f'<div class="tove-legend">{rows}</div>{hint}'
 
 
 def name_of(model: str) -> str:
-    """How a model is called on the page: its folder's name, and the one above where that says little."""
+    """Shorten a model's folder for the page; a name that says little keeps the folder above it."""
     path = Path(model)
     return "/".join(path.parts[-2:]) if path.name in ("model", "merged", "export") else path.name or "model"

@@ -1,50 +1,45 @@
-"""The panel beside the chat: the routing over the picture, its legend, and a toggle for each expert."""
+"""The panel next to the chat: the routing over the image, its legend, and a toggle for each expert."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from tove_llava.inference.engine import Engine
-from tove_llava.serve.ui.answers import AT_ONCE, Desk
-from tove_llava.serve.ui.legend import legend
-from tove_llava.serve.ui.overlay import ALL, Look, draw, look, views
-from tove_llava.serve.ui.refusals import told
+from tove_llava.serve.ui.overlay import ALL, RoutingView, draw, legend, view_routing
+from tove_llava.serve.ui.running import shown_errors
+from tove_llava.serve.ui.session import AT_ONCE, Session
 
 
 class Panel:
-    """Built where gradio's layout stands.
-
-    Args:
-        desk: runs what decodes pictures.
+    """The panel, in gradio's current layout.
 
     Attributes:
         attached: a CheckboxGroup of the experts.
-        files: a State with the pictures of the conversation; its change draws the last one.
+        files: a State with the images of the conversation; its change draws the last one.
     """
 
-    def __init__(self, engine: Engine, desk: Desk) -> None:
-        self._engine, self._desk = engine, desk
+    def __init__(self, engine: Engine, session: Session) -> None:
+        self._engine, self._session = engine, session
         experts = list(engine.experts)
         self.files = gr.State([])
-        self._look = gr.State(None)
+        self._view = gr.State(None)
         gr.Markdown("### Which expert sees what", elem_classes="tove-title")
         self._map = gr.Image(
-            label="Routing over the picture",
+            label="Routing over the image",
             show_label=False,
             interactive=False,
             format="png",
             buttons=["fullscreen"],
             height=300,
             elem_id="tove-map",
-            alt_text="the picture with the routing drawn over it",
-            placeholder="no picture yet",
+            alt_text="the image with the routing drawn over it",
+            placeholder="no image yet",
         )
         self._legend = gr.HTML(legend(None, experts), elem_id="tove-legend")
-        self.picture = gr.Radio([], label="Picture", visible=False, elem_id="tove-picture")
-        self._view = gr.Radio(views(experts), value=ALL, label="Show", elem_id="tove-view")
+        self.image = gr.Radio([], label="Image", visible=False, elem_id="tove-picture")
+        self._choice = gr.Radio([ALL, *experts], value=ALL, label="Show", elem_id="tove-view")
         self._opacity = gr.Slider(0, 1, value=0.55, step=0.05, label="Opacity of the map", elem_id="tove-opacity")
         self.attached = gr.CheckboxGroup(
             experts,
@@ -56,33 +51,33 @@ class Panel:
         self._listen()
 
     def _listen(self) -> None:
-        drawn = [self._look, self._map, self._legend]
-        seen = [self.files, self.picture, self.attached, self._view, self._opacity]
+        drawn = [self._view, self._map, self._legend]
+        seen = [self.files, self.image, self.attached, self._choice, self._opacity]
         quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": AT_ONCE}
-        # A change of the choice draws; new pictures only change the choice, or draw where it stays.
-        self.files.change(self._choices, self.files, self.picture, **quiet).then(self._run, seen, drawn, **quiet)
-        self.picture.input(self._run, seen, drawn, **quiet)
+        # Drawn when the user chooses, and when the images change.
+        self.files.change(self._choices, self.files, self.image, **quiet).then(self._run, seen, drawn, **quiet)
+        self.image.input(self._run, seen, drawn, **quiet)
         self.attached.input(self._run, seen, drawn, trigger_mode="always_last", **quiet)
         redrawn = [self._map, self._legend]
-        shown = [self._look, self._view, self._opacity]
-        self._view.input(self._draw, shown, redrawn, trigger_mode="always_last", **quiet)
+        shown = [self._view, self._choice, self._opacity]
+        self._choice.input(self._draw, shown, redrawn, trigger_mode="always_last", **quiet)
         self._opacity.input(self._draw, shown, redrawn, trigger_mode="always_last", **quiet)
 
     def _choices(self, files: Sequence[str]) -> Any:
-        names = [(f"{place}: {Path(file).name}", place - 1) for place, file in enumerate(files, start=1)]
+        names = [(f"{number}: {Path(file).name}", number - 1) for number, file in enumerate(files, start=1)]
         return gr.Radio(choices=names, value=len(files) - 1 if files else None, visible=len(files) > 1)
 
     async def _run(
-        self, files: Sequence[str], place: int | None, attached: Sequence[str], view: str, opacity: float
-    ) -> tuple[Look | None, Any, str]:
-        """Runs the tower on the chosen picture."""
+        self, files: Sequence[str], index: int | None, attached: Sequence[str], choice: str, opacity: float
+    ) -> tuple[RoutingView | None, Any, str]:
+        """Run the tower on the chosen image."""
         if not files:
             return None, None, legend(None, self._engine.experts)
-        file = files[place if place is not None and 0 <= place < len(files) else -1]
-        with told():
-            found = await self._desk.guarded(partial(look, self._engine, file, tuple(attached)))
-        return found, *self._draw(found, view, opacity)
+        file = files[index if index is not None and 0 <= index < len(files) else -1]
+        with shown_errors():
+            view = await self._session.in_thread(view_routing, self._session, self._engine, file, attached)
+        return view, *self._draw(view, choice, opacity)
 
-    def _draw(self, found: Look | None, view: str, opacity: float) -> tuple[Any, str]:
-        """Draws what is known already; the model does not run."""
-        return None if found is None else draw(found, view, opacity), legend(found, self._engine.experts, view)
+    def _draw(self, view: RoutingView | None, choice: str, opacity: float) -> tuple[Any, str]:
+        """Draw without running the model."""
+        return None if view is None else draw(view, choice, opacity), legend(view, self._engine.experts, choice)

@@ -1,10 +1,26 @@
-"""The answer that a visitor waits for, so that another of the page's listeners can end it."""
+"""The answer that a visitor waits for, and errors as messages on the page."""
 
+import html
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import gradio as gr
+
+from tove_llava.core.errors import ToveError
 from tove_llava.inference.engine import Reply
 
 
+@contextmanager
+def shown_errors() -> Iterator[None]:
+    """Turn errors that a user can mend into gradio's messages, as text and never as HTML."""
+    try:
+        yield
+    except ToveError as error:
+        raise gr.Error(html.escape(str(error)), print_exception=False) from error
+
+
 class Running:
-    """One for each visitor. Every answer gets a number; what an older one still has to say is left unsaid.
+    """The running answer of one visitor. Every answer gets a number; the rest of an older one is not shown.
 
     Attributes:
         stopped: whether the visitor has ended the answer.
@@ -16,29 +32,29 @@ class Running:
         self._reply: Reply | None = None
 
     def begin(self) -> int:
-        """A new answer's number."""
+        """End the answer before and return the number of a new one."""
         self.leave()
         self.stopped = False
         return self._number
 
     def take(self, number: int, reply: Reply) -> None:
-        """The reply of an answer. Where the visitor was faster, it ends at once."""
+        """Note the reply of an answer; it ends at once if the visitor was faster."""
         self._reply = reply
         if self.stopped or not self.is_current(number):
             reply.cancel()
 
     def is_current(self, number: int) -> bool:
-        """Whether the page still shows this answer."""
+        """Tell if the page still shows this answer."""
         return number == self._number
 
     def stop(self) -> None:
-        """Ends the answer; its text so far stays on the page."""
+        """End the answer; its text so far stays on the page."""
         self.stopped = True
         if self._reply is not None:
             self._reply.cancel()
             self._reply = None
 
     def leave(self) -> None:
-        """Ends the answer; nothing of it is shown any more."""
+        """End the answer and show nothing more of it."""
         self._number += 1
         self.stop()

@@ -1,6 +1,6 @@
-"""The tower's configuration in LLaVA's own ``config.json``, which every stage saves beside its weights.
+"""The tower's configuration in LLaVA's own ``config.json``, which every stage saves with its weights.
 
-A checkpoint is thereby read as it was trained, whatever became of the preset that ``mm_vision_tower`` names.
+So a checkpoint is read as it was trained, also after a change of the preset that ``mm_vision_tower`` names.
 """
 
 import json
@@ -13,22 +13,22 @@ from tove_llava.core.files import read_json_object
 from tove_llava.tower import ToveVisionConfig
 
 RECORD = "tove_vision_config"  # key of LLaVA's config.json
-# Which experts are used, and how evenly, may change between stages; CLIP's architecture is told by its source.
+# The used experts and their balance may change between stages; CLIP's source determines its architecture.
 _FREE = {"detached_experts", "router_aux_loss_coef", "clip_config"}
 _COMPARED = sorted(set(ToveVisionConfig.__annotations__) - _FREE)
 
 
 def recorded_config(args: Any) -> ToveVisionConfig | None:
-    """What LLaVA's configuration ``args`` records of its tower, or None."""
+    """Return the tower that LLaVA's configuration ``args`` records, or None."""
     record = getattr(args, RECORD, None)
     return ToveVisionConfig.from_dict(dict(record)) if isinstance(record, Mapping) else record
 
 
 def check_first_stage(adapter: str | None, config: ToveVisionConfig) -> None:
-    """Compares the tower with the one recorded beside ``--pretrain_mm_mlp_adapter``, where there is a record.
+    """Compare the tower with the one recorded next to ``--pretrain_mm_mlp_adapter``, if any.
 
     Raises:
-        CheckpointError: they differ in more than experts that are taken out, or the record is damaged.
+        CheckpointError: they differ in more than detached experts, or the record is damaged.
     """
     file = None if adapter is None else Path(adapter).with_name("config.json")
     if file is None or not file.is_file():

@@ -3,21 +3,19 @@
 import html
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
-from functools import partial
 from typing import Any
 
 import gradio as gr
 
 from tove_llava.inference.engine import Engine
-from tove_llava.serve.ui.answers import AT_ONCE, Desk, Settings
-from tove_llava.serve.ui.conversation import PASTED, Said, question, shown
-from tove_llava.serve.ui.legend import legend
-from tove_llava.serve.ui.overlay import draw, look, name_of
-from tove_llava.serve.ui.refusals import told
+from tove_llava.serve.ui.conversation import PASTED, Message, shown
+from tove_llava.serve.ui.overlay import draw, legend, name_of, view_routing
+from tove_llava.serve.ui.running import shown_errors
+from tove_llava.serve.ui.session import AT_ONCE, Session, Settings
 
 
 class Compare:
-    """Built where gradio's layout stands.
+    """The tab, in gradio's current layout.
 
     Args:
         engines: of the left and of the right side; they may be the same.
@@ -25,9 +23,8 @@ class Compare:
     """
 
     def __init__(
-        self, engines: tuple[Engine, Engine], desk: Desk, settings: list[Any], example: Mapping[str, Any] | None
+        self, engines: tuple[Engine, Engine], session: Session, settings: list[Any], example: Mapping[str, Any] | None
     ) -> None:
-        self._desk = desk
         one_model = engines[0] is engines[1]
         with gr.Row(elem_id="tove-compare-head"):
             lead = (
@@ -40,26 +37,27 @@ class Compare:
             file_types=["image"],
             file_count="multiple",
             sources=["upload"],
-            placeholder="Add a picture and ask both sides about it",
+            placeholder="Add an image and ask both sides about it",
             label="Question for both sides",
             show_label=False,
             max_plain_text_length=PASTED,
             elem_id="tove-compare-entry",
         )
         with gr.Row(elem_classes="tove-columns"):
-            # Where the models are one, the sides start with all experts and with none.
+            # With one model, one side starts with all experts and the other with none.
             starts = (True, not one_model)
             sides = [
-                Side(engine, letter, desk, start) for engine, letter, start in zip(engines, "AB", starts, strict=True)
+                Side(engine, letter, session, start)
+                for engine, letter, start in zip(engines, "AB", starts, strict=True)
             ]
         runs = []
         for side in sides:
-            inputs = [self.entry, *settings, *side.inputs]
+            inputs = [self.entry, *settings, side.attached]
             quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": AT_ONCE}
             runs.append(self.entry.submit(side.respond, inputs, side.page, trigger_mode="once", **quiet))
             runs.append(
                 self.entry.submit(
-                    side.map, [self.entry, *side.inputs], [side.drawing, side.legend], show_progress="hidden", **quiet
+                    side.map, [self.entry, side.attached], [side.drawing, side.legend], show_progress="hidden", **quiet
                 )
             )
         self.stop.click(None, None, None, cancels=runs, api_visibility="private")
@@ -69,8 +67,8 @@ class Compare:
 class Side:
     """One column: toggles, the answer with its times, the map."""
 
-    def __init__(self, engine: Engine, letter: str, desk: Desk, all_attached: bool) -> None:
-        self._engine, self._desk = engine, desk
+    def __init__(self, engine: Engine, letter: str, session: Session, all_attached: bool) -> None:
+        self._engine, self._session = engine, session
         experts = list(engine.experts)
         with gr.Column(min_width=300, elem_id=f"tove-side-{letter.lower()}"):
             gr.HTML(f'<h3 class="tove-side">{letter} <small>{html.escape(name_of(engine.name))}</small></h3>')
@@ -89,33 +87,29 @@ class Side:
             )
             self.drawing = gr.Image(
                 show_label=False, interactive=False, format="png", buttons=["fullscreen"], height=260,
-                label=f"Routing of {letter}", alt_text=f"the picture with the routing of {letter} drawn over it",
-                visible=bool(experts), placeholder="no picture yet", elem_classes="tove-map",
+                label=f"Routing of {letter}", alt_text=f"the image with the routing of {letter} drawn over it",
+                visible=bool(experts), placeholder="no image yet", elem_classes="tove-map",
             )  # fmt: skip
             self.legend = gr.HTML("", visible=bool(experts))
-
-    @property
-    def inputs(self) -> list[Any]:
-        return [self.attached]
 
     async def respond(
         self, message: Mapping[str, Any], system: str, temperature: float, top_p: float, tokens: float, attached: Any
     ) -> AsyncIterator[Any]:
-        """Streams this side's answer, alone on its page."""
-        with told():
-            asked = [await self._desk.guarded(partial(question, message))]
-            choices = Settings.of(system, temperature, top_p, tokens, attached if self._engine.experts else None)
-        yield shown([Said("assistant", "", note="...")])
-        with told():
-            async with aclosing(self._desk.ask(self._engine, asked, choices)) as answers:
+        """Stream this side's answer."""
+        with shown_errors():
+            asked = [await self._session.in_thread(self._session.question, self._engine, message)]
+            settings = Settings.of(self._engine, system, temperature, top_p, tokens, attached)
+        yield shown([Message("assistant", "", note="...")])
+        with shown_errors():
+            async with aclosing(self._session.ask(self._engine, asked, settings)) as answers:
                 async for answer in answers:
-                    yield shown([answer.turn])
+                    yield shown([answer.message])
 
     async def map(self, message: Mapping[str, Any], attached: Any) -> tuple[Any, str]:
-        """The map of the last picture."""
+        """Draw the map of the last image."""
         files = message.get("files") or []
         if not files or not self._engine.experts:
             return None, ""
-        with told():
-            found = await self._desk.guarded(partial(look, self._engine, str(files[-1]), tuple(attached)))
-        return draw(found), legend(found, self._engine.experts)
+        with shown_errors():
+            view = await self._session.in_thread(view_routing, self._session, self._engine, str(files[-1]), attached)
+        return draw(view), legend(view, self._engine.experts)
