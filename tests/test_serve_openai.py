@@ -87,7 +87,7 @@ def bomb(side):
         (body(data_url(raw=b"<html></html>", kind="jpeg")), "not an image"),
         (body(data_url(raw=b"<svg xmlns='http://www.w3.org/2000/svg'/>", kind="svg+xml")), "not an image"),
         (body(data_url(raw=bomb(12_000))), "more than the limit"),
-        (body(text="Look at <image>"), "stands for a picture"),
+        (body(text="Look at <image>"), "stands for an image"),
         (body(chat_template_kwargs={"chat_template": "x"}), "chat_template_kwargs"),
         ({"messages": []}, "no list of messages"),
         ([1, 2], "no list of messages"),
@@ -108,7 +108,7 @@ def test_what_is_not_json_or_too_much_is_refused(monkeypatch):
     assert "not JSON" in request("POST", CHAT, content=b"{").json()["error"]["message"]
     assert "not JSON" in request("POST", CHAT, content=b"[" * 200_000).json()["error"]["message"]
     many = body(data_url()) | {"messages": [body(data_url())["messages"][0]] * 17}
-    assert "17 pictures" in request("POST", CHAT, json=many).json()["error"]["message"]
+    assert "17 images" in request("POST", CHAT, json=many).json()["error"]["message"]
     monkeypatch.setattr(guard, "MAX_BODY", 2**20)
     answer = request("POST", CHAT, content=b"x" * (2**20 + 1))
     assert answer.status_code == 413 and "1 MB" in answer.json()["error"]["message"]
