@@ -130,7 +130,7 @@ def test_leaving_stops_the_generation_and_frees_the_model(engine):
     next(stream)
     stream.close()
     assert engine.answer(ask("Next"), max_new_tokens=1) is not None
-    assert engine.running == 0
+    assert engine.worker.running == 0
 
 
 def test_what_goes_wrong_while_generating_reaches_the_caller(engine, monkeypatch):

@@ -202,7 +202,7 @@ def test_an_answer_streams_in_and_can_be_stopped(engine, page, slow):
     page.wait_for_timeout(500)
     kept = answers(page).first.inner_text()
     page.wait_for_timeout(1000)
-    assert answers(page).first.inner_text() == kept and engine.running == 0, "the place is free, the text stays"
+    assert answers(page).first.inner_text() == kept and engine.worker.running == 0, "the place is free, the text stays"
     slow.set()
     set_tokens(page, TOKENS)
     ask(page, "And?", 2)

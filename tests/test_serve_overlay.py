@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tove_llava.analysis.colours import column_colour, heat_colours
 from tove_llava.data.images import ImageTransform
-from tove_llava.inference.engine import Routing, Timing
+from tove_llava.inference.engine import RoutingMap, Timing
 from tove_llava.serve.ui.examples import make_examples
 from tove_llava.serve.ui.overlay import ALL, RoutingView, draw, legend, name_of
 from tove_llava.serve.ui.session import SIDE, timing_line
@@ -17,12 +18,9 @@ NAMES = ("depth", "<b>edge")
 @pytest.fixture
 def found():
     """Two by two tokens: the left column listens to depth alone, the right one mostly to the other."""
-    depth = [[1.0, 0.25], [1.0, 0.25]]
-    grids = {"depth": depth, "<b>edge": [[1 - value for value in row] for row in depth]}
-    means = {"depth": 0.625, "<b>edge": 0.375}
-    argmax = [["depth", "<b>edge"], ["depth", "<b>edge"]]
-    seen = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
-    return RoutingView(seen, Routing(means, {"depth": 0.5, "<b>edge": 0.5}, grids, argmax), NAMES)
+    depth = torch.tensor([[1.0, 0.25], [1.0, 0.25]])
+    framed = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
+    return RoutingView(framed, RoutingMap(NAMES, torch.stack([depth, 1 - depth], dim=-1)), NAMES)
 
 
 def corner(image, right):

@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -21,7 +21,7 @@ from tove_llava.inference.sequences import has_plain_cache
 from tove_llava.inference.vision import Vision
 from tove_llava.inference.worker import Worker
 
-__all__ = ["AnyImage", "Engine", "Message", "Reply", "Routing", "Sampling", "Timing"]
+__all__ = ["AnyImage", "Engine", "Message", "Reply", "RoutingMap", "Sampling", "Timing"]
 
 AnyImage: TypeAlias = Image.Image | str | Path | torch.Tensor  # a tensor is from :meth:`Engine.pixels`
 
@@ -55,30 +55,6 @@ class Message:
                 "leave the placeholders out, or write as many as there are images"
             )
         return Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(self.images) + self.text)
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The share of each expert in the tokens of one image.
-
-    Attributes:
-        means: mean gate weight of each expert; 0 for one that is detached.
-        chosen: share of the tokens for which it has the largest weight.
-        grids: the weight of every token, as rows of the image's token grid.
-        argmax: the name of the expert with the largest weight, for every token.
-    """
-
-    means: dict[str, float]
-    chosen: dict[str, float]
-    grids: dict[str, list[list[float]]] = field(repr=False)
-    argmax: list[list[str]] = field(repr=False)
-
-    @classmethod
-    def of(cls, found: RoutingMap) -> "Routing":
-        """Convert a routing map to plain numbers."""
-        grids = {name: found.weights[..., column].tolist() for column, name in enumerate(found.names)}
-        argmax = [[found.names[column] for column in row] for row in found.argmax.tolist()]
-        return cls(found.means, found.chosen, grids, argmax)
 
 
 class Engine:
@@ -193,7 +169,7 @@ class Engine:
         """Return the whole answer; options as in :meth:`stream`."""
         return self.stream(messages, **options).text()
 
-    def routing(self, image: AnyImage, experts: Collection[str] | None = None) -> Routing | None:
+    def routing(self, image: AnyImage, experts: Collection[str] | None = None) -> RoutingMap | None:
         """Return the gate weights of one image, read with ``experts`` (all by default).
 
         None for a model without experts or without a gate, and where all are detached.
@@ -201,24 +177,8 @@ class Engine:
         Raises:
             DataError: a bad image, or an unknown expert. BusyError: the engine is closed.
         """
-        found = self.routing_map(image, experts)
-        return None if found is None else Routing.of(found)
-
-    def routing_map(self, image: AnyImage, experts: Collection[str] | None = None) -> RoutingMap | None:
-        """Return the same as :meth:`routing`, in tensors."""
-        vision = self._vision
         pixels, chosen = self.pixels(image), self.choose(experts)
-        return self.worker.run(lambda: vision.routing(pixels, chosen))
-
-    @property
-    def waiting(self) -> int:
-        """Return the number of questions in the queue."""
-        return self.worker.waiting
-
-    @property
-    def running(self) -> int:
-        """Return the number of answers in the making."""
-        return self.worker.running
+        return self.worker.run(lambda: self._vision.routing(pixels, chosen))
 
     def close(self, patience: float = 10.0) -> None:
         """Take no more questions and return when the last answer has ended.

@@ -1,4 +1,4 @@
-"""The routing of one image: which expert each vision token listens to.
+"""The routing of one image: the weights of the experts for each vision token.
 
 ``g * g = N`` vision tokens, ``S`` gate columns: the experts, and a null slot (called "none") where there is one.
 """
@@ -27,23 +27,28 @@ class RoutingMap:
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean over the tokens, by column."""
+        """Return the mean over the tokens, by column."""
         return dict(zip(self.names, self.weights.mean(dim=(0, 1)).tolist(), strict=True))
 
     @property
     def argmax(self) -> torch.Tensor:
-        """int64 ``[g,g]``: the column with the largest weight."""
+        """Return int64 ``[g,g]``: the column with the largest weight."""
         return self.weights.argmax(dim=-1)
 
     @property
     def chosen(self) -> dict[str, float]:
-        """Share of the tokens for which a column has the largest weight."""
+        """Return the share of the tokens for which a column has the largest weight."""
         return {name: (self.argmax == column).float().mean().item() for column, name in enumerate(self.names)}
+
+    @property
+    def grids(self) -> dict[str, list[list[float]]]:
+        """Return the weights of a column as rows of the image's token grid."""
+        return {name: self.weights[..., column].tolist() for column, name in enumerate(self.names)}
 
 
 @torch.inference_mode()
 def routing_map(tower: ToveVisionModel, pixels: torch.Tensor) -> RoutingMap | None:
-    """The routing of one image; None for a tower without a gate.
+    """Return the routing of one image; None for a tower without a gate.
 
     Args:
         pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device.

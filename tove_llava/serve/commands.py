@@ -109,7 +109,7 @@ def routing(chat: Conversation, rest: str) -> str:
     if not seen:
         raise DataError("there is no image yet; add one: /image photo.jpg")
     pixels = chat.read(seen[-1])
-    found = chat.engine.routing_map(pixels, chat.attached)
+    found = chat.engine.routing(pixels, chat.attached)
     if found is None:
         raise ToveError("nothing is routed: no expert is attached, or the model has no gate")
     from tove_llava.analysis.plots import plot_routing_argmax

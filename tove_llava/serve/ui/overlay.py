@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from tove_llava.analysis.colours import column_colour, heat_colours
-from tove_llava.inference.engine import Engine, Routing
+from tove_llava.inference.engine import Engine, RoutingMap
 from tove_llava.serve.ui.session import Session
 
 ALL = "all experts"  # the view of the largest weight; any other is an expert's name
@@ -22,7 +22,7 @@ class RoutingView:
     """One image and its routing; ``routing`` is None without a gate or with all experts detached."""
 
     framed: Image.Image
-    routing: Routing | None
+    routing: RoutingMap | None
     attached: tuple[str, ...]
 
 
@@ -46,15 +46,14 @@ def draw(view: RoutingView, choice: str = ALL, opacity: float = 0.55) -> Image.I
         opacity: 0 shows only the image, 1 only the map.
     """
     routing = view.routing
-    if routing is None or (choice != ALL and choice not in routing.grids):
+    if routing is None or (choice != ALL and choice not in routing.names):
         return view.framed
     if choice == ALL:
-        names = list(routing.grids)
-        colours = np.array([column_colour(index) for index in range(len(names))], dtype=np.uint8)
-        cells = colours[np.array([[names.index(name) for name in row] for row in routing.argmax])]
+        colours = np.array([column_colour(index) for index in range(len(routing.names))], dtype=np.uint8)
+        cells = colours[routing.argmax.numpy()]
     else:
-        largest = max(max(map(max, grid)) for grid in routing.grids.values())
-        cells = heat_colours(np.array(routing.grids[choice]) / (largest or 1.0))
+        weights = routing.weights.numpy()
+        cells = heat_colours(weights[..., routing.names.index(choice)] / (weights.max() or 1.0))
     layer = Image.fromarray(cells).resize(view.framed.size, Image.Resampling.NEAREST)
     return Image.blend(view.framed, layer, min(max(opacity, 0.0), 1.0))
 
@@ -75,8 +74,8 @@ def legend(view: RoutingView | None, experts: Sequence[str], choice: str = ALL) 
             f'<b><u style="width:{100 * share:.1f}%;background:{colour}"></u></b><em>{value}</em></div>'
         )
     hint = '<p class="tove-hint">Colours: the expert with the largest weight. Bars: mean weight.</p>'
-    if choice != ALL and choice in view.routing.grids:
-        largest = max(max(map(max, grid)) for grid in view.routing.grids.values())
+    if choice != ALL and choice in view.routing.names:
+        largest = view.routing.weights.max().item()
         stops = ",".join("#{:02x}{:02x}{:02x}".format(*heat_colours(step / 8)) for step in range(9))  # type: ignore[arg-type]
         hint = (
             f'<p class="tove-hint tove-scale">weight of {html.escape(choice)}: 0 '
