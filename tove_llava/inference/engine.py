@@ -1,4 +1,4 @@
-"""The engine of the chat: one model, conversations with images, many answers at a time."""
+"""The engine of the chat: one model, many conversations with images at a time."""
 
 import weakref
 from collections.abc import Collection, Sequence
@@ -28,14 +28,14 @@ AnyImage: TypeAlias = Image.Image | str | Path | torch.Tensor  # a tensor is fro
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat. Images belong to user turns, in front of the text unless placeholders say where."""
+    """A turn of a chat. A user's images stand in front of the text, unless it has placeholders."""
 
     role: str  # "user" or "assistant"
     text: str
     images: Sequence[AnyImage] = ()
 
     def turn(self) -> Turn:
-        """Return the turn for the template: a placeholder for each image in front, unless the text has them.
+        """Return the turn for the template, with a placeholder for each image.
 
         Raises:
             DataError: an unknown role, an empty question, or images that the message cannot have.
@@ -100,7 +100,7 @@ class Engine:
         system: str | None = None,
         experts: Collection[str] | None = None,
     ) -> Reply:
-        """Ask the last message. Everything is checked before the question is put into the queue.
+        """Check the last message and put it into the queue.
 
         Args:
             messages: the conversation, user and assistant in turn.
@@ -123,7 +123,7 @@ class Engine:
         system: str | None = None,
         experts: Collection[str] | None = None,
     ) -> Request:
-        """Check a question and convert it to ids and pixels; arguments and errors as of :meth:`ask`."""
+        """Convert a question to ids and pixels; arguments and errors as of :meth:`ask`."""
         sampling, chosen = sampling or Sampling(), self.choose(experts)
         if not messages or messages[-1].role != "user":
             raise DataError("the last message must be the user's")
@@ -159,7 +159,7 @@ class Engine:
         top_p: float = 1.0,
         **choices: Any,
     ) -> Reply:
-        """Return the pieces of the answer to the last message. Closing the iterator stops the generation.
+        """Return the pieces of the answer; closing the iterator stops the generation.
 
         ``choices`` and errors as in :meth:`ask`; everything is checked before the first piece.
         """

@@ -82,7 +82,7 @@ def _set_execution(model: PreTrainedModel, name: str) -> None:
 
 
 class _EndOfLine(StoppingCriteria):
-    """Ends an answer at its first line break, for models of captions, which have no end token."""
+    """Ends an answer at its first line break, for models of captions."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -184,7 +184,7 @@ class Answerer:
 
     @property
     def num_image_tokens(self) -> int:
-        """Return the number of tokens of an image; with some fusions the attached experts change it."""
+        """Return the number of tokens of an image with the attached experts."""
         config = self.model.config
         return getattr(config.vision_config, "num_image_tokens", config.image_seq_length)
 
@@ -299,7 +299,7 @@ class Answerer:
         return tokens
 
     def answer_ids(self, words: str) -> list[int]:
-        """Return the ids of these words as the model's answer, without the end of the answer.
+        """Return the ids of these words as an answer, without its end.
 
         Raises:
             ConfigError: the template has no questions and answers.

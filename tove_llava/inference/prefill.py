@@ -1,4 +1,4 @@
-"""From prompts to sequences that wait for their answer; common parts of prompts are computed once.
+"""From prompts to sequences; common parts of prompts are computed once.
 
 A prompt is ``head + image + tail``: all questions have the same head (the system's text), and all questions about one
 image the same image. ``B`` prompts, ``N`` tokens an image, ``D`` the language model's width, ``V`` words.
@@ -45,7 +45,7 @@ class Prefill:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[Sequences, Tensor]:
-        """Return the prompts' sequences, in order, and float32 [B, V] logits of the token after each."""
+        """Return the prompts' sequences and float32 [B, V] logits of the next tokens."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(self._shared(prompt), []).append(index)
@@ -61,7 +61,7 @@ class Prefill:
         return Sequences.gather([(joined, back)]), logits[back]
 
     def _shared(self, prompt: Prompt) -> tuple[tuple[int, ...], int]:
-        """Return the head's ids and the number of image tokens after it; nothing where nothing is shared."""
+        """Return the ids of the head and the number of image tokens that are shared."""
         if not self.share or len(prompt.features) != 1 or prompt.ids[-1] == self.answerer.image_token_id:
             return (), 0
         start = list(prompt.ids).index(self.answerer.image_token_id)

@@ -32,7 +32,7 @@ class TextStream:
     _started: bool = False
 
     def add(self, tokens: Sequence[int], final: bool = False) -> str:
-        """Return the text that is now certain; with ``final``, also a character that was never finished."""
+        """Return the text that is now certain; with ``final``, all text."""
         self._window += tokens
         before, after = (
             str(self.tokenizer.decode(part, skip_special_tokens=True))
@@ -168,7 +168,7 @@ class Reply:
         return self._request.timing
 
     def cancel(self) -> None:
-        """End the answer; its reader sees the end. Any thread may call this, also after the end."""
+        """End the answer. Any thread may call this, also after the end."""
         self._engine.worker.cancel(self._request)
 
     close = cancel

@@ -1,4 +1,4 @@
-"""Batches of answers: rows join and leave between two tokens, or go through the model's own ``generate``."""
+"""Batches of answers: rows join and leave between tokens, or use the model's ``generate``."""
 
 import random
 from abc import ABC, abstractmethod
@@ -57,14 +57,14 @@ class Row:
 
 
 class Room:
-    """The number of answers that fit into the device's memory at a time; ``size`` starts at ``most``."""
+    """The number of answers that fit into memory at a time, ``size``; at first ``most``."""
 
     def __init__(self, most: int) -> None:
         self.size = self._most = most
         self._ended = 0
 
     def halve(self, running: int) -> bool:
-        """Free memory that was full with ``running`` answers; return False if they were too few to halve."""
+        """Halve ``running`` answers, with which memory was full; return False for one."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if running > 1:
@@ -72,7 +72,7 @@ class Room:
         return running != 1
 
     def grow(self, ended: int) -> None:
-        """Count answers that have ended: after enough of them one more may run at a time again."""
+        """Count ended answers; after enough of them one more may run at a time."""
         self._ended += ended
         if self._ended >= CALM and self.size < self._most:
             self.size, self._ended = self.size + 1, 0
@@ -82,16 +82,9 @@ Features = Callable[[Sequence[Any]], Sequence[Sequence[Tensor]]]
 
 
 class Batch(ABC):
-    """Answers that are generated together.
+    """Answers that are generated together. ``features`` returns [N, D] of the images of each row."""
 
-    Args:
-        features: returns [N, D] of the images of each row.
-
-    Attributes:
-        limit: most answers at a time; None for any number.
-    """
-
-    limit: int | None = None
+    limit: int | None = None  # most answers at a time
 
     def __init__(self, answerer: Answerer, features: Features) -> None:
         self.answerer = answerer
@@ -105,7 +98,7 @@ class Batch(ABC):
 
     @abstractmethod
     def join(self, rows: Sequence[Any]) -> None:
-        """Take in rows and give each its first token. After a failure the batch is as it was."""
+        """Take in rows, with a first token for each. After a failure the batch is as before."""
 
     def step(self) -> None:  # noqa: B027 - some batches have all tokens once they have joined
         """Give every row one more token. After a failure only :meth:`abandon` may follow."""
@@ -121,11 +114,7 @@ class Batch(ABC):
 
 
 class RollingBatch(Batch):
-    """A batch that sequences join and leave.
-
-    Args:
-        share: compute what prompts have in common once.
-    """
+    """A batch that sequences join and leave. ``share``: compute common parts of prompts once."""
 
     def __init__(self, answerer: Answerer, features: Features, share: bool = False) -> None:
         super().__init__(answerer, features)
@@ -187,10 +176,7 @@ class RollingBatch(Batch):
 
 
 class SequentialBatch(Batch):
-    """One fixed batch after another by the model's own ``generate``.
-
-    For beam search, and for caches that :class:`Sequences` cannot hold (sliding windows).
-    """
+    """One fixed batch after another by the model's ``generate``: for beams and sliding windows."""
 
     limit = 1
 
@@ -237,14 +223,10 @@ class _Listener(StoppingCriteria):
 
 
 def next_tokens(logits: Tensor, rows: Sequence[Any], end_ids: Sequence[int]) -> Tensor:
-    """Choose the next token of each row.
+    """Choose the next token [B] of each row from float32 [B, V].
 
     Args:
-        logits: float32 [B, V].
         end_ids: tokens that no answer may have before its ``min_new_tokens``.
-
-    Returns:
-        [B] ids.
     """
     early = [index for index, row in enumerate(rows) if len(row.tokens) < row.decoding.min_new_tokens]
     if early:

@@ -1,4 +1,4 @@
-"""A batch of token sequences of different lengths with their key-value cache, which rows join and leave.
+"""Token sequences of different lengths in one key-value cache, which rows join and leave.
 
 transformers' continuous batching takes only token ids, no images, so the batch is kept here; the model's own
 ``forward`` and the library's cache layers do the work. ``B`` sequences, ``T`` columns, ``V`` words.
@@ -20,7 +20,7 @@ GROWTH = 32
 
 
 class _Layer(DynamicLayer):
-    """One layer's keys and values in a buffer with room: a step writes its column and copies nothing else."""
+    """Keys and values of one layer in a buffer with room, so that a step writes only its column."""
 
     _keys: Tensor  # [B, heads, room, width]; ``keys`` and ``values`` are views of what is filled
     _values: Tensor

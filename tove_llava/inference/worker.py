@@ -1,4 +1,4 @@
-"""The one thread that runs the model: a bounded queue, and a batch that answers join and leave between tokens."""
+"""The one thread that runs the model, with a bounded queue and a batch of answers."""
 
 import logging
 import threading
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Worker:
-    """Answers requests with one batch, and runs other jobs of the model between two tokens.
+    """Answers requests with one batch, and runs other jobs between two tokens.
 
     When the device's memory is full, fewer answers run at a time: those that were running go back to the front of the
     queue with their tokens and go on later. One that does not fit by itself fails.
@@ -109,7 +109,7 @@ class Worker:
                 self._waiting.remove(request)
 
     def close(self, patience: float) -> None:
-        """Take no more requests, fail those in the queue, and let running answers end for ``patience`` seconds."""
+        """Refuse new and waiting requests; running answers may end for ``patience`` seconds."""
         with self._changed:
             self._closing = True
             self._refuse_waiting()
@@ -140,7 +140,7 @@ class Worker:
             pass
 
     def _advance(self) -> bool:
-        """Wait for work and do a bit of it; return False after the last. No image is held while waiting."""
+        """Wait for work, do a step of it, and return False after the last."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._jobs or self._batch.rows or self._closing)
             if self._closing and not self._batch.live:
@@ -189,7 +189,7 @@ class Worker:
         self._batch.step()
 
     def _make_room(self, requests: Sequence[Request], running: int) -> None:
-        """Put requests that did not fit next to ``running`` others back into the queue, or fail a single one."""
+        """Put requests that did not fit back into the queue, or fail a single one."""
         self._forget()
         fits = self._room.halve(running + len(requests))
         if not requests:
