@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.saving import save_checkpoint
+from tove_llava.inference.engine import Message
 from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
@@ -63,6 +64,11 @@ def picture(index=0, size=(40, 30)):
     generator = torch.Generator().manual_seed(index)
     pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
+
+
+def ask(text, *images):
+    """One question as the engine takes it."""
+    return [Message("user", text, images)]
 
 
 def make_scenes(root, images=4, questions_each=3):

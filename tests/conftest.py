@@ -67,3 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def answerer(tmp_path_factory):
+    """A small random model that answers; a test that changes it has to restore it."""
+    from answer_parts import make_answerer
+
+    return make_answerer(tmp_path_factory.mktemp("answerer"))

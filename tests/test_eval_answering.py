@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from answer_parts import make_answerer, make_scenes
+from answer_parts import make_scenes
 
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
@@ -18,11 +18,6 @@ from tove_llava.inference.rolling_batch import Row, next_tokens
 
 OPTIONS = {"A": "red", "B": "a blue ball", "C": "green"}
 CHOICE = "\n".join(["Which colour?", *(f"{letter}. {words}" for letter, words in OPTIONS.items()), "Answer."])
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

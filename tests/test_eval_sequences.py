@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from answer_parts import make_answerer, picture
+from answer_parts import picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -121,11 +121,6 @@ def test_sliding_windows_are_known_not_to_fit(model):
 
 
 # -- prompts with pictures --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 def prompt(answerer, text, image=None, features=()):

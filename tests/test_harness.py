@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from answer_parts import make_answerer, picture
+from answer_parts import picture
 from export_parts import checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,11 +29,6 @@ from tove_llava.tower import ToveVisionConfig
 
 SIDE = 96  # pixels of the bundled CLIP: nothing is resized, by whichever library
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "do_sample": False}
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 # -- asking, without any harness --------------------------------------------------------------------------------------

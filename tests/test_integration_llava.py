@@ -202,9 +202,6 @@ def test_folders_without_a_fitting_tower_are_refused(llava, tmp_path):
 def test_options_that_the_tower_would_have_to_ignore_are_refused(llava, tmp_path, options, says):
     with pytest.raises(ConfigError, match=says):
         llava[0].build_vision_tower(model_args(write_preset(tmp_path), **options))
-
-
-def test_a_layer_may_be_counted_from_either_end(llava, tmp_path):
     llava[0].build_vision_tower(model_args(write_preset(tmp_path), mm_vision_select_layer=2))  # of 3 layers
 
 
@@ -232,31 +229,22 @@ def test_a_tower_answers_what_is_asked_of_it(llava, tmp_path, delay_load):
                 tower(pixels())
             tower.load_model(device_map="auto")
             delay_load = False
-    assert tower(pixels()).shape == (2, GRID**2, 16)
-
-
-def test_a_list_of_images_gives_a_list_of_features(llava, tmp_path):
-    tower = llava[0].build_vision_tower(model_args(write_preset(tmp_path))).eval()
-    together = tower(pixels(3))
-    apart = tower(list(pixels(3)))
+    together, apart = tower.eval()(pixels(3)), tower(list(pixels(3)))
+    assert together.shape == (3, GRID**2, 16)
     assert [x.shape for x in apart] == [(1, GRID**2, 16)] * 3 and torch.equal(torch.cat(apart), together)
 
 
 @pytest.mark.parametrize("device_map", [None, "auto", "cpu", torch.device("cpu"), {"": "cpu"}, {"vision_tower": "cpu"}])
 def test_load_model_takes_every_kind_of_device_map(llava, tmp_path, device_map):
     tower = llava[0].build_vision_tower(model_args(write_preset(tmp_path)), delay_load=True)
+    with pytest.raises(ConfigError, match=r"add 'model\.vision_tower'"):
+        tower.load_model(device_map={"model.layers.0": 0})
     tower.load_model(device_map=device_map)
     clip = tower.tower.frozen.clip
     tower.load_model()
     assert tower.is_loaded and tower.tower.frozen.clip is clip
     if device_map != "auto":
         assert tower.device == torch.device("cpu")
-
-
-def test_a_device_map_without_the_tower_is_refused(llava, tmp_path):
-    tower = llava[0].build_vision_tower(model_args(write_preset(tmp_path)), delay_load=True)
-    with pytest.raises(ConfigError, match=r"add 'model\.vision_tower'"):
-        tower.load_model(device_map={"model.layers.0": 0})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

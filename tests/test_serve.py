@@ -1,34 +1,18 @@
-import threading
-
 import pytest
 import torch
-from answer_parts import make_answerer, picture
+from answer_parts import ask, make_answerer, picture
 from PIL import Image
 
 from tove_llava import cli
-from tove_llava.core.errors import AnswerError, CheckpointError, DataError
+from tove_llava.core.errors import CheckpointError, DataError
 from tove_llava.data import get_template
 from tove_llava.inference.engine import Engine, Message
 from tove_llava.serve import models
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    return Engine(make_answerer(tmp_path_factory.mktemp("model")), name="tiny")
-
-
-def ask(text, *images):
-    return [Message("user", text, images)]
-
-
-def test_pieces_join_to_the_answer_of_the_batch_path(engine):
-    answerer = engine.answerer
-    question = ask("What is it?", picture())
-    pieces = list(engine.stream(question, max_new_tokens=12))
-    asked = engine.prepare(question)
-    (expected,) = answerer.generate([asked.prompt], answerer.features(asked.pixels[0][None]), 12)
-    assert "".join(pieces).strip() == expected != ""
-    assert engine.answer(question, max_new_tokens=12) == expected
+def engine(answerer):
+    return Engine(answerer, name="tiny")
 
 
 def test_picture_question_and_history_all_matter(engine):
@@ -123,50 +107,6 @@ def test_the_answer_is_cut_to_what_the_model_can_hold(engine):
     asked = engine.prepare(ask("x" * (room - 220)))
     assert room - len(asked.prompt) < 100
     engine.answer(ask("x" * (room - 220)), max_new_tokens=1000)
-
-
-def test_leaving_stops_the_generation_and_frees_the_model(engine):
-    stream = engine.stream(ask("Talk", picture()), max_new_tokens=400)
-    next(stream)
-    stream.close()
-    assert engine.answer(ask("Next"), max_new_tokens=1) is not None
-    assert engine.worker.running == 0
-
-
-def test_what_goes_wrong_while_generating_reaches_the_caller(engine, monkeypatch):
-    def fail(*_, **__):
-        raise KeyError("no such thing")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine.answerer.model, "forward", fail)
-        with pytest.raises(AnswerError, match="KeyError.*no such thing"):
-            engine.answer(ask("What?", picture()))
-    assert engine.answer(ask("What?", picture()), max_new_tokens=4)
-
-
-def test_threads_get_the_answers_that_they_would_get_alone(engine):
-    questions = [ask(f"What is {index}?", picture(index)) for index in range(4)]
-    alone = [engine.answer(question, max_new_tokens=8) for question in questions]
-    together = [""] * 4
-
-    def work(index):
-        together[index] = engine.answer(questions[index], max_new_tokens=8)
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    assert together == alone
-
-
-def test_routing_is_a_distribution_over_the_experts_for_each_token(engine):
-    routing = engine.routing(picture())
-    assert set(routing.means) == {"depth", "edge", "normal"}
-    assert sum(routing.means.values()) == pytest.approx(1, abs=1e-5)
-    for row in range(4):
-        for column in range(4):
-            assert sum(grid[row][column] for grid in routing.grids.values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_newest_finished_model_is_served(tmp_path):

@@ -4,7 +4,7 @@ import shutil
 import threading
 
 import pytest
-from answer_parts import make_answerer, picture
+from answer_parts import picture
 
 from tove_llava.inference.engine import Engine, Message
 
@@ -17,11 +17,6 @@ QUESTION = "What is <b>it</b>? <img src=x onerror=\"document.title='broken'\"> *
 TOKENS = 12
 WAIT = 60_000  # milliseconds; machines may be busy
 INK = "getComputedStyle(document.querySelector('#tove-head h1')).color"
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,12 @@ import threading
 import time
 
 import pytest
-from answer_parts import make_answerer, picture, save_model
+from answer_parts import ask, picture, save_model
 
 from tove_llava import cli
 from tove_llava.inference.engine import Engine, Message, Sampling
 
 TOKENS = 8
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +25,6 @@ def files(tmp_path):
     picture().save(tmp_path / "a.png")
     picture(1).save(tmp_path / "b.png")
     return tmp_path
-
-
-def ask(text, *images):
-    return [Message("user", text, images)]
 
 
 def talk(answerer, monkeypatch, capsys, *lines, flags=()):

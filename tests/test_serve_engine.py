@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 import torch
-from answer_parts import byte_tokenizer, make_answerer, picture
+from answer_parts import ask, byte_tokenizer, make_answerer, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tower_parts import text_config, tower_config
@@ -27,19 +27,10 @@ TOKENS = 10
 EXPERTS = ("depth", "edge", "normal")
 
 
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
-
-
 @pytest.fixture
 def engine(answerer):
     with Engine(answerer, max_batch=4) as engine:
         yield engine
-
-
-def ask(text, *images):
-    return [Message("user", text, images)]
 
 
 def chats():
@@ -269,6 +260,10 @@ def test_experts_are_chosen_for_one_question(engine, answerer):
     assert base.means["depth"] > 0 == less.means["depth"]
     assert sum(less.means.values()) == pytest.approx(1, abs=1e-5)
     assert sum(less.chosen.values()) == pytest.approx(1) and less.chosen["depth"] == 0
+    assert less.weights.shape == (4, 4, 3) and torch.allclose(base.weights.sum(-1), torch.ones(4, 4))
+    assert (
+        less.argmax.tolist() == less.weights.argmax(-1).tolist() and less.grids["edge"] == less.weights[..., 1].tolist()
+    )
     assert engine.routing(picture(), experts=()) is None
     assert answerer.tower.config.detached_experts == []
     with pytest.raises(DataError, match="unknown expert.*thermal.*depth, edge, normal"):

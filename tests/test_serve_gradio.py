@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from abuse_parts import FILES, HTML, SVG
-from answer_parts import make_answerer, picture, save_model
+from answer_parts import ask, make_answerer, picture, save_model
 from PIL import Image
 
 from tove_llava.core.errors import ConfigError, DataError
@@ -35,11 +35,6 @@ from tove_llava.serve.ui.session import Session, Settings  # noqa: E402
 QUESTION = "What is <b>it</b>? <script>document.title='broken'</script>"
 TOKENS = 8
 WITH_TEST_EXPERTS = "import sys, tower_parts, tove_llava.cli; sys.exit(tove_llava.cli.main(['demo']))"
-
-
-@pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +67,6 @@ def save(folder, index=0):
     file = folder / f"{index}.png"
     picture(index).save(file)
     return client.handle_file(str(file))
-
-
-def ask(text, *images):
-    return [Message("user", text, images)]
 
 
 # -- endpoints --------------------------------------------------------------------------------------------------------
