@@ -5,6 +5,7 @@ import logging
 import random
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tower_parts import text_config, tower_config
 from tove_llava.core.errors import AnswerError, BusyError, DataError
 from tove_llava.data import get_template
 from tove_llava.inference import engine as engines
+from tove_llava.inference import vision
 from tove_llava.inference.engine import Engine, Message, Sampling
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.rolling_batch import RollingBatch
@@ -268,6 +270,26 @@ def test_experts_are_chosen_for_one_question(engine, answerer):
     assert answerer.tower.config.detached_experts == []
     with pytest.raises(DataError, match="unknown expert.*thermal.*depth, edge, normal"):
         engine.ask(ask("What?"), experts=("depth", "thermal"))
+
+
+def test_images_of_a_conversation_are_encoded_once(answerer, monkeypatch):
+    encoded, real = [], answerer.features
+    first = alone(answerer, ask("What?", picture(0)))
+    chat = [*ask("What?", picture(0)), Message("assistant", first), *ask("And?", picture(1), picture(1))]
+    expected = [alone(answerer, chat), alone(answerer, chat, experts=("edge",))]
+    monkeypatch.setattr(answerer, "features", lambda pixels: encoded.append(len(pixels)) or real(pixels))
+    with Engine(answerer) as engine:
+        assert engine.answer(ask("What?", picture(0)), max_new_tokens=TOKENS) == first
+        read = [replace(each, images=[engine.pixels(image) for image in each.images]) for each in chat]
+        for messages in (chat, read):
+            assert engine.answer(messages, max_new_tokens=TOKENS) == expected[0]
+        assert encoded == [1, 1]
+        assert engine.answer(chat, max_new_tokens=TOKENS, experts=("edge",)) == expected[1]
+        assert encoded == [1, 1, 2], "other experts, other features"
+        monkeypatch.setattr(vision, "KEPT", 1)
+        for _ in range(2):
+            assert engine.answer(chat, max_new_tokens=TOKENS) == expected[0]
+        assert encoded[3:] == [1], "only the last image was kept"
 
 
 def test_an_expert_that_the_model_has_lost_cannot_be_chosen(tmp_path):

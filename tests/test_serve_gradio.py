@@ -26,6 +26,7 @@ gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
 pytest.importorskip("gradio")
 client = pytest.importorskip("gradio_client")
 
+from tove_llava.serve.ui import session as sessions  # noqa: E402
 from tove_llava.serve.ui.auth import read_auth  # noqa: E402
 from tove_llava.serve.ui.conversation import Message as Shown  # noqa: E402
 from tove_llava.serve.ui.conversation import shown  # noqa: E402
@@ -196,6 +197,21 @@ def test_images_are_limited_in_number_and_pixels(engine, tmp_path, monkeypatch):
     picture().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="^a.png has 40 x 30 pixels, more than the limit of 100"):
         session.question(engine, {"text": "x", "files": [str(tmp_path / "a.png")]})
+
+
+def test_an_image_is_decoded_once(engine, tmp_path, monkeypatch):
+    decoded, real, file = [], sessions.open_image, str(tmp_path / "a.png")
+    picture().save(file)
+    monkeypatch.setattr(sessions, "open_image", lambda *args, **kwargs: decoded.append(args) or real(*args, **kwargs))
+    session = Session()
+
+    async def answer():
+        asked = [session.question(engine, {"text": "What?", "files": [file]})]
+        async with aclosing(session.ask(engine, asked, Settings(Sampling(TOKENS)))) as answers:
+            return [each.message.text async for each in answers][-1]
+
+    assert anyio.run(answer) == anyio.run(answer) == engine.answer(ask("What?", picture()), max_new_tokens=TOKENS)
+    assert len(decoded) == 1
 
 
 def test_messages_are_text_and_never_html(app):
