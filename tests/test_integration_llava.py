@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.integrations.llava import ToveVisionTower, register
-from tove_llava.integrations.llava.balance import BalancedLoss
+from tove_llava.integrations.llava.balanced_loss import BalancedLoss
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.experts import EXPERTS
-from tove_llava.integrations.llava.balance import BalancedLoss
+from tove_llava.integrations.llava.balanced_loss import BalancedLoss
 from tove_llava.integrations.llava.names import is_ours
 from tove_llava.integrations.llava.tower import ToveVisionTower
 
