@@ -60,15 +60,13 @@ class Message:
 class Engine:
     """Answers many questions at a time with one model. Any thread may ask.
 
-    Questions wait in a bounded queue. Up to ``max_batch`` answers are generated together, one token of each at a time;
-    answers join and leave the batch between two tokens, and no answer depends on the others. Language models whose
+    Answers join and leave the batch between two tokens, and no answer depends on the others. Language models whose
     cache cannot be gathered (sliding windows) answer one question after another.
 
     Args:
         answerer: the loaded model. From the first question on it belongs to the engine.
         name: shown in the user interface, usually the model's folder.
-        max_batch: answers at a time.
-        max_waiting: questions in the queue; more are refused.
+        max_batch, max_waiting: answers at a time, and questions in the queue; more are refused.
 
     Attributes:
         experts: those that can be attached and detached, in the order of the gate's columns; none for plain CLIP.

@@ -57,12 +57,9 @@ def choose_device(name: str | None = None) -> torch.device:
 
 
 def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """Return the dtype called ``name``.
+    """Return the dtype called ``name``; an unknown one is a ConfigError.
 
     Without a name: bfloat16 on a GPU that has it (else float16), float32 on the CPU.
-
-    Raises:
-        ConfigError: an unknown name.
     """
     if name is not None:
         if name not in DTYPES:
@@ -146,8 +143,8 @@ class Answerer:
         else with LLaVA-1.5's.
 
         Args:
-            quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay beside them; else
-                they are folded in.
+            quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay separate; else
+                they are merged.
             tower_execution: see :meth:`~tove_llava.tower.ToveVisionModel.set_execution`.
 
         Raises:
@@ -235,14 +232,7 @@ class Answerer:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Encode images for the language model.
-
-        Args:
-            pixels: float [n, 3, S, S].
-
-        Returns:
-            n tensors [N, D].
-        """
+        """Encode images, float [n, 3, S, S], as n tensors [N, D] for the language model."""
         pixels = pixels.to(self.device, self.model.dtype)
         return list(self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
@@ -264,8 +254,6 @@ class Answerer:
         min_new_tokens: int = 0,
     ) -> list[list[int]]:
         """Answer a batch by the model's own ``generate``, greedy at temperature 0.
-
-        :class:`~tove_llava.inference.rolling_batch.RollingBatch` is faster for many questions.
 
         Args:
             prompts: ids from :meth:`encode`.

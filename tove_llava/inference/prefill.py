@@ -30,11 +30,7 @@ class Prompt:
 
 
 class Prefill:
-    """Starts sequences.
-
-    Args:
-        share: compute head and image once; otherwise every prompt as a whole.
-    """
+    """Starts sequences. ``share``: compute head and image once; otherwise every prompt as a whole."""
 
     def __init__(self, answerer: Answerer, share: bool = True) -> None:
         self.answerer = answerer

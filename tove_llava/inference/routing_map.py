@@ -51,10 +51,7 @@ def routing_map(tower: ToveVisionModel, pixels: torch.Tensor) -> RoutingMap | No
     """Return the routing of one image; None for a tower without a gate.
 
     Args:
-        pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device.
-
-    Raises:
-        ConfigError: pixels of another size. CheckpointError: the tower's backbones are not loaded.
+        pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device; another size is a ConfigError.
     """
     batch = pixels if pixels.ndim == 4 else pixels[None]
     weights = tower(batch.to(tower.device, tower.dtype)).routing  # [1,N,S]

@@ -14,16 +14,13 @@ COLDEST = 0.01  # below it, logits divided by the temperature leave float32's ra
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of one answer.
+    """Settings of one answer; a value out of range is a DataError.
 
     Attributes:
         max_new_tokens: longest answer.
         temperature: 0 takes the most likely token each time.
         top_p: draw from the fewest tokens whose probabilities sum to this; 1 draws from all. Ignored at temperature 0.
         min_new_tokens: no answer ends before it has this many tokens.
-
-    Raises:
-        DataError: a value out of range.
     """
 
     max_new_tokens: int = 256

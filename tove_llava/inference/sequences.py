@@ -67,13 +67,7 @@ def has_plain_cache(model: PreTrainedModel) -> bool:
 
 
 class Sequences:
-    """``B`` sequences that end at the last column; columns that a row does not use are masked.
-
-    Args:
-        rows: how many sequences; they are empty.
-        layers: decoder layers of the model.
-        device: where they are kept.
-    """
+    """``B`` sequences, empty at first, that end at the last column; unused columns are masked."""
 
     def __init__(self, rows: int, layers: int, device: torch.device) -> None:
         self.cache = Cache(layers=[_Layer() for _ in range(layers)])
@@ -130,16 +124,12 @@ class Sequences:
         images: Sequence[Tensor] = (),
         logits_to_keep: int = 1,
     ) -> Tensor:
-        """Append tokens to every row and run the model on them.
+        """Append tokens to every row and return float32 [B, logits_to_keep, V] of the last ones.
 
         Args:
             ids: [B, L], padded on the left.
             valid: [B, L], 1 for a token and 0 for padding; all tokens by default.
             images: [N, D] of the image placeholders in ``ids``, in their order.
-            logits_to_keep: number of last columns.
-
-        Returns:
-            float32 [B, logits_to_keep, V].
         """
         width = ids.shape[1]
         added = [width] * len(self) if valid is None else valid.sum(dim=1).tolist()

@@ -28,9 +28,7 @@ class Worker:
     queue with their tokens and go on later. One that does not fit by itself fails.
 
     Args:
-        batch: used only by this thread.
-        max_batch: answers at a time.
-        max_waiting: requests in the queue.
+        max_batch, max_waiting: answers at a time, and requests in the queue.
         forget: frees memory that the batch can do without.
     """
 

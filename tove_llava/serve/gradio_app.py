@@ -30,9 +30,6 @@ def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None 
         max_new_tokens: the longest answer that a user can choose, and the default.
         compare: the model of the right side; by default the same.
 
-    Returns:
-        a ``gradio.Blocks``; its API endpoints are ``/chat``, ``/routing`` and ``/compare``.
-
     Raises:
         ConfigError: gradio is not installed.
     """

@@ -22,10 +22,7 @@ PORT = 8000  # transformers serve's
 def serve_openai(
     model: str | Path, host: str, port: int | None = None, device: str | None = None, dtype: str | None = None
 ) -> None:
-    """Serve until interrupted. Requests name the model by its folder's name.
-
-    Args:
-        model: a folder that training or ``tove-llava export`` wrote.
+    """Serve a model folder until interrupted. Requests name the model by its folder's name.
 
     Raises:
         ConfigError: packages of ``transformers serve`` are missing, or the address is taken.

@@ -15,10 +15,6 @@ class BalancedLoss:
 
     It is a term of the loss, not a gradient injected after the tower, so that a trainer treats both terms alike
     (division by accumulation steps, loss scaling in fp16).
-
-    Args:
-        language: the loss function that the model has.
-        llava: LLaVA's model, which knows its vision tower (or a list of it, or none).
     """
 
     def __init__(self, language: Any, llava: nn.Module) -> None:

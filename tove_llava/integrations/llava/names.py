@@ -24,15 +24,10 @@ def is_ours(name: str) -> bool:
 
 @dataclass(frozen=True)
 class TowerName:
-    """A parsed name.
+    """A parsed name."""
 
-    Args:
-        target: the text after ``tove:``.
-        folder: the checkpoint folder, or None for a preset.
-    """
-
-    target: str
-    folder: Path | None = None
+    target: str  # the text after "tove:"
+    folder: Path | None = None  # the checkpoint folder, or None for a preset
 
     @classmethod
     def parse(cls, name: str) -> "TowerName":

@@ -139,10 +139,6 @@ class ToveVisionTower(nn.Module):
         """Add the trained parts to LLaVA's projector, and the tower to LLaVA's configuration.
 
         The projector's first layer holds them, because an ``nn.Sequential`` would run them.
-
-        Args:
-            projector: the module that becomes ``mm_projector``.
-            config: the configuration that LLaVA saves with every stage.
         """
         setattr(config, RECORD, self.config)
         if any(module is self.tower for module in projector.modules()):

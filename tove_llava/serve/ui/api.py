@@ -17,12 +17,7 @@ from tove_llava.serve.ui.session import AT_ONCE, Answer, Session, Settings
 
 
 class Api:
-    """Hidden components and listeners.
-
-    Args:
-        engines: of the left and the right side of a comparison; the left one answers chats.
-        settings: components of the page for the system prompt and the sampling; their values are the defaults.
-    """
+    """Hidden components and listeners. The first engine answers chats; ``settings`` are the page's components."""
 
     def __init__(self, engines: tuple[Engine, Engine], session: Session, settings: list[Any]) -> None:
         self._engines, self._session = engines, session

@@ -15,12 +15,7 @@ from tove_llava.serve.ui.session import AT_ONCE, Session, Settings
 
 
 class Compare:
-    """The tab, in gradio's current layout.
-
-    Args:
-        engines: of the left and of the right side; they may be the same.
-        settings: components of the system prompt and the sampling.
-    """
+    """The tab, in gradio's current layout. The engines of both sides may be the same."""
 
     def __init__(
         self, engines: tuple[Engine, Engine], session: Session, settings: list[Any], example: Mapping[str, Any] | None

@@ -32,15 +32,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SeenImage:
-    """An image as the model sees it.
+    """An image as the model sees it."""
 
-    Attributes:
-        pixels: [3, S, S], for the engine.
-        framed: the same square, RGB, ``SIDE`` x ``SIDE``.
-    """
-
-    pixels: Tensor
-    framed: Image.Image
+    pixels: Tensor  # [3, S, S], for the engine
+    framed: Image.Image  # the same square, RGB, SIDE x SIDE
 
 
 @dataclass(frozen=True)
