@@ -71,6 +71,17 @@ def ask(text, *images):
     return [Message("user", text, images)]
 
 
+def before_forward(answerer, monkeypatch, work):
+    """Call ``work(input_ids)`` before each forward pass of the model."""
+    real = answerer.model.forward
+
+    def forward(*args, **kwargs):
+        work(kwargs["input_ids"])
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(answerer.model, "forward", forward)
+
+
 def make_scenes(root, images=4, questions_each=3):
     """``val_questions.jsonl`` and its images, as ``tove-llava scenes`` lays them out."""
     (root / "images").mkdir(parents=True)

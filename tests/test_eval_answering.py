@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from answer_parts import make_scenes
+from answer_parts import before_forward, make_scenes
 
 from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
@@ -75,13 +75,7 @@ def test_generated_answers_are_those_of_the_library(answerer, questions, monkeyp
 def test_rows_that_have_ended_leave_and_others_take_their_place(answerer, questions, monkeypatch):
     vary_lengths(answerer, monkeypatch)
     rows = []
-    real = answerer.model.forward
-
-    def forward(*args, **kwargs):
-        rows.append(kwargs["input_ids"].shape)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    before_forward(answerer, monkeypatch, lambda ids: rows.append(ids.shape))
     monkeypatch.setattr(answerer, "text", lambda tokens: f"{len(tokens)} words")
     said = {key: int(text.split()[0]) for key, text in texts(answerer, questions, capacity=8).items()}
     steps = [shape[0] for shape in rows if shape[1] == 1]  # rows of each step that follows a first word
@@ -243,16 +237,14 @@ def test_answers_of_a_captioning_template_end_with_their_line(answerer, question
 
 def limit_memory(answerer, monkeypatch, rows, words=10**9):
     """A model that has memory for so many rows, and fails once in the middle of an answer."""
-    real = answerer.model.forward
     steps = []
 
-    def forward(*args, **kwargs):
-        steps.append(len(kwargs["input_ids"]))
+    def check(ids):
+        steps.append(len(ids))
         if steps[-1] > rows or len(steps) == words:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    before_forward(answerer, monkeypatch, check)
 
 
 @pytest.mark.filterwarnings("ignore:the GPU's memory is full")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from answer_parts import picture
+from answer_parts import before_forward, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -161,13 +161,7 @@ def test_what_is_shared_is_computed_once(answerer, monkeypatch):
         prompt(answerer, text, index // 3, features[index // 3 : index // 3 + 1]) for index, text in enumerate(texts)
     ]
     shapes = []
-    real = answerer.model.forward
-
-    def forward(*args, **kwargs):
-        shapes.append(tuple(kwargs["input_ids"].shape))
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    before_forward(answerer, monkeypatch, lambda ids: shapes.append(tuple(ids.shape)))
     prefill = Prefill(answerer)
     prefill(prompts)
     head = prompts[0].ids.index(answerer.image_token_id)

@@ -4,7 +4,7 @@ import shutil
 import threading
 
 import pytest
-from answer_parts import picture
+from answer_parts import before_forward, picture
 
 from tove_llava.inference.engine import Engine, Message
 
@@ -79,13 +79,8 @@ def page(browser, app, view):
 @pytest.fixture
 def slow(answerer, monkeypatch):
     """A model that takes its time until the event is set."""
-    real, hurry = answerer.model.forward, threading.Event()
-
-    def forward(*args, **kwargs):
-        hurry.wait(0.1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    hurry = threading.Event()
+    before_forward(answerer, monkeypatch, lambda ids: hurry.wait(0.1))
     yield hurry
     hurry.set()
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answer_parts import ask, byte_tokenizer, make_answerer, picture
+from answer_parts import ask, before_forward, byte_tokenizer, make_answerer, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tower_parts import text_config, tower_config
@@ -192,14 +192,12 @@ class Gate:
     """Holds the model until it is opened."""
 
     def __init__(self, answerer, monkeypatch):
-        self.opened, self.entered, real = threading.Event(), threading.Event(), answerer.model.forward
+        self.opened, self.entered = threading.Event(), threading.Event()
+        before_forward(answerer, monkeypatch, self.wait)
 
-        def forward(*args, **kwargs):
-            self.entered.set()
-            assert self.opened.wait(timeout=300)
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(answerer.model, "forward", forward)
+    def wait(self, ids):
+        self.entered.set()
+        assert self.opened.wait(timeout=300)
 
 
 def test_the_queue_is_bounded_and_says_whose_turn_it_is(answerer, answers, monkeypatch):
@@ -329,33 +327,31 @@ def test_drawn_answers_differ_and_greedy_ones_beside_them_do_not(engine, answers
 # -- trouble ----------------------------------------------------------------------------------------------------------
 
 
-class Limited:
-    """A model whose memory holds ``rows`` rows."""
+def limit_rows(answerer, monkeypatch, rows):
+    """A model whose memory holds ``rows`` rows; returns the sizes of its batches."""
+    sizes = []
 
-    def __init__(self, answerer, monkeypatch, rows):
-        self.largest, real = 0, answerer.model.forward
+    def check(ids):
+        if len(ids) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        sizes.append(len(ids))
 
-        def forward(*args, **kwargs):
-            if len(kwargs["input_ids"]) > rows:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            self.largest = max(self.largest, len(kwargs["input_ids"]))
-            return real(*args, **kwargs)
-
-        monkeypatch.setattr(answerer.model, "forward", forward)
+    before_forward(answerer, monkeypatch, check)
+    return sizes
 
 
 def test_full_memory_makes_the_batch_smaller_and_loses_no_answer(answerer, answers, monkeypatch, caplog):
-    limited = Limited(answerer, monkeypatch, rows=2)
+    sizes = limit_rows(answerer, monkeypatch, 2)
     with Engine(answerer) as engine, caplog.at_level(logging.WARNING, "tove_llava"):
         replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
         assert [reply.text() for reply in replies] == answers
-    assert limited.largest == 2 and "memory is full" in caplog.text
+    assert max(sizes) == 2 and "memory is full" in caplog.text
 
 
 def test_a_question_that_does_not_fit_alone_is_told_so_and_the_next_is_answered(answerer, answers, monkeypatch):
     with Engine(answerer) as engine:
         with monkeypatch.context() as patch:
-            Limited(answerer, patch, rows=0)
+            limit_rows(answerer, patch, 0)
             with pytest.raises(AnswerError, match="memory is full with only this question"):
                 engine.answer(ask("What?", picture()))
         messages, _ = chats()[0]
@@ -363,18 +359,17 @@ def test_a_question_that_does_not_fit_alone_is_told_so_and_the_next_is_answered(
 
 
 def test_memory_that_fills_up_in_mid_answer_repeats_no_word(answerer, answers, monkeypatch):
-    real, steps = answerer.model.forward, {4: 3, 2: 3}  # by rows: the step that fails
+    steps = {4: 3, 2: 3}  # by rows: the step that fails
 
-    def forward(*args, **kwargs):
-        rows, columns = kwargs["input_ids"].shape
+    def check(ids):
+        rows, columns = ids.shape
         if columns == 1 and rows in steps:
             steps[rows] -= 1
             if not steps[rows]:
                 del steps[rows]
                 raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*args, **kwargs)
 
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    before_forward(answerer, monkeypatch, check)
     with Engine(answerer, max_batch=4) as engine:
         replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()[:5]]
         assert [reply.text() for reply in replies] == answers[:5]
@@ -390,19 +385,12 @@ def test_a_fault_reaches_whom_it_concerns_and_nobody_else(answerer, answers, mon
         return real(pixel_values, **kwargs)
 
     monkeypatch.setattr(answerer.tower, "forward", forward)
-    gate_forward = answerer.model.forward
-    ready = threading.Event()
-
-    def held(*args, **kwargs):
-        assert ready.wait(timeout=300)
-        return gate_forward(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", held)
+    gate = Gate(answerer, monkeypatch)
     with Engine(answerer) as engine:
         (first, _), (second, _) = chats()[:2]
         before = engine.ask(second, Sampling(TOKENS))
         poisoned, beside = engine.ask(ask("What?", picture(9))), engine.ask(first, Sampling(TOKENS))
-        ready.set()
+        gate.opened.set()
         with pytest.raises(AnswerError, match="KeyError.*poison"):
             poisoned.text()
         assert (before.text(), beside.text()) == (answers[1], answers[0])

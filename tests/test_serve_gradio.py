@@ -16,7 +16,7 @@ import anyio
 import httpx
 import pytest
 from abuse_parts import FILES, HTML, SVG
-from answer_parts import ask, make_answerer, picture, save_model
+from answer_parts import ask, before_forward, make_answerer, picture, save_model
 from PIL import Image
 
 from tove_llava.core.errors import ConfigError, DataError
@@ -277,13 +277,8 @@ def test_page_is_private_and_shows_text_as_text(app):
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tmp_path, monkeypatch):
-    real, slow = answerer.model.forward, threading.Event()
-
-    def forward(*args, **kwargs):
-        slow.wait(0.1)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    slow = threading.Event()
+    before_forward(answerer, monkeypatch, lambda ids: slow.wait(0.1))
     app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=400, block=False)
     try:
         stays = client.Client(app.local_url, verbose=False)
@@ -308,13 +303,8 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tm
 
 
 def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
-    real, opened = answerer.model.forward, threading.Event()
-
-    def forward(*args, **kwargs):
-        assert opened.wait(timeout=300)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(answerer.model, "forward", forward)
+    opened = threading.Event()
+    before_forward(answerer, monkeypatch, lambda ids: opened.wait(timeout=300))
 
     async def last() -> list[Shown]:
         turns = []
