@@ -12,7 +12,7 @@ from tove_llava.core.errors import DataError
 from tove_llava.eval.answering import Answer, Job, Mode, register_mode
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.prefill import Prefill, Prompt
-from tove_llava.inference.rolling_batch import Batch, Features, Row
+from tove_llava.inference.rolling_batch import Batch, Features, Room, Row
 from tove_llava.inference.sequences import Sequences, pad_left
 
 
@@ -24,11 +24,17 @@ class OptionsBatch(Batch):
     """
 
     def __init__(
-        self, answerer: Answerer, features: Features, share: bool, options: Callable[[Job], list[list[int]]]
+        self,
+        answerer: Answerer,
+        features: Features,
+        share: bool,
+        options: Callable[[Job], list[list[int]]],
+        room: Room,
     ) -> None:
         super().__init__(answerer, features)
         self._prefill = Prefill(answerer, share)
         self._options = options
+        self._room = room
         self.logs: dict[Row, list[list[float]]] = {}
 
     @torch.inference_mode()
@@ -40,8 +46,8 @@ class OptionsBatch(Batch):
         first = logits.log_softmax(dim=-1)[[row for row, _ in options], [ids[0] for _, ids in options]]  # [options]
         logs = [[value] for value in first.tolist()]
         long = [index for index, (_, ids) in enumerate(options) if len(ids) > 1]
-        for start in range(0, len(long), len(rows)):
-            part = long[start : start + len(rows)]
+        for start in range(0, len(long), self._room.size):
+            part = long[start : start + self._room.size]
             for index, more in zip(part, self._continued(sequences, [options[each] for each in part]), strict=True):
                 logs[index] += more
         self.rows, self.logs = list(rows), {row: [] for row in rows}
@@ -69,7 +75,7 @@ class _Likelihood(Mode):
 
     def make_batch(self) -> Batch:
         self._answer_ids = lru_cache(maxsize=4096)(self.answerer.answer_ids)
-        return OptionsBatch(self.answerer, self.images, self.share, self._ids)
+        return OptionsBatch(self.answerer, self.images, self.share, self._ids, self.room)
 
     def answer(self, row: Row) -> Answer:
         job: Job = row.job
