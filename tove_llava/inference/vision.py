@@ -67,37 +67,31 @@ class Vision:
         Requests with equal experts are encoded together.
         """
         keys = [
-            [
-                (hashlib.blake2b(image.contiguous().numpy().data, digest_size=16).digest(), request.experts)
-                for image in request.pixels
-            ]
+            [(hashlib.blake2b(image.contiguous().numpy().data).digest(), request.experts) for image in request.pixels]
             for request in requests
         ]
-        found: dict[tuple[bytes, tuple[str, ...]], Tensor] = {}
-        for experts in dict.fromkeys(request.experts for request in requests if request.pixels):
+        for experts in {request.experts for request in requests if request.pixels}:
             started = time.perf_counter()
-            mine = [index for index, request in enumerate(requests) if request.pixels and request.experts == experts]
-            wanted = {
-                key: image for index in mine for key, image in zip(keys[index], requests[index].pixels, strict=True)
-            }
-            found |= {key: self._known[key] for key in wanted if key in self._known}
-            new = [key for key in wanted if key not in found]
+            mine = [(key, request) for key, request in zip(keys, requests, strict=True) if request.experts == experts]
+            images = {key: image for each, request in mine for key, image in zip(each, request.pixels, strict=True)}
+            new = [key for key in images if key not in self._known]
             with self._attached(experts):
                 for start in range(0, len(new), AT_ONCE):
                     batch = new[start : start + AT_ONCE]
-                    features = self.answerer.features(torch.stack([wanted[key] for key in batch]))
-                    # Copies, because rows of a batch would keep the whole batch in memory.
-                    found |= {key: each.clone() for key, each in zip(batch, features, strict=True)}
+                    features = self.answerer.features(torch.stack([images[key] for key in batch]))
+                    # Copies, because each row of a batch would keep the whole batch in memory.
+                    self._known.update((key, each.clone()) for key, each in zip(batch, features, strict=True))
             if self.answerer.device.type == "cuda":
                 torch.cuda.synchronize(self.answerer.device)
-            for index in mine:
-                requests[index].tower = time.perf_counter() - started
-        for key, features in found.items():
-            self._known[key] = features
-            self._known.move_to_end(key)
+            for _, request in mine:
+                request.tower = time.perf_counter() - started if request.pixels else 0.0
+        found = [[self._known[key] for key in each] for each in keys]
+        for each in keys:
+            for key in each:
+                self._known.move_to_end(key)
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
-        return [[found[key] for key in each] for each in keys]
+        return found
 
     def forget(self) -> None:
         """Free the features that are kept."""

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.serve.guard import Guard
-from tove_llava.serve.models import MANIFEST
 
 PORT = 8000  # transformers serve's
 
