@@ -104,32 +104,12 @@ def make_model_class(arch):
 
 
 def model_config(**keys):
-    return LlamaConfig(
-        **{
-            "vocab_size": 64,
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            **keys,
-        }
-    )
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaConfig(vocab_size=64, max_position_embeddings=128, **{**sizes, **keys})
 
 
 def model_args(vision_tower, **keys):
     """LLaVA's ModelArguments."""
-    return types.SimpleNamespace(
-        **{
-            "vision_tower": vision_tower,
-            "mm_vision_select_layer": -2,
-            "mm_vision_select_feature": "patch",
-            "mm_projector_type": "mlp2x_gelu",
-            "pretrain_mm_mlp_adapter": None,
-            "mm_patch_merge_type": "flat",
-            **keys,
-        }
-    )
+    defaults = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "mm_projector_type": "mlp2x_gelu"}
+    defaults |= {"pretrain_mm_mlp_adapter": None, "mm_patch_merge_type": "flat"}
+    return types.SimpleNamespace(vision_tower=vision_tower, **{**defaults, **keys})

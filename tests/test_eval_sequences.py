@@ -5,8 +5,8 @@ import torch
 from answer_parts import before_forward, picture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
-from transformers.cache_utils import DynamicCache
+from tower_parts import text_config
+from transformers import LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from tove_llava.data import Turn
 from tove_llava.inference.prefill import Prefill, Prompt
@@ -16,17 +16,8 @@ from tove_llava.inference.sequences import Sequences, has_plain_cache, pad_left
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "max_position_embeddings": 256}
+    return LlamaForCausalLM(text_config(vocab_size=50, initializer_range=0.5, **sizes)).eval()
 
 
 @torch.no_grad()
@@ -107,17 +98,9 @@ def test_several_tokens_are_read_at_once(model):
 
 def test_sliding_windows_are_known_not_to_fit(model):
     assert has_plain_cache(model)
-    config = MistralConfig(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        sliding_window=4,
-    )
-    sliding = MistralForCausalLM(config)
-    assert not has_plain_cache(sliding) and DynamicCache(config=config).layers
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    sliding = MistralForCausalLM(MistralConfig(**sizes, num_attention_heads=1, num_key_value_heads=1, sliding_window=4))
+    assert not has_plain_cache(sliding)
 
 
 # -- prompts with pictures --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import tracemalloc
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import anyio
@@ -44,17 +44,21 @@ def engine(answerer):
         yield engine
 
 
+@contextmanager
+def launched(engine, **options):
+    app = gradio_app.launch(engine, "127.0.0.1", None, block=False, **{"max_new_tokens": TOKENS, **options})
+    try:
+        yield app
+    finally:
+        app.close()
+
+
 @pytest.fixture(scope="module")
 def app(engine, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # a server that ends takes files along that another shows too
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
-        yield from serve(engine)
-
-
-def serve(engine):
-    app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=TOKENS, block=False)
-    yield app
-    app.close()
+        with launched(engine) as app:
+            yield app
 
 
 @pytest.fixture
@@ -124,14 +128,11 @@ def test_two_models_answer_the_same_question(engine, tmp_path):
     answerer = make_answerer(tmp_path / "other")
     answerer.model.lm_head.weight.data.neg_()
     with Engine(answerer, name="other") as other:
-        app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=TOKENS, block=False, compare=other)
-        try:
+        with launched(engine, compare=other) as app:
             connection = client.Client(app.local_url, verbose=False)
             message = {"text": "What is it?", "files": [save(tmp_path)]}
             found = connection.predict(message=message, api_name="/compare")
             connection.close()
-        finally:
-            app.close()
         expected = [model.answer(ask("What is it?", picture()), max_new_tokens=TOKENS) for model in (engine, other)]
     assert [side["answer"] for side in found] == expected and expected[0] != expected[1]
 
@@ -279,8 +280,7 @@ def test_page_is_private_and_shows_text_as_text(app):
 def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tmp_path, monkeypatch):
     slow = threading.Event()
     before_forward(answerer, monkeypatch, lambda ids: slow.wait(0.1))
-    app = gradio_app.launch(engine, "127.0.0.1", None, max_new_tokens=400, block=False)
-    try:
+    with launched(engine, max_new_tokens=400) as app:
         stays = client.Client(app.local_url, verbose=False)
         beside = stays.submit(
             message={"text": "What is it?", "files": [save(tmp_path)]}, max_new_tokens=TOKENS, api_name="/chat"
@@ -298,8 +298,6 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tm
         slow.set()
         assert answer == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS)
         stays.close()
-    finally:
-        app.close()
 
 
 def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
@@ -345,15 +343,12 @@ def test_a_taken_port_is_explained(app, engine):
 
 
 def test_a_password_is_asked_for(engine, tmp_path):
-    app = gradio_app.launch(engine, "127.0.0.1", None, block=False, auth=[("ann", "secret")])
-    try:
+    with launched(engine, auth=[("ann", "secret")]) as app:
         assert httpx.get(f"{app.local_url}config").status_code == 401
         assert httpx.post(f"{app.local_url}gradio_api/call/v2/chat", json={"message": {}}).status_code == 401
         wrong = httpx.post(f"{app.local_url}login", data={"username": "ann", "password": "guess"})
         right = httpx.post(f"{app.local_url}login", data={"username": "ann", "password": "secret"})
         assert (wrong.status_code, right.status_code) == (400, 200)
-    finally:
-        app.close()
 
 
 def test_passwords_come_from_the_flag_or_a_file(tmp_path):
