@@ -1,7 +1,7 @@
 """Multiple choice by likelihood: the option that the model would most likely say."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,44 +10,35 @@ from torch import Tensor
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.answering import Answer, Job, Mode, register_mode
-from tove_llava.inference.generation import Answerer
 from tove_llava.inference.prefill import Prefill, Prompt
-from tove_llava.inference.rolling_batch import Batch, Features, Room, Row
+from tove_llava.inference.rolling_batch import Batch, Row
 from tove_llava.inference.sequences import Sequences, pad_left
 
 
 class OptionsBatch(Batch):
-    """Questions whose options are scored as soon as they join; ``logs`` has the tokens' log-probabilities of each row.
+    """Questions whose options are scored when they join.
 
-    Args:
-        options: returns the ids of each option of a question.
+    Attributes:
+        logs: log-probabilities of the tokens of each row's options.
     """
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        features: Features,
-        share: bool,
-        options: Callable[[Job], list[list[int]]],
-        room: Room,
-    ) -> None:
-        super().__init__(answerer, features)
-        self._prefill = Prefill(answerer, share)
-        self._options = options
-        self._room = room
+    def __init__(self, mode: "_Likelihood") -> None:
+        super().__init__(mode.answerer, mode.images)
+        self._mode = mode
+        self._prefill = Prefill(mode.answerer, mode.share)
         self.logs: dict[Row, list[list[float]]] = {}
 
     @torch.inference_mode()
     def join(self, rows: Sequence[Any]) -> None:
-        options = [(index, ids) for index, row in enumerate(rows) for ids in self._options(row.job)]
+        options = [(index, ids) for index, row in enumerate(rows) for ids in self._mode.option_ids(row.job)]
         sequences, logits = self._prefill(
             [Prompt(row.prompt, row.image, images) for row, images in zip(rows, self.features(rows), strict=True)]
         )
         first = logits.log_softmax(dim=-1)[[row for row, _ in options], [ids[0] for _, ids in options]]  # [options]
         logs = [[value] for value in first.tolist()]
         long = [index for index, (_, ids) in enumerate(options) if len(ids) > 1]
-        for start in range(0, len(long), self._room.size):
-            part = long[start : start + self._room.size]
+        for start in range(0, len(long), self._mode.room.size):
+            part = long[start : start + self._mode.room.size]
             for index, more in zip(part, self._continued(sequences, [options[each] for each in part]), strict=True):
                 logs[index] += more
         self.rows, self.logs = list(rows), {row: [] for row in rows}
@@ -75,7 +66,7 @@ class _Likelihood(Mode):
 
     def make_batch(self) -> Batch:
         self._answer_ids = lru_cache(maxsize=4096)(self.answerer.answer_ids)
-        return OptionsBatch(self.answerer, self.images, self.share, self._ids, self.room)
+        return OptionsBatch(self)
 
     def answer(self, row: Row) -> Answer:
         job: Job = row.job
@@ -88,7 +79,8 @@ class _Likelihood(Mode):
         }
         return Answer(job.question, choice, metadata)
 
-    def _ids(self, job: Job) -> list[list[int]]:
+    def option_ids(self, job: Job) -> list[list[int]]:
+        """Return the ids of each option of a question."""
         found = [self._answer_ids(self.said(letter, words)) for letter, words in job.options.items()]
         if not all(found):
             raise DataError(f"question {job.question.question_id!r}: an option has no words to score")
