@@ -301,8 +301,8 @@ def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tm
 
 
 def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
-    opened = threading.Event()
-    before_forward(answerer, monkeypatch, lambda ids: opened.wait(timeout=300))
+    began, opened = threading.Event(), threading.Event()
+    before_forward(answerer, monkeypatch, lambda ids: began.set() or opened.wait(timeout=300))
 
     async def last() -> list[Shown]:
         turns = []
@@ -315,6 +315,7 @@ def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
 
     with Engine(answerer, max_batch=1) as engine:
         first = engine.ask(ask("What?"), Sampling(TOKENS))
+        assert began.wait(timeout=300)
         turns = anyio.run(last)
         assert turns[0] == Shown("assistant", "", note="waiting, number 1 in the queue")
         assert turns[-1].text and "first token" in turns[-1].note and first.text()
