@@ -1,6 +1,7 @@
 """Installed packages and their versions, without importing them."""
 
 import importlib.metadata
+import re
 
 from tove_llava.doctor.finding import Finding
 
@@ -66,14 +67,8 @@ def _older(version: str, lowest: str) -> bool:
     return _numbers(version) < _numbers(lowest)
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """Return the leading numbers of a version ("2.11.0+cu13" -> (2, 11, 0))."""
-    numbers = []
-    for part in version.split("+")[0].split("."):
-        if not part.isdigit():
-            break
-        numbers.append(int(part))
-    return tuple(numbers)
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version.split("+")[0])]
 
 
 def _protobuf_clashes(version: str) -> bool:
