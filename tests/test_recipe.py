@@ -20,7 +20,7 @@ from tove_llava.data import LengthGroupedSampler
 from tove_llava.presets import load_preset
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import make_dataset, make_trainer
-from tove_llava.train.settings import DEEPSPEED_FOLDER
+from tove_llava.train.run_settings import DEEPSPEED_FOLDER
 from tove_llava.train.stages import freeze
 from tove_llava.train.start import STARTS
 from tove_llava.train.trainer import ToveTrainer

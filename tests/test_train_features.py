@@ -25,8 +25,8 @@ from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionModel, TowerFeatures, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones
 from tove_llava.train.arguments import parse
+from tove_llava.train.feature_cache import FeatureCache
 from tove_llava.train.feature_stores import Shards, write_shard
-from tove_llava.train.features import FeatureCache
 from tove_llava.train.run import main as train
 
 
@@ -373,6 +373,6 @@ def test_features_are_pinned_and_copied_during_the_step(monkeypatch, tmp_path):
     write_records(tmp_path)
     arguments = parse(flags(tmp_path, "pretrain", tmp_path / "out", "--preset", "tiny"))
     for on_gpu in (True, False):
-        monkeypatch.setattr("tove_llava.train.settings._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr("tove_llava.train.run_settings._has_accelerator", lambda on_gpu=on_gpu: on_gpu)
         made = arguments.training_arguments()
         assert made.dataloader_pin_memory == made.accelerator_config.non_blocking == on_gpu

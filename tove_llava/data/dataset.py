@@ -40,7 +40,7 @@ class Example(TypedDict):
 
 
 class FeatureSource(Protocol):
-    """A reader of features computed earlier, such as :class:`tove_llava.train.features.FeatureCache`."""
+    """A reader of features computed earlier, such as :class:`tove_llava.train.feature_cache.FeatureCache`."""
 
     def read(self, images: Sequence[str]) -> TowerFeatures:
         """Read the features of images, by their names in the records."""

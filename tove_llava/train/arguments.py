@@ -19,7 +19,7 @@ from tove_llava.core.registry import closest
 from tove_llava.presets import LoraPreset, MergePreset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind
-from tove_llava.train.settings import CHECKPOINTING_FLAGS, Settings
+from tove_llava.train.run_settings import CHECKPOINTING_FLAGS, Settings
 
 _SCENES = (
     ". Give your own, or make the playground's: tove-llava scenes --out playground/data/scenes --train 8000 --val 300"

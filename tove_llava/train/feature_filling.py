@@ -17,8 +17,7 @@ from tqdm import tqdm
 from tove_llava.core.errors import ConfigError
 from tove_llava.data.images import AspectRatio, ImageTransform, resolve_image
 from tove_llava.tower import ToveVisionModel
-from tove_llava.train.feature_stores import STORES, write_shard
-from tove_llava.train.features import (
+from tove_llava.train.feature_cache import (
     AGAIN,
     CLIP,
     Layout,
@@ -30,6 +29,7 @@ from tove_llava.train.features import (
     write_json,
     write_part,
 )
+from tove_llava.train.feature_stores import STORES, write_shard
 from tove_llava.train.file_fingerprints import Fingerprint, file_fingerprint
 
 SHARD_IMAGES = 256

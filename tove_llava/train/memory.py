@@ -22,7 +22,7 @@ from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.loss import PIECE
 from tove_llava.presets import Preset, QuantizationPreset, StagePreset
 from tove_llava.train.recomputation import NONE, SELECTIVE, LayerCosts
-from tove_llava.train.settings import DEEPSPEED_FOLDER
+from tove_llava.train.run_settings import DEEPSPEED_FOLDER
 from tove_llava.train.shapes import Shape
 
 PROCESS = GIB  # Python and the libraries; on a GPU the driver's context and the kernels

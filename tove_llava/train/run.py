@@ -32,11 +32,11 @@ from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import step_checkpoints
 from tove_llava.train.arguments import Parser, parse
-from tove_llava.train.features import FeatureCache
+from tove_llava.train.feature_cache import FeatureCache
 from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
-from tove_llava.train.settings import Settings
+from tove_llava.train.run_settings import Settings
 from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start

@@ -9,7 +9,7 @@ from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
 from tove_llava.train import step_checkpoints
-from tove_llava.train.settings import Settings
+from tove_llava.train.run_settings import Settings
 
 RUN_RECORD = "run.json"
 

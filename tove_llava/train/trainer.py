@@ -42,7 +42,8 @@ RECORD = "record_index"  # batch key: indices of a micro-batch's records, for er
 
 
 class ToveTrainer(Trainer):
-    """
+    """A trainer of one stage.
+
     Args:
         model: a ToVE-LLaVA whose stage has been applied.
         args: transformers' training arguments.
