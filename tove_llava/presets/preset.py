@@ -85,8 +85,8 @@ class QuantizationPreset:
     """
 
     bits: int = _flag(4, "bits of the language model's frozen weights: 4, 8, or 16 (not quantised)")
-    quant_type: str = _flag("nf4", "of 4 bits: nf4 or fp4")
-    double_quant: bool = _flag(True, "of 4 bits: quantise the scales as well")
+    quant_type: str = _flag("nf4", "type of 4-bit weights: nf4 or fp4")
+    double_quant: bool = _flag(True, "quantise the scales of 4-bit weights too")
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
@@ -108,12 +108,14 @@ class QuantizationPreset:
 class MergePreset:
     """Settings with which a copy of CLIP learns the tower's tokens (:mod:`tove_llava.train.merging`)."""
 
-    loss: str = _flag("mse", "mse, smooth_l1 or cosine")
+    loss: str = _flag("mse", "merge loss: mse, smooth_l1 or cosine")
     coefficient: float = _flag(1.0, "weight of the merge loss")
     images_per_record: int = _flag(0, "further images that each record brings; only the merge loss sees them")
-    token_weights: str = _flag("uniform", "uniform, or transfer: tokens count by how much was transferred to them")
-    layers: list[int] | None = _flag(None, "blocks of CLIP that learn, such as 8 9 10; all without it")
-    optimizer: str = _flag("adamw", "of the encoder's matrices: adamw, or muon (not under DeepSpeed)")
+    token_weights: str = _flag(
+        "uniform", "weights of tokens in the merge loss: uniform, or transfer (by what was transferred)"
+    )
+    layers: list[int] | None = _flag(None, "blocks of CLIP that learn, such as 8 9 10 (default: all)")
+    optimizer: str = _flag("adamw", "optimizer of the encoder's matrices: adamw, or muon (not under DeepSpeed)")
     lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights
 
 
@@ -129,18 +131,18 @@ class StagePreset:
     model_max_length: int = _flag(2048, "longest sequence, image tokens included")
     padding_free: bool = _flag(False, "put the sequences of a batch in one row, without padding")
     tower_execution: str = _flag(
-        "eager", "how CLIP and the experts are run: eager, concurrent (side by side), or compiled as well"
+        "eager", "how CLIP and the experts run: eager, concurrent (at the same time), or compiled as well"
     )
     fused_kernels: bool = _flag(False, "liger-kernel's norms, rotary positions and MLP in the language model (CUDA)")
     checkpointing: str | None = _flag(  # None: as the argument gradient_checkpointing says
         None, "what the layers compute again in the backward pass: none, full, selective"
     )
     checkpointing_gib: float | None = _flag(
-        None, "of selective: GiB that the layers' activations may take (default: no limit)"
+        None, "GiB for the layers' activations under selective checkpointing (default: no limit)"
     )
-    projector_learning_rate: float | None = _flag(None, "of the projector; else the stage's")
-    tower_learning_rate: float | None = _flag(None, "of the gate and projections; else the stage's")
-    encoder_learning_rate: float | None = _flag(None, "of the merged encoder; else the stage's")
+    projector_learning_rate: float | None = _flag(None, "learning rate of the projector (default: the stage's)")
+    tower_learning_rate: float | None = _flag(None, "learning rate of the gate and projections (default: the stage's)")
+    encoder_learning_rate: float | None = _flag(None, "learning rate of the merged encoder (default: the stage's)")
     starts_from: str = "parts"  # or checkpoint: the model that --pretrained names, instead of the preset's parts
     lora: LoraPreset | None = None
     quantization: QuantizationPreset | None = None  # of a language model that is frozen except for adapters
