@@ -112,7 +112,7 @@ class MergePreset:
     coefficient: float = _flag(1.0, "weight of the merge loss")
     images_per_record: int = _flag(0, "further images that each record brings; only the merge loss sees them")
     token_weights: str = _flag(
-        "uniform", "weights of tokens in the merge loss: uniform, or transfer (by what was transferred)"
+        "uniform", "token weights in the merge loss: uniform, or transfer (by what was transferred)"
     )
     layers: list[int] | None = _flag(None, "blocks of CLIP that learn, such as 8 9 10 (default: all)")
     optimizer: str = _flag("adamw", "optimizer of the encoder's matrices: adamw, or muon (not under DeepSpeed)")

@@ -48,7 +48,7 @@ class RunArguments:
     merge_data_path: str | None = _flag(None, "records that name the further images (default: --data_path)")
     merge_image_folder: str | None = _flag(None, "folder of the further images (default: --image_folder)")
     merge_feature_cache: str | None = _flag(
-        None, "cache of the further images' features (default: --feature_cache, without --merge_data_path)"
+        None, "cache of their features (default without --merge_data_path: --feature_cache)"
     )
     merge_lora_r: int | None = _flag(None, "merge into adapters of this rank; 0 merges into the encoder's own weights")
     feature_cache: str | None = _flag(None, "folder that 'tove-llava features' made; then no encoder runs")
