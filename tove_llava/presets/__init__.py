@@ -1,4 +1,4 @@
-"""Presets, as YAML files, and the code that reads them."""
+"""Keep presets as YAML files, and read them."""
 
 from tove_llava.presets.preset import (  # noqa: F401
     LanguagePreset,

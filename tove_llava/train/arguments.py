@@ -6,8 +6,7 @@ The flags are those of :class:`RunArguments`, of the preset's stage (every field
 
 import argparse
 import dataclasses
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,14 +105,9 @@ class Parser(HfArgumentParser):
         known, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = unknown[0].partition("=")[0]
-            raise ConfigError(f"unknown flag {name!r}{_near_flag(name, self._option_string_actions)}")
+            near = closest(name, self._option_string_actions) or " 'tove-llava train --help' lists all flags"
+            raise ConfigError(f"unknown flag {name!r}.{near}")
         return vars(known)
-
-
-def _near_flag(name: str, known: Iterable[str]) -> str:
-    spelled = {flag.replace("-", "_"): flag for flag in sorted(known)}  # "-" sorts before "_", which is preferred
-    near = difflib.get_close_matches(name.replace("-", "_"), spelled, n=1)
-    return f". Did you mean {spelled[near[0]]!r}?" if near else ". 'tove-llava train --help' lists all flags"
 
 
 def parse(argv: Sequence[str]) -> Settings:
