@@ -22,11 +22,12 @@ from convert_parts import (
     write_projector,
     write_shards,
 )
+from convert_world import ROWS, World, assert_same, chain, close, expanded, logits, ours, stock, tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower_parts import open_output
 from train_parts import flags, write_parts, write_records
-from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration, MistralForCausalLM
+from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, MistralForCausalLM
 
 from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.checkpoints.manifest import Manifest
@@ -37,81 +38,24 @@ from tove_llava.eval.rows import read_answers
 from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main as train
 
-ROWS = 600  # of the original's embeddings; transformers' LLaVA has 640
-
-
-class World:
-    """One LLaVA in every layout."""
-
-    def __init__(self, root):
-        self.root, self.model = root, make_original()
-        self.clip = write_clip(root / "clip", self.model)
-        self.whole = write_original(root / "llava-whole", self.model, self.clip)
-        self.base = write_language(root / "vicuna", self.model)
-        self.projector = write_projector(root / "llava-projector", self.model, self.clip)
-        self.lora, self.merged = write_lora(root / "llava-lora", self.model, self.clip)
-        self.hf = root / "hf"
-        convert_checkpoint(self.whole, self.hf, "llava-hf")
-        self.tove = root / "tove"
-        convert_checkpoint(self.whole, self.tove)
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return World(tmp_path_factory.mktemp("convert"))
 
 
-def expanded(image_token):
-    return torch.tensor([[t for i in QUESTION for t in ([image_token] * TOKENS if i == -200 else [i])]])
-
-
-@torch.no_grad()
-def logits(model):
-    """[positions, rows of the head] for the question of ``Original.logits``."""
-    model = model[0] if isinstance(model, tuple) else model
-    return model.eval()(input_ids=expanded(model.config.image_token_id), pixel_values=pixels()).logits[0]
-
-
-def stock(folder, **keys):
-    return LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **keys)
-
-
-def tensors(folder):
-    """All tensors in the files of a folder, read by the libraries alone."""
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        found |= load_file(file)
-    for file in sorted(folder.glob("*.bin")):
-        found |= torch.load(file, weights_only=True)
-    return found
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    different = [name for name in a if a[name].dtype != b[name].dtype or not torch.equal(a[name], b[name])]
-    assert not different
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-
-
 # -- the same logits --------------------------------------------------------------------------------------------------
 
 
 def test_original_opened_here_equals_stock_on_the_converted_folder(world):
-    ours, theirs = logits(open_llava(world.whole)), logits(stock(world.hf))
-    assert ours.shape == theirs.shape == (len(QUESTION) - 1 + TOKENS, 640)
-    close(ours, theirs)
-    close(ours[:, :ROWS], world.model.logits(pixels()))
-    assert ours[:, :ROWS].std() > 0.1 and not torch.allclose(ours, logits_without_picture(world), atol=0.1)
-
-
-@torch.no_grad()
-def logits_without_picture(world):
     model, _ = open_llava(world.whole)
-    ids = expanded(model.config.image_token_id)
-    return model(input_ids=ids, pixel_values=torch.zeros(1, 3, IMAGE, IMAGE)).logits[0]
+    found, theirs = logits(model), logits(stock(world.hf))
+    assert found.shape == theirs.shape == (len(QUESTION) - 1 + TOKENS, 640)
+    close(found, theirs)
+    close(found[:, :ROWS], world.expected)
+    with torch.no_grad():
+        blank = model(expanded(600), pixel_values=torch.zeros(1, 3, IMAGE, IMAGE)).logits[0]
+    assert found[:, :ROWS].std() > 0.1 and not torch.allclose(found, blank, atol=0.1)
 
 
 @pytest.mark.parametrize("stored_clip", [True, False])
@@ -129,15 +73,14 @@ def test_every_way_of_storing_weights_is_read(tmp_path, world, kind, stored_clip
         stored_clip=stored_clip,
         extra=old if stored_clip else {},
     )
-    close(logits(open_llava(folder))[:, :ROWS], world.model.logits(pixels()))
-    convert_checkpoint(folder, tmp_path / "tove")
-    close(logits(load_model(tmp_path / "tove"))[:, :ROWS], world.model.logits(pixels()))
-    assert (tmp_path / "tove" / "backbones").exists() == stored_clip
+    close(ours(folder), world.expected)
+    tove = chain(folder, tmp_path, "tove")
+    close(ours(tove), world.expected)
+    assert (tove / "backbones").exists() == stored_clip
 
 
 def test_load_model_opens_folders_of_other_formats(world):
-    for folder in (world.whole, world.hf):
-        close(logits(load_model(folder))[:, :ROWS], world.model.logits(pixels()))
+    close(ours(world.hf), world.expected)
     model, _ = load_model(world.whole, load_backbones=False)
     assert not model.tower.is_loaded
     model, _ = load_model(world.whole, dtype="bfloat16")
@@ -148,71 +91,53 @@ def test_load_model_opens_folders_of_other_formats(world):
 
 @pytest.mark.parametrize("pickled", [True, False])
 def test_lora_folder_is_base_plus_adapters(tmp_path, world, pickled):
-    folder, merged = write_lora(tmp_path / "llava-lora", world.model, world.clip, pickled=pickled)
-    expected = merged_model(world, merged).logits(pixels())
+    folder, _ = write_lora(tmp_path / "lora", world.model, world.clip, pickled=pickled)
+    expected, base = world.merged_logits(), {"base": str(world.base)}
     for merge in (True, False):
-        opened = logits(open_llava(folder, base=str(world.base), merge_lora=merge))[:, :ROWS]
-        torch.testing.assert_close(opened, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(expected, world.model.logits(pixels()), atol=0.1)
-    convert_checkpoint(folder, tmp_path / "tove", base=str(world.base))
-    assert Manifest.read(tmp_path / "tove").kind == "lora"
-    torch.testing.assert_close(logits(load_model(tmp_path / "tove"))[:, :ROWS], expected, rtol=1e-4, atol=1e-4)
-    convert_checkpoint(folder, tmp_path / "hf", "llava-hf", base=str(world.base))
-    torch.testing.assert_close(logits(stock(tmp_path / "hf"))[:, :ROWS], expected, rtol=1e-4, atol=1e-4)
-
-
-def merged_model(world, merged):
-    model = make_original()
-    model.language.load_state_dict({**model.language.state_dict(), **merged})
-    return model
+        close(ours(folder, merge_lora=merge, **base), expected, 1e-4)
+    assert not torch.allclose(expected, world.expected, atol=0.1)
+    tove = chain(folder, tmp_path, "tove", **base)
+    assert Manifest.read(tove).kind == "lora"
+    close(ours(tove), expected, 1e-4)
+    close(logits(stock(chain(folder, tmp_path, "llava-hf", **base)))[:, :ROWS], expected, 1e-4)
 
 
 def test_projector_folder_is_the_projector_on_its_language_model(tmp_path, world):
-    expected = world.model.logits(pixels())
-    close(logits(open_llava(world.projector, base=str(world.base)))[:, :ROWS], expected)
-    convert_checkpoint(world.projector, tmp_path / "tove", base=str(world.base))
-    manifest = Manifest.read(tmp_path / "tove")
+    base = {"base": str(world.base)}
+    close(ours(world.projector, **base), world.expected)
+    tove = chain(world.projector, tmp_path, "tove", **base)
+    manifest = Manifest.read(tove)
     assert (manifest.kind, manifest.template) == ("trained", "plain")
     assert manifest.language["source"] == f"hf:{world.base}"
-    assert not (tmp_path / "tove" / "language").exists()
-    close(logits(load_model(tmp_path / "tove"))[:, :ROWS], expected)
-    convert_checkpoint(world.projector, tmp_path / "hf", "llava-hf", base=str(world.base))
-    close(logits(stock(tmp_path / "hf"))[:, :ROWS], expected)
+    assert not (tove / "language").exists()
+    close(ours(tove), world.expected)
+    close(logits(stock(chain(world.projector, tmp_path, "llava-hf", **base)))[:, :ROWS], world.expected)
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "written"),
     [
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
-        {"num_key_value_heads": 2},
-        {"tie": True},
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {}),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+        ),
+        ({"num_key_value_heads": 2}, {}),
+        ({"tie": True}, {}),
     ],
 )
-def test_architecture_settings_survive(tmp_path, settings):
+def test_architecture_settings_survive(tmp_path, settings, written):
     model = make_original(**settings)
-    clip = write_clip(tmp_path / "clip", model)
-    folder = write_original(tmp_path / "llava", model, clip)
-    expected = model.logits(pixels())
-    close(logits(open_llava(folder))[:, :ROWS], expected)
-    convert_checkpoint(folder, tmp_path / "hf", "llava-hf")
-    close(logits(stock(tmp_path / "hf"))[:, :ROWS], expected)
-    convert_checkpoint(tmp_path / "hf", tmp_path / "llava-back", "original")
-    close(logits(open_llava(tmp_path / "llava-back"))[:, :ROWS], expected)
-    written = json.loads((tmp_path / "llava-back" / "config.json").read_text())
-    asked = original_config(model, clip)
+    clip, expected = write_clip(tmp_path / "clip", model), model.logits(pixels())
+    folder = write_original(tmp_path / "llava", model, clip, **written)
+    close(ours(folder), expected)
+    hf = chain(folder, tmp_path, "llava-hf")
+    close(logits(stock(hf))[:, :ROWS], expected)
+    back = chain(hf, tmp_path, "tove", "original")
+    close(ours(back), expected)
+    found, asked = json.loads((back / "config.json").read_text()), original_config(model, clip, **written)
     keys = ["rope_theta", "rope_scaling", "num_key_value_heads", "tie_word_embeddings", "hidden_size", "rms_norm_eps"]
-    assert {key: written[key] for key in keys} == {key: asked[key] for key in keys}
-
-
-def test_scaled_rotary_positions_survive(tmp_path):
-    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
-    model = make_original(rope_parameters=scaled)
-    scaling = {"type": "linear", "factor": 2.0}
-    folder = write_original(tmp_path / "llava", model, write_clip(tmp_path / "clip", model), rope_scaling=scaling)
-    close(logits(open_llava(folder))[:, :ROWS], model.logits(pixels()))
-    convert_checkpoint(folder, tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    assert json.loads((tmp_path / "llava-back" / "config.json").read_text())["rope_scaling"] == scaling
+    assert {key: found[key] for key in keys} == {key: asked[key] for key in keys}
 
 
 def test_mistral(tmp_path):
@@ -226,11 +151,10 @@ def test_mistral(tmp_path):
     folder = write_original(
         tmp_path / "llava", model, write_clip(tmp_path / "clip", model), model_type="llava_mistral", sliding_window=None
     )
-    close(logits(open_llava(folder))[:, :ROWS], model.logits(pixels()))
-    convert_checkpoint(folder, tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    assert json.loads((tmp_path / "llava-back" / "config.json").read_text())["model_type"] == "llava_mistral"
-    assert_same(tensors(tmp_path / "llava-back"), tensors(folder))
+    close(ours(folder), model.logits(pixels()))
+    back = chain(folder, tmp_path, "tove", "original")
+    assert json.loads((back / "config.json").read_text())["model_type"] == "llava_mistral"
+    assert_same(tensors(back), tensors(folder))
 
 
 # -- the same bits ----------------------------------------------------------------------------------------------------
@@ -242,18 +166,17 @@ def test_original_comes_back(tmp_path, world, way, dtype):
     folder = write_original(
         tmp_path / "llava-a", world.model, world.clip, dtype=dtype, torch_dtype=str(dtype).removeprefix("torch.")
     )
-    convert_checkpoint(folder, tmp_path / "there", way)
-    convert_checkpoint(tmp_path / "there", tmp_path / "llava-b", "original")
-    assert_same(tensors(tmp_path / "llava-b"), tensors(folder))
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "llava-b"))
+    back = chain(folder, tmp_path, way, "original")
+    assert_same(tensors(back), tensors(folder))
+    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, back))
     free = {"mm_vision_tower", "model_type", "transformers_version", "_name_or_path", "max_length", "initializer_range"}
     assert {k: v for k, v in after.items() if k in before and k not in free} == {
         k: v for k, v in before.items() if k in after and k not in free
     }
     text = "USER: two  spaces\n ASSISTANT: x</s>USER: and?"
-    assert load_tokenizer(tmp_path / "llava-b")(text).input_ids == load_tokenizer(folder)(text).input_ids
-    assert (tmp_path / "llava-b" / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
-    assert "<image>" not in load_tokenizer(tmp_path / "llava-b").get_vocab()
+    assert load_tokenizer(back)(text).input_ids == load_tokenizer(folder)(text).input_ids
+    assert (back / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    assert "<image>" not in load_tokenizer(back).get_vocab()
 
 
 def test_parts_of_different_dtypes_keep_them(tmp_path, world):
@@ -264,12 +187,11 @@ def test_parts_of_different_dtypes_keep_them(tmp_path, world):
     }
     folder = write_original(tmp_path / "llava", world.model, world.clip)
     write_shards(folder, mixed)
-    convert_checkpoint(folder, tmp_path / "hf", "llava-hf")
-    convert_checkpoint(tmp_path / "hf", tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    assert_same(tensors(tmp_path / "llava-back"), mixed)
-    close(logits(load_model(tmp_path / "tove")), logits(open_llava(folder)))
-    close(logits(stock(tmp_path / "hf")), logits(open_llava(folder)))
+    hf = chain(folder, tmp_path, "llava-hf")
+    tove = chain(hf, tmp_path, "tove")
+    assert_same(tensors(chain(tove, tmp_path, "original")), mixed)
+    close(logits(load_model(tove)), logits(open_llava(folder)))
+    close(logits(stock(hf)), logits(open_llava(folder)))
 
 
 def test_tokenizers_saved_by_transformers_5_are_made_readable(tmp_path, world):
@@ -278,41 +200,27 @@ def test_tokenizers_saved_by_transformers_5_are_made_readable(tmp_path, world):
     file = folder / "language" / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}))
-    convert_checkpoint(folder, tmp_path / "llava", "original")
-    written = json.loads((tmp_path / "llava" / "tokenizer_config.json").read_text())
+    written = json.loads((chain(folder, tmp_path, "original") / "tokenizer_config.json").read_text())
     assert (written["tokenizer_class"], written["legacy"]) == ("LlamaTokenizer", False)
     assert "backend" not in written
 
 
 def test_llava_hf_comes_back(tmp_path, world):
-    convert_checkpoint(world.hf, tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "back", "llava-hf")
-    assert_same(tensors(tmp_path / "back"), tensors(world.hf))
-    assert {name.split(".")[0] for name in tensors(world.hf)} == {
-        "language_model", "vision_tower", "multi_modal_projector",
-    }  # fmt: skip
-    # By way of the original, which has no rows for the image token and the padding behind it.
-    convert_checkpoint(world.hf, tmp_path / "llava", "original")
-    convert_checkpoint(tmp_path / "llava", tmp_path / "again", "llava-hf")
-    assert_same(tensors(tmp_path / "again"), tensors(world.hf))
-
-
-def test_whole_clip_is_kept_and_named_by_layer(world):
+    stored = tensors(world.hf)
+    # The original has no rows for the image token and the padding after it.
+    for way in ("tove", "original"):
+        assert_same(tensors(chain(world.hf, tmp_path, way, "llava-hf")), stored)
+    assert {name.split(".")[0] for name in stored} == {"language_model", "vision_tower", "multi_modal_projector"}
+    # All of CLIP is kept, and the layer named.
     config = LlavaConfig.from_pretrained(world.hf)
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-2, "default")
-    assert config.vision_config.num_hidden_layers == 3
-    stored = tensors(world.hf)
-    assert torch.equal(
-        stored["vision_tower.vision_model.encoder.layers.2.mlp.fc1.weight"],
-        world.model.clip.state_dict()["encoder.layers.2.mlp.fc1.weight"],
-    )
+    last = "encoder.layers.2.mlp.fc1.weight"
+    assert torch.equal(stored[f"vision_tower.vision_model.{last}"], world.model.clip.state_dict()[last])
 
 
 def test_stage_one_and_lora_folders_come_back(tmp_path, world):
     for folder in (world.projector, world.lora):
-        convert_checkpoint(folder, tmp_path / folder.name / "tove", base=str(world.base))
-        convert_checkpoint(tmp_path / folder.name / "tove", tmp_path / folder.name / "llava-lora", "original")
-        back = tmp_path / folder.name / "llava-lora"
+        back = chain(folder, tmp_path, "tove", "original", base=str(world.base))
         assert_same(tensors(back), tensors(folder))
         names = {"config.json", "mm_projector.bin"} if folder == world.projector else {
             "config.json", "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"
@@ -329,24 +237,16 @@ def test_names_are_those_of_the_reference(tmp_path, conformance):
     names = json.loads((conformance / "llava" / "parameter_names.json").read_text())
     model = make_original(layers=1, clip_layers=1)
     folder = write_original(tmp_path / "llava", model, write_clip(tmp_path / "clip", model), mm_vision_select_layer=-1)
-    convert_checkpoint(folder, tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    assert set(tensors(tmp_path / "llava-back")) == set(names["stage2_full"]["state_dict_keys"])
-    base = write_language(tmp_path / "base", model)
-    stage1 = write_projector(tmp_path / "stage1" / "a", model, tmp_path / "clip", mm_vision_select_layer=-1)
-    lora, _ = write_lora(tmp_path / "stage2" / "a", model, tmp_path / "clip", mm_vision_select_layer=-1)
-    for source in (stage1, lora):
-        convert_checkpoint(source, source.parent / "tove", base=str(base))
-        convert_checkpoint(source.parent / "tove", source.parent / "llava-lora", "original")
+    back = chain(folder, tmp_path, "tove", "original")
+    assert set(tensors(back)) == set(names["stage2_full"]["state_dict_keys"])
+    base = {"base": str(write_language(tmp_path / "base", model))}
+    stage1 = write_projector(tmp_path / "stage1", model, tmp_path / "clip", mm_vision_select_layer=-1)
+    lora, _ = write_lora(tmp_path / "stage2", model, tmp_path / "clip", mm_vision_select_layer=-1)
+    stage1, lora = (chain(source, tmp_path, "tove", "original", **base) for source in (stage1, lora))
     adapters = names["stage2_lora"]
-    for file, keys in (
-        (tmp_path / "stage1" / "llava-lora" / "mm_projector.bin", names["stage1"]["mm_projector.bin"]),
-        (tmp_path / "stage2" / "llava-lora" / "non_lora_trainables.bin", adapters["non_lora_trainables.bin"]),
-    ):
-        assert set(torch.load(file)) == set(keys)
-    assert set(load_file(tmp_path / "stage2" / "llava-lora" / "adapter_model.safetensors")) == set(
-        adapters["adapter_file_keys"]
-    )
+    assert set(torch.load(stage1 / "mm_projector.bin")) == set(names["stage1"]["mm_projector.bin"])
+    assert set(torch.load(lora / "non_lora_trainables.bin")) == set(adapters["non_lora_trainables.bin"])
+    assert set(load_file(lora / "adapter_model.safetensors")) == set(adapters["adapter_file_keys"])
 
 
 def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
@@ -407,14 +307,18 @@ def test_tokens_that_the_original_has_not(tmp_path, world):
     assert_same(tensors(tmp_path / "llava"), original_tensors(world.model))
     assert len(load_tokenizer(tmp_path / "llava")) == ROWS
     assert json.loads((tmp_path / "llava" / "config.json").read_text())["vocab_size"] == ROWS
-    close(logits(open_llava(tmp_path / "llava"))[:, :ROWS], expected[:, :ROWS])
+    close(ours(tmp_path / "llava"), expected[:, :ROWS])
 
-    convert_checkpoint(folder, tmp_path / "tove")
-    close(logits(load_model(tmp_path / "tove")), expected)
-    convert_checkpoint(tmp_path / "tove", tmp_path / "back", "llava-hf")
-    assert_same(tensors(tmp_path / "back"), tensors(folder))
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-2", "original")
-    assert_same(tensors(tmp_path / "llava-2"), original_tensors(world.model))
+    tove = chain(folder, tmp_path, "tove")
+    close(logits(load_model(tove)), expected)
+    assert_same(tensors(chain(tove, tmp_path, "llava-hf")), tensors(folder))
+    assert_same(tensors(chain(tove, tmp_path, "original")), original_tensors(world.model))
+
+    # Its tokenizer is converted by transformers, whose ids differ in runs of spaces.
+    turns = [Turn("user", "<image>\nTwo  spaces?"), Turn("assistant", "Yes."), Turn("user", " And?")]
+    found = Answerer.load(folder, "cpu", "float32").encode(turns, 1)
+    wanted = encode_prompt(turns, load_tokenizer(world.whole), "v1")
+    assert found == [t for i in wanted for t in ([600] * TOKENS if i == -200 else [i])]
 
 
 def test_rows_and_tokens_of_the_users_own_stay(tmp_path, world):
@@ -422,16 +326,13 @@ def test_rows_and_tokens_of_the_users_own_stay(tmp_path, world):
     model = make_original(vocab=608)
     folder = write_original(tmp_path / "llava", model, world.clip)
     (folder / "added_tokens.json").write_text(json.dumps({"<box>": 600, "</box>": 601}))
-    convert_checkpoint(folder, tmp_path / "tove")
-    assert load_model(tmp_path / "tove", load_backbones=False)[1].image_token_id == 602
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-a", "original")
-    assert_same(tensors(tmp_path / "llava-a"), tensors(folder))
-    convert_checkpoint(tmp_path / "tove", tmp_path / "hf", "llava-hf")
-    convert_checkpoint(tmp_path / "hf", tmp_path / "llava-b", "original")
-    back = load_tokenizer(tmp_path / "llava-b")
-    assert back("<box> a </box>").input_ids == load_tokenizer(folder)("<box> a </box>").input_ids
-    assert len(back) == 602 and "<image>" not in back.get_vocab()
-    assert len(tensors(tmp_path / "llava-b")["lm_head.weight"]) == 602
+    tove = chain(folder, tmp_path, "tove")
+    assert load_model(tove, load_backbones=False)[1].image_token_id == 602
+    assert_same(tensors(chain(tove, tmp_path, "original")), tensors(folder))
+    back = chain(tove, tmp_path, "llava-hf", "original")
+    tokenizer = load_tokenizer(back)
+    assert tokenizer("<box> a </box>").input_ids == load_tokenizer(folder)("<box> a </box>").input_ids
+    assert len(tokenizer) == len(tensors(back)["lm_head.weight"]) == 602 and "<image>" not in tokenizer.get_vocab()
 
 
 def test_prompts_are_the_originals(tmp_path, world):
@@ -458,12 +359,11 @@ def test_real_llama_tokenizer(tmp_path, conformance):
     model = make_original(vocab=32000, width=16, layers=1)
     folder = write_original(tmp_path / "llava", model, write_clip(tmp_path / "clip", model))
     shutil.copyfile(conformance / "llava" / "llama_tokenizer.model", folder / "tokenizer.model")
-    convert_checkpoint(folder, tmp_path / "hf", "llava-hf")
-    assert stock(tmp_path / "hf").config.text_config.vocab_size == 32064
-    assert LlavaConfig.from_pretrained(tmp_path / "hf").image_token_index == 32000
-    close(logits(open_llava(folder)), logits(stock(tmp_path / "hf")))
-    convert_checkpoint(tmp_path / "hf", tmp_path / "llava-back", "original")
-    assert_same(tensors(tmp_path / "llava-back"), tensors(folder))
+    hf = chain(folder, tmp_path, "llava-hf")
+    model = stock(hf)
+    assert (model.config.text_config.vocab_size, model.config.image_token_index) == (32064, 32000)
+    close(logits(open_llava(folder)), logits(model))
+    assert_same(tensors(chain(hf, tmp_path, "original")), tensors(folder))
 
 
 def test_processors_show_pictures_as_in_training(tmp_path, world):
@@ -484,11 +384,9 @@ def test_processors_show_pictures_as_in_training(tmp_path, world):
 
 def test_merged_adapters_go_to_the_original(tmp_path, world):
     """LoRA of the original -> here -> merged -> a whole model of the original."""
-    convert_checkpoint(world.lora, tmp_path / "lora", base=str(world.base))
-    assert cli(["merge-lora", "--model", str(tmp_path / "lora"), "--out", str(tmp_path / "merged")]) == 0
-    convert_checkpoint(tmp_path / "merged", tmp_path / "llava", "original")
-    expected = merged_model(world, world.merged).logits(pixels())
-    torch.testing.assert_close(logits(open_llava(tmp_path / "llava"))[:, :ROWS], expected, rtol=1e-4, atol=1e-4)
+    lora = chain(world.lora, tmp_path, "tove", base=str(world.base))
+    assert cli(["merge-lora", "--model", str(lora), "--out", str(tmp_path / "merged")]) == 0
+    close(ours(chain(tmp_path / "merged", tmp_path, "original")), world.merged_logits(), 1e-4)
 
 
 # -- CLIP -------------------------------------------------------------------------------------------------------------
@@ -502,19 +400,16 @@ def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
     (tmp_path / "presets" / "known.yaml").write_text(yaml.safe_dump(preset))
     monkeypatch.setattr("tove_llava.presets.preset.FOLDER", tmp_path / "presets")
     folder = write_original(tmp_path / "llava", world.model, "someone/clip")
-    convert_checkpoint(folder, tmp_path / "tove")
-    close(logits(load_model(tmp_path / "tove"))[:, :ROWS], world.model.logits(pixels()))
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    assert json.loads((tmp_path / "llava-back" / "config.json").read_text())["mm_vision_tower"] == "someone/clip"
-    assert not (tmp_path / "llava-back" / "vision_tower").exists()
-    assert_same(tensors(tmp_path / "llava-back"), tensors(folder))
+    tove = chain(folder, tmp_path, "tove")
+    close(ours(tove), world.expected)
+    back = chain(tove, tmp_path, "original")
+    assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == "someone/clip"
+    assert not (back / "vision_tower").exists()
+    assert_same(tensors(back), tensors(folder))
     # A tower that was trained is not the public one.
     folder = write_original(tmp_path / "llava-2", world.model, "someone/clip", unfreeze_mm_vision_tower=True)
-    convert_checkpoint(folder, tmp_path / "tove-2")
-    convert_checkpoint(tmp_path / "tove-2", tmp_path / "llava-3", "original")
-    assert json.loads((tmp_path / "llava-3" / "config.json").read_text())["mm_vision_tower"] == str(
-        tmp_path / "llava-3" / "vision_tower"
-    )
+    back = chain(folder, tmp_path, "tove", "original")
+    assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == str(back / "vision_tower")
 
 
 def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
@@ -523,25 +418,23 @@ def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
     world.model.clip.save_pretrained(tmp_path / "clip")
     assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "clip" / "model.safetensors"))
     for clip, copied in ((world.clip, False), (tmp_path / "clip", True)):
-        work = tmp_path / str(copied)
-        folder = write_projector(work / "llava", world.model, clip)
-        convert_checkpoint(folder, work / "tove", **base)
-        convert_checkpoint(work / "tove", work / "llava-back", "original")
-        named = json.loads((work / "llava-back" / "config.json").read_text())["mm_vision_tower"]
-        assert named == str(work / "llava-back" / "vision_tower" if copied else clip)
+        folder = write_projector(tmp_path / str(copied), world.model, clip)
+        back = chain(folder, tmp_path, "tove", "original", **base)
+        named = json.loads((back / "config.json").read_text())["mm_vision_tower"]
+        assert named == str(back / "vision_tower" if copied else clip)
         stored = load_file(f"{named}/model.safetensors")
         assert_same(stored, {f"vision_model.{n}": x for n, x in world.model.clip.state_dict().items()})
-        close(logits(open_llava(work / "llava-back", **base))[:, :ROWS], world.model.logits(pixels()))
+        close(ours(back, **base), world.expected)
 
 
 def test_clip_flag_and_moved_folders(tmp_path, world):
     lost = write_original(tmp_path / "llava", world.model, "/nowhere/clip", stored_clip=False)
     with pytest.raises(CheckpointError, match="--clip"):
         open_llava(lost)
-    close(logits(open_llava(lost, clip=str(world.clip)))[:, :ROWS], world.model.logits(pixels()))
+    close(ours(lost, clip=str(world.clip)), world.expected)
     convert_checkpoint(world.hf, tmp_path / "made" / "llava", "original")
     (tmp_path / "made").rename(tmp_path / "moved")
-    close(logits(open_llava(tmp_path / "moved" / "llava"))[:, :ROWS], world.model.logits(pixels()))
+    close(ours(tmp_path / "moved" / "llava"), world.expected)
 
 
 def test_pictures_are_normalised_as_clips_own_folder_says(tmp_path, world):
@@ -550,9 +443,8 @@ def test_pictures_are_normalised_as_clips_own_folder_says(tmp_path, world):
     settings = json.loads((clip / "preprocessor_config.json").read_text()) | {"image_mean": [0.5] * 3}
     (clip / "preprocessor_config.json").write_text(json.dumps(settings))
     folder = write_original(tmp_path / "llava", world.model, clip, image_aspect_ratio="square")
-    for to, back in (("tove", load_model), ("llava-hf", open_llava)):
-        convert_checkpoint(folder, tmp_path / to, to)
-        model, processor = back(tmp_path / to)
+    for to in ("tove", "llava-hf"):
+        model, processor = load_model(chain(folder, tmp_path, to))
         assert list(processor.image_processor.image_mean) == [0.5] * 3
         assert list(model.config.vision_config.image_mean) == [0.5] * 3
         assert model.config.image_aspect_ratio == "square"
@@ -581,21 +473,18 @@ def test_untrained_tower_with_experts_computes_the_checkpoint(world, start):
     assert (manifest.kind, manifest.preset, manifest.language["source"]) == ("trained", "preset", "hf:./language")
 
 
-@pytest.mark.parametrize("fusion", ["top1", "add"])
-def test_other_residual_fusions_start_from_the_checkpoint_too(tmp_path, world, start, fusion):
+@pytest.mark.parametrize(
+    ("fusion", "same"), [("top1", True), ("add", True), ("replace", False), ("sequence_append", False)]
+)
+def test_other_fusions_start_from_the_checkpoint_or_are_remarked_on(tmp_path, world, start, fusion, same):
     preset, override = str(start / "preset.yaml"), [f"vision.fusion={fusion}"]
-    assert convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override) == []
+    remarks = convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override)
     model, _ = load_model(tmp_path / "out")
     assert model.tower.config.fusion == fusion
-    assert torch.equal(logits(model), logits(open_llava(world.whole)))
-
-
-@pytest.mark.parametrize("fusion", ["replace", "sequence_append"])
-def test_fusions_that_change_the_tokens_at_once_are_remarked_on(tmp_path, world, start, fusion):
-    preset, override = str(start / "preset.yaml"), [f"vision.fusion={fusion}"]
-    (remark,) = convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override)
-    assert repr(fusion) in remark and "before it is trained" in remark
-    assert load_model(tmp_path / "out")[0].tower.config.fusion == fusion
+    if same:
+        assert remarks == [] and torch.equal(logits(model), logits(open_llava(world.whole)))
+    else:
+        assert repr(fusion) in remarks[0] and "before it is trained" in remarks[0]
 
 
 def test_training_starts_from_it(world, start):
@@ -617,12 +506,10 @@ def test_training_starts_from_it(world, start):
 
 
 def test_experts_go_onto_a_checkpoint_of_our_own(tmp_path, world, start):
-    convert_checkpoint(world.tove, tmp_path / "tove", preset=str(start / "preset.yaml"))
-    assert torch.equal(logits(load_model(tmp_path / "tove")), logits(load_model(world.tove)))
-    convert_checkpoint(world.lora, tmp_path / "lora", preset=str(start / "preset.yaml"), base=str(world.base))
-    model, _ = load_model(tmp_path / "lora")
-    expected = merged_model(world, world.merged).logits(pixels())
-    torch.testing.assert_close(logits(model)[:, :ROWS], expected, rtol=1e-4, atol=1e-4)
+    preset = {"preset": str(start / "preset.yaml")}
+    assert torch.equal(ours(chain(world.tove, tmp_path, "tove", **preset)), ours(world.tove))
+    model, _ = load_model(chain(world.lora, tmp_path, "tove", base=str(world.base), **preset))
+    close(logits(model)[:, :ROWS], world.merged_logits(), 1e-4)
     assert model.tower.config.attached_experts == ["normal", "segmentation"]
 
 
@@ -649,7 +536,7 @@ def test_towers_with_experts_go_nowhere_else(tmp_path, start, to):
 
 
 def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
-    """Full fine-tuning of a tower that is CLIP alone: its grown vocabulary is cut again."""
+    """Full fine-tuning of a tower that is only CLIP: its grown vocabulary is cut again."""
     preset = tmp_path / "alone.yaml"
     data = yaml.safe_load((start / "preset.yaml").read_text())
     data["vision"] |= {"fusion": "none", "experts": [], "clip": f"hf:{world.clip}"}
@@ -666,27 +553,14 @@ def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
         convert_checkpoint(tmp_path / stage, out, "original")
         expected = logits(load_model(tmp_path / stage))
         base = {"base": str(world.base)} if kind == "lora" else {}
-        close(logits(open_llava(out, **base))[:, :ROWS], expected[:, :ROWS])
-        convert_checkpoint(tmp_path / stage, tmp_path / f"hf-{stage}", "llava-hf")
-        torch.testing.assert_close(logits(stock(tmp_path / f"hf-{stage}")), expected, rtol=1e-4, atol=1e-4)
+        close(ours(out, **base), expected[:, :ROWS])
+        close(logits(stock(chain(tmp_path / stage, tmp_path, "llava-hf"))), expected, 1e-4)
     whole = tensors(tmp_path / "llava-finetune")
     assert len(whole["lm_head.weight"]) == ROWS and len(load_tokenizer(tmp_path / "llava-finetune")) == ROWS
     assert json.loads((tmp_path / "llava-finetune" / "config.json").read_text())["mm_vision_tower"] == str(world.clip)
 
 
 # -- evaluation and chat ----------------------------------------------------------------------------------------------
-
-
-def test_answers_are_the_same_from_every_folder(tmp_path, world):
-    picture = torch.randint(0, 256, (24, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    image = Image.fromarray(picture.numpy())
-    answers = []
-    for folder in (world.whole, world.hf, world.tove):
-        answerer = Answerer.load(folder, "cpu", "float32")
-        prompt = answerer.encode([Turn("user", "<image>\nWhat is it?")], 1)
-        features = answerer.features(answerer.pixels(image)[None])
-        answers.append(answerer.generate([prompt], features, max_new_tokens=12))
-    assert answers[0] == answers[1] == answers[2] and answers[0][0]
 
 
 def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
@@ -703,15 +577,6 @@ def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
         assert cli(["eval", "--model", str(folder), "--output", str(tmp_path / "no"), *flags]) == 2
         assert f"tove-llava convert --model {folder} --base" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-def test_published_llava_hf_folders_are_asked_with_the_originals_tokens(tmp_path, world):
-    """Their tokenizer is converted by transformers, whose ids differ in runs of spaces."""
-    folder = padded_llava_hf(world, tmp_path / "hf")
-    turns = [Turn("user", "<image>\nTwo  spaces?"), Turn("assistant", "Yes."), Turn("user", " And?")]
-    found = Answerer.load(folder, "cpu", "float32").encode(turns, 1)
-    expected = encode_prompt(turns, load_tokenizer(world.whole), "v1")
-    assert found == [t for i in expected for t in ([600] * TOKENS if i == -200 else [i])]
 
 
 # -- real widths ------------------------------------------------------------------------------------------------------
@@ -738,12 +603,8 @@ def test_published_widths_at_reduced_depth(tmp_path):
     big = pixels(size=336)
     expected = model.logits(big)
     del model
-    convert_checkpoint(folder, tmp_path / "hf", "llava-hf")
-    convert_checkpoint(folder, tmp_path / "tove")
-    convert_checkpoint(tmp_path / "tove", tmp_path / "llava-back", "original")
-    shutil.rmtree(tmp_path / "tove")
-    assert_same(tensors(tmp_path / "llava-back"), tensors(folder))
-    shutil.rmtree(tmp_path / "llava-back")
+    hf, back = chain(folder, tmp_path, "llava-hf"), chain(folder, tmp_path, "tove", "original")
+    assert_same(tensors(back), tensors(folder))
 
     def run(opened):
         token, count = opened.config.image_token_id, 576
@@ -751,8 +612,7 @@ def test_published_widths_at_reduced_depth(tmp_path):
         with torch.no_grad():
             return opened(input_ids=ids, pixel_values=big).logits[0]
 
-    ours = run(open_llava(folder, dtype="float32")[0])
-    theirs = run(stock(tmp_path / "hf").eval())
-    close(ours, theirs)
-    torch.testing.assert_close(ours[:, :32000], expected, rtol=1e-4, atol=1e-4)
+    found = run(open_llava(folder, dtype="float32")[0])
+    close(found, run(stock(hf).eval()))
+    close(found[:, :32000], expected, 1e-4)
     shutil.rmtree(tmp_path)  # two gigabytes, which pytest would keep

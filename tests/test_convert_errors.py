@@ -12,13 +12,13 @@ import torch
 from convert_parts import (
     make_original,
     original_tensors,
-    write_clip,
     write_language,
     write_lora,
     write_original,
     write_projector,
     write_shards,
 )
+from convert_world import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,19 +30,6 @@ from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.tensors import file_tensors, folder_tensors
 from tove_llava.cli import main
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
-
-
-class World:
-    def __init__(self, root):
-        self.root, self.model = root, make_original()
-        self.clip = write_clip(root / "clip", self.model)
-        self.whole = write_original(root / "llava-whole", self.model, self.clip)
-        self.base = write_language(root / "vicuna", self.model)
-        self.projector = write_projector(root / "llava-projector", self.model, self.clip)
-        self.lora, _ = write_lora(root / "llava-lora", self.model, self.clip)
-        self.hf, self.tove = root / "hf", root / "tove"
-        convert_checkpoint(self.whole, self.hf, "llava-hf")
-        convert_checkpoint(self.whole, self.tove)
 
 
 @pytest.fixture(scope="module")
