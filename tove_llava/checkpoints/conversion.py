@@ -42,11 +42,11 @@ def convert_checkpoint(
         template: registered name of the conversation template that the model was trained with.
 
     Returns:
-        remarks on this conversion, one sentence each.
+        remarks, one sentence each.
 
     Raises:
         ConfigError: an unknown format or flag, a model that the format cannot hold, or a target that is in use.
-        CheckpointError: the source is incomplete or damaged, or the target cannot be written; nothing is left behind.
+        CheckpointError: the source is damaged, or the target cannot be written. After errors nothing is left behind.
     """
     writer = FORMATS.get(to)()
     if overrides and preset is None:
@@ -78,11 +78,10 @@ def export_model(
             calls the processor with a rendered chat, have the tokenizer add BOS, which would then stand twice.
 
     Returns:
-        remarks on this export, one sentence each.
+        remarks, one sentence each.
 
     Raises:
-        ConfigError: an unknown format, one that cannot hold this model, or a target that is in use.
-        CheckpointError: the model cannot be loaded, or the folder cannot be written; nothing is left behind then.
+        as :func:`convert_checkpoint`.
     """
     bos = "template" if chat_begins else "tokenizer"
     return _write(FORMATS.get(format)(), model, out, dtype=dtype, bos=bos)
@@ -110,8 +109,7 @@ def merge_lora(
         the manifest of the new folder.
 
     Raises:
-        ConfigError: the model has no adapters, or the target is in use.
-        CheckpointError: the model cannot be loaded, or the folder cannot be written; nothing is left behind then.
+        as :func:`convert_checkpoint`; ConfigError too where the model has no adapters.
     """
     _write(MergedAdapters(), model, out, dtype=dtype, self_contained=self_contained)
     return Manifest.read(out)

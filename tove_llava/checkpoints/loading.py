@@ -34,7 +34,14 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.llava.adapters import add_adapters
-from tove_llava.llava.build import assemble, grow_vocabulary, load_whole, read_language_model, torch_dtype
+from tove_llava.llava.build import (
+    assemble,
+    grow_vocabulary,
+    load_whole,
+    parameter_names,
+    read_language_model,
+    torch_dtype,
+)
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.quantization import quantize, round_weights
@@ -56,7 +63,7 @@ def load_model(
     clip: str | None = None,
     template: str | None = None,
     keep_stock: bool = False,
-) -> Any:
+) -> tuple[Any, LlavaProcessor]:
     """Load a model folder of any format, in eval mode; nothing is written.
 
     A model that was trained over a quantised language model has the weights that quantisation left of it, in whatever
@@ -108,8 +115,7 @@ def open_llava(
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
     """Open a LLaVA-1.5 of any format with :func:`load_model`, whose errors then speak of formats."""
     find_format(Path(folder))
-    model, processor = load_model(folder, **options)
-    return model, processor
+    return load_model(folder, **options)
 
 
 def is_stock_llava(folder: str | os.PathLike[str]) -> bool:
@@ -199,18 +205,19 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
 
 def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[str]:
     """List how a saved tower and projector differ from a model's."""
-    old, new = saved.vision_config.to_dict(), present.vision_config.to_dict()
+    # As JSON, in which lists and tuples are the same.
+    old, new = (json.loads(json.dumps(c.vision_config.to_dict(), default=str)) for c in (saved, present))
     phrases = []
     if saved.vision_config.expert_names != present.vision_config.expert_names:
         names = [", ".join(c.vision_config.expert_names) or "none" for c in (saved, present)]
         phrases.append(f"its experts are {names[0]}, this model's {names[1]}")
     else:
         for a, b in zip(old["experts"], new["experts"], strict=True):
-            odd = [key for key in a if _plain(a[key]) != _plain(b.get(key))]
+            odd = [key for key in a if a[key] != b.get(key)]
             phrases += [f"expert {a['name']}: {key} {a[key]!r} against {b.get(key)!r}" for key in odd]
     keys = ["clip_source", "clip_revision", "clip_layer", "image_size", "fusion", "fusion_options", "projection_dim"]
     keys += ("noisy_gating", "top_k", "null_slot", "image_mean", "image_std")
-    phrases += [f"{k} {old[k]!r} against {new[k]!r}" for k in keys if _plain(old[k]) != _plain(new[k])]
+    phrases += [f"{k} {old[k]!r} against {new[k]!r}" for k in keys if old[k] != new[k]]
     widths = [(c.vision_config.hidden_size, c.text_config.hidden_size) for c in (saved, present)]
     if widths[0] != widths[1]:
         phrases.append(f"projector of widths {widths[0]} (vision, language) against {widths[1]}")
@@ -219,8 +226,7 @@ def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[
 
 def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
     """List the names of the projector's and the tower's own parameters."""
-    members = {id(p) for m in (model.model.multi_modal_projector, model.tower.fusion) for p in m.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in members}
+    return parameter_names(model, model.model.multi_modal_projector, model.tower.fusion)
 
 
 def read_config(folder: Path) -> ToveLlavaConfig:
@@ -308,7 +314,3 @@ def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, mer
     config = LoraConfig.from_pretrained(str(folder))
     tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in file_tensors(folder / ADAPTER).items()}
     add_adapters(model, config, tensors, folder / ADAPTER, merge=merge)
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))

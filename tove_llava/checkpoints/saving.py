@@ -24,7 +24,7 @@ from tove_llava.core.errors import CheckpointError
 from tove_llava.core.licences import known, licence_of
 from tove_llava.core.sources import Source, write_origin
 from tove_llava.llava.adapters import adapter_layers, adapter_parameters
-from tove_llava.llava.build import read_language_model
+from tove_llava.llava.build import parameter_names, read_language_model
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import LanguagePreset
@@ -74,7 +74,7 @@ def save_checkpoint(
         write_origin(folder / "language", language["source"], known(licence_of(language["source"])))
         language |= {"source": "hf:./language", "revision": None}
 
-    adapters = _language_names(model) & trained.keys()
+    adapters = parameter_names(model, model.model.language_model, model.lm_head) & trained.keys()
     if manifest.kind == "full":
         # Under the model's own names; save_pretrained would write those of an older layout.
         save_torch_state_dict(dict(trained), folder, metadata={"format": "pt"})
@@ -215,11 +215,6 @@ def _on_cpu(parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def _tower_prefix(model: ToveLlavaForConditionalGeneration) -> str:
     return next(name for name, module in model.named_modules() if module is model.tower) + "."
-
-
-def _language_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
-    members = {id(p) for m in (model.model.language_model, model.lm_head) for p in m.parameters()}
-    return {name for name, p in model.named_parameters() if id(p) in members}
 
 
 def _save_adapter(

@@ -295,6 +295,12 @@ def build_on_meta(
     return model
 
 
+def parameter_names(model: nn.Module, *modules: nn.Module) -> set[str]:
+    """List a model's names of its modules' parameters."""
+    members = {id(p) for module in modules for p in module.parameters()}
+    return {name for name, p in model.named_parameters() if id(p) in members}
+
+
 def parameter_table(model: ToveLlavaForConditionalGeneration) -> list[tuple[str, int]]:
     """List (part, parameters) of the registered parts, without CLIP and experts."""
     parts: list[tuple[str, nn.Module]] = [
