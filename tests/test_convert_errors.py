@@ -348,7 +348,7 @@ def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
 
     last = {
         "tove": "tove_llava.checkpoints.saving.write_manifest",
-        "original": "tove_llava.checkpoints.formats.original.original_config",
+        "original": "tove_llava.checkpoints.original_layout.original_config",
         "llava-hf": "tove_llava.checkpoints.formats.llava_hf.add_sentencepiece",
     }
     monkeypatch.setattr(last[to], fail)
