@@ -48,6 +48,15 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One checkpoint of each kind: stage1, lora and full; only read."""
+    from stage_parts import train_stages
+
+    more = ("--max_steps", "2")
+    return train_stages(tmp_path_factory.mktemp("kinds"), lora=("finetune_lora", *more), full=("finetune", *more))
+
+
+@pytest.fixture(scope="session")
 def conformance() -> Path:
     """The folder of golden data."""
     folder = ROOT.parent / "shared" / "conformance"

@@ -1,11 +1,11 @@
 """What training saves, what loads, and what is refused."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stage_parts import close, edit_manifest, logits
 from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForCausalLM
 
@@ -13,34 +13,14 @@ from tove_llava import build_model, load_model, load_preset
 from tove_llava.checkpoints.loading import load_processor, load_trained
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError
-from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    write_parts(folder)
-    write_records(folder, captions=8, count=8)
-    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
-    more = ["--max_steps", "2", "--pretrained", str(folder / "stage1")]
-    assert main(flags(folder, "finetune_lora", folder / "lora", *more)) == 0
-    assert main(flags(folder, "finetune", folder / "full", *more)) == 0
-    return folder
-
-
-def inputs(model):
-    tokens = model.config.vision_config.num_patches
-    ids = [1, *[model.config.image_token_id] * tokens, 40, 50, 60]
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(**inputs(model)).logits
+def root(kinds):
+    return kinds
 
 
 def tensors(folder):
@@ -98,7 +78,7 @@ def test_merged_adapters_compute_the_same(root):
     separate, _ = load_model(root / "lora")
     merged, _ = load_model(root / "lora", merge_lora=True)
     base, _ = load_model(root / "stage1")
-    torch.testing.assert_close(logits(merged), logits(separate), rtol=1e-5, atol=1e-5)
+    close(logits(merged), logits(separate))
     assert not torch.allclose(logits(merged), logits(base), atol=1e-4)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name]
 
@@ -113,18 +93,7 @@ def test_peft_reads_the_adapter(root):
         for name, value in load_file(root / "lora" / "trained.safetensors").items():
             parameters[name].copy_(value)
     wrapped = PeftModel.from_pretrained(plain, root / "lora").eval()
-    torch.testing.assert_close(logits(wrapped), logits(base), rtol=1e-5, atol=1e-5)
-
-
-def test_full_folder_reads_with_from_pretrained(root):
-    plain = ToveLlavaForConditionalGeneration.from_pretrained(root / "full").eval()
-    assert torch.equal(logits(plain), logits(load_model(root / "full")[0]))
-
-
-def test_dtype_reaches_every_part(root):
-    model, _ = load_model(root / "lora", dtype="bfloat16")
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.tower.frozen.clip.dtype == torch.bfloat16
+    close(logits(wrapped), logits(base))
 
 
 def test_processor_survives(root):
@@ -154,9 +123,7 @@ def test_self_contained_folder_needs_nothing_else(root, tmp_path):
 
 def test_by_reference_folder_names_what_is_gone(root, tmp_path):
     copy = shutil.copytree(root / "stage1", tmp_path / "copy")
-    manifest = json.loads((copy / "tove_llava.json").read_text())
-    manifest["language"]["source"] = f"hf:{tmp_path / 'gone'}"
-    (copy / "tove_llava.json").write_text(json.dumps(manifest))
+    edit_manifest(copy, {"source": f"hf:{tmp_path / 'gone'}"})
     with pytest.raises(CheckpointError, match="gone"):
         load_model(copy)
 
@@ -168,10 +135,8 @@ def test_language_model_that_has_changed_is_noticed(root, tmp_path):
     folder = tmp_path / "lora"
     shutil.copytree(root / "lora", folder)
     shutil.copytree(root / "llm", tmp_path / "llm")
-    manifest = json.loads((folder / "tove_llava.json").read_text())
-    assert manifest["language_fingerprint"]
-    manifest["language"]["source"] = f"hf:{tmp_path / 'llm'}"
-    (folder / "tove_llava.json").write_text(json.dumps(manifest))
+    assert Manifest.read(folder).language_fingerprint
+    edit_manifest(folder, {"source": f"hf:{tmp_path / 'llm'}"})
     load_model(folder)
     weights = load_file(tmp_path / "llm" / "model.safetensors")
     name = next(name for name in weights if name.endswith("q_proj.weight"))

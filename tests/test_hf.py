@@ -12,8 +12,9 @@ from answer_parts import make_model, picture
 from experts_zoo import timm_folder
 from hub_stub import HubStub
 from safetensors.torch import load_file
+from stage_parts import edit_manifest, inputs, logits
 from tower_parts import expert_entries, make_tower, pixels, save_clip
-from train_parts import ROOT, environment, flags, write_parts, write_records
+from train_parts import ROOT, environment
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,7 +32,6 @@ from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.llava.adapters import fold_adapters
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
-from tove_llava.train.run import main
 
 KINDS = ("stage1", "lora", "full")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
@@ -39,34 +39,15 @@ PARTS = ("model.vision_tower", "model.multi_modal_projector", "model.language_mo
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One checkpoint of each kind, a picture, and the parts that they were made of."""
-    folder = tmp_path_factory.mktemp("hf")
-    write_parts(folder)
-    write_records(folder, captions=8, count=8)
-    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
-    more = ["--max_steps", "2", "--pretrained", str(folder / "stage1")]
-    assert main(flags(folder, "finetune_lora", folder / "lora", *more)) == 0
-    assert main(flags(folder, "finetune", folder / "full", *more)) == 0
-    picture(3, (40, 24)).save(folder / "wide.png")
-    return folder
+def root(kinds):
+    picture(3, (40, 24)).save(kinds / "wide.png")
+    return kinds
 
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
     """A model whose answers depend on what it is asked."""
     return make_model(tmp_path_factory.mktemp("chatty"))
-
-
-def inputs(model, dtype=torch.float32):
-    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_patches, 40, 50, 60]
-    noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.tensor([ids]), "pixel_values": noise.to(dtype)}
-
-
-@torch.no_grad()
-def logits(model):
-    return model.eval()(**inputs(model, model.tower.dtype)).logits
 
 
 def opened(folder, **options):
@@ -544,9 +525,7 @@ def test_card_names_repositories_and_licences(root, tmp_path):
     for name in ("normal", "clip"):
         shutil.copytree(root / name, tmp_path / "licensed" / name)
         (tmp_path / "licensed" / name / "README.md").write_text("---\ntags: []\nlicense: cc-by-nc-4.0\n---\n")
-    manifest = json.loads((copy / "tove_llava.json").read_text())
-    manifest["language"]["source"] = "hf:lmsys/vicuna-7b-v1.5"
-    (copy / "tove_llava.json").write_text(json.dumps(manifest))
+    edit_manifest(copy, {"source": "hf:lmsys/vicuna-7b-v1.5"})
     model = opened(copy, load_backbones=False)
     model.config.vision_config.clip_source = f"hf:{tmp_path / 'licensed' / 'clip'}"
     model.config.vision_config.experts[0]["source"] = f"hf:{tmp_path / 'licensed' / 'normal'}"
@@ -615,7 +594,7 @@ import sys, torch
 import tove_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, "tests")
-from test_hf import logits
+from stage_parts import logits
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 
 root = sys.argv[1]

@@ -8,6 +8,7 @@ import torch
 import yaml
 from impostors import NAMES, impostors
 from safetensors.torch import load_file
+from stage_parts import HARD, close, inputs, train_stages
 from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForImageTextToText
 
@@ -24,32 +25,20 @@ from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-HARD = ["--learning_rate", "0.05", "--lora_r", "8"]  # so that the adapters do a lot
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora")
-    write_parts(folder)
-    write_records(folder, captions=8, count=8)
-    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
-    start = ["--max_steps", "4", "--pretrained", str(folder / "stage1"), *HARD]
-    assert main(flags(folder, "finetune_lora", folder / "lora", *start)) == 0
+    folder = train_stages(tmp_path_factory.mktemp("lora"), lora=("finetune_lora", "--max_steps", "4", *HARD))
     merge_lora(folder / "lora", folder / "plain")
     return folder
 
 
 def logits(model):
     """Of one picture and a few bytes; and of a row without a picture."""
-    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_image_tokens, 40, 50, 60]
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        seen = model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
-        return torch.cat([seen[0], model(input_ids=torch.tensor([[1, 70, 80]])).logits[0]])
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        rows = model(**inputs(model)).logits[0], model(input_ids=torch.tensor([[1, 70, 80]])).logits[0]
+    return torch.cat(rows)
 
 
 def test_under_autocast_adapters_take_their_inputs_as_they_come(root):

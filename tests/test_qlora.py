@@ -7,10 +7,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from stage_parts import HARD, close, edit_manifest, inputs, logits, train_stages
 from torch import nn
 from train_killed import train_until_killed
-from train_parts import flags, launch, run_group, run_script, write_parts, write_records
+from train_parts import flags, launch, run_group, run_script
 
 from tove_llava import build_model, load_model
 from tove_llava.checkpoints.conversion import merge_lora
@@ -33,42 +34,20 @@ KINDS = [
     QuantizationPreset(8),
 ]
 IDS = ["nf4", "fp4", "int8"]
-HARD = ["--learning_rate", "0.05", "--lora_r", "8"]  # so that the adapters do a lot
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qlora")
-    write_parts(folder)
-    write_records(folder, captions=8, count=8)
-    assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0
-    for name, words in {
-        "q4": ["4"],
-        "fp4": ["4", "--quant_type", "fp4", "--double_quant", "False"],
-        "q8": ["8"],
-    }.items():
-        assert main(stage_two(folder, folder / name, "--bits", *words)) == 0
-    return folder
+    def stage(*words):
+        return "finetune_lora", "--max_steps", "4", *HARD, "--bits", *words
+
+    other = ("4", "--quant_type", "fp4", "--double_quant", "False")
+    return train_stages(tmp_path_factory.mktemp("qlora"), q4=stage("4"), fp4=stage(*other), q8=stage("8"))
 
 
 def stage_two(root, output, *more):
     start = ["--pretrained", str(root / "stage1"), "--max_steps", "4", *HARD]
     return flags(root, "finetune_lora", output, *start, *more)
-
-
-def inputs(model):
-    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_image_tokens, 40, 50, 60]
-    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return {"input_ids": torch.tensor([ids]), "pixel_values": pixels}
-
-
-@torch.no_grad()
-def logits(model):
-    return model(**inputs(model)).logits.float()
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def build(root):
@@ -114,7 +93,7 @@ def test_rounded_weights_compute_what_quantised_layers_compute(root, settings):
         if settings.bits == 4 or mode:
             close(logits(model.train(mode)), logits(rounded.train(mode)))
         else:  # LLM.int8() rounds activations as well
-            torch.testing.assert_close(logits(model.eval()), logits(rounded.eval()), rtol=0.05, atol=0.05)
+            close(logits(model.eval()), logits(rounded.eval()), 0.05)
     difference = (logits(rounded.eval()) - logits(whole.eval())).abs().max()
     assert difference > (1e-2 if settings.bits == 4 else 1e-4)
     assert linear(rounded) == linear(whole) and loaded_bits(rounded) == 16
@@ -155,12 +134,10 @@ def test_saved_model_is_the_trained_one_in_every_form(root, name):
     else:
         held.model.language_model.train()
         close(logits(held), logits(whole))
-        torch.testing.assert_close(logits(held.eval()), logits(whole), rtol=0.05, atol=0.05)
+        close(logits(held.eval()), logits(whole), 0.05)
 
     copy = shutil.copytree(root / name, root / f"{name}-other")
-    manifest = json.loads((copy / "tove_llava.json").read_text())
-    (copy / "tove_llava.json").write_text(json.dumps(manifest | {"quantization": None}))
-    other = logits(load_model(copy)[0])
+    other = logits(load_model(edit_manifest(copy, quantization=None))[0])
     assert (other - logits(whole)).abs().max() > (1e-2 if bits == 4 else 1e-4)
 
 
@@ -297,12 +274,8 @@ def test_a_base_of_another_dtype_is_quantised_as_in_training(root, tmp_path):
 def test_a_base_that_changed_is_noticed(root, tmp_path):
     copy = shutil.copytree(root / "q4", tmp_path / "q4")
     llm = shutil.copytree(root / "llm", tmp_path / "llm")
-    manifest = json.loads((copy / "tove_llava.json").read_text())
-    manifest["language"]["source"] = f"hf:{llm}"
-    (copy / "tove_llava.json").write_text(json.dumps(manifest))
+    edit_manifest(copy, {"source": f"hf:{llm}"})
     close(logits(load_model(copy)[0]), logits(load_model(root / "q4")[0]))
-    from safetensors.torch import save_file
-
     weights = load_file(llm / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] *= 1.01
     save_file(weights, llm / "model.safetensors", metadata={"format": "pt"})
@@ -453,9 +426,8 @@ def test_without_bitsandbytes_the_message_says_what_to_install(root, tmp_path, m
 
 def test_a_damaged_record_of_the_quantisation_is_refused(root, tmp_path):
     copy = shutil.copytree(root / "q4", tmp_path / "copy")
-    manifest = json.loads((copy / "tove_llava.json").read_text())
     for bad in ({"bits": 3}, {"bits": 4, "code": "x"}, "nf4"):
-        (copy / "tove_llava.json").write_text(json.dumps(manifest | {"quantization": bad}))
+        edit_manifest(copy, quantization=bad)
         with pytest.raises(CheckpointError, match="damaged"):
             load_model(copy)
 
