@@ -60,10 +60,8 @@ class Tove(LlavaFormat):
         tokenizer = processor.tokenizer
         if manifest.kind == "full":
             found = split_by_prefix(folder_tensors(folder), _FULL, folder)
-            language, projector = (
-                LanguagePart.by_value(folder, found["language"], config.text_config),
-                found["projector"],
-            )
+            projector = found["projector"]
+            language = LanguagePart.by_value(folder, found["language"], config.text_config)
             base = Source.parse(manifest.language["source"]).resolve(folder).path
             language.tokenizer_folders = [*([base] if base is not None else []), folder]
         else:
