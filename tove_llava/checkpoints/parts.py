@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -25,6 +23,8 @@ from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
+from tove_llava.llava.build import language_config
+from tove_llava.presets import LanguagePreset
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -77,15 +77,10 @@ class LanguagePart:
         Args:
             dtype: in which it is used; what its configuration says by default.
         """
-        parsed = Source.parse(source)
-        try:
-            config = AutoConfig.from_pretrained(**parsed.pretrained(), revision=revision or "main")
-        except (OSError, ValueError, StrictDataclassError) as error:
-            raise CheckpointError(
-                f"the language model's configuration cannot be read from {source}: {error}"
-            ) from error
+        config = language_config(LanguagePreset(source=source, revision=revision))
+        path = Source.parse(source).path
         named = "float32" if config.dtype is None else str(config.dtype).removeprefix("torch.")
-        folders = [] if parsed.path is None else [parsed.path]
+        folders = [] if path is None else [path]
         return cls(config, dtype or named, source=source, revision=revision, tokenizer_folders=folders)
 
 

@@ -32,6 +32,8 @@ from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset, VisionPr
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_TOWER_KEYS = ("clip_layer", "image_size", "fusion", "fusion_options", "projection_dim", "noisy_gating", "top_k",
+               "null_slot", "router_aux_loss_coef")  # fmt: skip
 EMBEDDING_MULTIPLE = 64  # rows of the embedding matrix, for tensor cores
 
 
@@ -110,17 +112,7 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
 
 def tower_keys(vision: VisionPreset) -> dict[str, Any]:
     """Return a preset's keys of a :class:`ToveVisionConfig`, without CLIP and experts."""
-    return {
-        "clip_layer": vision.clip_layer,
-        "image_size": vision.image_size,
-        "fusion": vision.fusion,
-        "fusion_options": vision.fusion_options,
-        "projection_dim": vision.projection_dim,
-        "noisy_gating": vision.noisy_gating,
-        "top_k": vision.top_k,
-        "null_slot": vision.null_slot,
-        "router_aux_loss_coef": vision.router_aux_loss_coef,
-    }
+    return {key: getattr(vision, key) for key in _TOWER_KEYS}
 
 
 def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
@@ -265,7 +257,7 @@ def language_config(language: LanguagePreset) -> Any:
     if language.config is not None and source.path is None:
         return AutoConfig.for_model(**language.config)
     try:
-        return AutoConfig.from_pretrained(**source.pretrained())
+        return AutoConfig.from_pretrained(**source.pretrained(), revision=language.revision or "main")
     except (OSError, ValueError, StrictDataclassError) as error:
         raise CheckpointError(f"cannot read the language model's configuration from {source}: {error}") from error
 
@@ -290,8 +282,7 @@ def build_on_meta(
         language = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(preset.language.dtype))
     vision = vision_config(preset.vision, offline=True) if vision is None else vision
     model = assemble(language, vision, preset.projector)
-    rows = math.ceil((config.vocab_size + 1) / EMBEDDING_MULTIPLE) * EMBEDDING_MULTIPLE
-    model.resize_token_embeddings(rows, mean_resizing=False)
+    grow_vocabulary(model, config.vocab_size + 1)
     return model
 
 
