@@ -16,7 +16,6 @@ from tower_parts import (
 )
 from transformers import (
     AutoConfig,
-    AutoModelForImageTextToText,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -102,13 +101,6 @@ def test_opened_tower_changes_llavas_logits(tmp_path):
     assert not torch.equal(model(**batch()).logits, stock_twin(model, tmp_path)(**batch()).logits)
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_clip_uses_the_attention_that_the_model_asks_for(tmp_path, implementation):
-    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
-    model = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", attn_implementation=implementation)
-    assert model.tower.frozen.clip.config._attn_implementation == implementation
-
-
 @pytest.mark.slow
 def test_true_architecture_with_all_default_experts_is_llava(tmp_path):
     """CLIP-L/14-336 as published (random weights) and the large preset's experts, attached and untrained."""
@@ -172,14 +164,6 @@ def test_saved_keys_are_the_models_own(tmp_path):
     assert {k.split(".")[2] for k in saved if k.startswith("model.vision_tower.")} == {"fusion"}
 
 
-def test_auto_classes_know_it(tmp_path):
-    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
-    config = AutoConfig.from_pretrained(tmp_path / "saved")
-    assert isinstance(config, ToveLlavaConfig) and isinstance(config.vision_config, ToveVisionConfig)
-    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
-    assert isinstance(loaded, ToveLlavaForConditionalGeneration) and loaded.tower.is_loaded
-
-
 def test_self_contained_checkpoint(tmp_path):
     model = make_llava(tmp_path / "parts")
     expected = model(**batch()).logits
@@ -190,13 +174,6 @@ def test_self_contained_checkpoint(tmp_path):
     assert torch.equal(
         ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "moved")(**batch()).logits, expected
     )
-
-
-def test_loading_in_another_dtype_takes_the_backbones_along(tmp_path):
-    make_llava(tmp_path / "parts").save_pretrained(tmp_path / "saved")
-    loaded = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
-    assert loaded.tower.frozen.clip.dtype == loaded.tower.dtype == torch.bfloat16
-    assert loaded(**{**batch(), "pixel_values": pixels().bfloat16()}).logits.isfinite().all()
 
 
 @pytest.mark.parametrize(
