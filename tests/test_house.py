@@ -1,0 +1,51 @@
+"""House rules for the package: lengths of files and functions, and words."""
+
+import ast
+import io
+import re
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import tove_llava
+
+PACKAGE = Path(tove_llava.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+PROSE = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
+FIRST_WORDS = re.compile(r"(What|Whether|Where|How)\b")
+
+
+def named(file: Path, line: int = 1) -> str:
+    return f"{file.relative_to(PACKAGE.parent)}:{line}"
+
+
+def nodes(*kinds: type[ast.AST]) -> list[tuple[Path, ast.AST]]:
+    trees = ((file, ast.parse(file.read_text())) for file in FILES)
+    return [(file, node) for file, tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
+
+
+def test_files_have_at_most_400_lines():
+    assert [named(file) for file in FILES if len(file.read_text().splitlines()) > 400] == []
+
+
+def test_functions_have_at_most_70_lines():
+    functions = nodes(ast.FunctionDef, ast.AsyncFunctionDef)
+    assert [named(file, node.lineno) for file, node in functions if node.end_lineno - node.lineno >= 70] == []
+
+
+def test_a_docstring_begins_with_a_verb_or_a_noun():
+    documented = nodes(ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    first_lines = [(file, getattr(node, "lineno", 1), ast.get_docstring(node) or "") for file, node in documented]
+    assert [named(file, line) for file, line, text in first_lines if FIRST_WORDS.match(text)] == []
+
+
+@pytest.mark.parametrize("word", ["alone"])
+def test_prose_has_no_banned_word(word):
+    found = []
+    for file in FILES:
+        for token in tokenize.generate_tokens(io.StringIO(file.read_text()).readline):
+            prose = token.type in PROSE
+            if prose and (at := re.search(rf"\b{word}\b", token.string)):
+                found.append(named(file, token.start[0] + token.string[: at.start()].count("\n")))
+    assert found == []
