@@ -9,7 +9,7 @@ from torch import nn
 from tove_llava.experts import EXPERTS, base
 from tove_llava.experts.base import Expert, register_expert
 from tove_llava.tower import FUSIONS
-from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.tower.fusion.tove_gate import ToveFusion
 
 NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 WIDTH = 8

@@ -324,7 +324,7 @@ def test_attached_experts_are_refused(tmp_path):
 
 def test_a_tower_that_is_more_than_clip_is_refused(detached, tmp_path, monkeypatch):
     """Whatever a fusion says of itself, the tokens decide."""
-    from tove_llava.tower.fusion.tove import ToveFusion
+    from tove_llava.tower.fusion.tove_gate import ToveFusion
 
     whole = ToveFusion.forward
     monkeypatch.setattr(

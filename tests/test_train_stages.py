@@ -13,7 +13,7 @@ from train_parts import flags, losses, weights, write_parts, write_records
 from tove_llava import build_model, load_preset
 from tove_llava.core.errors import ConfigError, DataError, NonFiniteError
 from tove_llava.presets import StagePreset
-from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.tower.fusion.tove_gate import ToveFusion
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.meter import Meter, describe

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.tower.fusion.tove_gate import ToveFusion
 from tove_llava.tower.tower_config import FUSIONS
 
 

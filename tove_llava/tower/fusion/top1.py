@@ -7,7 +7,7 @@ et al. 2021, "Switch Transformers", section 2.1).
 from __future__ import annotations
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.fusion.tove import ToveFusion
+from tove_llava.tower.fusion.tove_gate import ToveFusion
 from tove_llava.tower.gate import TokenGate
 from tove_llava.tower.tower_config import FUSIONS
 
