@@ -1,7 +1,6 @@
 """Answering modes against plain computations of the same thing, one question at a time."""
 
 import json
-import random
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from tove_llava.eval.answering import MODES, get_option_mode
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark, lettered_options
 from tove_llava.eval.question_loader import QuestionLoader, portions, prompt_ids
 from tove_llava.eval.tasks import Decoding
-from tove_llava.inference.rolling_batch import Row, next_tokens
 
 OPTIONS = {"A": "red", "B": "a blue ball", "C": "green"}
 CHOICE = "\n".join(["Which colour?", *(f"{letter}. {words}" for letter, words in OPTIONS.items()), "Answer."])
@@ -110,20 +108,6 @@ def test_drawn_answers_are_the_questions_own(answerer, questions):
     greedy = texts(answerer, questions)
     assert one != greedy
     assert texts(answerer, questions, temperature=1.5, top_p=1e-6) == greedy
-
-
-def test_words_are_drawn_with_their_probabilities():
-    def draw(decoding, logits, draws):
-        rows = [Row(prompt=[1], decoding=decoding, longest=1, draw=each) for each in draws]
-        return next_tokens(torch.tensor(logits).expand(len(rows), -1), rows, [])
-
-    draws = [random.Random(str(index)).random for index in range(4000)]
-    found = draw(Decoding(1, temperature=2.0), [0.0, 2.0, -torch.inf, 4.0], draws)
-    shares = torch.bincount(found, minlength=4) / 4000
-    expected = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).softmax(dim=0)
-    torch.testing.assert_close(shares, expected, atol=0.03, rtol=0)
-    assert shares[2] == 0
-    assert draw(Decoding(1, temperature=1.0), [-torch.inf, 1.0, 2.0], [lambda: 0.0]).tolist() == [1]
 
 
 def test_beams_are_the_library_s(answerer, questions):

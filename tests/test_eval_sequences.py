@@ -85,17 +85,6 @@ def test_columns_that_no_row_uses_are_dropped(model):
     assert Sequences.gather([(sequences, [1])]).mask.shape == (1, 2)
 
 
-def test_several_tokens_are_read_at_once(model):
-    sequences = Sequences(2, 2, torch.device("cpu"))
-    ids, valid = pad_left([[5, 6, 7], [8]], 0, torch.device("cpu"))
-    with torch.no_grad():
-        sequences.extend(model, ids, valid)
-        ids, valid = pad_left([[9, 10], [11, 12]], 0, torch.device("cpu"))
-        logits = sequences.extend(model, ids, valid, logits_to_keep=2)
-    torch.testing.assert_close(logits[0, 0], alone(model, [5, 6, 7, 9]), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(logits[1, 1], alone(model, [8, 11, 12]), atol=1e-4, rtol=1e-4)
-
-
 def test_sliding_windows_are_known_not_to_fit(model):
     assert has_plain_cache(model)
     sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}

@@ -15,16 +15,6 @@ def engine(answerer):
     return Engine(answerer, name="tiny")
 
 
-def test_picture_question_and_history_all_matter(engine):
-    options = {"max_new_tokens": 12}
-    base = engine.answer(ask("What is it?", picture()), **options)
-    assert engine.answer(ask("What is it?", picture(1)), **options) != base
-    assert engine.answer(ask("Who is it?", picture()), **options) != base
-    assert engine.answer(ask("What is it?"), **options) != base
-    history = [Message("user", "Hello", (picture(),)), Message("assistant", "Hi")]
-    assert engine.answer([*history, *ask("What is it?")], **options) != base
-
-
 def test_a_chat_sees_a_photograph_upright_and_a_benchmark_sees_it_as_stored(engine, tmp_path):
     upright = picture(1)
     exif = Image.Exif()

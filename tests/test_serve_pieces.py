@@ -70,12 +70,13 @@ def test_sampling_out_of_range_is_explained(values, words):
 
 
 def test_each_row_is_chosen_as_it_says():
-    logits = torch.tensor([[0.0, 3.0, 1.0], [4.0, 3.9, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0]])
+    logits = torch.tensor([[0.0, 3.0, 1.0], [4.0, 3.9, 0.0], [0.0, 0.0, 5.0], [1.0, 1.0, 1.0], [-torch.inf, 1.0, 2.0]])
     settings = [Sampling(), Sampling(temperature=1.0, top_p=0.3), Sampling(temperature=1.0), Sampling(temperature=2.0)]
-    draws = iter([0.9, 0.0, 0.99])
+    settings.append(Sampling(temperature=3.0))
+    draws = iter([0.9, 0.0, 0.99, 0.0])
     rows = [Row(prompt=[1], decoding=each, longest=5, draw=lambda: next(draws)) for each in settings]
-    # The second's nucleus is one word; a draw of 0 takes the third row's first word, one of .99 the last row's last.
-    assert next_tokens(logits, rows, []).tolist() == [1, 0, 0, 2]
+    # A nucleus of one word; a draw of 0 takes a row's first word that can be, one of .99 its last.
+    assert next_tokens(logits, rows, []).tolist() == [1, 0, 0, 2, 1]
 
 
 def test_words_are_drawn_as_often_as_transformers_draws_them():
