@@ -1,9 +1,8 @@
 """Multiple choice by likelihood: the option that the model would most likely say."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -62,6 +61,7 @@ class _Likelihood(Mode):
     """The answer is the letter of the most likely option; the line's metadata has the scores of all of them."""
 
     needs_options = True
+    by_words: ClassVar[bool] = False  # else by the letter
     batch: OptionsBatch
 
     def make_batch(self) -> Batch:
@@ -70,7 +70,8 @@ class _Likelihood(Mode):
 
     def answer(self, row: Row) -> Answer:
         job: Job = row.job
-        found = dict(zip(job.options, map(self.score, self.batch.logs[row]), strict=True))
+        scores = [sum(logs) / (len(logs) if self.by_words else 1) for logs in self.batch.logs[row]]
+        found = dict(zip(job.options, scores, strict=True))
         choice = max(found, key=lambda letter: found[letter])  # the first of equals
         shares = torch.tensor(list(found.values()), dtype=torch.float64).softmax(dim=0).tolist()
         metadata = {
@@ -81,20 +82,10 @@ class _Likelihood(Mode):
 
     def option_ids(self, job: Job) -> list[list[int]]:
         """Return the ids of each option of a question."""
-        found = [self._answer_ids(self.said(letter, words)) for letter, words in job.options.items()]
+        found = [self._answer_ids(words if self.by_words else letter) for letter, words in job.options.items()]
         if not all(found):
             raise DataError(f"question {job.question.question_id!r}: an option has no words to score")
         return found
-
-    @staticmethod
-    @abstractmethod
-    def said(letter: str, words: str) -> str:
-        """Return the words that stand for an option."""
-
-    @staticmethod
-    @abstractmethod
-    def score(logs: Sequence[float]) -> float:
-        """Score an option by the log-probabilities of its tokens."""
 
 
 @register_mode("likelihood")
@@ -103,25 +94,10 @@ class LetterLikelihood(_Likelihood):
 
     help = "the option whose letter is most likely (its log-probability as it is, not normalised)"
 
-    @staticmethod
-    def said(letter: str, words: str) -> str:
-        return letter
-
-    @staticmethod
-    def score(logs: Sequence[float]) -> float:
-        return sum(logs)
-
 
 @register_mode("likelihood_text")
 class TextLikelihood(_Likelihood):
     """By the probability of the option's words, per token, so that long options have no disadvantage."""
 
     help = "the option whose words are most likely (mean log-probability per token)"
-
-    @staticmethod
-    def said(letter: str, words: str) -> str:
-        return words
-
-    @staticmethod
-    def score(logs: Sequence[float]) -> float:
-        return sum(logs) / len(logs)
+    by_words = True

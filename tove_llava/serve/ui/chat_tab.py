@@ -10,7 +10,17 @@ import gradio as gr
 
 from tove_llava.core.errors import ToveError
 from tove_llava.inference.engine import Engine
-from tove_llava.serve.ui.conversation import MAX_TEXT, PASTED, Message, answered, images, shown, unanswered
+from tove_llava.serve.ui.conversation import (
+    BOX,
+    CHATBOT,
+    MAX_TEXT,
+    PASTED,
+    Message,
+    answered,
+    images,
+    shown,
+    unanswered,
+)
 from tove_llava.serve.ui.examples import Example
 from tove_llava.serve.ui.panel import Panel
 from tove_llava.serve.ui.running import Running, shown_errors
@@ -29,14 +39,10 @@ class Chat:
         self.running = gr.State(Running())  # one for each visitor, shared by all listeners
         with gr.Row(elem_classes="tove-columns"):
             with gr.Column(scale=5, min_width=320):
-                # sanitize_html is a second fence: shown() has escaped everything already.
                 self.page = gr.Chatbot(
-                    show_label=False,
-                    render_markdown=False,
-                    sanitize_html=True,
-                    allow_file_downloads=False,
-                    buttons=[],
+                    **CHATBOT,
                     feedback_options=None,
+                    allow_file_downloads=False,
                     height="58vh",
                     min_height=380,
                     placeholder="Add an image and ask about it, or begin with one of these.",
@@ -44,12 +50,9 @@ class Chat:
                     elem_id="tove-chat",
                 )
                 self.entry = gr.MultimodalTextbox(
-                    file_types=["image"],
-                    file_count="multiple",
-                    sources=["upload"],
+                    **BOX,
                     placeholder="Add images and ask about them",
                     label="Question",
-                    show_label=False,
                     max_plain_text_length=PASTED,
                     elem_id="tove-entry",
                 )

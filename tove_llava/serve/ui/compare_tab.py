@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from tove_llava.inference.engine import Engine
-from tove_llava.serve.ui.conversation import PASTED, Message, shown
+from tove_llava.serve.ui.conversation import BOX, CHATBOT, PASTED, Message, shown
 from tove_llava.serve.ui.overlay import draw, legend, name_of, view_routing
 from tove_llava.serve.ui.running import shown_errors
 from tove_llava.serve.ui.session import AT_ONCE, Session, Settings
@@ -29,12 +29,9 @@ class Compare:
             self.stop = gr.Button("Stop both", size="sm", elem_id="tove-compare-stop", scale=0, min_width=110)
         self.entry = gr.MultimodalTextbox(
             value=dict(example) if example else None,
-            file_types=["image"],
-            file_count="multiple",
-            sources=["upload"],
+            **BOX,
             placeholder="Add an image and ask both sides about it",
             label="Question for both sides",
-            show_label=False,
             max_plain_text_length=PASTED,
             elem_id="tove-compare-entry",
         )
@@ -71,14 +68,7 @@ class Side:
                 experts, value=experts if all_attached else [], label=f"Experts of {letter}", visible=bool(experts)
             )
             self.page = gr.Chatbot(
-                show_label=False,
-                render_markdown=False,
-                sanitize_html=True,
-                buttons=[],
-                feedback_options=None,
-                height=130,
-                placeholder=" ",
-                elem_classes="tove-answer",
+                **CHATBOT, feedback_options=None, height=130, placeholder=" ", elem_classes="tove-answer"
             )
             self.drawing = gr.Image(
                 show_label=False, interactive=False, format="png", buttons=["fullscreen"], height=260,

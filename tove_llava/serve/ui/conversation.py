@@ -8,8 +8,11 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.inference import engine
 
+# Options of every gradio.Chatbot and of every box for questions. sanitize_html is a second fence after shown().
+CHATBOT: dict[str, Any] = {"show_label": False, "render_markdown": False, "sanitize_html": True, "buttons": []}
+BOX: dict[str, Any] = {"file_types": ["image"], "file_count": "multiple", "sources": ["upload"], "show_label": False}
 MAX_TEXT = 8_000  # characters of one question, and of the system prompt
-PASTED = 1_000_000  # characters from which on the box makes a file of a pasted text; MAX_TEXT refuses it before
+PASTED = 1_000_000  # characters of a pasted text from which on the box makes a file; MAX_TEXT refuses it before
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,10 @@ def unanswered(messages: Sequence[Message]) -> list[Message]:
     Raises:
         DataError: there is none.
     """
-    for end in range(len(messages), 0, -1):
-        if messages[end - 1].role == "user":
-            return list(messages[:end])
-    raise DataError("nothing has been asked yet")
+    ends = [index for index, message in enumerate(messages, start=1) if message.role == "user"]
+    if not ends:
+        raise DataError("nothing has been asked yet")
+    return list(messages[: ends[-1]])
 
 
 def answered(messages: Sequence[Message]) -> list[Message]:
