@@ -94,7 +94,7 @@ class Request(Row):
 
     @property
     def live(self) -> bool:
-        """Tell if somebody still waits for more text."""
+        """Tell if the caller still waits for text."""
         return not (self.ended or self.cancelled)
 
     def take(self, token: int, ends: Callable[[int], bool]) -> None:

@@ -106,7 +106,7 @@ class Sequences:
             buffers: list[Tensor] = []
             for name in ("keys", "values"):
                 _, heads, _, size = getattr(layer, name).shape
-                # Zeros, not whatever memory holds: a masked NaN would still spoil a sum.
+                # Zeros, because a masked NaN in old memory would still spoil a sum.
                 buffer = getattr(layer, name).new_zeros(total, heads, width + room, size)
                 for (batch, _), start, place in zip(parts, starts, places, strict=False):
                     states = getattr(batch.cache.layers[index], name)  # [b, heads, t, size]

@@ -44,7 +44,9 @@ class Vision:
         Raises:
             DataError: the model has no such expert.
         """
-        names = set(self.experts if experts is None else [experts] if isinstance(experts, str) else experts)
+        if experts is None:
+            return self.experts
+        names = {experts} if isinstance(experts, str) else set(experts)
         unknown = sorted(names - set(self.experts))
         if unknown:
             known = ", ".join(self.experts) or "none: its vision tower is only CLIP"

@@ -37,7 +37,7 @@ def serve_openai(
     _check_address(host, port)
     with _servable(Path(model).absolute()) as folder, _inside(folder.parent):
         print(f"serving {folder.name} on http://{host}:{port}/v1 (loading)", flush=True)
-        # Pinned by a relative name, so that requests need not know where the folder lies.
+        # Pinned by a relative name, so that requests need not know the folder's path.
         serve(force_model=folder.name, host=host, port=port, device=str(where), dtype=kind, non_blocking=True)
 
 

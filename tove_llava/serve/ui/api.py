@@ -51,7 +51,7 @@ class Api:
         max_new_tokens: float,
         experts: Sequence[str],
     ) -> AsyncIterator[tuple[str, Any, list[Message]]]:
-        """Asks a question about images and streams the answer. A client's earlier turns are remembered.
+        """Ask a question about images and stream the answer. A client's earlier turns are remembered.
 
         message: {"text": the question, "files": [images]}. experts: those that are attached.
         Returns the answer so far, and at its end the times of its stages in seconds.
@@ -68,7 +68,7 @@ class Api:
     async def routing(
         self, picture: str | None, experts: Sequence[str], view: str, opacity: float
     ) -> tuple[Any, dict[str, Any] | None]:
-        """Draws which expert each part of an image listens to.
+        """Draw which expert each part of an image listens to.
 
         view: "all experts", or an expert's name for only its weight. opacity: of the map, 0 to 1.
         Returns the drawing, and {"means": mean gate weight, "chosen": share of the tokens, "grids": weight of every
@@ -94,7 +94,7 @@ class Api:
         experts_a: Sequence[str],
         experts_b: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Asks two sets of experts (of two models, where the page was started with --compare) the same question.
+        """Ask two sets of experts the same question (of two models, after demo --compare).
 
         Returns [{"answer", "timing", "experts", "model"}] of A and of B.
         """
