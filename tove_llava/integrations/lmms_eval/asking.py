@@ -126,9 +126,8 @@ def loss(answerer: Answerer, request: Request, words: str) -> tuple[float, bool]
     prompt = answerer.encode(request.turns, len(request.images))
     ids = torch.tensor([prompt + target_ids[:-1]], device=answerer.device)  # [1, L]
     features = _features(answerer, request.images)
-    logits = answerer.model(input_ids=ids, logits_to_keep=len(target_ids), **as_images(features)).logits[
-        0
-    ]  # [words, V]
+    output = answerer.model(input_ids=ids, logits_to_keep=len(target_ids), **as_images(features))
+    logits = output.logits[0]  # [words, V]
     targets = torch.tensor(target_ids, device=answerer.device)  # [words]
     logs = logits.float().log_softmax(dim=-1).gather(1, targets[:, None])[:, 0]
     return -float(logs.mean()), bool((logits.argmax(dim=-1) == targets).all())
