@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from tove_llava.checkpoints.loading import load_model
 from tove_llava.core.errors import ConfigError, DataError
@@ -103,11 +98,7 @@ class Answerer:
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        processor: Any,
-        template: str | None = None,
-        aspect_ratio: AspectRatio = "pad",
+        self, model: PreTrainedModel, processor: Any, template: str | None = None, aspect_ratio: AspectRatio = "pad"
     ) -> None:
         self.model = model.eval()
         self.tokenizer = processor.tokenizer
