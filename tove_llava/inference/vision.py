@@ -69,7 +69,10 @@ class Vision:
         Requests with equal experts are encoded together.
         """
         keys = [
-            [(hashlib.blake2b(image.contiguous().numpy().data).digest(), request.experts) for image in request.pixels]
+            [
+                (hashlib.blake2b(image.cpu().contiguous().numpy().data).digest(), request.experts)
+                for image in request.pixels
+            ]
             for request in requests
         ]
         for experts in {request.experts for request in requests if request.pixels}:
