@@ -1,9 +1,10 @@
-"""House rules for the package: lengths of files and functions, and words."""
+"""House rules for the package: lengths of files and functions, names of files, and words."""
 
 import ast
 import io
 import re
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import tove_llava
 
 PACKAGE = Path(tove_llava.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+SHARED_NAMES = {"__init__.py", "base.py"}  # a verb's file in cli/ has the verb's name, whatever room does the work
 PROSE = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
 FIRST_WORDS = re.compile(r"(What|Whether|Where|How)\b")
 
@@ -32,6 +34,11 @@ def test_files_have_at_most_400_lines():
 def test_functions_have_at_most_70_lines():
     functions = nodes(ast.FunctionDef, ast.AsyncFunctionDef)
     assert [named(file, node.lineno) for file, node in functions if node.end_lineno - node.lineno >= 70] == []
+
+
+def test_no_two_files_have_one_name():
+    count = Counter(file.name for file in FILES if file.parent.name != "cli" and file.name not in SHARED_NAMES)
+    assert [named(file) for file in FILES if count[file.name] > 1] == []
 
 
 def test_a_docstring_begins_with_a_verb_or_a_noun():
