@@ -1,4 +1,4 @@
-"""The vision tower. Importing this package registers it with transformers' Auto classes."""
+"""The vision tower; its import registers it with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel
 

@@ -1,11 +1,11 @@
-"""Balance loss of the gate: Shazeer et al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A.
+"""The gate's balance loss.
 
-``L_aux = CV(importance)^2 + CV(load)^2`` where CV is the coefficient of variation over the attached experts,
-``importance_k`` the sum of gate weights over all tokens and ``load_k`` the expected number of tokens that choose expert
-k, under a fresh draw of its own noise.
+Shazeer et al. 2017, "Outrageously Large Neural Networks", section 4 and appendix A: ``CV(importance)^2 + CV(load)^2``.
+CV is the coefficient of variation over the attached experts, ``importance_k`` the sum of gate weights over all tokens,
+``load_k`` the expected number of tokens that choose expert k if its own noise is drawn again.
 
-Both sums are additive over images, but their CV is not. So the sums are added (between the micro-batches of an
-accumulation window and between ranks) and the CV is taken once, of the global batch.
+Both sums are additive over images; their CV is not. So the sums are added (over the micro-batches of an accumulation
+window and over ranks), and the CV is taken once, of the global batch.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# As in the authors' implementation (tensor2tensor, cv_squared): population variance, and this under the fraction.
+# As in the authors' tensor2tensor (cv_squared): population variance, and this added to the denominator.
 _EPSILON = 1e-10
 
 
 @dataclass(frozen=True)
 class BalanceStatistics:
-    """Sums over tokens of a set of images; ``a + b`` is the statistics of both sets.
+    """Sums over some images' tokens; ``a + b`` covers both sets.
 
     Args:
-        importance: ``[K]`` float32, sum of gate weights per expert. The null slot is not an expert and not in here.
+        importance: ``[K]`` float32, sum of gate weights per expert, without the null slot.
         load: ``[K]`` float32, expected number of tokens that choose each expert; None when the gate has no noise.
         tokens: float32 scalar, number of tokens.
-        attached: ``[K]`` bool, experts that are compared; detached ones do not count.
+        attached: ``[K]`` bool, experts that are compared.
     """
 
     importance: Tensor
@@ -62,9 +62,9 @@ class BalanceStatistics:
 
 
 def cv_squared(values: Tensor) -> Tensor:
-    """Compute the squared coefficient of variation of ``[K]``: population variance over squared mean.
+    """Compute population variance over squared mean of ``[K]``.
 
-    Zero (still differentiable) for fewer than two values and for all zeros.
+    Fewer than two values, or only zeros, give zero (still differentiable).
     """
     if values.numel() < 2:
         return values.sum() * 0
@@ -85,9 +85,10 @@ def balance_loss(statistics: BalanceStatistics) -> Tensor:
 
 
 def expected_load(clean: Tensor, noisy: Tensor, std: Tensor, allowed: Tensor, k: int) -> Tensor:
-    """Compute each column's probability to be among the k largest if its own noise is redrawn (equation 9).
+    """Compute the probability that each column is chosen (equation 9).
 
-    ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``, where all other columns keep their noise.
+    ``P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i)``: column i is among the k largest after its own
+    noise is drawn again, while the other columns keep theirs.
 
     Args:
         clean, noisy, std: ``[..., S]`` float32: logits without noise, with it, and the noise's standard deviation.
@@ -104,7 +105,7 @@ def expected_load(clean: Tensor, noisy: Tensor, std: Tensor, allowed: Tensor, k:
     masked = noisy.masked_fill(~allowed, float("-inf"))
     top, index = masked.topk(k + 1, dim=-1)  # [..., k+1]
     inside = torch.zeros_like(allowed).scatter(-1, index[..., :k], True)  # [..., S]
-    # The k-th largest of the others is, for a column within the top k, the (k+1)-th of all, else the k-th.
+    # The k-th largest of the other columns: the (k+1)-th of all for a column in the top k, else the k-th.
     threshold = torch.where(inside, top[..., k : k + 1], top[..., k - 1 : k])
     bounded = threshold.isfinite()  # -inf: fewer than k others take part, so the column is always chosen
     distance = (clean - threshold.masked_fill(~bounded, 0.0)) / std
@@ -126,13 +127,12 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def all_reduce_statistics(statistics: BalanceStatistics, group: dist.ProcessGroup | None = None) -> BalanceStatistics:
-    """Sum statistics over all ranks of ``group``, differentiably; every rank must call it, even without images.
+    """Sum statistics over all ranks of ``group``, differentiably.
 
-    Each rank adds the *whole* ``coefficient * balance_loss(global statistics)`` to its own loss, and gradients are then
-    *averaged* over ranks (as in DDP and DeepSpeed). So the backward pass multiplies by the number of ranks and needs no
-    communication, and the average is exactly the gradient of the global batch's loss.
-
-    Without an initialised process group the statistics are returned as they are.
+    Every rank must call it, even without images. Each rank adds the *whole* ``coefficient * balance_loss(global
+    statistics)`` to its own loss; DDP and DeepSpeed then *average* gradients over ranks. So the backward pass
+    multiplies by the number of ranks, without communication, and the average is exactly the gradient of the global
+    batch's loss. Without an initialised process group the statistics are returned unchanged.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return statistics

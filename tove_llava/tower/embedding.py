@@ -1,4 +1,4 @@
-"""Turn an expert's feature map into hidden rows ``H_k``, one per vision token: the expert-specific first layers."""
+"""Expert-specific first layers: a feature map becomes one row per token."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resample_grid(features: Tensor, size: int) -> Tensor:
 
 
 class ClosedLinear(nn.Linear):
-    """A linear layer that starts at zero, so that its residual branch starts closed."""
+    """A linear layer that starts at zero, to close its residual branch."""
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -61,11 +61,11 @@ class TokenEmbedding(nn.Module):
 
 
 class MapEmbedding(nn.Module):
-    """Expert-specific first layer for a dense prediction: a small convolutional stem with the tower's patch size.
+    """Expert-specific first layer for a dense prediction: a small convolutional stem.
 
-    It consists of a 3x3 convolution, GELU, a patch embedding, GELU. The map's values should be of order 1, which the
-    expert ensures. A map with a whole number of cells per token stays at its own resolution, where its patch covers the
-    same part of the image; any other is resampled to the image's.
+    A 3x3 convolution, GELU, a patch embedding, GELU. The expert keeps the map's values of order 1. A map with a whole
+    number of cells per token keeps its resolution, and a patch covers the same part of the image as a token; any other
+    map is resampled to the image's resolution.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class MapEmbedding(nn.Module):
         self.map_size = rows if native else image_size
         self.patch_size = patch_size = self.map_size // grid
         self.conv = nn.Conv2d(channels, stem_width, kernel_size=3, padding=1)
-        # A convolution of kernel and stride p on unfolded patches, so that tokens can be left out.
+        # The convolution of kernel and stride p, as a linear layer on unfolded patches: tokens can be left out.
         self.linear = nn.Linear(stem_width * patch_size**2, width)
 
     def rows(self, features: Tensor) -> Tensor:
@@ -93,13 +93,13 @@ class MapEmbedding(nn.Module):
         return F.gelu(hidden) if activate else hidden
 
     def empty_rows(self, device: torch.device) -> Tensor:
-        # Through the convolution too: its parameters have to be in the graph as well.
+        # Through the convolution too, so that its parameters are in the graph.
         empty = torch.empty(0, self.conv.in_channels, self.map_size, self.map_size, device=device)
         return self.conv(empty.to(self.conv.weight.dtype)).reshape(0, self.linear.in_features)
 
 
 class ExpertEmbeddings(nn.ModuleDict):
-    """One first layer per expert, by name; each gives rows of width ``config.projection_dim``.
+    """One first layer per expert, with rows of width ``config.projection_dim``.
 
     Raises:
         ConfigError: the tower has no experts, or an expert's width is not recorded.
@@ -143,7 +143,7 @@ class ExpertEmbeddings(nn.ModuleDict):
         return hidden
 
     def touched(self, name: str, device: torch.device) -> Tensor:
-        """Return zero, computed through all parameters of an expert that is left out.
+        """Compute zero through all parameters of an expert that is left out.
 
         In training every rank and every step has to touch the same parameters; this costs nothing.
         """
@@ -152,5 +152,5 @@ class ExpertEmbeddings(nn.ModuleDict):
 
 
 def _as_rows(columns: Tensor) -> Tensor:
-    """Turn ``[B,c,N]`` into ``[B*N,c]``, contiguous also for one image: any selection of rows gives the same bits."""
-    return columns.transpose(1, 2).flatten(0, 1).contiguous()
+    """Turn ``[B,c,N]`` into ``[B*N,c]``, contiguous even for one image."""
+    return columns.transpose(1, 2).flatten(0, 1).contiguous()  # any selection of rows then gives the same bits

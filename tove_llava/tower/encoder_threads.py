@@ -1,4 +1,4 @@
-"""Threads that run a tower's encoders on the CPU, each on its share of the cores."""
+"""Threads that run a tower's encoders on the CPU."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import TypeVar
 
 import torch
 
-_SHARED = 1.05  # measured cost of an encoder that is split by images, over its cost for all at once
+_SHARED = 1.05  # measured: cost of an encoder that is split by images / its cost in one piece
 
 T = TypeVar("T")
 
 
 class EncoderThreads:
-    """Threads that run one call at a time each, on their share of the cores.
+    """Threads with equal shares of the cores, each running one task.
 
     Args:
         tasks: number of encoders.
-        threads: torch's threads, to share.
+        threads: torch's number of threads, to share.
     """
 
     def __init__(self, tasks: int, threads: int) -> None:
@@ -29,8 +29,8 @@ class EncoderThreads:
         started = threading.Barrier(self.count + 1)
 
         def start() -> None:
-            torch.get_num_threads()  # initialises this thread's number, which would undo an earlier setting
-            torch.set_num_threads(self.threads_each)  # of this thread, and of all that start later
+            torch.get_num_threads()  # sets this thread's number once, which would later undo a setting
+            torch.set_num_threads(self.threads_each)  # for this thread and all that start later
             started.wait()
 
         self._threads = ThreadPoolExecutor(self.count, thread_name_prefix="tove-encoder", initializer=start)
@@ -46,11 +46,11 @@ class EncoderThreads:
         return self.run([function])[0]
 
     def run(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """Run tasks, started in order; the first error is raised when all have ended."""
+        """Run tasks in order; raise the first error when all have ended."""
         enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
         def call(task: Callable[[], T]) -> T:
-            with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=enabled):  # both belong to a thread
+            with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=enabled):  # both are settings of a thread
                 return task()
 
         futures = [self._threads.submit(call, task) for task in tasks]
@@ -59,9 +59,9 @@ class EncoderThreads:
 
 
 def to_share(costs: Mapping[str, float], threads: int) -> list[str]:
-    """Choose the encoders to split by images over all threads; the others run in one thread each.
+    """Choose the encoders to split by images over all threads.
 
-    Of the encoders by cost, the most expensive are split, in the number with which the last thread ends earliest.
+    Split the most expensive, as many as let the last thread end earliest; the others run in one thread each.
     """
     order = sorted(costs, key=lambda name: -costs[name])
 

@@ -1,9 +1,9 @@
-"""Run a tower's frozen encoders one after another, side by side, or side by side and compiled.
+"""Run a tower's frozen encoders in turn, concurrently, or concurrently and compiled.
 
-On a GPU each encoder runs on its own stream; a CUDA graph of all is recorded once for each batch size and replayed. On
-the CPU compiled encoders run each in its own thread; the cores are divided equally. An encoder that would leave threads
-idle is split by images instead. Encoders that are not compiled run one after another there: each operation needs
-Python's lock, and waiting for it costs more than the threads gain. Nothing here waits for the device or reads a value.
+On a GPU each encoder runs on its own stream. One CUDA graph of all encoders is recorded for each batch size and
+replayed. On the CPU each compiled encoder runs in its own thread; the cores are divided equally. An encoder that would
+leave threads idle is split by images instead. Encoders that are not compiled run in turn there: each operation needs
+Python's lock, and waiting for it costs more than threads gain. Nothing here waits for the device or reads a value.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from tove_llava.tower.encoder_threads import EncoderThreads, to_share
 
 # Beyond these limits encoders run eagerly.
 MAX_SIZES = 8  # batch sizes that something is compiled or recorded for
-MAX_GRAPHS = 16  # graphs: batch sizes, and sets of attached experts
-MIN_SHARE = 4  # images of a thread: smaller batches are much less efficient
-_WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate what they keep
+MAX_GRAPHS = 16  # graphs, one for each batch size and set of attached experts
+MIN_SHARE = 4  # least images of a thread: smaller batches are much less efficient
+_WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate memory
 
 Function = Callable[[Tensor], Tensor]
 
@@ -62,19 +62,19 @@ class Encoders(Protocol):
         """Return the networks of CLIP and the named experts."""
 
     def functions(self, names: Sequence[str]) -> dict[str, Function]:
-        """Return the functions that :meth:`tasks` calls with prepared pixels; they can be compiled."""
+        """Return the functions, to compile or not, that :meth:`tasks` calls."""
 
     def tasks(
         self, pixel_values: Tensor, names: Sequence[str], compiled: Mapping[str, Function]
     ) -> dict[str, partial[Tensor]]:
-        """Make a call of each encoder, its pixels prepared, with ``compiled`` instead of a function."""
+        """Bind each encoder, or its ``compiled`` function, to its prepared pixels."""
 
 
 class Execution:
-    """Runs the encoders of one tower, and keeps their compiled functions and recorded graphs.
+    """Runs one tower's encoders; keeps their compiled functions and recorded graphs.
 
-    These belong to weights on one device, in one dtype: :meth:`reset` drops them. A copy has the same mode and makes
-    its own. Calls from several threads run one at a time.
+    These fit weights on one device and in one dtype; :meth:`reset` drops them. A copy has the same mode and makes its
+    own. Calls from several threads run one at a time.
     """
 
     def __init__(self, name: str = "eager") -> None:
@@ -90,7 +90,7 @@ class Execution:
         self.__init__(state["name"])  # type: ignore[misc]
 
     def reset(self) -> None:
-        """Drop all that was compiled and recorded; it is made again when needed."""
+        """Drop compiled functions and graphs; the next run makes new ones."""
         self._networks: dict[str, object] = {}
         self._sizes: dict[Hashable, list[int]] = {}
         self._costs: dict[str, int] = {}
@@ -106,7 +106,7 @@ class Execution:
         """
         if not self.mode.concurrent or torch.compiler.is_compiling() or len(pixel_values) == 0:
             return _run(encoders.tasks(pixel_values, names, {}))
-        # Recorded outputs have to be usable under inference mode and outside it.
+        # Recorded outputs have to be usable in inference mode and outside it.
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if pixel_values.is_inference():
                 pixel_values = pixel_values.clone()
@@ -135,7 +135,8 @@ class Execution:
         pixels = _padded(pixel_values, size)
         costs = self._count(encoders, pixels, names)
         shared = to_share(costs, workers.count) if size >= MIN_SHARE * workers.count else []
-        whole = sorted(set(costs) - set(shared), key=lambda name: (-costs[name], name))  # to_share() assumes this order
+        # The order that to_share() assumes.
+        whole = sorted(set(costs) - set(shared), key=lambda name: (-costs[name], name))
         share = math.ceil(size / workers.count)
         parts = list(_padded(pixels, share * workers.count).split(share)) if shared else []
         compiled = self._compile(encoders, pixels, names, whole, workers)
@@ -149,14 +150,14 @@ class Execution:
             tasks = encoders.tasks(part, [name for name in names if name in shared], for_share)
             return _run({name: tasks[name] for name in shared})
 
-        # The workers prepare the pixels too: this thread's helpers would spin on after it, on the workers' cores.
+        # The workers prepare the pixels too: this thread's OpenMP helpers would go on spinning on the workers' cores.
         calls = workers.call(prepare)
         done = workers.run(calls + [partial(encode, part) for part in parts])
         made = {name: [some[name] for some in done if name in some] for name in costs}
         return {name: (torch.cat(some) if name in shared else some[0])[:batch] for name, some in made.items()}
 
     def _count(self, encoders: Encoders, pixel_values: Tensor, names: Sequence[str]) -> dict[str, int]:
-        """Count each encoder's operations for an image, which are the same in every run."""
+        """Count each encoder's operations per image, equal in every run."""
         functions = encoders.functions(names)
         if not functions.keys() <= self._costs.keys():
             for name, task in encoders.tasks(pixel_values[:1], names, {}).items():
@@ -181,7 +182,7 @@ class Execution:
         wanted: Sequence[str],
         workers: EncoderThreads | None,
     ) -> dict[str, Function]:
-        """Return the wanted functions compiled for this shape of pixels; missing ones are made one by one."""
+        """Return the wanted functions, compiled in turn for these pixels' shape."""
         where = _circumstances(pixel_values, workers.threads_each if workers else 0), len(pixel_values)
         functions = encoders.functions(names)
         missing = [name for name in wanted if (where, name) not in self._compiled]
@@ -189,9 +190,9 @@ class Execution:
             fresh = {name: _compiled(functions[name]) for name in missing}
             tasks, plain = encoders.tasks(pixel_values, names, fresh), encoders.tasks(pixel_values, names, {})
             for name in missing:
-                plain[name]()  # transformers prepares some models when they first run, in ways that break up a graph
+                plain[name]()  # transformers prepares some models in their first run, in ways that break up a graph
                 with _explained(f"the tower's encoder {name!r} cannot be compiled here"):
-                    # On a thread that will run it: what is compiled depends on a thread's number of cores.
+                    # On a thread that will run it: the compiled code depends on the thread's number of cores.
                     make = partial(_frozen, tasks[name])
                     workers.call(make) if workers else tasks[name]()
                 self._compiled[where, name] = fresh[name]
@@ -216,19 +217,19 @@ class Execution:
         return self._graphs[key](pixel_values, batch)
 
     def _size(self, batch: int, where: Hashable) -> int | None:
-        """Choose the batch size to run for ``batch`` images: an existing or a new one; None when there are too many."""
+        """Choose an existing or new batch size; None beyond the limit."""
         made = self._sizes.setdefault(where, [])
         near = [size for size in made if batch <= size <= 2 * batch]
         if near:
             return min(near)
         if len(made) == MAX_SIZES:
             return None
-        made.append(batch if not made else 1 << (batch - 1).bit_length())  # the first is most likely the usual one
+        made.append(batch if not made else 1 << (batch - 1).bit_length())  # the first is probably the usual one
         return made[-1]
 
 
 class _Graph:
-    """All encoders as one CUDA graph, each on a stream of its own.
+    """All encoders as one CUDA graph, each on its own stream.
 
     Args:
         tasks: pixels -> the calls to record.
@@ -246,7 +247,7 @@ class _Graph:
                 self._side_by_side(tasks(self._pixels))
         here.wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads (pinning memory, watching collectives) may use the device meanwhile.
+        # Meanwhile other threads (pinning memory, watching collectives) may use the device.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._outputs = self._side_by_side(tasks(self._pixels))
 
@@ -271,7 +272,7 @@ class _Graph:
         if batch < len(self._pixels):
             self._pixels[batch:] = pixel_values[-1:]
         self._graph.replay()
-        # Copies: a caller may keep them, also for a backward pass, and the next replay overwrites the originals.
+        # Copies, because the next replay overwrites the originals: a caller may keep them, or need them backward.
         return {name: out[:batch].clone() for name, out in self._outputs.items()}
 
 
@@ -280,7 +281,7 @@ def _run(tasks: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
 
 
 def _circumstances(pixel_values: Tensor, threads: int) -> Hashable:
-    """Return the key, next to the batch size, of compiled functions and graphs."""
+    """Key compiled functions and graphs, in addition to the batch size."""
     kind = pixel_values.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return pixel_values.device, pixel_values.dtype, autocast, threads
@@ -294,7 +295,7 @@ def _padded(pixel_values: Tensor, size: int) -> Tensor:
 
 def _compiled(function: Function) -> Function:
     """Compile at the first call, for the shape of that call."""
-    # Each with its own cache: experts share their class's code, and torch limits how often that is compiled.
+    # A cache for each: experts share their class's code, and torch limits how often code is compiled.
     known = inspect.signature(torch.compile).parameters
     isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
     return torch.compile(function, dynamic=False, **isolated)  # type: ignore[call-overload,no-any-return]
@@ -303,8 +304,8 @@ def _compiled(function: Function) -> Function:
 def _frozen(task: Callable[[], Tensor]) -> Tensor:
     """Run a task for the first time on the CPU.
 
-    Weights become constants in the kernels' layout, and all of it one call of C++, which releases Python's lock to the
-    other threads.
+    The weights become constants in the kernels' layout. The whole task becomes one C++ call, which releases Python's
+    lock.
     """
     from torch._inductor import config
 

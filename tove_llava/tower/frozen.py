@@ -1,4 +1,4 @@
-"""CLIP and the experts of a tower: frozen, run without autograd, and invisible to everything that trains.
+"""CLIP and a tower's experts: frozen, and invisible to everything that trains.
 
 They are deliberately not submodules of the tower. So no optimizer, state dict, LoRA or quantisation sweep, ZeRO
 partition or ``train()`` can reach them, and ``from_pretrained`` cannot fill them with random numbers.
@@ -33,7 +33,7 @@ CLIP = ""  # CLIP's name among the experts'
 
 @dataclass
 class TowerFeatures:
-    """Output of the frozen part for B images; it can be computed once and kept.
+    """The frozen part's output for B images, which can be kept.
 
     Args:
         base: ``[B,N,d]`` CLIP's tokens.
@@ -70,7 +70,7 @@ class TowerFeatures:
         return self.map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(*devices, **others))
 
     def pin_memory(self) -> TowerFeatures:
-        """Copy to page-locked memory, from which a GPU copies by itself; a ``DataLoader`` calls this."""
+        """Copy to page-locked memory; a ``DataLoader`` calls this."""
         return self.map(torch.Tensor.pin_memory)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TowerFeatures:
@@ -88,9 +88,9 @@ class FrozenBackbones:
     def __init__(self, config: ToveVisionConfig) -> None:
         self.config = config
         self.clip: CLIPVisionModel | None = None
-        self.hub = ExpertHub([])  # until the experts are loaded
+        self.hub = ExpertHub([])  # until experts are loaded
         self.execution = Execution()
-        self._attention: str | None = None  # the loaded encoders' implementation
+        self._attention: str | None = None  # implementation that the loaded encoders have
 
     def set_execution(self, name: str) -> None:
         """See :meth:`ToveVisionModel.set_execution`."""
@@ -98,7 +98,7 @@ class FrozenBackbones:
         self._lay_out()
 
     def _lay_out(self) -> None:
-        """Give convolutional networks the execution's memory layout: channels last is faster on a GPU."""
+        """Set convolutions' memory layout; channels last is faster on a GPU."""
         for name in self.hub.names:
             expert = self.hub[name]
             if expert.convolutional and expert.is_loaded:
@@ -112,7 +112,7 @@ class FrozenBackbones:
     def load(
         self, names: list[str], *, base_dir: str | os.PathLike[str] | None, device: torch.device, dtype: torch.dtype
     ) -> None:
-        """Load CLIP and the named experts from their sources; loaded ones stay as they are."""
+        """Load CLIP and the named experts that are not yet loaded."""
         with _outside_zero3():
             if self.clip is None:
                 self.clip = load_clip(self.config, base_dir)
@@ -149,8 +149,8 @@ class FrozenBackbones:
                 "the image processor and the tower's image_size disagree"
             )
         self._follow_attention()
-        # Weights of 16 bits compute in their own dtype, as they do for cached features: autocast would take the norms,
-        # and with them the whole residual stream, to float32 and cast it back for each layer.
+        # Weights of 16 bits compute in their own dtype, as for cached features: autocast would take the norms and the
+        # whole residual stream to float32, and cast them back for each layer.
         device = pixel_values.device.type
         own = self.clip.dtype != torch.float32 and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if own else nullcontext():
@@ -208,7 +208,7 @@ def load_clip(
     base_dir: str | os.PathLike[str] | None = None,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> CLIPVisionModel:
-    """Load CLIP, frozen, up to the layer whose tokens are used; the layers above are never built.
+    """Load frozen CLIP up to the layer whose tokens are used.
 
     Args:
         base_dir: checkpoint folder to which a source such as ``hf:./backbones/clip`` is relative.
@@ -240,7 +240,7 @@ def load_clip(
             )
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
-    # The norm after the last block only reads the class token, which LLaVA does not use: it is neither needed nor run.
+    # The norm after the last block only reads the class token, which LLaVA does not use; it may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("post_layernorm."))
     clip.post_layernorm = nn.Identity()
     if missing or info["mismatched_keys"]:
@@ -253,7 +253,7 @@ def load_clip(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence reports of unused weights, such as CLIP's upper layers; missing ones raise errors."""
+    """Silence reports of unused weights; missing ones still raise errors."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

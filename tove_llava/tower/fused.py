@@ -1,6 +1,6 @@
-"""Compute ``sum_k G_k * GELU(z_k)``, the gate's weighted sum of hidden rows, in one pass on a GPU.
+"""The gate's weighted sum ``sum_k G_k * GELU(z_k)``, in one GPU kernel.
 
-Written out, each of the K products and sums reads and writes a whole ``[R,m]`` tensor, and autograd keeps two of them
+In plain torch each of the K products and sums reads and writes a whole ``[R,m]`` tensor, and autograd keeps two of them
 per expert. Here the rows are read once, summed in float32 and written once, and the backward pass only needs ``z_k``
 and ``G``. The input is activations: the linear layers before them stay modules, so that ZeRO-3 gathers their weights.
 """
@@ -43,7 +43,7 @@ def gated_gelu_sum(hidden: Sequence[Tensor], gates: Tensor, *, fused: bool = Fal
 
 
 def supports_fused(hidden: Sequence[Tensor], gates: Tensor) -> bool:
-    """Tell if the kernel can be used: one GPU, one dtype, and Triton; ``torch.compile`` fuses the plain form itself."""
+    """Tell if the kernel can run; ``torch.compile`` fuses the plain form itself."""
     first = hidden[0]
     return (
         first.is_cuda
@@ -59,7 +59,7 @@ def supports_fused(hidden: Sequence[Tensor], gates: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _kernels() -> Any:
-    """Import the kernels' module; None without Triton, and in a model exported with its code."""
+    """Import the kernels; None without Triton or in an exported model."""
     try:
         return importlib.import_module(_KERNELS)
     except ImportError:

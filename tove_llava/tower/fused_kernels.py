@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-_ROWS, _COLUMNS = 16, 128  # of a block; a program's registers hold a block of every intermediate
+_ROWS, _COLUMNS = 16, 128  # of a block; a program's registers hold one block of every intermediate
 
 
 @triton.jit
@@ -73,5 +73,5 @@ def _launch(kernel: Any, grid: tuple[int, ...], *args: Any) -> None:
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):  # Triton launches on the current device
             kernel[grid](*args, _ROWS, _COLUMNS)
-    else:  # the interpreter
+    else:  # Triton's interpreter
         kernel[grid](*args, _ROWS, _COLUMNS)

@@ -10,9 +10,9 @@ from tove_llava.tower.balance_loss import expected_load
 
 
 class GateOutput(NamedTuple):
-    """The gate's decision; S = K experts, plus one with a null slot (the last column).
+    """The gate's decision, for K experts and a null slot, if any.
 
-    A tuple rather than a dataclass, because DeepSpeed looks for tensors in tuples.
+    A tuple, because DeepSpeed looks for tensors in tuples. S is the number of columns; the null slot is last.
 
     Args:
         weights: ``[B,N,S]`` float32; rows sum to 1, or to 0 where no column is allowed (or to the probability of the
@@ -29,10 +29,10 @@ class GateOutput(NamedTuple):
 
 
 class Float32Linear(nn.Module):
-    """A bias-free linear map computed in float32, whatever the dtype of weights, inputs and autocast.
+    """A bias-free linear map in float32, whatever its weights' dtype.
 
-    It is no ``nn.Linear``, so sweeps for LoRA targets or quantisable layers skip it. The weight is used inside this
-    module's own forward, where ZeRO-3 gathers it.
+    Autocast does not change that. It is no ``nn.Linear``, so sweeps for LoRA targets or quantisable layers skip it. The
+    weight is used in this module's own forward, where ZeRO-3 gathers it.
     """
 
     def __init__(self, in_features: int, out_features: int, *, std: float) -> None:
@@ -47,9 +47,9 @@ class Float32Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x = x.float()
-            # One product a column: a matrix product's last bits depend on its number of columns, and removing columns
-            # from a gate must not change the others. Not F.linear: DeepSpeed replaces it under ZeRO-3 by one whose
-            # backward pass takes matrices only.
+            # One product per column: the last bits of a matrix product depend on its number of columns, and removing a
+            # column from a gate must not change the others. Not F.linear: under ZeRO-3 DeepSpeed replaces it by one
+            # whose backward pass takes matrices only.
             return torch.stack([x @ column for column in self.weight.float()], dim=-1)
 
 
@@ -72,10 +72,10 @@ class Float32LayerNorm(nn.Module):
 
 
 class TokenGate(nn.Module):
-    """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)``, masked columns at -inf (Shazeer et al. 2017, 2.1).
+    """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)`` over allowed columns.
 
-    All of it is float32: a gate decides by small differences, and a recomputation from the same T and eps has to give
-    the same G under any autocast.
+    Shazeer et al. 2017, section 2.1, all in float32: a gate decides by small differences, and a recomputation from the
+    same T and eps has to give the same G under any autocast.
 
     Args:
         width: d, width of a token.
@@ -93,8 +93,8 @@ class TokenGate(nn.Module):
         self.top_k = top_k
         self.keep_probability = keep_probability
         self.norm = Float32LayerNorm(width)
-        # Nearly even weights at the start. Shazeer et al. use zeros, but a tie without noise would send every token to
-        # the same top k.
+        # Nearly even weights at the start. Shazeer et al. use zeros, but ties without noise would send every token to
+        # the same k experts.
         self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 
@@ -126,7 +126,7 @@ class TokenGate(nn.Module):
 
 
 def _masked_softmax(logits: Tensor, mask: Tensor) -> Tensor:
-    """Compute the softmax over the True columns; exactly 0 elsewhere, and in a row without any."""
+    """Compute the softmax over the True columns, and 0 elsewhere."""
     empty = ~mask.any(dim=-1, keepdim=True)
     weights = logits.masked_fill(~mask, float("-inf")).masked_fill(empty, 0.0).softmax(dim=-1)
     return weights.masked_fill(~mask, 0.0)

@@ -1,4 +1,4 @@
-"""Configuration of the vision tower, from which a checkpoint builds its trainable parts."""
+"""Configuration of the vision tower, from which it is built."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class ToveVisionConfig(PreTrainedConfig):
         base_dir: str | os.PathLike[str] | None = None,
         **keys: Any,
     ) -> ToveVisionConfig:
-        """Read CLIP's configuration and each expert's width and grid from their sources; load no weights.
+        """Read CLIP's configuration and the experts' sizes; load no weights.
 
         Args:
             clip_source: ``hf:<repository or folder>`` or ``bundled:<name>``.
@@ -143,7 +143,7 @@ class ToveVisionConfig(PreTrainedConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return only the known keys: another attribute would be an unknown key for a reader."""
+        """Return only the known keys; a reader refuses any other."""
         known = {field.name for field in dataclasses.fields(self)} | _library_keys()
         return {key: value for key, value in super().to_dict().items() if key in known}
 
@@ -188,7 +188,7 @@ class ToveVisionConfig(PreTrainedConfig):
             raise ConfigError(f"router_aux_loss_coef={self.router_aux_loss_coef} must not be negative")
 
     def check_expert_names(self, names: Iterable[str]) -> None:
-        """Raise ConfigError if one of ``names`` is not an expert of this tower."""
+        """Raise ConfigError for a name that is no expert's."""
         unknown = [name for name in names if name not in self.expert_names]
         if unknown:
             raise ConfigError(f"unknown expert(s) {unknown}; this tower has: {', '.join(self.expert_names) or 'none'}")
@@ -200,7 +200,7 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def attached_experts(self) -> list[str]:
-        """List the experts that are not detached, in the order of the gate's columns."""
+        """List the attached experts, in the order of the gate's columns."""
         return [name for name in self.expert_names if name not in self.detached_experts]
 
     @property
@@ -209,12 +209,12 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def lies_in_checkpoint(self) -> bool:
-        """Tell if sources are relative to the checkpoint's folder, which then holds those backbones."""
+        """Tell if the checkpoint's folder holds the backbones."""
         return any(source.is_relative for source in self._sources())
 
     @property
     def is_portable(self) -> bool:
-        """Tell if the sources mean the same on another machine: none is a folder of this one."""
+        """Tell if no source is a folder of this machine."""
         return all(source.is_portable for source in self._sources())
 
     def _sources(self) -> list[Source]:
@@ -222,7 +222,7 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def num_clip_layers(self) -> int:
-        """Count CLIP's layers below the tokens that are used; only these are built."""
+        """Count CLIP's layers that are built."""
         if self.clip_layer < 0:
             return self.clip_config.num_hidden_layers + 1 + self.clip_layer
         return self.clip_layer
@@ -234,12 +234,12 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the tower's tokens, the projector's input: d, unless the fusion changes it."""
+        """Return the projector's input width: d, unless the fusion changes it."""
         return FUSIONS.get(self.fusion).output_width(self)
 
     @property
     def num_image_tokens(self) -> int:
-        """Return the tokens that the language model reads of an image: N, unless the fusion adds some."""
+        """Return tokens per image for the language model: N, or more."""
         return FUSIONS.get(self.fusion).num_tokens(self)
 
     @property
@@ -254,7 +254,7 @@ class ToveVisionConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        """Return the pixels per token and side, from which LLaVA's processor counts placeholders."""
+        """Return pixels per token side, for LLaVA's processor."""
         return self.image_size // self.grid
 
     @property

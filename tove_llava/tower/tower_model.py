@@ -1,4 +1,4 @@
-"""The vision tower as a transformers model: frozen backbones and one trainable fusion."""
+"""The vision tower, a transformers model: frozen backbones and a trainable fusion."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class ToveVisionOutput(ModelOutput):
 
 
 class ToveVisionModel(PreTrainedModel):
-    """Maps CLIP-normalised ``pixel_values`` [B,3,S,S] to tokens [B,N,d] that carry the experts' knowledge.
+    """Maps images to tokens that carry the experts' knowledge.
 
-    ``fusion`` is the only registered submodule: everything trainable, and nothing else. ``frozen`` holds CLIP and the
-    experts, which :meth:`load_backbones` loads; before that the tower refuses to run.
+    CLIP-normalised [B,3,S,S] become [B,N,d]. ``fusion``, the only registered submodule, holds everything trainable and
+    nothing else. ``frozen`` holds CLIP and the experts; until :meth:`load_backbones` the tower refuses to run.
     """
 
     config: ToveVisionConfig
@@ -57,8 +57,8 @@ class ToveVisionModel(PreTrainedModel):
     base_model_prefix = "tove_vision"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["ToveVisionModel"]  # CLIP and the experts run where the tower's own parts are
-    # All of it is CLIP's own; the fusion has no attention.
+    _no_split_modules = ["ToveVisionModel"]  # CLIP and the experts run on the device of the tower's own parts
+    # These tell about CLIP; the fusion has no attention.
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -67,7 +67,7 @@ class ToveVisionModel(PreTrainedModel):
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
         self.fusion: Fusion = FUSIONS.get(config.fusion)(config)
-        # Follows moves and casts even if the fusion has no parameters, for backbones that are loaded later.
+        # Follows moves and casts even if the fusion has no parameters: backbones that are loaded later need it.
         self.register_buffer("_placement", torch.zeros(0), persistent=False)
         self.frozen = FrozenBackbones(config)
         self.post_init()
@@ -90,7 +90,7 @@ class ToveVisionModel(PreTrainedModel):
         return self
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Set the attention implementation; CLIP and the experts follow with the next image."""
+        """Set the attention implementation, for CLIP and experts from the next image."""
         with clip_follows(self.config, attn_implementation):
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
@@ -102,7 +102,7 @@ class ToveVisionModel(PreTrainedModel):
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load the trainable part of a checkpoint, then CLIP and the experts from its recorded sources.
+        """Load the trainable part of a checkpoint, then CLIP and the experts.
 
         Args:
             load_backbones: False leaves them out; the tower then refuses to run until :meth:`load_backbones`.
@@ -116,7 +116,7 @@ class ToveVisionModel(PreTrainedModel):
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
     ) -> None:
-        """Save the trainable part and the configuration; the backbones as :meth:`save_parts` says."""
+        """Save the trainable part and configuration; see :meth:`save_parts` for the backbones."""
         own, state = self.config, dict(kwargs.pop("state_dict", None) or self.state_dict())
         self.config, state = self.save_parts(save_directory, state, "", self_contained)
         try:
@@ -148,7 +148,7 @@ class ToveVisionModel(PreTrainedModel):
     def load_backbones(
         self, names: Iterable[str] | None = None, *, base_dir: str | os.PathLike[str] | None = None
     ) -> ToveVisionModel:
-        """Load CLIP and experts from their recorded sources, to this module's device and dtype.
+        """Load CLIP and experts to this module's device and dtype.
 
         Args:
             names: experts to load; all active ones by default. Loaded ones stay as they are.
@@ -187,11 +187,11 @@ class ToveVisionModel(PreTrainedModel):
     def save_parts(
         self, folder: str | os.PathLike[str], trained: Mapping[str, Tensor], prefix: str, self_contained: bool
     ) -> tuple[ToveVisionConfig, dict[str, Tensor]]:
-        """Write the tower's part of a checkpoint in ``folder``, apart from its trained tensors.
+        """Write the tower's part of a checkpoint, except its trained tensors.
 
         Args:
             trained: trained tensors of the whole model by name.
-            prefix: of this tower's names among them.
+            prefix: start of this tower's names among them.
             self_contained: write the backbones. They are always written if they came with the checkpoint that this
                 tower was loaded from: its configuration names them by paths inside a folder.
 
@@ -205,7 +205,7 @@ class ToveVisionModel(PreTrainedModel):
         return self.save_backbones(folder) if by_value else self.config, dict(trained)
 
     def blank_inputs(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-        """Return arguments of the model's ``forward`` for one image of zeros, for which no encoder runs."""
+        """Return ``forward``'s arguments for one blank image; no encoder runs."""
         config = self.config
         specs = [spec for spec in config.expert_specs if spec.name in self.active_experts]
         features = TowerFeatures(
@@ -215,7 +215,7 @@ class ToveVisionModel(PreTrainedModel):
         return {"vision_features": features}
 
     def detach_experts(self, names: str | Iterable[str], *, free: bool = False) -> None:
-        """Take experts out: they are not computed any more, and the gate renormalises over the rest.
+        """Take experts out; the gate renormalises over the rest.
 
         Args:
             names: one name or several, detached already or not.
@@ -229,7 +229,7 @@ class ToveVisionModel(PreTrainedModel):
             self.frozen.unload(names)
 
     def attach_experts(self, names: str | Iterable[str]) -> None:
-        """Undo :meth:`detach_experts`; CheckpointError if an expert is not in memory, but the others are."""
+        """Undo :meth:`detach_experts`; CheckpointError if CLIP is loaded and an expert is not."""
         names = [names] if isinstance(names, str) else list(names)
         self.config.check_expert_names(names)
         if self.frozen.clip is not None and self.fusion.uses_experts and not self.frozen.is_loaded(names):
@@ -244,7 +244,7 @@ class ToveVisionModel(PreTrainedModel):
         return self.frozen.execution.name
 
     def set_execution(self, name: str) -> ToveVisionModel:
-        """Choose how CLIP and the experts run; the results are equal up to rounding.
+        """Choose how the encoders run; results are equal up to rounding.
 
         Args:
             name: ``"eager"``, one after another (default). ``"concurrent"``: on a GPU side by side, as a CUDA graph,
@@ -338,7 +338,7 @@ class ToveVisionModel(PreTrainedModel):
         return output if return_dict is not False else output.to_tuple()
 
     def balance_loss(self, gate_inputs: GateInputs | None) -> Tensor | None:
-        """Compute the balance loss of one batch on one process, before its coefficient; None without a gate.
+        """Compute the unweighted balance loss of one batch; None without a gate.
 
         For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance_loss`.
         """

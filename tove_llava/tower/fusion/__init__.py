@@ -1,4 +1,4 @@
-"""Registered ways of bringing expert knowledge into CLIP's tokens: one file each."""
+"""Registered fusions of experts and CLIP's tokens, one file each."""
 
 from tove_llava.tower.fusion.base import Fusion, FusionOutput, GateInputs
 from tove_llava.tower.tower_config import FUSIONS

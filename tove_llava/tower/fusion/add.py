@@ -1,4 +1,4 @@
-"""Equal weights of all experts: ``T' = T + W_o( mean_k H_k )``, ToVE without its gate."""
+"""Equal weights: ``T' = T + W_o( mean_k H_k )``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 @FUSIONS.register("add")
 class AddFusion(Fusion):
-    """``tove``'s first layers and output layer, and the mean over the experts that are usable for an image."""
+    """``tove`` with the mean over usable experts instead of the gate."""
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)

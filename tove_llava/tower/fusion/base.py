@@ -1,4 +1,4 @@
-"""The contract of a fusion, the module that holds everything trainable of a tower."""
+"""The contract of a fusion, the trainable part of a tower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ByExpert: TypeAlias = Mapping[str, Tensor]  # by expert
 
 
 class GateInputs(NamedTuple):
-    """The inputs of a gate, kept to compute it again for the accumulation window's balance loss.
+    """A gate's inputs, kept for the accumulation window's balance loss.
 
     Args:
         tokens: ``[B,N,d]`` CLIP's tokens, without graph.
@@ -45,10 +45,10 @@ class FusionOutput(NamedTuple):
 
 
 class Fusion(nn.Module, ABC):
-    """Base class; a subclass registers itself with ``@FUSIONS.register(name)`` and takes the tower's configuration.
+    """Base class of fusions, registered by ``@FUSIONS.register(name)``.
 
-    ``config.detached_experts`` may change at any time, so a fusion reads it at every call. Each layer with parameters
-    sets its initial values in ``reset_parameters``, with ``torch.nn.init``.
+    A fusion takes the tower's configuration and reads its ``detached_experts`` at every call, as they may change.
+    Each layer with parameters sets its initial values in ``reset_parameters``, with ``torch.nn.init``.
     """
 
     uses_experts: ClassVar[bool] = True
@@ -65,7 +65,7 @@ class Fusion(nn.Module, ABC):
 
     @classmethod
     def num_tokens(cls, config: ToveVisionConfig) -> int:
-        """Return the number M of tokens of an image, which may depend on the attached experts."""
+        """Return M, tokens per image; it may depend on attached experts."""
         return config.num_patches
 
     def options(self, **defaults: Any) -> dict[str, Any]:
@@ -90,17 +90,17 @@ class Fusion(nn.Module, ABC):
         """
 
     def transfers(self, base: Tensor, experts: ByExpert, *, usable: ByExpert | None = None) -> dict[str, Tensor]:
-        """Compute each attached expert's addition to the tokens, without noise: ``[B,N,d]`` (ToVE's ``G_k P_k``).
+        """Compute what each attached expert adds to the tokens: ``[B,N,d]``.
 
-        Empty for a fusion that does not add. Arguments as in :meth:`forward`.
+        Without noise (ToVE's ``G_k P_k``). Empty for a fusion that does not add. Arguments as in :meth:`forward`.
         """
         return {}
 
     def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics | None:
-        """Recompute the balance loss's statistics, with gradients, from a gate's inputs; None without a gate.
+        """Recompute balance statistics, with gradients; None without a gate.
 
-        A list of several batches' inputs takes one pass of the gate, so that ranks whose windows hold different numbers
-        of batches with images run the gate equally often, as ZeRO-3 needs. ``None`` (or an empty list) gives the
-        statistics of no image; it touches the same parameters.
+        Inputs of several batches in one list take one pass of the gate. So ranks with different numbers of image
+        batches in a window run the gate equally often, as ZeRO-3 needs. ``None`` (or an empty list) gives the
+        statistics of no image, through the same parameters.
         """
         return None

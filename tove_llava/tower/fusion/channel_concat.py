@@ -1,7 +1,7 @@
-"""Experts next to CLIP along the channels: ``T' = [T, H_1, ..., H_K]``, which the projector mixes.
+"""Experts next to CLIP: ``T' = [T, H_1, ..., H_K]``.
 
-So do DeepSeek-VL (arXiv 2403.05525), Eagle (arXiv 2408.15998) and Florence-VL (arXiv 2412.04424). The number of tokens
-stays, and each is ``d + K m`` wide.
+They lie along the channels, which the projector mixes, as in DeepSeek-VL (arXiv 2403.05525), Eagle (arXiv 2408.15998)
+and Florence-VL (arXiv 2412.04424). The number of tokens stays, and each is ``d + K m`` wide.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""No fusion: CLIP's tokens as they are, the baseline through the same code path."""
+"""No fusion, the baseline: CLIP's tokens through the same code path."""
 
 from __future__ import annotations
 

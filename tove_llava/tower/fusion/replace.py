@@ -14,7 +14,7 @@ from tove_llava.tower.tower_config import FUSIONS
 
 @FUSIONS.register("replace")
 class ReplaceFusion(ToveFusion):
-    """``tove`` without CLIP's tokens, so the output layer cannot start at zero; they are zero without experts."""
+    """``tove`` without CLIP's tokens; its output layer cannot start at zero."""
 
     output_layer = nn.Linear
 

@@ -1,8 +1,8 @@
-"""Experts' tokens after CLIP's in the language model's sequence, as in Prismer (arXiv 2303.02506).
+"""Experts' tokens after CLIP's, as in Prismer (arXiv 2303.02506).
 
-``T' = [T ; W_o pool(H_1) ; ... ; W_o pool(H_K)]`` along the sequence. Prismer reduces the experts to a fixed number of
-tokens with a resampler; here their grid is averaged over ``pool x pool`` cells (``fusion_options: {pool: 2}``; 1 keeps
-every token).
+``T' = [T ; W_o pool(H_1) ; ... ; W_o pool(H_K)]`` in the language model's sequence. Prismer reduces the experts to a
+fixed number of tokens with a resampler. Here their grid is averaged over ``pool x pool`` cells (``fusion_options:
+{pool: 2}``; 1 keeps every token).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POOL = 2
 
 @FUSIONS.register("sequence_append")
 class SequenceAppendFusion(Fusion):
-    """``tove``'s first layers, and an output layer with torch's initial values; a detached expert has no tokens."""
+    """``tove``'s first layers, pooling, and an output layer; detached experts add nothing."""
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
-"""One expert per token: ``T' = T + W_o( G_j * H_j )`` with ``j = argmax_k G_k``.
+"""One expert per token.
 
-The weight is the softmax's over all experts, not 1: the language model's loss only reaches the gate through it (Fedus
-et al. 2021, "Switch Transformers", section 2.1).
+``T' = T + W_o( G_j * H_j )`` with ``j = argmax_k G_k``. The weight is the softmax's over all experts, not 1: the
+language model's loss reaches the gate only through it (Fedus et al. 2021, "Switch Transformers", section 2.1).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tove_llava.tower.tower_config import FUSIONS
 
 @FUSIONS.register("top1")
 class Top1Fusion(ToveFusion):
-    """``tove`` with a hard choice; rows of experts that a token does not choose are not computed."""
+    """``tove`` with a hard choice; only the chosen rows are computed."""
 
     def make_gate(self, slots: int) -> TokenGate:
         if self.config.top_k not in (None, 1):

@@ -23,7 +23,7 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 @FUSIONS.register("tove")
 class ToveFusion(Fusion):
-    """The gate, one embedding per expert, and the shared output layer ``W_o`` (no bias, zero at initialisation)."""
+    """The gate, each expert's embedding, and ``W_o`` (no bias, starts at zero)."""
 
     output_layer: ClassVar[type[nn.Linear]] = ClosedLinear
 
@@ -127,7 +127,7 @@ class ToveFusion(Fusion):
         return given.to(base.device, torch.float32)
 
     def _usable(self, batch: int, device: torch.device, usable: ByExpert | None) -> Tensor | None:
-        """Return ``[B,K]`` bool, or None if every expert is usable for every image."""
+        """Return ``[B,K]`` bool; None if all experts are usable everywhere."""
         if not usable:
             return None
         everywhere = torch.ones(batch, dtype=torch.bool, device=device)
@@ -154,7 +154,7 @@ class ToveFusion(Fusion):
         return gated_gelu_sum(hidden, torch.stack(columns, dim=1), fused=self.fused)
 
     def _mix_selected(self, base: Tensor, experts: ByExpert, gate: GateOutput) -> Tensor:
-        """Compute the same sum, but not rows of H_k that no token selects."""
+        """Compute the same sum without rows that no token selects."""
         weights, selected = gate.weights.flatten(0, 1), gate.selected.flatten(0, 1)  # [B*N,S]
         mixed: Tensor | None = None
         for name in self.config.attached_experts:
@@ -174,5 +174,5 @@ class ToveFusion(Fusion):
 
 @lru_cache(maxsize=64)  # without it each call would copy from host to device and wait
 def _mask(columns: tuple[bool, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # a cached tensor must be usable outside it too
+    with torch.inference_mode(False):  # a cached tensor must be usable outside inference mode too
         return torch.tensor(columns, dtype=torch.bool, device=device)
