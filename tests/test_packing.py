@@ -229,7 +229,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, count, dtype):
 def test_what_is_not_a_packed_row_is_refused(tmp_path):
     model = make_llava(tmp_path)
     before = model.model.language_model.config._attn_implementation
-    with packed_rows(model.model.language_model), pytest.raises(ConfigError, match="packed rows alone"):
+    with packed_rows(model.model.language_model), pytest.raises(ConfigError, match="only packed rows"):
         model(**{k: v for k, v in COLLATORS[0](EXAMPLES).items() if k != "supervised"})
     assert model.model.language_model.config._attn_implementation == before
     model.model.language_model.config._attn_implementation = "flex_attention"
