@@ -24,8 +24,9 @@ _MARKS_OF_TRANSFORMERS = (
 
 # They start first, so that no process has one of them left when the others are done.
 _SLOWEST = (
-    "test_docs", "test_train_global_batch", "test_merge", "test_hf", "test_benchmarks_step", "test_export",
-    "test_analysis_detach", "test_qlora", "test_experts_contract", "test_convert", "test_experts_hub", "test_memory",
+    "test_docs", "test_train_global_batch", "test_hf", "test_merge", "test_benchmarks_step", "test_benchmarks",
+    "test_export", "test_analysis_detach", "test_qlora", "test_experts_contract", "test_convert", "test_experts_hub",
+    "test_memory", "test_export_remote_code", "test_data_cli",
 )  # fmt: skip
 
 
