@@ -1,4 +1,4 @@
-"""Check a whole data set before training on it: every record, image and length."""
+"""Check every record, image and length of a data set before training."""
 
 import os
 import statistics
@@ -24,7 +24,7 @@ KINDS = ("structure", "conversation", "length", "image")
 
 @dataclass(frozen=True)
 class Problem:
-    """A reason why one record cannot be trained on; ``image`` names the image at fault, if one is."""
+    """A fault of one record; ``image`` names the image at fault."""
 
     index: int
     id: str
@@ -46,7 +46,7 @@ class CheckReport:
         images: distinct image files.
         image_modes: images by Pillow mode.
         text_only: records without an image.
-        multi_image: records with several.
+        multi_image: records with several images.
         turns: most turns of a record.
         folders: records by the first folder of their first image's path.
         duplicate_ids: ids that occur more than once (harmless).
@@ -104,7 +104,7 @@ _Show = Callable[[Iterable[Any], int, str], Iterable[Any]]
 def check_dataset(
     data_path: str | Path, options: CheckOptions, workers: int = 1, progress: _Show | None = None
 ) -> CheckReport:
-    """Check everything in a data set, and go on after a problem.
+    """Check everything in a data set, without stopping at a problem.
 
     Args:
         data_path: a JSON or JSONL file.
@@ -223,7 +223,7 @@ class _ImageCheck:
     options: CheckOptions
 
     def __call__(self, name: str) -> tuple[str, str, str]:
-        """Return name, mode, and the problem (an empty string if there is none)."""
+        """Return name, mode, and the problem (empty if there is none)."""
         options, mode = self.options, ""
         try:
             file = resolve_image(options.image_folder or "", name, options.allow_image_links)

@@ -1,4 +1,4 @@
-"""Make batches: images expanded; rows padded to the longest, or all sequences in one row without padding."""
+"""Make batches of padded rows, or of one packed row; expand images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,7 +95,7 @@ def _one_row(rows: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
     labels = torch.cat([labels for _, labels in rows])
-    labels[bounds[:-1]] = IGNORE_INDEX  # else the last token of the sequence before would have to predict it
+    labels[bounds[:-1]] = IGNORE_INDEX  # else the last token of the previous sequence would have to predict it
     bounds, longest = bounds.to(torch.int32), int(lengths.max())
     return {
         "input_ids": torch.cat([ids for ids, _ in rows])[None],

@@ -22,15 +22,15 @@ from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 if TYPE_CHECKING:
     from tove_llava.tower import TowerFeatures
 
-# More than any template writes around one turn, in bytes; only decides which records are looked at closely.
+# Bytes, more than any template writes around a turn; only decides which records are examined closely.
 _TEMPLATE_BYTES = 2000
 
 
 class Example(TypedDict):
-    """One record as the collator takes it.
+    """One record for the collator.
 
-    ``pixel_values`` is float32 [images, 3, S, S], ``vision_features`` the output of the tower's frozen part. Either is
-    None where it is not wanted or there are no images.
+    ``pixel_values`` is float32 [images, 3, S, S], ``vision_features`` the output of the tower's frozen part. Each is
+    None if it is not wanted or there are no images.
     """
 
     input_ids: torch.Tensor
@@ -142,7 +142,7 @@ class LlavaDataset(Dataset[Example]):
             self.modality_lengths.append(record.modality_length or (1 if record.images else -1))
         if not self.records:
             raise DataError(f"{data_path}: nothing is left to train on; {self.report}")
-        self.encode(self.records[0])  # a tokenizer that does not suit the template fails here
+        self.encode(self.records[0])  # fails here if the tokenizer does not suit the template
 
     def __len__(self) -> int:
         return len(self.records)
@@ -169,7 +169,7 @@ class LlavaDataset(Dataset[Example]):
         return example
 
     def encode(self, record: Record) -> Encoded:
-        """Encode one of :attr:`records`, cut so that it fits with the images expanded."""
+        """Encode one of :attr:`records`, cut to fit with its images expanded."""
         with record.errors():
             images = bool(record.images) or self.template.single_turn
             encoded = encode_turns(record.turns, self.tokenizer, self.template, images)
@@ -182,7 +182,7 @@ class LlavaDataset(Dataset[Example]):
             return [resolve_image(self.image_folder or "", name, self.allow_image_links) for name in record.images]
 
     def _why_unsupervised(self, record: Record) -> str | None:
-        """Return None if part of an answer certainly survives the cut, else the reason why not.
+        """Return why no answer survives the cut; None if one does.
 
         A token covers at least one byte, so a text that is short in bytes fits without being tokenised.
         """

@@ -30,7 +30,7 @@ _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "
 
 
 def resolve_image(folder: str | Path, name: str, allow_links: bool = False) -> Path:
-    """Find the file of an image, which must lie inside the image folder.
+    """Find an image's file inside the image folder.
 
     Args:
         folder: the image folder; it may itself be a link.
@@ -71,7 +71,7 @@ def _real(folder: str) -> str:
 
 
 def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
-    """Open and decode an image file in its own mode; of an animation, the first frame.
+    """Decode an image file, or an animation's first frame, keeping its mode.
 
     Args:
         file: its path, or its content.
@@ -99,7 +99,7 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: 
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, IndexError, struct.error) as error:
-        # All of these are Pillow's ways of reporting damage.
+        # Pillow reports damage by any of these.
         raise DataError(f"{name} is damaged ({error}); replace the file or take the record out") from error
 
 
@@ -192,7 +192,7 @@ class ImageTransform:
         )
         red, green, blue = (int(value * 255) for value in mean)
         self._pad_colour = (red, green, blue)
-        # The processor's value of each level of each channel: a look-up is the same arithmetic, done once.
+        # The processor's value for each level and channel: a table gives the same values as its arithmetic.
         levels = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)  # [256,1,3]
         shown = self.processor(Image.fromarray(levels), do_resize=False, do_center_crop=False, return_tensors="np")
         self._values: np.ndarray[Any, Any] = shown["pixel_values"][0, :, :, 0].astype(np.float32)  # [3,256]
@@ -218,7 +218,7 @@ class ImageTransform:
         return torch.from_numpy(pixels)
 
     def framed(self, image: Image.Image) -> Image.Image:
-        """Return the RGB square that the tower sees, at the image's own resolution; errors as when called."""
+        """Return the tower's RGB square in original resolution; errors as when called."""
         image = self._checked_rgb(image)
         image = pad_to_square(image, self._pad_colour) if self.aspect_ratio == "pad" else image
         side = min(image.size)

@@ -1,4 +1,4 @@
-"""A batch as one block of memory on its way from a data worker to the trainer.
+"""A batch in one block of memory, for transfer between processes.
 
 torch passes each tensor by its own file descriptor, for which the trainer connects to the worker and waits. One block
 needs one descriptor.
@@ -17,7 +17,7 @@ ALIGNMENT = 64  # bytes: what vector instructions and dtypes want
 
 
 class PackedBatch:
-    """Pickles as one tensor, and unpickles as its content: tensors in CPU memory inside anything else."""
+    """Pickles nested data with its CPU tensors as one tensor."""
 
     def __init__(self, content: Any) -> None:
         self.content = content

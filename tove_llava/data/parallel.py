@@ -20,11 +20,11 @@ def _work(item: Any) -> Any:
 
 
 def parallel_map(task: Callable[[Any], Any], items: Sequence[Any], workers: int) -> Iterator[Any]:
-    """Map a picklable task over items in order, in ``workers`` processes; one worker is this process."""
+    """Map a picklable task over items, in order, with ``workers`` processes."""
     if workers == 1 or len(items) < 2:
         yield from map(task, items)
         return
-    # Forked workers need not import torch and transformers again, which takes longer than checking most data sets.
+    # Forked workers need not import torch and transformers, which takes longer than checking most data sets.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("fork" if "fork" in methods else None)
     with context.Pool(min(workers, len(items)), initializer=_start, initargs=(task,)) as pool:

@@ -1,4 +1,4 @@
-"""Check that the parts of a public data set exist and that downloads are intact."""
+"""Check that a public data set's parts exist and downloads are intact."""
 
 import hashlib
 import os
@@ -62,7 +62,7 @@ def _missing(part: Part, root: Path) -> Finding:
 
 
 def _archives(part: Part, root: Path) -> Iterator[Path]:
-    """Find the part's archive next to the part, or in a folder above it up to the root."""
+    """Find the part's archive in its folder or one above, inside root."""
     if not part.archive:
         return
     folder = root / part.path
@@ -73,11 +73,11 @@ def _archives(part: Part, root: Path) -> Iterator[Path]:
 
 
 def _elsewhere(part: Part, root: Path) -> Path | None:
-    """Find the part in another folder: the root is one level off, or a folder in its path has another name."""
+    """Find the part in another folder."""
     for above in (root.parent, root.parent.parent):
         if part.is_at(above / part.path):
             return above / part.path
-    inside = Path(*Path(part.path).parts[1:])  # the root is the set's own folder
+    inside = Path(*Path(part.path).parts[1:])  # the root may be the set's own folder
     if inside.parts and part.is_at(root / inside):
         return root / inside
     wanted = Path(part.path).name
@@ -100,7 +100,7 @@ def _download(part: Part, root: Path, found: Path | None) -> Path | None:
 
 
 def _damage(part: Part, file: Path) -> str:
-    """Describe how a download differs from the publisher's; empty if it does not."""
+    """Describe a download's difference from the publisher's; empty if there is none."""
     size = file.stat().st_size
     if part.bytes is not None and size != part.bytes:
         return f"{file} has {size:,} bytes instead of {part.bytes:,}: download it again, {part.url}"

@@ -39,7 +39,7 @@ class Record:
 
     @property
     def modality_length(self) -> int:
-        """Count the words of all turns, negative without images: grouped sampling's key, by LLaVA's rule."""
+        """Count all turns' words, negated without images, as LLaVA's grouped sampling does."""
         words = sum(len((turn.text or "").split()) for turn in self.turns)
         return words if self.images else -words
 
@@ -60,7 +60,7 @@ def record_name(file: str, index: int, record_id: str) -> str:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read the raw records of a JSON file (one list) or a JSONL file (one object a line).
+    """Read raw records of JSON (one list) or JSONL (object per line).
 
     Raises:
         DataError: the file is missing, empty, or not JSON; the message names the line.
@@ -77,7 +77,7 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
-    """Check one raw record; DataError if anything is missing, of the wrong type, or empty.
+    """Check one raw record; raise DataError for a missing or wrong part.
 
     Args:
         raw: ``{"id", "image" (a name, a list of names, or absent), "conversations": [{"from", "value"}]}``.
@@ -134,14 +134,14 @@ def load_records(path: str | Path) -> list[Record]:
 
 
 def prepare_turns(record: Record, template: Template, check_images: bool = True) -> list[Turn]:
-    """Arrange the turns as the template wants them, with one placeholder for each image.
+    """Arrange turns for the template, with one placeholder per image.
 
     LLaVA's rules: a first turn that is not the human's is dropped. In a record with one image, several placeholders in
     one turn become one, which moves to the front of its turn, followed by a newline. In a record with several images
     the only placeholder of a turn moves likewise; several in one turn stay where the author put them.
 
-    In a record without images ``<image>`` is ordinary text, unless an image belongs there (at the start of a human turn
-    or on a line of its own): then the ``image`` key was forgotten.
+    In a record without images ``<image>`` is ordinary text, unless it stands where images do (at the start of a human
+    turn or on a line of its own): then the ``image`` key was forgotten.
 
     Args:
         record: a checked record.

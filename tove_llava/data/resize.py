@@ -1,4 +1,4 @@
-"""Two ways to resize an 8-bit RGB image, by the names that ``image_resize`` has in a stage.
+"""Ways to resize an 8-bit RGB image, by their ``image_resize`` names.
 
 - ``pillow``: Pillow's bicubic, LLaVA's own. Every level equals the original's.
 - ``torch``: torch's bicubic over the same support, vectorised and several times as fast. Its weights have 16 bits
@@ -25,17 +25,17 @@ def resize(image: Image.Image, width: int, height: int, how: ImageResize = "pill
         return image
     if how == "pillow":
         return image.resize((width, height), Image.Resampling.BICUBIC)
-    # Permuted, not copied: the kernel is fastest where the channels lie side by side.
+    # Permuted, not copied: the kernel is fastest where a pixel's channels are adjacent.
     pixels = torch.from_numpy(np.array(image))[None].permute(0, 3, 1, 2)  # [1,3,h,w]
     resized = interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
     return Image.fromarray(resized[0].permute(1, 2, 0).numpy())
 
 
 def pad_and_resize(image: Image.Image, side: int, colour: Colour, how: ImageResize = "pillow") -> Image.Image:
-    """Pad an image to a square with ``colour`` and resize it to ``side``.
+    """Pad an image to a square with ``colour`` and resize it.
 
-    Images are resized along their rows first and then along their columns. A row of one colour keeps it, so the rows
-    above and below a wide image are added between the two passes, when they are shorter: the levels are the same.
+    Images are resized along their rows first and then along their columns. A row of one colour keeps it. So the rows
+    above and below a wide image are added between the two passes, when they are shorter; the levels are the same.
     """
     width, height = image.size
     if width <= height:
@@ -46,7 +46,7 @@ def pad_and_resize(image: Image.Image, side: int, colour: Colour, how: ImageResi
 
 
 def pad_to_square(image: Image.Image, colour: Colour) -> Image.Image:
-    """Put an image in the middle of a square of the given colour."""
+    """Centre an image in a square of the given colour."""
     side = max(image.size)
     if image.size == (side, side):
         return image

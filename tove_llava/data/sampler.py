@@ -1,4 +1,4 @@
-"""Orders of records that keep padding, and mixing of modalities in a batch, small."""
+"""Orders of records that limit padding and mixed modalities in batches."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,7 @@
-"""Convert SentencePiece BPE models (LLaMA's kind) into fast tokenizers with SentencePiece's own ids.
+"""Convert LLaMA's kind of SentencePiece BPE models into fast tokenizers.
 
-The conversion in transformers 5 differs from SentencePiece in runs of spaces and in texts that begin with a space. A
-tokenizer built here saves and loads as an ordinary ``tokenizer.json``.
+The ids are SentencePiece's own: the conversion in transformers 5 differs in runs of spaces and in texts that begin with
+a space. A tokenizer built here saves and loads as an ordinary ``tokenizer.json``.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ _LLAMA_SHA256 = "0f97b4337921e6e7e9b4620fc73338ee570aecd3c16038bc23870a887e99504
 
 
 def tokenizer_from_sentencepiece(model_file: str | Path, **kwargs: Any) -> PreTrainedTokenizerFast:
-    """Convert a SentencePiece BPE model into a fast tokenizer with the same ids (``legacy=False`` semantics).
+    """Convert a SentencePiece BPE model into an equivalent fast tokenizer.
 
-    One space marker goes in front of each text, even of one that begins with a space, but none after a special token.
-    ``added_tokens.json``, ``tokenizer_config.json`` and ``special_tokens_map.json`` next to the model are read too.
+    As with ``legacy=False``, one space marker precedes each text, even one that begins with a space, but none follows a
+    special token. The tokenizer settings in the files next to the model are read too.
 
     Args:
         model_file: the ``tokenizer.model`` file.
@@ -111,11 +111,11 @@ def _fast_tokenizer(backend: Tokenizer, names: dict[str, str], **options: Any) -
 
 
 def corrected_llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer with SentencePiece's ids if its vocabulary is LLaMA's; any other as it is.
+    """Correct a tokenizer with LLaMA's vocabulary to SentencePiece's ids.
 
-    For folders with a ``tokenizer.json`` and no ``tokenizer.model``, such as transformers 5 saves. That file lacks the
-    pieces' scores, so only a vocabulary with known scores can be corrected: LLaMA's pieces of several spaces all have
-    the lowest score, and the others are in the order of their ids.
+    Other tokenizers stay. For folders with a ``tokenizer.json`` and no ``tokenizer.model``, such as transformers 5 saves. That
+    file lacks the pieces' scores, so only a vocabulary with known scores can be corrected: LLaMA's pieces of several
+    spaces all have the lowest score, and the others are in the order of their ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else {}
@@ -145,7 +145,7 @@ def _is_llama_vocabulary(model: dict[str, Any]) -> bool:
 
 
 def _spaces_last(merges: Iterable[Sequence[str]]) -> list[Sequence[str]]:
-    """Move merge rules for runs of spaces to the end, the longer left side first; see :func:`_merges`."""
+    """Move merge rules of space runs to the end; see :func:`_merges`."""
     runs, others = [], []
     for rule in merges:
         (runs if set("".join(rule)) == {SPACE} else others).append(rule)
@@ -206,8 +206,8 @@ def _use_sentencepiece_spaces(backend: Tokenizer, add_prefix: bool) -> None:
     """Give a backend SentencePiece's handling of spaces.
 
     A single ``Metaspace(prepend_scheme="first")`` adds no marker to a text that already begins with a space. So the
-    spaces become markers first. Then one step, whose marker is the plain space, puts one in front of the first section,
-    and another turns it into the real marker.
+    spaces become markers first. Then one step puts a plain space in front of the first section, and another turns that
+    space into a marker.
     """
     backend.normalizer = normalizers.Replace(" ", SPACE)
     scheme = "first" if add_prefix else "never"
@@ -228,7 +228,7 @@ def _content(token: Any) -> str:
 
 
 def _neighbouring_settings(folder: Path) -> dict[str, Any]:
-    """Read special tokens' names, added tokens and chat template from the files next to a ``tokenizer.model``."""
+    """Read the tokenizer settings in the files next to a ``tokenizer.model``."""
     settings: dict[str, Any] = {}
     added: dict[int, AddedToken] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -243,6 +243,6 @@ def _neighbouring_settings(folder: Path) -> dict[str, Any]:
     if (folder / "chat_template.jinja").is_file():
         settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     settings["added"] = added
-    if settings.get("model_max_length", 0) > 10**9:  # transformers' "no limit" number
+    if settings.get("model_max_length", 0) > 10**9:  # transformers' number for "no limit"
         del settings["model_max_length"]
     return settings

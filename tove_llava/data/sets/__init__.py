@@ -1,6 +1,6 @@
-"""Public data sets as data: source, licence, layout and expected content of each.
+"""Public data sets as data: source, licence, layout and expected content.
 
-One YAML file a set, in this folder, named after the benchmark where it is one::
+Each has one YAML file in this folder, named after the benchmark if it is one::
 
     title: POPE (Li et al. 2023, arXiv 2305.10355)
     kind: benchmark                     # or training
@@ -68,7 +68,7 @@ class Part:
         return self.path.endswith("/")
 
     def is_at(self, path: Path) -> bool:
-        """Tell if a path is the file, or a folder that is not empty."""
+        """Tell if a path is the file, or a non-empty folder."""
         return path.is_dir() and any(path.iterdir()) if self.is_folder else path.is_file()
 
     def found(self, root: Path) -> Path | None:
@@ -98,7 +98,7 @@ class DataSet:
 
     @cached_property
     def download_bytes(self) -> int | None:
-        """Add up the downloads, each counted once; None if no source gives a size."""
+        """Add up distinct downloads; None if no source gives a size."""
         sizes = {part.url: part.bytes for part in self.parts if part.bytes is not None}
         return sum(sizes.values()) if sizes else None
 
@@ -110,7 +110,7 @@ def set_names() -> list[str]:
 
 
 def get_set(name: str) -> DataSet:
-    """Return the set called ``name``; ConfigError for an unknown name or a malformed file."""
+    """Return a set by name; ConfigError if it is unknown or malformed."""
     names = set_names()
     if name not in names:
         raise ConfigError(f"unknown data set {name!r}.{closest(name, names)} Available: {', '.join(names)}")

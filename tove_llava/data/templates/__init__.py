@@ -1,4 +1,4 @@
-"""Conversation templates turn a list of turns into text, and mark what the model is trained to say.
+"""Conversation templates: turns as text, and what the model learns of it.
 
 Every module registers templates (and their aliases). A template knows its own structure, so it states the supervised
 spans; nothing is searched for in the finished prompt.

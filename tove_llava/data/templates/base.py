@@ -15,7 +15,7 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. ``text`` is None for the open turn that ends a generation prompt."""
+    """One message; ``text`` is None for the turn to be generated."""
 
     role: Role
     text: str | None
@@ -23,7 +23,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of the prompt; the model learns to produce it if it is ``supervised``."""
+    """A stretch of the prompt; the model learns it if ``supervised``."""
 
     text: str
     supervised: bool = False
@@ -62,7 +62,7 @@ class Template(ABC):
 
 
 def split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
-    """Return the system text (the conversation's own, or ``default``) and the other turns.
+    """Return the system text, or ``default``, and the other turns.
 
     Raises:
         DataError: two turns of the same role follow one another, or the first is not the user's.
@@ -84,7 +84,7 @@ T = TypeVar("T", bound=type[Template])
 
 
 def register_template(name: str, *aliases: str) -> Callable[[T], T]:
-    """Return a class decorator that registers a template under its name and aliases."""
+    """Return a decorator that registers a template's name and aliases."""
 
     def add(cls: T) -> T:
         cls.name = name
@@ -97,7 +97,7 @@ def register_template(name: str, *aliases: str) -> Callable[[T], T]:
 
 
 def get_template(name: str | Template) -> Template:
-    """Return the template called exactly ``name``, or raise ConfigError; a template is returned as it is."""
+    """Return a template by exact name; a template is returned as is."""
     return name if isinstance(name, Template) else _templates.get(name)
 
 

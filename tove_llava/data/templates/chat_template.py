@@ -11,7 +11,7 @@ from tove_llava.data.templates.base import Segment, Template, Turn, register_tem
 
 @register_template("chat_template")
 class ChatTemplate(Template):
-    """The tokenizer's own template; answers are found by rendering ever longer prefixes of the conversation.
+    """The tokenizer's own template, whose answers are found by rendering prefixes.
 
     Each prefix that awaits an answer, with the generation prompt, must begin the rendering of the whole. The text that
     follows is the answer, up to the end-of-sequence token where the template writes one.

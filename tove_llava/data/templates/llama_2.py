@@ -1,4 +1,4 @@
-"""Llama 2's chat format: ``llava_llama_2`` with LLaVA's system text, ``llama_2`` with Llama 2's own."""
+"""Llama 2's chat format, with LLaVA's system text or its own."""
 
 from collections.abc import Sequence
 

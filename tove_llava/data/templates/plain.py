@@ -11,7 +11,7 @@ from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
 @register_template("plain")
 class Plain(Template):
-    """The image, the caption, a newline. The question is dropped but for its placeholders; no end token is learned."""
+    """The images, caption and a newline, without question text or end token."""
 
     single_turn = True
 

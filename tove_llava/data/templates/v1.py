@@ -1,4 +1,4 @@
-"""``v1`` (Vicuna 1.1, LLaVA-1.5's instruction template) and its variants ``llava_v1`` and ``v1_mmtag``."""
+"""``v1`` (Vicuna 1.1, LLaVA-1.5's instruction template) and its variants."""
 
 from collections.abc import Sequence
 
@@ -11,8 +11,7 @@ from tove_llava.data.templates.base import Segment, Template, Turn, register_tem
 class V1(Template):
     """``SYSTEM USER: question ASSISTANT: answer</s>USER: ...``.
 
-    A turn with an empty text is only its role and colon, with no separator, as in LLaVA: after an empty answer there is
-    nothing to learn.
+    A turn with an empty text is only its role and colon, without separator, as in LLaVA; nothing is learned after it.
     """
 
     system = (
