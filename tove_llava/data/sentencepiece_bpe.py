@@ -113,9 +113,9 @@ def _fast_tokenizer(backend: Tokenizer, names: dict[str, str], **options: Any) -
 def corrected_llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Correct a tokenizer with LLaMA's vocabulary to SentencePiece's ids.
 
-    Other tokenizers stay. For folders with a ``tokenizer.json`` and no ``tokenizer.model``, such as transformers 5 saves. That
-    file lacks the pieces' scores, so only a vocabulary with known scores can be corrected: LLaMA's pieces of several
-    spaces all have the lowest score, and the others are in the order of their ids.
+    Other tokenizers stay. This is for folders with a ``tokenizer.json`` and no ``tokenizer.model``, as transformers 5
+    saves them. That file lacks the pieces' scores, so only a vocabulary with known scores can be corrected: LLaMA's
+    pieces of several spaces all have the lowest score, and the others are in the order of their ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     description = json.loads(backend.to_str()) if backend is not None else {}
