@@ -1,4 +1,4 @@
-"""Tell if an expert's weights are available on this machine, and if not, why."""
+"""Tell if an expert's weights are available here, or why not."""
 
 import urllib.error
 import urllib.request
@@ -12,7 +12,7 @@ _TIMEOUT = 5  # seconds; a table should not wait longer for a missing network
 
 
 def availability(expert: Expert) -> tuple[bool, str]:
-    """Tell if :meth:`Expert.load` finds the weights, and where (or why not); nothing is downloaded."""
+    """Tell if an expert's weights are available, and where; nothing is downloaded."""
     path = expert.source.path
     if path is not None:
         return (True, "local") if path.exists() else (False, f"no such path: {path}")
@@ -25,7 +25,7 @@ def availability(expert: Expert) -> tuple[bool, str]:
 
 
 def downloadable(repository: str) -> tuple[bool, str]:
-    """Tell if a repository of the hub that is not cached could be fetched, or why not; nothing is downloaded."""
+    """Tell if an uncached repository could be fetched; nothing is downloaded."""
     if constants.HF_HUB_OFFLINE:
         return False, "not in the cache, and HF_HUB_OFFLINE is set"
     status, reason = _head(constants.ENDPOINT)
@@ -41,7 +41,7 @@ def downloadable(repository: str) -> tuple[bool, str]:
 
 @cache
 def _head(url: str, token: str | None = None) -> tuple[int | None, str]:
-    """Request a page's header: its status, or None and the reason why there is no answer."""
+    """Request a page's status: a number, or None and the reason."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         with urllib.request.urlopen(

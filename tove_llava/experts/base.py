@@ -1,7 +1,7 @@
-"""The contract of an expert: it owns its source, input size and normalisation, and returns a feature map.
+"""The contract of an expert, from image to feature map.
 
-A new expert is one file: a subclass of :class:`Expert` (or of a library's base, such as ``TimmExpert``) under
-``@register_expert``. The base resizes, normalises, freezes and checks.
+An expert owns its source, input size and normalisation. A new one is one file: a subclass of :class:`Expert` (or of a
+library's base, such as ``TimmExpert``) under ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
 import pickle
@@ -29,7 +29,7 @@ _shapes: dict[tuple[Any, ...], tuple[int, int, int]] = {}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# name -> {source scheme -> class}: one expert can be read from several libraries
+# name -> {source scheme -> class}: several libraries may provide one expert
 EXPERTS: Registry[dict[str, type["Expert"]]] = Registry("expert", "tove_llava.experts")
 _families: dict[str, dict[str, type["Expert"]]] = {}
 
@@ -37,7 +37,7 @@ E = TypeVar("E", bound="type[Expert]")
 
 
 def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
-    """Register a class as the expert ``name`` for sources of ``schemes`` (default: its default source's)."""
+    """Register a class as an expert for ``schemes`` (default: its source's)."""
 
     def add(cls: E) -> E:
         if name not in _families:
@@ -55,7 +55,7 @@ class Expert(nn.Module, ABC):
     """A frozen, pre-trained network that turns an image into a feature map.
 
     Until :meth:`load` there are no weights, but ``spec.width`` and ``spec.grid`` are known, from the spec or from the
-    source's configuration. After it the expert stays in eval mode, without gradients, and runs without autograd
+    source's configuration. Once loaded, the expert stays in eval mode, without gradients, and runs without autograd
     (``no_grad``: the trainable parts' backward pass could not save tensors made in inference mode).
 
     Subclasses set the class attributes and write :meth:`build` and :meth:`features`, and :meth:`configure` if the
@@ -70,13 +70,13 @@ class Expert(nn.Module, ABC):
     modes: ClassVar[tuple[str, ...]] = ("features",)
     convolutional: ClassVar[bool] = False  # only convolutions, so its memory layout matters
 
-    configuration: str | None = None  # of the network, where configure() reads one: equal ones have equal shapes
+    configuration: str | None = None  # of the network, if configure() reads one; equal ones have equal shapes
     mean: tuple[float, ...] = IMAGENET_MEAN  # of RGB in 0..1
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
 
     def __init__(self, spec: ExpertSpec, base_dir: str | PathLike[str] | None = None) -> None:
-        """Read the configuration only. ``base_dir`` is the checkpoint folder of a relative source."""
+        """Read the configuration; a relative source is inside ``base_dir``."""
         super().__init__()
         if not spec.source:
             spec = spec.replace(source=self.default_source)
@@ -100,19 +100,19 @@ class Expert(nn.Module, ABC):
     # -- what a subclass writes -------------------------------------------------------------------------------------
 
     def configure(self) -> int | None:
-        """Read mean, std and interpolation from the source's configuration; return its own image size, if any."""
+        """Read mean, std and interpolation; return the source's image size, if any."""
         return None
 
     @abstractmethod
     def build(self, pretrained: bool) -> nn.Module:
-        """Build the network for ``self.image_size``, with the source's weights or empty (under the meta device)."""
+        """Build the network for ``self.image_size``, pretrained or empty (meta device)."""
 
     @abstractmethod
     def features(self, pixels: Tensor) -> Tensor:
         """Map pixels [B,3,S,S], which other experts may share, to features [B,width,*grid]."""
 
     def hub_file(self) -> tuple[str, str] | None:
-        """Return the repository and file of the weights on the Hugging Face hub, or None for a local source."""
+        """Return repository and file of hub weights; None for a local source."""
         return None
 
     def is_cached(self) -> bool:
@@ -125,10 +125,10 @@ class Expert(nn.Module, ABC):
         return self.source.stated_licence() or NOT_STATED
 
     def set_attention(self, implementation: str) -> None:  # noqa: B027 - a network may have only one
-        """Use transformers' attention implementation of that name (``"eager"``, ``"sdpa"``, ...), if it is known."""
+        """Use an attention implementation of transformers, if the network knows it."""
 
     def save_backbone(self, folder: Path) -> Source:
-        """Write the loaded network to ``folder`` (safetensors) and return the source that reads it."""
+        """Write the network to ``folder`` (safetensors); return the source to read."""
         raise CheckpointError(f"expert {self.name!r} cannot be saved by value; keep it by reference")
 
     # -- what callers use -------------------------------------------------------------------------------------------
@@ -155,13 +155,13 @@ class Expert(nn.Module, ABC):
         return self.backbone is not None
 
     def describe(self) -> ExpertSpec:
-        """Fill in the spec's image size, width and grid from the source's configuration (meta device)."""
+        """Fill in the spec's sizes from the source's configuration (meta device)."""
         self._read_configuration()
         width, rows, columns = self.output_shape()
         return self.spec.replace(width=width, grid=(rows, columns))
 
     def output_shape(self) -> tuple[int, int, int]:
-        """Return (channels, rows, columns), computed on the meta device once for each configuration."""
+        """Return (channels, rows, columns), computed once for each configuration."""
         spec, is_local = self.spec, self.source.path is not None
         key = (type(self), self.configuration, is_local, spec.revision, spec.image_size, spec.mode, repr(spec.options))
         if self.configuration is None or key not in _shapes:
@@ -172,7 +172,7 @@ class Expert(nn.Module, ABC):
         return _shapes[key]
 
     def meta_twin(self) -> "Expert":
-        """Copy the expert with an empty network on the meta device, for shapes, parameters and FLOPs."""
+        """Copy the expert with an empty network on the meta device."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin._modules = {}
@@ -193,7 +193,7 @@ class Expert(nn.Module, ABC):
         if self.source.path is not None:
             self.source.require()
         try:
-            actual = self.describe()  # of the source itself; the spec may be a checkpoint's record
+            actual = self.describe()  # of the source itself; a checkpoint may have recorded other sizes in the spec
             self._check_shape((actual.width, *actual.grid))
             backbone = self.build(pretrained=True)
         except ToveError:
@@ -208,7 +208,7 @@ class Expert(nn.Module, ABC):
     def _loading_error(self, error: BaseException) -> CheckpointError:
         what = f"expert {self.name!r}: the weights of {self.source} cannot be loaded"
         chain: BaseException | None = error
-        while chain is not None:  # a library may have wrapped torch's refusal
+        while chain is not None:  # a library may wrap torch's refusal
             if isinstance(chain, pickle.UnpicklingError):
                 return CheckpointError(
                     f"{what}: they are a damaged file or a pickle of more than plain tensors, which is not opened: "
@@ -227,9 +227,10 @@ class Expert(nn.Module, ABC):
     def forward(
         self, pixels: Tensor, *, prepared: Tensor | None = None, encode: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """Map [B,3,H,W] in 0..1 (any float dtype, any size) to [B,width,*grid] in the expert's dtype, without autograd.
+        """Map [B,3,H,W] in 0..1 to [B,width,*grid], without autograd.
 
         Args:
+            pixels: any float dtype and size; the result has the expert's dtype.
             prepared: the output of :meth:`condition`, if it exists already.
             encode: another form of :meth:`features`, such as its compiled one.
 
@@ -243,7 +244,7 @@ class Expert(nn.Module, ABC):
         return out
 
     def condition(self, pixels: Tensor, shared: dict[tuple[Any, ...], Tensor] | None = None) -> Tensor:
-        """Resize to the expert's size and normalise: [B,3,H,W] in 0..1 -> [B,3,S,S] in the expert's dtype.
+        """Resize and normalise pixels: [B,3,H,W] in 0..1 -> [B,3,S,S].
 
         Args:
             shared: results of other experts for the same pixels. One resize then serves all experts of a size, and one
@@ -259,7 +260,7 @@ class Expert(nn.Module, ABC):
         return shared[ready]
 
     def save(self, folder: str | Path) -> Source:
-        """Write the loaded weights to ``folder`` and return the source that reads them."""
+        """Write the weights to ``folder``; return the source to read."""
         if not self.is_loaded:
             raise CheckpointError(f"expert {self.name!r} is not loaded; call load() before saving it by value")
         folder = Path(folder)
@@ -267,7 +268,7 @@ class Expert(nn.Module, ABC):
         return self.save_backbone(folder)
 
     def train(self, mode: bool = True) -> "Expert":
-        """Stay in eval mode: batch statistics and dropout of a frozen network never change."""
+        """Stay in eval mode; batch statistics and dropout never change."""
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Expert":
@@ -276,7 +277,7 @@ class Expert(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Expert":
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))  # so that a later load() goes there too
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))  # a later load() goes there too
         self.dtype, self.device = probe.dtype, probe.device
         return self
 
@@ -304,12 +305,12 @@ class Expert(nn.Module, ABC):
 
 
 def _summary(error: BaseException) -> str:
-    lines = str(error).split("\n")[:3]  # torch names the first missing tensors on the second and third line
+    lines = str(error).split("\n")[:3]  # torch names the first missing tensors on lines two and three
     return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
 
 def choose(index: Any, count: int, option: str) -> int:
-    """Return ``index`` counted as in a list of ``count``; ConfigError, which names the option, if it is outside."""
+    """Return ``index`` into ``count`` items, as lists count; ConfigError outside."""
     if not isinstance(index, int) or not -count <= index < count:
         raise ConfigError(f"{option}={index!r} must be from {-count} to {count - 1}")
     return index % count
@@ -317,16 +318,16 @@ def choose(index: Any, count: int, option: str) -> int:
 
 @contextmanager
 def library(source: Source, distribution: str) -> Iterator[None]:
-    """Guard the import of a library that only some experts need; ConfigError says what to install."""
+    """Guard an optional import; ConfigError says what to install."""
     try:
-        with torch.device("cpu"):  # a network may be wanted on the meta device; the library's own constants are not
+        with torch.device("cpu"):  # the network may be wanted on the meta device; the library's own constants are not
             yield
     except ImportError as error:
         raise ConfigError(f"source {source} needs {distribution} (pip install {distribution}): {error}") from error
 
 
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:
-    """Build a spec's expert, without weights; ConfigError for an unknown expert, key, option or scheme."""
+    """Build a spec's expert, without weights; ConfigError names what is unknown."""
     spec = ExpertSpec.from_dict(spec)
     family = EXPERTS.get(spec.expert)
     if not spec.source:
@@ -341,7 +342,7 @@ def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str
 
 
 def complete_specs(entries: list[Any], base_dir: str | PathLike[str] | None = None) -> list[ExpertSpec]:
-    """Fill in source, image size, width and grid of specs, as a config records them; ConfigError names a fault."""
+    """Fill in sources and sizes of specs, as a config records them."""
     specs = []
     for entry in entries:
         expert = build_expert(entry, base_dir)

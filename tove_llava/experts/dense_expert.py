@@ -1,4 +1,4 @@
-"""The base of dense-prediction experts from transformers: depth, normals, edges and segmentation."""
+"""The base of dense-prediction experts: depth, normals, edges and segmentation."""
 
 import json
 from abc import abstractmethod
@@ -36,7 +36,7 @@ class DenseExpert(Expert):
 
     modes = ("features", "map")
     option_names: ClassVar[tuple[str, ...]] = ("stage", "map_size")
-    map_options: ClassVar[tuple[str, ...]] = ("map_size",)  # not of the network
+    map_options: ClassVar[tuple[str, ...]] = ("map_size",)  # not for the network
 
     architecture: DenseArchitecture
     preprocessor: dict[str, Any]
@@ -104,7 +104,7 @@ class DenseExpert(Expert):
         return known["licence"] if known else super().licence()
 
     def set_attention(self, implementation: str) -> None:
-        with suppress(ValueError):  # an architecture that lacks it keeps its own
+        with suppress(ValueError):  # an architecture without it keeps its own
             self.network.set_attn_implementation(implementation)
 
     def save_backbone(self, folder: Path) -> Source:
@@ -123,8 +123,7 @@ def read_configuration(
 ) -> tuple[PretrainedConfig, dict[str, Any]]:
     """Read the configurations of the model and its image processor.
 
-    With ``use_table`` those of a well-known repository come from this package's table, so that shapes are known without
-    a network.
+    With ``use_table`` this package's table gives those of a well-known repository: shapes are known without a network.
     """
     known = _architectures().get(str(source)) if use_table else None
     if known is not None:

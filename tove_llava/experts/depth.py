@@ -11,10 +11,10 @@ from tove_llava.experts.dense_expert import DenseExpert
 
 @register_expert("depth", "hf", "bundled")
 class Depth(DenseExpert):
-    """Inverse depth, scaled to 0..1 within each image (most of these models know it up to scale and shift).
+    """Inverse depth, scaled to 0..1 within each image.
 
     Options:
-        relative: false keeps the scale of a metric model; its prediction must be of order 1.
+        relative: false keeps the scale of a metric model (most models know none); predictions must be of order 1.
     """
 
     option_names: ClassVar[tuple[str, ...]] = (*DenseExpert.option_names, "relative")

@@ -15,7 +15,7 @@ _DECODER = tuple(f"up_block_{k}" for k in range(1, 7))
 
 
 class _Tap(nn.Module):
-    """A stand-in for an upsampling block, so that ``get_features`` returns the encoder's own block."""
+    """Replaces an upsampling block; ``get_features`` then returns the encoder's block."""
 
     def forward(self, block: Tensor, out_shape: tuple[int, int]) -> Tensor:
         return block

@@ -13,7 +13,7 @@ from tove_llava.experts.timm_expert import TimmExpert
 
 @register_expert("eva", "open_clip")
 class EvaOpenClip(TimmExpert):
-    """The vision tower of an open_clip model, which for EVA-02 is a timm trunk; the text tower is dropped.
+    """An open_clip model's vision tower, which is a timm trunk for EVA-02.
 
     Saved by value it becomes a ``timm:local-dir:`` folder, which the timm class of the same expert reads.
     """
@@ -23,7 +23,7 @@ class EvaOpenClip(TimmExpert):
 
     def configure(self) -> int:
         self._vision, preprocess = _read_config(self.source)
-        pool = self._vision.get("timm_pool")  # decides if the norm comes before or after the pooling
+        pool = self._vision.get("timm_pool")  # the norm is before or after the pooling accordingly
         self._model_args: dict[str, Any] = {"global_pool": pool} if pool else {}
         if self.spec.revision:
             raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")

@@ -70,7 +70,7 @@ class ExpertHub(nn.Module):
         return all(name in self.experts and self[name].is_loaded for name in wanted)
 
     def load(self, names: Iterable[str] | None = None) -> None:
-        """Load the weights of the named experts, or of all; loaded ones stay as they are."""
+        """Load weights of the named experts, or all, that are not loaded."""
         for expert in self._all(names):
             expert.load()
 
@@ -98,21 +98,21 @@ class ExpertHub(nn.Module):
             CheckpointError: an expert that has to run is not loaded.
         """
         for name in skip:
-            self[name]  # a typo must not pass as "nothing to skip"
+            self[name]  # refuses a misspelt name
         names = [name for name in self.names if name not in skip]
         prepared = self.condition(pixels, names)
         return self.check({name: self[name](pixels, prepared=prepared[name]) for name in names}, strict)
 
     def condition(self, pixels: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
-        """Prepare pixels [B,3,H,W] in 0..1 for each named expert; equal results are one tensor."""
+        """Prepare pixels [B,3,H,W] in 0..1 for each expert, sharing equal results."""
         shared: dict[tuple[Any, ...], Tensor] = {}
         return {name: self[name].condition(pixels, shared) for name in names}
 
     def check(self, features: dict[str, Tensor], strict: bool = False) -> HubOutput:
-        """Handle values that are not finite, as :meth:`run` says; waits for the device once."""
+        """Handle non-finite values as :meth:`run` says; wait for the device once."""
         valid = {}
         for name, x in features.items():
-            low, high = x.flatten(1).aminmax(dim=1)  # NaN reaches both
+            low, high = x.flatten(1).aminmax(dim=1)  # NaN becomes both
             valid[name] = low.isfinite() & high.isfinite()  # [B]
         if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops silently, in training too
             return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
@@ -140,7 +140,7 @@ class ExpertHub(nn.Module):
         for expert in self._all():
             target = folder / prefix / expert.name
             if target.exists():
-                shutil.rmtree(target)  # never a mixture of two experts' files
+                shutil.rmtree(target)  # two experts' files must not mix
             source = expert.save(target)
             write_origin(target, str(expert.source), known(expert.licence()))
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)

@@ -1,4 +1,4 @@
-"""Surface normals: a three-channel DPT or SegFormer from a user's folder, or the bundled tiny expert."""
+"""Surface normals: a user's DPT or SegFormer, or the bundled tiny expert."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -6,8 +6,8 @@ from tove_llava.experts.timm_expert import TimmExpert
 
 @register_expert("sam")
 class Sam(TimmExpert):
-    """``norm`` applies SAM's convolutional neck (256 channels), by default after the last block."""
+    """SAM's encoder, whose final ``norm`` is the convolutional neck (256 channels)."""
 
     default_source = "timm:samvit_large_patch16.sa1b"
     default_image_size = 512
-    build_at_image_size = False  # positions are interpolated on the fly; weights of 1024 px do not fit a smaller build
+    build_at_image_size = False  # positions are interpolated in each run; weights of 1024 px do not fit a smaller build

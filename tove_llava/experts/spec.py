@@ -57,7 +57,7 @@ class ExpertSpec:
 
     @classmethod
     def from_dict(cls, entry: "dict[str, Any] | ExpertSpec") -> "ExpertSpec":
-        """Read an entry of a preset or a config; ConfigError names a wrong key or value."""
+        """Read an entry of a preset or config; ConfigError names a fault."""
         if isinstance(entry, ExpertSpec):
             return entry
         if not isinstance(entry, dict):
@@ -65,7 +65,7 @@ class ExpertSpec:
         return from_mapping(cls, entry, f"expert {entry.get('name', '?')!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for a config or a YAML file; ``from_dict`` reads it."""
+        """Return plain data for a config or YAML, which ``from_dict`` reads."""
         return {**dataclasses.asdict(self), "grid": list(self.grid)}
 
     def replace(self, **changes: Any) -> "ExpertSpec":

@@ -72,7 +72,7 @@ class TimmExpert(Expert):
 
     def set_attention(self, implementation: str) -> None:
         for module in self.network.modules():
-            if hasattr(module, "fused_attn"):  # timm's name for torch's scaled dot product attention
+            if hasattr(module, "fused_attn"):  # timm's name for torch's scaled_dot_product_attention
                 module.fused_attn = implementation != "eager"
 
     def save_backbone(self, folder: Path) -> Source:
@@ -80,7 +80,7 @@ class TimmExpert(Expert):
         self.network.pretrained_cfg = {**self.network.pretrained_cfg, **read, "num_classes": 0}
         args = {**self._model_args, "num_classes": 0}
         if self.build_at_image_size:
-            args["img_size"] = self.image_size  # positions are saved as they were interpolated to this size
+            args["img_size"] = self.image_size  # the saved positions are interpolated to this size
         _timm(self.source).models.save_for_hf(self.network, str(folder), model_args=args, safe_serialization=True)
         return TimmSource("").at(folder)
 
@@ -92,7 +92,7 @@ def _timm(source: Source) -> Any:
 
 
 def _weights(source: Source) -> Path:
-    """Return the folder's safetensors file, which older releases of timm would pass over for a pickle."""
+    """Return the folder's safetensors file; older timm would prefer a pickle."""
     file = source.require() / "model.safetensors"
     if not file.is_file():
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The contract of a dense architecture: the class to build, its tokens and its raw prediction."""
+"""The contract of a dense architecture: class, tokens and raw prediction."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -63,6 +63,6 @@ class DenseArchitecture(ABC):
 
 
 def tokens_to_map(tokens: Tensor, pixels: Tensor, patch_size: int) -> Tensor:
-    """Turn [B, prefix + h*w, d] into [B,d,h,w]; h and w follow from the pixels and the patch size."""
+    """Turn [B, prefix + h*w, d] into the pixels' grid, [B,d,h,w]."""
     h, w = pixels.shape[-2] // patch_size, pixels.shape[-1] // patch_size
     return tokens[:, -h * w :].transpose(1, 2).unflatten(2, (h, w))

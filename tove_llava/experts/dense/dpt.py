@@ -1,4 +1,4 @@
-"""DPT with a plain ViT encoder (DPT-Large), for depth and any other dense map."""
+"""DPT with a plain ViT encoder (DPT-Large), for any dense map."""
 
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation, DPTForSemanticSegmentation, DPTModel

@@ -14,7 +14,7 @@ _PER_STAGE = ("depths", "sr_ratios", "hidden_sizes", "patch_sizes", "strides", "
 
 @register_dense("SegformerForSemanticSegmentation", "SegformerModel")
 class Segformer(DenseArchitecture):
-    """Option ``stage``: the encoder stage of the features (-1, the last); later stages are not built."""
+    """SegFormer; option ``stage`` is the encoder stage of the features (-1: last)."""
 
     option_names = ("stage",)
 
