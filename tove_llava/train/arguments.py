@@ -27,7 +27,7 @@ _HINTS = {
     "--data_path": _SCENES,
     "--image_folder": _SCENES,
     "--feature_cache": ". Make it first: tove-llava features --help",
-    "--pretrained": ". Run stage 1 first (bash scripts/pretrain.sh), or name its folder",
+    "--pretrained": ". Name the stage before: STAGE1_DIR for scripts/finetune_lora.sh, MODEL_DIR for scripts/merge.sh",
 }
 
 
