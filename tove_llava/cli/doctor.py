@@ -82,6 +82,10 @@ def _show(findings: "list[Finding]") -> None:
         print("\nNothing is missing.")
         return
     print("\nmissing or out of date:")
-    lines = [f"{finding.name}{'' if finding.required else ' (optional)'}: {finding.remedy}" for finding in missing]
+    lines = [f"{finding.name}{_note(finding)}: {finding.remedy}" for finding in missing]
     for line in dict.fromkeys(lines):  # presets share sources
         print(f"  {line}")
+
+
+def _note(finding: "Finding") -> str:
+    return " (optional)" if finding.group == "optional packages" else ""
