@@ -402,3 +402,12 @@ def test_answers_without_public_truth_are_kept_and_not_scored(model_folder, tmp_
     results = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]["vqav2"]["full"]
     assert results["scores"] == {} and "submission" in results["unavailable"]["all"]
     assert len(read_rows(tmp_path / "out" / "vqav2" / "full" / "answers.jsonl")) == 1
+
+
+def test_a_public_benchmarks_name_over_generated_scenes_is_told_apart(model_folder, tmp_path, capsys):
+    root = tmp_path / "data"
+    assert cli.main(["scenes", "--out", str(root), "--train", "1", "--val", "6"]) == 0
+    assert cli.main(evaluate(model_folder, root, tmp_path / "out", "--limit", "2", benchmark="pope")) == 0
+    assert "generated scenes" in capsys.readouterr().out
+    assert cli.main(evaluate(model_folder, root, tmp_path / "out2", "--limit", "2")) == 0
+    assert "generated scenes" not in capsys.readouterr().out

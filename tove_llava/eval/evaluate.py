@@ -112,12 +112,21 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
                 score, result = _score(evaluation, task, run, run_folder, condition, asker.template.name, origin)
                 columns[condition.title], results[task.name][condition.name] = score, result
         remarks = dict.fromkeys(line for score in columns.values() for line in notes(score))
-        tables.append("\n".join([score_table(columns, corner=f"{task.name} (%)"), *remarks]))
+        tables.append("\n".join([score_table(columns, corner=f"{task.name} (%)"), *_origin_of_data(task), *remarks]))
     if ranks.rank != 0:
         return None
     whole = {**origin, "benchmarks": results}
     write_atomically(target / "results.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     return whole, "\n\n".join(tables)
+
+
+def _origin_of_data(task: Task) -> list[str]:
+    """Say that a score of generated scenes is none of the public benchmark, whose name and rule it shares."""
+    from tove_llava.scenes.writer import MANIFEST
+
+    if task.name == "scenes" or not (task.root / MANIFEST).is_file():
+        return []
+    return [f"Data: generated scenes in {task.root}, not the public benchmark {task.name}. --data-root names its data."]
 
 
 def _read_tasks(evaluation: Evaluation) -> list[Task]:
