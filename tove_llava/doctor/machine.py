@@ -59,7 +59,7 @@ def core_count() -> int:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Return the bytes that processes may still take, within the container's limit (cgroup).
+    """Count the bytes that processes may take, within the cgroup's limit.
 
     Args:
         root: folder of ``proc`` and ``sys``.
@@ -70,7 +70,7 @@ def available_memory(root: Path = Path("/")) -> int:
     group = root / "sys" / "fs" / "cgroup"
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        # Cached files count as used, and are dropped when memory is needed.
+        # Cached files count as used, but are dropped when memory is needed.
         cached = int(dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"])
     except (OSError, KeyError, ValueError):
         return available

@@ -72,7 +72,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def _protobuf_clashes(version: str) -> bool:
-    # protobuf 7.36 generated sentencepiece 0.2.3. With an older one a LLaMA tokenizer fails to load, and its message is
-    # about tiktoken.
+    # protobuf 7.36 generated sentencepiece 0.2.3. With an older protobuf a LLaMA tokenizer fails to load, with a
+    # message about tiktoken.
     sentencepiece = installed_version("sentencepiece")
     return sentencepiece is not None and not _older(sentencepiece, "0.2.3") and _older(version, "7.36")

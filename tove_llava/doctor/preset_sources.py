@@ -1,4 +1,4 @@
-"""Check that a preset's sources are on this machine, or can be fetched."""
+"""Check that a preset's sources are here, or can be fetched."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +88,7 @@ def _transformers_source(key: str, text: str, revision: str | None) -> SourceSta
 
 
 def missing_from_cache(repository: str, revision: str | None) -> int | None:
-    """Count a hub repository's weight files that the cache lacks; None if unknown."""
+    """Count a repository's weight files missing from the cache; None if unknown."""
 
     def cached(name: str) -> str | None:
         found = try_to_load_from_cache(repository, name, revision=revision)

@@ -1,4 +1,4 @@
-"""Check which presets can run here, and the memory and disk that they need."""
+"""Check which presets run here, and their needs of memory and disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ SHORT = 128  # tokens of text next to an image, in a short record
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a stage of a preset, or on answering, for a machine.
+    """The verdict on training a stage, or answering, on a machine.
 
     Attributes:
         memory: its needs with the longest records of the stage, unless ``advice`` says otherwise.
@@ -98,13 +98,13 @@ def _finding(group: str, name: str, verdict: Verdict) -> Finding:
 def judge(
     preset: Preset, stage_name: str, shape: Shape, machine: Machine, missing: tuple[str, ...] = (), download: int = 0
 ) -> Verdict:
-    """Judge whether a training stage runs on a machine when its script starts it.
+    """Judge whether a training stage runs as its script starts it.
 
     Args:
         missing: reasons from sources that do not resolve.
         download: bytes that have to be fetched first.
     """
-    devices = machine.devices or min(2, machine.cores)  # as scripts/lib.sh
+    devices = machine.devices or min(2, machine.cores)  # as in scripts/lib.sh
     available = machine.device_bytes if machine.devices else machine.host_bytes // devices
     place = f"on each of {devices} {'GPUs' if machine.devices else 'processes'}"
     run = Run.of(preset, stage_name, devices=devices)
@@ -130,7 +130,7 @@ def judge(
 def _fitting(preset: Preset, stage_name: str, shape: Shape, run: Run, available: int) -> tuple[Run, str] | None:
     """Find smaller batches, or another ZeRO configuration, with which a stage fits.
 
-    Captions are short, and need no change where short ones fit.
+    A stage of captions, which are short, stays as it is if short ones fit.
     """
     short = replace(run, length=shape.image_tokens + SHORT)
     captions = get_template(preset.stage(stage_name).template).single_turn

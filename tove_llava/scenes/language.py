@@ -1,7 +1,7 @@
-"""Words for a scene: a caption as people write it, an exact description, and questions with balanced answers.
+"""Words for a scene: captions, exact descriptions, and questions with balanced answers.
 
-For every question type the answer is drawn first and a question with that answer is sought afterwards, so that a model
-that does not see the image stays at chance.
+For each question the answer is drawn first, and then a question that has it. So a model that does not see the image
+stays at chance.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ METRES = ("three", "four", "five", "six", "seven", "eight", "nine", "ten", "elev
 SIZES = ("tiny", "small", "medium", "large", "huge")
 SHORT_ANSWER = "Answer the question using a single word or phrase."  # LLaVA's wording for short answers
 
-# How clear a difference must be before it is asked about.
+# How clear a difference must be for a question about it.
 PLACE_MARGIN = 0.09  # of the image's side
 DEPTH_RATIO = 1.18
 SIZE_RATIO = 1.3
@@ -33,7 +33,7 @@ class Question:
 
 
 def place(item: Object) -> str:
-    """Return the square of the object's visible centroid on a 6 x 6 chessboard, e.g. ``B4``."""
+    """Return the chessboard square (6 x 6) of the visible centroid: ``B4``."""
     column, row = (min(int(x * 6), 5) for x in (item.u, item.v))
     return COLUMNS[column] + ROWS[row]
 
@@ -49,12 +49,12 @@ def size(item: Object) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """Describe every object from left to right with its place, depth and size, for alignment."""
+    """Describe objects from left to right, with place, depth and size."""
     return " ".join(f"{o.name} at {place(o)}, {metres(o)} metres, {size(o)}." for o in _left_to_right(scene))
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Write one sentence as a person might: some objects, loosely placed, nothing measured."""
+    """Write one sentence as a person might, about some objects, without measures."""
     items = list(scene.objects)
     items = [items[i] for i in rng.permutation(len(items))]
     phrases = [_phrase(item, rng) for item in items]
@@ -71,7 +71,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def ask(scene: Scene, rng: np.random.Generator, categories: tuple[str, ...] | None = None) -> list[Question]:
-    """Ask at most one question of each category, in random order; some scenes cannot serve a category."""
+    """Ask at most one question per category, in random order."""
     found = []
     for category in categories or tuple(CATEGORIES):
         asked = CATEGORIES[category](scene, rng)
@@ -118,9 +118,10 @@ def existence(scene: Scene, rng: np.random.Generator) -> Asked:
 
 
 def absent_pair(scene: Scene, rng: np.random.Generator, near: bool) -> tuple[str, str]:
-    """Draw a colour-shape pair that the scene lacks; with ``near``, colour and shape both occur if possible.
+    """Draw a colour-shape pair that the scene lacks.
 
-    Only the "novel" split asks about held-out pairs: elsewhere the answer would always be "No".
+    With ``near``, colour and shape both occur in it if possible. Only the "novel" split asks about held-out pairs:
+    elsewhere the answer would always be "No".
     """
     present = {o.pair for o in scene.objects}
     pool = [
@@ -165,7 +166,7 @@ def _unique(scene: Scene, rng: np.random.Generator, key: str) -> Object | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A measure of objects, words for its smaller and its larger value, and what a clear difference is."""
+    """A measure of objects, its two words, and what differs clearly."""
 
     words: tuple[str, str]
     measure: Callable[[Object], float]
@@ -204,7 +205,7 @@ BIGGER = Comparison(("smaller", "bigger"), lambda o: o.radius, lambda a, b: b / 
 
 
 def statement(scene: Scene, rng: np.random.Generator) -> Asked | None:
-    """Make a VSR-style statement (Liu et al. 2023) about one of three directions."""
+    """Make a VSR-style statement (Liu et al. 2023) about a direction."""
     asked = (LEFT_RIGHT, ABOVE_BELOW, FRONT_BEHIND)[int(rng.integers(3))].relation(scene, rng)
     if asked is None:
         return None
@@ -219,7 +220,7 @@ CATEGORIES: dict[str, Callable[[Scene, np.random.Generator], Asked | None]] = {
     **{"left_right": LEFT_RIGHT.relation, "above_below": ABOVE_BELOW.relation, "front_behind": FRONT_BEHIND.relation},
     **{"nearer": NEARER.choice, "bigger": BIGGER.choice, "statement": statement},
 }
-# Questions about one object's entry of the description, which teach the language model to read.
+# Questions about one object's entry of the description teach the language model to read.
 MEASURES: dict[str, Callable[[Object], Asked]] = {
     "place": lambda o: (f"Where is the {o.name}?", place(o)),
     "distance": lambda o: (f"How far is the {o.name}?", f"{metres(o)} metres"),
@@ -228,7 +229,7 @@ MEASURES: dict[str, Callable[[Object], Asked]] = {
 
 
 def contrast(a: Object, b: Object) -> Asked:
-    """Compare two objects, one word for each question type; for the language model too."""
+    """Compare two objects in one word for each question type."""
     words = (
         "left" if a.u < b.u else "right",
         "above" if a.v < b.v else "below",

@@ -25,7 +25,7 @@ MATERIALS = ("matte", "shiny")
 
 @dataclass
 class Camera:
-    """A pinhole camera with orthonormal axes; ``tangent`` is tan(half the field of view)."""
+    """A pinhole camera; ``tangent`` is tan(half the field of view)."""
 
     position: tuple[float, float, float]
     forward: tuple[float, float, float]
@@ -54,12 +54,12 @@ class Camera:
 
 @dataclass
 class Object:
-    """One solid. ``radius`` is half its height; ``u, v, depth, area`` describe its visible part in the image."""
+    """One solid; ``radius`` is half its height, ``u, v, depth, area`` its visible part's."""
 
     shape: str
     colour: str
     material: str
-    radius: float
+    radius: float  # half the height
     centre: tuple[float, float, float]
     angle: float
     u: float = 0.0
@@ -73,7 +73,7 @@ class Object:
 
     @property
     def name(self) -> str:
-        """Return the words that identify this object; colour and shape together are unique in a scene."""
+        """Return colour and shape, which identify an object within a scene."""
         return f"{self.colour} {self.shape}"
 
 

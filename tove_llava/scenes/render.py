@@ -1,4 +1,4 @@
-"""Cast rays into a scene: colour, depth, normals, instance and class masks and edges from one set of hits.
+"""Cast rays into a scene, for its image and all exact maps.
 
 Rays are ``origin + t * direction`` with directions scaled so that ``t`` is the depth along the optical axis. Each
 object is intersected only inside the rectangle that its bounding sphere covers.
@@ -12,9 +12,9 @@ import numpy as np
 from tove_llava.scenes.objects import COLOURS, SHAPES, Object, Scene
 
 CLASSES = ("sky", "ground", *SHAPES)
-SKY, GROUND = -2, -1  # instance ids of no object
+SKY, GROUND = -2, -1  # instance ids where there is no object
 FAR = 40.0  # metres; the sky's depth
-CREASE = np.cos(np.radians(35.0))  # a turn of the surface sharper than this is an edge
+CREASE = np.cos(np.radians(35.0))  # edges are turns of the surface sharper than this
 
 Hit = tuple[np.ndarray, np.ndarray]  # depth [n] (inf where missed), outward normal [n, 3]
 
@@ -62,7 +62,7 @@ def render(scene: Scene, size: int = 96) -> Rendering:
 
 
 def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, float]]:
-    """Return, per object, the visible share of its silhouette and of the image, and the visible centroid (u, v)."""
+    """Return each object's visible shares (silhouette, image) and visible centroid (u, v)."""
     owner, outlines = _owners(scene, size)
     found = []
     for index, outline in enumerate(outlines):
@@ -76,7 +76,7 @@ def silhouettes(scene: Scene, size: int) -> list[tuple[float, float, float, floa
 
 
 def coverage(scene: Scene, grid: int, size: int = 48) -> np.ndarray:
-    """Return the share of each grid cell that each object visibly fills: float32 [grid, grid, objects]."""
+    """Return each object's visible share of each cell, float32 [grid, grid, objects]."""
     owner, _ = _owners(scene, size)
     masks = owner[:, None] == np.arange(len(scene.objects))  # [S*S, objects]
     cell = size // grid
@@ -84,7 +84,7 @@ def coverage(scene: Scene, grid: int, size: int = 48) -> np.ndarray:
 
 
 def _owners(scene: Scene, size: int) -> tuple[np.ndarray, list[int]]:
-    """Return each pixel's object [S*S] (``SKY`` for none), and the pixels of each object's silhouette."""
+    """Return each pixel's object [S*S] and each whole silhouette's pixel count."""
     directions = _directions(scene, size)
     nearest = np.full(size * size, np.inf, dtype=np.float32)
     owner = np.full(size * size, SKY, dtype=np.int16)
@@ -141,7 +141,7 @@ def _cast(scene: Scene, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, 
 
 
 def _intersect(scene: Scene, item: Object, directions: np.ndarray) -> Hit:
-    """Find the first hit of rays [n, 3] with one object, in the object's own frame (unit size, upright)."""
+    """Find the first hit of rays [n, 3] with one object."""
     cos, sin = np.float32(np.cos(item.angle)), np.float32(np.sin(item.angle))
     turn = np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]], dtype=np.float32)
     offset = np.asarray(scene.camera.position, dtype=np.float32) - np.asarray(item.centre, dtype=np.float32)
@@ -208,7 +208,7 @@ def _cone(origin: np.ndarray, rays: np.ndarray) -> Hit:
 
 
 def _disc(origin: np.ndarray, rays: np.ndarray, top: float, radius: float) -> Hit:
-    """Hit the flat end that faces the origin: the disc at ``+top`` or, for a closed solid, at ``-top`` from below."""
+    """Hit the flat end at ``+top``, or at ``-top`` from below."""
     level = top if (origin[2] > top) or top < 0 else -top
     t = (level - origin[2]) / rays[:, 2]
     points = origin + np.where(np.isfinite(t), t, 0)[:, None] * rays
@@ -276,7 +276,7 @@ def _shade(
 
 
 def _sunlit(scene: Scene, points: np.ndarray, ground: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """Return 1 where light reaches the ground, less in the (spherical) shadow of an object."""
+    """Return 1 in the sun, less in the shadow of an object."""
     lit = np.ones(len(points), dtype=np.float32)
     floor = points[ground]
     shade = np.ones(len(floor), dtype=np.float32)

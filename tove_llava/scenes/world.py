@@ -5,10 +5,10 @@ import numpy as np
 from tove_llava.scenes.objects import COLOURS, MATERIALS, SHAPES, Camera, Object, Scene
 from tove_llava.scenes.render import silhouettes
 
-# These pairs occur in no training scene of any kind: they test whether a model composes what it knows.
+# No training scene of any kind has these pairs: they test whether a model composes what it knows.
 HELD_OUT_PAIRS = frozenset({("purple", "cone"), ("cyan", "cube"), ("orange", "sphere"), ("white", "cylinder")})
 
-# Each split has its own random stream. The bundled parts were trained on "parts" (CLIP, experts, language model), and
+# Each split has its own random stream. The bundled parts (CLIP, experts, language model) were trained on "parts", and
 # nothing on "val" and "novel" (scenes with held-out pairs).
 SPLITS = {"train": 0, "val": 1, "novel": 2, "parts": 3}
 
@@ -20,7 +20,7 @@ CHECK_SIZE = 48  # pixels per side of the draft that decides visibility
 
 
 def scene_rng(seed: int, split: str, index: int, purpose: int = 0) -> np.random.Generator:
-    """Make the random stream of one scene and purpose (0 world, 1 language, 2 POPE)."""
+    """Make a scene's random stream (0 world, 1 language, 2 POPE)."""
     return np.random.default_rng([seed, SPLITS[split], index, purpose])
 
 
@@ -49,7 +49,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
         sky=_tone(rng, 0.6, 0.95),
     )
     wanted = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
-    pairs = _sample_pairs(rng, split, wanted + 1)  # one spare, in case an object is hidden
+    pairs = _sample_pairs(rng, split, wanted + 1)  # a spare one, in case an object is hidden
     for colour, shape in pairs:
         placed = _place(rng, scene, colour, shape)
         if placed is not None:
@@ -62,7 +62,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
             visible.append(item)
     if len(visible) < wanted:
         return None
-    scene.objects = visible[:wanted]  # removing objects only uncovers the others
+    scene.objects = visible[:wanted]  # without an object the others are at least as visible
     for item, (_, area, u, v) in zip(scene.objects, silhouettes(scene, CHECK_SIZE), strict=True):
         item.u, item.v, item.area = u, v, area
     if split == "novel" and not any(item.pair in HELD_OUT_PAIRS for item in scene.objects):
@@ -71,7 +71,7 @@ def _draft(rng: np.random.Generator, seed: int, split: str, index: int) -> Scene
 
 
 def _sample_camera(rng: np.random.Generator) -> Camera:
-    # Height and pitch vary widely, so that the height in the image does not tell the distance.
+    # Height and pitch vary widely, so that height in the image does not give the distance away.
     distance, height = rng.uniform(6.0, 8.5), rng.uniform(0.7, 5.5)
     position = np.array([rng.uniform(-1.0, 1.0), -distance, height])
     target = np.array([rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 1.5), rng.uniform(0.3, 1.6)])
@@ -90,7 +90,7 @@ def _sample_pairs(rng: np.random.Generator, split: str, count: int) -> list[tupl
         held_out = sorted(HELD_OUT_PAIRS)[int(rng.integers(len(HELD_OUT_PAIRS)))]
         if held_out not in chosen:
             chosen[0] = held_out
-    # Repeat a colour or a shape now and then, or counting would nearly always answer "one".
+    # Repeat a colour or a shape now and then: otherwise counting would nearly always answer "one".
     if rng.random() < 0.6:
         for i in range(1, len(chosen)):
             if rng.random() < 0.5:

@@ -29,7 +29,7 @@ Progress = Callable[[int, int, float], None]
 
 @dataclass(frozen=True)
 class Request:
-    """The scenes to write. ``counts`` maps a split (train, val, novel) to its number of scenes."""
+    """The scenes to write; ``counts`` maps splits (train, val, novel) to numbers."""
 
     counts: dict[str, int]
     seed: int = 0
@@ -66,14 +66,14 @@ def write_scenes(request: Request, folder: Path, progress: Progress | None = Non
         with staged(folder) as fresh:
             _write(request, fresh, progress)
     except CheckpointError:
-        if _is_written(request, folder):  # by another process, meanwhile
+        if _is_written(request, folder):  # another process was faster
             return False
         raise
     return True
 
 
 def _is_written(request: Request, folder: Path) -> bool:
-    """Tell if the folder holds the request's scenes; DataError if it holds something else."""
+    """Tell if the folder holds these scenes; DataError for anything else."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     manifest = folder / MANIFEST
@@ -113,9 +113,9 @@ def caption_record(scene: Scene, image: str) -> dict[str, Any]:
 
 
 def instruct_record(scene: Scene, image: str, questions: list[Question]) -> dict[str, Any]:
-    """Make a stage-2 record: all questions about one image in one conversation, as LLaVA joins VQA data.
+    """Make a stage-2 record: one conversation of an image's questions.
 
-    Every other record omits the request for a short answer, as people in a chat do.
+    LLaVA joins VQA data like this. Every other record omits the request for a short answer, as people in a chat do.
     """
     first = f"<image>\n{questions[0].text}" + (f"\n{SHORT_ANSWER}" if scene.index % 2 == 0 else "")
     turns = [(first if i == 0 else q.text, q.answer) for i, q in enumerate(questions)]
@@ -159,7 +159,7 @@ def _write_language(request: Request, split: str, scenes: list[Scene], folder: P
 
 
 def _write_pope(request: Request, scenes: list[Scene], images: list[str], folder: Path) -> None:
-    """Write POPE's categories: absent pairs at random, the most frequent ones, and pairs close to present ones."""
+    """Write POPE's categories: random, popular (frequent) and adversarial (near) absent pairs."""
     frequency: dict[tuple[str, str], int] = {}
     for scene in scenes:
         for item in scene.objects:
@@ -216,7 +216,7 @@ def _pope_pairs(
 
 def _write_images(request: Request, scene: Scene, rendering: Rendering, folder: Path) -> None:
     name = image_name(scene, request.image_format)
-    # Level 1 costs a third of the time of the default and a tenth more bytes.
+    # Level 1 takes a third of the default's time, for a tenth more bytes.
     options: dict[str, Any] = {"compress_level": 1} if request.image_format == "png" else {"quality": 92}
     Image.fromarray(rendering.image).save(folder / "images" / name, **options)
     if not request.maps:
