@@ -1,4 +1,4 @@
-"""LLaVA with a ToVE tower. Importing this package registers it with transformers' Auto classes."""
+"""LLaVA with a ToVE tower, registered on import with transformers' Auto classes."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ _HOME_OF = {"build_model": "tove_llava.llava.build"}
 def __getattr__(
     name: str,
 ) -> Any:
-    # On first use: these import presets, processors and peft, which the model itself does not need.
+    # On first use: these import presets, processors and peft, which the model does not need.
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

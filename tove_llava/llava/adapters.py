@@ -42,14 +42,14 @@ def add_adapters(
 def adapter_layers(module: nn.Module) -> dict[str, Any]:
     """Return the layers inside a module that have adapters, by name."""
     if "peft" not in sys.modules:
-        return {}  # nobody has made any
+        return {}  # there are none
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
 
 
 def adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
-    """Yield what the adapters inside a module train; ``bias`` as in peft's ``LoraConfig``."""
+    """Yield the parameters that adapters train; ``bias`` as in peft's ``LoraConfig``."""
     for layer in adapter_layers(module).values():
         for name in layer.adapter_layer_names:
             yield from getattr(layer, name).parameters()
@@ -62,7 +62,7 @@ def adapter_parameters(module: nn.Module, bias: str) -> Iterator[nn.Parameter]:
 
 @contextmanager
 def inputs_left_to_autocast(model: nn.Module) -> Iterator[None]:
-    """Let a model's adapters take their inputs as they come, under autocast.
+    """Let adapters take their inputs uncast under autocast.
 
     peft casts them to the adapters' float32, and autocast casts that back for the product: two passes over every
     activation, and one kept for the backward pass, that change nothing.
@@ -77,7 +77,7 @@ def inputs_left_to_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def fold_adapters(module: nn.Module) -> None:
-    """Add every LoRA layer's product to its base layer, which replaces it."""
+    """Add every LoRA layer's product to its base layer's weight."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(module.named_modules()):

@@ -34,7 +34,7 @@ from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _TOWER_KEYS = ("clip_layer", "image_size", "fusion", "fusion_options", "projection_dim", "noisy_gating", "top_k",
                "null_slot", "router_aux_loss_coef")  # fmt: skip
-EMBEDDING_MULTIPLE = 64  # rows of the embedding matrix, for tensor cores
+EMBEDDING_MULTIPLE = 64  # number of embedding rows, for tensor cores
 
 
 def build_model(
@@ -90,7 +90,7 @@ def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | 
 
 
 def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionConfig:
-    """Configure the tower, with CLIP's architecture and the experts' widths read from their sources.
+    """Configure the tower from its preset and its encoders' sources.
 
     Args:
         offline: take CLIP's architecture from the preset where its source is not a local folder.
@@ -130,7 +130,7 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
         )
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the language model from {source}: {error}") from error
-    if source.scheme == "gguf":  # read into ordinary weights, yet marked as quantised
+    if source.scheme == "gguf":  # becomes ordinary weights, but stays marked as quantised
         forget_gguf(model.config)
         model.hf_quantizer = None
     return model
@@ -188,7 +188,7 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
 def assemble(
     language: PreTrainedModel, vision: ToveVisionConfig, projector: ProjectorPreset, *, seed: int = 42
 ) -> ToveLlavaForConditionalGeneration:
-    """Put a new tower and projector in front of a language model, without copies.
+    """Join a language model, uncopied, with a new tower and projector.
 
     The projector starts from torch's own initialisation, as LLaVA's does. Values depend only on ``seed``.
     """
@@ -213,7 +213,7 @@ def assemble(
 
 
 def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
-    """Give the model the processor's image and padding tokens, with embeddings for them.
+    """Give the model the processor's image and padding tokens, with embeddings.
 
     New rows of the embeddings and the head are the mean of the old ones: the same on every machine and in every load.
     """
@@ -224,7 +224,7 @@ def fit_to_processor(model: ToveLlavaForConditionalGeneration, processor: LlavaP
     if model.generation_config is not None:
         model.generation_config.pad_token_id = pad
         if not model.generation_config.do_sample:
-            # Vicuna's names a temperature without sampling, which transformers refuses to save once it was changed.
+            # Vicuna names a temperature without sampling; transformers refuses to save that once it has changed.
             for key in _SAMPLING:
                 setattr(model.generation_config, key, None)
     grow_vocabulary(model, len(processor.tokenizer))
@@ -265,11 +265,11 @@ def language_config(language: LanguagePreset) -> Any:
 def build_on_meta(
     preset: str | Preset, *, layers: int | None = None, vision: ToveVisionConfig | None = None
 ) -> ToveLlavaForConditionalGeneration:
-    """Build a preset on the meta device: true shapes, no memory, no download.
+    """Build a preset on the meta device, without memory or download.
 
     Args:
-        layers: of the language model, where fewer are enough.
-        vision: the tower's configuration, where it has been made already.
+        layers: number of the language model's layers, if fewer are enough.
+        vision: the tower's configuration, if it is known already.
     """
     if isinstance(preset, str):
         preset = load_preset(preset)
@@ -287,7 +287,7 @@ def build_on_meta(
 
 
 def parameter_names(model: nn.Module, *modules: nn.Module) -> set[str]:
-    """List a model's names of its modules' parameters."""
+    """List a model's parameters by their modules' names."""
     members = {id(p) for module in modules for p in module.parameters()}
     return {name for name, p in model.named_parameters() if id(p) in members}
 

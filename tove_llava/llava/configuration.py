@@ -20,7 +20,7 @@ class ToveLlavaConfig(LlavaConfig):
     """
 
     model_type = "tove_llava"
-    # So that transformers' Trainer collects only logits when it evaluates.
+    # transformers' Trainer then collects only logits when it evaluates.
     keys_to_ignore_at_inference = [
         "past_key_values",
         "image_hidden_states",
@@ -35,7 +35,7 @@ class ToveLlavaConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         vision: Any = self.__dict__["vision_config"]
-        # By the class and not through AutoConfig, which does not know the class that this module is as remote code.
+        # The class itself, because AutoConfig does not know it when this module is remote code.
         if vision is None or (isinstance(vision, dict) and vision.get("model_type", "tove_vision") == "tove_vision"):
             self.vision_config = ToveVisionConfig(**(vision or {}))
         super().__post_init__(**kwargs)
@@ -56,8 +56,8 @@ class ToveLlavaConfig(LlavaConfig):
 def forget_gguf(config: Any) -> None:
     """Remove what transformers' GGUF loader leaves in a configuration; other quantisations stay.
 
-    The weights are ordinary by then. With a saved mark ``from_pretrained`` would attach GGUF's quantiser, which refuses
-    to save them, and servers would look for blocks that are not there.
+    The weights are ordinary by then. Otherwise ``from_pretrained`` would attach GGUF's quantiser to a saved model,
+    which refuses to save, and servers would look for GGUF's blocks.
     """
     kept = vars(config)
     kept.pop("_model_name_or_path", None)  # the title in the file

@@ -1,7 +1,7 @@
-"""Fused norms, rotary positions and MLP activation in the language model: liger-kernel's, in Triton, for CUDA.
+"""Fused Triton kernels (liger-kernel's) for the language model, on CUDA.
 
-They compute what transformers' modules do, in one pass over the memory instead of several. The loss is not liger's:
-:mod:`tove_llava.llava.loss` has no logits to save where nothing is learned from.
+Norms, rotary positions and the MLP's activation take one pass over the memory instead of several. The loss is not
+liger's: :mod:`tove_llava.llava.loss` has no logits to save where nothing is learned from.
 """
 
 import importlib
@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from tove_llava.core.errors import ConfigError
 
-# Architectures for which equality is tested; their rotation is a function of this name in their module.
+# Architectures with tests of equality; each has a rotation of this name in its module.
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 _ROTATION = "apply_rotary_pos_emb"
 
 
 def check_kernels(device: torch.device) -> None:
-    """Raise ConfigError where the kernels cannot run: no CUDA device, or no liger-kernel."""
+    """Raise ConfigError if CUDA or liger-kernel is missing."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # Triton on the CPU, far slower than torch: for tests
     if device.type != "cuda" and not interpreted:
         raise ConfigError(f"fused kernels need a CUDA GPU, and this runs on {device.type}; leave --fused_kernels out")
@@ -60,7 +60,7 @@ def fused_kernels(language_model: PreTrainedModel) -> Iterator[None]:
 
 
 def _rotate_copies(source: Any) -> None:
-    # liger rotates in place, unseen by torch, and selective checkpointing keeps these tensors.
+    # liger rotates in place, unseen by torch, but selective checkpointing keeps these tensors.
     rotate = getattr(source, _ROTATION)
 
     def rotated(query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

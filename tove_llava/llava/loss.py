@@ -1,7 +1,7 @@
-"""The language model's loss without the logits of tokens that nothing is learned from.
+"""The language model's loss, without logits of unsupervised tokens.
 
 Most tokens of LLaVA's records are image tokens and questions. Their logits, by far the largest tensor of a step, are
-not needed. The others are computed in pieces where they are many.
+not needed. If there are many others, these are computed in pieces.
 """
 
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ PIECE = 2**26  # logits of one piece; 256 MB in float32
 def supervised_loss(
     hidden: Tensor, labels: Tensor, positions: Tensor, head: nn.Module, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """Compute the next-token cross-entropy at given indices, the same number as over all logits.
+    """Compute the next-token cross-entropy from logits at the given indices.
 
     Args:
         hidden: ``[B,L,D]``.
         labels: int64 ``[B,L]``.
         positions: int64 ``[n]``, indices in the flattened batch; the label after each is supervised. There may be none.
         head: the language model's output layer.
-        num_items: what the sum is divided by; the mean without it.
+        num_items: divisor of the sum; None takes the mean.
     """
     states = hidden.flatten(0, 1).index_select(0, positions)  # [n,D]
     targets = labels.flatten().index_select(0, positions + 1)  # [n]

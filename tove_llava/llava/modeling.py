@@ -1,4 +1,4 @@
-"""LLaVA with a ToVE tower: transformers' LLaVA, plus the balance loss and the routing."""
+"""transformers' LLaVA with a ToVE tower, balance loss and routing."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class VisionInputs:
     """A batch's images beyond their pixels: features, noise, and dummies.
 
     Args:
-        features: what ``tower.encode`` returned, instead of ``pixel_values``.
+        features: output of ``tower.encode``, instead of ``pixel_values``.
         gate_noise: ``[images,N,S]`` noise of the gate in training, instead of a fresh draw.
-        dummy: the images belong to no placeholder. Tower and projector run on them and get gradients of zero, so that a
-            rank whose batch has no image touches the same parameters as the other ranks. Their gate inputs are not
+        dummy: no placeholder stands for the images. Tower and projector run on them and get gradients of zero, so that
+            a rank whose batch has no image touches the same parameters as the other ranks. Their gate inputs are not
             returned, and they have no part in the balance loss.
-        further: this number of images at the end belongs to no placeholder either, but has part in the merge loss.
+        further: number of images at the end without a placeholder, which still take part in the merge loss.
     """
 
     features: TowerFeatures | None = None
@@ -68,8 +68,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     config: ToveLlavaConfig
     config_class = ToveLlavaConfig
     origin: Any = None
-    # The module that knows training's checkpoint folders. It is named, not imported: this file also serves as remote
-    # code, without the rest of the package, and then knows only plain transformers folders.
+    # The module that knows training's checkpoint folders. A name, not an import: this file also serves as remote code,
+    # without the rest of the package, and then knows only plain transformers folders.
     folders: ClassVar[str | None] = None
 
     @property
@@ -90,7 +90,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load a checkpoint, then CLIP and the experts from the sources it records.
+        """Load a checkpoint, then CLIP and the experts from recorded sources.
 
         It opens every kind of folder that training writes, and a repository that holds one.
 
@@ -115,9 +115,9 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     ) -> None:
         """Write a folder that :meth:`from_pretrained` and ``tove_llava.load_model`` open as this model.
 
-        Weights go by value. A model with LoRA adapters is written as training writes it: adapters, projector and the
-        tower's parts, with the language model named by its source. CLIP and the experts are named by their sources,
-        unless they came with the folder that this model was loaded from. A model card is written with it.
+        Weights are saved by value. A model with LoRA adapters is written as training writes it: adapters, projector and
+        the tower's parts, with the language model named by its source. CLIP and the experts are named by their sources,
+        unless they came with the folder that this model was loaded from. A model card is written too.
 
         Args:
             self_contained: also write CLIP and the experts, and the language model that adapters belong to.
@@ -161,7 +161,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def get_routing(
         self, pixel_values: torch.Tensor | None = None, *, vision_features: TowerFeatures | None = None
     ) -> torch.Tensor | None:
-        """Return gate weights ``[B,N,S]`` (float32) in the tower's current mode; None without a gate."""
+        """Return float32 gate weights ``[B,N,S]`` in the current mode, or None."""
         with torch.no_grad():
             return self.tower(pixel_values, features=vision_features).routing
 
@@ -247,8 +247,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if vision.dummy and images is None:
             raise ConfigError("dummy images need at least one image to run")
         if images is not None and (vision.dummy or vision.further):
-            # None of their rows is scattered into the text: the same modules run in the same order, forward and
-            # backward, as on a rank with images, on which ZeRO-3's collectives rely.
+            # No row of theirs goes into the text. The same modules run in the same order, forward and backward, as on a
+            # rank with images; ZeRO-3's collectives rely on that.
             kept = 0 if vision.dummy else len(images.pooler_output) - vision.further
             images.pooler_output = [
                 tokens if index < kept else tokens[:0] for index, tokens in enumerate(images.pooler_output)

@@ -1,4 +1,4 @@
-"""The processor: transformers' own LlavaProcessor, so that a saved folder is like any LLaVA's."""
+"""The processor, a stock LlavaProcessor that saves an ordinary LLaVA folder."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def build_processor(
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter are saved
-    # To a square, with the mean colour, before anything else.
+    # Pad to a square with the mean colour before anything else.
     images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **image_settings(vision))
     processor = LlavaProcessor(
         image_processor=images,
@@ -65,16 +65,16 @@ def build_processor(
 
 
 def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a conversation template in jinja, for ``processor.apply_chat_template``; None where there is none."""
-    # In training the text after an image is encoded as a text of its own, which LLaMA's tokenizer begins with a space.
-    # transformers encodes it as what follows a special token, so there the space has to be written.
+    """Return a conversation template in jinja; None if it has none."""
+    # In training the text after an image is encoded on its own, and LLaMA's tokenizer begins it with a space.
+    # transformers encodes it as the continuation of a special token, so the space has to be written.
     image = IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix
     if template == "chat_template":
         own = tokenizer.chat_template
         if not isinstance(own, str):
             return None
-        # Tokenizers of language models expect strings, LLaVA's messages are lists of parts. A checkpoint's own template
-        # begins with this already.
+        # Tokenizers of language models expect strings; LLaVA's messages are lists of parts. A checkpoint's own template
+        # already begins with this.
         flatten = (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)
         return own if flatten in own else flatten + own
     file = _TEMPLATES / f"{get_template(template).name}.jinja"

@@ -1,7 +1,7 @@
 """The language model's linear layers in 4 or 8 bits, by bitsandbytes.
 
-Only the module that is handed in is touched, so tower, projector and head stay as they are whatever their layers are
-called. What is quantised is frozen; adapters on it train.
+Only the given module changes: tower, projector and head stay, whatever their layers are called. Quantised weights are
+frozen; adapters on them train.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ def quantize(
     for name, layer in _linear(language):
         parent, _, attribute = name.rpartition(".")
         setattr(language.get_submodule(parent), attribute, _quantized(layer, settings, compute_dtype, device))
-    setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # by this peft knows which kind of adapter to add
+    setattr(model, f"is_loaded_in_{settings.bits}bit", True)  # peft chooses the kind of adapter by this
 
 
 def round_weights(model: nn.Module, settings: QuantizationPreset, *, device: torch.device | str | None = None) -> None:
     """Give linear layers the values that quantisation leaves, in their dtype.
 
     Args:
-        device: where it is computed.
+        device: where to compute.
     """
     for _, layer in _linear(model.model.language_model):
         quantized = _quantized(layer, settings, layer.weight.dtype, device)
@@ -60,12 +60,12 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def loaded_bits(model: nn.Module) -> int:
-    """Return 4 or 8 for a model that :func:`quantize` changed, else 16: no quantisation."""
+    """Return the bits (4 or 8) set by :func:`quantize`, else 16."""
     return next((bits for bits in (4, 8) if getattr(model, f"is_loaded_in_{bits}bit", False)), 16)
 
 
 def parameter_count(parameter: torch.Tensor) -> int:
-    """Count the weights in a parameter; 4-bit ones are stored two to a byte."""
+    """Count a parameter's weights; a byte stores two of 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return parameter.numel() if state is None else state.shape.numel()
 
@@ -92,8 +92,8 @@ def _quantized(
         kind = {"compress_statistics": settings.double_quant, "quant_type": settings.quant_type}
         new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=compute_dtype, **kind, **keys)
         new.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=new, **kind).to(device)
-        # On CPUs with AVX512-BF16 the first product in eval mode would repack the weights for a kernel of its own: it
-        # rounds to bfloat16, and has no gradient in a training that follows.
+        # On CPUs with AVX512-BF16 the first product in eval mode would repack the weights for another kernel, which
+        # rounds to bfloat16 and has no gradient for later training.
         new.support_avx512bf16_for_cpu = False
     else:
         kind = {"has_fp16_weights": False, "threshold": INT8_THRESHOLD}

@@ -17,7 +17,7 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.presets import Preset, load_preset
 from tove_llava.tower import ToveVisionModel, TowerFeatures
 
-TEXT_TOKENS = 64  # of prompt and answer, beside an image's
+TEXT_TOKENS = 64  # of prompt and answer, in addition to an image's
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def preset_sizes(preset: str | Preset) -> list[Size]:
         base=torch.zeros(1, vision.num_patches, vision.clip_width),
         experts={s.name: torch.zeros(1, s.width, *s.grid) for s in vision.expert_specs},
     )
-    tower = ToveVisionModel(vision).eval()  # small enough to be run: the gate's autocast does not know the meta device
+    tower = ToveVisionModel(vision).eval()  # small enough to run; the gate's autocast does not know the meta device
     sizes.append(Size("tower: gate and projections", _count(tower), _gflops(lambda: tower.fuse(features))))
     projector = model.model.multi_modal_projector
     tokens = features.base.to("meta", next(projector.parameters()).dtype)
@@ -73,7 +73,7 @@ def _clip(vision: Any) -> Size:
 def _language(model: ToveLlavaForConditionalGeneration, tokens: int) -> Size:
     language, head = model.model.language_model.eval(), model.lm_head
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    # A finished mask: transformers would look at values to make one, and the meta device has none.
+    # A finished mask, because transformers would make one from values, which the meta device lacks.
     mask = torch.zeros(1, 1, tokens, tokens, dtype=head.weight.dtype, device="meta")
     parts = nn.ModuleList([language, head])
     return Size(

@@ -1,7 +1,7 @@
 """Attention for rows that hold several sequences, none of which sees another.
 
-transformers' FlashAttention does this for what the collator calls ``cu_seq_lens_q``. This is the same without the extra
-package: torch's own kernel for such rows on a GPU, and one causal attention a sequence elsewhere.
+transformers' FlashAttention does this for the collator's ``cu_seq_lens_q``. This does the same without that package:
+torch's own kernel for such rows on a GPU, and one causal attention per sequence elsewhere.
 """
 
 import inspect
@@ -45,14 +45,14 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None or len(query) != 1 or attention_mask is not None:
         raise ConfigError("this attention takes only packed rows: one row, cu_seq_lens_q, max_length_q and no mask")
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary positions may have made them float32
+    if torch.is_autocast_enabled(device):  # like torch's own attention; rotary positions may have made them float32
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     grouped = key.shape[1] != query.shape[1]
     if _has_kernel(query, grouped) and dropout == 0:
         return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped), None
     dtype = query.dtype
     autocast: AbstractContextManager[Any] = nullcontext()
-    if device == "cpu":  # where torch's backward pass of attention is more than twice as fast in float32
+    if device == "cpu":  # torch's backward pass of attention is more than twice as fast in float32 there
         query, key, value = query.float(), key.float(), value.float()
         autocast = torch.autocast(device, enabled=False)
     bounds = cu_seq_lens_q.tolist()
@@ -79,7 +79,7 @@ def _has_kernel(query: Tensor, grouped: bool) -> bool:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10
         return False
-    # Not every supported torch's kernel takes grouped heads; Vicuna has none.
+    # Some supported versions' kernel takes no grouped heads; Vicuna has none.
     wanted = {"window_size", "scale"} | ({"enable_gqa"} if grouped else set())
     return wanted <= inspect.signature(varlen_attn).parameters.keys()
 
