@@ -1,4 +1,4 @@
-"""The engine of the chat: one model, many conversations with images at a time."""
+"""The engine of the chat: one model answers many conversations at once."""
 
 import weakref
 from collections.abc import Collection, Sequence
@@ -28,7 +28,7 @@ AnyImage: TypeAlias = Image.Image | str | Path | torch.Tensor  # a tensor is fro
 
 @dataclass(frozen=True)
 class Message:
-    """A turn of a chat. A user's images stand in front of the text, unless it has placeholders."""
+    """A turn of a chat; images come before a text without placeholders."""
 
     role: str  # "user" or "assistant"
     text: str
@@ -58,10 +58,10 @@ class Message:
 
 
 class Engine:
-    """Answers many questions at a time with one model. Any thread may ask.
+    """Answers many questions at a time with one model.
 
-    Answers join and leave the batch between two tokens, and no answer depends on the others. Language models whose
-    cache cannot be gathered (sliding windows) answer one question after another.
+    Any thread may ask. Answers join and leave the batch between two tokens, and none depends on the others. Language
+    models whose cache cannot be gathered (sliding windows) answer one question after another.
 
     Args:
         answerer: the loaded model. From the first question on it belongs to the engine.
@@ -121,7 +121,7 @@ class Engine:
         system: str | None = None,
         experts: Collection[str] | None = None,
     ) -> Request:
-        """Convert a question to ids and pixels; arguments and errors as of :meth:`ask`."""
+        """Convert a question to ids and pixels; arguments as in :meth:`ask`."""
         sampling, chosen = sampling or Sampling(), self.choose(experts)
         if not messages or messages[-1].role != "user":
             raise DataError("the last message must be the user's")
@@ -142,7 +142,7 @@ class Engine:
         )
 
     def pixels(self, image: AnyImage) -> torch.Tensor:
-        """Decode an image, upright, so that it can be asked about many times.
+        """Decode an image, upright, for any number of questions.
 
         Raises:
             DataError: the file is missing, damaged, not an image, or too large.
@@ -168,9 +168,9 @@ class Engine:
         return self.stream(messages, **options).text()
 
     def routing(self, image: AnyImage, experts: Collection[str] | None = None) -> RoutingMap | None:
-        """Return the gate weights of one image, read with ``experts`` (all by default).
+        """Return the gate weights of one image, read with ``experts``.
 
-        None for a model without experts or without a gate, and where all are detached.
+        All experts by default. None for a model without experts or gate, and where all experts are detached.
 
         Raises:
             DataError: a bad image, or an unknown expert. BusyError: the engine is closed.
@@ -179,9 +179,9 @@ class Engine:
         return self.worker.run(lambda: self._vision.routing(pixels, chosen))
 
     def close(self, patience: float = 10.0) -> None:
-        """Take no more questions and return when the last answer has ended.
+        """Refuse questions and return when the last answer has ended.
 
-        Questions in the queue get a BusyError at once, and answers that still run after ``patience`` seconds too.
+        Questions in the queue get a BusyError at once; answers that still run after ``patience`` seconds get one too.
         """
         self.worker.close(patience)
 

@@ -35,7 +35,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device called ``name``; without one, the first GPU, else the CPU.
+    """Return the named device; by default the first GPU, else the CPU.
 
     Raises:
         ConfigError: there is no such device here.
@@ -128,10 +128,10 @@ class Answerer:
         quantization: QuantizationPreset | None = None,
         tower_execution: str = "eager",
     ) -> "Answerer":
-        """Load any folder that training or ``tove-llava export`` writes, or a stock transformers LLaVA.
+        """Load a model folder of this package, or a stock transformers LLaVA.
 
-        A stock folder is read with the template and aspect ratio that its config.json records, as exported ones do, and
-        else with LLaVA-1.5's.
+        A stock folder is read with the template and aspect ratio that its config.json records (exported ones do), else
+        with LLaVA-1.5's.
 
         Args:
             quantization: hold the language model's linear layers in 4 or 8 bits. Adapters then stay separate; else
@@ -223,12 +223,12 @@ class Answerer:
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:
-        """Encode images, float [n, 3, S, S], as n tensors [N, D] for the language model."""
+        """Encode images, float [n, 3, S, S], as n tensors [N, D]."""
         pixels = pixels.to(self.device, self.model.dtype)
         return list(self.model.get_image_features(pixel_values=pixels, return_dict=True).pooler_output)
 
     def generate(self, *args: Any, **options: Any) -> list[str]:
-        """Return the answers of a batch, without special tokens, stripped; arguments as of :meth:`generate_ids`."""
+        """Return the stripped answers of a batch; arguments as in :meth:`generate_ids`."""
         return [self.text(tokens) for tokens in self.generate_ids(*args, **options)]
 
     @torch.inference_mode()

@@ -30,7 +30,7 @@ class Prompt:
 
 
 class Prefill:
-    """Starts sequences. ``share``: compute head and image once; otherwise every prompt as a whole."""
+    """Starts sequences; with ``share``, computes head and image only once."""
 
     def __init__(self, answerer: Answerer, share: bool = True) -> None:
         self.answerer = answerer
@@ -41,7 +41,7 @@ class Prefill:
 
     @torch.inference_mode()
     def __call__(self, prompts: Sequence[Prompt]) -> tuple[Sequences, Tensor]:
-        """Return the prompts' sequences and float32 [B, V] logits of the next tokens."""
+        """Return the sequences and the next tokens' logits, float32 [B, V]."""
         groups: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, prompt in enumerate(prompts):
             groups.setdefault(self._shared(prompt), []).append(index)
@@ -57,7 +57,7 @@ class Prefill:
         return Sequences.gather([(joined, back)]), logits[back]
 
     def _shared(self, prompt: Prompt) -> tuple[tuple[int, ...], int]:
-        """Return the ids of the head and the number of image tokens that are shared."""
+        """Return the head's ids and the number of shared image tokens."""
         if not self.share or len(prompt.features) != 1 or prompt.ids[-1] == self.answerer.image_token_id:
             return (), 0
         start = list(prompt.ids).index(self.answerer.image_token_id)

@@ -14,12 +14,12 @@ from tove_llava.inference.rolling_batch import Row
 if TYPE_CHECKING:
     from tove_llava.inference.engine import Engine
 
-BROKEN = "\ufffd"  # decoders write it for bytes that are no character, or not yet one
+BROKEN = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 
 
 @dataclass
 class TextStream:
-    """The text of tokens as they come, never a part of a character.
+    """Turns tokens into text as they come, only in whole characters.
 
     The text of a token depends on its neighbours, so each piece is the growth of the last few tokens' text. Joined, the
     pieces are the text of all tokens without leading white space. (``tokenizers.decoders.DecodeStream`` raises where
@@ -69,7 +69,7 @@ class Timing:
 
 @dataclass(eq=False, kw_only=True)
 class Request(Row):
-    """A question in the engine. Only the worker changes it, except for ``cancelled``.
+    """A question in the engine; other threads set only ``cancelled``.
 
     Attributes:
         pixels: [3, S, S] of each image, in the order of their placeholders.
@@ -134,7 +134,7 @@ class Request(Row):
 class Reply:
     """An iterator over the pieces of an answer.
 
-    It raises the error of the answer at the place of its pieces. When nobody reads the answer any more (cancelled,
+    It raises the answer's error where the next piece would be. When nobody reads the answer any more (cancelled,
     closed, or this object deleted), the answer leaves the batch at the next token.
     """
 
@@ -154,12 +154,12 @@ class Reply:
         raise StopIteration if event is None else event
 
     def text(self) -> str:
-        """Wait for the rest of the answer and return it without surrounding white space."""
+        """Wait for the rest of the answer and return it stripped."""
         return "".join(self).strip()
 
     @property
     def position(self) -> int:
-        """Return the position in the queue, from 1; 0 once work has started."""
+        """Return the position in the queue from 1; 0 after the start."""
         return self._engine.worker.position(self._request)
 
     @property

@@ -1,4 +1,4 @@
-"""Batches of answers: rows join and leave between tokens, or use the model's ``generate``."""
+"""Batches of answers: rolling ones, and those of the model's ``generate``."""
 
 import random
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from tove_llava.inference.prefill import Prefill, Prompt
 from tove_llava.inference.sampling import drawn, warped
 from tove_llava.inference.sequences import Sequences
 
-CALM = 16  # answers without full memory, after which the batch may grow by one
+CALM = 16  # answers that end without full memory before the batch may grow by one
 
 
 @dataclass(eq=False, kw_only=True)
@@ -57,14 +57,14 @@ class Row:
 
 
 class Room:
-    """The number of answers that fit into memory at a time, ``size``; at first ``most``."""
+    """Counts how many answers fit into memory (``size``), at first ``most``."""
 
     def __init__(self, most: int) -> None:
         self.size = self._most = most
         self._ended = 0
 
     def halve(self, running: int) -> bool:
-        """Halve ``running`` answers, with which memory was full; return False for one."""
+        """Halve ``running`` answers that filled the memory; return False for one."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if running > 1:
@@ -72,7 +72,7 @@ class Room:
         return running != 1
 
     def grow(self, ended: int) -> None:
-        """Count ended answers; after enough of them one more may run at a time."""
+        """Count ended answers; allow one more after enough of them."""
         self._ended += ended
         if self._ended >= CALM and self.size < self._most:
             self.size, self._ended = self.size + 1, 0
@@ -82,7 +82,7 @@ Features = Callable[[Sequence[Any]], Sequence[Sequence[Tensor]]]
 
 
 class Batch(ABC):
-    """Answers that are generated together. ``features`` returns [N, D] of the images of each row."""
+    """Answers that are generated together; ``features`` returns each row's [N, D]."""
 
     limit: int | None = None  # most answers at a time
 
@@ -98,10 +98,10 @@ class Batch(ABC):
 
     @abstractmethod
     def join(self, rows: Sequence[Any]) -> None:
-        """Take in rows, with a first token for each. After a failure the batch is as before."""
+        """Take in rows with their first tokens; a failure changes nothing."""
 
     def step(self) -> None:  # noqa: B027 - some batches have all tokens once they have joined
-        """Give every row one more token. After a failure only :meth:`abandon` may follow."""
+        """Extend every row by a token; after failure only :meth:`abandon` works."""
 
     def leave(self) -> None:
         """Take out the rows that do not go on."""
@@ -114,7 +114,7 @@ class Batch(ABC):
 
 
 class RollingBatch(Batch):
-    """A batch that sequences join and leave. ``share``: compute common parts of prompts once."""
+    """A batch that sequences join and leave; ``share`` as in :class:`Prefill`."""
 
     def __init__(self, answerer: Answerer, features: Features, share: bool = False) -> None:
         super().__init__(answerer, features)
@@ -126,7 +126,7 @@ class RollingBatch(Batch):
     def join(self, rows: Sequence[Any]) -> None:
         if not self.live:
             self.abandon()  # the new rows may need the memory
-        # A row has tokens already when the memory was full in mid-answer.
+        # A row already has tokens when the memory was full in mid-answer.
         sequences, logits = self._prefill(
             [
                 Prompt([*row.prompt, *row.tokens], row.image, images)
@@ -176,7 +176,7 @@ class RollingBatch(Batch):
 
 
 class SequentialBatch(Batch):
-    """One fixed batch after another by the model's ``generate``: for beams and sliding windows."""
+    """One fixed batch after another, for beams and sliding windows."""
 
     limit = 1
 
@@ -209,7 +209,7 @@ class SequentialBatch(Batch):
 
 
 class _Listener(StoppingCriteria):
-    """Hands the tokens of ``generate`` on, and ends rows that do not go on."""
+    """Passes on the tokens of ``generate``, and ends rows that stop."""
 
     def __init__(self, rows: Sequence[Any], ends: Callable[[int], bool]) -> None:
         self.rows = rows

@@ -1,4 +1,4 @@
-"""The routing of one image: the weights of the experts for each vision token.
+"""The expert weights of each vision token of one image.
 
 ``g * g = N`` vision tokens, ``S`` gate columns: the experts, and a null slot (called "none") where there is one.
 """
@@ -37,18 +37,18 @@ class RoutingMap:
 
     @property
     def chosen(self) -> dict[str, float]:
-        """Return the share of the tokens for which a column has the largest weight."""
+        """Return the share of tokens whose largest weight is this column's."""
         return {name: (self.argmax == column).float().mean().item() for column, name in enumerate(self.names)}
 
     @property
     def grids(self) -> dict[str, list[list[float]]]:
-        """Return the weights of a column as rows of the image's token grid."""
+        """Return a column's weights as rows of the token grid."""
         return {name: self.weights[..., column].tolist() for column, name in enumerate(self.names)}
 
 
 @torch.inference_mode()
 def routing_map(tower: ToveVisionModel, pixels: torch.Tensor) -> RoutingMap | None:
-    """Return the routing of one image; None for a tower without a gate.
+    """Return one image's routing; None for a tower without a gate.
 
     Args:
         pixels: ``[3,S,S]`` or ``[1,3,S,S]``, CLIP-normalised, on any device; another size is a ConfigError.

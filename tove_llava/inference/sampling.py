@@ -1,4 +1,4 @@
-"""Sampling: its settings, and the choice of a token from logits. ``B`` rows, ``V`` words."""
+"""Settings of sampling, and the choice of tokens from logits [B, V]."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,13 +40,13 @@ class Sampling:
 
 
 def warped(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Divide logits [B, V] by a temperature above 0, and set words outside of ``top_p`` to -inf."""
+    """Divide logits by a temperature; set words outside ``top_p`` to -inf."""
     logits = TemperatureLogitsWarper(float(temperature))(None, logits)
     return TopPLogitsWarper(float(top_p))(None, logits) if top_p < 1 else logits
 
 
 def drawn(logits: Tensor, draws: Sequence[float]) -> Tensor:
-    """Return the ids [B] at which draws in [0, 1) fall among the summed probabilities of each row."""
+    """Return the ids [B] at which the summed probabilities pass the draws."""
     points = torch.tensor(draws, device=logits.device, dtype=torch.float64)
     sums = logits.double().softmax(dim=-1).cumsum(dim=-1)  # [B, V]
     # Strictly above, so that a word of probability 0 is never drawn.

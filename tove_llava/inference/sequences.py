@@ -1,4 +1,4 @@
-"""Token sequences of different lengths in one key-value cache, which rows join and leave.
+"""Token sequences of different lengths in one key-value cache.
 
 transformers' continuous batching takes only token ids, no images, so the batch is kept here; the model's own
 ``forward`` and the library's cache layers do the work. ``B`` sequences, ``T`` columns, ``V`` words.
@@ -20,14 +20,14 @@ GROWTH = 32
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer in a buffer with room, so that a step writes only its column."""
+    """Keys and values of one layer, with room for columns to come."""
 
     _keys: Tensor  # [B, heads, room, width]; ``keys`` and ``values`` are views of what is filled
     _values: Tensor
 
     @classmethod
     def filled(cls, keys: Tensor, values: Tensor, columns: int) -> "_Layer":
-        """Make a layer of two buffers [B, heads, room, width] whose first ``columns`` are filled."""
+        """Make a layer of two buffers whose first ``columns`` are filled."""
         layer = cls()
         layer.lazy_initialization(keys, values)
         layer._keys, layer._values = keys, values
@@ -62,12 +62,12 @@ def _widened(states: Tensor, room: int) -> Tensor:
 
 
 def has_plain_cache(model: PreTrainedModel) -> bool:
-    """Tell if every layer keeps the keys and values of all tokens, as :class:`Sequences` needs."""
+    """Tell if every layer keeps all tokens, as :class:`Sequences` needs."""
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config.get_text_config()).layers)
 
 
 class Sequences:
-    """``B`` sequences, empty at first, that end at the last column; unused columns are masked."""
+    """``B`` sequences that end at the last column; unused columns are masked."""
 
     def __init__(self, rows: int, layers: int, device: torch.device) -> None:
         self.cache = Cache(layers=[_Layer() for _ in range(layers)])
@@ -80,7 +80,7 @@ class Sequences:
 
     @classmethod
     def gather(cls, parts: Sequence[tuple["Sequences", Sequence[int]]], room: int = GROWTH) -> "Sequences":
-        """Copy chosen rows of several batches into a new batch; a row may be chosen several times.
+        """Copy chosen rows of several batches, with repeats, into a new batch.
 
         Args:
             parts: batches, each with the rows to take.
@@ -124,7 +124,7 @@ class Sequences:
         images: Sequence[Tensor] = (),
         logits_to_keep: int = 1,
     ) -> Tensor:
-        """Append tokens to every row and return float32 [B, logits_to_keep, V] of the last ones.
+        """Append tokens to every row and return the last tokens' logits.
 
         Args:
             ids: [B, L], padded on the left.
@@ -153,7 +153,7 @@ class Sequences:
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return [B, L] ids, and [B, L] ones for tokens and zeros for padding."""
+    """Pad ids to [B, L]; return them and their mask of tokens."""
     longest = max(len(row) for row in rows)
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
     valid = torch.zeros_like(ids)
@@ -164,5 +164,5 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> t
 
 
 def as_images(features: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the model's arguments for images [N, D], in the order of their placeholders."""
+    """Return the model's arguments for images [N, D] in placeholder order."""
     return {"mm_encoder_outputs": {"image": ToveVisionOutput(pooler_output=list(features))}} if features else {}

@@ -24,7 +24,7 @@ KEPT = 32  # images whose features are kept: a conversation sends its images aga
 
 
 class Vision:
-    """Reads images with any set of the model's experts. One thread at a time may read.
+    """Reads images with any experts, in one thread at a time.
 
     Attributes:
         experts: all that can be chosen (those that are attached now), in the order of the gate's columns.
@@ -39,7 +39,7 @@ class Vision:
         self._known: OrderedDict[tuple[bytes, tuple[str, ...]], Tensor] = OrderedDict()
 
     def choose(self, experts: Collection[str] | None) -> tuple[str, ...]:
-        """Return the chosen experts in the order of the gate's columns; all for None.
+        """Return the chosen experts (None: all) in the gate's order.
 
         Raises:
             DataError: the model has no such expert.
@@ -64,7 +64,7 @@ class Vision:
         return self._image_tokens[experts]
 
     def read(self, requests: Sequence[Request]) -> list[list[Tensor]]:
-        """Return the features [N, D] of each request's images, and note the seconds that they took.
+        """Return each request's features [N, D], and note the seconds spent.
 
         Requests with equal experts are encoded together.
         """
@@ -103,7 +103,7 @@ class Vision:
         self._known.clear()
 
     def routing(self, pixels: Tensor, experts: tuple[str, ...]) -> RoutingMap | None:
-        """Return the routing of one image [3, S, S]; None without a gate or without experts."""
+        """Return one image's routing; None without a gate or without experts."""
         if self.tower is None or not experts:
             return None
         with self._attached(experts):

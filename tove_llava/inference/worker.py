@@ -1,4 +1,4 @@
-"""The one thread that runs the model, with a bounded queue and a batch of answers."""
+"""The one thread that runs the model, its queue and its batch."""
 
 import logging
 import threading
@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 class Worker:
     """Answers requests with one batch, and runs other jobs between two tokens.
 
-    When the device's memory is full, fewer answers run at a time: those that were running go back to the front of the
-    queue with their tokens and go on later. One that does not fit by itself fails.
+    When the device's memory is full, fewer answers run at a time: the others go back to the front of the queue with
+    their tokens and go on later. An answer that does not fit by itself fails.
 
     Args:
         max_batch, max_waiting: answers at a time, and requests in the queue.
@@ -93,7 +93,7 @@ class Worker:
         return future.result()  # type: ignore[return-value]
 
     def position(self, request: Request) -> int:
-        """Return the position in the queue, from 1; 0 for a request that is not in it."""
+        """Return a request's position in the queue from 1; 0 outside it."""
         with self._changed:
             ahead = [each for each in self._waiting if each.live or each is request]
             return ahead.index(request) + 1 if request in ahead else 0
@@ -138,7 +138,7 @@ class Worker:
             pass
 
     def _advance(self) -> bool:
-        """Wait for work, do a step of it, and return False after the last."""
+        """Wait for work and do a step; return False after the last."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._jobs or self._batch.rows or self._closing)
             if self._closing and not self._batch.live:
@@ -182,12 +182,12 @@ class Worker:
             requests[0].finish(_explained(failure))
 
     def _step(self) -> None:
-        # Rows that have ended take no further step: they might leave the positions that the model knows.
+        # Ended rows take no further step: they might exceed the positions that the model knows.
         self._batch.leave()
         self._batch.step()
 
     def _make_room(self, requests: Sequence[Request], running: int) -> None:
-        """Put requests that did not fit back into the queue, or fail a single one."""
+        """Requeue the requests that did not fit, or fail a single one."""
         self._forget()
         fits = self._room.halve(running + len(requests))
         if not requests:
@@ -206,7 +206,7 @@ class Worker:
 
 
 def _failure(work: Callable[[], object]) -> Exception | None:
-    """Return the error that ``work`` raises, without the frames, which would hold their tensors."""
+    """Return the error of ``work`` without frames, which would hold tensors."""
     try:
         work()
     except FULL as error:
@@ -219,7 +219,7 @@ def _failure(work: Callable[[], object]) -> Exception | None:
 
 
 def _explained(error: Exception) -> ToveError:
-    """Copy an error for one request: callers raise it in threads of their own."""
+    """Copy an error for one request, because threads raise it separately."""
     if isinstance(error, ToveError):
         return type(error)(*error.args)
     failed = AnswerError(f"the answer failed in the program ({type(error).__name__}: {error}); its log says where")
