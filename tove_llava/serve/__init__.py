@@ -1,1 +1,1 @@
-"""The web: the page in the browser, the OpenAI endpoint, and the commands of the terminal chat."""
+"""The demo's page, the OpenAI endpoint, and the terminal chat's commands."""

@@ -1,4 +1,4 @@
-"""The commands of the chat in a terminal: one small function each, found by its name."""
+"""The terminal chat's commands: small functions, found by name."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ class Conversation:
         self.read = lru_cache(KEPT)(self.engine.pixels)
 
     def ask(self, text: str) -> Reply:
-        """Ask a question with the images that were added; errors as in :meth:`Engine.ask`."""
+        """Ask a question with the added images; errors as in :meth:`Engine.ask`."""
         messages = [*self.history, Message("user", text, tuple(self.images))]
         read = [replace(each, images=[self.read(image) for image in each.images]) for each in messages]
         return self.engine.ask(read, self.sampling, system=self.system, experts=self.attached)
@@ -50,7 +50,7 @@ COMMANDS: Registry[Command] = Registry("command")
 
 
 def run_command(chat: Conversation, line: str) -> str:
-    """Carry out a line that begins with ``/`` and return the text to print.
+    """Carry out a line that begins with ``/``; return text to print.
 
     Raises:
         ToveError: no such command, or it cannot be done; the conversation is as it was.
@@ -99,7 +99,7 @@ def experts(chat: Conversation, rest: str) -> str:
 
 @COMMANDS.register("/routing")
 def routing(chat: Conversation, rest: str) -> str:
-    """/routing OUT.png: draw which expert each part of the last image listens to"""
+    """/routing OUT.png: draw where the last image listens to which expert"""
     file = Path(rest)
     if file.suffix.lower() != ".png":
         raise DataError("/routing needs a file to write: /routing out.png")

@@ -1,4 +1,4 @@
-"""The demo in the browser: ``python -m tove_llava.serve.gradio_app [--model DIR]`` (= ``tove-llava demo``)."""
+"""The demo in the browser: ``python -m tove_llava.serve.gradio_app`` or ``tove-llava demo``."""
 
 import html
 import ipaddress
@@ -24,7 +24,7 @@ TOGGLE_THEME = "() => { document.body.classList.toggle('dark'); }"
 
 
 def build_app(engine: Engine, max_new_tokens: int = 256, compare: Engine | None = None) -> Any:
-    """Build the page over an engine: a chat with its experts, and two sides to compare.
+    """Build the page: a chat with experts, and two sides to compare.
 
     Args:
         max_new_tokens: the longest answer that a user can choose, and the default.
@@ -71,7 +71,7 @@ def launch(
     auth: Sequence[tuple[str, str]] | None = None,
     share: bool = False,
 ) -> Any:
-    """Serve until interrupted, or, without ``block``, until ``close`` is called on what is returned.
+    """Serve until interrupted; without ``block``, until the result is closed.
 
     Args:
         auth: users and passwords; None lets everyone in.
@@ -126,7 +126,7 @@ def _title(engine: Engine) -> str:
 
 
 def _theme() -> Any:
-    """Use only fonts of the system, so that the page loads nothing from elsewhere."""
+    """Use only system fonts, so that the page loads nothing from elsewhere."""
     import gradio as gr
 
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]

@@ -74,7 +74,7 @@ class Guard:
 
 
 def check_request(body: bytes) -> None:
-    """Raise DataError for a chat request with anything but roles, text, base64 images, and :data:`KEYS`."""
+    """Refuse all but roles, text, base64 images and :data:`KEYS` (DataError)."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -100,7 +100,7 @@ def check_request(body: bytes) -> None:
 
 
 def _check_part(part: object) -> int:
-    """Check a part of a message and return its number of images: 0 or 1."""
+    """Check a message's part and return its number of images."""
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         if IMAGE_PLACEHOLDER in part["text"]:
@@ -137,7 +137,7 @@ async def _read(receive: Receive) -> bytes | None:
 
 
 def _again(body: bytes, receive: Receive) -> Receive:
-    """Give the body once more, then later events: that the client has gone."""
+    """Replay the body, then pass on later events (the client's leaving)."""
     left = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def replay() -> Message:

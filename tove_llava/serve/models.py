@@ -10,7 +10,7 @@ HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
 
 
 def newest_model(root: Path = OUTPUTS) -> Path | None:
-    """Return the newest finished model folder under ``root``, without step checkpoints of a run."""
+    """Return the newest finished model under ``root``, no step checkpoint."""
     # The manifest is written last, so a folder that has one is complete.
     manifests = [file for file in root.glob(f"**/{MANIFEST}") if not file.parent.name.startswith("checkpoint-")]
     newest = max(manifests, key=lambda file: file.stat().st_mtime, default=None)
@@ -18,7 +18,7 @@ def newest_model(root: Path = OUTPUTS) -> Path | None:
 
 
 def find_model(folder: str | Path | None) -> Path:
-    """Return ``folder``, or without one the newest model of the quickstart or the training scripts.
+    """Return ``folder``, or by default the newest model of this checkout.
 
     Raises:
         CheckpointError: there is none; the message has the command that makes one.

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: ``transformers serve``, with this package's models and a guard in front.
+"""An OpenAI-compatible endpoint: ``transformers serve`` with a guard in front.
 
 transformers loads, queues, generates and speaks the protocol. This module prepares the folder, registers the model's
 class, and adds the guard (:mod:`tove_llava.serve.guard`).
@@ -22,7 +22,7 @@ PORT = 8000  # transformers serve's
 def serve_openai(
     model: str | Path, host: str, port: int | None = None, device: str | None = None, dtype: str | None = None
 ) -> None:
-    """Serve a model folder until interrupted. Requests name the model by its folder's name.
+    """Serve a model folder, under the folder's name, until interrupted.
 
     Raises:
         ConfigError: packages of ``transformers serve`` are missing, or the address is taken.

@@ -1,1 +1,1 @@
-"""The parts of the demo's page, one idea a file. :mod:`tove_llava.serve.gradio_app` puts them together."""
+"""The demo's page; :mod:`tove_llava.serve.gradio_app` puts its parts together."""

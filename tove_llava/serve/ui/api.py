@@ -1,4 +1,4 @@
-"""Endpoints for programs: ``/chat``, ``/routing`` and ``/compare``. The page's own listeners are private."""
+"""Endpoints for programs: ``/chat``, ``/routing`` and ``/compare``."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -17,7 +17,7 @@ from tove_llava.serve.ui.session import AT_ONCE, Answer, Session, Settings
 
 
 class Api:
-    """Hidden components and listeners. The first engine answers chats; ``settings`` are the page's components."""
+    """Hidden components and listeners; ``settings`` are the page's components."""
 
     def __init__(self, engines: tuple[Engine, Engine], session: Session, settings: list[Any]) -> None:
         self._engines, self._session = engines, session
@@ -51,7 +51,7 @@ class Api:
         max_new_tokens: float,
         experts: Sequence[str],
     ) -> AsyncIterator[tuple[str, Any, list[Message]]]:
-        """Ask a question about images and stream the answer. A client's earlier turns are remembered.
+        """Stream the answer to a question; a client's earlier turns are remembered.
 
         message: {"text": the question, "files": [images]}. experts: those that are attached.
         Returns the answer so far, and at its end the times of its stages in seconds.
@@ -94,7 +94,7 @@ class Api:
         experts_a: Sequence[str],
         experts_b: Sequence[str],
     ) -> list[dict[str, Any]]:
-        """Ask two sets of experts the same question (of two models, after demo --compare).
+        """Ask both sets of experts (or both models) the same question.
 
         Returns [{"answer", "timing", "experts", "model"}] of A and of B.
         """

@@ -1,4 +1,4 @@
-"""Passwords of the page: ``user:password``, or ``@FILE`` with one such line for each user."""
+"""Passwords of the page: ``user:password``, or ``@FILE`` with many."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from tove_llava.core.errors import ConfigError
 
 
 def read_auth(given: str | None) -> list[tuple[str, str]] | None:
-    """Return users and passwords; None for a page that is open to all.
+    """Return users and passwords; None for an open page.
 
     Args:
         given: ``user:password``, which other users of the machine see in the list of processes, or ``@FILE``.

@@ -1,4 +1,4 @@
-"""The chat: conversation, box, and what can be done with the last question."""
+"""The chat: conversation, text box, and buttons for the last question."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
@@ -73,7 +73,7 @@ class Chat:
         ways = [self.entry.submit, self.again.click, self.page.example_select]
         asking = gr.on(ways, self._respond, inputs, out, concurrency_limit=AT_ONCE, trigger_mode="once", **quiet)
         asking.then(lambda: _box(ready=True), None, self.entry, **quiet)  # also after an error
-        # These end the answer by its reply and not by gradio's cancelling, which may let a last word of it through.
+        # These end the answer by its reply: gradio's cancelling may let a last word through.
         self.entry.stop(Running.stop, self.running, None, **quiet)
         self.edit.click(self._edit, [self.messages, self.running], out, **quiet)
         self.new.click(self._begin, self.running, out, **quiet)
@@ -131,7 +131,7 @@ class Chat:
         return _box(value=None, ready=True), [], [], []
 
     def _edit(self, messages: Sequence[Message], running: Running) -> Update:
-        """Take the last question and its answer out of the conversation, and put the question into the box."""
+        """Move the last question back into the box, without its answer."""
         running.leave()
         with shown_errors():
             *rest, last = unanswered(messages)
@@ -143,7 +143,7 @@ def _from(event: gr.EventData, *components: Any) -> bool:
 
 
 def _box(ready: bool | None = None, **changes: Any) -> Any:
-    """Update the text box, with a button to send or one to stop."""
+    """Update the text box, with a send or a stop button."""
     buttons = {} if ready is None else {"submit_btn": ready, "stop_btn": not ready}
     return gr.MultimodalTextbox(**changes, **buttons)
 

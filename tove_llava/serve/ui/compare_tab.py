@@ -1,4 +1,4 @@
-"""The same question to two expert sets, or to two models, side by side."""
+"""The same question to two expert sets or models, side by side."""
 
 import html
 from collections.abc import AsyncIterator, Mapping
@@ -15,7 +15,7 @@ from tove_llava.serve.ui.session import AT_ONCE, Session, Settings
 
 
 class Compare:
-    """The tab, in gradio's current layout. The engines of both sides may be the same."""
+    """The tab, in gradio's current layout; both sides may share an engine."""
 
     def __init__(
         self, engines: tuple[Engine, Engine], session: Session, settings: list[Any], example: Mapping[str, Any] | None

@@ -12,12 +12,12 @@ from tove_llava.inference import engine
 CHATBOT: dict[str, Any] = {"show_label": False, "render_markdown": False, "sanitize_html": True, "buttons": []}
 BOX: dict[str, Any] = {"file_types": ["image"], "file_count": "multiple", "sources": ["upload"], "show_label": False}
 MAX_TEXT = 8_000  # characters of one question, and of the system prompt
-PASTED = 1_000_000  # characters of a pasted text from which on the box makes a file; MAX_TEXT refuses it before
+PASTED = 1_000_000  # length from which the box makes a pasted text a file; MAX_TEXT refuses it before
 
 
 @dataclass(frozen=True)
 class Message(engine.Message):
-    """A message as it was typed or generated; ``images`` are files in gradio's own folder.
+    """A typed or generated message; ``images`` are files in gradio's folder.
 
     Attributes:
         note: shown below an answer, and no part of it.
@@ -56,7 +56,7 @@ def images(messages: Sequence[Message]) -> list[Any]:
 
 
 def shown(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Convert a conversation for gradio's chatbot. Texts of people and models are escaped, never taken as HTML."""
+    """Convert a conversation for gradio's chatbot; all text is escaped."""
     entries: list[dict[str, Any]] = []
     for each in messages:
         entries += [{"role": each.role, "content": {"path": file, "alt_text": "the image"}} for file in each.images]

@@ -1,4 +1,4 @@
-"""The routing over the image that the model sees, and its legend. Only :func:`view_routing` runs the model."""
+"""The routing over the image that the model sees, and its legend."""
 
 import html
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ NO_GATE = "No map: without experts (or a gate) only CLIP reads the image."
 
 @dataclass(frozen=True)
 class RoutingView:
-    """One image and its routing; ``routing`` is None without a gate or with all experts detached."""
+    """One image and its routing (None without a gate or attached experts)."""
 
     framed: Image.Image
     routing: RoutingMap | None
@@ -59,7 +59,7 @@ def draw(view: RoutingView, choice: str = ALL, opacity: float = 0.55) -> Image.I
 
 
 def legend(view: RoutingView | None, experts: Sequence[str], choice: str = ALL) -> str:
-    """List name, bar and share: an expert's mean gate weight over the image's tokens."""
+    """List each expert's name, bar and mean gate weight over the tokens."""
     if view is None:
         return f'<p class="tove-hint">{NO_IMAGE}</p>'
     if view.routing is None:
@@ -85,6 +85,6 @@ def legend(view: RoutingView | None, experts: Sequence[str], choice: str = ALL) 
 
 
 def name_of(model: str) -> str:
-    """Shorten a model's folder for the page; a name that says little keeps the folder above it."""
+    """Shorten a model's folder; a vague name keeps the folder above it."""
     path = Path(model)
     return "/".join(path.parts[-2:]) if path.name in ("model", "merged", "export") else path.name or "model"

@@ -1,4 +1,4 @@
-"""The panel next to the chat: the routing over the image, its legend, and a toggle for each expert."""
+"""The panel next to the chat: routing, legend and expert toggles."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The answer that a visitor waits for, and errors as messages on the page."""
+"""The answer that a visitor waits for, and errors as messages."""
 
 import html
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from tove_llava.inference.engine import Reply
 
 @contextmanager
 def shown_errors() -> Iterator[None]:
-    """Turn errors that a user can mend into gradio's messages, as text and never as HTML."""
+    """Turn errors that users can mend into gradio's messages, as text."""
     try:
         yield
     except ToveError as error:
@@ -20,10 +20,9 @@ def shown_errors() -> Iterator[None]:
 
 
 class Running:
-    """The running answer of one visitor. Every answer gets a number; the rest of an older one is not shown.
+    """The running answer of one visitor.
 
-    Attributes:
-        stopped: whether the visitor has ended the answer.
+    Every answer gets a number; the rest of an older one is not shown. ``stopped``: the visitor has ended the answer.
     """
 
     def __init__(self) -> None:
@@ -32,13 +31,13 @@ class Running:
         self._reply: Reply | None = None
 
     def begin(self) -> int:
-        """End the answer before and return the number of a new one."""
+        """End the previous answer and return the number of a new one."""
         self.leave()
         self.stopped = False
         return self._number
 
     def take(self, number: int, reply: Reply) -> None:
-        """Note the reply of an answer; it ends at once if the visitor was faster."""
+        """Keep an answer's reply; cancel it if the visitor was faster."""
         self._reply = reply
         if self.stopped or not self.is_current(number):
             reply.cancel()

@@ -1,4 +1,4 @@
-"""The page's way to an engine: images are read once, and answers stream without holding a thread of the server."""
+"""The page's way to an engine, without holding a server thread."""
 
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -40,7 +40,7 @@ class SeenImage:
 
 @dataclass(frozen=True)
 class Settings:
-    """The user's settings of an answer. ``experts`` are those that are attached, None for all."""
+    """The user's settings of an answer; ``experts`` None means all."""
 
     sampling: Sampling
     system: str = ""
@@ -68,14 +68,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer so far. ``message`` is shown on the page; ``timing`` comes with the end."""
+    """An answer so far; ``message`` is shown, ``timing`` comes last."""
 
     message: Message
     timing: Timing | None = None
 
 
 class Session:
-    """Asks engines for all visitors of a page. One for a page and an event loop."""
+    """Asks engines for all visitors of one page in one event loop."""
 
     def __init__(self) -> None:
         self._reading = anyio.CapacityLimiter(4 * AT_ONCE)
@@ -120,7 +120,7 @@ class Session:
         settings: Settings,
         begun: Callable[[Reply], None] = lambda reply: None,
     ) -> AsyncGenerator[Answer, None]:
-        """Answer a conversation. Closing the iterator (``aclosing``) frees its place in the engine.
+        """Answer a conversation; closing the iterator (``aclosing``) frees the engine.
 
         Args:
             begun: receives the reply; cancelling that ends the answer with its text so far.
@@ -165,7 +165,7 @@ def _read(engine: Engine, file: str) -> SeenImage:
 
 
 def timing_line(timing: Timing, experts: int | None) -> str:
-    """Describe the time of each stage; without the tower where there was no image."""
+    """Describe the time of each stage; the tower's only with an image."""
     parts = [f"waited {timing.waited:.1f} s"] if timing.waited >= 0.1 else []
     if timing.images:
         parts.append(f"tower {1000 * timing.tower:.0f} ms")
