@@ -1,4 +1,4 @@
-"""Scoring a short answer by how many people gave it (Antol et al. 2015, arXiv 1505.00468)."""
+"""Scores by agreement with people (Antol et al. 2015, arXiv 1505.00468)."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from decimal import ROUND_HALF_UP, Decimal

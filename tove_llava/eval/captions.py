@@ -19,7 +19,7 @@ UNAVAILABLE = {"SPICE": "its parser's models are not part of pycocoevalcap"}
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """Metrics of a set of images: of the whole set and per image."""
+    """Metrics of a set of images, as a whole and per image."""
 
     total: dict[str, float]
     per_image: dict[Hashable, dict[str, float]]

@@ -113,10 +113,10 @@ class _Check:
                 self._found("picture", f"question {ids}: {problem}")
 
     def _ground_truth(self, benchmark: Benchmark, questions: Sequence[Question], lost: bool) -> None:
-        """Find questions without a right answer, and right answers to no question.
+        """Find questions without a right answer, and answers without a question.
 
         Args:
-            lost: a file that it may need is among the missing parts already.
+            lost: a file that it may need is already among the missing parts.
         """
         try:
             truth = benchmark.ground_truth(self.root)

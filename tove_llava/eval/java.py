@@ -1,4 +1,4 @@
-"""The two Java programs that come with pycocoevalcap: the PTB tokenizer and METEOR.
+"""pycocoevalcap's two Java programs: the PTB tokenizer and METEOR.
 
 The package's own wrappers are not used: they write temporary files into the installed package, assign captions to wrong
 images after a caption with an unusual line end, and hang when METEOR dies.

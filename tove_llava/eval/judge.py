@@ -126,7 +126,7 @@ class Judge:
                 failures = (future.exception() for future in running)
                 raise next(error for error in failures if isinstance(error, ServiceError)) from None
             finally:
-                stop.set()  # also when interrupted: calls not yet made are not made
+                stop.set()  # also after an interrupt: drops the calls not yet made
 
     def _known(self) -> dict[str, str]:
         if not self.cache.exists():
@@ -205,7 +205,7 @@ class JudgedBenchmark(Benchmark):
 
     @abstractmethod
     def verdicts(self, judge: Judge, truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> Score:
-        """Have the answers judged and sum up.
+        """Have the answers judged, and sum up the verdicts.
 
         Args:
             texts: the answers in the ground truth's order; None where one is missing.

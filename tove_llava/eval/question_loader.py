@@ -94,7 +94,7 @@ class QuestionLoader:
         while len(self._queue) < count and self._load_portion():
             pass
         if len(self._queue) < 2 * count:
-            self._load_portion()  # its images are opened while the model works on the portion before
+            self._load_portion()  # its images are opened while the model works on the previous portion
         jobs = []
         for question in (self._queue.popleft() for _ in range(min(count, len(self._queue)))):
             with _named(question):

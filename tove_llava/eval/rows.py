@@ -58,7 +58,7 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
 
 
 def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> list[Row]:
-    """Check that rows of a ground truth have these keys, of these types.
+    """Check that ground-truth rows have these keys, of these types.
 
     Raises:
         DataError: there is no row, or one is not an object, lacks a key, or has a value of another type there.

@@ -48,7 +48,7 @@ class Submitting(ABC):
 def normalised_answers(
     predictions: Sequence[Mapping[str, Any]], questions: Path | None, name: str, complete: bool = False
 ) -> Submission:
-    """Make a JSON list of ``{NAME: ..., "answer": ...}``, answers in EvalAI's form.
+    """Make JSON of ``{NAME: ..., "answer": ...}``, in EvalAI's form.
 
     Args:
         name: the key of a question that the server wants with the answer.

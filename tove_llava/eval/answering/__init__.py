@@ -91,7 +91,7 @@ class Mode(ABC):
         return [[] if found is None else [found] for found in self.features([row.job for row in rows])]
 
     def run(self, take: Take) -> Iterator[list[Answer]]:
-        """Yield answers to all questions of ``take(n)`` (at most ``n`` a call; none when there are no more).
+        """Yield answers to all questions of ``take(n)`` (at most ``n`` a call).
 
         Raises:
             ConfigError: a single question does not fit into the GPU's memory.
@@ -139,7 +139,7 @@ class Mode(ABC):
             decoding=self.decoding,
             longest=min(self.decoding.max_new_tokens, self.answerer.max_length - len(job.prompt)),
             image=job.question.image,
-            # Its own source of chance, so that no answer depends on the batch, the process or a restart.
+            # Its own random numbers, so that no answer depends on the batch, the process or a restart.
             draw=random.Random(str(job.question.key)).random,
             job=job,
         )

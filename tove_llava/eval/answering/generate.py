@@ -1,4 +1,4 @@
-"""Free answers, generated in a rolling batch, or in fixed batches by transformers' own ``generate``."""
+"""Free answers, from a rolling batch or transformers' own ``generate``."""
 
 from tove_llava.eval.answering import Answer, Mode, register_mode
 from tove_llava.inference.rolling_batch import Batch, RollingBatch, Room, Row, SequentialBatch
@@ -6,7 +6,7 @@ from tove_llava.inference.rolling_batch import Batch, RollingBatch, Room, Row, S
 
 @register_mode("generate")
 class Generate(Mode):
-    """The answer is what the model says: greedy, or drawn when the temperature is above 0."""
+    """Gives free answers, greedy or (temperature above 0) drawn."""
 
     help = "the model says its answer"
 
@@ -19,7 +19,7 @@ class Generate(Mode):
 
 @register_mode("batches")
 class Batches(Generate):
-    """For beam search and sliding windows. Drawn answers (temperature above 0) depend on the batch."""
+    """For beams and sliding windows; drawn answers depend on the batch."""
 
     help = "the model says its answer, in fixed batches"
 

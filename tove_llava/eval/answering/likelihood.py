@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the option that the model would most likely say."""
+"""Multiple choice by likelihood: the model's most likely option."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -58,7 +58,7 @@ class OptionsBatch(Batch):
 
 
 class _Likelihood(Mode):
-    """The answer is the letter of the most likely option; the line's metadata has the scores of all of them."""
+    """Answers with the most likely option's letter; metadata holds all scores."""
 
     needs_options = True
     by_words: ClassVar[bool] = False  # else by the letter
@@ -97,7 +97,7 @@ class LetterLikelihood(_Likelihood):
 
 @register_mode("likelihood_text")
 class TextLikelihood(_Likelihood):
-    """By the probability of the option's words, per token, so that long options have no disadvantage."""
+    """By the mean probability of the option's tokens, whatever their number."""
 
     help = "the option whose words are most likely (mean log-probability per token)"
     by_words = True

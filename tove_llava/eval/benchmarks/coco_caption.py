@@ -1,4 +1,4 @@
-"""COCO Caption, Karpathy's test split (Chen et al. 2015, arXiv 1504.00325): BLEU, METEOR, ROUGE-L, CIDEr.
+"""COCO Caption (Chen et al. 2015, arXiv 1504.00325): Karpathy's test split.
 
 Layout: ``coco_caption/coco_karpathy_test.json`` (a list of ``image`` and ``caption``, as BLIP and LAVIS publish it) and
 the images under ``coco_caption/`` by the names it gives (``val2014/...``). An answer's id is the image's, which is

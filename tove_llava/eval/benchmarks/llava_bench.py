@@ -1,4 +1,4 @@
-"""LLaVA-Bench (In-the-Wild) (Liu et al. 2023, arXiv 2304.08485): a judge compares free answers with GPT-4's.
+"""LLaVA-Bench (In-the-Wild; Liu et al. 2023, arXiv 2304.08485): free answers, judged.
 
 LLaVA's layout: ``llava-bench-in-the-wild/questions.jsonl``, ``context.jsonl``, ``answers_gpt4.jsonl`` and ``images/``.
 The request and the reading of the judge's scores follow LLaVA's ``eval_gpt_review_bench.py``, the sums

@@ -72,7 +72,7 @@ def _letter(text: str, options: Mapping[str, str]) -> str | bool:
 
 
 def _option_text(text: str, options: Mapping[str, str]) -> str | bool:
-    """Find the single option that an answer quotes, if the answer is short."""
+    """Find the single option that a short answer quotes."""
     lowered = text.lower()
     if len(lowered) > 2 * sum(len(option) for option in options.values()):
         return False
@@ -179,7 +179,7 @@ class MmBenchmark(Benchmark, Submitting):
         return truth
 
     def unit(self, question: Question) -> int:
-        return int(question.question_id) % ROTATION  # of all rotations, of which each has to be right
+        return int(question.question_id) % ROTATION  # of all rotations, each of which has to be right
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {level: [str(row[level])] for level in ("l2-category", "category") if row[level] is not None}

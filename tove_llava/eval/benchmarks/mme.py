@@ -1,4 +1,4 @@
-"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions about each image, in fourteen subtasks.
+"""MME (Fu et al. 2023, arXiv 2306.13394): two yes/no questions an image.
 
 LLaVA's layout: ``MME/llava_mme.jsonl`` (questions with the whole prompt; the two questions of an image share the id
 ``category/image``) and ``MME/MME_Benchmark_release_version/``, whose text files have the answers. Scores follow
@@ -82,7 +82,7 @@ class Mme(Benchmark):
         return row["question_id"], core(row["question"])
 
     def unit(self, question: Question) -> Hashable:
-        return question.question_id  # of an image, of which both questions have to be right
+        return question.question_id  # of an image whose questions both have to be right
 
     def mark_name(self, row: Mapping[str, Any]) -> str:
         return f"{row['question_id']}: {row['question']}"
@@ -148,7 +148,7 @@ def _read_answers(file: Path) -> dict[str, str]:
 
 
 def _subtask(name: str, items: Sequence[tuple[Any, str, str]]) -> dict[str, Any]:
-    """Score a subtask's (image, label, answer) triples; an image's two questions are neighbours."""
+    """Score (image, label, answer) triples; an image's two are neighbours."""
     pairs: list[tuple[Any, list[bool]]] = []
     for image, label, answer in items:
         if pairs and pairs[-1][0] == image and len(pairs[-1][1]) == 1:

@@ -1,4 +1,4 @@
-"""MM-Vet (Yu et al. 2023, arXiv 2308.02490): a judge rates free answers from 0 to 1; scores per capability.
+"""MM-Vet (Yu et al. 2023, arXiv 2308.02490): answers that a judge grades.
 
 LLaVA's layout: ``mm-vet/llava-mm-vet.jsonl`` (questions), ``mm-vet/images/`` and MM-Vet's own ``mm-vet/mm-vet.json``,
 which is also the ground truth for ``tove-llava score``. Requests, repeated requests and sums follow
@@ -25,7 +25,7 @@ _TEMPERATURES = (0.0, 0.5, 1.0, 1.5)  # of the repeated requests; after them the
 
 
 def parse_grade(reply: str) -> float | None:
-    """Read a number from 0 to 1 in front of the first space."""
+    """Read a number from 0 to 1 before the first space."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -34,7 +34,7 @@ def parse_grade(reply: str) -> float | None:
 
 
 def conversation(row: Mapping[str, Any], answer: str) -> Exchange[float]:
-    """Ask for a grade, and again at higher temperatures while it is unreadable."""
+    """Ask for a grade, at rising temperatures while it is unreadable."""
     fixed = scorer_data("mmvet")
     truth = row["answer"].replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = fixed["prompt"] + "\n" + " | ".join([row["question"], truth, answer, ""])

@@ -1,4 +1,4 @@
-"""NoCaps, validation (Agrawal et al. 2019, arXiv 1812.08658): captions of objects that COCO's captions lack.
+"""NoCaps (Agrawal et al. 2019, arXiv 1812.08658): objects that COCO's captions lack.
 
 Layout, with the official file: ``nocaps/nocaps_val_4500_captions.json`` (``images`` with ``id``, ``file_name`` and
 ``domain``; ``annotations``) and ``nocaps/images/``.

@@ -1,4 +1,4 @@
-"""OK-VQA (Marino et al. 2019, arXiv 1906.00067): questions that need knowledge from outside the image.
+"""OK-VQA (Marino et al. 2019, arXiv 1906.00067): questions that need outside knowledge.
 
 Layout, with the official files: ``okvqa/OpenEnded_mscoco_val2014_questions.json``,
 ``okvqa/mscoco_val2014_annotations.json`` and ``okvqa/val2014/COCO_val2014_<12 digits>.jpg``. Scored by the VQA

@@ -1,4 +1,4 @@
-"""POPE: does the model see objects that are not there? (Li et al. 2023, arXiv 2305.10355)
+"""POPE (Li et al. 2023, arXiv 2305.10355): yes/no questions about objects.
 
 The layout is LLaVA's: ``pope/llava_pope_test.jsonl`` (questions), ``pope/coco/coco_pope_<category>.json`` (labels, one
 JSON object a line, in the questions' order) and ``pope/val2014/`` (images). Parsing and scores follow LLaVA's
@@ -17,10 +17,10 @@ CATEGORIES = ("random", "popular", "adversarial")
 
 
 def parse_answer(text: str) -> str:
-    """Return "no" if the first sentence has ``No``, ``no`` or ``not``, else "yes".
+    """Return "no" if the first sentence denies, else "yes".
 
-    Words are separated by single spaces, and commas do not count. This is the official rule, with its quirks: an empty
-    answer is "yes", and so is "no" before a line break.
+    It denies with one of the words ``No``, ``no`` and ``not``, between single spaces; commas do not count. This is the
+    official rule, with its quirks: an empty answer is "yes", and so is "no" before a line break.
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "no", "not") for word in words) else "yes"

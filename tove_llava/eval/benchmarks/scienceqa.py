@@ -1,4 +1,4 @@
-"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple-choice questions, about half of them with an image.
+"""ScienceQA (Lu et al. 2022, arXiv 2209.09513): multiple choice, partly with images.
 
 LLaVA's layout: ``scienceqa/llava_test_CQM-A.json``, ``scienceqa/images/test/``, ``scienceqa/pid_splits.json`` and
 ``scienceqa/problems.json``. Scores follow LLaVA's ``eval_science_qa.py``. Ground truth for ``tove-llava score`` is

@@ -1,4 +1,4 @@
-"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): multiple-choice questions about images and middle frames of videos.
+"""SEED-Bench (Li et al. 2023, arXiv 2307.16125): images and video frames.
 
 LLaVA's layout: ``seed_bench/llava-seed-bench.jsonl`` (questions with the whole prompt; image names relative to
 ``seed_bench/``) and ``seed_bench/SEED-Bench.json``. Scores follow LLaVA's ``convert_seed_for_submission.py``.

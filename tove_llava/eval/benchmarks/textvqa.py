@@ -1,4 +1,4 @@
-"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions about text in the image, ten human answers each.
+"""TextVQA (Singh et al. 2019, arXiv 1904.08920): questions about written text.
 
 LLaVA's layout: ``textvqa/llava_textvqa_val_v051_ocr.jsonl`` (questions with the whole prompt; the id is the image's),
 ``textvqa/TextVQA_0.5.1_val.json`` and ``textvqa/train_images/``. Scores follow LLaVA's ``eval_textvqa.py``: the

@@ -1,4 +1,4 @@
-"""VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218): questions that blind people asked about their own photographs.
+"""VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218): blind people's questions.
 
 LLaVA's layout: ``vizwiz/llava_test.jsonl`` (questions with the whole prompt) and ``vizwiz/test/``. The test answers are
 not public: the server scores them. For the validation split, ``tove-llava score`` reads the official annotation file,

@@ -1,4 +1,4 @@
-"""VQAv2 (Goyal et al. 2017, arXiv 1612.00837): open questions about COCO images, ten human answers each.
+"""VQAv2 (Goyal et al. 2017, arXiv 1612.00837): questions about COCO images.
 
 LLaVA's layout: ``vqav2/llava_vqav2_mscoco_test-dev2015.jsonl`` (questions with the whole prompt) and
 ``vqav2/test2015/``. The test answers are not public: the server scores them. For a split with public answers,

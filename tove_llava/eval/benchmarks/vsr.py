@@ -1,4 +1,4 @@
-"""Visual Spatial Reasoning (Liu et al. 2023, arXiv 2205.00363): is a statement about where things are true?
+"""Visual Spatial Reasoning (Liu et al. 2023, arXiv 2205.00363): statements about positions.
 
 Layout: ``vsr/test.jsonl`` (the official records; without ids a record's number from 0 is its id) and ``vsr/images/``.
 There is no official reading of free text. The rule here: the first whole word out of yes, true, no, false, in any

@@ -9,7 +9,7 @@ from tove_llava.eval.report.statistics import Bootstrap, Difference, Interval, h
 from tove_llava.eval.result_files import MARK
 from tove_llava.eval.rows import spread
 
-# What should be the same in all columns but for what is compared, by the key in ``result.json``.
+# Keys of ``result.json`` whose values should be equal in all columns, except for what is compared.
 _SETTINGS = {
     "rule": "the rule of scoring, so they cannot be compared",
     "answering": "the way of answering",

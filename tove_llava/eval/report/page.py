@@ -18,7 +18,7 @@ from tove_llava.eval.result_files import MARK
 
 TITLE = "Comparison of runs"
 SIGNIFICANT = 0.05
-IMAGES = "pictures"  # the folder of images next to the Markdown page
+IMAGES = "pictures"  # folder of images, next to the Markdown page
 _LONG = 400  # characters of a question or an answer
 _NONE = "–"
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#~$!&])")

@@ -108,7 +108,7 @@ class Bootstrap:
         return Difference(self.interval(change), p, "McNemar" if binary else "bootstrap", better, worse)
 
     def _null(self, change: Any) -> float:
-        """Return the share of centred resamples as far from 0 as the mean."""
+        """Return the share of centred resamples as extreme as the mean."""
         seen = abs(change.mean())
         strays = np.abs(self.means(change - change.mean()))
         # A tie is as far; the last digits of a sum must not decide. The mean seen counts as one resample.
