@@ -1,4 +1,4 @@
-"""Colours of the routing's columns, the same in the page and in the figures."""
+"""Colours of gate columns, the same on the page and in figures."""
 
 import numpy as np
 
@@ -19,7 +19,7 @@ def column_colour(index: int) -> tuple[int, int, int]:
 
 
 def heat_colours(values: np.ndarray) -> np.ndarray:
-    """Map values of any shape, clipped to 0..1, to Viridis: uint8, one more axis of 3."""
+    """Map values, clipped to 0..1, to Viridis: uint8 ``[..., 3]``."""
     points = np.linspace(0.0, 1.0, len(_HEAT))
     channels = [np.interp(values, points, _HEAT[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Contributions of the experts: gate weight, norm share, and what is lost without each.
+"""The experts' contributions: gate weight, norm share, and leave-one-out losses.
 
 For the tokens ``T' = T + sum_k G_k P_k`` with ``P_k = W_o H_k``: the mean gate weight ``G_k``, the mean norm share
 ``|G_k P_k| / |T'|``, and the change of the language model's loss and of the task accuracy when expert k is detached
@@ -45,7 +45,7 @@ def measure_contributions(answerer: Answerer, samples: Samples, batch_size: int 
 
 
 def loss_and_accuracy(found: Measurement, subset: Subset, rows: Sequence[int]) -> tuple[float, float | None]:
-    """Compute loss per token and accuracy (None without counted answers) of some samples."""
+    """Compute loss per token and accuracy (None without counted answers)."""
     loss = math.fsum(found.losses[subset][i] for i in rows) / sum(found.tokens[i] for i in rows)
     marks = [mark for i in rows if (mark := found.right[subset][i]) is not None]
     return loss, sum(marks) / len(marks) if marks else None
@@ -81,7 +81,7 @@ def _group(names: list[str], samples: Sequence[Sample], found: Measurement, rows
 def save_contributions(
     found: Contributions, folder: str | Path, answerer: Answerer, model: str | Path, samples: Samples, data: str | Path
 ) -> dict[str, Any]:
-    """Write ``contributions.json`` and the bar plots; return the record in the JSON file."""
+    """Write ``contributions.json`` and the plots; return the record in the file."""
     from tove_llava.analysis.plots import plot_contributions, plot_types
 
     folder = Path(folder)
@@ -94,7 +94,7 @@ def save_contributions(
 
 
 def read_ranking(file: str | Path, experts: Sequence[str], model_print: str) -> list[str]:
-    """Read the ranking of a ``contributions.json`` of this model, the least contributing expert first.
+    """Read a model's ranking from ``contributions.json``, the least contributing first.
 
     Args:
         experts: the model's attached experts.

@@ -1,4 +1,4 @@
-"""The detach curve: experts are removed one by one, down to plain CLIP."""
+"""The detach curve: experts are removed singly, down to plain CLIP."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def save_curve(
     data: str | Path,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Write ``detach_curve.json`` and ``detach_curve.png``; return the record in the JSON file."""
+    """Write ``detach_curve.json`` and its plot; return the record in the file."""
     record = {
         "kind": "detach_curve",
         **provenance(answerer, model),

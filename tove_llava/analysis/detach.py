@@ -142,7 +142,7 @@ def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisi
 def cut_state(
     large: ToveVisionConfig, small: ToveVisionConfig, state: Mapping[str, Tensor], where: str | os.PathLike[str] = ""
 ) -> dict[str, Tensor]:
-    """Cut the smaller fusion's tensors from the larger one's, by names in the fusion.
+    """Cut the smaller fusion's tensors from the larger one's.
 
     Gate columns and embeddings of removed experts go; a null slot's column stays last.
 
@@ -204,7 +204,7 @@ def _weight_files(folder: Path, kind: str) -> list[Path]:
 
 
 def _write_weights(files: list[Path], staging: Path, kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Write each file without the removed tensors; return the tensors that are left."""
+    """Copy files without the removed tensors; return the tensors kept."""
     left: dict[str, Tensor] = {}
     for file in files:
         before = file_tensors(file)

@@ -1,4 +1,4 @@
-"""One pass over calibration data, with any number of subsets of the experts.
+"""One pass over calibration data, with any subsets of the experts.
 
 The frozen part runs once per image (:meth:`ToveVisionModel.encode`). Its features are fused for each subset, and the
 language model reads the result. ``B`` records in a batch, ``N`` vision tokens an image, ``K`` experts.
@@ -67,7 +67,7 @@ def tower_with_experts(answerer: Answerer) -> ToveVisionModel:
 
 
 def check_fusion(config: ToveVisionConfig) -> None:
-    """Raise ConfigError for a fusion that does not sum one part per expert."""
+    """Raise ConfigError unless the fusion sums one part per expert."""
     if FUSIONS.get(config.fusion).transfers is Fusion.transfers:
         raise ConfigError(
             f"fusion {config.fusion!r} does not add one part per expert to CLIP's tokens, so experts cannot be "
@@ -77,7 +77,7 @@ def check_fusion(config: ToveVisionConfig) -> None:
 
 @contextmanager
 def without(tower: ToveVisionModel, names: Sequence[str]) -> Iterator[None]:
-    """Detach only these experts in a ``with`` block; restore the former set afterwards."""
+    """Detach only these experts in a ``with`` block, then undo that."""
     before = list(tower.config.detached_experts)
     tower.detach_experts(names)
     try:
@@ -166,7 +166,7 @@ class _Store:
 
 
 def image_statistics(tower: ToveVisionModel, features: TowerFeatures) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return mean gate weights (none without a gate) and norm shares, ``[B]`` by attached expert."""
+    """Return mean gate weights and norm shares, ``[B]`` by attached expert."""
     fused = tower.fuse(features)
     names = tower.config.expert_names
     weights = {} if fused.routing is None else {
@@ -199,7 +199,7 @@ def _losses(answerer: Answerer, inputs: Mapping[str, Tensor], images: list[Tenso
 def _answers(
     answerer: Answerer, batch: Sequence[Sample], tokens: Mapping[Path, Tensor], max_new_tokens: int
 ) -> list[bool | None]:
-    """Compare each greedy answer with the reference's, normalised as in the scenes benchmark."""
+    """Compare greedy answers with the references, normalised as for scenes."""
     asked = [sample for sample in batch if sample.prompt is not None]
     if not asked:
         return [None] * len(batch)

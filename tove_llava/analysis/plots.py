@@ -21,7 +21,7 @@ ROUTING_SIZE = (6.4, 5.2)  # inches
 
 
 def figure(width: float, height: float) -> Any:
-    """Create an empty matplotlib figure of ``width * DPI`` by ``height * DPI`` pixels.
+    """Create a figure of ``width * DPI`` by ``height * DPI`` pixels.
 
     Raises:
         ConfigError: matplotlib is not installed.
@@ -44,7 +44,7 @@ def save(drawn: Any, file: str | Path) -> None:
 
 
 def plot_contributions(found: Contributions, file: str | Path) -> None:
-    """Draw gate weights, norm shares, and changes of loss and accuracy, by expert."""
+    """Draw gate weights, norm shares, and changes, by expert."""
     experts = found.overall.experts
     panels: list[tuple[str, list[float | None]]] = [
         ("mean gate weight", [e.gate_weight for e in experts.values()]),
@@ -64,7 +64,7 @@ def plot_contributions(found: Contributions, file: str | Path) -> None:
 
 
 def plot_types(found: Contributions, file: str | Path) -> None:
-    """Draw the changes of loss and accuracy without each expert, by question type."""
+    """Draw each expert's changes of loss and accuracy by question type."""
     names, kinds = list(found.overall.experts), list(found.types)
     drawn = figure(max(6.0, 1.5 + 0.25 * len(kinds) * (len(names) + 1)), 6.5)
     upper, lower = drawn.subplots(2, 1, sharex=True)
@@ -79,7 +79,7 @@ def plot_types(found: Contributions, file: str | Path) -> None:
 
 
 def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
-    """Draw accuracy, loss and images per second by the number of experts left."""
+    """Draw accuracy, loss and speed by the number of experts left."""
     labels = [f"{len(step.experts)}" + (f"\n-{step.removed}" if step.removed else "\nall") for step in steps]
     lines: list[tuple[str, list[float | None]]] = [
         ("accuracy (%)", [_points(step.accuracy) for step in steps]),
@@ -136,7 +136,7 @@ def plot_routing_argmax(image: Image, columns: Any, shares: Mapping[str, float],
 
 
 def plot_routing_weight(image: Image, weights: Any, title: str, largest: float, file: str | Path) -> None:
-    """Draw a column's gate weights ``[g,g]`` as a heat map over the image.
+    """Draw a column's gate weights ``[g,g]`` over the image.
 
     Args:
         largest: the end of the colour scale, shared by the maps of one image.

@@ -1,4 +1,4 @@
-"""Routing maps of an image: which expert each vision token listens to.
+"""Routing maps: the expert that each token of an image listens to.
 
 ``g * g = N`` vision tokens, ``S`` gate columns: the experts, and a null slot (called "none") where there is one.
 """
@@ -28,7 +28,7 @@ def seen_image(pixels: torch.Tensor, config: ToveVisionConfig) -> Image.Image:
 
 
 def save_routing(found: RoutingMap, image: Image.Image, folder: str | Path, name: str) -> list[Path]:
-    """Write ``NAME_argmax.png``, ``NAME_weight_COLUMN.png`` for each column in use, and ``NAME.npz``.
+    """Write ``NAME_argmax.png``, ``NAME_weight_COLUMN.png`` by used column, and ``NAME.npz``.
 
     The archive holds ``routing`` (float32 ``[g,g,S]``) and ``names`` (S strings).
 
@@ -53,7 +53,7 @@ def save_routing(found: RoutingMap, image: Image.Image, folder: str | Path, name
 def show_routing(
     answerer: Any, images: Sequence[str | Path], folder: str | Path
 ) -> list[tuple[Path, RoutingMap, list[Path]]]:
-    """Draw the routing of images; return each image, its routing, and the files written.
+    """Draw the routing of images; return images, routings and files.
 
     Images are turned upright by their EXIF orientation, as in a chat. Files have the image's name; where two images
     have one name, the number in ``images`` is added.
@@ -82,7 +82,7 @@ def show_routing(
 
 
 def routing_table(shown: Sequence[tuple[Path, RoutingMap, list[Path]]]) -> str:
-    """Format mean gate weights and, in brackets, the share of tokens that chose each column."""
+    """Format mean gate weights and, in brackets, the shares of tokens."""
     lines = [["image", *shown[0][1].names]]
     for image, found, _ in shown:
         cells = [f"{found.means[name]:.3f} ({100 * found.chosen[name]:.0f}%)" for name in found.names]

@@ -52,7 +52,7 @@ class Sample:
 
     @property
     def example(self) -> Example:
-        """Return the collator's input, with empty pixels: the model gets the images' tokens separately."""
+        """Return the collator's input, with empty pixels: images' tokens come separately."""
         counted = torch.empty(len(self.files), 0)
         return {"input_ids": self.input_ids, "labels": self.labels, "pixel_values": counted, "vision_features": None}
 
@@ -79,7 +79,7 @@ class Samples:
 def load_samples(
     data: str | Path, image_folder: str | Path | None, answerer: Answerer, model: str | Path, limit: int | None = None
 ) -> Samples:
-    """Read and encode a calibration file as training would; images are not opened yet.
+    """Encode a calibration file as training would, without opening images.
 
     Args:
         data: LLaVA records (JSON or JSONL; a ``category`` key is the question type), or questions with

@@ -57,7 +57,7 @@ class Fit:
 
 
 def fit_latency(tower: ToveVisionModel, ranking: Sequence[str], limit_ms: float, rounds: int = 15) -> Fit:
-    """Leave out experts, by ``ranking``, until the tower takes ``limit_ms`` for one image.
+    """Leave out experts until one image takes the tower ``limit_ms``.
 
     Raises:
         ConfigError: plain CLIP takes longer.
