@@ -11,7 +11,7 @@ from tove_llava.integrations.llava.tower import ToveVisionTower
 
 
 class BalancedLoss:
-    """transformers' own loss function of a language model, plus the tower's balance loss.
+    """A language model's own loss function plus the tower's balance loss.
 
     It is a term of the loss, not a gradient injected after the tower, so that a trainer treats both terms alike
     (division by accumulation steps, loss scaling in fp16).

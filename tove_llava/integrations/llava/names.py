@@ -56,7 +56,7 @@ class TowerName:
         return vision_config(load_preset(self.target).vision)
 
     def fill(self, tower: ToveVisionModel) -> None:
-        """Load the folder's trained parts into a new tower; nothing for a preset.
+        """Load the trained parts into a tower; nothing for a preset.
 
         Raises:
             CheckpointError: the folder's weights are damaged or of another tower.
@@ -97,7 +97,7 @@ def _folder_config(folder: Path) -> ToveVisionConfig:
 
 
 def _trained_parts(folder: Path) -> dict[str, torch.Tensor]:
-    """Read the tower's parameters from any folder of this package or of ``save_pretrained``."""
+    """Read the tower's parameters from any model folder."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         try:

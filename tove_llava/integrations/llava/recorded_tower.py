@@ -1,4 +1,4 @@
-"""The tower's configuration in LLaVA's own ``config.json``, which every stage saves with its weights.
+"""The tower's configuration in LLaVA's own ``config.json``.
 
 So a checkpoint is read as it was trained, also after a change of the preset that ``mm_vision_tower`` names.
 """

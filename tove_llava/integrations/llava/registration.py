@@ -1,4 +1,4 @@
-"""``register()``: rebind one function of LLaVA, and connect the tower with the model around it."""
+"""``register()``: rebind one function of LLaVA, and connect tower and model."""
 
 from __future__ import annotations
 

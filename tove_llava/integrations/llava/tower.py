@@ -63,7 +63,7 @@ class ToveVisionTower(nn.Module):
         return self.tower.is_loaded
 
     def load_model(self, device_map: Any = None) -> None:
-        """Load CLIP and the experts in float32, as LLaVA loads CLIP, unless they are loaded.
+        """Load CLIP and the experts in float32, as LLaVA does, once.
 
         Args:
             device_map: a device, ``"auto"`` (the first GPU, if any), or a mapping with an entry for the whole model or
@@ -79,7 +79,7 @@ class ToveVisionTower(nn.Module):
         self.tower.frozen.load(self.tower.active_experts, base_dir=None, device=device, dtype=torch.float32)
 
     def forward(self, images: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-        """Encode ``[B,3,S,S]`` to ``[B,N,d]`` in the images' dtype, or a list of ``[3,S,S]`` to a list of ``[1,N,d]``.
+        """Encode ``[B,3,S,S]``, or a list of ``[3,S,S]``, to ``[B,N,d]`` or ``[1,N,d]`` each.
 
         CLIP and the experts run in their own dtype without autograd, the trained parts in the images' dtype.
         """
@@ -116,13 +116,13 @@ class ToveVisionTower(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """Return the tokens of an image, for the server's limit on a prompt's length."""
+        """Return an image's tokens, for the server's limit on prompts."""
         return self.config.num_image_tokens
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def balance_loss(self) -> torch.Tensor | None:
-        """Return the balance loss of the last training pass, times its coefficient; once for each pass.
+        """Return the last training pass's balance loss times its coefficient, once.
 
         It covers the images of all ranks, so every rank has to call it, and is whole on each rank, for gradients that
         are averaged over ranks. None without a gate, or without such a pass.
@@ -136,7 +136,7 @@ class ToveVisionTower(nn.Module):
         return self.config.router_aux_loss_coef * balance_loss(all_reduce_statistics(statistics))
 
     def join(self, projector: nn.Module, config: Any) -> None:
-        """Add the trained parts to LLaVA's projector, and the tower to LLaVA's configuration.
+        """Add the trained parts to LLaVA's projector, and record the tower.
 
         The projector's first layer holds them, because an ``nn.Sequential`` would run them.
         """
@@ -152,7 +152,7 @@ class ToveVisionTower(nn.Module):
         projector.register_load_state_dict_pre_hook(self._before_load)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ToveVisionTower:
-        """Move CLIP and the experts too; trained parts that have joined go with the projector."""
+        """Move CLIP and experts too; joined parts go with the projector."""
         super()._apply(fn, recurse)
         self.tower.frozen.apply(fn)
         return self
@@ -163,7 +163,7 @@ class ToveVisionTower(nn.Module):
                 f"{self.vision_tower_name}: CLIP and the experts are not loaded; call load_model() of the vision tower"
             )
         features = self.tower.encode(images.to(device=self.device, dtype=self.dtype))
-        # Weights that accelerate keeps elsewhere until they are used are on the meta device meanwhile.
+        # Weights that accelerate keeps elsewhere are on the meta device until they are used.
         device = self.device if self.tower.device.type == "meta" else self.tower.device
         output = self.tower.fuse(features.to(device, images.dtype))
         if self.tower.training and torch.is_grad_enabled():
@@ -171,7 +171,7 @@ class ToveVisionTower(nn.Module):
         return output.last_hidden_state
 
     def _keep(self, inputs: GateInputs | None, images: torch.Tensor) -> None:
-        """Keep a gate's inputs for the balance loss, without the zeros that stand for no image."""
+        """Keep a gate's inputs for the loss, without zeros for no image."""
         if self._gate_inputs is not None:
             logger.warning_once(
                 "The balance loss of the tower's gate was not taken: nothing asked for it after a training pass. "

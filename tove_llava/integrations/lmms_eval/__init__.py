@@ -7,7 +7,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """Return the entry that lmms-eval registers; the model is imported only when it is used."""
+    """Return lmms-eval's registry entry, which imports the model on use."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     model = f"{__name__}.model"

@@ -36,7 +36,7 @@ class Request:
 
 
 def user_turn(text: str, images: int) -> Turn:
-    """Return the user's turn, with a placeholder for each image in front, unless the text has them."""
+    """Return the user's turn; missing placeholders of images go in front."""
     if text.count(IMAGE_PLACEHOLDER) == images:
         return Turn("user", text)
     return Turn("user", f"{IMAGE_PLACEHOLDER}\n" * images + text.replace(IMAGE_PLACEHOLDER, "").strip())
@@ -73,7 +73,7 @@ def answer(
     batch_size: int = 1,
     done: Callable[[int], Any] = lambda number: None,
 ) -> list[str]:
-    """Answer the requests, in their order; those with the same settings go through the model together.
+    """Answer requests in order; equal settings share the model's batches.
 
     Args:
         done: called with the number of further answers.

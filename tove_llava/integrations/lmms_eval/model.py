@@ -61,7 +61,7 @@ class _ToveLlava(lmms):  # type: ignore[misc]
 
 
 class ToveLlavaSimple(_ToveLlava):
-    """Tasks that give a text and images; multiple choice by likelihood too (``--force_simple``)."""
+    """Tasks of a text and images; multiple choice by likelihood too."""
 
     is_simple = True
 
@@ -74,7 +74,7 @@ class ToveLlavaSimple(_ToveLlava):
         return self._answer(asked)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Return mean negative log-probabilities of tokens: lmms-eval takes the *lowest* as the most likely."""
+        """Return mean negative log-probabilities: lmms-eval prefers the *lowest*."""
         results = []
         for request in tqdm(requests, disable=self.rank != 0, desc="tove_llava", unit="option"):
             context, target, doc_to_visual, number, task, split = request.args
@@ -108,7 +108,7 @@ class ToveLlavaChat(_ToveLlava):
 
 
 def _conversation(messages: Sequence[Any], settings: dict[str, Any]) -> Request:
-    """Make a request of chat messages; images stand in front of their message's text, as in training."""
+    """Make a request of chat messages, each with its images in front."""
     turns, images = [], []
     for message in messages:
         texts, mine = [], []
