@@ -110,7 +110,7 @@ def _read_line() -> str:
 
 
 def _answer(chat: "Conversation", question: str) -> None:
-    """Print an answer as it comes; Ctrl-C ends it, and the printed part counts."""
+    """Print an answer as it comes; Ctrl-C keeps the printed part."""
     text = ""
     try:
         with chat.ask(question) as reply:

@@ -1,4 +1,4 @@
-"""Measure each expert's contribution: gate weight, norm share, and the loss without it.
+"""Measure each expert's gate weight, norm share, and the loss without it.
 
 Writes contributions.json and bar plots to --out. Loss and answers are measured with all experts, without each one, and
 without any. A record's question type is its 'category' key.

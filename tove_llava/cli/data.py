@@ -1,4 +1,4 @@
-"""List public data sets, and check them or a data set of your own.
+"""List public data sets; check them, or a set of your own.
 
 'data list' and 'data show NAME' say where LLaVA's benchmarks and training sets come from and where they belong.
 'data check NAME' checks what is there; 'data check --data-path FILE' checks every record and image of a training set

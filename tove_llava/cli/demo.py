@@ -1,4 +1,4 @@
-"""Chat with a model about images in the browser, and see its experts.
+"""Chat about images in the browser, and see the model's experts.
 
 The same as `python -m tove_llava.serve.gradio_app`.
 """

@@ -1,4 +1,4 @@
-"""Show what this machine has, what is missing, and what can run on it.
+"""Show what this machine has, lacks, and can run.
 
 Lists versions, devices, free memory and disk, Java, Chromium and the bundled weights; and for each preset whether its
 sources are here (or can be fetched) and which of its stages fit into this machine. Loads and downloads nothing.

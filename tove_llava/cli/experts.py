@@ -1,4 +1,4 @@
-"""List the vision experts, their costs, and whether their weights can be loaded here.
+"""List the vision experts, their costs, and which can be loaded here.
 
 Costs are counted from configurations; GFLOPs are per image, two operations per multiply-add. Nothing is downloaded or
 loaded.
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _entries(preset: str | None) -> list[dict[str, Any]]:
-    """List a preset's specs, or the default of each registered expert and source."""
+    """List a preset's specs, or each registered expert and source."""
     from tove_llava.experts import EXPERTS
 
     if preset is not None:
@@ -79,7 +79,7 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Format the rows, and below them why experts cannot be loaded."""
+    """Format the rows, and below them why some experts cannot be loaded."""
     head = ["name", "source", "mode", "input", "tokens", "width", "params", "GFLOPs", "licence", "loadable"]
     lines = [head]
     for row in rows:

@@ -1,6 +1,6 @@
-"""Compute the frozen encoders' output once, for several trainings over the same images.
+"""Compute the frozen encoders' output once, for later trainings.
 
-Training then reads the folder with --feature_cache and runs no encoder. An image takes width x tokens x 4 bytes for
+Training reads the folder with --feature_cache and then runs no encoder. An image takes width x tokens x 4 bytes for
 CLIP and for each expert's output in float32, half of that in float16, and 1.13 bytes a value in int8. The same command
 continues an interrupted one; several processes fill one cache with --share 0/4 to --share 3/4.
 """

@@ -1,4 +1,4 @@
-"""Merge experts into one CLIP: a copy of CLIP learns the tower's tokens (ToVE-lite).
+"""Merge experts into one CLIP, which learns the tower's tokens (ToVE-lite).
 
 usage: tove-llava merge --model DIR --data_path JSON --image_folder DIR --output_dir DIR [flags of 'tove-llava train']
 

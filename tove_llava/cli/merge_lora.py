@@ -1,8 +1,8 @@
 """Write a model's LoRA adapters into its language model's weights.
 
-The result is one whole model, which load_model, from_pretrained, 'tove-llava export' and further training read. A model
-that was trained by QLoRA keeps the weights that quantisation left of its language model, in full precision. (The verb
-that merges experts into CLIP is 'tove-llava merge'.)
+The result is one whole model, which load_model, from_pretrained, 'tove-llava export' and further training read. After
+QLoRA it keeps the language model's weights as quantisation left them, in full precision. (The verb that merges experts
+into CLIP is 'tove-llava merge'.)
 """
 
 import argparse

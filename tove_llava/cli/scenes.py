@@ -1,4 +1,4 @@
-"""Render playground scenes: small 3-D worlds with exact geometry, LLaVA-format captions and questions.
+"""Render playground scenes: small 3-D worlds with exact captions and questions.
 
 The same seed writes the same bytes. The same command leaves existing scenes as they are.
 """

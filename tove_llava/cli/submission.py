@@ -1,4 +1,4 @@
-"""Write the file that a benchmark's server or program scores, from an answers file.
+"""Write a benchmark server's file from an answers file.
 
 Lines of the answers file that are not JSON are named and left out; of lines with one id the last counts.
 """

@@ -1,4 +1,4 @@
-"""Show how records become tokens, and which of them the model learns to produce.
+"""Show a record's tokens, and which of them the model learns.
 
 Supervised text is printed in colour (or between the marks ⟦ and ⟧), an image as <image>. With --json each record
 is a line with its id, input_ids (-200: an image), labels (-100: not learnt), error, and warning. A record that cannot
