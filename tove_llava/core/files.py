@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read with errors that name the line."""
+"""Files: written whole or not at all, read with precise errors."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tove_llava.core.errors import CheckpointError, DataError, ToveError
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
-    """Yield a folder that becomes ``out``, or is removed when the block fails.
+    """Yield a folder that becomes ``out``, unless the block fails.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -71,7 +71,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None:
-    """Replace a file's content; a reader sees the old or the new content, never a part.
+    """Replace a file's content whole: readers see old or new content.
 
     The folder is made where it is missing. Several processes may write the same file.
     """
@@ -111,7 +111,7 @@ def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, 
 def parse_json(
     text: str, file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "", line: int = 1
 ) -> Any:
-    """Parse the JSON value of a file, or of its part that begins at a line; errors as in :func:`read_text`."""
+    """Parse a file's text from ``line`` on; errors as in :func:`read_text`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as cause:
@@ -130,7 +130,7 @@ def parse_json_lines(
     hint: str = "",
     broken: list[int] | None = None,
 ) -> Iterator[tuple[int, Any]]:
-    """Parse one JSON value a line, and give each with its line's number; errors as in :func:`read_text`.
+    """Yield each line's number and JSON value; errors as in :func:`read_text`.
 
     Lines end only at ``\\n``: values may contain U+2028 and others at which ``str.splitlines`` would cut. Empty lines
     are skipped.
@@ -159,7 +159,7 @@ def read_json(file: str | os.PathLike[str], error: type[ToveError] = DataError, 
 def read_json_object(
     file: str | os.PathLike[str], error: type[ToveError] = CheckpointError, hint: str = ""
 ) -> dict[str, Any]:
-    """Read a JSON file that must hold an object; errors as in :func:`read_text`."""
+    """Read a JSON file of one object; errors as in :func:`read_text`."""
     value = read_json(file, error, hint)
     if not isinstance(value, dict):
         raise error(_message(f"{file}: a JSON object is needed, not a {type(value).__name__}", hint))

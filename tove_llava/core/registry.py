@@ -1,4 +1,4 @@
-"""Registries of named components: a component registers itself in the file that defines it."""
+"""Registries: each component registers itself in the file that defines it."""
 
 import difflib
 import importlib

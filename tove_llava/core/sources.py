@@ -66,12 +66,12 @@ class Source(ABC):
 
     @property
     def is_relative(self) -> bool:
-        """True where :meth:`resolve` anchors it: it lies in the checkpoint that names it."""
+        """Tell if the source lies in the checkpoint that names it."""
         return self.resolve(os.sep) != self
 
     @property
     def is_portable(self) -> bool:
-        """True where it means the same on another machine."""
+        """Tell if the source means the same on another machine."""
         return self.path is None
 
     def stated_licence(self) -> str | None:
@@ -91,7 +91,7 @@ class Source(ABC):
         return self if self.path is None else self.at(self.path.absolute())
 
     def at(self, path: str | os.PathLike[str]) -> "Source":
-        """Return a source of the same scheme at the local folder or file ``path``."""
+        """Return a source of the same scheme at a local path."""
         return replace(self, target=os.fspath(path))
 
     def require(self) -> Path:
@@ -121,14 +121,14 @@ def _is_relative(target: str) -> bool:
 
 
 def _is_path(target: str) -> bool:
-    """True for a target that is written as a path."""
+    """Tell if a target is written as a path."""
     return target.startswith(("/", "./", "../", "~")) or target in (".", "..")
 
 
 @SCHEMES.register("hf")
 @dataclass(frozen=True)
 class HubSource(Source):
-    """A repository of the Hugging Face hub, or a folder in the same format."""
+    """A repository of the Hugging Face hub, or such a folder."""
 
     scheme: ClassVar[str] = "hf"
 
@@ -243,7 +243,7 @@ class KorniaSource(Source):
 @SCHEMES.register("gguf")
 @dataclass(frozen=True)
 class GgufSource(Source):
-    """``gguf:<file.gguf>``, or ``gguf:<package>`` for an installed Python package that ships one .gguf file."""
+    """``gguf:<file.gguf>``, or ``gguf:<package>`` for a Python package that ships one."""
 
     scheme: ClassVar[str] = "gguf"
 
@@ -326,7 +326,7 @@ class BundledSource(Source):
 
 
 def display_source(source: str) -> str:
-    """Write a source for others, with only the last part of a local path."""
+    """Write a source for others: only the last part of paths."""
     parsed = Source.parse(source)
     if parsed.path is None or parsed.is_portable:
         return str(parsed)
@@ -334,7 +334,7 @@ def display_source(source: str) -> str:
 
 
 def write_origin(folder: Path, source: str, licence: str | None) -> None:
-    """Write a card with origin and licence next to a copy of weights, unless there is one."""
+    """Write a missing card (origin, licence) next to copied weights."""
     card = folder / "README.md"
     if not card.exists():
         stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""

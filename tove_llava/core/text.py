@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format rows of cells, the heading first, as a table for the terminal.
+    """Format rows of cells, the heading first, for the terminal.
 
     Args:
         left: leading columns that stand on the left; the others stand on the right.
@@ -28,7 +28,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: i
 
 
 def listed(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Format names and their values as indented lines, the values below one another."""
+    """Format names and their values as indented, aligned lines."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:<{width}}  {value}" for name, value in rows]
@@ -40,5 +40,5 @@ def number(value: float | None, form: str) -> str:
 
 
 def percent(value: float | None, form: str) -> str:
-    """Format a share as a percentage for a table; None is a dash."""
+    """Format a share as a percentage; None is a dash."""
     return number(None if value is None else 100 * value, form)

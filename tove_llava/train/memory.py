@@ -141,7 +141,7 @@ def checkpoint_size(preset: Preset, shape: Shape, deepspeed: str | None) -> int:
 
 
 def stage_disk(preset: Preset, stage_name: str, shape: Shape) -> int:
-    """Return the most bytes of a run's folder, while a checkpoint is written."""
+    """Return the peak bytes of a run's folder while it saves."""
     stage = preset.stage(stage_name)
     kept = 1 + int(stage.arguments.get("save_total_limit") or 1)
     return shape.trained * _bytes(preset) + kept * checkpoint_size(preset, shape, stage.deepspeed)
