@@ -19,12 +19,12 @@ from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.tower.frozen import load_clip
 
-LANGUAGE_PATH = "model.language_model."  # of the language model's layers in a ToVE-LLaVA
+LANGUAGE_PATH = "model.language_model."  # prefix of the language model's layers in a ToVE-LLaVA
 PROJECTOR_PATH = "model.multi_modal_projector."
 
 
 def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: str | None = None) -> ToveVisionConfig:
-    """Configure the tower over the parts' CLIP, with a preset's experts if given.
+    """Configure a tower of the parts' CLIP and any experts of ``preset``.
 
     Args:
         clip_source: where CLIP will be; the part's source by default.
@@ -94,7 +94,7 @@ def assemble_model(
 
 
 def load_language(part: LanguagePart, dtype: str | torch.dtype, attention: str | None = None) -> PreTrainedModel:
-    """Load the language model; tensors of the same dtype stay mapped from the disk."""
+    """Load the language model, mapped from disk where the dtype stays."""
     if part.tensors is None:
         preset = LanguagePreset(part.source, part.revision, dtype=part.dtype, attention=attention)
         return read_language_model(preset, dtype)

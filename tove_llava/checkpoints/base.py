@@ -27,13 +27,13 @@ class Request:
 
     Attributes:
         base: source of the language model, for folders that hold none.
-        clip: source of CLIP, where the folder does not say it or what it says leads nowhere.
-        template: conversation template; the format's own default where it is None.
-        preset: whose experts and fusion the tower gets; with None it is only CLIP.
+        clip: source of CLIP, if the folder names none or one that does not exist.
+        template: conversation template; the format's own default if None.
+        preset: gives the tower its experts and fusion; None leaves it only CLIP.
         dtype: of the written weights; by default that of the language model in training.
         bos: what writes a chat's beginning-of-text token, "template" or "tokenizer".
         self_contained: write CLIP and the experts too.
-        out: where the written folder will lie.
+        out: final path of the written folder.
     """
 
     base: str | None = None
@@ -47,7 +47,7 @@ class Request:
 
 
 class LlavaFormat(ABC):
-    """One kind of folder, registered with :func:`register_format` in a file of its own."""
+    """One kind of folder, registered with :func:`register_format` in its own file."""
 
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""  # one line for the command's help
@@ -57,7 +57,7 @@ class LlavaFormat(ABC):
         """Return whether a folder has this format, complete or not.
 
         Args:
-            config: its ``config.json``, empty where there is none.
+            config: its ``config.json``, empty if there is none.
         """
         return False
 
@@ -117,14 +117,14 @@ def find_format(folder: Path) -> LlavaFormat:
 
 
 def read_parts(folder: Path, request: Request) -> LlavaParts:
-    """Read a folder of any format, and check every tensor; errors as in :meth:`LlavaFormat.read`."""
+    """Read a folder of any format, as :meth:`LlavaFormat.read`; check every tensor."""
     parts = find_format(folder).read(folder, request)
     parts.check()
     return parts
 
 
 def foreign_format(folder: Path) -> str | None:
-    """Return the name of a folder's format unless unknown or this package's own.
+    """Return the name of a foreign format, or None.
 
     Raises:
         CheckpointError: its config.json is damaged.

@@ -28,7 +28,7 @@ _AUTO = """from transformers import AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained(FOLDER{})
 processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")
 """
-STOCK_CODE = _AUTO.format("")  # code that opens a folder, by who has to know its classes
+STOCK_CODE = _AUTO.format("")  # code that opens a folder, by the owner of its classes
 REMOTE_CODE = _AUTO.format(", trust_remote_code=True")
 OWN_CODE = f"import tove_llava  # registers the classes with transformers\n{STOCK_CODE}"
 ADAPTED_CODE = """import tove_llava
@@ -54,12 +54,12 @@ def write_card(
 ) -> None:
     """Write a checkpoint's card; one that somebody else wrote stays.
 
-    It says what the model is made of and under which licences, how it was trained, and how it scores.
+    It names the model's parts and licences, its training and its scores.
 
     Args:
         vision: the model's tower.
-        manifest: names the language model and tells how the model was trained.
-        scores: what ``tove-llava eval`` reported of these very weights.
+        manifest: names the language model and describes the training.
+        scores: report of ``tove-llava eval`` on these very weights.
         tags: further tags for the hub.
     """
     file = folder / CARD
@@ -99,7 +99,7 @@ def compose_card(
     """Compose a card.
 
     Args:
-        code: opens the folder, which is called FOLDER in it.
+        code: opens the folder, which it calls FOLDER.
         use: further paragraphs about using the model.
         parts: rows of part, source and licence.
         more: paragraphs that end the card.
@@ -134,7 +134,7 @@ def part_rows(
     experts: bool = True,
     trained: str = "gate, projections, projector, adapters",
 ) -> list[tuple[str, str, str]]:
-    """List what a model is made of: part, source and licence."""
+    """List a model's parts: rows of part, source and licence."""
     rows = [("vision tower's CLIP", *_described(vision.clip_source))]
     for spec in vision.expert_specs if experts else ():
         state = ", detached" if spec.name in vision.detached_experts else ""
@@ -160,7 +160,7 @@ def read_scores(folder: Path) -> dict[str, Any] | None:
 
 
 def _expert_licence(vision: ToveVisionConfig, name: str) -> str:
-    from tove_llava.experts import build_expert  # every expert's library
+    from tove_llava.experts import build_expert  # imports every expert's library
 
     spec = next(spec for spec in vision.expert_specs if spec.name == name)
     try:

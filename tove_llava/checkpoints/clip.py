@@ -16,7 +16,7 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
 
-_PREFIX = "vision_model."  # of every name in files; modules of transformers 5.6 and later have it no more
+_PREFIX = "vision_model."  # of every name in files; transformers 5.6 and later drops it from modules
 _NORM = "post_layernorm."
 _NAME = "_name_or_path"  # transformers' own key for where a model came from
 
@@ -25,7 +25,7 @@ def clip_config(source: str, advice: str) -> CLIPVisionConfig:
     """Return CLIP's architecture as a preset records it, else from its source.
 
     Args:
-        advice: the end of the message when it cannot be read.
+        advice: end of the error message.
     """
     for name in preset_names():
         vision = load_preset(name).vision
@@ -38,7 +38,7 @@ def clip_config(source: str, advice: str) -> CLIPVisionConfig:
 
 
 def read_normalisation(folder: Path | None) -> dict[str, list[float]]:
-    """Read mean and standard deviation of a folder's ``preprocessor_config.json``, if there is one."""
+    """Read mean and standard deviation from ``preprocessor_config.json``, if it exists."""
     file = None if folder is None else folder / "preprocessor_config.json"
     if file is None or not file.is_file():
         return {}
@@ -61,7 +61,7 @@ def read_clip(folder: Path, depth: int) -> ClipPart:
     config = clip_config(f"hf:{folder}", "The folder is incomplete")
     found = folder_tensors(folder)
     inner = {name.removeprefix(_PREFIX): value for name, value in found.items() if name.startswith(_PREFIX)}
-    tensors: Tensors = inner or found  # a whole CLIP has a text encoder beside
+    tensors: Tensors = inner or found  # a whole CLIP also has a text encoder
     if not any(name.startswith(_NORM) for name in tensors):
         like = tensors.get("embeddings.class_embedding", torch.zeros(config.hidden_size))
         tensors = tensors | {_NORM + "weight": torch.ones_like(like), _NORM + "bias": torch.zeros_like(like)}
@@ -95,11 +95,11 @@ def fetch_clip(part: ClipPart) -> ClipPart:
 
 
 def has_published_names(part: ClipPart) -> bool:
-    """Return whether transformers 4 reads a reference; other names it fills with random numbers."""
+    """Return whether transformers 4 reads a reference's names of weights."""
     source = Source.parse(part.source)
     if source.path is None:
         return True
-    return any(name.startswith(_PREFIX) for name in folder_tensors(source.require()))
+    return any(name.startswith(_PREFIX) for name in folder_tensors(source.require()))  # others get random numbers
 
 
 def save_clip(part: ClipPart, folder: Path) -> None:
@@ -110,7 +110,7 @@ def save_clip(part: ClipPart, folder: Path) -> None:
     config.architectures = ["CLIPVisionModel"]
     config.save_pretrained(folder)
     if part.source:
-        file = folder / "config.json"  # transformers does not write this key itself
+        file = folder / "config.json"  # transformers itself does not write this key
         name = Source.parse(part.source).target
         write_json(file, read_json_object(file) | {_NAME: name})
     tensors = {_PREFIX + name: value.contiguous() for name, value in part.tensors.items()}

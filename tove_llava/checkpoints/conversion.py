@@ -34,11 +34,11 @@ def convert_checkpoint(
         model: a folder of any format.
         out: the folder to write; it must not exist, or be empty.
         to: registered name of the format.
-        preset: a preset, its name or file, whose experts and fusion the new tower gets; its settings of the language
-            model except the weights. Without one the tower is only CLIP. For ``tove`` only.
+        preset: a preset, its name or file. It gives the new tower its experts and fusion, and the language model its
+            settings except the weights. Without one the tower is only CLIP. For ``tove`` only.
         overrides: ``key.path=value`` strings for the preset.
         base: source of the language model (a folder, a hub name), for a source folder that holds none.
-        clip: source of CLIP, where the folder does not say it, or says what leads nowhere.
+        clip: source of CLIP, if the folder names none or one that does not exist.
         template: registered name of the conversation template that the model was trained with.
 
     Returns:
@@ -46,7 +46,7 @@ def convert_checkpoint(
 
     Raises:
         ConfigError: an unknown format or flag, a model that the format cannot hold, or a target that is in use.
-        CheckpointError: the source is damaged, or the target cannot be written. After errors nothing is left behind.
+        CheckpointError: the source is damaged, or the target cannot be written. An error leaves no files.
     """
     writer = FORMATS.get(to)()
     if overrides and preset is None:
@@ -74,8 +74,8 @@ def export_model(
         out: the folder to write; it must not exist, or be empty.
         format: registered name of the format.
         dtype: of the weights; by default that of the language model in training.
-        chat_begins: the chat template writes BOS. Servers encode a rendered chat as it is; harnesses, and code that
-            calls the processor with a rendered chat, have the tokenizer add BOS, which would then stand twice.
+        chat_begins: the chat template writes BOS. Servers encode a rendered chat unchanged, so they need it. Harnesses,
+            and code that calls the processor with a rendered chat, have the tokenizer add BOS, and would then have two.
 
     Returns:
         remarks, one sentence each.
@@ -96,20 +96,20 @@ def merge_lora(
 ) -> Manifest:
     """Write a model's adapters into its language model's weights.
 
-    The sum is ``W + alpha / r * B A``, where ``W`` is what the adapters were trained upon: the language model's own
+    The sum is ``W + alpha / r * B A``, where ``W`` is what the adapters were trained on: the language model's own
     weights or, if these were quantised, the values that quantisation left. CLIP and the experts are named as before.
 
     Args:
         model: a folder that LoRA or QLoRA training wrote.
         out: the folder to write; it must not exist, or be empty.
         dtype: of the weights, and of the sum; that of the language model in training by default.
-        self_contained: write CLIP and the experts as well, as is done where ``model`` has them by value.
+        self_contained: write CLIP and the experts as well; always so if ``model`` has them by value.
 
     Returns:
         the manifest of the new folder.
 
     Raises:
-        as :func:`convert_checkpoint`; ConfigError too where the model has no adapters.
+        as :func:`convert_checkpoint`; ConfigError too if the model has no adapters.
     """
     _write(MergedAdapters(), model, out, dtype=dtype, self_contained=self_contained)
     return Manifest.read(out)

@@ -1,4 +1,4 @@
-"""Exported folders: a loaded model in a form that needs nothing of this package."""
+"""Exported folders, which load a model without this package."""
 
 import dataclasses
 from abc import abstractmethod
@@ -30,7 +30,7 @@ from tove_llava.data.tokenizer import text_encoder
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.processing import image_settings, jinja_template
 
-# What every exported folder does otherwise than training.
+# Differences between every exported folder and training.
 _EXCEPTIONS = (
     'Images are resized by Pillow as in training where the processor is loaded with `backend="pil"`, and wherever '
     "torchvision is not installed; torchvision's resizing differs by a few levels of 255.",
@@ -44,13 +44,13 @@ _EXCEPTIONS = (
 
 @dataclass
 class ExportSource:
-    """A loaded checkpoint on its way out.
+    """A loaded checkpoint to export.
 
     Attributes:
         model: a ``ToveLlavaForConditionalGeneration`` on the CPU, adapters merged, backbones loaded.
-        manifest: says how it was trained.
-        chat_begins: the chat template writes the tokens that begin a text; else it is left to the tokenizer.
-        remarks: what a user has to know of this export beyond the documentation, one sentence each.
+        manifest: describes its training.
+        chat_begins: the chat template writes the tokens that begin a text; otherwise the tokenizer does.
+        remarks: facts about this export for its user, beyond the documentation, one sentence each.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class ExportSource:
 
 
 class ExportFormat(LlavaFormat):
-    """A format that is written from a loaded model and never read as parts."""
+    """A format written from a loaded model, and never read as parts."""
 
     honours: ClassVar[tuple[str, ...]] = ("dtype", "bos")
 
@@ -83,7 +83,7 @@ class ExportFormat(LlavaFormat):
 
 
 def write_processor(source: ExportSource, folder: Path, written: Any, *, class_token: bool) -> None:
-    """Write a stock processor that prepares images and prompts as training did, and check that it does.
+    """Write a stock processor; check that it prepares inputs as in training.
 
     Args:
         written: the folder's vision configuration.
@@ -93,7 +93,7 @@ def write_processor(source: ExportSource, folder: Path, written: Any, *, class_t
     processor = LlavaProcessor(
         image_processor=LlavaImageProcessorPil(
             do_pad=source.manifest.image_aspect_ratio
-            == "pad",  # to a square, with the mean colour, before anything else
+            == "pad",  # pad to a square with the mean colour before anything else
             **image_settings(vision, written.image_size),
         ),
         tokenizer=tokenizer,
@@ -104,7 +104,7 @@ def write_processor(source: ExportSource, folder: Path, written: Any, *, class_t
         chat_template=chat_template(source.manifest.template, tokenizer, source.chat_begins),
     )
     processor.save_pretrained(folder)
-    # transformers 4 and servers look for the image processor in a file of its own.
+    # transformers 4 and servers read the image processor from its own file.
     processor.image_processor.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     settings = read_json_object(file)
@@ -112,7 +112,7 @@ def write_processor(source: ExportSource, folder: Path, written: Any, *, class_t
     settings["padding_side"] = "left"  # for batches of prompts
     settings["model_input_names"] = ["input_ids", "attention_mask"]  # else transformers 4 adds token_type_ids
     settings["additional_special_tokens"] = list(settings.pop("extra_special_tokens", []))
-    for key in ("backend", "is_local", "local_files_only"):  # of this machine
+    for key in ("backend", "is_local", "local_files_only"):  # about this machine
         settings.pop(key, None)
     write_json(file, settings)
     _check_prompts(source, folder, (written.image_size // written.patch_size) ** 2)
@@ -121,8 +121,7 @@ def write_processor(source: ExportSource, folder: Path, written: Any, *, class_t
 def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: bool = True) -> str:
     """Return a conversation template in jinja that writes BOS itself.
 
-    Servers encode a rendered chat without adding special tokens, so a template that leaves BOS to the tokenizer would
-    lose it there.
+    Servers encode a rendered chat without adding special tokens, so a template without BOS would lose it there.
 
     Args:
         begins: False leaves BOS to the tokenizer.
@@ -137,7 +136,7 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: boo
     front = "".join(tokenizer.convert_ids_to_tokens(encoder.prefix_ids))
     if not begins or not front or not get_template(template).adds_bos:
         return body
-    # A text of its own begins with a space in LLaMA's tokenizers, but not after BOS: there it has to be written.
+    # LLaMA's tokenizers begin a text with a space, but not after BOS: there it has to be written.
     return (
         "{%- set body -%}" + body + "{%- endset -%}"
         f"{{{{- {front!r} -}}}}{{%- if not body.startswith({IMAGE_PLACEHOLDER!r}) -%}}{{{{ {encoder.text_prefix!r} }}}}"
@@ -200,7 +199,7 @@ def _conversations(template: str) -> list[tuple[list[Turn], list[dict[str, Any]]
 
 
 def without_paths(config: Any) -> None:
-    """Remove the folder that a configuration was read from, from it and its parts."""
+    """Remove the source folder's name from a configuration and its parts."""
     for part in (config, *(getattr(config, name) for name in getattr(config, "sub_configs_defaults", {}))):
         part._name_or_path = ""
 
@@ -219,7 +218,7 @@ def write_export_card(
         about: first paragraph.
         code: opens the folder.
         parts: rows of part, source and licence.
-        remarks: what the card says beyond the export's own remarks, one sentence each.
+        remarks: added to the export's own, one sentence each.
     """
     example = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     prompt = source.processor.apply_chat_template(

@@ -1,10 +1,10 @@
-"""Flatten a package's sources into one folder, as remote code has to be.
+"""Flatten a package's sources into one folder, for use as remote code.
 
 ``tove_llava/tower/gate.py`` becomes ``tove_llava_tower_gate.py``, and ``from tove_llava.tower import X`` in it becomes
-``from .tove_llava_tower_tower_config import X``: a name that a package re-exports is imported from the module
-that defines it, so no ``__init__.py`` is needed and nothing is registered by importing one. Only modules that are
-reached from the roots are written. A :class:`~tove_llava.core.registry.Registry` no longer searches its package; the
-caller imports what has to be registered.
+``from .tove_llava_tower_tower_config import X``: a re-exported name is imported from the module that defines it. So no
+``__init__.py`` is needed, and the import of one registers nothing. Only modules that are reached from the roots are
+written. A :class:`~tove_llava.core.registry.Registry` no longer searches its package; the caller imports what has to be
+registered.
 """
 
 import ast
@@ -18,11 +18,11 @@ _REGISTRY = "Registry"
 
 
 def flatten_modules(roots: Iterable[str], package: str = "tove_llava") -> dict[str, str]:
-    """Collect the sources of ``roots`` and of every module of ``package`` that they import.
+    """Collect the sources of ``roots`` and of all modules they import.
 
     Args:
         roots: dotted names of modules. For one outside ``package``, only its imports from ``package`` are followed.
-        package: dotted name of the package whose imports are rewritten.
+        package: dotted name of the package; only its modules are collected, and imports of it rewritten.
 
     Returns:
         file name -> source, e.g. ``{"tove_llava_core_errors.py": ...}``.
@@ -113,7 +113,7 @@ def _home(module: str, name: str, package: str) -> tuple[str, str]:
 
 
 def _joined(statements: list[str]) -> list[str]:
-    """Join the statements of each module, names in their order."""
+    """Join the statements of each module, keeping the order of names."""
     by_module: dict[str, list[str]] = {}
     for statement in statements:
         head, _, name = statement.partition(" import ")

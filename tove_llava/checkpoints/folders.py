@@ -22,9 +22,9 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
-# Arguments of from_pretrained that are settled once the folder is found.
+# Arguments of from_pretrained that only matter until the folder is found.
 _WHERE = ("revision", "token", "cache_dir", "force_download", "local_files_only", "subfolder", "proxies")
-# And those that mean nothing where read_model reads it.
+# Arguments that mean nothing when read_model reads the folder.
 _UNUSED = (
     "adapter_kwargs", "trust_remote_code", "_from_auto", "_from_pipeline", "use_safetensors", "low_cpu_mem_usage",
     "weights_only", "_commit_hash", "local_files_only",
@@ -50,7 +50,7 @@ def open_folder(
         Path(place, options.get("subfolder") or "") if os.path.isdir(place) else download(os.fspath(place), options)
     )
     if folder is None:
-        return read(place, **options), place  # which says why there is none
+        return read(place, **options), place  # which explains why there is no such folder
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     if manifest is None or manifest.kind == "full":
         loaded = read(str(folder), **{k: v for k, v in options.items() if k not in _WHERE})
@@ -59,11 +59,11 @@ def open_folder(
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     if manifest is not None and model.origin is None:
         model.origin = Origin.of(model, folder, manifest)
-    return loaded, model.config.name_or_path or folder  # of adapters on their own, the model's that they are for
+    return loaded, model.config.name_or_path or folder  # for a folder of only adapters, their base model's folder
 
 
 def _read_parts(folder: Path, options: dict[str, Any]) -> Any:
-    """Read a model whose language model lies elsewhere, and then apply the arguments."""
+    """Read a model with the language model elsewhere, then apply the arguments."""
     dtype = next((options.pop(key) for key in ("dtype", "torch_dtype") if options.get(key) is not None), "auto")
     given, info = options.pop("config", None), options.pop("output_loading_info", False)
     attention = options.pop("attn_implementation", None)
@@ -127,7 +127,7 @@ def _put(
         device_map = infer_auto_device_map(model, max_memory=max_memory, no_split_module_classes=whole)
     on_disk = [name for name, place in device_map.items() if place == "disk"]
     if on_disk and offload_folder is not None:
-        # By itself dispatch_model takes whatever the folder holds already, of another model too.
+        # dispatch_model itself reads whatever the folder already holds, even of another model.
         offload_state_dict(offload_folder, extract_submodules_state_dict(model.state_dict(), on_disk))
     dispatch_model(model, device_map, offload_dir=offload_folder, offload_buffers=offload_buffers)
 

@@ -20,7 +20,7 @@ _PREFIX = "hf:"
 
 
 def download(repository: str, options: Mapping[str, Any]) -> Path | None:
-    """Download a model's repository, with ``from_pretrained``'s options; None where it cannot be had."""
+    """Download a repository, with ``from_pretrained``'s options; None if that fails."""
     wanted = {key: options[key] for key in _DOWNLOAD if options.get(key) is not None}
     try:
         folder = Path(snapshot_download(repository, ignore_patterns=_LEFT_THERE, **wanted))
@@ -51,7 +51,7 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> Any:
-    """Upload a folder to a repository; a card that people wrote there stays.
+    """Upload a folder to a repository; a card by people there stays.
 
     Returns:
         huggingface_hub's ``CommitInfo``.

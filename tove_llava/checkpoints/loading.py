@@ -1,7 +1,7 @@
 """Open model folders: this package's checkpoints, and LLaVA-1.5 of every other format.
 
 A checkpoint folder holds ``config.json``, the processor's files, and ``tove_llava.json`` (the manifest, written last),
-whose ``kind`` says what else there is:
+whose ``kind`` tells the rest of its content:
 
 ``trained``
     ``trained.safetensors``: projector and the tower's own parts. The language model is named by its source.
@@ -64,10 +64,10 @@ def load_model(
     template: str | None = None,
     keep_stock: bool = False,
 ) -> tuple[Any, LlavaProcessor]:
-    """Load a model folder of any format, in eval mode; nothing is written.
+    """Load a model folder of any format, in eval mode, without writing.
 
-    A model that was trained over a quantised language model has the weights that quantisation left of it, in whatever
-    form they are held. A LLaVA-1.5 of another format becomes a model whose tower is only CLIP.
+    A model that was trained over a quantised language model keeps the weights that quantisation left, in whatever form
+    they are held. A LLaVA-1.5 of another format becomes a model whose tower is only CLIP.
 
     Args:
         folder: a finished run's output folder; ``hf:owner/name``, a repository of the hub that holds one; or a
@@ -113,13 +113,13 @@ def load_model(
 def open_llava(
     folder: str | os.PathLike[str], **options: Any
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Open a LLaVA-1.5 of any format with :func:`load_model`, whose errors then speak of formats."""
+    """Open a LLaVA-1.5 with :func:`load_model`; errors speak of formats."""
     find_format(Path(folder))
     return load_model(folder, **options)
 
 
 def is_stock_llava(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder is a ``LlavaForConditionalGeneration`` that this package did not train."""
+    """Return whether a folder holds a foreign ``LlavaForConditionalGeneration``."""
     return not (Path(folder) / MANIFEST).exists() and foreign_format(Path(folder)) == STOCK
 
 
@@ -159,7 +159,7 @@ def read_model(
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     model = load_whole(folder, wanted) if manifest.kind == "full" else _load_on_language_model(folder, manifest, wanted)
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
-    _cast(model, wanted)  # before anything is filled in or folded: sums are made in the dtype that is asked for
+    _cast(model, wanted)  # before anything is filled in or folded: the sums are computed in this dtype
     if manifest.kind != "full":
         _fill(model, file_tensors(folder / TRAINED), trained_names(model), folder)
     if manifest.kind == "lora":
@@ -205,7 +205,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
 
 def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[str]:
     """List how a saved tower and projector differ from a model's."""
-    # As JSON, in which lists and tuples are the same.
+    # Compared as JSON, where lists and tuples are equal.
     old, new = (json.loads(json.dumps(c.vision_config.to_dict(), default=str)) for c in (saved, present))
     phrases = []
     if saved.vision_config.expert_names != present.vision_config.expert_names:
@@ -244,7 +244,7 @@ def _quantize(
     dtype: torch.dtype,
     device: str | torch.device | None,
 ) -> None:
-    """Give the language model the weights of its training, and then the wanted form."""
+    """Give the language model its weights of training in the wanted form."""
     if trained is not None and wanted is not None and trained.bits == wanted.bits:
         quantize(model, trained, compute_dtype=dtype, device=device)
         return
@@ -257,7 +257,7 @@ def _quantize(
 def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
     config = read_config(folder)
     if manifest.quantization is not None:
-        dtype = torch_dtype(manifest.language["dtype"])  # quantisation starts from the values that it had in training
+        dtype = torch_dtype(manifest.language["dtype"])  # quantisation starts from the dtype of training
     source = Source.parse(manifest.language["source"]).resolve(folder)
     language = read_language_model(LanguagePreset(**{**manifest.language, "source": str(source)}), dtype)
     comparable = manifest.language_fingerprint and dtype == torch_dtype(manifest.language["dtype"])
@@ -283,11 +283,11 @@ def _load_on_language_model(folder: Path, manifest: Manifest, dtype: torch.dtype
 
 
 def _cast(model: ToveLlavaForConditionalGeneration, dtype: torch.dtype) -> None:
-    """Cast only weights: buffers, such as the frequencies of rotary positions, keep their precision."""
+    """Cast weights; buffers, such as rotary frequencies, keep their precision."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    model.tower.to(dtype)  # and with it the backbones
+    model.tower.to(dtype)  # casts the backbones too
 
 
 def _fill(

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint folder: written last, so that it marks completeness."""
+"""The manifest of a checkpoint folder, written last to mark completeness."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from tove_llava.presets import QuantizationPreset
 MANIFEST = "tove_llava.json"
 TRAINED = "trained.safetensors"
 ADAPTER = "adapter_model.safetensors"
-ADAPTER_PREFIX = "base_model.model."  # peft's, so that PeftModel.from_pretrained reads the adapter too
+ADAPTER_PREFIX = "base_model.model."  # peft's; PeftModel.from_pretrained then reads the adapter too
 KINDS = ("trained", "lora", "full")
 VERSION = 1
 
@@ -77,7 +77,7 @@ class Manifest:
 
     @property
     def trained_quantization(self) -> QuantizationPreset | None:
-        """Return how the language model's weights were quantised before this checkpoint's parts were trained."""
+        """Return the quantisation under which this checkpoint's parts were trained."""
         return None if self.quantization is None else QuantizationPreset(**self.quantization)
 
 

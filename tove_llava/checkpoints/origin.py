@@ -21,11 +21,10 @@ class Origin:
     """The checkpoint that a model was loaded from.
 
     Attributes:
-        folder: the checkpoint's; it may be gone by now.
-        manifest: its manifest, the language model's source written out as an absolute path.
-        holds_language: whether the language model's source lies in the folder.
-        language: digest of the language model as it was loaded, without its adapters; "" where it is saved whole, or
-            could not be read.
+        folder: the checkpoint's; it may no longer exist.
+        manifest: its manifest, with the language model's source as an absolute path.
+        holds_language: the language model's source lies in the folder.
+        language: digest of the language model as loaded, without adapters; "" if it is saved whole or was unreadable.
     """
 
     folder: Path
@@ -47,7 +46,7 @@ class Origin:
 
 
 def language_digest(model: ToveLlavaForConditionalGeneration) -> str:
-    """Return a digest of the language model without adapters; "" where weights are offloaded."""
+    """Return the language model's digest without adapters; "" for offloaded weights."""
     config = (getattr(model, "peft_config", None) or {}).get("default")
     adapters = {id(p) for p in adapter_parameters(model.model.language_model, config.bias)} if config else set()
     tensors: dict[str, Any] = {}
@@ -56,6 +55,6 @@ def language_digest(model: ToveLlavaForConditionalGeneration) -> str:
             if parameter.is_meta:
                 return ""
             if id(parameter) not in adapters:
-                plain = ".".join(word for word in name.split(".") if word != "base_layer")  # as without adapters
+                plain = ".".join(word for word in name.split(".") if word != "base_layer")  # as if it had no adapters
                 tensors[f"{type(part).__name__}.{plain}:{parameter.dtype}"] = parameter
     return sampled_digest(tensors)

@@ -15,7 +15,7 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 
 PEFT_PREFIX = "base_model.model."
 
-# model_type -> that of the language model. Published folders say "llava", today's code "llava_llama".
+# model_type -> the language model's. Published folders say "llava", newer code says "llava_llama".
 _LANGUAGES = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral"}
 _CLASSES = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
 
@@ -30,7 +30,7 @@ _TABLE = (
 )
 _LINEAR = {"0": "linear_1", "2": "linear_2"}  # mlp2x_gelu: linear, GELU, linear
 
-# What LLaVA-1.5 is, by key of config.json: the value where the key is absent, and the values that are understood.
+# LLaVA-1.5's settings by key of config.json: the value if the key is absent, and the supported values.
 _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "mm_projector_type": ("linear", ("mlp2x_gelu",)),
     "mm_vision_select_feature": ("patch", ("patch",)),
@@ -44,7 +44,7 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def check_supported(config: dict[str, Any], folder: Path) -> None:
-    """Raise ConfigError for a model that is not LLaVA-1.5, CheckpointError for a damaged file."""
+    """Raise ConfigError unless it is LLaVA-1.5, CheckpointError if damaged."""
     kind = config.get("model_type")
     if kind not in _LANGUAGES:
         raise ConfigError(
@@ -74,7 +74,7 @@ def language_config(config: dict[str, Any], folder: Path) -> PreTrainedConfig:
 
 
 def sort_tensors(tensors: Tensors, folder: Path) -> dict[str, Tensors]:
-    """Sort tensors by part ("language", "projector", "clip"), under the names of this package's parts."""
+    """Sort tensors into "language", "projector" and "clip", under this package's names."""
     found = split_by_prefix(tensors, _TABLE, folder)
     if found["unknown"]:
         raise ConfigError(f"{folder}: LLaVA-1.5 has no tensor such as {sorted(found['unknown'])[0]!r}")
@@ -109,10 +109,10 @@ def check_writable(parts: LlavaParts) -> None:
 
 
 def original_config(parts: LlavaParts, vocab_size: int, clip_name: str) -> dict[str, Any]:
-    """Return ``config.json`` with the keys of transformers 4.37, to which the original is pinned.
+    """Return ``config.json`` with the keys of transformers 4.37, the original's.
 
     Args:
-        clip_name: a name of the hub or a folder, which the original reads CLIP from.
+        clip_name: a name of the hub or a folder, from which the original reads CLIP.
     """
     config = parts.language.config
     model_type, architecture = _CLASSES[config.model_type]

@@ -1,4 +1,4 @@
-"""A LLaVA as its parts, between the format read and the one written."""
+"""A LLaVA in parts, between reading and writing formats."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class LanguagePart:
     """The language model.
 
     Attributes:
-        config: its own, with as many tokens as it has rows.
+        config: its own; the number of tokens is its number of rows.
         dtype: of its weights, such as "float16".
-        tensors: by the names of its causal-LM class; None when ``source`` says where they are.
+        tensors: by the names of its causal-LM class; None for a language model by reference.
         source, revision: of a language model by reference.
-        tokenizer_folders: where its tokenizer's files may be, the best first.
+        tokenizer_folders: possible folders of its tokenizer's files, the best first.
         generation: ``generation_config.json``.
     """
 
@@ -75,7 +75,7 @@ class LanguagePart:
         """Return a language model that stays where it is.
 
         Args:
-            dtype: in which it is used; what its configuration says by default.
+            dtype: for use; by default the configuration's.
         """
         config = language_config(LanguagePreset(source=source, revision=revision))
         path = Source.parse(source).path
@@ -90,8 +90,8 @@ class ClipPart:
 
     Attributes:
         layer: the hidden state that the projector reads; negative ones count from the last block.
-        tensors: all of ``CLIPVisionModel``'s, by its names; None when ``source`` says where they are.
-        source: ``hf:...``; with ``tensors`` it is their public name, empty where that is not known.
+        tensors: all of ``CLIPVisionModel``'s, by its names; None for a CLIP by reference.
+        source: ``hf:...``; with ``tensors`` it is their public name, or empty.
     """
 
     config: CLIPVisionConfig
@@ -121,7 +121,7 @@ class AdapterPart:
 
     @classmethod
     def of(cls, settings: dict[str, Any], tensors: Tensors) -> AdapterPart:
-        """Return the part with the settings that it keeps of an ``adapter_config.json``."""
+        """Return the part with the settings it keeps of ``adapter_config.json``."""
         keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
         return cls({key: settings[key] for key in keys if key in settings}, tensors)
 
@@ -133,7 +133,7 @@ class AdapterPart:
 
 @dataclass
 class LlavaParts:
-    """A LLaVA-1.5: CLIP's patch tokens, a projector of two layers, a language model.
+    """A LLaVA-1.5: CLIP, a projector of two layers, a language model.
 
     Attributes:
         folder: where it was read.
@@ -141,7 +141,7 @@ class LlavaParts:
         tokenizer: the language model's; it may lack the image token.
         template: registered name of the conversation template.
         image_aspect_ratio: how the model was shown images, "pad" or "square".
-        remarks: what a user has to know about the conversion, one sentence each.
+        remarks: facts about the conversion for its user, one sentence each.
     """
 
     folder: Path
@@ -191,7 +191,7 @@ class LlavaParts:
 
 
 def settle_tying(language: LanguagePart, where: Path) -> None:
-    """Raise CheckpointError where embeddings and head differ though ``tie_word_embeddings`` says that they are one."""
+    """Raise CheckpointError for untied weights despite ``tie_word_embeddings``."""
     assert language.tensors is not None
     head, embeddings = language.tensors.get(HEAD), language.tensors.get(EMBEDDINGS)
     if not language.config.tie_word_embeddings or head is None or embeddings is None:
@@ -202,7 +202,7 @@ def settle_tying(language: LanguagePart, where: Path) -> None:
 
 
 def parse_source(text: str) -> str:
-    """Return a source as it is recorded; a bare name is the hub's."""
+    """Return a source in recorded form; a bare name is the hub's."""
     known = text.partition(":")[0] in ("hf", "bundled", "gguf")
     source = Source.parse(text if known else f"hf:{text}").absolute()
     if source.path is not None:

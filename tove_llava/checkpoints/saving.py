@@ -1,7 +1,7 @@
 """Write this package's checkpoints: trained parts by value, the rest by reference.
 
-:mod:`tove_llava.checkpoints.loading` says what a folder holds. The manifest is written last, so that an interrupted
-save is seen as incomplete.
+:mod:`tove_llava.checkpoints.loading` describes the folders. The manifest is written last, so an interrupted save is
+recognised as incomplete.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def save_checkpoint(
         manifest: its fingerprint is filled in.
         trained: the stage's trained parameters by their name in ``model``, gathered on the CPU.
         self_contained: also write CLIP, the experts and the language model.
-        in_place: what the configuration names by paths inside a checkpoint lies in ``folder`` already.
+        in_place: ``folder`` already holds what the configuration names by paths inside a checkpoint.
         scores, tags: for the model card; see :func:`tove_llava.checkpoints.card.write_card`.
 
     Raises:
@@ -76,7 +76,7 @@ def save_checkpoint(
 
     adapters = parameter_names(model, model.model.language_model, model.lm_head) & trained.keys()
     if manifest.kind == "full":
-        # Under the model's own names; save_pretrained would write those of an older layout.
+        # The model's own names; save_pretrained would write those of an older layout.
         save_torch_state_dict(dict(trained), folder, metadata={"format": "pt"})
     else:
         save_file({name: value for name, value in trained.items() if name not in adapters}, folder / TRAINED)
@@ -87,7 +87,7 @@ def save_checkpoint(
         model.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    # The card names the sources, wherever copies lie.
+    # The card names the sources, wherever copies are.
     write_card(folder, model.config.vision_config, manifest, scores=scores, tags=tags)
     write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
 
@@ -100,7 +100,7 @@ def save_whole(
     self_contained: bool,
     tags: Iterable[str],
 ) -> None:
-    """Write a loaded model without adapters, with transformers' own ``save_pretrained`` and its options."""
+    """Write a loaded model without adapters, by transformers' own ``save_pretrained``."""
     _refuse_remains(folder, (folder / name for name in (TRAINED, ADAPTER, "adapter_config.json")))
     rounded = [name for name, p in model.named_parameters() if not p.is_floating_point()]
     if rounded:
@@ -112,7 +112,7 @@ def save_whole(
     state = dict(options.pop("state_dict", None) or model.state_dict())
     own = model.config.vision_config
     vision, state = model.tower.save_parts(folder, state, _tower_prefix(model), self_contained)
-    if not own.lies_in_checkpoint or vision.lies_in_checkpoint:  # else it is save_backbones', put there by the caller
+    if not own.lies_in_checkpoint or vision.lies_in_checkpoint:  # else the caller has saved the backbones there
         model.config.vision_config = vision
     try:
         write(folder, state_dict=state, **options)
@@ -133,14 +133,14 @@ def save_whole(
     )
     write_card(folder, own, manifest, scores=_scores(model, weights), tags=tags)
     if self_contained and not Source.parse(manifest.language["source"]).is_portable:
-        manifest.language["source"] = f"hf:./{Path(old.language['source']).name}"  # no path of this machine
+        manifest.language["source"] = f"hf:./{Path(old.language['source']).name}"  # no path on this machine
     write_manifest(folder, manifest)
 
 
 def save_adapted(
     model: ToveLlavaForConditionalGeneration, folder: Path, self_contained: bool, tags: Iterable[str]
 ) -> None:
-    """Write a loaded model's adapters, projector and tower, over the language model that it was loaded with."""
+    """Write adapters, projector and tower, over the language model's source."""
     _refuse_remains(folder, folder.glob("model*.safetensors"))
     origin = _origin_of_adapted(model)
     bias = model.peft_config["default"].bias
@@ -194,7 +194,7 @@ def _refuse_remains(folder: Path, files: Iterable[Path]) -> None:
 
 
 def _scores(model: ToveLlavaForConditionalGeneration, weights: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """Return the report on a model's checkpoint if its weights are the same."""
+    """Return the checkpoint's report if the weights are still the same."""
     origin = model.origin
     report = read_scores(origin.folder)
     if report is None or not weights or not origin.manifest.fingerprint:

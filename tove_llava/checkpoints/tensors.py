@@ -1,7 +1,7 @@
 """Read the weights of a folder, which is untrusted input.
 
-Tensors are mapped from the disk and not read: one costs memory when it is used, whatever the size of its file. The
-mapping is private, so nothing that is done to a tensor reaches the file.
+Tensors are mapped from the disk: one costs memory when it is used, whatever the size of its file. The mapping is
+private, so no change of a tensor reaches the file.
 """
 
 import json
@@ -23,9 +23,9 @@ Tensors = dict[str, Tensor]
 _STEMS = (
     ("model", ".safetensors"),
     ("pytorch_model", ".bin"),
-)  # as transformers looks for them, the first that is there
+)  # in transformers' order of search
 
-# Values that older versions of transformers saved though they follow from the configuration.
+# Values that older transformers saved, though the configuration determines them.
 _DERIVED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 
@@ -37,7 +37,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def folder_tensors(folder: Path) -> Tensors:
-    """Map all tensors of ``model.safetensors`` or ``pytorch_model.bin``, or of their shards, by name."""
+    """Map all tensors of a folder's safetensors or PyTorch weights by name."""
     for stem, suffix in _STEMS:
         whole = folder / f"{stem}{suffix}"
         index = folder / f"{stem}{suffix}.index.json"
@@ -53,7 +53,7 @@ def folder_tensors(folder: Path) -> Tensors:
 
 
 def file_tensors(file: Path) -> Tensors:
-    """Map the tensors of one ``.safetensors`` or ``.bin`` file; only tensors are ever unpickled."""
+    """Map the tensors of one file; nothing but tensors is unpickled."""
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist; the checkpoint is incomplete")
     if file.suffix == ".safetensors":
@@ -63,7 +63,7 @@ def file_tensors(file: Path) -> Tensors:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is truncated or damaged ({error}); copy it again") from error
     try:
-        # Pickles from before torch 1.6 are no archives and cannot be mapped: they are read.
+        # Pickles from before torch 1.6 cannot be mapped, and are read.
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -78,10 +78,10 @@ def file_tensors(file: Path) -> Tensors:
 
 
 def split_by_prefix(tensors: Tensors, table: Iterable[tuple[str, str, str]], where: Path) -> dict[str, Tensors]:
-    """Sorts tensors into parts.
+    """Sort tensors into parts.
 
     Args:
-        table: (prefix of the names, part, what stands there instead of the prefix); the first that fits counts.
+        table: (prefix of the names, part, replacement of the prefix); the first that fits counts.
     """
     table = list(table)
     found: dict[str, Tensors] = {part: {} for _, part, _ in table}

@@ -14,7 +14,7 @@ from tove_llava.core.files import read_json_object
 from tove_llava.llava import build
 from tove_llava.presets import LanguagePreset
 
-# Strings on which conversions of SentencePiece models have been seen to differ.
+# Strings on which conversions of SentencePiece models differ.
 PROBES = (
     "a plain sentence, with a comma.",
     " begins with a space",
@@ -56,7 +56,7 @@ def legacy_remarks(language: LanguagePart) -> list[str]:
 def foreign_tokens(parts: LlavaParts) -> list[str]:
     """List the tokens that the original does not have.
 
-    They are the image token and one for padding; none if they are not last, because removal would renumber others.
+    They are the image token and one for padding; none if other tokens follow, which removal would renumber.
     """
     tokenizer, vocabulary = parts.tokenizer, parts.tokenizer.get_vocab()
     if parts.image_token not in vocabulary:
@@ -69,7 +69,7 @@ def foreign_tokens(parts: LlavaParts) -> list[str]:
 
 
 def write_tokenizer(parts: LlavaParts, folder: Path, without: Sequence[str] = (), *, portable: bool = False) -> None:
-    """Copy the language model's tokenizer from the first folder that has the right one.
+    """Write the language model's tokenizer from the first matching folder.
 
     Args:
         without: tokens to leave out.
@@ -91,10 +91,10 @@ def write_tokenizer(parts: LlavaParts, folder: Path, without: Sequence[str] = ()
 
 
 def add_sentencepiece(parts: LlavaParts, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Put the language model's ``tokenizer.model`` next to a ``tokenizer.json``, as published folders have it.
+    """Add the language model's ``tokenizer.model``, as published folders have it.
 
     Args:
-        tokenizer: the one in ``folder``; tokens that the SentencePiece model lacks are listed in a file of their own.
+        tokenizer: the one in ``folder``; tokens that the SentencePiece model lacks go to ``added_tokens.json``.
     """
     file = next(
         (p / "tokenizer.model" for p in parts.language.tokenizer_folders if (p / "tokenizer.model").is_file()), None
@@ -148,7 +148,7 @@ def _leave_out(folder: Path, names: Sequence[str]) -> None:
     settings = read_json_object(file) if file.is_file() else {}
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}
     if (folder / "tokenizer.model").is_file():
-        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # the kind that gives the ids used here
+        settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": False}  # the kind whose ids equal those used here
     write_json(file, settings)
 
 

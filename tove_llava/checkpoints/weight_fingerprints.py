@@ -21,7 +21,7 @@ def sampled_fingerprint(model: torch.nn.Module) -> str:
 
 
 def sampled_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return a short digest of names, shapes and a few values of each tensor."""
+    """Return a short digest of each tensor's name, shape and some values."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()

@@ -54,7 +54,7 @@ class Camera:
 
 @dataclass
 class Object:
-    """One solid; ``radius`` is half its height, ``u, v, depth, area`` its visible part's."""
+    """One solid; ``u, v, depth, area`` describe its visible part."""
 
     shape: str
     colour: str

@@ -1,7 +1,7 @@
 """``llava-hf``: a folder of transformers' ``LlavaForConditionalGeneration``, such as llava-hf/llava-1.5-7b-hf.
 
-The names of the weights changed with transformers: ``language_model.model.*`` is today's ``model.language_model.*``,
-``vision_tower.vision_model.*`` is ``model.vision_tower.*``. All of them are read.
+The names of the weights changed with transformers: ``language_model.model.*`` became ``model.language_model.*``,
+``vision_tower.vision_model.*`` became ``model.vision_tower.*``. All of them are read.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class LlavaHf(LlavaFormat):
         source = ExportSource(parts.folder, model.eval(), processor, manifest, remarks=parts.remarks)
         stock = stock_model(source)
         assert clip.tensors is not None
-        # All of CLIP, the blocks and the norm that LLaVA does not use included.
+        # All of CLIP, with the blocks and the norm that LLaVA does not use.
         stock.model.vision_tower = CLIPVisionModel.from_pretrained(
             None, config=clip.config, state_dict=dict(clip.tensors), dtype=model.dtype
         )
@@ -144,7 +144,7 @@ def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:
 
 
 def _aspect_ratio(raw: dict[str, Any], folder: Path) -> str:
-    """Return how an export says images were shown, else as in LLaVA-1.5."""
+    """Return how images were shown: an export records it, else LLaVA-1.5's."""
     named = raw.get("image_aspect_ratio")
     if named in ("pad", "square"):
         return str(named)

@@ -41,7 +41,7 @@ from tove_llava.core.sources import Source
 
 PROJECTOR, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CLIP_FOLDER = "vision_tower"  # where a CLIP goes that the original cannot read by a public name
+CLIP_FOLDER = "vision_tower"  # folder of a CLIP that has no public name
 
 _ADAPTER_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "use_dora")
 
@@ -179,7 +179,7 @@ def _base(folder: Path, config: dict[str, Any], request: Request) -> LanguagePar
 
 
 def _clip(folder: Path, config: dict[str, Any], stored: Tensors, request: Request) -> ClipPart:
-    """Return CLIP by value where the folder holds it, else by its name."""
+    """Return CLIP by value if the folder holds it, else by name."""
     name, layer = config["mm_vision_tower"], config["mm_vision_select_layer"]
     inside = folder / CLIP_FOLDER
     advice = f"{folder}: give CLIP's folder or its name on the hub with --clip"
@@ -229,9 +229,9 @@ def _write_whole(parts: LlavaParts, folder: Path) -> int:
 
 
 def _write_trained(parts: LlavaParts, folder: Path) -> None:
-    """Write projector and adapters, for a language model that stays where it is."""
+    """Write projector and adapters; the language model is named, not written."""
     prefix = "" if parts.adapter is None else layout.PEFT_PREFIX
-    # Copies, so that none holds the storage of a whole mapped file.
+    # Copies, because torch.save would write the whole mapped file.
     projector = {prefix + name: value.clone() for name, value in layout.projector_names(parts.projector).items()}
     torch.save(projector, folder / (PROJECTOR if parts.adapter is None else NON_LORA))
     if parts.adapter is not None:
@@ -251,7 +251,7 @@ def _write_trained(parts: LlavaParts, folder: Path) -> None:
 
 
 def _write_clip(parts: LlavaParts, folder: Path, request: Request, *, named: bool) -> str:
-    """Return the value of ``mm_vision_tower``; write CLIP if it has no public name.
+    """Return the value of ``mm_vision_tower``; write a CLIP without public name.
 
     Args:
         named: CLIP by value may be left to its public name, because its tensors go into the weights too.
@@ -269,7 +269,7 @@ def _write_clip(parts: LlavaParts, folder: Path, request: Request, *, named: boo
 
 
 def _remark_on_name(parts: LlavaParts, request: Request) -> None:
-    """Remark on the folder's name, by fragments of which the original chooses its classes."""
+    """Remark on the folder's name; the original chooses classes by its words."""
     assert request.out is not None
     wanted = ["llava"] + (["lora"] if parts.adapter is not None else [])
     lacking = [word for word in wanted if word not in request.out.name.lower()]

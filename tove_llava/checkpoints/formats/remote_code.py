@@ -38,10 +38,10 @@ class RemoteCode(exports.ExportFormat):
     def write(self, source: exports.ExportSource, folder: Path, request: Request) -> None:
         model = source.model
         config = ToveLlavaConfig.from_dict(model.config.to_dict())
-        # Detached experts too: the fusion has a column for each.
+        # Detached experts too, because the fusion has a column for each.
         model.tower.load_backbones(config.vision_config.expert_names, base_dir=source.folder)
         config.vision_config = model.tower.save_backbones(folder)
-        # Saved by value an expert may be read by another class than the one that loaded it (open_clip's, by timm's).
+        # Another class may read a saved expert than the one that loaded it (timm's for open_clip's).
         files = code_files(model.tower.fusion, ExpertHub(config.vision_config.experts, base_dir=folder))
         for name, text in files.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -87,7 +87,7 @@ def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
     """Map modules to classes: the fusion, the experts, and their parts."""
     found: list[type] = [type(fusion)]
     for name in hub.names:
-        expert = hub[name].meta_twin()  # with its configuration read
+        expert = hub[name].meta_twin()  # its configuration has been read
         found.append(type(expert))
         # For instance a dense network's architecture.
         found += [type(value) for value in vars(expert).values() if type(value).__module__.startswith("tove_llava.")]

@@ -2,8 +2,8 @@
 
 The tower's CLIP, which ends at the layer whose tokens are used, becomes the vision tower with
 ``vision_feature_layer=-1``; projector and language model stay the same. Weights have the names of LLaVA's public
-checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which every server reads; transformers from
-5.6 on writes the vision tower's without ``vision_model``, which vLLM does not.
+checkpoints (``language_model.model.*``, ``vision_tower.vision_model.*``), which every server reads. transformers from
+5.6 on omits ``vision_model``, and vLLM cannot read that.
 """
 
 import copy
@@ -23,7 +23,7 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.tower import FUSIONS
 
-MAX_SHARD_SIZE = "5GB"  # what writing holds in memory next to the model
+MAX_SHARD_SIZE = "5GB"  # memory for writing, in addition to the model
 _NEUTRAL_NORM = "The norm after CLIP's last block is neutral: LLaVA reads the tokens before it."
 
 
@@ -52,7 +52,7 @@ def write_stock(
     folder: Path,
     stored: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a stock LLaVA with the processor, template and card of a checkpoint.
+    """Write a stock LLaVA with a checkpoint's processor, template and card.
 
     Args:
         source: gets remarks.
@@ -108,7 +108,7 @@ def stock_model(source: exports.ExportSource) -> LlavaForConditionalGeneration:
 
 
 def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionModel:
-    """Return the tower's CLIP with a norm at its end; modules are shared."""
+    """Return the tower's CLIP with a final norm; modules are shared."""
     whole = copy.copy(clip)
     whole._modules = dict(clip._modules)
     whole.config = config
@@ -118,10 +118,10 @@ def _whole_clip(clip: CLIPVisionModel, config: CLIPVisionConfig) -> CLIPVisionMo
 
 
 def _name_rope_as_before(file: Path) -> None:
-    """Repeat rotary settings under transformers 4's names: it would silently use its defaults."""
+    """Name rotary settings for transformers 4 too, which would use its defaults."""
     config = read_json_object(file)
     settings = dict(config["text_config"].get("rope_parameters") or {})
-    if "rope_theta" not in settings:  # none, or one set for each kind of layer, which transformers 4 names elsewhere
+    if "rope_theta" not in settings:  # none, or one set per kind of layer, which transformers 4 names elsewhere
         return
     config["text_config"]["rope_theta"] = settings.pop("rope_theta")
     if settings.get("rope_type", "default") != "default":
@@ -163,5 +163,5 @@ def _add_remarks(source: exports.ExportSource) -> None:
 
 
 def _public_name(name: str) -> str:
-    """Return the name of a weight before transformers took ``vision_model`` out of CLIP."""
+    """Add ``vision_model`` to a weight's name, as in older transformers."""
     return name.replace("model.vision_tower.", "model.vision_tower.vision_model.", 1)

@@ -149,7 +149,7 @@ class MergedAdapters(LlavaFormat):
 
 @torch.no_grad()
 def _starts_as_clip(tower: ToveVisionModel) -> bool:
-    """Return whether the fusion returns CLIP's tokens as they are, tried on random features."""
+    """Return whether the fusion returns CLIP's tokens, for random features."""
     config, generator = tower.config, torch.Generator().manual_seed(0)
     specs = {spec.name: (1, spec.width, *spec.grid) for spec in config.expert_specs}
     shapes = {"": (1, config.num_patches, config.clip_width), **(specs if tower.fusion.uses_experts else {})}
@@ -159,7 +159,7 @@ def _starts_as_clip(tower: ToveVisionModel) -> bool:
 
 
 def _trained(parts: LlavaParts, model: Any) -> Tensors:
-    """Collect what the checkpoint stores: the parts' own tensors, and the tower's new ones."""
+    """Collect what the checkpoint stores: parts' tensors and new tower tensors."""
     parameters = dict(model.named_parameters())
     stored = {name: parameters[name].detach() for name in trained_names(model)}
     stored |= {PROJECTOR_PATH + name: value.contiguous() for name, value in parts.projector.items()}
@@ -210,7 +210,7 @@ def _language(folder: Path, manifest: Manifest) -> LanguagePart:
 
 
 def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
-    """Return CLIP: by value where it lies in the checkpoint or in this package."""
+    """Return CLIP by value if it is in checkpoint or package."""
     source = Source.parse(vision.clip_source)
     inside = source.resolve(folder)
     means = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
