@@ -1,4 +1,4 @@
-"""Asks a running demo one question about a picture, as its page does: ask_demo.py URL PICTURE QUESTION.
+"""Ask a running demo one question: ask_demo.py URL IMAGE QUESTION.
 
 Waits up to two minutes for the server. Prints the answer; ends with 1 where there is none.
 """
@@ -14,7 +14,7 @@ PATIENCE = 120.0  # seconds
 
 
 def connect(url: str) -> Client:
-    """Raises httpx.ConnectError when no server answers in time."""
+    """Connect, or raise httpx.ConnectError when no server answers in time."""
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

@@ -1,9 +1,9 @@
-"""Measure what features computed once save in training, and what the cache costs.
+"""Measure what cached features save in training, and what they cost.
 
 Both stages of a recipe run through the training command on generated scenes, in turn with and without the cache; the
 records per second are those that the trainer logs, without its first log. Making the cache is timed for few and for
-many pictures, which tells what it takes to begin and what it takes a picture. Each way of storing is tried on rows of
-the cache, and the standard library's codecs on top of it.
+many images, which gives the time to begin and the time per image. Each way of storing is tried on rows of the cache,
+and the standard library's codecs on top of it.
 
     python benchmarks/cached_features.py
 """
@@ -33,8 +33,8 @@ from tove_llava.train.feature_filling import SHARD_IMAGES
 from tove_llava.train.feature_stores import STORES, Shards, write_shard
 
 STAGES = {"pretrain": "captions", "finetune_lora": "instruct"}  # and their records
-FEW = 8  # pictures
-ROWS, ROWS_FROM = 32, 64  # rows of the cache to try ways of storing on, and the rows they are drawn from
+FEW = 8  # images
+ROWS, ROWS_FROM = 32, 64  # rows of the cache to try ways of storing on, and the rows from which they are drawn
 Codec = Callable[[bytes], bytes]
 CODECS: dict[str, tuple[Codec, Codec]] = {
     "zlib 1": (lambda data: zlib.compress(data, 1), zlib.decompress),
@@ -44,7 +44,7 @@ CODECS: dict[str, tuple[Codec, Codec]] = {
 
 
 class Study:
-    """Scenes, a cache of their features, and trainings on either, in one folder."""
+    """Scenes, a cache of their features, and trainings with and without it."""
 
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench, self.folder, self.trainings = bench, folder, 0
@@ -59,7 +59,7 @@ class Study:
         return self._timed("features", "--data", data, "--out", self.folder / name, "--device", self.bench.device.type)
 
     def train(self, stage: str, cache: Path | None) -> list[float]:
-        """Records per second of each log but the first."""
+        """Return the records per second of each log but the first."""
         self.trainings += 1
         output, start = (self.folder / "runs" / str(number) for number in (self.trainings, 1))  # the first is stage 1
         args = self.bench.args
@@ -79,7 +79,7 @@ class Study:
         return self.scenes / f"train_{kind}.json"
 
     def _timed(self, verb: str, *flags: Any) -> float:
-        """Seconds of a command whose output is shown where it fails."""
+        """Time a command, whose output is shown where it fails."""
         given = ["--preset", self.bench.args.preset, *(x for text in self.bench.args.set for x in ("--set", text))]
         names = ("--image_folder", "--image_aspect_ratio")
         data = [names[0], self.scenes / "images", names[1], "square"]
@@ -95,7 +95,7 @@ class Study:
 
 
 def stored(cache: Path, seed: int) -> list[dict[str, Any]]:
-    """By way of storing: the size kept, megabytes of features read and written a second, and what rounding costs."""
+    """Measure each way of storing: size, speed and error."""
     draw = np.random.default_rng(seed)
     parts = {}
     for folder in sorted(file.parent for file in cache.glob("*/part.json")):
@@ -122,7 +122,7 @@ def stored(cache: Path, seed: int) -> list[dict[str, Any]]:
 
 
 def _error(values: np.ndarray, stored: np.ndarray) -> tuple[float, float]:
-    """Root mean square and largest error, relative to the values' own root mean square."""
+    """Return the root mean square and the largest relative error."""
     error = stored.astype(np.float64) - values
     size = np.sqrt(np.square(values, dtype=np.float64).mean()) or 1.0
     return float(np.sqrt(np.square(error).mean()) / size), float(np.abs(error).max() / size)
@@ -134,7 +134,7 @@ def _rates(whole: int, writing: float, reading: float) -> dict[str, float]:
 
 def _tried(arrays: list[np.ndarray], codec: tuple[Codec, Codec], whole: int) -> dict[str, float]:
     pack, unpack = codec
-    # Bytes by significance: what is alike in neighbouring values comes together.
+    # Bytes by significance, so that what neighbouring values share comes together.
     rows = [row.reshape(-1).view(np.uint8).reshape(-1, row.itemsize).T.tobytes() for array in arrays for row in array]
     started = time.perf_counter()
     packed = [pack(row) for row in rows]
@@ -146,7 +146,7 @@ def _tried(arrays: list[np.ndarray], codec: tuple[Codec, Codec], whole: int) -> 
 
 
 def cache_cost(few: Sequence[float], many: Sequence[float], pictures: int) -> dict[str, float]:
-    """Seconds to begin a cache, and seconds a picture, from those for :data:`FEW` pictures and for ``pictures``.
+    """Compute the seconds to begin a cache, and the seconds per image.
 
     Raises:
         ConfigError: there is no difference beyond the noise of the machine.
@@ -161,7 +161,7 @@ def cache_cost(few: Sequence[float], many: Sequence[float], pictures: int) -> di
 
 
 def consequences(rates: dict[str, dict[str, float]], cost: dict[str, float], runs: int, scenes: int) -> dict[str, Any]:
-    """Compute the gain from records per second and the cost of the cache.
+    """Compute the gain from speeds and the cost of the cache.
 
     Args:
         rates: by stage, with ``plain`` and ``cached``.

@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: flags, facts about the machine, and files of results."""
+"""Shared parts of the benchmarks: flags, facts, and files of results."""
 
 import argparse
 import gc
@@ -39,7 +39,7 @@ PACKAGES = (
 
 
 def argument_parser(description: str, *, limit: bool = False) -> argparse.ArgumentParser:
-    """Create a parser with the flags of all benchmarks, with --limit on request."""
+    """Create a parser with all benchmarks' flags, on request with --limit."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--preset", default="tiny", help="name of a preset or path of a .yaml file (default: tiny)")
@@ -68,7 +68,7 @@ def argument_parser(description: str, *, limit: bool = False) -> argparse.Argume
 
 
 def run_command(main: Callable[[], dict[str, Any] | None]) -> int:
-    """Run ``main``; return 0, 1 where a part was not measured, or 2 after a user's error."""
+    """Run ``main``; return 0, 1 (something not measured) or 2 (user's error)."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -94,7 +94,7 @@ class Bench:
     preset: Preset = field(init=False)
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
-    load: float = field(init=False)  # cores that others kept busy while this one waited
+    load: float = field(init=False)  # cores that others kept busy while this process waited
 
     def __post_init__(self) -> None:
         self.load = others_load()
@@ -140,9 +140,9 @@ class Bench:
         }
 
     def attempt(self, record: dict[str, Any], part: str, run: Callable[[], T]) -> T | None:
-        """Return the result of ``run``; where it fails, None, and record the reason in ``record["not_measured"]``.
+        """Return the result of ``run``, or record why there is none.
 
-        A part that fails (no memory left, a missing package) must not cost the results of the others.
+        The reason goes to ``record["not_measured"]``: a part that fails must not cost the results of the others.
         """
         lost = record["not_measured"]
         if self.is_over():
@@ -152,7 +152,7 @@ class Bench:
             return run()
         except Exception as error:
             lost[part] = reason_of(error)
-        self.free()  # only here: the error held what its frames hold
+        self.free()  # only here, because the error held what its frames hold
         return None
 
     def is_over(self) -> bool:
@@ -211,7 +211,7 @@ def _processor() -> str:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """List the versions of Python, this project and its libraries; ``"none"`` for those not installed."""
+    """List the versions of Python, this project and its libraries."""
     found = {"python": platform.python_version(), "tove_llava": tove_llava.__version__}
     for name in PACKAGES:
         try:
@@ -244,7 +244,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def trainer_flags(bench: Bench, stage: str, scenes: Path, output: Path, *more: object) -> list[str]:
-    """List the trainer's flags for a stage on generated scenes, without logs to keep."""
+    """List the trainer's flags for a stage on generated scenes."""
     aligns = bench.preset.stage(stage).train == "alignment"
     records = scenes / ("train_captions.json" if aligns else "train_instruct.json")
     overrides = [word for setting in bench.args.set for word in ("--set", setting)]
@@ -319,7 +319,7 @@ def milliseconds(samples: Sequence[float], per: int = 1) -> str:
 
 
 def write_results(folder: Path, record: dict[str, Any], markdown: str, *, show: bool = True) -> Path:
-    """Write ``<benchmark>-<preset>-<device>.json`` and ``.md``; return the JSON's path.
+    """Write the record as JSON and Markdown; return the JSON's path.
 
     The page is printed too where ``show``. The record gets the seconds that the program has taken so far.
     """

@@ -1,9 +1,9 @@
-"""Compare the training data set with LLaVA's own: how fast records become batches.
+"""Compare the training data set's speed with that of LLaVA's own.
 
 All read the same JPEG files and the same records (LLaVA-1.5's mix, see llava_mix.py, or your own with --records and
---image-folder), with the same tokenizer and settings (template v1, pictures padded to 336). One thread each.
+--image-folder), with the same tokenizer and settings (template v1, images padded to 336). One thread each.
 
-- ours: ``LlavaDataset`` and ``LlavaCollator``, as training calls them, pictures resized by Pillow and by torch
+- ours: ``LlavaDataset`` and ``LlavaCollator``, as training calls them, images resized by Pillow and by torch
   (``image_resize``).
 - LLaVA's steps: what ``LazySupervisedDataset`` does. With LLAVA_SRC naming its repository it is that class itself, in a
   process of LLAVA_PYTHON, the interpreter of an environment with LLaVA's own package versions, and --tokenizer has to
@@ -86,7 +86,7 @@ class Restated:
 
 
 class Original:
-    """LLaVA's own data set in a process of its own environment; calling it passes over all records."""
+    """LLaVA's own data set in its process; a call reads all records."""
 
     def __init__(self, given: dict[str, Any]) -> None:
         self.child = LlavaChild("original_data.py", "LLaVA's data set", given, OMP_NUM_THREADS="1")

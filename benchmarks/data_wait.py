@@ -30,7 +30,7 @@ FIRST = "pretrain"  # the stage that others start from
 
 
 def waits(bench: Bench, stage: str, scenes: Path, output: Path) -> dict[str, float]:
-    """Share of the time that waits, and samples per second, of one run."""
+    """Measure a run's share of waiting, and its samples per second."""
     args, batch, workers = bench.args, _setting(bench, stage, "batch"), _setting(bench, stage, "workers")
     start = [] if stage == FIRST else ["--pretrained", str(output.parent / FIRST)]
     processor = ["--use_cpu", "True"] if bench.device.type == "cpu" else []

@@ -1,13 +1,13 @@
-"""Compare the time that detaching experts saves with the experts' own share of it.
+"""Compare the time that detached experts save with their own share.
 
 Experts are taken out one by one, in the preset's order, down to plain CLIP. Timed in turn within one run:
 
 - the whole tower, and the tower with these experts masked (``detach_experts``);
-- the tower of the smaller checkpoint that ``tove-llava detach`` writes: the configuration and the cut tensors that it
-  has, over the same encoders. Its tokens are the masked tower's, which is checked;
-- each expert by itself, and the fusion with those experts that are left.
+- the tower of the smaller checkpoint that ``tove-llava detach`` writes: its configuration and its cut tensors, over the
+  same encoders. Its tokens are the masked tower's, which is checked;
+- each expert by itself, and the fusion with the experts that are left.
 
-An expert's own time is that of its encoder, and what the fusion takes less without it.
+An expert's own time is its encoder's, plus what the fusion saves without it.
 
     python benchmarks/detached.py                                       # bundled weights
     python benchmarks/detached.py --preset vicuna-7b --device cuda      # true size, random weights
@@ -35,7 +35,7 @@ TARGET = "distance of the fall of the tower's time from the share of the experts
 
 
 def written_tower(tower: ToveVisionModel, experts: Sequence[str]) -> ToveVisionModel:
-    """The tower of the checkpoint that is written without some experts; it shares the encoders."""
+    """Build the tower of a checkpoint without experts, sharing the encoders."""
     small = ToveVisionModel(reduced_config(tower.config, experts)).eval()
     state = {name: value.cpu() for name, value in tower.fusion.state_dict().items()}
     small.fusion.load_state_dict(cut_state(tower.config, small.config, state))
@@ -48,7 +48,7 @@ def written_tower(tower: ToveVisionModel, experts: Sequence[str]) -> ToveVisionM
 
 
 def open_fusion(tower: ToveVisionModel, seed: int) -> None:
-    """Moves a new tower's fusion off its initial values, of which the output layer's are zero: all would be CLIP."""
+    """Move a fusion off its initial values, which give only CLIP."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in tower.fusion.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -110,8 +110,8 @@ def step(medians: Mapping[str, Mapping[str, float]], gone: Sequence[str]) -> dic
         medians: seconds by clock (``wall``, ``cpu``) and contender.
 
     Returns:
-        by clock ``encoders`` and ``share``: the experts' encoders, and with what the fusion takes less, as shares of
-        the whole tower's time; and for each kind of smaller tower the fall, and the fall over the share.
+        by clock ``encoders`` (the removed experts' encoders) and ``share`` (with the fusion's saving too), as shares
+        of the whole tower's time; and for each kind of smaller tower the fall, and the fall over the share.
     """
     found: dict[str, Any] = {"removed": list(gone)}
     for clock, seconds in medians.items():
@@ -127,7 +127,7 @@ def step(medians: Mapping[str, Mapping[str, float]], gone: Sequence[str]) -> dic
 
 
 def furthest(steps: Sequence[Mapping[str, Any]], kind: str, clock: str = "wall") -> float:
-    """The largest distance of a fall from its share, as a share of that."""
+    """Return the largest relative distance of a fall from its share."""
     return max(abs(entry[clock][kind]["fall_over_share"] - 1) for entry in steps)
 
 

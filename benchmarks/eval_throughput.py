@@ -1,11 +1,10 @@
-"""Compare our evaluation's questions/s with the same model asked one question at a time.
+"""Compare our evaluation's questions/s with asking one at a time.
 
-Contenders, in turn within one run, on the same picture files and prompts:
+Contenders, in turn within one run, on the same model, image files and prompts:
 
-- one by one: as LLaVA's ``model_vqa_loader`` does. A DataLoader's worker processes open the pictures, the model gets
-  one question at a time, ``generate`` encodes its picture and uses a cache; answers are written without waiting for the
-  disk.
-- runner: ``run_benchmark`` as ``tove-llava eval`` calls it, with all that it does (pictures opened in threads, batches,
+- one by one: as LLaVA's ``model_vqa_loader`` does. A DataLoader's worker processes open the images, the model gets one
+  question at a time, ``generate`` encodes its image and uses a cache; answers are written without waiting for the disk.
+- runner: ``run_benchmark`` as ``tove-llava eval`` calls it, with all that it does (images opened in threads, batches,
   shared prefixes, answers on disk at once).
 - runner, nothing shared: every prompt computed as a whole.
 
@@ -50,7 +49,7 @@ TITLES = {"single": "one by one", "runner": "runner", "whole": "runner, nothing 
 
 
 class Synthetic(Benchmark):
-    """Questions of several lengths about made pictures."""
+    """Questions of several lengths about made images."""
 
     max_new_tokens = 1
 
@@ -71,7 +70,7 @@ class Synthetic(Benchmark):
 
 
 def write_data(root: Path, count: int, each: int, size: tuple[int, int], seed: int) -> list[Question]:
-    """``count`` questions, ``each`` of them about one JPEG of ``size`` (width, height)."""
+    """Write ``count`` questions, ``each`` of them about one JPEG."""
     draw = np.random.default_rng(seed)
     rows = []
     for index in range(count):
@@ -88,7 +87,7 @@ def write_data(root: Path, count: int, each: int, size: tuple[int, int], seed: i
 
 
 class _Inputs(Dataset):
-    """Prompt ids and pixels of each question, which LLaVA's loader prepares in its workers."""
+    """Each question's ids and pixels, as LLaVA's loader prepares them."""
 
     def __init__(self, answerer: Answerer, questions: Sequence[Question]) -> None:
         self.prompts = [prompt_ids(answerer, question) for question in questions]
@@ -103,7 +102,7 @@ class _Inputs(Dataset):
 
 
 class OneByOne:
-    """The loop of ``model_vqa_loader``. Its workers are started once, before anything is timed."""
+    """The loop of ``model_vqa_loader``; workers start once, before the clock does."""
 
     def __init__(self, answerer: Answerer, questions: Sequence[Question], workers: int, tokens: int, out: Path) -> None:
         self.answerer, self.questions, self.tokens, self.out = answerer, questions, tokens, out
@@ -138,7 +137,7 @@ class OneByOne:
 def runner(
     answerer: Answerer, questions: Sequence[Question], tokens: int, batch: int, share: bool
 ) -> Callable[[], list[str]]:
-    """Our runner on the questions, in a new folder each time."""
+    """Run our runner on the questions, in a new folder each time."""
     settings = Settings(batch_size=batch, share=share)
     decoding = Decoding(tokens, min_new_tokens=tokens)
     task = Task("synthetic", Synthetic(), Path(), decoding, list(questions), list(questions), truth=None)
@@ -152,7 +151,7 @@ def runner(
 
 
 def build_answerer(bench: Bench, weights: str) -> Answerer:
-    """The preset's model; with the tiny preset's tokenizer where its own is not on this machine."""
+    """Build the preset's model; a missing tokenizer is the tiny preset's."""
     model = build_llava(bench, weights).eval()
     preset = bench.preset if is_local(bench.preset.language.source) else load_preset("tiny")
     processor = prepare_processor(preset, model.config.vision_config, "v1")
@@ -196,7 +195,7 @@ def benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def _save(bench: Bench, record: dict[str, Any]) -> None:
-    """Write the results so far. The target is for the slowest case, so it needs them all."""
+    """Save the results so far; the target needs every case."""
     lost, name = record["not_measured"], "evaluation: questions/s over one question at a time"
     values = [entry["ratios"]["runner_over_single"]["value"] for entry in record["cases"]]
     slowest = min(values) if values and not lost else None
@@ -209,7 +208,7 @@ def _save(bench: Bench, record: dict[str, Any]) -> None:
 def case(
     bench: Bench, answerer: Answerer, questions: Sequence[Question], each: int, tokens: int, root: Path
 ) -> dict[str, Any]:
-    """All contenders on answers of one length."""
+    """Measure all contenders on answers of one length."""
     args = bench.args
     single = questions[: args.single]
     contenders = {
@@ -247,7 +246,7 @@ def case(
 
 
 def _agreement(texts: Sequence[str], others: Sequence[str]) -> float:
-    """Share of the answers to the first questions that are the same."""
+    """Return the share of equal answers among the first questions."""
     return sum(a == b for a, b in zip(texts, others, strict=False)) / len(others)
 
 

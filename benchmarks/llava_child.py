@@ -1,4 +1,4 @@
-"""LLaVA's own code in a process of its environment, which LLAVA_SRC and LLAVA_PYTHON name."""
+"""LLaVA's own code, run by LLAVA_PYTHON from LLAVA_SRC in its process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Records like LLaVA-1.5's instruction mix: its parts in their numbers, and photographs of COCO's size.
+"""Records like LLaVA-1.5's instruction mix, with photographs of COCO's size.
 
 Shares are those of ``llava_v1_5_mix665k.json`` (https://github.com/haotian-liu/LLaVA, README). How many turns a record
 has and how many words a turn is our estimate, and is printed with every result.
@@ -50,12 +50,12 @@ WORDS = (
 
 
 def write_mix(root: Path, count: int, *, size: Range = (640, 480), pictures: int = 64, seed: int = 0) -> Path:
-    """Writes ``records.json`` and ``images/``; returns the file.
+    """Write ``records.json`` and ``images/``; return the file.
 
     Args:
         count: records.
         size: width and height of the photographs.
-        pictures: how many different ones.
+        pictures: the number of different photographs.
     """
     draw = np.random.default_rng(seed)
     (root / "images").mkdir(parents=True)
@@ -74,7 +74,7 @@ def write_mix(root: Path, count: int, *, size: Range = (640, 480), pictures: int
 
 
 def conversation(draw: np.random.Generator, part: Part) -> list[dict[str, str]]:
-    """One record's turns, in LLaVA's format."""
+    """Make one record's turns, in LLaVA's format."""
     turns = []
     for turn in range(_in(draw, part.turns)):
         head = "<image>\n" if part.picture and turn == 0 else ""
@@ -84,7 +84,7 @@ def conversation(draw: np.random.Generator, part: Part) -> list[dict[str, str]]:
 
 
 def photograph(draw: np.random.Generator, size: Range) -> Image.Image:
-    """A picture with detail at every scale and grain, as photographs have.
+    """Make an image with detail at every scale, as photographs have.
 
     At quality 92 its JPEG has 150 kB, as COCO's have on average (train2017: 18 GB, 118,000 files).
     """
@@ -99,7 +99,7 @@ def photograph(draw: np.random.Generator, size: Range) -> Image.Image:
 
 
 def describe() -> str:
-    """The mix in one line, for a result."""
+    """Describe the mix in one line."""
     return "; ".join(f"{p.thousands} {p.name} {_range(p.turns)} turns" for p in MIX)
 
 

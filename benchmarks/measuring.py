@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tove_llava.core.errors import ToveError
 
 GB, MB = 1e9, 1e6
-FEWEST = 2  # repeats that are made after --limit too
+FEWEST = 2  # repeats that are made even after --limit
 
 
 def reason_of(error: Exception) -> str:
-    """Write an error in one line, without this machine's folders; print the traceback of a program's fault."""
+    """Describe an error in one line; print a program fault's traceback."""
     text = next(iter(str(error).strip().splitlines()), "")
     if not isinstance(error, ToveError):
         traceback.print_exception(error)
@@ -72,8 +72,8 @@ def measure(
     Args:
         clocks: processor seconds so far, of contenders that work in a process of their own.
         prepare: called with a contender's name before its clock starts.
-        lost: where given, a contender that fails is left out, with its reason here, and the others go on.
-        is_over: no repeat beyond :data:`FEWEST` is begun when this says so.
+        lost: if given, gets the reason of a contender that fails, and the others go on.
+        is_over: when this says so, no repeat beyond :data:`FEWEST` begins.
     """
 
     def run(name: str, times: int, samples: Samples | None = None) -> None:
@@ -118,7 +118,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def ratio(numerator: Samples, denominator: Samples) -> dict[str, float]:
-    """Return the ratio of the medians, the quartiles of the ratios by repeat, and the ratio of processor times.
+    """Return ratios of medians, quartiles by repeat, and processor times.
 
     Processor time does not count waiting for a core, so on a shared CPU it is the steadier one; on a GPU it is the
     time that the host took to launch the work.
@@ -141,7 +141,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
-    """Measure the most bytes of tensors at a time during ``run``, beyond those that existed before.
+    """Measure the most bytes of tensors that ``run`` adds.
 
     On a GPU by the caching allocator's count; on the CPU by torch's own record of allocations, which does not see the
     scratch memory of the kernels' libraries.
@@ -164,9 +164,9 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def count_flops(run: Callable[[], Any]) -> int:
-    """Count the operations of matrix products, convolutions and attention, two per multiply-add.
+    """Count the operations of matrix products, convolutions and attention.
 
-    Attention is decomposed into its matrix products, for the fused backward kernels recompute the scores.
+    Two per multiply-add. Attention counts as its matrix products, because fused backward kernels recompute the scores.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()

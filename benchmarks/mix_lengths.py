@@ -1,7 +1,7 @@
-"""A table of the lengths of LLaVA-1.5's mix (llava_mix.py), drawn once, so that no tokenizer is needed.
+"""The lengths of LLaVA-1.5's mix (llava_mix.py), which need no tokenizer.
 
 ``mix_lengths.json`` has one record for each thousand of the mix, by its part: words, tokens of text and supervised
-ones, under the template v1. The tokenizer was LLaMA's, which is Vicuna's. Written by
+tokens, under the template v1. The tokenizer was LLaMA's, which is Vicuna's. Written by
 
     python benchmarks/mix_lengths.py --tokenizer vicuna/tokenizer.model --name "LLaMA, 32,000 pieces"
 """
@@ -39,15 +39,15 @@ class Length:
 
     @property
     def modality(self) -> int:
-        """The length that LLaVA's sampler groups by."""
+        """Return the length by which LLaVA's sampler groups."""
         return self.words if self.picture else -self.words
 
     def example(self, vocabulary: int, pixels: torch.Tensor, text: int) -> dict[str, Any]:
-        """A record of this length, as the data set gives it: words of no meaning, the supervised ones spread evenly.
+        """Make a meaningless record of this length, supervised tokens spread evenly.
 
         Args:
-            pixels: its picture, ``[1,3,S,S]``.
-            text: tokens of text that it is cut to.
+            pixels: its image, ``[1,3,S,S]``.
+            text: tokens of text to which it is cut.
         """
         text = min(self.tokens, text)
         ids = torch.arange(text) % vocabulary
@@ -66,8 +66,8 @@ class DrawnMix:
 
     Args:
         vocabulary: words of the model; ids are below.
-        image_size, image_tokens: of a picture.
-        longest: positions, a picture's included, that records are cut to.
+        image_size, image_tokens: of an image.
+        longest: tokens, an image's included, to which records are cut.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class MixLengths:
     records: list[Length]
 
     def draw(self, count: int, seed: int) -> list[Length]:
-        """``count`` records in random order; none comes again before all have."""
+        """Draw ``count`` records in random order; all come before any repeats."""
         draw = np.random.default_rng(seed)
         rounds = [draw.permutation(len(self.records)) for _ in range(-(-count // len(self.records)))]
         return [self.records[index] for index in np.concatenate(rounds)[:count]]
 
 
 def read_lengths(file: Path = FILE) -> MixLengths:
-    """The committed table."""
+    """Read the committed table."""
     table = json.loads(file.read_text())
     records = [
         Length(*row, picture=part.picture) for part in MIX for row in zip(*table["parts"][part.name], strict=True)
@@ -112,7 +112,7 @@ def read_lengths(file: Path = FILE) -> MixLengths:
 
 
 def draw_lengths(tokenizer: PreTrainedTokenizerBase, seed: int, share: float = 1.0) -> dict[str, list[list[int]]]:
-    """The table's parts: for each its records' words, tokens and supervised tokens; ``share`` of the whole table."""
+    """Draw ``share`` of the table: words, tokens and supervised tokens by part."""
     draw, parts = np.random.default_rng(seed), {}
     for part in MIX:
         count = max(1, round(part.thousands * share))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def is_local(source: str) -> bool:
-    """True for a source whose weights are in a local folder or file."""
+    """Tell if a source's weights are in a local folder or file."""
     path = Source.parse(source).path
     return path is not None and path.exists()
 
@@ -73,7 +73,7 @@ def build_llava(bench: "Bench", weights: str) -> ToveLlavaForConditionalGenerati
 
 
 def random_backbones(tower: ToveVisionModel) -> None:
-    """Give a tower CLIP and experts of their true architectures with initial values.
+    """Give a tower true-size CLIP and experts with initial values.
 
     In the library a backbone without weights is an error. Networks are built on the tower's device, not on the meta
     device: some compute buffers (such as rotary tables) when they are built.
@@ -101,7 +101,7 @@ def fill_randomly(expert: Expert, device: torch.device) -> None:
 
 
 def whole_clip(tower: ToveVisionModel, layers: int | None = None) -> CLIPVisionModel:
-    """Build a CLIP of the tower's configuration with random values; all layers by default."""
+    """Build a random CLIP of the tower's configuration."""
     config = tower.config.clip_config
     layers = config.num_hidden_layers if layers is None else layers
     config = CLIPVisionConfig(**{**config.to_dict(), "num_hidden_layers": layers})

@@ -1,4 +1,4 @@
-"""LLaVA's own data set, run by data_path.py with the interpreter and the package versions that LLaVA is installed with.
+"""LLaVA's own data set, run by data_path.py in LLaVA's environment.
 
 Reads one line of JSON with what to read from its standard input, and then passes over all records once for every line
 that follows, answering each with its own processor seconds so far.

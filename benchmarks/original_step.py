@@ -1,4 +1,4 @@
-"""A training step of LLaVA's own model code, run by step_llava.py with the interpreter that LLaVA is installed with.
+"""LLaVA's own training step, run by step_llava.py in LLaVA's environment.
 
 Its ``LlavaLlamaForCausalLM`` with its CLIP tower and projector, adapters of peft on the layers that its train.py finds,
 gradient checkpointing as there; random weights. Reads one line of JSON with shapes and batches from its standard input,
@@ -62,7 +62,7 @@ def _tell(say, answer: dict) -> None:
 
 
 def _build(given: dict, device, dtype):
-    """The model as LLaVA's train() makes it for LoRA, and which attention it has."""
+    """Build the model as LLaVA's train() does for LoRA."""
     import torch
     import transformers.trainer
     from torch import nn
@@ -107,9 +107,9 @@ def _build(given: dict, device, dtype):
 
 
 def _batch(rows: list, given: dict, device, dtype) -> dict:
-    """Padded rows of ``[tokens of text, supervised ones, whether there is a picture]``.
+    """Make padded rows of ``[tokens of text, supervised ones, with an image]``.
 
-    As its data set gives them: a picture is one token, and a record without one has one of zeros beside it.
+    As its data set gives them: an image is one token, and a record without one has an image of zeros.
     """
     import torch
 

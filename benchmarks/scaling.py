@@ -1,18 +1,17 @@
-"""Measure how the training step scales from one rank to two, each pinned to its own core.
+"""Measure how the training step scales from one pinned rank to two.
 
 The real trainer under the real deepspeed launcher on the CPU, with generated scenes and the stage's own batch on each
 rank (weak scaling). Contenders, in turn within one run, while the others sleep:
 
 - 1 rank: on one core, one thread.
 - 2 ranks: on two cores, one thread each.
-- apart: two runs of one rank each at the same time, on the same two cores, which know nothing of each other. It is what
-  the machine itself allows: what it loses, the two cores take from each other (memory, caches, clock, other programs).
+- apart: two independent runs of one rank each at the same time, on the same two cores. It is what the machine itself
+  allows: what it loses, the two cores take from each other (memory, caches, clock, other programs).
 
 All processes stay alive; a turn is --warmup untimed steps and then about --seconds of timed ones, as many for each
-contender. A turn's speed is that of its median step, which a program that disturbs some steps does not move; the ratio
-of the mean steps stands beside it, and that of steps among the quickest tenth, which were disturbed least.
-*Busy* is a rank's processor time over the time on the clock: what is missing, it waited (for the other rank, for the
-network, for a core).
+contender. A turn's speed is that of its median step, which a program that disturbs some steps does not move. Two more
+ratios are given: of the mean steps, and of steps among the quickest tenth, which were disturbed least. *Busy* is a
+rank's processor time over the time on the clock: the rest, it waited (for the other rank, the network, or a core).
 
     python benchmarks/scaling.py
     python benchmarks/scaling.py --runs finetune:zero2 --seconds 10
@@ -83,7 +82,7 @@ class Group:
         write_json(self.folder / f"{run}.go.{turn}", {"warmup": warmup, "steps": steps})
 
     def wait(self, run: str, turn: int) -> dict[str, float]:
-        """Seconds of the median step, of one among the quickest tenth, and of all; processor seconds of all ranks.
+        """Wait for a turn's seconds and the ranks' processor seconds.
 
         The clock is the first rank's; ranks of a group end a step together.
         """
@@ -106,14 +105,14 @@ class Group:
         }
 
     def end(self) -> None:
-        """Ends what still runs: the launcher and the ranks that it started."""
+        """End the launcher and the ranks that still run."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, no accelerator, this checkout's package; nothing of a launcher around this program."""
+    """Return an environment of one thread a rank, without an accelerator."""
     launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {key: value for key, value in os.environ.items() if key not in launcher}
     path = [str(ROOT), str(ROOT / "benchmarks"), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -133,7 +132,7 @@ def free_port() -> int:
 
 
 def parse_runs(bench: Bench) -> list[tuple[str, str]]:
-    """``(stage, DeepSpeed configuration)`` of each ``STAGE:CONFIG``."""
+    """Parse ``(stage, DeepSpeed configuration)`` of each ``STAGE:CONFIG``."""
     runs = []
     for text in bench.args.runs.split(","):
         stage, _, deepspeed = text.partition(":")
@@ -152,7 +151,7 @@ class Race:
         self.turns = dict.fromkeys(groups, 0)
 
     def turn(self, names: Sequence[str], warmup: int, steps: int) -> dict[str, dict[str, float]]:
-        """Lets these groups train at the same time."""
+        """Let these groups train at the same time."""
         for name in names:
             self.groups[name].go(self.run, self.turns[name], warmup, steps)
         took = {name: self.groups[name].wait(self.run, self.turns[name]) for name in names}
@@ -166,7 +165,7 @@ class Race:
 
 
 def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[str, Any]:
-    """Samples per second of every contender, round by round."""
+    """Measure every contender's samples per second, round by round."""
     args = bench.args
     turns = Race(run, groups)
     turns.turn(list(groups), **CALIBRATION)  # all at once, as soon as each is ready
@@ -209,7 +208,7 @@ def race(bench: Bench, run: str, groups: dict[str, Group], batch: int) -> dict[s
 
 
 def compare(numerator: dict[str, Any], denominator: dict[str, Any]) -> dict[str, float]:
-    """Ratio of the median speeds, its quartiles round by round, those of others."""
+    """Compute the ratio of median speeds, its quartiles, and further ratios."""
     rates = [entry["samples_per_second"] for entry in (numerator, denominator)]
     quick, means, work = (
         [entry[key]["median"] for entry in (numerator, denominator)]
@@ -255,7 +254,7 @@ def benchmark(bench: Bench) -> None:
 def started(
     bench: Bench, runs: Sequence[tuple[str, str]], cores: Sequence[int], root: Path
 ) -> Iterator[dict[str, Group]]:
-    """The groups of ranks, training the runs in order; after a failure none of their processes is left."""
+    """Start the groups of ranks; a failure leaves no process."""
     scenes = root / "scenes"
     make_scenes(scenes, bench.args.scenes, bench.args.seed)
     shares = {"first": cores[:1], "second": cores[1:], "both": cores}
@@ -284,7 +283,7 @@ def started(
 
 
 def make_scenes(folder: Path, count: int, seed: int) -> None:
-    """Records and pictures to train on."""
+    """Render records and images to train on."""
     flags = ["--out", str(folder), "--train", str(count), "--val", "1", "--seed", str(seed)]
     done = subprocess.run(
         [sys.executable, "-m", "tove_llava", "scenes", *flags], env=environment(), capture_output=True, text=True

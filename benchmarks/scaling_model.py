@@ -1,7 +1,7 @@
-"""A model on paper: seconds of a step and memory of LLaVA-1.5's recipe on 1, 8 and 64 GPUs under ZeRO-2 and ZeRO-3.
+"""A model on paper of LLaVA-1.5's step on many GPUs.
 
-Nothing is measured here. The share of its peak that one GPU reaches is taken from benchmarks/results
-(train_step-<preset>-cuda.json) where there is such a record, and is assumed where there is none; the tables say which.
+It gives a step's seconds and memory on 1, 8 and 64 GPUs under ZeRO-2 and ZeRO-3; it measures nothing. One GPU's share
+of its peak is from benchmarks/results (train_step-<preset>-cuda.json), or else assumed, as the tables say.
 
     python benchmarks/scaling_model.py            # the tables of docs/background/scaling.md
     python benchmarks/scaling_model.py --write    # puts them there
@@ -82,19 +82,19 @@ def records(preset: Preset, stage: str) -> Records:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs in nodes of :data:`NODE`, joined by ``adapters`` 400 Gb/s adapters a node."""
+    """GPUs in nodes of :data:`NODE`, joined by 400 Gb/s ``adapters``."""
 
     devices: int
     adapters: int = NODE
 
     @property
     def speed(self) -> float:
-        """Bytes/s that each GPU sends in a ring through all of them; the slowest link sets it."""
+        """Return each GPU's bytes/s in a ring, by the slowest link."""
         between = math.inf if self.devices <= NODE else self.adapters * ADAPTER
         return ACHIEVED * min(NVLINK, between)
 
     def collective(self, size: float, messages: int = 1) -> float:
-        """Seconds of an all-gather or a reduce-scatter of ``size`` bytes, by rings."""
+        """Time an all-gather or reduce-scatter of ``size`` bytes, by rings."""
         others = self.devices - 1
         return size * others / self.devices / self.speed + messages * others * HOP
 
@@ -106,7 +106,7 @@ CLUSTERS = (Cluster(1), Cluster(8), Cluster(64), Cluster(64, adapters=1))
 
 
 def measured_share(folder: Path, preset: str, stage: str) -> tuple[float, str]:
-    """Share of the peak that one GPU reaches, and where that is from.
+    """Return one GPU's share of the peak, and its source.
 
     A stage without a figure of its own takes that of LoRA, a preset without a record that of vicuna-7b.
     """
@@ -126,7 +126,7 @@ def measured_share(folder: Path, preset: str, stage: str) -> tuple[float, str]:
 
 @dataclass(frozen=True)
 class Communication:
-    """Seconds of one step: what can run beside the arithmetic, and what cannot."""
+    """Seconds of a step that can overlap arithmetic, and that cannot."""
 
     beside: float
     alone: float
@@ -142,7 +142,7 @@ class Step:
         communication: seconds of links at work.
         exposed: seconds of these during which the arithmetic waits.
         samples: a second, on all devices.
-        efficiency: of a device, beside one GPU that only computes.
+        efficiency: of a device, relative to one GPU that only computes.
         memory: bytes of a device.
         fits: in :data:`MEMORY`.
     """
@@ -163,10 +163,10 @@ class Step:
 
 
 def communication(level: str, shape: Shape, cluster: Cluster, micro_steps: int) -> Communication:
-    """Time what ZeRO sends in a step, in 16 bits. Every device holds the frozen encoders.
+    """Time what ZeRO sends in a step, in 16 bits.
 
-    ZeRO-2: gradients of what trains at each micro-step, and its new weights once. ZeRO-3: all weights of language
-    model, projector and fusion at each micro-step, forward and backward, and gradients of what trains.
+    Every device holds the frozen encoders. ZeRO-2 sends trained parts' gradients at each micro-step, and their new
+    weights once. ZeRO-3 sends, at each micro-step, these gradients and twice all weights but the encoders'.
     """
     if cluster.devices == 1:
         return Communication(0.0, 0.0)
@@ -176,14 +176,14 @@ def communication(level: str, shape: Shape, cluster: Cluster, micro_steps: int) 
         gather = cluster.collective(2 * shape.trained, math.ceil(shape.trained / GATHER_BUCKET))
         return Communication(gradients, gather)
     gather = 2 * micro_steps * cluster.collective(2 * shape.registered, shape.layers)
-    first = gather / shape.layers  # there is nothing yet to compute beside the first layer's
+    first = gather / shape.layers  # there is nothing yet to compute during the first layer's
     return Communication(gradients + gather - first, first)
 
 
 def model_step(
     preset: Preset, stage: str, shape: Shape, level: str, cluster: Cluster, *, flops: float, share: float
 ) -> Step:
-    """One step of a stage.
+    """Model one step of a stage.
 
     Args:
         flops: of the mean record.
@@ -220,7 +220,7 @@ def model_step(
 
 @lru_cache
 def counted(name: str) -> dict[str, tuple[Shape, float]]:
-    """By stage: its shape, and operations of its mean record."""
+    """Count each stage's shape, and the operations of its mean record."""
     preset = load_preset(name)
     work = Work(preset)
     found = {}
@@ -233,7 +233,7 @@ def counted(name: str) -> dict[str, tuple[Shape, float]]:
 
 
 def assumptions(folder: Path) -> str:
-    """The table of what the model takes for granted."""
+    """Format the table of the model's assumptions."""
     first, second = (records(load_preset(PRESETS[0]), stage) for stage in ("pretrain", "finetune"))
     shares = {}
     for name in PRESETS:
@@ -285,7 +285,7 @@ def assumptions(folder: Path) -> str:
 
 
 def results(name: str, folder: Path) -> str:
-    """The table of a preset."""
+    """Format the table of a preset."""
     preset, rows = load_preset(name), []
     for stage, (shape, flops) in counted(name).items():
         share, _ = measured_share(folder, name, stage)

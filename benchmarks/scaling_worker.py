@@ -1,13 +1,13 @@
-"""One rank of scaling.py: the trainer on a core of its own, which trains when it is its group's turn.
+"""One rank of scaling.py: the trainer on a core of its own.
 
-The deepspeed launcher starts it with the path of a plan, a JSON object:
+It trains when it is its group's turn. The deepspeed launcher starts it with the path of a plan, a JSON object:
 
 - cores: of the group's ranks.
 - driver: process id of scaling.py; without it no turn would come, and the rank ends.
 - runs: [{"name": of the run, "arguments": [of the trainer]}], one after the other in this process.
-- folder: where the turns are told. The driver writes ``RUN.go.TURN``, JSON ``{"warmup": W, "steps": N}``; each rank
-  trains W + N steps and writes ``RUN.done.TURN.RANK`` with the seconds of each of the last N, and the seconds of its
-  processor in all of them. With N = 0 the run ends.
+- folder: where the turns are announced. The driver writes ``RUN.go.TURN``, JSON ``{"warmup": W, "steps": N}``; each
+  rank trains W + N steps and writes ``RUN.done.TURN.RANK`` with the seconds of each of the last N, and the seconds of
+  its processor in all of them. With N = 0 the run ends.
 """
 
 import functools
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-POLL = 0.01  # seconds between two looks for one's turn
+POLL = 0.01  # seconds between two checks for a turn
 
 
 def main() -> int:
@@ -83,7 +83,7 @@ def main() -> int:
 
 
 def write_json(file: Path, content: object) -> None:
-    """Whole or not at all: another process waits for it."""
+    """Write a file whole, because another process waits for it."""
     staged = file.with_name(f"{file.name}.new")
     staged.write_text(json.dumps(content))
     staged.rename(file)

@@ -1,12 +1,12 @@
-"""Measure what many clients of the chat see at once: time to the first token, and throughput.
+"""Measure the chat under many clients: first-token time and throughput.
 
-Contenders, in turn within one run, on the same model, questions and pictures:
+Contenders, in turn within one run, on the same model, questions and images:
 
 - together: the engine as it serves, up to --batch answers in one batch, which others join between two tokens.
 - one by one: the same engine with one answer at a time; the others wait in the queue.
 
-All clients ask in the same moment, each about a picture of its own, from threads of this process; there is no network.
-Times are those of a client, from asking (its picture is decoded then) to the first piece of text, or to the last.
+All clients ask at the same moment, each about an image of its own, from threads of this process; there is no network.
+Times are those of a client, from asking (its image is decoded then) to the first piece of text, or to the last.
 Answers have a fixed length, for the sake of equal work.
 
     python benchmarks/serve_load.py                                          # bundled weights, 50 clients
@@ -121,7 +121,7 @@ def benchmark(bench: Bench) -> None:
 
 
 def seen(times: Sequence[float]) -> dict[str, float]:
-    """Median and 95 % of the clients' times."""
+    """Return the median and the 95th percentile of clients' times."""
     high = statistics.quantiles(times, n=20, method="inclusive")[-1] if len(times) > 1 else times[0]
     return {"median": statistics.median(times), "p95": high}
 

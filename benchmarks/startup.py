@@ -1,11 +1,11 @@
-"""Measure how fast the package starts, and how fast and large its checkpoints are.
+"""Measure the package's start, and its checkpoints' speed and size.
 
-- Start-up, in fresh processes: ``import tove_llava`` and ``python -m tove_llava --help``, beside a Python that does
-  nothing (its time is in theirs too).
+- Start-up, in fresh processes: ``import tove_llava`` and ``python -m tove_llava --help``, and for comparison a Python
+  that does nothing (its time is in theirs too).
 - Checkpoints to resume from, of each stage, by the trainer itself (one process, without DeepSpeed, on generated
   scenes): each of the first steps is saved, the run is interrupted, and the same command resumes it. *Loading* is the
-  trained parameters, the optimiser and the schedule; *ready* is the resumed run until its first step, the model and the
-  data set included, the libraries' import not.
+  trained parameters, the optimiser and the schedule; *ready* is the resumed run until its first step, with the model
+  and the data set, without the libraries' import.
 - The folder that a stage leaves (without checkpoints to resume from), and ``tove_llava.load_model`` of it.
 - Sizes by count at true size, which need no weights: ``--counted vicuna-7b``.
 
@@ -60,7 +60,7 @@ FIRST = "pretrain"  # the stage that the others start from
 
 
 def start_up(repeats: int, warmup: int) -> dict[str, Any]:
-    """Wall-clock and processor seconds of fresh processes."""
+    """Measure fresh processes' wall-clock and processor seconds."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path}
 
@@ -83,12 +83,12 @@ def start_up(repeats: int, warmup: int) -> dict[str, Any]:
 
 
 class _Interrupted(Exception):
-    """Stands for the end of a process in the middle of its run."""
+    """Stands for a process that ends in the middle of its run."""
 
 
 @dataclass
 class Watch:
-    """Times the trainer's own saving and loading; ends the run after ``repeats`` checkpoints."""
+    """Times the trainer's saving and loading; ends after ``repeats`` checkpoints."""
 
     repeats: int
     saved: list[float] = field(default_factory=list)
@@ -133,7 +133,7 @@ class Watch:
 
 
 def stage_checkpoints(bench: Bench, stage: str, scenes: Path, output: Path) -> dict[str, Any]:
-    """Interrupts and resumes a stage, and loads what it leaves."""
+    """Interrupt and resume a stage, and load what it leaves."""
     args, preset = bench.args, bench.preset
     start = [] if stage == FIRST else ["--pretrained", str(output.parent / FIRST)]
     flags = trainer_flags(
@@ -171,13 +171,13 @@ def stage_checkpoints(bench: Bench, stage: str, scenes: Path, output: Path) -> d
 
 
 def folder_size(folder: Path, without: Sequence[Path] = ()) -> int:
-    """Bytes of the files in a folder, some folders in it left out."""
+    """Sum the bytes of a folder's files, without some folders."""
     files = [file for file in folder.rglob("*") if file.is_file()]
     return sum(file.stat().st_size for file in files if not any(other in file.parents for other in without))
 
 
 def counted(name: str) -> dict[str, Any]:
-    """Compute what each stage of a preset writes, by the number of its parameters."""
+    """Compute what each stage of a preset writes, from parameter counts."""
     preset = load_preset(name)
     rows = {}
     for stage in preset.stages:

@@ -1,4 +1,4 @@
-"""Measure the hub's cost over plain CLIP: the same fast step (step_paths.py) with and without the experts."""
+"""Measure the hub's cost over plain CLIP in the fast step."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -14,14 +14,14 @@ from tove_llava.llava.build import vision_config
 from tove_llava.presets import load_preset
 from tove_llava.tower import ToveVisionModel
 
-# stage -> (tokens of text beside the picture's, supervised ones, most times the step of CLIP alone): captions, and
+# stage -> (tokens of text besides the image's, supervised ones, most times the step of only CLIP): captions, and
 # the mean of LLaVA-1.5's mix
 STAGES = {"pretrain": (32, 24, 1.14), "finetune_lora": (200, 100, 1.09)}
 COUNTED = "vicuna-7b"  # by shapes, wherever this runs
 
 
 def measure_beside_clip(bench: Bench, shared: SharedModel, name: str) -> dict[str, Any]:
-    """Seconds of a step with and without experts, in turn: one model with either tower."""
+    """Time a step with and without experts, in turn."""
     text, supervised, _ = STAGES[name]
     stage = bench.preset.stage(name)
     size = bench.args.batch or stage.arguments.get("per_device_train_batch_size", 8)
@@ -55,7 +55,7 @@ def measure_beside_clip(bench: Bench, shared: SharedModel, name: str) -> dict[st
 
 
 def clip_alone(bench: Bench, tower: ToveVisionModel) -> ToveVisionModel:
-    """The tower of the same preset without experts, around the same CLIP.
+    """Build the preset's tower without experts, around the same CLIP.
 
     One whose experts are detached would still train its gate, so that parameters stay in step on all ranks.
     """
@@ -66,7 +66,7 @@ def clip_alone(bench: Bench, tower: ToveVisionModel) -> ToveVisionModel:
 
 
 def flops_beside_clip(name: str) -> dict[str, float]:
-    """Operations of a step with experts, over those without, at the size of :data:`COUNTED`; on the meta device."""
+    """Count a step's operations with experts over those without."""
     text, supervised, _ = STAGES[name]
     preset = load_preset(COUNTED)
     hub, clip = (step_flops_on_meta(p, name, text, supervised) for p in (preset, without_experts(preset)))
@@ -74,7 +74,7 @@ def flops_beside_clip(name: str) -> dict[str, float]:
 
 
 def clip_targets(bench: Bench, found: dict[str, Any], lost: dict[str, str]) -> list[dict[str, Any]]:
-    """List the targets: times only at true size on a GPU, FLOPs anywhere."""
+    """List the targets: times at true size, FLOPs anywhere."""
     rows = []
     for name, row in found.items():
         goal, time, flops = STAGES[name][2], row["time"], row["flops"]
@@ -96,7 +96,7 @@ def flops_part(name: str) -> str:
 
 
 def render_clip(preset: str, found: dict[str, Any]) -> str:
-    """The section of the page."""
+    """Write the page's section."""
     rows = []
     for name, row in found.items():
         time, flops = row["time"], row["flops"]

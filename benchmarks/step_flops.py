@@ -1,4 +1,4 @@
-"""Needed FLOPs of a training step: of records of any length, counted from a few; and of presets too large to be run.
+"""Needed FLOPs of a training step, also for models too large.
 
 The convention is that of train_step.py.
 """
@@ -24,7 +24,7 @@ SHORT, LONG, FEW, MANY = 32, 96, 8, 24  # tokens of text, and supervised ones, o
 
 @dataclass(frozen=True)
 class RecordFlops:
-    """FLOPs of a record: a fixed part, and parts by its length, its square and its supervision."""
+    """A record's FLOPs: fixed, by length, by square, and by supervision."""
 
     fixed: float
     linear: float
@@ -36,7 +36,7 @@ class RecordFlops:
 
 
 def record_flops(step: TrainingStep) -> dict[bool, RecordFlops]:
-    """FLOPs of records with one picture (True) and without (False); checkpointing has to be off.
+    """Count FLOPs of records with one image (True) and without.
 
     A layer's products grow with the length, attention with its square and the head with the supervised positions; so
     four counts determine all lengths. Text without an image needs no gradient below its lowest trained weights.
@@ -69,7 +69,7 @@ def _count(step: TrainingStep, text: int, supervised: int, with_picture: bool) -
 
 
 def _parabola(x: list[int], y: list[float]) -> tuple[float, float, float]:
-    """``a, b, c`` of the ``a x^2 + b x + c`` through three points."""
+    """Return ``a, b, c`` of the parabola through three points."""
     first, second = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
     a = (second - first) / (x[2] - x[0])
     b = first - a * (x[0] + x[1])
@@ -84,9 +84,9 @@ def without_experts(preset: Preset) -> Preset:
 
 
 def step_flops_on_meta(preset: Preset, stage_name: str, text_tokens: int, supervised: int) -> float:
-    """Count the FLOPs of a step on a record with an image, from shapes; only the small fusion runs.
+    """Count a step's FLOPs on a record with an image, from shapes.
 
-    Of the language model one and two layers are counted; all further ones are as the second.
+    Only the small fusion runs. The language model is counted with one and with two layers; further ones are alike.
     """
     stage = preset.stage(stage_name)
     encoders = 1e9 * sum(_encoder_gflops(preset.name)[name] for name in ["CLIP", *_experts(preset)])
@@ -118,7 +118,7 @@ def _fusion_flops(config: Any) -> int:
 
 
 def _language_flops(preset: Preset, stage: StagePreset, text: int, supervised: int, layers: int) -> int:
-    """Forward and backward of projector, language model and head."""
+    """Count forward and backward of projector, language model and head."""
     model = build_on_meta(preset, layers=layers).train()
     trainable = freeze(model, stage)
     model.to("meta")

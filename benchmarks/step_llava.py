@@ -1,4 +1,4 @@
-"""The step of haotian-liu/LLaVA's own model code, in a process of its own (original_step.py), beside ours.
+"""The step of LLaVA's own model code, in a separate process (original_step.py).
 
 ``LLAVA_SRC`` names its folder, ``LLAVA_PYTHON`` the interpreter of an environment that it can be imported in (default:
 this one). Its model is LLaVA's: plain CLIP, no experts, and so has less to compute than ours.
@@ -26,7 +26,7 @@ CLIP = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size",
     "hidden_act", "projection_dim",
 )  # fmt: skip
-Rows = list[tuple[int, int, bool]]  # of a micro-batch: tokens of text, supervised ones, whether there is a picture
+Rows = list[tuple[int, int, bool]]  # of a micro-batch: tokens of text, supervised ones, with an image or not
 
 
 def is_there() -> bool:
@@ -34,7 +34,7 @@ def is_there() -> bool:
 
 
 class LlavaStep:
-    """LLaVA's model in its process; calling it takes a step on every micro-batch.
+    """LLaVA's model in its process; a call steps on every micro-batch.
 
     Raises:
         ConfigError: the preset's language model is not of LLaMA's kind, or the process ended.
@@ -63,7 +63,7 @@ class LlavaStep:
         self.made, self.close = json.loads(self._child.made), self._child.close
 
     def measure(self, repeats: int, over: Any = lambda: False) -> tuple[Samples, int | None]:
-        """Seconds of each repeat after one untimed, and the most memory that a repeat took on a GPU."""
+        """Return each repeat's seconds, and the GPU's peak memory."""
         samples, peak = Samples(), self._ask("once")["peak_bytes"]
         for repeat in range(repeats):
             if repeat and over():

@@ -1,4 +1,4 @@
-"""A training step on records like LLaVA-1.5's: this project's fast path against the original recipe's settings.
+"""A training step on records like LLaVA-1.5's, against the original recipe.
 
 Both train the same model, with the same optimiser, on the same micro-batches, in turn (step_paths.py).
 
@@ -51,7 +51,7 @@ LORA_BATCH, QLORA_BATCH = 16, 4
 QLORA_GIB = 5.0  # for the layers' activations, of 20 GB (docs/reference/memory.md)
 OURS, ORIGINAL = "ours", "original"
 TITLES = {OURS: "ours", ORIGINAL: "the original recipe, restated"}
-LORA_MEMORY, QLORA_MEMORY = "memory of LoRA", "memory of QLoRA"  # parts, beside the mix itself
+LORA_MEMORY, QLORA_MEMORY = "memory of LoRA", "memory of QLoRA"  # parts, besides the mix itself
 MIX, LLAVA = "the mix", "LLaVA's own step"
 
 
@@ -71,7 +71,7 @@ class MicroBatch:
 
 
 def micro_batches(bench: Bench, model: ToveLlavaForConditionalGeneration, size: int, count: int) -> list[MicroBatch]:
-    """``count`` micro-batches of ``size`` records, each of another part of the epoch."""
+    """Make ``count`` micro-batches of ``size`` records from different parts of the epoch."""
     with _mix(bench, model, size * DEVICES * (count + 2)) as records:
         order = list(LengthGroupedSampler(records.modality_lengths, size, DEVICES, seed=bench.args.seed))
         starts = range(0, count * size * DEVICES, size * DEVICES)
@@ -79,14 +79,14 @@ def micro_batches(bench: Bench, model: ToveLlavaForConditionalGeneration, size: 
 
 
 def longest_batch(bench: Bench, model: ToveLlavaForConditionalGeneration, size: int, longest: int) -> MicroBatch:
-    """The most that a micro-batch can take: all records of full length, and all their text supervised."""
+    """Make the largest micro-batch: full-length records, all text supervised."""
     record = Length(words=longest, tokens=longest, supervised=longest, picture=True)
     records = _drawn(model, [record] * size, longest)
     return _micro_batch(bench, model, [records[i] for i in range(size)])
 
 
 def check_mix(bench: Bench) -> None:
-    """Raises ConfigError for flags that cannot be followed, before anything is built."""
+    """Raise ConfigError for impossible flags, before anything is built."""
     for flag in ("mix_batches", "mix_repeats"):
         if getattr(bench.args, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(bench.args, flag)}")
@@ -97,7 +97,7 @@ def check_mix(bench: Bench) -> None:
 
 @contextmanager
 def _mix(bench: Bench, model: ToveLlavaForConditionalGeneration, count: int) -> Iterator[Any]:
-    """``count`` records, as the training data set gives them."""
+    """Return ``count`` records, as the training data set gives them."""
     stage, vision, seed = bench.preset.stage(STAGE), model.config.vision_config, bench.args.seed
     if bench.args.tokenizer is None:
         yield _drawn(model, read_lengths().draw(count, seed), stage.model_max_length)
@@ -133,7 +133,7 @@ def _micro_batch(bench: Bench, model: ToveLlavaForConditionalGeneration, example
 
 
 def _fold(example: Any, model: ToveLlavaForConditionalGeneration) -> Any:
-    """Ids brought into the model's vocabulary: what they are changes nothing but the loss."""
+    """Bring ids into the model's vocabulary; only the loss changes."""
     for key, special in (("input_ids", IMAGE_TOKEN_INDEX), ("labels", IGNORE_INDEX)):
         ids = example[key]
         example[key] = torch.where(ids == special, ids, ids % _words(model))
@@ -148,7 +148,7 @@ def _to(batch: dict[str, Any], bench: Bench) -> dict[str, Any]:
 
 
 class Contenders:
-    """Two ways to take a step on the same model; :meth:`prepare` sets the model to one of them."""
+    """Two ways to step the same model; :meth:`prepare` chooses one."""
 
     def __init__(self, bench: Bench, step: TrainingStep, batches: list[MicroBatch], stage: str = STAGE) -> None:
         self.bench, self.step, self.batches = bench, step, batches
@@ -156,7 +156,7 @@ class Contenders:
         self._stack, self._now = ExitStack(), ""
 
     def prepare(self, name: str) -> None:
-        """Before the clock starts."""
+        """Set the model to a contender before the clock starts."""
         if name == self._now:
             return
         self.close()
@@ -164,12 +164,12 @@ class Contenders:
         self._now = name
 
     def close(self) -> None:
-        """The model as it was."""
+        """Restore the model."""
         self._stack.close()
         self._now = ""
 
     def run(self, name: str, batches: list[MicroBatch] | None = None) -> None:
-        """One optimiser step on each micro-batch."""
+        """Take one optimiser step on each micro-batch."""
         for batch in self.batches if batches is None else batches:
             self.step(batch.packed if name == OURS else batch.padded)
 
@@ -185,7 +185,7 @@ class Contenders:
 
 
 def measure_mix(bench: Bench, shared: SharedModel, record: dict[str, Any]) -> dict[str, Any]:
-    """Samples per second, memory and utilisation of both, so far as they run here."""
+    """Measure samples per second, memory and utilisation of both."""
     args, stage = bench.args, bench.preset.stage(STAGE)
     size = args.batch or stage.arguments.get("per_device_train_batch_size", 8)
     with shared.step(stage) as step:
@@ -238,7 +238,7 @@ def measure_mix(bench: Bench, shared: SharedModel, record: dict[str, Any]) -> di
 def _llava(
     bench: Bench, model: ToveLlavaForConditionalGeneration, batches: list[MicroBatch], ours: Samples | None
 ) -> dict[str, Any]:
-    """LLaVA's own code on the same micro-batches."""
+    """Measure LLaVA's own code on the same micro-batches."""
     pictured = model.config.vision_config.num_image_tokens
     rows = []
     for batch in batches:
@@ -259,7 +259,7 @@ def _llava(
 
 
 def _full_length(bench: Bench, both: Contenders, size: int, longest: int) -> dict[str, Any]:
-    """Peak memory of ours on a micro-batch in which every record has the full length."""
+    """Measure our peak memory on a micro-batch of full-length records."""
     batch = longest_batch(bench, both.step.model, size, longest)
     both.prepare(OURS)
     both.run(OURS, [batch])  # what grows once has grown
@@ -296,7 +296,7 @@ def _resident(bench: Bench, step: TrainingStep) -> int:
 
 
 def measure_qlora(bench: Bench, shared: SharedModel) -> dict[str, Any]:
-    """Peak memory of a QLoRA step with :data:`QLORA_BATCH` records of full length. Takes the model for itself."""
+    """Measure a QLoRA step's peak memory; the model is consumed."""
     stage = bench.preset.stage(QUANTISED)
     model = shared.take()
     quantize(model, stage.quantization, compute_dtype=bench.dtype, device=bench.device)
@@ -315,7 +315,7 @@ def measure_qlora(bench: Bench, shared: SharedModel) -> dict[str, Any]:
 def mix_targets(
     bench: Bench, mix: dict[str, Any] | None, qlora: dict[str, Any] | None, lost: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """Each with its value; or with None, and the reason where this run tried."""
+    """List targets with values, or None and this run's reason."""
     on_gpu, name, found = bench.device.type == "cuda", bench.preset.name, mix or {"contenders": {}}
     ours, full, compared = found["contenders"].get(OURS), found.get("full_length"), found.get("ratio")
     lora = full["peak_bytes"] / GB if on_gpu and full and full["batch"] == LORA_BATCH else None
@@ -341,7 +341,7 @@ def mix_targets(
 
 
 def render_mix(mix: dict[str, Any], qlora: dict[str, Any] | None) -> str:
-    """The section of the page."""
+    """Write the page's section."""
     rows = [
         [
             TITLES[name],

@@ -1,4 +1,4 @@
-"""Shared parts of a training step's benchmarks: the step, synthetic batches, needed FLOPs and utilisation."""
+"""Shared parts of the step's benchmarks: step, batches, FLOPs and utilisation."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,7 +26,7 @@ LEARNING_RATE = 1e-5  # the time does not depend on it
 
 
 class TrainingStep:
-    """One optimiser step of a stage on one batch; calling it takes the step and returns the loss.
+    """One optimiser step of a stage on one batch; calls return losses.
 
     Args:
         model: on its device, with backbones. The stage's freezing policy is applied to it.
@@ -70,7 +70,7 @@ class TrainingStep:
             return self.model.tower.encode(pixel_values)
 
     def needed_flops(self, batch: dict[str, Any]) -> dict[str, int]:
-        """FLOPs of one step on the batch, by the convention above; checkpointing has to be off."""
+        """Count the FLOPs of a step; checkpointing has to be off."""
         rest, encoders = batch, 0
         if "pixel_values" in batch:
             rest = with_features(batch, self.encode(batch["pixel_values"]))
@@ -81,14 +81,14 @@ class TrainingStep:
         return {"frozen_encoders": encoders, "forward": forward, "backward": trained - forward}
 
     def resident_bytes(self) -> int:
-        """Weights, backbones and optimiser state between two steps."""
+        """Return the bytes of weights, backbones and optimiser state."""
         frozen = self.model.tower.frozen
         state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
         return weight_bytes(self.model, frozen.clip, frozen.hub) + sum(t.numel() * t.element_size() for t in state)
 
 
 class SharedModel:
-    """The preset's model, built when it is first needed, and once for all parts of a run: a large one takes a while."""
+    """The preset's model, built once, when it is first needed."""
 
     def __init__(self, bench: Bench, weights: str) -> None:
         self.bench, self.weights = bench, weights
@@ -102,7 +102,7 @@ class SharedModel:
 
     @contextmanager
     def step(self, stage: StagePreset) -> Iterator[TrainingStep]:
-        """A stage's step. Afterwards the model is what it was, but for the values of what trained."""
+        """Make a stage's step; afterwards only trained values differ."""
         model = self.model
         children = {module: dict(module._modules) for module in model.modules()}
         attributes, dtypes = set(vars(model)), {p: p.dtype for p in model.parameters()}
@@ -118,7 +118,7 @@ class SharedModel:
                 parameter.data, parameter.grad = parameter.data.to(dtype), None
 
     def take(self) -> ToveLlavaForConditionalGeneration:
-        """The model itself, to be changed for good; a later part builds a new one."""
+        """Hand over the model; a later part builds a new one."""
         model, self._model = self.model, None
         return model
 
@@ -132,10 +132,10 @@ def make_batch(
     *,
     supervised: int | None = None,
 ) -> dict[str, Any]:
-    """``size`` samples of one image and ``text_tokens`` tokens of text, of which the last ones are supervised.
+    """Make ``size`` samples of an image and ``text_tokens`` tokens each.
 
     Args:
-        supervised: how many; half of them where none is given, and then with all logits.
+        supervised: the number of last tokens that are; by default half of them, and then with all logits.
     """
     device, vision = next(model.parameters()).device, model.config.vision_config
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,7 @@ def make_batch(
 
 
 def packed(batch: dict[str, Any]) -> dict[str, Any]:
-    """The same samples one behind the other in one row, as the collator makes it."""
+    """Put the samples into one row, as the collator does."""
     rows, length = batch["input_ids"].shape
     device = batch["input_ids"].device
     bounds = torch.arange(rows + 1, device=device, dtype=torch.int32) * length
@@ -176,14 +176,14 @@ def packed(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_features(batch: dict[str, Any], features: TowerFeatures) -> dict[str, Any]:
-    """The batch with the frozen encoders' output in place of its images."""
+    """Return the batch with encoders' output instead of images."""
     return {**{k: v for k, v in batch.items() if k != "pixel_values"}, "vision": VisionInputs(features)}
 
 
 def utilisation(
     bench: Bench, samples: dict[str, Samples], flops: dict[str, int], product_flops: float
 ) -> dict[str, Any]:
-    """Needed FLOPs per step and what share of the device's peak and of the measured ceiling they are."""
+    """Return needed FLOPs per step, and their share of both peaks."""
     found = utilisation_of(bench, sum(flops.values()) / samples["step"].median)
     ceiling = product_flops / samples["matrix_product"].median / 1e12
     return {

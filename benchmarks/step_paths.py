@@ -1,4 +1,4 @@
-"""Set a model before its step is timed: as this project trains fastest, or as the original recipe."""
+"""Set a model before its step is timed: fast, or original."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,8 +22,7 @@ EAGER = "eager"
 
 
 class FastPath:
-    """Rows without padding, logits at supervised positions, and on a GPU selective checkpointing, fused kernels where
-    they can run, and the encoders side by side.
+    """The fastest settings: unpadded rows, supervised logits, checkpointing, fused kernels, concurrent encoders.
 
     Attributes:
         kind, budget: of checkpointing; the budget in GiB.
@@ -44,7 +43,7 @@ class FastPath:
 
     @contextmanager
     def on(self, pictures: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Within it the model is set so.
+        """Apply the settings in a ``with`` block.
 
         Args:
             pictures: of the batches to come. The tower is compiled and recorded for their sizes here.
@@ -63,7 +62,7 @@ class FastPath:
             model.tower.set_execution(EAGER)
 
     def _set_tower(self, pictures: Sequence[torch.Tensor]) -> None:
-        """Eager where the tower cannot be run so and nobody asked for it."""
+        """Set the tower; a default that cannot run becomes ``eager``."""
         tower = self.step.model.tower
         try:
             tower.set_execution(self.execution)
@@ -76,7 +75,7 @@ class FastPath:
             tower.set_execution(EAGER)
 
     def fit_budget(self, padded: dict, pictures: Sequence[torch.Tensor]) -> None:
-        """On a GPU without --checkpointing-gib: what is free between two steps, when the optimiser has its state."""
+        """Fit the budget on a GPU to what two steps leave free."""
         if self.kind != SELECTIVE or self.budget is not None:
             return
         with original_recipe(self.step):
@@ -90,7 +89,7 @@ class FastPath:
 
 @contextmanager
 def original_recipe(step: TrainingStep) -> Iterator[None]:
-    """Within it every layer is computed twice, and the tower runs one encoder after another."""
+    """Compute layers twice and encoders in turn, in a ``with`` block."""
     set_checkpointing(step.model, FULL)
     step.model.tower.set_execution(EAGER)
     try:

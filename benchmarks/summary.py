@@ -1,10 +1,10 @@
-"""All targets of the benchmarks in one table: wanted, measured, met or not, on what, and by which command.
+"""Collect all targets of the benchmarks in one table.
 
 The targets are those of targets.yaml. Values are those of ``record["targets"]`` in every JSON file of a folder of
 results; ``SUMMARY.md`` and ``summary.json`` are written into it. A target counts as measured on the kind of device and
 at the size that it is meant for; what was found elsewhere (a ratio of the ``tiny`` preset on a CPU, where the target is
-one of a GPU) stands in a table of its own. A target that no result measures is a row too, with its command. What a
-benchmark tried and could not measure stands below with its reason.
+one of a GPU) has a table of its own. A target that no result measures is a row too, with its command. What a benchmark
+tried and could not measure is listed below with its reason.
 
     python benchmarks/summary.py [--output benchmarks/results]
 
@@ -69,7 +69,7 @@ class Target:
         return record["benchmark"] == self.benchmark and re.fullmatch(self.named, entry["name"]) is not None
 
     def is_for(self, record: dict[str, Any]) -> bool:
-        """True where the record is of the target's device and preset."""
+        """Tell if the record is of the target's device and preset."""
         return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
 
     def state(self, value: float) -> str:
@@ -81,10 +81,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Row:
-    """A target with what one result says of it; without a file, nothing was measured."""
+    """A target with one result's value; without a file, not measured."""
 
     target: Target
-    state: str  # "met", "missed", "reported", "unmeasured", or "elsewhere": measured on what the target is not for
+    state: str  # "met", "missed", "reported", "unmeasured", or "elsewhere" (not on the target's device or size)
     name: str | None = None
     value: float | None = None
     file: str | None = None
@@ -96,7 +96,7 @@ class Row:
 
 
 def load_targets(file: Path = TARGETS) -> list[Target]:
-    """Raises ConfigError where an entry lacks a key or has an unknown one."""
+    """Load targets; a missing or unknown key raises ConfigError."""
     try:
         return [Target(key=key, **entry) for key, entry in yaml.safe_load(file.read_text()).items()]
     except TypeError as error:
@@ -104,7 +104,7 @@ def load_targets(file: Path = TARGETS) -> list[Target]:
 
 
 def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
-    """The rows of every target, in the order of ``targets``.
+    """Collect the rows of every target, in the order of ``targets``.
 
     Raises:
         ConfigError: a file that is not a benchmark's result, a target in it that ``targets`` does not list or that is
@@ -132,7 +132,7 @@ def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A result, which has what is read of it here."""
+    """Read a result, and check what is read of it here."""
     try:
         record = json.loads(file.read_text())
         record["benchmark"], record["preset"], record["device"]["type"], record["device"]["description"]
@@ -149,7 +149,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _listed(file: Path, record: dict[str, Any], entry: dict[str, Any], targets: Sequence[Target]) -> list[Target]:
-    """The targets of that name: those for this device and size, else those that are for others."""
+    """Return the named targets for this device and size, else others."""
     named = [target for target in targets if target.is_named(record, entry)]
     if not named:
         raise ConfigError(f"{file}: {TARGETS.name} lists no target of {record['benchmark']} named {entry['name']!r}")
@@ -195,7 +195,7 @@ def taken_by(folder: Path) -> list[Taken]:
 
 
 def markdown(rows: Sequence[Row], taken: Sequence[Taken] = ()) -> str:
-    """The rows as a page."""
+    """Format the rows as a page."""
     count = {state: sum(row.state == state for row in rows) for state in ("met", "missed", "unmeasured")}
     elsewhere = [row for row in rows if row.state == "elsewhere"]
     header = ["target", "compared with", "wanted", "measured", "", "on", "command"]
@@ -256,7 +256,7 @@ def _versions(row: Row) -> list[str]:
 
 
 def write_run(output: Path, kind: str, seconds: float, codes: Sequence[str]) -> None:
-    """The result of a whole run: how long it took, and which benchmarks failed.
+    """Write the result of a whole run: its duration and failures.
 
     Args:
         kind: ``cpu`` or ``gpu``.

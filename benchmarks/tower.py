@@ -1,4 +1,4 @@
-"""Measure the tower: images/s, memory, and the share of the time that each expert takes.
+"""Measure the tower: images/s, memory, and each expert's share of the time.
 
 Contenders, timed in turn within one run:
 
@@ -7,10 +7,10 @@ Contenders, timed in turn within one run:
 - loop: the same encoders as public multi-encoder codebases run them, one whole network after another, eagerly: CLIP to
   its last layer with every hidden state kept, transformers through their last block, dense predictors with their
   decoder; then the same fusion. Attention kernels, dtype and device are the same.
-- CLIP: CLIP alone, up to the layer whose tokens are used.
+- CLIP: only CLIP, up to the layer whose tokens are used.
 
-Nothing is faster by being different: each execution's features are compared with the plain tower's, and one that
-differs by more than rounding does not count. A contender that fails is told with its reason; the others are measured.
+Each execution's features are compared with the plain tower's; one that differs by more than rounding does not count.
+A contender that fails is listed with its reason; the others are measured.
 
     python benchmarks/tower.py                                       # bundled weights
     python benchmarks/tower.py --preset vicuna-7b --device cuda      # true size, random weights
@@ -82,7 +82,7 @@ class WholeEncoders:
         return whole.to(device=self.tower.device, dtype=self.tower.dtype)
 
     def base(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """CLIP's tokens ``[B,N,d]``, as LLaVA takes them."""
+        """Return CLIP's tokens ``[B,N,d]``, as LLaVA takes them."""
         config = self.tower.config
         size = config.clip_config.image_size
         if config.image_size != size:
@@ -103,14 +103,14 @@ class WholeEncoders:
 
 
 def to_unit_range(tower: ToveVisionModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """CLIP-normalised pixels -> 0..1, what experts take."""
+    """Convert CLIP-normalised pixels to 0..1, which experts take."""
     mean = torch.tensor(tower.config.image_mean, device=pixel_values.device).view(1, 3, 1, 1)
     std = torch.tensor(tower.config.image_std, device=pixel_values.device).view(1, 3, 1, 1)
     return (pixel_values.float() * std + mean).clamp(0, 1)
 
 
 def counted_tflop(preset: str) -> float:
-    """Count the TFLOP per image of a preset's tower on the meta device."""
+    """Count the TFLOP per image of a tower from shapes."""
     config = vision_config(load_preset(preset).vision, offline=True)
     tower = ToveVisionModel(config).eval()
     features = tower.blank_inputs(tower.device, tower.dtype)["vision_features"]
@@ -126,7 +126,7 @@ Encoded = dict[str, torch.Tensor]
 
 
 def optimised(tower: ToveVisionModel, pixel_values: torch.Tensor, name: str) -> ToveVisionModel:
-    """A copy of the tower under another execution, which has compiled and recorded what it needs."""
+    """Copy the tower under another execution, compiled and recorded."""
     other = copy.deepcopy(tower).set_execution(name)
     other.encode(pixel_values)
     return other
@@ -138,17 +138,17 @@ def encoded(features: TowerFeatures) -> Encoded:
 
 
 def exact_features(tower: ToveVisionModel, pixel_values: torch.Tensor) -> Encoded | None:
-    """Return the plain tower's output in float32; None where it computes in float32 itself."""
+    """Return the plain tower's float32 output; None if it has that."""
     if tower.dtype == torch.float32:
         return None
     return encoded(copy.deepcopy(tower).float().encode(pixel_values.float()))
 
 
 def compare(actual: TowerFeatures, plain: TowerFeatures, exact: Encoded | None) -> dict[str, Any]:
-    """Compare an execution's features with the exact ones, by encoder, relative to their size.
+    """Compare an execution's features with the exact ones, by encoder.
 
-    In float32 that is the plain tower's features, equal but for :data:`EXACT`. In 16 bits two ways to round one deep
-    network differ from each other more than either from the truth, and so both are compared with float32.
+    Errors are relative to the features' size. In float32 the plain tower's features count as exact (see :data:`EXACT`).
+    In 16 bits two ways of rounding differ more from each other than from the truth, so both are compared with float32.
     """
     got, own = encoded(actual), encoded(plain)
     distance = {name: _distance(got[name], (exact or own)[name]) for name in own}
@@ -219,7 +219,7 @@ class Towers:
         self.copies = [name for name in self.copies if name in samples and f"fusion/{name}" in samples]
 
     def weights(self) -> dict[str, int]:
-        """Bytes by contender."""
+        """Return the bytes of each contender."""
         tower, loop = self.tower, self.loop
         whole = weight_bytes(tower.frozen.clip, tower.frozen.hub, tower.fusion)
         return {
@@ -266,7 +266,7 @@ def benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def _fill(record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[str, Samples]) -> None:
-    """Add the contenders, the parts, their ratios and the figures to a record."""
+    """Add contenders, parts, ratios and figures to a record."""
     tower, batch, copies = towers.tower, bench.args.batch, towers.copies
     memory = {name: peak_memory(run, bench.device) for name, run in towers.contenders.items()}
     counted = {name: run for name, run in (towers.contenders | towers.parts).items() if name not in copies}
@@ -310,14 +310,14 @@ def _fill(record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[st
 
 
 def whole_loop(tower: ToveVisionModel, features: TowerFeatures, pixel_values: torch.Tensor) -> WholeEncoders:
-    """The loop, with the same CLIP."""
+    """Build the loop, with the same CLIP."""
     loop = WholeEncoders(tower, features)
     torch.testing.assert_close(loop.base(pixel_values), features.base, rtol=2e-2, atol=2e-2)
     return loop
 
 
 def figures(samples: dict[str, Samples], towers: list[str], flops: float, product_flops: float) -> dict[str, Any]:
-    """Compute the fastest execution's name, its speed over the loop's, and its use of the device.
+    """Name the fastest execution; compute its gain and utilisation.
 
     Args:
         towers: executions whose features are equal to the plain tower's.
@@ -340,7 +340,7 @@ def figures(samples: dict[str, Samples], towers: list[str], flops: float, produc
 
 
 def targets(record: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    """List the targets; the value is None where only a GPU can measure it."""
+    """List the targets, None where only a GPU can measure one."""
     found, lost = record["figures"], record["not_measured"]
 
     def on_gpu(key: str) -> float | None:
@@ -371,7 +371,7 @@ KINDS = {
 
 
 def kind_of(operator: str) -> str:
-    """The kind of an operator, by its name in a profile, such as ``aten::addmm``."""
+    """Return an operator's kind by its profile name (``aten::addmm``)."""
     name = operator.rpartition("::")[2].lstrip("_")
     for kind, names in KINDS.items():
         if any(name == known or (len(known) > 8 and known in name) for known in names):
@@ -380,7 +380,7 @@ def kind_of(operator: str) -> str:
 
 
 def profile_kinds(run: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Shares of the time that operators take themselves, by kind, on the device that computes."""
+    """Measure each kind of operator's own share of the time."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as recorder:
         for _ in range(PROFILED):

@@ -1,4 +1,4 @@
-"""Measure a training step: samples/s, tokens/s, memory, and its use of the device's arithmetic.
+"""Measure a training step: samples/s, tokens/s, memory, and FLOP utilisation.
 
 One process, without DeepSpeed: forward, backward, gradient clipping and AdamW, with a stage's freezing policy,
 objective, parameter groups and precision (float32 for what trains, autocast for the rest). Three tables: each stage on
@@ -13,8 +13,8 @@ the optimiser. Attention is counted whole, without a discount for the causal mas
 device's published dense peak where this file knows it (or --peak-tflops gives it), and always also a large matrix
 product measured beside it.
 
-The model is built once for all parts. A part that fails is told with its reason, and the others are measured; what
-there is so far is on disk after each.
+The model is built once for all parts. A part that fails is listed with its reason, and the others are measured;
+results are saved after each part.
 
     python benchmarks/train_step.py                                       # bundled weights
     python benchmarks/train_step.py --preset vicuna-7b --device cuda      # true size, random weights
@@ -57,7 +57,7 @@ from tove_llava.train.recomputation import KINDS, NONE, set_checkpointing
 
 
 def measure_stage(bench: Bench, shared: SharedModel, name: str) -> dict[str, Any]:
-    """Applies the stage to the model and measures it, as the preset runs it."""
+    """Apply the stage to the model and measure it."""
     stage = bench.preset.stage(name)
     with shared.step(stage) as step:
         try:
@@ -138,10 +138,10 @@ def benchmark(bench: Bench) -> dict[str, Any]:
 
 
 def _check(bench: Bench) -> list[str]:
-    """The stages to measure.
+    """List the stages to measure.
 
     Raises:
-        ConfigError: a flag cannot be followed; this is told before anything is built.
+        ConfigError: a flag cannot be followed; nothing is built yet.
     """
     args = bench.args
     if args.text_tokens < 2:

@@ -1,4 +1,4 @@
-"""Operations that a training stage needs for one record, counted on architectures: nothing is loaded or trained.
+"""A training stage's operations per record, counted without loading anything.
 
 The convention is that of ``train_step.py``: two operations per multiply-add, no recomputation, no gradients of frozen
 weights.
@@ -19,12 +19,12 @@ from tove_llava.train.stages import freeze
 
 
 class Work:
-    """Counts for the stages of a preset that train fusion and projector, and perhaps the language model.
+    """Counts of a preset's stages that train at least fusion and projector.
 
     Attributes:
-        image_tokens: positions of a picture in the language model.
-        encoders: operations of CLIP and the experts for a picture.
-        transfer: operations of fusion and projector for a picture, gradients included.
+        image_tokens: tokens of an image in the language model.
+        encoders: operations of CLIP and the experts for an image.
+        transfer: operations of fusion and projector for an image, gradients included.
     """
 
     def __init__(self, preset: Preset) -> None:
@@ -37,10 +37,10 @@ class Work:
         self.transfer = self._transfer()
 
     def record(self, stage: str, *, positions: int, scored: int, pictures: float = 1.0) -> float:
-        """Operations of one record.
+        """Count the operations of one record.
 
         Args:
-            positions: of the language model, the pictures' included.
+            positions: of the language model, the images' included.
             scored: positions whose logits are needed.
             pictures: of the record; of a mean record, a fraction.
         """
@@ -49,7 +49,7 @@ class Work:
         return language + pictures * (self.encoders + self.transfer)
 
     def _transfer(self) -> int:
-        """Run on the CPU: both are small, and the gate's autocast does not know the meta device."""
+        """Count on the CPU: autocast does not know the meta device."""
         vision = self._vision
         features = TowerFeatures(
             base=torch.zeros(1, vision.num_patches, vision.clip_width),
@@ -60,7 +60,7 @@ class Work:
         return count_flops(lambda: projector(tower.fuse(features).last_hidden_state).sum().backward())
 
     def _language(self, stage: str, layers: int, positions: int, scored: int) -> int:
-        """A language model of fewer layers, forward and backward, behind a projector that trains."""
+        """Count a shorter language model, forward and backward, below a projector."""
         model = self._model(layers)
         freeze(model, self.preset.stage(stage))
         model.to("meta").train()  # adapters too
