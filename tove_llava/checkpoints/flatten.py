@@ -83,7 +83,8 @@ def _rewrite(module: str, package: str) -> tuple[str, list[str]]:
             for alias in node.names:
                 home, name = _home(node.module, alias.name, package)
                 reached.append(home)
-                renamed = f" as {alias.asname}" if alias.asname else f" as {alias.name}" if name != alias.name else ""
+                local = alias.asname or alias.name
+                renamed = f" as {local}" if alias.asname or local != name else ""
                 statements.append(f"from .{flat_name(home)} import {name}{renamed}")
             indent = " " * node.col_offset
             edits.append((node, f"\n{indent}".join(_joined(statements))))

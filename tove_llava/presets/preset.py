@@ -156,7 +156,8 @@ class StagePreset:
         if self.checkpointing is not None:
             return self.checkpointing
         old, new = (self.arguments.get(f"{word}_checkpointing") for word in ("gradient", "activation"))
-        return "full" if (old if new is None else new) else "none"
+        kept = old if new is None else new
+        return "full" if kept else "none"
 
 
 @dataclass
