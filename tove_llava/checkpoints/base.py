@@ -124,7 +124,7 @@ def read_parts(folder: Path, request: Request) -> LlavaParts:
 
 
 def foreign_format(folder: Path) -> str | None:
-    """Return the name of a foreign format, or None.
+    """Return the name of a folder's foreign format, or None.
 
     Raises:
         CheckpointError: its config.json is damaged.

@@ -51,7 +51,7 @@ def upload(
     commit_message: str | None = None,
     commit_description: str | None = None,
 ) -> Any:
-    """Upload a folder to a repository; a card by people there stays.
+    """Upload a folder; keep a card that people wrote in the repository.
 
     Returns:
         huggingface_hub's ``CommitInfo``.

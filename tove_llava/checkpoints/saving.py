@@ -140,7 +140,7 @@ def save_whole(
 def save_adapted(
     model: ToveLlavaForConditionalGeneration, folder: Path, self_contained: bool, tags: Iterable[str]
 ) -> None:
-    """Write adapters, projector and tower, over the language model's source."""
+    """Write adapters, projector and tower; name the language model by source."""
     _refuse_remains(folder, folder.glob("model*.safetensors"))
     origin = _origin_of_adapted(model)
     bias = model.peft_config["default"].bias
@@ -161,7 +161,6 @@ def save_adapted(
 
 
 def _origin_of_adapted(model: ToveLlavaForConditionalGeneration) -> Origin:
-    """Return the origin of the language model under the adapters."""
     fold = "Fold them into it (tove_llava.llava.adapters.fold_adapters(model)) and save the whole model"
     origin = model.origin
     if not isinstance(model.tower, ToveVisionModel):

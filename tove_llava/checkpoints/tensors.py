@@ -123,7 +123,6 @@ def write_json(file: Path, data: dict[str, Any]) -> None:
 
 
 def _shards(index: Path) -> Tensors:
-    """Map the tensors that an index lists."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")

@@ -34,7 +34,6 @@ class Record:
 
     @property
     def where(self) -> str:
-        """Name this record for a message."""
         return record_name(self.file, self.index, self.id)
 
     @property

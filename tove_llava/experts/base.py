@@ -310,7 +310,7 @@ def _summary(error: BaseException) -> str:
 
 
 def choose(index: Any, count: int, option: str) -> int:
-    """Return ``index`` into ``count`` items, as lists count; ConfigError outside."""
+    """Turn a list index, maybe negative, into 0..count-1; ConfigError outside."""
     if not isinstance(index, int) or not -count <= index < count:
         raise ConfigError(f"{option}={index!r} must be from {-count} to {count - 1}")
     return index % count

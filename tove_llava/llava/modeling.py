@@ -74,7 +74,6 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     @property
     def tower(self) -> ToveVisionModel:
-        """The vision tower."""
         return self.model.vision_tower
 
     def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:

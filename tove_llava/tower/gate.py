@@ -99,7 +99,8 @@ class TokenGate(nn.Module):
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 
     def forward(self, tokens: Tensor, allowed: Tensor, eps: Tensor | None = None) -> GateOutput:
-        """
+        """Compute each token's weights.
+
         Args:
             tokens: ``[B,N,d]``.
             allowed: ``[B,S]`` bool, usable columns of an image.

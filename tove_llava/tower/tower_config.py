@@ -44,10 +44,11 @@ _LIBRARY_KEYS = {
 
 @strict
 class ToveVisionConfig(PreTrainedConfig):
-    r"""
+    r"""Configuration of a tower, its sources included.
+
     Args:
         clip_config: the whole CLIP vision encoder, as its source describes it (all layers).
-        clip_source: where its weights come from, e.g. ``hf:openai/clip-vit-large-patch14-336``.
+        clip_source: of CLIP's weights, e.g. ``hf:openai/clip-vit-large-patch14-336``.
         clip_revision: commit, branch or tag of ``clip_source``.
         clip_layer: index into CLIP's hidden states of the tokens used; -2 as in LLaVA. Later layers are never built.
         image_size: pixels per side of ``pixel_values``; CLIP's own by default, else a multiple of the grid's side.
@@ -267,7 +268,6 @@ def _library_keys() -> set[str]:
 
 
 def _as_dict(entry: Any) -> dict[str, Any]:
-    """Return an expert's entry as plain JSON."""
     if dataclasses.is_dataclass(entry) and not isinstance(entry, type):
         entry = dataclasses.asdict(entry)
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):

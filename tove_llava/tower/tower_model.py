@@ -25,7 +25,8 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 @dataclass
 class ToveVisionOutput(ModelOutput):
-    """
+    """The tower's tokens, and its gate's decisions.
+
     Args:
         last_hidden_state: ``[B,N,d]`` the tower's tokens T'.
         pooler_output: set by LLaVA to the projected tokens, one ``[N,d_text]`` per image.
@@ -314,7 +315,8 @@ class ToveVisionModel(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ToveVisionOutput:
-        """
+        """Encode and fuse images.
+
         Args:
             pixel_values: ``[B,3,S,S]``, or None when ``features`` are given.
             features: output of :meth:`encode`, instead of ``pixel_values``.

@@ -130,7 +130,6 @@ def _config(raw: dict[str, Any], folder: Path) -> LlavaConfig:
 
 
 def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:
-    """Return the image token's text."""
     index = config.image_token_index
     added = tokenizer.added_tokens_decoder.get(index)
     if added is None or index >= config.text_config.vocab_size:

@@ -210,7 +210,7 @@ def _language(folder: Path, manifest: Manifest) -> LanguagePart:
 
 
 def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
-    """Return CLIP by value if it is in checkpoint or package."""
+    """Return CLIP, by value if the checkpoint or package holds it."""
     source = Source.parse(vision.clip_source)
     inside = source.resolve(folder)
     means = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}

@@ -30,7 +30,8 @@ class GateInputs(NamedTuple):
 
 
 class FusionOutput(NamedTuple):
-    """
+    """A fusion's tokens, and its gate's decisions.
+
     Args:
         tokens: ``[B,M,w]``, in the dtype of CLIP's tokens; ``[B,N,d]`` for a fusion that keeps their shape.
         routing: ``[B,N,S]`` float32 gate weights, or None for a fusion without a gate.
@@ -81,7 +82,8 @@ class Fusion(nn.Module, ABC):
     def forward(
         self, base: Tensor, experts: ByExpert, *, noise: Tensor | None = None, usable: ByExpert | None = None
     ) -> FusionOutput:
-        """
+        """Fuse CLIP's tokens with the experts' features.
+
         Args:
             base: ``[B,N,d]`` CLIP's tokens.
             experts: feature map ``[B,d_k,h_k,w_k]`` of each attached expert, by name; every value finite.
