@@ -1,4 +1,4 @@
-"""Training scenes of the bundled parts, rendered once: shards of 1,000 scenes that every training of parts shares."""
+"""Training scenes of the bundled parts, rendered once in shards."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from tove_llava.scenes import Rendering, caption, render, sample_scene
 from tove_llava.scenes.render import CLASSES, FAR, SKY
 from tove_llava.scenes.world import scene_rng
 
-SIZE = 96  # pixels per side of a picture
+SIZE = 96  # pixels per side of an image
 CELL = 4  # pixels per side of a target's cell: the experts' output has a quarter of the resolution
 SHARD = 1000
 CAPTIONS = 8  # different captions of one scene
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent / "data" / "parts"
 
 @dataclass
 class Scenes:
-    """``n`` scenes with their targets at a quarter of the resolution, ``g = SIZE / CELL``.
+    """``n`` scenes, with targets at quarter resolution, ``g = SIZE / CELL``.
 
     Attributes:
         image: uint8 [n, SIZE, SIZE, 3].
@@ -42,17 +42,17 @@ class Scenes:
 
 
 def inverse_depth(depth: np.ndarray) -> np.ndarray:
-    """Metres -> ``DEPTH_SCALE * (1 / depth - 1 / FAR)``: linear in inverse depth, 0 for the sky."""
+    """Map metres to scaled inverse depth less that of ``FAR``, the sky."""
     return DEPTH_SCALE * (1.0 / depth - 1.0 / FAR)
 
 
 def metres(inverse: np.ndarray) -> np.ndarray:
-    """The depth that :func:`inverse_depth` was given; what is below zero counts as the sky."""
+    """Invert :func:`inverse_depth`; values below zero count as the sky."""
     return 1.0 / (np.maximum(inverse, 0.0) / DEPTH_SCALE + 1.0 / FAR)
 
 
 def targets(view: Rendering) -> dict[str, np.ndarray]:
-    """What each expert has to predict of one rendering; shapes as in :class:`Scenes`, without ``n``."""
+    """Make each expert's target of a rendering, shaped as in :class:`Scenes`."""
     normals = view.normals.copy()
     normals[view.instances == SKY] = (0.0, 0.0, -1.0)
     normal = _cells(normals).mean((1, 3))
@@ -67,7 +67,7 @@ def targets(view: Rendering) -> dict[str, np.ndarray]:
 
 
 def load_scenes(count: int, seed: int, *, with_captions: bool = False, folder: Path = FOLDER) -> Scenes:
-    """The first ``count`` scenes of the split "parts", rendered where the cache lacks them."""
+    """Return the first scenes of "parts", rendering those not cached."""
     folder = folder / f"seed{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     numbers = range((count + SHARD - 1) // SHARD)
@@ -78,12 +78,12 @@ def load_scenes(count: int, seed: int, *, with_captions: bool = False, folder: P
 
 
 def held_out(count: int, seed: int) -> list[Rendering]:
-    """Scenes of the split "val", of which no part has seen anything."""
+    """Render scenes of the split "val", which no part has seen."""
     return [render(sample_scene(seed, "val", i), SIZE) for i in range(count)]
 
 
 def _cells(image: np.ndarray) -> np.ndarray:
-    """[S, S, c] -> [g, CELL, g, CELL, c]."""
+    """Reshape [S, S, c] to [g, CELL, g, CELL, c]."""
     grid = image.shape[0] // CELL
     return image.reshape(grid, CELL, grid, CELL, -1)
 

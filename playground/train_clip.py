@@ -1,4 +1,4 @@
-"""Trains a tiny CLIP on playground scenes and captions of them, as CLIP is trained: class token, contrastive loss.
+"""Train a tiny CLIP on playground scenes and their captions.
 
     python playground/train_clip.py --out tove_llava/bundled/clip
 
@@ -33,7 +33,7 @@ SCENES = 16_000
 
 
 def build_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
-    """One token per word and punctuation mark of the captions, in lower case."""
+    """Build a lower-case tokenizer of the captions' words and punctuation."""
     normalizer = normalizers.Lowercase()
     splitter = pre_tokenizers.Whitespace()
     words = sorted({word for text in captions for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))})
@@ -75,7 +75,7 @@ def build(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 @torch.no_grad()
 def place_patches(model: CLIPModel) -> None:
-    """Starts the patches' position embedding as 2-D sines and cosines as large as the patches' own embedding.
+    """Start patch positions as sines and cosines of the patches' size.
 
     From small random positions, a contrastive loss over a few minutes keeps next to no trace of where a patch is (a
     linear probe of the tokens explained 8 % of the column), and a LLaVA on top cannot say where things are. A residual
@@ -83,7 +83,7 @@ def place_patches(model: CLIPModel) -> None:
     """
     embeddings = model.vision_model.embeddings
     side, width = SIZE // PATCH, embeddings.embed_dim
-    where = torch.arange(side) * (2 * math.pi / (2 * side))  # half a turn over the picture at the lowest frequency
+    where = torch.arange(side) * (2 * math.pi / (2 * side))  # half a turn over the image at the lowest frequency
     waves = where[:, None] * torch.arange(1, width // 4 + 1).clamp(max=side)[None]  # [side, width/4]
     axis = torch.cat([waves.sin(), waves.cos()], dim=1)  # [side, width/2]
     rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
@@ -93,25 +93,25 @@ def place_patches(model: CLIPModel) -> None:
 
 
 def normalised(images: np.ndarray, device: str) -> Tensor:
-    """uint8 [B,S,S,3] -> [B,3,S,S]."""
+    """Convert uint8 [B,S,S,3] to normalised [B,3,S,S]."""
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
     return (pixels - mean) / std
 
 
 def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
-    """[B, longest]; padding stands behind the end of the sentence, where the causal text tower does not look."""
+    """Return ids [B, longest]; the causal tower never sees the padding."""
     return tokenizer(texts, padding=True, return_tensors="pt").input_ids
 
 
 def mirrored(text: str) -> str:
-    """The caption of the mirrored picture."""
+    """Return the caption of the mirrored image."""
     other = {"left": "right", "right": "left"}
     return " ".join(other.get(word, word) for word in text.split(" "))
 
 
 def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Radford et al. 2021, "Learning transferable visual models from natural language supervision", figure 3."""
+    """Compute CLIP's loss (Radford et al. 2021, arXiv 2103.00020, figure 3)."""
     logits = scale.exp().clamp(max=MAX_SCALE) * image.float() @ text.float().T  # [B,B]
     match = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
@@ -119,7 +119,7 @@ def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: CLIPModel, tokenizer, count: int, seed: int, device: str = "cpu") -> dict[str, float]:
-    """Retrieval among ``count`` held-out scenes and in groups of 100, and what a linear probe reads from the tokens."""
+    """Measure retrieval among held-out scenes, and a linear probe's accuracy."""
     model.eval()
     scenes = [sample_scene(seed, "val", i) for i in range(count)]
     images = np.stack([view.image for view in held_out(count, seed)])
@@ -145,7 +145,7 @@ def _recall(similarity: Tensor) -> float:
 
 
 def probe(model: CLIPModel, count: int, seed: int, device: str) -> dict[str, float]:
-    """Accuracy of a ridge classifier on patch tokens of the layer before the last, for tokens mostly on one object."""
+    """Measure a ridge classifier on patch tokens mostly on one object."""
     found = {}
     train_tokens, train_labels = _object_tokens(model, "parts", 2 * count, seed, device)
     test_tokens, test_labels = _object_tokens(model, "val", count, seed, device)
@@ -161,7 +161,7 @@ def probe(model: CLIPModel, count: int, seed: int, device: str) -> dict[str, flo
 
 
 def _object_tokens(model: CLIPModel, split: str, count: int, seed: int, device: str) -> tuple[Tensor, list]:
-    """Standardised tokens [T, width + 1], a column of ones last, and what a probe is to read from each."""
+    """Return standardised tokens [T, width + 1] (last: ones) and their labels."""
     grid = SIZE // PATCH
     tokens, labels = [], []
     for start in range(0, count, 100):
@@ -185,10 +185,10 @@ def _object_tokens(model: CLIPModel, split: str, count: int, seed: int, device: 
 
 @torch.no_grad()
 def rescale_tokens(model: CLIPModel, images: np.ndarray, device: str) -> None:
-    """Scales the vision tower's residual stream so that the patch tokens before the last layer have variance 1.
+    """Scale the residual stream so that patch tokens have variance 1.
 
-    Every layer reads the stream through a LayerNorm, so the model computes what it did. Trained fast, its tokens are of
-    the order of 5 in each dimension, which a LLaVA's freshly initialised projector learns from badly.
+    The tokens are those before the last layer. Every layer reads the stream through a LayerNorm, so the model computes
+    what it did. Trained fast, its tokens have the size 5 in each dimension, from which a new projector learns badly.
     """
     vision = model.vision_model
     tokens = vision(normalised(images, device), output_hidden_states=True).hidden_states[-2][:, 1:]

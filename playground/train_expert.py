@@ -1,8 +1,8 @@
-"""Trains a tiny expert on playground scenes: depth, surface normals, edges or segmentation.
+"""Train a tiny expert on playground scenes: depth, normals, edges or segmentation.
 
     python playground/train_expert.py --task depth --out tove_llava/bundled/depth
 
-Each is a SegFormer for 96-pixel pictures whose output has a quarter of their resolution, in the format of any
+Each is a SegFormer for 96-pixel images whose output has a quarter of their resolution, in the format of any
 transformers checkpoint, so that the hub's dense experts read it. An interrupted run continues where it stopped.
 """
 
@@ -25,7 +25,7 @@ from tove_llava.scenes import Rendering
 from tove_llava.scenes.render import CLASSES, FAR, SKY
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as SegFormer's own checkpoints
-DEPTH_LIMIT = 20.0  # metres; farther ground is as good as sky
+DEPTH_LIMIT = 20.0  # metres; farther ground counts as sky
 SCENES = 16_000
 
 
@@ -54,7 +54,7 @@ def edge_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def segmentation_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    # Sky and ground fill most cells and are learned at once; the shapes are what has to be told apart.
+    # Sky and ground fill most cells and are learned at once; the shapes are the hard part.
     weight = torch.tensor([1.0, 1.0, 4.0, 4.0, 4.0, 4.0], device=target.device)
     return F.cross_entropy(prediction, target / target.sum(1, keepdim=True), weight=weight)
 
@@ -90,7 +90,7 @@ def measure_edge(predictions: Tensor, views: list[Rendering]) -> dict[str, float
 
 
 def _f1(found: Tensor, truth: Tensor) -> tuple[float, float]:
-    """F1 with a tolerance of one cell (8 neighbours) and without.
+    """Compute F1 with a tolerance of one cell (8 neighbours) and without.
 
     With tolerance, a found cell next to a true one is right, and a true one next to a found one is found.
     """
@@ -173,14 +173,14 @@ def build(task: Task) -> SegformerForSemanticSegmentation:
 
 
 def normalised(images: np.ndarray, device: str) -> Tensor:
-    """uint8 [B,S,S,3] -> [B,3,S,S]."""
+    """Convert uint8 [B,S,S,3] to normalised [B,3,S,S]."""
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
     mean, std = (torch.tensor(value, device=device).view(1, 3, 1, 1) for value in (MEAN, STD))
     return (pixels - mean) / std
 
 
 def augmented(images: np.ndarray, target: np.ndarray, task: str, rng: np.random.Generator) -> tuple:
-    """Mirrors half of the pictures (a mirrored normal has the other sign in x) and changes their brightness."""
+    """Mirror half of the images (and their normals' x); change their brightness."""
     flip = rng.random(len(images)) < 0.5
     images, target = images.copy(), target.astype(np.float32)
     images[flip], target[flip] = images[flip, :, ::-1], target[flip, :, ::-1]
@@ -192,7 +192,7 @@ def augmented(images: np.ndarray, target: np.ndarray, task: str, rng: np.random.
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, task: str, count: int, seed: int, device: str = "cpu") -> dict[str, float]:
-    """The metric of a task on ``count`` scenes that no part has seen."""
+    """Compute a task's metric on ``count`` scenes that no part has seen."""
     model.eval()
     views = held_out(count, seed)
     images = np.stack([view.image for view in views])

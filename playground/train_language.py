@@ -1,12 +1,12 @@
-"""Trains the bundled tiny LLaMA and its SentencePiece tokenizer from nothing, on text about playground scenes.
+"""Train the bundled tiny LLaMA and its tokenizer on playground text.
 
     python playground/train_language.py --out tove_llava/bundled/llm
 
-A language model that is to be shown pictures should already be able to reason about a scene (as Vicuna can). The text
-is scene descriptions, and LLaVA-format conversations about them. In most conversations the scene is not written out: it
+A language model that is to read images should already be able to reason about a scene (as Vicuna can). The text is
+scene descriptions, and LLaVA-format conversations about them. In most conversations the scene is not written out: it
 is a *word grid*, 36 places in reading order, each holding the weighted sum of the embeddings of the words that are true
-of that place. The model thus learns to read several words at one position, which is what a projected vision token is.
-No picture and no vision feature takes part.
+of that place. The model thus learns to read several words in one token, as projected vision tokens require. No image
+and no vision feature takes part.
 
 Runs on the CPU or a GPU; re-running the command continues from the last saved state.
 """
@@ -61,7 +61,7 @@ WORD_INDEX = {word: i for i, word in enumerate(GRID_WORDS)}
 
 @dataclass
 class Sample:
-    """``ids`` [L] (a grid's places are zeros), ``weights`` [L] of the loss, ``grid`` [36, words] at ``start``."""
+    """A sequence: ``ids`` and ``weights`` [L], ``grid`` [36, words] at ``start``."""
 
     ids: list[int]
     weights: list[float]
@@ -72,7 +72,7 @@ class Sample:
 
 
 def train_tokenizer(folder: Path) -> None:
-    """A LLaMA-style SentencePiece BPE model (byte fallback, split digits); each word of the scenes is one piece."""
+    """Train a SentencePiece BPE model that keeps each scene word whole."""
     lines = []
     v1 = get_template("v1")
     for i in range(6000):
@@ -105,15 +105,15 @@ def train_tokenizer(folder: Path) -> None:
 
 
 def grid_tokens(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """The ids [words] of a grid's words: the pieces that a text uses, where a row follows its column unspaced."""
+    """Return the ids of a grid's words, as texts use them."""
     return torch.tensor([tokenizer.convert_tokens_to_ids(w if w in ROWS else "▁" + w) for w in GRID_WORDS])
 
 
 def word_grid(scene: Scene, rng: np.random.Generator, blurred: bool = False) -> np.ndarray:
-    """Weights [36, words]: each place holds its column and row and, as far as they fill it, its objects' words.
+    """Return weights [36, words]: each place's column, row, and objects' words.
 
-    Weights are jittered and words dropped now and then, for no vision token is exact. A blurred grid lacks whole groups
-    of words. A projector that has learned one group only is then already understood, and is rewarded for it.
+    Objects weigh what they fill. No vision token is exact, so weights are jittered and words sometimes dropped. A
+    blurred grid lacks whole groups of words, so that a projector that has learned only one group is understood.
     """
     grid = np.zeros((GRID, GRID, len(GRID_WORDS)), dtype=np.float32)
     share = np.sqrt(coverage(scene, GRID))  # [6, 6, objects]
@@ -141,7 +141,7 @@ def conversation(
     hints: float = 0.0,
     blurred: bool = False,
 ) -> Sample:
-    """One training sequence: "text", "grid", "described" (grid, then a description) or "caption" (stage 1's form).
+    """Make a sequence: "text", "grid", "described" (both) or "caption" (stage 1's).
 
     ``hints`` is the share of comparisons before which the two things to be compared are asked for; ``blurred`` takes
     words out of the grid and puts noise in.
@@ -185,7 +185,7 @@ def conversation(
 
 
 def drill(scene: Scene, rng: np.random.Generator, count: int = 6) -> list[Question]:
-    """Questions that need one look each: single entries of the description, colours, shapes, and contrasts of two."""
+    """Make questions of one look each: descriptions, colours, shapes, and contrasts."""
     questions = []
     for kind in rng.choice(list(DRILLS), p=list(DRILLS.values()), size=count):
         first, second = (scene.objects[i] for i in rng.permutation(len(scene.objects))[:2])
@@ -217,7 +217,7 @@ COMPARED = {
 
 
 def steps_towards(scene: Scene, question: Question, rng: np.random.Generator) -> list[Question]:
-    """What one would look up first to answer a comparison: the measure of both objects, or how they differ."""
+    """Return the questions whose answers lead to a comparison's answer."""
     named = sorted((o for o in scene.objects if o.name in question.text), key=lambda o: question.text.index(o.name))
     if len(named) == 2 and rng.random() < 0.5:
         return [Question("contrast", *contrast(*named))]
@@ -231,11 +231,11 @@ MANNERS = {"text": 0.12, "grid": 0.68, "described": 0.2}
 def batches(
     tokenizer: PreTrainedTokenizerBase, grid_ids: torch.Tensor, step: int, steps: int, size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches from a step on, each step with scenes of its own.
+    """Yield batches from a step on, each step with its own scenes.
 
-    The curriculum: for the first third mostly descriptions (reading a grid is learned there, every word of an answer
-    being supervised), then mostly conversations, in which comparisons are at first led up to by simpler questions. A
-    batch of descriptions has as many tokens as one of conversations.
+    The curriculum: for the first third mostly descriptions (they teach reading a grid: every word of an answer is
+    supervised), then mostly conversations, in which simpler questions at first lead up to comparisons. A batch of
+    descriptions has as many tokens as one of conversations.
     """
     while True:
         rng = np.random.default_rng([SEED, step])
@@ -245,7 +245,7 @@ def batches(
         for index in range(step * size * 4, step * size * 4 + count):
             scene, rng = sample_scene(SEED, "parts", index), scene_rng(SEED, "parts", index, 2)
             manner = kind if kind == "caption" else str(rng.choice(list(MANNERS), p=list(MANNERS.values())))
-            # Half of the comparisons are led up to, fewer and fewer towards the end.
+            # Half of the comparisons have such questions at first, and ever fewer towards the end.
             hints = 0.5 * max(0.0, 1 - max(0.0, step / steps - 0.6) / 0.3)
             blurred = bool(rng.random() < BLURRED)
             samples.append(conversation(scene, rng, tokenizer, manner, hints=hints, blurred=blurred))
@@ -254,7 +254,7 @@ def batches(
 
 
 def collate(samples: list[Sample], grid_ids: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
-    """Fixed-length tensors: ids and weights [B, L], grids [B, 36, words], their noise and starts [B] (-1: none)."""
+    """Pad samples to ids and weights [B, L], and to grids."""
     ids = torch.zeros(len(samples), length, dtype=torch.long)
     weights = torch.zeros(len(samples), length)
     grids = torch.zeros(len(samples), GRID * GRID, len(grid_ids))
@@ -280,7 +280,7 @@ def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor], grid_ids: tor
 
 
 def loss_of(model: LlamaForCausalLM, decoder, batch: dict[str, torch.Tensor], grid_ids: torch.Tensor):
-    """Weighted cross-entropy, and which supervised tokens were predicted right [supervised]."""
+    """Return the weighted cross-entropy, and which supervised tokens were right."""
     hidden = decoder(inputs_embeds=embed(model, batch, grid_ids), use_cache=False).last_hidden_state[:, :-1]
     targets, weights = batch["ids"][:, 1:], batch["weights"][:, 1:]
     kept = weights > 0
@@ -295,7 +295,7 @@ def loss_of(model: LlamaForCausalLM, decoder, batch: dict[str, torch.Tensor], gr
 def evaluate(
     model: LlamaForCausalLM, decoder, tokenizer, grid_ids: torch.Tensor, device: str, scenes: int = 96
 ) -> dict:
-    """Held-out perplexity of the text; per question type, the share of answers whose every token is likeliest."""
+    """Measure perplexity and, by type, the share of answers predicted whole."""
     model.eval()
     right: dict[str, list[bool]] = {}
     total, count = 0.0, 0
@@ -431,7 +431,7 @@ def main() -> None:
 
 
 def moments(optimizers: Optimizers) -> Iterator[tuple[str, torch.Tensor, dict]]:
-    """Of each trained tensor: its name in the state file, itself, and its optimizer's state."""
+    """Yield each trained tensor's name, itself, and its optimizer's state."""
     for i, optimizer in enumerate(optimizers):
         for j, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
             yield f"optimizer.{i}.{j}.", p, optimizer.state[p]
@@ -468,13 +468,13 @@ def restore(
 
 
 def export(model: LlamaForCausalLM, folder: Path) -> None:
-    """Writes the model in half precision."""
+    """Write the model in half precision."""
     half = {k: v.detach().to(torch.float16).cpu() for k, v in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
 
 
 def write_card(folder: Path, log: Path, args: argparse.Namespace, parameters: int) -> None:
-    """The model card: data, steps, time and the held-out scores of the last line of the log."""
+    """Write the model card, with the log's last held-out scores."""
     entry = json.loads(log.read_text().splitlines()[-1])
     kinds = sorted(key[5:] for key in entry if key.startswith("grid/"))
     rows = "\n".join(f"| {k} | {100 * entry['text/' + k]:.0f} | {100 * entry['grid/' + k]:.0f} |" for k in kinds)

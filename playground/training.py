@@ -1,4 +1,4 @@
-"""What the trainings of the bundled parts share: a loop that can be interrupted, its schedule, its progress line."""
+"""The shared loop of the parts' trainings: resumable, with schedule and progress."""
 
 import json
 import math
@@ -19,7 +19,7 @@ WARMUP = 0.05  # share of all steps
 
 @dataclass
 class Run:
-    """How long a training ran: all its steps and, over all its sessions, its seconds."""
+    """A training's steps, and its seconds over all its sessions."""
 
     steps: int
     seconds: float
@@ -36,7 +36,7 @@ def train(
     state: Path,
     signature: dict,
 ) -> Run:
-    """AdamW under a cosine schedule with warm-up and gradient clipping at 1.
+    """Train by AdamW with a cosine schedule, warm-up, and clipping at 1.
 
     Args:
         model: trained in place.
@@ -77,7 +77,7 @@ def train(
 
 
 def _share(step: int, steps: int) -> float:
-    """The learning rate's share of its peak."""
+    """Return the learning rate's share of its peak."""
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""One run of a study: training stages and an evaluation, each reused when it is there."""
+"""A study's run: training stages and an evaluation, each reused if there."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ class Settings:
 
     @property
     def pictures(self) -> Path:
-        """Further scenes, of which only the pictures are used."""
+        """Return the folder of further scenes, only for their images."""
         return self.out / "pictures"
 
     @property
@@ -48,20 +48,21 @@ class Settings:
         return self.out / "runs" / job.name / str(job.seed)
 
     def is_done(self, job: "Job") -> bool:
-        """Raises StaleRecord when the job's folder holds another run."""
+        """Tell if the run is done; another run there raises StaleRecord."""
         return is_done(self.folder(job), job.made(self))
 
 
 @dataclass(frozen=True)
 class Job:
-    """
+    """A run of an arm with a seed.
+
     Attributes:
         arm: a preset in ``arms/``; for a merge, the arm whose stage-2 model is merged.
         seed: of initial values, order of the data and noise.
         fraction: share of the training scenes that are seen; the number of steps stays that of all of them.
         merge: flags of a merging stage that follows the arm's training.
         label: distinguishes jobs of one arm.
-        pictures: whether the merge also learns from further pictures.
+        pictures: whether the merge also learns from further images.
     """
 
     arm: str
@@ -78,11 +79,11 @@ class Job:
 
     @property
     def wave(self) -> int:
-        """Jobs of one wave do not need each other."""
+        """Return the job's wave; a wave's jobs do not need each other."""
         return int(bool(self.merge))
 
     def made(self, settings: Settings) -> dict[str, Any]:
-        """What the numbers depend on; for a merge also the weights it starts from, None while they are not there."""
+        """List what the numbers depend on; a missing merge source is None."""
         from tove_llava import __version__
         from tove_llava.presets import load_preset
 
@@ -145,7 +146,7 @@ class Job:
             raise RuntimeError(f"the stage {stage} failed")
 
     def _subset(self, settings: Settings, data: Path) -> tuple[Path, tuple[str, ...]]:
-        """The first scenes; as many steps as all of them would take."""
+        """Choose the first scenes, and the steps that all would take."""
         records = json.loads(data.read_text())
         count = max(1, round(self.fraction * len(records)))
         file = settings.scenes / f"{data.stem}-{count}.json"
@@ -166,7 +167,7 @@ def evaluate(model: Path, settings: Settings, output: Path, detach: str | None =
 
 
 def start_worker(numbers, workers: int, gpus: int) -> None:
-    """In each worker process: its GPU, or its share of the cores."""
+    """Give a worker process its GPU, or its share of the cores."""
     number = numbers.get()
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if gpus:
@@ -177,6 +178,6 @@ def start_worker(numbers, workers: int, gpus: int) -> None:
 
 
 def command(*words: object) -> None:
-    """A verb of the product, in a process of its own."""
+    """Run a verb of the product in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run([sys.executable, "-m", "tove_llava", *map(str, words)], check=True, cwd=ROOT, env=environment)

@@ -1,4 +1,4 @@
-"""What is measured on finished runs, in one process: the towers' speed, and the detach curves."""
+"""Measurements on finished runs: the towers' speed, and the detach curves."""
 
 import json
 import statistics
@@ -13,7 +13,7 @@ from records import is_done, recorded, weights
 MEASURES: dict[str, Callable[[Settings], None]] = {}
 BATCH, ROUNDS = 32, 31
 CURVE_QUESTIONS = 800  # held-out ones, on which each step is scored
-RANKING_RECORDS = 300  # of the training set, on which the experts are ranked: what scores does not choose
+RANKING_RECORDS = 300  # training scenes on which the experts are ranked; the scored ones must not choose
 
 
 def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
@@ -26,7 +26,7 @@ def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Setti
 
 @measure("c")
 def speed(settings: Settings) -> None:
-    """Tower times of plain CLIP, ToVE-lite and ToVE, in alternation; write ``speed.json``."""
+    """Time CLIP, ToVE-lite and ToVE in turn; write ``speed.json``."""
     import tove_llava
 
     jobs = {"clip": Job("clip", 0), "lite": Job("tove", 0, label="lite", merge="-"), "tove": Job("tove", 0)}
@@ -65,7 +65,7 @@ def _gflop(tower: Any, pixels: torch.Tensor) -> float:
 
 @measure("d")
 def curves(settings: Settings) -> None:
-    """Every seed's ToVE: experts ranked, then ``tove-llava detach --curve``: ``curves/SEED/detach_curve.json``.
+    """Rank every ToVE's experts; write ``curves/SEED/detach_curve.json`` by ``tove-llava detach``.
 
     Raises:
         StaleRecord: a folder holds the curve of another model.
@@ -86,7 +86,7 @@ def curves(settings: Settings) -> None:
 
 
 def curve_of(settings: Settings, seed: int) -> dict[str, Any]:
-    """What a curve depends on."""
+    """List what a curve depends on."""
     scenes = {"train": settings.train, "val": settings.val, "seed": settings.scene_seed}
     model = weights(settings.folder(Job("tove", seed)) / "model")
     return {"weights": model, "scenes": scenes, "questions": CURVE_QUESTIONS, "ranking_records": RANKING_RECORDS}

@@ -1,4 +1,4 @@
-"""Reads the runs' results; means and confidence intervals over seeds."""
+"""The runs' results, with means and confidence intervals over seeds."""
 
 import json
 import math
@@ -26,7 +26,7 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds and the half-width of its 95 % confidence interval (Student's t)."""
+    """A mean over seeds, and its 95 % half-width (Student's t)."""
 
     mean: float
     half: float
@@ -57,7 +57,7 @@ class Interval:
 
     @property
     def _half(self) -> str:
-        """Nothing where there is one seed, of which no interval can be told."""
+        """Format the half-width; one seed has none."""
         return "" if math.isnan(self.half) else f" ± {self.half:.1f}"
 
 
@@ -69,7 +69,7 @@ class Runs:
     name: str
 
     def seeds(self) -> list[int]:
-        """Seeds whose run is finished."""
+        """List the seeds whose run is finished."""
         root = self.settings.out / "runs" / self.name
         return [seed for seed in range(self.settings.seeds) if (root / str(seed) / DONE).is_file()]
 
@@ -77,28 +77,28 @@ class Runs:
         return self.settings.out / "runs" / self.name / str(seed)
 
     def accuracy(self, row: str) -> list[float]:
-        """Percent right, by seed: of a question type, of spatial and depth questions (mean over types), or overall."""
+        """Return percent right by seed: of a type, some types, or overall."""
         return [self._scores(seed)[row] for seed in self.seeds()]
 
     def interval(self, row: str) -> Interval:
         return Interval.of(self.accuracy(row))
 
     def gain(self, over: "Runs", row: str) -> Interval:
-        """Difference to another arm, paired by seed."""
+        """Return the difference to another arm, paired by seed."""
         return Interval.of([a - b for a, b in zip(self.accuracy(row), over.accuracy(row), strict=True)])
 
     def seconds(self) -> float:
-        """Median duration of a run."""
+        """Return the median duration of a run."""
         return statistics.median(json.loads((self.folder(s) / DONE).read_text())["seconds"] for s in self.seeds())
 
     def right(self, seed: int) -> dict[str, bool]:
-        """Question id -> answered right."""
+        """Map each question id to whether it was answered right."""
         truth = _truth(self.settings.scenes)
         rows = [json.loads(line) for line in self._file(seed, "answers.jsonl").read_text().splitlines()]
         return {row["question_id"]: normalise(row["text"]) == truth[row["question_id"]] for row in rows}
 
     def logged(self, key: str, stage: str = "model") -> list[float]:
-        """The last logged value of a training quantity, by seed."""
+        """Return the last logged value of a training quantity, by seed."""
         values = []
         for seed in self.seeds():
             log = json.loads((self.folder(seed) / stage / "trainer_state.json").read_text())["log_history"]
@@ -106,7 +106,7 @@ class Runs:
         return values
 
     def overall(self, seed: int) -> float:
-        """Percent right of one seed."""
+        """Return the percent right of one seed."""
         return self._scores(seed)["overall"]
 
     def _file(self, seed: int, name: str) -> Path:
@@ -120,7 +120,7 @@ class Runs:
 
 
 def summary(settings: Settings) -> list[dict[str, Any]]:
-    """Every finished run: its name, seed, overall accuracy, seconds and processor seconds."""
+    """List each finished run: name, seed, accuracy, seconds, processor seconds."""
     rows = []
     for file in (settings.out / "runs").glob(f"*/*/{DONE}"):
         record, name, seed = json.loads(file.read_text()), file.parts[-3], int(file.parts[-2])
@@ -136,6 +136,6 @@ def _truth(scenes: Path) -> dict[str, str]:
 
 
 def by_type(arms: Sequence[Runs]) -> str:
-    """Question types down, arms across."""
+    """Format a table: question types down, arms across."""
     rows = [[row, *(str(arm.interval(row)) for arm in arms)] for row in ROWS]
     return markdown_table(["accuracy, %", *(arm.name for arm in arms)], rows)

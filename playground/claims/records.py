@@ -1,4 +1,4 @@
-"""What a run was made of and what it cost: recorded beside its results, and compared before these are reused."""
+"""Records of a run's ingredients and costs, compared before results are reused."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ BEGUN, DONE = "begun.json", "done.json"
 PAGES = (
     "docs/background/claims.md",
     "docs/background/assets",
-)  # what the study itself writes: no change of what is measured
+)  # files that the study itself writes: they do not change what is measured
 
 
 class StaleRecord(RuntimeError):
-    """A folder holds results of something else than what is asked for."""
+    """A folder holds results of something other than what is asked for."""
 
 
 def is_done(folder: Path, made: dict[str, Any]) -> bool:
-    """Whether a folder holds the finished results of ``made``; what is None there is not compared.
+    """Tell if a folder holds ``made``'s finished results; None is not compared.
 
     Raises:
         StaleRecord: it holds results, or a beginning, of something else.
@@ -63,7 +63,7 @@ def _differences(recorded: dict[str, Any], made: dict[str, Any], prefix: str = "
 
 @contextmanager
 def recorded(folder: Path, made: dict[str, Any], commit: str) -> Iterator[None]:
-    """Says in ``begun.json`` what is made in the block, and in ``done.json``, if it ends well, what it cost as well."""
+    """Write ``begun.json``, run the block, and write ``done.json`` with its cost."""
     from tove_llava.core.files import write_atomically
 
     resumed = (folder / BEGUN).is_file()
@@ -74,7 +74,7 @@ def recorded(folder: Path, made: dict[str, Any], commit: str) -> Iterator[None]:
         "made": made,
         "seconds": round(time.monotonic() - began, 1),
         "cpu_seconds": round(processor_seconds() - spent, 1),
-        "resumed": resumed,  # then the seconds are those of the last attempt alone
+        "resumed": resumed,  # then the seconds are only those of the last attempt
         "date": today(),
         "commit": commit,
         "machine": machine(),
@@ -83,7 +83,7 @@ def recorded(folder: Path, made: dict[str, Any], commit: str) -> Iterator[None]:
 
 
 def processor_seconds() -> float:
-    """Of this process, all its threads, and those of its child processes that have ended."""
+    """Sum the processor seconds of this process and its ended children."""
     return sum(os.times()[:4])
 
 
@@ -92,7 +92,7 @@ def digest(value: Any) -> str:
 
 
 def parts(preset: dict[str, Any]) -> dict[str, str]:
-    """The bundled parts that a preset names, with a hash of their files."""
+    """Map a preset's bundled parts to a hash of their files."""
     return {source: _hash_of(source.partition(":")[2]) for source in sorted(_bundled(preset))}
 
 
@@ -113,14 +113,14 @@ def _hash_of(name: str) -> str:
 
 
 def weights(model: Path) -> str | None:
-    """Fingerprint of a model folder's trained weights; None while there is no such model."""
+    """Fingerprint a model's trained weights; None while there is no model."""
     from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 
     return Manifest.read(model).fingerprint if (model / MANIFEST).is_file() else None
 
 
 def commit() -> str:
-    """This checkout's commit, with ``+`` where files differ from it; ``unknown`` outside its own repository."""
+    """Return the commit (``+`` if files differ); ``unknown`` outside the repository."""
     try:
         if Path(_git("rev-parse", "--show-toplevel")).resolve() != ROOT:
             return "unknown"
@@ -140,7 +140,7 @@ def today() -> str:
 
 @cache
 def machine() -> str:
-    """Processor, cores, and GPUs if there are any."""
+    """Describe the processor, cores, and any GPUs."""
     import torch
 
     from tove_llava.doctor.machine import core_count
@@ -159,7 +159,7 @@ def _processor() -> str:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of some runs and measurements, from their ``done.json``."""
+    """The cost of some runs and measurements, from their ``done.json``."""
 
     records: tuple[dict[str, Any], ...]
 

@@ -1,4 +1,4 @@
-"""docs/background/claims.md: for each claim a table, a plot, and whether it holds here, worked out from the runs' results."""
+"""docs/background/claims.md: a table, a plot and a verdict for each claim."""
 
 # ruff: noqa: E501  (the page's own lines)
 
@@ -30,12 +30,12 @@ def section(name: str) -> Callable[[Section], Section]:
 
 
 def write_report(settings: Settings, report: Path, claims: Sequence[str], typed: str) -> None:
-    """Writes the sections of ``claims``, and their plots (``assets/claims-*.png`` beside the page).
+    """Write the sections of ``claims``, and plots (``assets/claims-*.png``) next to them.
 
     The page's other sections stay as they are, with what they say of their own run; claims that never ran say so.
 
     Args:
-        typed: the flags that the study was called with.
+        typed: the flags of the study's command.
     """
     from tove_llava.core.files import write_atomically
 
@@ -62,7 +62,7 @@ def write_report(settings: Settings, report: Path, claims: Sequence[str], typed:
 
 
 def sections_of(page: str) -> dict[str, str]:
-    """The page's sections, headings included: "(a)" -> of claim a; any other by its whole heading."""
+    """Map "(a)" to claim a's section, others by their whole heading."""
     found: dict[str, str] = {}
     for text in re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]:
         heading = text.partition("\n")[0].removeprefix("## ").strip()
@@ -95,7 +95,7 @@ scenes and the frozen encoders' output, once for all runs, is not in them. Each 
 
 
 def provenance(settings: Settings, name: str, typed: str) -> str:
-    """How a section came about: the command, when, of which commit, on what, and what it cost."""
+    """Describe a section's command, date, commit, machine and cost."""
     jobs = [Job(seed=seed, **entry) for entry in STUDIES[name]["jobs"] for seed in range(settings.seeds)]
     cost = Cost.of([settings.folder(job) for job in jobs])
     measured = Cost.of([file.parent for file in _measured(settings, name) if (file.parent / DONE).is_file()])
@@ -130,14 +130,14 @@ def _missing(settings: Settings, name: str) -> str:
 
 
 def _measured(settings: Settings, name: str) -> list[Path]:
-    """The files that a claim needs beside its runs: one for all seeds, or one a seed."""
+    """List a claim's files besides its runs: per study or per seed."""
     pattern = STUDIES[name].get("measured")
     files = [pattern.format(seed=seed) for seed in range(settings.seeds)] if pattern else []
     return [settings.out / file for file in dict.fromkeys(files)]
 
 
 def verdict(gains: Sequence[Interval]) -> str:
-    """All clearly above zero: holds; some: in part; none: does not hold."""
+    """Judge gains: all clearly above zero, some, or none."""
     clear = sum(gain.low > 0 for gain in gains)
     return HOLDS if clear == len(gains) else PART if clear else NOT
 
@@ -239,12 +239,12 @@ commits up to ab4f225): with these sizes, that seed's numbers are not independen
 
 
 def kept_share(whole: Interval, part: Interval) -> float | None:
-    """Percent of a gain that is kept; None when the gain itself is not clearly above zero."""
+    """Return a gain's kept percent; None unless it is clearly positive."""
     return 100 * part.mean / whole.mean if whole.low > 0 else None
 
 
 def _flags(label: str) -> dict[str, str]:
-    """The merging flags of claim c's job of that label."""
+    """Return the merging flags of claim c's job of that label."""
     words = next(entry["merge"] for entry in STUDIES["c"]["jobs"] if entry.get("label") == label).split()
     return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
 

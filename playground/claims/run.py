@@ -1,9 +1,9 @@
-"""Train what the claims of docs/background/claims.md need, with many seeds, and write that page.
+"""Train what the paper's claims need, and write docs/background/claims.md.
 
 Every training is the product's own trainer and evaluation, called in worker processes, one per core (or GPU); the
 frozen encoders run once for all of them. The same command goes on where it was interrupted; a folder that holds a run
 of other settings is refused. Several machines over one file system: --shard 0/4 to --shard 3/4 on each, then once more
-without it for the report. Only the sections of --claims are written anew. OUT/summary.json has every run's numbers.
+without it for the report. Only the sections of --claims are rewritten. OUT/summary.json has every run's numbers.
 """
 
 import argparse
@@ -28,7 +28,7 @@ STUDIES = yaml.safe_load((HERE / "studies.yaml").read_text())
 
 
 class RunFailed(RuntimeError):
-    """At least one run failed; it has been said which."""
+    """At least one run failed, and was reported."""
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in args.chosen if name not in STUDIES]
     if unknown:
         parser.error(f"unknown claim {unknown[0]!r}; there are {', '.join(STUDIES)}")
-    # As typed but for where things are written, and with the sizes said.
+    # As typed, but for output paths, and with explicit sizes.
     args.typed = f"--arms {' '.join(args.arms)}" if args.arms else f"--claims {args.claims}"
     for name in ("seeds", "train", "val", "pictures", "scene_seed", "workers"):
         value = getattr(args, name)
@@ -123,7 +123,7 @@ def report(args: argparse.Namespace, settings: Settings) -> None:
 
 
 def summarize(settings: Settings, typed: str, seconds: float) -> None:
-    """``OUT/summary.json``: every finished run in OUT, of this command and of others before."""
+    """Write every finished run in OUT, older ones too, to ``summary.json``."""
     from numbers_of_runs import summary
 
     last = {"command": typed, "seconds": round(seconds, 1), "commit": settings.commit, "date": records.today()}
@@ -133,7 +133,7 @@ def summarize(settings: Settings, typed: str, seconds: float) -> None:
 
 
 def comparison(settings: Settings, arms: list[str]) -> str:
-    """Question types down, arms across; the last column is the last arm's gain over the first, paired by seed."""
+    """Tabulate question types by arm, with the paired gain over the first."""
     from numbers_of_runs import ROWS, Runs
 
     from tove_llava.core.text import markdown_table
@@ -144,7 +144,7 @@ def comparison(settings: Settings, arms: list[str]) -> str:
 
 
 def prepare(settings: Settings) -> None:
-    """Scenes and cached features, made once."""
+    """Make scenes and cached features once."""
     scenes = settings.scenes
     command(
         "scenes", "--out", scenes, "--train", settings.train, "--val", settings.val, "--seed", settings.scene_seed,
@@ -157,7 +157,7 @@ def prepare(settings: Settings) -> None:
 
 
 def further_pictures(settings: Settings) -> None:
-    """Pictures of other scenes and their cached features, for merging."""
+    """Make images of other scenes and their features, for merging."""
     folder = settings.pictures
     command("scenes", "--out", folder, "--train", settings.further, "--val", 1, "--seed", settings.scene_seed + 1)
     command(
@@ -167,9 +167,10 @@ def further_pictures(settings: Settings) -> None:
 
 
 def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
-    """
+    """Run the jobs that are not done, several at a time.
+
     Raises:
-        RunFailed: a run failed. That is said at once; none is begun after it, and those that run are waited for.
+        RunFailed: a run failed. That is reported at once; no other begins, and those that run are waited for.
         StaleRecord: a job's folder holds another run.
     """
     left = [job for job in jobs if not settings.is_done(job)]
@@ -183,7 +184,7 @@ def run_wave(settings: Settings, jobs: list[Job], workers: int) -> None:
 
 
 def run_all(pool: Executor, settings: Settings, jobs: list[Job], workers: int) -> None:
-    """Gives the pool as many jobs as it has workers: what lies in its queue could not be called back."""
+    """Keep as many jobs queued as workers, because queued jobs cannot stop."""
     started, done, failed = time.monotonic(), 0, 0
     waiting, running = list(jobs), {}
     while running or (waiting and not failed):

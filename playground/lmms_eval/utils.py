@@ -1,4 +1,4 @@
-"""What the task tove_scenes shows the model, and how it marks answers: as ``tove-llava eval --benchmark scenes``."""
+"""The task tove_scenes, marked like ``tove-llava eval --benchmark scenes``."""
 
 from pathlib import Path
 
@@ -10,16 +10,16 @@ IMAGES = Path("playground/data/scenes/images")
 
 
 def pictures(doc):
-    """The question's picture."""
+    """Return the question's image."""
     with Image.open(IMAGES / doc["image"]) as picture:
         return [picture.convert("RGB")]
 
 
 def question(doc, lmms_eval_specific_kwargs=None):
-    """The question file carries the whole prompt."""
+    """Return the prompt, which the question file holds whole."""
     return doc["text"]
 
 
 def mark(doc, results):
-    """1 where the answer equals the expected one."""
+    """Return 1 where the answer equals the expected one."""
     return {"accuracy": float(normalise(results[0]) == normalise(doc["answer"]))}
