@@ -156,7 +156,7 @@ class Bench:
         return None
 
     def is_over(self) -> bool:
-        """True after the time of --limit."""
+        """Return True after the time of --limit."""
         return self._limit is not None and seconds_since_start() > self._limit
 
     @property

@@ -40,7 +40,7 @@ MIX = (
     Part("Visual Genome", 86, (5, 15), (12, 20), (4, 10)),
 )
 
-# Of several lengths, some of which are several tokens of LLaMA's.
+# Several lengths; some words are several tokens of LLaMA's.
 WORDS = (
     "the", "a", "of", "in", "and", "to", "is", "it", "that", "on", "with", "for", "red", "small", "woman", "standing",
     "beside", "photograph", "restaurant", "bicycle", "intersection", "approximately", "sunglasses", "kitchen",

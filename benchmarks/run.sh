@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All benchmarks of one kind of machine, at the sizes that their tables are committed with; results go to
-# benchmarks/results/ (or $OUTPUT). Each kind takes under nine minutes. Where one fails the others are still run; the
+# benchmarks/results/ (or $OUTPUT). Each kind takes under nine minutes. After a failure the others still run; the
 # exit code is the first failure's, and SUMMARY.md says what was not measured and why.
 #   bash benchmarks/run.sh cpu | gpu
 set -uo pipefail

@@ -17,7 +17,7 @@ from tove_llava.tower import ToveVisionModel
 # stage -> (tokens of text besides the image's, supervised ones, most times the step of only CLIP): captions, and
 # the mean of LLaVA-1.5's mix
 STAGES = {"pretrain": (32, 24, 1.14), "finetune_lora": (200, 100, 1.09)}
-COUNTED = "vicuna-7b"  # by shapes, wherever this runs
+COUNTED = "vicuna-7b"  # from shapes, on any machine
 
 
 def measure_beside_clip(bench: Bench, shared: SharedModel, name: str) -> dict[str, Any]:

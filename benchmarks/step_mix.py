@@ -174,7 +174,7 @@ class Contenders:
             self.step(batch.packed if name == OURS else batch.padded)
 
     def fit_budget(self) -> None:
-        """See :meth:`FastPath.fit_budget`."""
+        """Fit the budget; see :meth:`FastPath.fit_budget`."""
         self.fast.fit_budget(self.batches[0].padded, self._pictures())
 
     def _pictures(self) -> list[torch.Tensor]:

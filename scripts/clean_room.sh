@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Test exported folders in an environment with nothing but torch, transformers and pillow: makes the environment, and
-# compares there the results of both export formats and of merged models with those of the original models.
+# Test exported folders in an environment of only torch, transformers and pillow: make it, then compare there the results
+# of both export formats and of merged models with those of the original models.
 #   bash scripts/clean_room.sh [flags of pytest]
 #     ENVIRONMENT=DIR      keeps the environment in this folder and reuses it
 #     TRANSFORMERS=4.57.6  instead of the version of constraints.txt

@@ -21,7 +21,7 @@ COMMON = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What all runs share."""
+    """The settings that all runs share."""
 
     out: Path
     seeds: int

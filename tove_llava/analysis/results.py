@@ -63,7 +63,7 @@ class Contributions:
 
     @property
     def ranking(self) -> list[str]:
-        """The experts by leave-one-out loss, least contributing first; ties by gate weight."""
+        """Rank the experts by leave-one-out loss, ties by gate weight, ascending."""
         found = self.overall.experts
         return sorted(found, key=lambda name: (found[name].loss_change, found[name].gate_weight or 0.0))
 

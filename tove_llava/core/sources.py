@@ -55,7 +55,7 @@ class Source(ABC):
     @property
     @abstractmethod
     def path(self) -> Path | None:
-        """The local folder or file of the weights, or None."""
+        """Return the local folder or file of the weights, or None."""
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
         """Anchor a path relative to a checkpoint (``./...``) at the folder ``base_dir``."""
@@ -217,7 +217,7 @@ class OpenClipSource(_LocalDirSource):
 
     @property
     def model_and_tag(self) -> tuple[str, str | None]:
-        """The model name and the tag of the weights, for open_clip's ``create_model``."""
+        """Return the model's name and tag, for open_clip's ``create_model``."""
         path = self.path
         if path is not None:
             return f"local-dir:{path}", None

@@ -121,7 +121,7 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
 
 
 def _origin_of_data(task: Task) -> list[str]:
-    """Say that a score of generated scenes is none of the public benchmark, whose name and rule it shares."""
+    """Say that generated scenes are not the public benchmark."""
     from tove_llava.scenes.writer import MANIFEST
 
     if task.name == "scenes" or not (task.root / MANIFEST).is_file():

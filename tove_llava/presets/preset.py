@@ -152,7 +152,7 @@ class StagePreset:
 
     @property
     def kept(self) -> str:
-        """The kind of checkpointing: none, full or selective (:mod:`tove_llava.train.recomputation`)."""
+        """Return the checkpointing kind: none, full or selective (:mod:`tove_llava.train.recomputation`)."""
         if self.checkpointing is not None:
             return self.checkpointing
         old, new = (self.arguments.get(f"{word}_checkpointing") for word in ("gradient", "activation"))

@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes on each device, with the process's own gigabyte."""
+        """Return the bytes on each device, with the process's own gigabyte."""
         parts = (self.weights, self.backbones, self.gradients, self.optimizer, self.activations)
         return sum(parts) + PROCESS
 

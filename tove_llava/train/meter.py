@@ -33,7 +33,7 @@ class Meter:
         self._waited = 0.0
 
     def start_clock(self) -> None:
-        """Start to measure records per second; the time before was preparation."""
+        """Start to measure records per second; earlier time was preparation."""
         self._since, self._timed_samples, self._waited = time.perf_counter(), 0.0, 0.0
 
     @contextmanager

@@ -30,17 +30,17 @@ class Window:
 
     @property
     def num_images(self) -> int:
-        """Images of the global batch."""
+        """Return the number of images of the global batch."""
         return sum(map(sum, self.images))
 
     @property
     def is_last(self) -> bool:
-        """True in the last micro-batch."""
+        """Return True in the last micro-batch."""
         return self.step == len(self.images) - 1
 
     @property
     def runs_tower(self) -> bool:
-        """True if all ranks run the tower in this micro-batch.
+        """Return True if all ranks run the tower in this micro-batch.
 
         The last micro-batch carries the balance loss of the whole window, and so gradients of the gate.
         """

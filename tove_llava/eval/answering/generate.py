@@ -19,7 +19,7 @@ class Generate(Mode):
 
 @register_mode("batches")
 class Batches(Generate):
-    """For beams and sliding windows; drawn answers depend on the batch."""
+    """Runs fixed batches (beams, sliding windows); drawn answers depend on the batch."""
 
     help = "the model says its answer, in fixed batches"
 

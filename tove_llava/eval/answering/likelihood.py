@@ -90,14 +90,14 @@ class _Likelihood(Mode):
 
 @register_mode("likelihood")
 class LetterLikelihood(_Likelihood):
-    """By the probability of the option's letter."""
+    """Scores the probability of an option's letter."""
 
     help = "the option whose letter is most likely (its log-probability as it is, not normalised)"
 
 
 @register_mode("likelihood_text")
 class TextLikelihood(_Likelihood):
-    """By the mean probability of the option's tokens, whatever their number."""
+    """Scores the mean probability of an option's tokens, whatever their number."""
 
     help = "the option whose words are most likely (mean log-probability per token)"
     by_words = True

@@ -79,7 +79,7 @@ class MergingTower(PreTrainedModel):
 
     @property
     def active_experts(self) -> list[str]:
-        """Experts of the result: none."""
+        """Return the experts of the result: none."""
         return []
 
     def learning(self) -> list[nn.Parameter]:
