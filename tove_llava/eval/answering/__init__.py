@@ -91,7 +91,7 @@ class Mode(ABC):
         return [[] if found is None else [found] for found in self.features([row.job for row in rows])]
 
     def run(self, take: Take) -> Iterator[list[Answer]]:
-        """Yield answers to all questions of ``take(n)`` (at most ``n`` a call).
+        """Yield answers to ``take(n)``'s questions: at most ``n``, at last none.
 
         Raises:
             ConfigError: a single question does not fit into the GPU's memory.
