@@ -1,7 +1,7 @@
 """The engine of the chat: one model answers many conversations at once."""
 
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from PIL import Image
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.inference.generation import Answerer
-from tove_llava.inference.replies import Reply, Request, TextStream, Timing
+from tove_llava.inference.replies import Request, TextStream, Timing
 from tove_llava.inference.rolling_batch import RollingBatch, SequentialBatch
 from tove_llava.inference.routing_map import RoutingMap
 from tove_llava.inference.sampling import Sampling
@@ -55,6 +55,59 @@ class Message:
                 "leave the placeholders out, or write as many as there are images"
             )
         return Turn("user", f"{IMAGE_PLACEHOLDER}\n" * len(self.images) + self.text)
+
+
+class Reply:
+    """An iterator over the pieces of an answer.
+
+    It raises the answer's error where the next piece would be. When nobody reads the answer any more (cancelled,
+    closed, or this object deleted), the answer leaves the batch at the next token.
+    """
+
+    def __init__(self, request: Request, engine: "Engine") -> None:
+        self._request = request
+        self._engine = engine  # kept alive until the answer has been read
+        self._over = False
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        event = None if self._over else self._request.events.get()
+        if isinstance(event, str):
+            return event
+        self._over = True
+        raise StopIteration if event is None else event
+
+    def text(self) -> str:
+        """Wait for the rest of the answer and return it stripped."""
+        return "".join(self).strip()
+
+    @property
+    def position(self) -> int:
+        """Return the position in the queue from 1; 0 after the start."""
+        return self._engine.worker.position(self._request)
+
+    @property
+    def timing(self) -> Timing | None:
+        """Return the times so far; None before work has started."""
+        return self._request.timing
+
+    def cancel(self) -> None:
+        """End the answer. Any thread may call this, also after the end."""
+        self._engine.worker.cancel(self._request)
+
+    close = cancel
+
+    def __enter__(self) -> "Reply":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self.cancel()
+
+    def __del__(self) -> None:
+        # May run anywhere, also while the engine's lock is held, so it only sets a flag.
+        self._request.cancelled = True
 
 
 class Engine:

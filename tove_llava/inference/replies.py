@@ -1,18 +1,14 @@
-"""A question in the engine, and the reply that its caller reads."""
+"""A question in the engine, and the text of its answer."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from tove_llava.inference.rolling_batch import Row
-
-if TYPE_CHECKING:
-    from tove_llava.inference.engine import Engine
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are not (yet) a character
 
@@ -129,56 +125,3 @@ class Request(Row):
             tokens_per_second=(tokens - 1) / elapsed if tokens > 1 and elapsed > 0 else 0.0,
             images=self._images,
         )
-
-
-class Reply:
-    """An iterator over the pieces of an answer.
-
-    It raises the answer's error where the next piece would be. When nobody reads the answer any more (cancelled,
-    closed, or this object deleted), the answer leaves the batch at the next token.
-    """
-
-    def __init__(self, request: Request, engine: "Engine") -> None:
-        self._request = request
-        self._engine = engine  # kept alive until the answer has been read
-        self._over = False
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        event = None if self._over else self._request.events.get()
-        if isinstance(event, str):
-            return event
-        self._over = True
-        raise StopIteration if event is None else event
-
-    def text(self) -> str:
-        """Wait for the rest of the answer and return it stripped."""
-        return "".join(self).strip()
-
-    @property
-    def position(self) -> int:
-        """Return the position in the queue from 1; 0 after the start."""
-        return self._engine.worker.position(self._request)
-
-    @property
-    def timing(self) -> Timing | None:
-        """Return the times so far; None before work has started."""
-        return self._request.timing
-
-    def cancel(self) -> None:
-        """End the answer. Any thread may call this, also after the end."""
-        self._engine.worker.cancel(self._request)
-
-    close = cancel
-
-    def __enter__(self) -> "Reply":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        # May run anywhere, also while the engine's lock is held, so it only sets a flag.
-        self._request.cancelled = True
