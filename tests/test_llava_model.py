@@ -3,24 +3,9 @@ import shutil
 import pytest
 import torch
 from experts_zoo import save_large_experts
-from safetensors import safe_open
-from tower_parts import (
-    GRID,
-    DummyExpert,
-    expert_entries,
-    open_output,
-    pixels,
-    save_clip,
-    text_config,
-    tower_config,
-)
-from transformers import (
-    AutoConfig,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from safetensors.torch import load_file
+from tower_parts import GRID, DummyExpert, expert_entries, open_output, pixels, save_clip, text_config, tower_config
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
@@ -31,14 +16,9 @@ BOTH = pytest.mark.parametrize("cls", [LlavaForConditionalGeneration, ToveLlavaF
 
 
 def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, vision_config=None, text=None, **keys):
-    config_cls = ToveLlavaConfig if cls is ToveLlavaForConditionalGeneration else LlavaConfig
-    config = config_cls(
-        vision_config=vision_config or tower_config(folder, **keys),
-        text_config=text or text_config(),
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
+    parts = {"vision_config": vision_config or tower_config(folder, **keys), "text_config": text or text_config()}
+    selection = {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
+    config = cls.config_class(**parts, **selection, image_token_index=IMAGE_TOKEN)
     torch.manual_seed(5)
     model = cls(config).eval()
     model.model.vision_tower.load_backbones()
@@ -48,16 +28,11 @@ def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, visio
 
 
 def stock_twin(model, folder):
-    """LLaVA as it is published: CLIP as its tower, layer -2, without the class token, and the same other weights."""
+    """Build published LLaVA: CLIP as its tower, layer -2, no class token, and the same other weights."""
     clip = CLIPVisionModel.from_pretrained(folder / "clip")
-    config = LlavaConfig(
-        vision_config=clip.config,
-        text_config=model.config.text_config,
-        image_token_index=IMAGE_TOKEN,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
-    twin = LlavaForConditionalGeneration(config).eval()
+    parts = {"vision_config": clip.config, "text_config": model.config.text_config}
+    selection = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    twin = LlavaForConditionalGeneration(LlavaConfig(**parts, **selection, image_token_index=IMAGE_TOKEN)).eval()
     state = {k: v for k, v in model.state_dict().items() if "vision_tower" not in k}
     state |= {f"model.vision_tower.{k}": v for k, v in clip.state_dict().items()}
     twin.load_state_dict(state)
@@ -90,8 +65,7 @@ def test_untrained_or_detached_tower_gives_llavas_logits(tmp_path, cls, dtype, d
         model.model.vision_tower.detach_experts(["depth", "edge", "normal"])
     twin = stock_twin(model, tmp_path).to(dtype)
     model.to(dtype)
-    data = batch()
-    data["pixel_values"] = data["pixel_values"].to(dtype)
+    data = {**batch(), "pixel_values": pixels(2).to(dtype)}
     with torch.no_grad():
         assert torch.equal(model(**data).logits, twin(**data).logits)
 
@@ -103,17 +77,12 @@ def test_opened_tower_changes_llavas_logits(tmp_path):
 
 @pytest.mark.slow
 def test_true_architecture_with_all_default_experts_is_llava(tmp_path):
-    """CLIP-L/14-336 as published (random weights) and the large preset's experts, attached and untrained."""
+    """Compare CLIP-L/14-336 with the large preset's experts, attached and untrained; its weights are random."""
     torch.manual_seed(0)
     clip_config = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
+        patch_size=14, projection_dim=768,
+    )  # fmt: skip
     CLIPVisionModel(clip_config).save_pretrained(tmp_path / "clip")
     config = ToveVisionConfig.from_sources(f"hf:{tmp_path / 'clip'}", save_large_experts(tmp_path))
     text = text_config(max_position_embeddings=1024)
@@ -154,10 +123,7 @@ def test_saved_equals_loaded_and_generates(tmp_path, cls):
 def test_saved_keys_are_the_models_own(tmp_path):
     model = make_llava(tmp_path / "parts")
     model.save_pretrained(tmp_path / "saved")
-    saved = set()
-    for file in (tmp_path / "saved").glob("*.safetensors"):
-        with safe_open(file, "pt") as f:
-            saved |= set(f.keys())
+    saved = {name for file in (tmp_path / "saved").glob("*.safetensors") for name in load_file(file)}
     # On disk transformers keeps LLaVA's older prefix of the language model.
     saved = {name.replace(".language_model.model.", ".language_model.") for name in saved}
     assert saved == {name for name, _ in model.named_parameters()}
@@ -171,9 +137,8 @@ def test_self_contained_checkpoint(tmp_path):
     model.save_pretrained(tmp_path / "saved")
     (tmp_path / "parts").rename(tmp_path / "gone")
     (tmp_path / "saved").rename(tmp_path / "moved")
-    assert torch.equal(
-        ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "moved")(**batch()).logits, expected
-    )
+    moved = ToveLlavaForConditionalGeneration.from_pretrained(tmp_path / "moved")
+    assert torch.equal(moved(**batch()).logits, expected)
 
 
 @pytest.mark.parametrize(
@@ -196,7 +161,7 @@ def test_generating_from_pixels_and_from_features(tmp_path, options):
 # -- losses and routing -----------------------------------------------------------------------------------------------
 
 
-def test_loss_terms(tmp_path):
+def test_loss_terms_and_tuple_output(tmp_path):
     model = make_llava(tmp_path, router_aux_loss_coef=0.5).train()
     out = model(**batch(), vision=VisionInputs(gate_noise=torch.randn(2, 16, 3)))
     assert out.aux_loss > 0
@@ -205,20 +170,20 @@ def test_loss_terms(tmp_path):
     apart = model(**batch(), add_aux_loss=False)
     assert torch.equal(apart.loss, apart.lm_loss) and apart.aux_loss is None and apart.gate_inputs is not None
     evaluated = model.eval()(**batch())
-    assert torch.equal(evaluated.loss, evaluated.lm_loss) and evaluated.aux_loss is None
-    assert evaluated.gate_inputs is None
+    assert torch.equal(evaluated.loss, evaluated.lm_loss) and evaluated.aux_loss is evaluated.gate_inputs is None
+    loss, logits = model(**batch(), return_dict=False)[:2]
+    assert torch.equal(loss, evaluated.loss) and torch.equal(logits, evaluated.logits)
 
 
-def test_aux_loss_reaches_the_gate_alone(tmp_path):
-    model = make_llava(tmp_path).train()
-    noise = torch.randn(2, 16, 3)
+def gradients(model, noise, **options):
+    model.zero_grad()
+    model(**batch(), vision=VisionInputs(gate_noise=noise), **options).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    def gradients(add_aux_loss):
-        model.zero_grad()
-        model(**batch(), vision=VisionInputs(gate_noise=noise), add_aux_loss=add_aux_loss).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
 
-    with_aux, without = gradients(True), gradients(False)
+def test_aux_loss_reaches_only_the_gate(tmp_path):
+    model, noise = make_llava(tmp_path).train(), torch.randn(2, 16, 3)
+    with_aux, without = (gradients(model, noise, add_aux_loss=add) for add in (True, False))
     differing = {name for name in without if not torch.equal(with_aux[name], without[name])}
     assert differing == {name for name in without if ".fusion.gate." in name}
 
@@ -233,23 +198,14 @@ def test_routing_on_request(tmp_path):
 
 
 def test_precomputed_features_give_the_same_logits(tmp_path):
-    model = make_llava(tmp_path)
-    data = batch()
-    expected = model(**data).logits
-    images = data.pop("pixel_values")
+    model, data = make_llava(tmp_path), batch()
+    expected, images = model(**data).logits, data.pop("pixel_values")
     features = model.tower.encode(images)
     assert torch.equal(model(**data, vision=VisionInputs(features)).logits, expected)
     vision = model.encode_images(images)
     assert torch.equal(model(**data, mm_encoder_outputs={"image": vision}).logits, expected)
     with pytest.raises(ConfigError, match="exactly one"):
         model(**data, vision=VisionInputs(features), pixel_values=images)
-
-
-def test_tuple_output_has_loss_and_logits_first(tmp_path):
-    model = make_llava(tmp_path)
-    out = model(**batch())
-    loss, logits = model(**batch(), return_dict=False)[:2]
-    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
 
 
 def test_fusion_none_trains_the_projector(tmp_path):
@@ -268,31 +224,24 @@ def test_gate_and_transfer_learn_through_llava(tmp_path, cls):
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_changes_nothing(tmp_path, checkpointing):
-    model = make_llava(tmp_path).train()
-    noise = torch.randn(2, 16, 3)
-    expected = {}
-    for on in (False, checkpointing):
-        model.zero_grad()
-        if on:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.enable_input_require_grads()
-        model(**batch(), vision=VisionInputs(gate_noise=noise)).loss.backward()
-        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
-        expected = expected or grads
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad, expected[name])
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    model, noise = make_llava(tmp_path).train(), torch.randn(2, 16, 3)
+    expected = gradients(model, noise)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    torch.testing.assert_close(gradients(model, noise), expected)
 
 
 # -- batches without images -------------------------------------------------------------------------------------------
 
 
-def test_text_alone_does_not_run_the_tower(tmp_path):
+def test_text_does_not_run_the_tower_and_dummy_images_need_an_image(tmp_path):
     model = make_llava(tmp_path).train()
     DummyExpert.calls = 0
     out = model(**text_batch())
     assert out.loss.isfinite() and out.aux_loss is None and out.gate_inputs is None and DummyExpert.calls == 0
+    with pytest.raises(ConfigError, match="dummy images"):
+        model(**text_batch(), vision=VisionInputs(dummy=True))
 
 
 @pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"fusion": "none"}])
@@ -311,23 +260,14 @@ def test_dummy_images_touch_everything_and_change_nothing(tmp_path, keys):
 
 def test_dummy_images_keep_the_order_of_modules(tmp_path):
     """ZeRO-3 gathers weights module by module: ranks that differ in their order wait for each other forever."""
-    model = make_llava(tmp_path).train()
-    visited = []
+    model, visited = make_llava(tmp_path).train(), []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: visited.append(name))
-
-    def visit(**data):
-        visited.clear()
-        model(**data, add_aux_loss=False).loss.backward()
-        return list(visited)
-
     dummy = {"pixel_values": torch.zeros(1, 3, 32, 32), "vision": VisionInputs(dummy=True)}
-    assert visit(**batch()) == visit(**text_batch(), **dummy)
-
-
-def test_dummy_images_need_an_image(tmp_path):
-    with pytest.raises(ConfigError, match="dummy images"):
-        make_llava(tmp_path)(**text_batch(), vision=VisionInputs(dummy=True))
+    for data in (batch(), {**text_batch(), **dummy}):
+        model(**data, add_aux_loss=False).loss.backward()
+    half = len(visited) // 2
+    assert half > 10 and visited[:half] == visited[half:]
 
 
 def test_window_of_image_and_text_batches(tmp_path):
@@ -348,12 +288,17 @@ def test_window_of_image_and_text_batches(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys",
-    [{"vision_feature_layer": -2}, {"vision_feature_select_strategy": "default"}, {"vision_feature_layer": [-1, -1]}],
+    ("keys", "message"),
+    [
+        ({"vision_feature_layer": -2}, "vision_feature_layer=-1"),
+        ({"vision_feature_layer": [-1, -1]}, "vision_feature_layer=-1"),
+        ({"vision_feature_select_strategy": "default"}, "vision_feature_layer=-1"),
+        ({"vision_config": CLIPVisionConfig()}, "CLIPVisionConfig"),
+    ],
 )
-def test_selections_that_the_tower_lacks_are_refused(tmp_path, keys):
-    with pytest.raises(ConfigError, match="vision_feature_layer=-1"):
-        ToveLlavaConfig(vision_config=tower_config(tmp_path), text_config=text_config(), **keys)
+def test_selections_and_vision_configurations_of_others_are_refused(tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        ToveLlavaConfig(**{"vision_config": tower_config(tmp_path), "text_config": text_config(), **keys})
 
 
 def test_stock_llava_with_another_layer_is_refused(tmp_path):
@@ -364,28 +309,19 @@ def test_stock_llava_with_another_layer_is_refused(tmp_path):
         model(**batch())
 
 
-def test_another_vision_configuration_is_refused():
-    with pytest.raises(ConfigError, match="CLIPVisionConfig"):
-        ToveLlavaConfig(vision_config=CLIPVisionConfig(), text_config=text_config())
-
-
-def test_configuration_follows_the_tower(tmp_path):
+def test_configuration_follows_the_tower_and_builds_on_the_meta_device(tmp_path):
     config = ToveLlavaConfig(vision_config=tower_config(tmp_path).to_dict(), text_config=text_config())
     assert config.image_seq_length == 16
     assert (config.vision_feature_layer, config.vision_feature_select_strategy) == (-1, "full")
+    with torch.device("meta"):
+        model = ToveLlavaForConditionalGeneration(config)
+    assert all(p.is_meta for p in model.parameters())
+    assert not model.tower.is_loaded and isinstance(model.tower, ToveVisionModel)
 
 
 def test_default_configurations_exist():
     """transformers compares a configuration with its class's default when it saves."""
     assert ToveLlavaConfig().vision_config.to_dict() == ToveVisionConfig().to_dict()
-
-
-def test_builds_on_the_meta_device(tmp_path):
-    config = ToveLlavaConfig(vision_config=tower_config(tmp_path), text_config=text_config())
-    with torch.device("meta"):
-        model = ToveLlavaForConditionalGeneration(config)
-    assert all(p.is_meta for p in model.parameters())
-    assert not model.tower.is_loaded and isinstance(model.tower, ToveVisionModel)
 
 
 def test_experts_of_a_saved_clip_keep_their_order(tmp_path):

@@ -1,5 +1,6 @@
 """The vicuna presets against LLaVA-1.5's recipe: every row of the published table, and what the trainer makes of it."""
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import torch
 import yaml
 from data_helpers import SAMPLE
 from torch import nn
-from train_parts import ROOT, flags, write_parts, write_records
+from train_parts import ROOT, flags, write_inputs
 
 from tove_llava.data import LengthGroupedSampler
 from tove_llava.presets import load_preset
@@ -37,30 +38,21 @@ NOT_HELD = {
 
 
 def table(file: Path, first: str) -> dict[str, dict[str, str]]:
-    """The Markdown table whose header begins with ``first``: {row: {column: cell}}; "same" is written out."""
-    lines = iter(file.read_text(encoding="utf-8").splitlines())
-    header = next(cells for line in lines if (cells := _cells(line)) and cells[0] == first)
+    """Read the Markdown table whose header begins with ``first``: {row: {column: cell}}; "same" is written out."""
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in file.read_text("utf-8").splitlines()]
+    start = next(index for index, cells in enumerate(lines) if cells[0] == first)
     rows = {}
-    next(lines)
-    for line in lines:
-        if not line.startswith("|"):
-            break
-        name, *values = _cells(line)
+    for name, *values in itertools.takewhile(lambda cells: len(cells) > 1, lines[start + 2 :]):
         for index, value in enumerate(values):
             values[index] = values[index - 1] if value == "same" else value
-        rows[name] = dict(zip(header[1:], values, strict=True))
+        rows[name] = dict(zip(lines[start][1:], values, strict=True))
     return rows
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip() for cell in line.strip().strip("|").split("|")] if line.startswith("|") else []
 
 
 @pytest.fixture(params=["conformance", "own sample"])
 def recipe(request: pytest.FixtureRequest) -> Path:
-    if request.param == "own sample":
-        return SAMPLE / "recipe.md"
-    return request.getfixturevalue("conformance") / "llava" / "recipe.md"
+    own = request.param == "own sample"
+    return (SAMPLE if own else request.getfixturevalue("conformance") / "llava") / "recipe.md"
 
 
 @dataclass(frozen=True)
@@ -82,7 +74,7 @@ class Run:
 
     @cached_property
     def schedule(self) -> list[float]:
-        """The share of its rate that every group has, at each step."""
+        """Return the share of its rate that every group has, at each step."""
         optimizer = self.trainer.create_optimizer()
         scheduler = self.trainer.create_scheduler(STEPS, optimizer)
         shares = []
@@ -97,28 +89,21 @@ class Run:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("recipe")
-    write_parts(folder)
-    write_records(folder)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("recipe"))
 
 
 def make_run(root: Path, name: str, script: str, *more: str) -> Run:
-    """The preset's settings, and further flags, over small parts of the same architectures."""
+    """Apply the preset's settings, and further flags, to small parts of the same architectures."""
     small = yaml.safe_load((root / "preset.yaml").read_text())
     file = root / f"{name}.yaml"
-    vision = {key: small["vision"][key] for key in ("clip", "experts", "projection_dim")}
-    file.write_text(
-        yaml.safe_dump({"extends": name, "vision": {**vision, "image_size": 32}, "language": small["language"]})
-    )
+    vision = {key: small["vision"][key] for key in ("clip", "experts", "projection_dim")} | {"image_size": 32}
+    file.write_text(yaml.safe_dump({"extends": name, "vision": vision, "language": small["language"]}))
     more = ("--preset", str(file), "--tf32", "False", "--report_to", "none", *more)
     settings = parse(flags(root, STAGES[script], root / "out", *more))
     start = STARTS.get(settings.stage.starts_from)(settings.preset, settings.stage, None)
-    dataset = make_dataset(settings, start.processor, start.vision)
-    model = start.model(42)
-    trainable = freeze(model, start.stage)
-    args = settings.training_arguments()
-    trainer = make_trainer(settings, args, model, start.processor, dataset, trainable)
+    dataset, model = make_dataset(settings, start.processor, start.vision), start.model(42)
+    parts = (model, start.processor, dataset, freeze(model, start.stage))
+    trainer = make_trainer(settings, settings.training_arguments(), *parts)
     preset = load_preset(name)
     return Run(preset, preset.stage(STAGES[script]), trainer, (ROOT / "scripts" / script).read_text())
 
@@ -138,12 +123,6 @@ def trained(cell: str) -> set[str]:
     return {words[part.strip()] for part in cell.removesuffix(" only").split("+")}
 
 
-def check_language(cell: str, run: Run) -> None:
-    """The published scripts are for 13B."""
-    size = run.preset.name.removeprefix("vicuna-")
-    assert run.preset.language.source == f"hf:{cell}".replace("13b", size)
-
-
 def check_projector(cell: str, run: Run) -> None:
     assert cell.startswith("mlp2x_gelu")
     projector = run.trainer.model.model.multi_modal_projector
@@ -161,8 +140,7 @@ def check_lora(cell: str, run: Run) -> None:
 
 
 def check_warm_up(cell: str, run: Run) -> None:
-    """Rounded up, linear from 0."""
-    steps = math.ceil(number(cell) * STEPS)
+    steps = math.ceil(number(cell) * STEPS)  # linear from 0
     assert run.schedule[: steps + 1] == pytest.approx([step / steps for step in range(steps + 1)])
 
 
@@ -182,18 +160,12 @@ def check_optimiser(cell: str, run: Run) -> None:
     assert all(group["betas"] == (beta1, beta2) and group["eps"] == eps for group in optimizer.param_groups)
 
 
-def check_deepspeed(cell: str, run: Run) -> None:
-    config = json.loads((DEEPSPEED_FOLDER / f"{run.stage.deepspeed}.json").read_text())
-    assert config["zero_optimization"]["stage"] == number(cell.removeprefix("ZeRO-"))
-
-
-def check_save(cell: str, run: Run) -> None:
-    every, keep = cell.split("/")
-    assert (run.given["save_steps"], run.given["save_total_limit"]) == (number(every), number(keep.strip()))
+def zero_file(name: str) -> dict[str, Any]:
+    return json.loads((DEEPSPEED_FOLDER / f"{name}.json").read_text())
 
 
 def equal(read: Any, value: Any) -> Any:
-    """A check that a cell, once read, is the run's value."""
+    """Return a check that a cell, once read, is the run's value."""
 
     def check(cell: str, run: Run) -> None:
         assert read(cell) == value(run)
@@ -202,7 +174,11 @@ def equal(read: Any, value: Any) -> Any:
 
 
 CHECKS = {
-    "Language model": check_language,
+    # The published scripts are for 13B.
+    "Language model": equal(
+        lambda cell: f"hf:{cell}",
+        lambda run: run.preset.language.source.replace(run.preset.name.removeprefix("vicuna-"), "13b"),
+    ),
     "Vision tower": equal(lambda cell: f"hf:{cell}", lambda run: run.preset.vision.clip),
     "Conversation version": equal(str, lambda run: run.stage.template),
     "Starts from projector": equal(lambda cell: cell.startswith("stage-1"), lambda run: "--pretrained" in run.script),
@@ -231,14 +207,20 @@ CHECKS = {
     "Schedule": check_schedule,
     "Optimiser": check_optimiser,
     # What the note below the table concludes: the published DeepSpeed files clip nothing.
-    "Gradient clipping": lambda cell, run: equal(lambda _: 0, lambda run: run.args.max_grad_norm)(cell, run),
+    "Gradient clipping": equal(lambda cell: 0, lambda run: run.args.max_grad_norm),
     "Precision": equal(
         lambda cell: ("bf16" in cell, "TF32 on" in cell), lambda run: (run.args.bf16, run.given["tf32"])
     ),
     "Max length": equal(number, lambda run: run.trainer._records.model_max_length),
     "Gradient checkpointing": equal(lambda cell: cell == "yes", lambda run: run.given["gradient_checkpointing"]),
-    "DeepSpeed": check_deepspeed,
-    "Save every / keep": check_save,
+    "DeepSpeed": equal(
+        lambda cell: number(cell.removeprefix("ZeRO-")),
+        lambda run: zero_file(run.stage.deepspeed)["zero_optimization"]["stage"],
+    ),
+    "Save every / keep": equal(
+        lambda cell: [number(part.strip()) for part in cell.split("/")],
+        lambda run: [run.given["save_steps"], run.given["save_total_limit"]],
+    ),
     "Eval during training": equal(lambda cell: cell == "none", lambda run: run.args.eval_strategy == "no"),
     "Data loader workers": equal(number, lambda run: run.args.dataloader_num_workers),
     "Seed": equal(number, lambda run: run.args.seed),
@@ -246,7 +228,7 @@ CHECKS = {
 
 
 def base_name(row: str) -> str:
-    """A row's name without the remark in parentheses."""
+    """Return a row's name without the remark in parentheses."""
     return row.partition(" (")[0]
 
 
@@ -266,7 +248,6 @@ def test_every_row_of_the_table(recipe: Path, runs: dict[tuple[str, str], Run], 
 
 
 def test_the_samples_agree(conformance: Path) -> None:
-    """Our sample of the table says what the golden one says, as far as the checks read it."""
     golden = {base_name(row): cells for row, cells in table(conformance / "llava" / "recipe.md", "Setting").items()}
     own = {base_name(row) for row in table(SAMPLE / "recipe.md", "Setting")}
     assert own <= set(golden) <= {*CHECKS, *NOT_HELD} and set(CHECKS) <= set(golden)
@@ -291,7 +272,7 @@ def renamed(name: str) -> str:
 
 
 def groups_of(run: Run) -> dict[tuple[float, float], set[str]]:
-    """{(rate, decay): names} of the optimiser, without the tower and the second layer."""
+    """Return {(rate, decay): names} of the optimiser, without the tower and the second layer."""
     names = {id(p): name for name, p in run.trainer.model.named_parameters()}
     groups: dict[tuple[float, float], set[str]] = {}
     for group in run.trainer._groups:
@@ -331,7 +312,7 @@ def test_trainable_parameters_and_groups(conformance: Path, root: Path, script: 
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_zero_files(name: str) -> None:
     row = table(SAMPLE / "recipe.md", "DeepSpeed file")[name]
-    config = json.loads((DEEPSPEED_FOLDER / f"{name}.json").read_text())
+    config = zero_file(name)
     zero = config["zero_optimization"]
     for key in ("stage", "overlap_comm", "contiguous_gradients", "reduce_bucket_size"):
         assert str(zero[key]).lower() == row[key]
@@ -345,7 +326,7 @@ def test_zero_files(name: str) -> None:
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
 def test_zero_files_against_the_originals(name: str) -> None:
     theirs = json.loads((Path(os.environ["LLAVA_SRC"]) / "scripts" / f"{name}.json").read_text())
-    ours = json.loads((DEEPSPEED_FOLDER / f"{name}.json").read_text())
+    ours = zero_file(name)
     assert theirs["bf16"] == ours["bf16"] and theirs["fp16"] == ours["fp16"]
     expected = dict(theirs["zero_optimization"])
     expected.pop("sub_group_size")  # 1e9 is DeepSpeed's own value

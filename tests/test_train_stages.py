@@ -8,7 +8,8 @@ import pytest
 import torch
 from data_helpers import save_odd_kinds
 from PIL import Image
-from train_parts import flags, losses, weights, write_parts, write_records
+from sklearn.datasets import load_sample_images
+from train_parts import flags, losses, weights, write_inputs
 
 from tove_llava import build_model, load_preset
 from tove_llava.core.errors import ConfigError, DataError, NonFiniteError
@@ -23,16 +24,16 @@ from tove_llava.train.stages import freeze, lora_config, parameter_groups
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stages")
-    write_parts(folder)
-    write_records(folder, captions=8, count=8)
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("stages"), captions=8, count=8)
 
 
-def frozen_model(root, stage):
-    preset = load_preset(str(root / "preset.yaml"))
-    model, _ = build_model(preset, load_backbones=False)
-    return model, freeze(model, preset.stage(stage)), preset.stage(stage)
+def plain_model(root):
+    return build_model(str(root / "preset.yaml"), load_backbones=False)[0]
+
+
+def frozen_model(root, name):
+    model, stage = plain_model(root), load_preset(str(root / "preset.yaml")).stage(name)
+    return model, freeze(model, stage), stage
 
 
 @pytest.mark.parametrize(
@@ -52,16 +53,14 @@ def test_what_trains_is_what_the_report_says(root, stage, parts):
         assert re.search(rf"{part}\s+{sum(p.numel() for p in trainable.parts[part].values()):,}", report)
 
 
-def test_lora_is_on_the_language_model_alone(root):
+def test_lora_is_only_on_the_language_model(root):
     model, trainable, stage = frozen_model(root, "finetune_lora")
     names = list(trainable.parts["lora"])
     assert all(name.startswith("model.language_model.layers.") for name in names)
     targets = {name.split(".")[-4] for name in names}
     assert targets == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
     assert len(names) == 2 * 7 * 2  # layers, linear layers, A and B
-    pattern = re.compile(
-        lora_config(build_model(str(root / "preset.yaml"), load_backbones=False)[0], stage).target_modules
-    )
+    pattern = re.compile(lora_config(plain_model(root), stage).target_modules)
     tower = [name for name, _ in model.named_modules() if "vision_tower" in name or "projector" in name]
     assert tower and not any(pattern.fullmatch(name) for name in tower)
     assert not pattern.fullmatch("lm_head")
@@ -74,16 +73,14 @@ def test_lora_is_on_the_language_model_alone(root):
     [("lora", "'lora' settings"), ("merge", "'merge' settings"), ("alignmnt", "Did you mean 'alignment'")],
 )
 def test_wrong_policies_are_named(root, policy, message):
-    model, _ = build_model(str(root / "preset.yaml"), load_backbones=False)
     with pytest.raises(ConfigError, match=message):
-        freeze(model, StagePreset(train=policy, template="v1"))
+        freeze(plain_model(root), StagePreset(train=policy, template="v1"))
 
 
 def test_parts_with_their_own_rate_get_their_own_groups(root):
     _, trainable, _ = frozen_model(root, "finetune_lora")
-    groups = parameter_groups(
-        trainable, learning_rate=2e-4, weight_decay=0.1, projector_learning_rate=2e-5, tower_learning_rate=3e-5
-    )
+    own = {"projector_learning_rate": 2e-5, "tower_learning_rate": 3e-5}
+    groups = parameter_groups(trainable, learning_rate=2e-4, weight_decay=0.1, **own)
     rates = {(2e-5, 0.1), (2e-5, 0.0), (3e-5, 0.1), (3e-5, 0.0), (2e-4, 0.1)}
     assert {(g["lr"], g["weight_decay"]) for g in groups} == rates
     ids = [id(p) for group in groups for p in group["params"]]
@@ -91,17 +88,14 @@ def test_parts_with_their_own_rate_get_their_own_groups(root):
 
 
 def test_all_rates_follow_the_schedule(root):
-    output = root / "rates"
-    arguments = flags(root, "pretrain", output, "--tower_learning_rate", "0.5", "--max_steps", "2", "--optim", "sgd")
-    assert main([*arguments, "--learning_rate", "0.0"]) == 0
-    saved = weights(output)
-    start = dict(build_model(str(root / "preset.yaml"), load_backbones=False)[0].named_parameters())
-    moved = {name for name, value in saved.items() if not torch.equal(value, start[name])}
+    options = ("--tower_learning_rate", "0.5", "--learning_rate", "0.0", "--max_steps", "2", "--optim", "sgd")
+    assert main(flags(root, "pretrain", root / "rates", *options)) == 0
+    start = dict(plain_model(root).named_parameters())
+    moved = {name for name, value in weights(root / "rates").items() if not torch.equal(value, start[name])}
     assert moved and all("vision_tower.fusion" in name for name in moved)
 
 
 def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch):
-    """The message names step and records; the weights on disk are those of the last good checkpoint."""
     output = root / "nan"
     honest, calls = ToveFusion.forward, []
 
@@ -118,24 +112,18 @@ def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch):
     assert main(arguments) == 0  # the third call is whole again: the run resumes and ends
 
 
-def write_odd_photographs(folder):
-    """Real photographs in every form that a folder of them may hold; returns the files' names."""
-    from sklearn.datasets import load_sample_images
-
-    folder.mkdir()
-    china, flower = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
-    save_odd_kinds(flower, folder)
-    china.crop((0, 100, 640, 103)).save(folder / "strip.png")
-    flower.crop((300, 0, 301, 427)).save(folder / "column.jpg")
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_both_stages_train_on_photographs_of_odd_kinds(root, tmp_path):
-    names = write_odd_photographs(tmp_path / "photos")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    china, flower = (Image.fromarray(image) for image in load_sample_images().images)  # 640 x 427
+    save_odd_kinds(flower, photos)
+    china.crop((0, 100, 640, 103)).save(photos / "strip.png")
+    flower.crop((300, 0, 301, 427)).save(photos / "column.jpg")
+    names = sorted(path.name for path in photos.iterdir())
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "a photograph"}]
     records = [{"id": name, "image": name, "conversations": turns} for name in names]
     (tmp_path / "photos.json").write_text(json.dumps(records))
-    more = ["--data_path", str(tmp_path / "photos.json"), "--image_folder", str(tmp_path / "photos")]
+    more = ["--data_path", str(tmp_path / "photos.json"), "--image_folder", str(photos)]
     stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
     assert main(flags(root, "pretrain", stage1, *more)) == 0
     assert main(flags(root, "finetune_lora", stage2, *more, "--pretrained", str(stage1))) == 0
@@ -156,13 +144,11 @@ def test_bad_record_stops_before_anything_is_written(root, tmp_path):
 
 
 def test_meter_averages_over_steps_and_survives_a_checkpoint():
-    meter = Meter(["a", "b"], torch.device("cpu"))
+    meter, resumed = (Meter(["a", "b"], torch.device("cpu")) for _ in range(2))
     for lm in (2.0, 4.0):
-        meter.add("lm_loss", torch.tensor(lm))
-        meter.add("aux_loss", 1.0)
-        meter.add("steps", 1)
+        for name, value in {"lm_loss": torch.tensor(lm), "aux_loss": 1.0, "steps": 1}.items():
+            meter.add(name, value)
         meter.add_routing(torch.tensor([[[0.25, 0.75]]]))
-    resumed = Meter(["a", "b"], torch.device("cpu"))
     resumed.restore(json.loads(json.dumps(meter.state())), rank=0)
     for read in (meter.read(0.5), resumed.read(0.5)):
         assert (read["lm_loss"], read["aux_loss"], read["loss"]) == (3.0, 1.0, 3.5)
@@ -171,7 +157,7 @@ def test_meter_averages_over_steps_and_survives_a_checkpoint():
     assert meter.read(0.5)["lm_loss"] == 0.0
 
 
-def test_meter_tells_the_share_of_the_time_that_was_spent_waiting_for_data(monkeypatch):
+def test_meter_gives_the_share_of_time_spent_waiting_for_data(monkeypatch):
     clock = iter(range(0, 100, 5))  # 5 seconds between two looks
     monkeypatch.setattr("tove_llava.train.meter.time.perf_counter", lambda: next(clock))
     meter = Meter([], torch.device("cpu"))  # 0

@@ -3,9 +3,11 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -30,10 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def write_parts(root: Path) -> Path:
     """Write clip/, normal/, segmentation/, llm/ and preset.yaml; return the preset's path."""
     torch.manual_seed(0)
-    clip = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=IMAGE, patch_size=8
-    )
-    CLIPVisionModel(clip).save_pretrained(root / "clip")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=IMAGE, patch_size=8)).save_pretrained(root / "clip")
     for name, labels in (("normal", 3), ("segmentation", 4)):
         config = SegformerConfig(
             num_labels=labels, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2],
@@ -56,39 +56,22 @@ def write_parts(root: Path) -> Path:
         "save_total_limit": 1, "disable_tqdm": True,
     }  # fmt: skip
     common = {"model_max_length": 400, "deepspeed": "zero2", "arguments": arguments}
-    preset = {
-        "vision": {
-            "clip": f"hf:{root / 'clip'}",
-            "projection_dim": 8,
-            "router_aux_loss_coef": 0.5,
-            "experts": [
-                {"name": "normal", "source": f"hf:{root / 'normal'}", "mode": "map"},
-                {"name": "segmentation", "source": f"hf:{root / 'segmentation'}", "mode": "features"},
-            ],
-        },
-        "language": {"source": f"hf:{root / 'llm'}", "dtype": "float32"},
-        "stages": {
-            "pretrain": {"train": "alignment", "template": "plain", "image_aspect_ratio": "square", **common},
-            "finetune_lora": {
-                "train": "lora",
-                "template": "v1",
-                "group_by_modality_length": True,
-                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-                **common,
-            },
-            "finetune": {"train": "full", "template": "v1", "group_by_modality_length": True, **common},
-            "merge": {
-                "train": "merge",
-                "starts_from": "checkpoint",
-                "template": "v1",
-                "lora": {"r": 4, "alpha": 8, "dropout": 0.0},
-                "merge": {"loss": "mse", "coefficient": 0.5},
-                **common,
-            },
-        },
-    }
+    chat, lora = {"template": "v1", **common}, {"r": 4, "alpha": 8, "dropout": 0.0}
+    experts = [
+        {"name": "normal", "source": f"hf:{root / 'normal'}", "mode": "map"},
+        {"name": "segmentation", "source": f"hf:{root / 'segmentation'}", "mode": "features"},
+    ]
+    stages = {
+        "pretrain": {"train": "alignment", "template": "plain", "image_aspect_ratio": "square", **common},
+        "finetune_lora": {"train": "lora", "group_by_modality_length": True, "lora": lora, **chat},
+        "finetune": {"train": "full", "group_by_modality_length": True, **chat},
+        "merge": {"train": "merge", "starts_from": "checkpoint", "merge": {"loss": "mse", "coefficient": 0.5},
+                  "lora": dict(lora), **chat},
+    }  # fmt: skip
+    vision = {"clip": f"hf:{root / 'clip'}", "projection_dim": 8, "router_aux_loss_coef": 0.5, "experts": experts}
+    language = {"source": f"hf:{root / 'llm'}", "dtype": "float32"}
     file = root / "preset.yaml"
-    file.write_text(yaml.safe_dump(preset))
+    file.write_text(yaml.safe_dump({"vision": vision, "language": language, "stages": stages}))
     return file
 
 
@@ -124,6 +107,13 @@ def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", coun
     (root / "instruct.json").write_text(json.dumps(instruct))
 
 
+def write_inputs(root: Path, **records: Any) -> Path:
+    """Write parts, preset and records; return their folder."""
+    write_parts(root)
+    write_records(root, **records)
+    return root
+
+
 def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
     """Return the command line of one stage over :func:`write_parts` and :func:`write_records` in ``root``."""
     data = "captions.json" if stage == "pretrain" else "instruct.json"
@@ -148,13 +138,8 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 def environment(**changes: str) -> dict[str, str]:
     """Return variables for child processes: one thread each, no accelerator, this checkout's package."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    fixed = {
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-    }
-    return {**inherited, **fixed, **changes}
+    fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    return {**inherited, **fixed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **changes}
 
 
 def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 600) -> str:
@@ -178,14 +163,9 @@ def launch_torch(arguments: list[str], module: str) -> None:
 def run_group(command: list[str], timeout: int) -> tuple[int, str]:
     """Run a command; end a hanging one together with the processes that it started."""
     process = subprocess.Popen(
-        command,
-        env=environment(),
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
+        command, env=environment(), cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -206,8 +186,6 @@ def run_script(name: str, settings: dict[str, object], *words: str) -> str:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
