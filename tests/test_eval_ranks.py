@@ -7,14 +7,15 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from answer_parts import make_answerer, make_scenes, save_model
-from hypothesis import HealthCheck, given, settings
+from answer_parts import make_scenes, save_model
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from score_parts import read_rows
 
@@ -28,13 +29,7 @@ IMAGES = 10
 
 
 @pytest.fixture(scope="module")
-def answerer(tmp_path_factory):
-    return make_answerer(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Scenes whose right answers are what the model says about half of the time."""
     root = tmp_path_factory.mktemp("data")
     make_scenes(root, images=IMAGES)
     return root
@@ -106,11 +101,9 @@ def run_together(answerer, data, folder, world, batch_size):
 
 
 @given(world=st.integers(1, 4), batch_size=st.integers(1, 20))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_answers_and_scores_depend_on_neither_ranks_nor_batch(
-    answerer, data, whole, tmp_path_factory, world, batch_size
-):
-    folder = tmp_path_factory.mktemp("together")
+@settings(max_examples=12, deadline=None)
+def test_answers_and_scores_depend_on_neither_ranks_nor_batch(answerer, data, whole, world, batch_size):
+    folder = Path(tempfile.mkdtemp(dir=whole))
     results = run_together(answerer, data, folder, world, batch_size)
     assert (folder / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
     assert {rank: bool(result.rows) for rank, result in results.items()} == {rank: rank == 0 for rank in range(world)}
@@ -121,8 +114,7 @@ def test_answers_and_scores_depend_on_neither_ranks_nor_batch(
 
 
 def test_every_question_is_taken_by_one_rank_and_both_have_some(answerer, data, tmp_path, monkeypatch):
-    taken = {}
-    real = Together.add
+    taken, real = {}, Together.add
 
     def add(self, counter, amount):
         if counter.endswith("answered"):
@@ -145,13 +137,13 @@ asked = st.lists(st.tuples(st.none() | st.integers(0, 5), st.integers(1, 30)), m
 
 
 @given(asked, st.integers(1, 16), st.integers(1, 4))
-def test_portions_hold_every_question_once_and_keep_pictures_together(questions, batch_size, world):
+def test_portions_hold_every_question_once_and_keep_images_together(questions, batch_size, world):
     work = portions(questions, batch_size, world)
     flat = [question for portion in work for question in portion]
     assert sorted(question.question_id for question in flat) == list(range(len(questions)))
     assert all(1 <= len(portion) <= batch_size for portion in work)
     images = [question.image for question in flat]
-    assert images == sorted(images, key=images.index), "questions about a picture follow one another"
+    assert images == sorted(images, key=images.index), "questions about an image follow one another"
     with_image = [question.image is not None for question in flat]
     assert with_image == sorted(with_image, reverse=True)
 
@@ -199,11 +191,8 @@ def test_a_run_killed_again_and_again_ends_with_the_same_file(answerer, data, wh
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
                 kills += 1
-            lines = {
-                line
-                for part in (tmp_path / "run").glob("answers*.jsonl")
-                for line in part.read_text(encoding="utf-8").split("\n")[:-1]
-            }
+            parts = (tmp_path / "run").glob("answers*.jsonl")
+            lines = {line for part in parts for line in part.read_text(encoding="utf-8").split("\n")[:-1]}
             assert seen <= lines <= answers(whole), "nothing is lost, and nothing but right answers is written"
             seen = lines
     finally:
@@ -239,9 +228,17 @@ def one_process(arguments):
     return subprocess.run(arguments, env=environment(), check=True, timeout=240, capture_output=True, text=True)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def written(folder):
+    return sum(part.read_bytes().count(b"\n") for part in folder.glob("answers*"))
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_answers_of_one(tmp_path):
-    model = save_model(tmp_path / "model")
+def test_two_processes_give_the_answers_of_one(model, tmp_path):
     make_scenes(tmp_path / "data", images=20)
     one = one_process(command(model, tmp_path / "data", tmp_path / "1", "--batch-size", "3"))
     launched, outputs = two_ranks(command(model, tmp_path / "data", tmp_path / "2", "--batch-size", "4"), 29613)
@@ -255,8 +252,7 @@ def test_two_processes_give_the_answers_of_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_when_one_process_fails_the_other_does_not_wait_for_ever(tmp_path):
-    model = save_model(tmp_path / "model")
+def test_when_one_process_fails_the_other_does_not_wait_for_ever(model, tmp_path):
     make_scenes(tmp_path / "data", images=20)
     (tmp_path / "data/images/val_000007.png").write_bytes(b"not an image")
     launched, outputs = two_ranks(command(model, tmp_path / "data", tmp_path / "out"), 29617)
@@ -266,8 +262,7 @@ def test_when_one_process_fails_the_other_does_not_wait_for_ever(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_command_goes_on_when_it_is_given_again(tmp_path):
-    model = save_model(tmp_path / "model")
+def test_a_killed_command_goes_on_when_it_is_given_again(model, tmp_path):
     make_scenes(tmp_path / "data", images=60)
     one_process(command(model, tmp_path / "data", tmp_path / "whole"))
     dice = random.Random(1)
@@ -275,17 +270,15 @@ def test_a_killed_command_goes_on_when_it_is_given_again(tmp_path):
     folder = tmp_path / "out/scenes/full"
     for _ in range(2):
         process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = sum(part.read_bytes().count(b"\n") for part in folder.glob("answers*"))
-        more = dice.randrange(5, 60)
-        deadline = time.monotonic() + 120
-        while sum(part.read_bytes().count(b"\n") for part in folder.glob("answers*")) < before + more:
+        wanted, deadline = written(folder) + dice.randrange(5, 60), time.monotonic() + 120
+        while written(folder) < wanted:
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
     last = one_process(arguments)
     assert answers(folder) == answers(tmp_path / "whole/scenes/full")
-    result, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
-    assert result["benchmarks"]["scenes"]["full"]["scores"] == whole["benchmarks"]["scenes"]["full"]["scores"]
-    assert 0 < result["benchmarks"]["scenes"]["full"]["questions_answered"] < 180
+    results = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("out", "whole"))
+    result, whole = (each["benchmarks"]["scenes"]["full"] for each in results)
+    assert result["scores"] == whole["scores"] and 0 < result["questions_answered"] < 180
     assert "scenes: 100%" in last.stderr and "180/180" in last.stderr
