@@ -1,4 +1,4 @@
-"""Running ``tove-llava score`` inside the tests, and comparing with expected numbers."""
+"""Run ``tove-llava score`` inside the tests, and compare with expected numbers."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ SAMPLES = Path(__file__).parent / "data" / "eval"
 
 
 def score(capsys, benchmark, predictions, truth, *flags):
-    """The JSON object that the command prints."""
+    """Return the JSON object that the command prints."""
     files = ["--predictions", str(predictions), "--ground-truth", str(truth)]
     code = cli.main(["score", "--benchmark", benchmark, *files, "--json", "--per-item", *flags])
     captured = capsys.readouterr()
@@ -18,7 +18,7 @@ def score(capsys, benchmark, predictions, truth, *flags):
 
 
 def refuse(capsys, benchmark, predictions, truth, *flags):
-    """The message with which the command fails."""
+    """Return the message with which the command fails."""
     files = ["--predictions", str(predictions), "--ground-truth", str(truth)]
     assert cli.main(["score", "--benchmark", benchmark, *files, *flags]) == 2
     captured = capsys.readouterr()
@@ -38,7 +38,7 @@ def read_rows(file):
 
 
 def sample(name):
-    """A benchmark's sample: answers, ground truth and expected numbers."""
+    """Return a benchmark's sample: answers, ground truth and expected numbers."""
     folder = SAMPLES / name
     expected = json.loads((folder / "expected.json").read_text())
     return folder / "predictions.jsonl", truth_file(folder), expected
@@ -50,7 +50,7 @@ def truth_file(folder):
 
 
 def differences(got, expected, tolerance, place=""):
-    """Where ``got`` lacks an entry of ``expected`` or has another value; strings, booleans and None must be equal."""
+    """List where ``got`` lacks or contradicts an entry of ``expected``; only numbers may differ, by ``tolerance``."""
     if isinstance(expected, dict):
         if not isinstance(got, dict):
             return [(place, got, expected)]

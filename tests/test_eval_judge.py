@@ -77,7 +77,7 @@ def serve(monkeypatch):
 
 
 def review(text):
-    """What the sample's expected numbers assume."""
+    """Reply as the sample's expected numbers assume."""
     for answer, reply in (("Answer 0.", "8 6\ngood"), ("Answer 1.", "6,3\nfair"), ("Answer 2.", "no scores here")):
         if f"[Assistant 2]\n{answer}\n" in text:
             return reply
@@ -108,9 +108,7 @@ def test_sample(capsys, serve, tmp_path, name):
     assert not differences(got, expected, 1e-9)
     assert got["judge"] == {"model": "m", "calls": len(endpoint.requests), "cached": 0}
     assert {request["path"] for request in endpoint.requests} == {"/v1/chat/completions"}
-    # The second run asks nothing.
-    asked = len(endpoint.requests)
-    again = score(capsys, name, answers, truth, *flags)
+    asked, again = len(endpoint.requests), score(capsys, name, answers, truth, *flags)
     assert len(endpoint.requests) == asked and again["judge"] == {"model": "m", "calls": 0, "cached": asked}
     assert again["scores"] == got["scores"]
 
@@ -122,10 +120,9 @@ def test_llava_bench_request_is_the_reference_s(capsys, serve, tmp_path):
     assert request["temperature"] == 0.2 and request["max_tokens"] == 1024 and request["model"] == "m"
     assert request["messages"][0]["role"] == "system"
     text = request["messages"][1]["content"]
-    assert text.startswith(
-        "[Context]\nA picture, number 1.\n\n[Question]\nQuestion 1?\n\n[Assistant 1]\nReference 1.\n\n"
-        "[End of Assistant 1]\n\n[Assistant 2]\nAnswer 1.\n\n[End of Assistant 2]\n\n[System]\nWe would like to request"
-    )
+    parts = ("[Context]\nA picture, number 1.", "[Question]\nQuestion 1?", "[Assistant 1]\nReference 1.")
+    parts += ("[End of Assistant 1]", "[Assistant 2]\nAnswer 1.", "[End of Assistant 2]", "[System]\nWe would like to")
+    assert text.startswith("\n\n".join(parts))
     assert text.endswith("does not affect your judgment.\n\n")
 
 
@@ -183,7 +180,7 @@ def test_a_failed_run_continues_where_it_stopped(capsys, serve, tmp_path):
     assert not differences(got, expected, 1e-9)
 
 
-def test_no_endpoint_and_no_chat_completion_are_told(serve, tmp_path):
+def test_no_endpoint_and_no_chat_completion_are_errors(serve, tmp_path):
     def talk():
         return (yield Request(({"role": "user", "content": "hello"},), 0.0, 1))
 
@@ -208,19 +205,15 @@ def test_half_a_judge_or_one_too_many_is_refused(capsys, serve, name, flags, wor
     assert words in refuse(capsys, name, *sample(name)[:2], *flags)
 
 
-@pytest.mark.parametrize(
-    ("text", "pair"),
-    [
-        ("8 7\nGood.", (8, 7)),
-        ("8.5,7", (8.5, 7)),
-        ("8, 7", (-1, -1)),  # two spaces once the comma is one: the reference cannot read it either
-        ("Scores: 8 7", (-1, -1)),
-        ("nan 7", (-1, -1)),
-        ("", (-1, -1)),
-    ],
-)
+@pytest.mark.parametrize(("text", "pair"), [("8 7\nGood.", (8, 7)), ("8.5,7", (8.5, 7))])
 def test_reviews(text, pair):
     assert parse_review(text) == pair
+
+
+# Once the comma is a space, "8, 7" has two of them: the reference cannot read it either.
+@pytest.mark.parametrize("text", ["8, 7", "Scores: 8 7", "nan 7", ""])
+def test_reviews_without_two_numbers(text):
+    assert parse_review(text) == (-1, -1)
 
 
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("1.0 .", 1.0), ("1.1", None), ("nan", None), ("", None)])

@@ -1,4 +1,4 @@
-"""Every benchmark in LLaVA's folders: what the model is asked, about which picture, and what scores the answers."""
+"""Every benchmark in LLaVA's folders: questions, images and ground truth."""
 
 import base64
 import io
@@ -163,20 +163,13 @@ def scenes(root):
     return "images/1.png", "What colour?", "red"
 
 
-LAYOUTS = {
-    make.__name__: make
-    for make in (coco_caption, gqa, llava_bench, mmbench, mmbench_cn, mme, mmvet, nocaps, okvqa, pope, scenes)
-} | {make.__name__: make for make in (scienceqa, seed, textvqa, vizwiz, vqav2, vsr)}
+LAYOUTS = {name: globals()[name] for name in BENCHMARKS}
 
 LENGTHS = {"mmbench": 1024, "mmbench_cn": 1024, "scienceqa": 1024, "llava_bench": 1024, "mmvet": 1024, "scenes": 16}
 
 
-def test_every_benchmark_has_a_layout():
-    assert sorted(LAYOUTS) == list(BENCHMARKS)
-
-
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_prompts_pictures_and_lengths(tmp_path, name):
+def test_prompts_images_and_lengths(tmp_path, name):
     image, text, _ = LAYOUTS[name](tmp_path)
     benchmark = get_benchmark(name)
     assert benchmark.question_file(tmp_path).is_file()
@@ -189,6 +182,7 @@ def test_prompts_pictures_and_lengths(tmp_path, name):
         assert question.image == tmp_path / image
 
 
+REFERENCES = {"coco_caption": ["a cat", "a small cat"], "nocaps": ["a cat", "one cat"]}
 NEEDING_MORE = ("coco_caption", "nocaps", "llava_bench", "mmvet")  # Java or a judge
 
 
@@ -196,10 +190,8 @@ NEEDING_MORE = ("coco_caption", "nocaps", "llava_bench", "mmvet")  # Java or a j
 def test_right_answers_score_full_marks_against_the_data_root(capsys, tmp_path, name):
     _, _, right = LAYOUTS[name](tmp_path)
     benchmark = get_benchmark(name)
-    rows = [
-        {"question_id": question.question_id, "prompt": question.text, "text": right or ""}
-        for question in benchmark.questions(tmp_path)
-    ]
+    asked = benchmark.questions(tmp_path)
+    rows = [{"question_id": each.question_id, "prompt": each.text, "text": right or ""} for each in asked]
     answers = write_rows(tmp_path / "answers.jsonl", rows)
     if right is None:  # the answers are the server's secret
         assert "only its server scores them" in refuse(capsys, name, answers, tmp_path)
@@ -216,37 +208,36 @@ def test_ground_truth_answers_the_questions(tmp_path, name):
     benchmark = get_benchmark(name)
     truth = {benchmark.truth_key(row) for row in benchmark.ground_truth(tmp_path)}
     assert {benchmark.question_key(question) for question in benchmark.questions(tmp_path)} <= truth
+    if name in REFERENCES:
+        assert benchmark.ground_truth(tmp_path)[0]["references"] == REFERENCES[name]
     if name == "coco_caption":
-        assert benchmark.ground_truth(tmp_path)[0]["references"] == ["a cat", "a small cat"]
         assert benchmark.read_ground_truth(benchmark.question_file(tmp_path)) == benchmark.ground_truth(tmp_path)
-    if name == "nocaps":
-        assert benchmark.ground_truth(tmp_path)[0]["references"] == ["a cat", "one cat"]
 
 
 def test_placeholder_is_the_package_s():
     assert PLACEHOLDER == IMAGE_PLACEHOLDER
 
 
-def test_a_damaged_embedded_picture_is_named():
-    with pytest.raises(DataError, match="image row 3 is not base64"):
-        EmbeddedImage("row 3", "not base64!").open()
-    with pytest.raises(DataError, match="image row 3 is not a"):
-        EmbeddedImage("row 3", base64.b64encode(b"text").decode()).open()
+def test_a_damaged_embedded_image_is_named():
+    for content, words in (("not base64!", "not base64"), (base64.b64encode(b"text").decode(), "not a")):
+        with pytest.raises(DataError, match=f"image row 3 is {words}"):
+            EmbeddedImage("row 3", content).open()
 
 
 def test_mme_names_a_question_without_an_answer(tmp_path):
     mme(tmp_path)
     file = tmp_path / "MME" / "MME_Benchmark_release_version" / "existence" / "1.txt"
-    file.write_text("Is there a dog? Please answer yes or no.\tYes\n")
-    with pytest.raises(DataError, match="no answer to 'existence/1.jpg': 'Is there a cat"):
-        get_benchmark("mme").ground_truth(tmp_path)
-    file.write_text("Is there a dog? Yes\n")
-    with pytest.raises(DataError, match="line 1: a question and an answer"):
-        get_benchmark("mme").ground_truth(tmp_path)
+    for text, words in (
+        ("Is there a dog? Please answer yes or no.\tYes\n", "no answer to 'existence/1.jpg': 'Is there a cat"),
+        ("Is there a dog? Yes\n", "line 1: a question and an answer"),
+    ):
+        file.write_text(text)
+        with pytest.raises(DataError, match=words):
+            get_benchmark("mme").ground_truth(tmp_path)
 
 
 def questions_of(name, units, size):
-    """Questions in units of ``size``, as the benchmark's file orders them: MMBench's rotations stand far apart."""
+    """List questions in units of ``size`` in the file's order: MMBench's rotations stand far apart."""
     if name == "mme":
         return [Question(f"count/{unit}.jpg", f"Is it {turn}?", None) for unit in range(units) for turn in range(size)]
     return [Question(unit + turn * 1_000_000, "Which?", None) for turn in range(size) for unit in range(units)]

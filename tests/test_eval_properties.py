@@ -1,4 +1,4 @@
-"""What holds for every answer: readers never fail, marks are marks, and order does not matter."""
+"""Properties of every answer: readers never fail, marks are marks, and order does not matter."""
 
 import json
 

@@ -54,7 +54,7 @@ def answers(folder):
 
 
 def scores(rows, data):
-    """Scores against a truth of which about half is what the model says."""
+    """Score against a truth of which about half is the model's."""
     benchmark = get_benchmark("scenes")
     said = {row["question_id"]: row["text"] for row in rows}
     truth = benchmark.ground_truth(data)

@@ -1,4 +1,4 @@
-"""Small samples of our own, whose numbers follow from each rule by hand; and the golden sets beside the repository."""
+"""Small samples of our own, whose numbers follow from each rule by hand; and the golden sets next to the repository."""
 
 import importlib.util
 import json
@@ -133,7 +133,7 @@ def test_vsr_missing_answers_are_not_unparsed_ones(capsys, tmp_path):
     assert got["unanswered"] == [0, 3] and got["unparsed"] == 1
 
 
-def test_mme_takes_the_lines_of_a_picture_two_by_two(capsys, tmp_path):
+def test_mme_takes_the_lines_of_an_image_two_by_two(capsys, tmp_path):
     answers = ["yes", "yes", "yes", "no"]  # all right but the last
     rows = [{"question_id": "count/1.jpg", "prompt": f"{i}", "text": text} for i, text in enumerate(answers)]
     truth = [{"category": "count", "image": "1.jpg", "question": f"{i}", "answer": "Yes"} for i in range(4)]
@@ -158,19 +158,22 @@ GOLDEN = [
 ]
 
 
+def golden(capsys, conformance, name, folder, *flags):
+    """Return our numbers for a golden set, the expected ones and its folder."""
+    place = conformance / "eval" / folder
+    got = score(capsys, name, place / "predictions.jsonl", truth_file(place), *flags)
+    return got, json.loads((place / "expected.json").read_text()), place
+
+
 @pytest.mark.parametrize(("name", "folder", "tolerance", "entries"), GOLDEN)
 def test_golden(capsys, conformance, name, folder, tolerance, entries):
-    place = conformance / "eval" / folder
-    expected = json.loads((place / "expected.json").read_text())
-    got = score(capsys, name, place / "predictions.jsonl", truth_file(place))
+    got, expected, _ = golden(capsys, conformance, name, folder)
     for entry in entries:
         assert not differences(got[entry], expected[entry], tolerance)
 
 
 def test_golden_scienceqa(capsys, conformance):
-    place = conformance / "eval" / "scienceqa"
-    expected = json.loads((place / "expected.json").read_text())
-    got = score(capsys, "scienceqa", place / "predictions.jsonl", truth_file(place))
+    got, expected, place = golden(capsys, conformance, "scienceqa", "scienceqa")
     assert not differences(got, {key: expected[key] for key in ("scores", "per_item")}, 1e-9)
     real = json.loads((place / "real_model_expected.json").read_text())["per_item"]
     rows = read_rows(place / "real_model_outputs.jsonl")
@@ -219,13 +222,11 @@ def test_mme_pairs_by_position_where_prompts_are_the_same(capsys, tmp_path):
 
 
 def test_golden_other_rules(capsys, conformance):
-    place = conformance / "eval" / "vqav2"
-    other = json.loads((place / "expected.json").read_text())["alternatives"]
-    got = score(capsys, "vqav2", place / "predictions.jsonl", truth_file(place), "--rule", "llava")
-    assert not differences(got["scores"], other["official_after_llava_submission_conversion"], 0.005)
-    place = conformance / "eval" / "vizwiz"
-    other = json.loads((place / "expected.json").read_text())["alternatives"]["vizwiz_api_raw_text"]
-    got = score(capsys, "vizwiz", place / "predictions.jsonl", truth_file(place), "--rule", "api")
+    got, expected, _ = golden(capsys, conformance, "vqav2", "vqav2", "--rule", "llava")
+    other = expected["alternatives"]["official_after_llava_submission_conversion"]
+    assert not differences(got["scores"], other, 0.005)
+    got, expected, _ = golden(capsys, conformance, "vizwiz", "vizwiz", "--rule", "api")
+    other = expected["alternatives"]["vizwiz_api_raw_text"]
     assert abs(100 * got["scores"]["accuracy"] - other["accuracy_percent"]["overall"]) <= 0.005
     detection = got["scores"]["unanswerability"]
     assert abs(detection["average_precision_percent"] - other["unanswerability"]["average_precision"]) <= 0.005
@@ -238,14 +239,12 @@ def test_golden_other_rules(capsys, conformance):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CAPTIONS)
 def test_golden_captions(capsys, conformance, name):
-    place = conformance / "eval" / name
-    expected = json.loads((place / "expected.json").read_text())
+    got, expected, place = golden(capsys, conformance, name, name)
     alternatives = expected.pop("alternatives", None)
-    got = score(capsys, name, place / "predictions.jsonl", truth_file(place))
     assert not differences(got, expected, 1e-6)
     assert not differences(got["tokenized"], json.loads((place / "tokenized.json").read_text()), 0)
     if alternatives:
-        other = score(capsys, name, place / "predictions.jsonl", truth_file(place), "--rule", "means")
+        other, *_ = golden(capsys, conformance, name, name, "--rule", "means")
         means = alternatives["mean_of_per_image_scores_from_the_full_run"]
         assert other["rule"] == "means" and not differences(other["domains"], means, 1e-6)
 

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from answer_parts import make_scenes, save_model
 
+from tove_llava.eval.benchmarks import BENCHMARKS
+
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = sorted(
-    [*ROOT.glob("eval/*.sh"), *ROOT.glob("scripts/*.sh"), *ROOT.glob("playground/*.sh"), ROOT / ".ci" / "run"]
-)
+FOLDERS = ("eval", "scripts", "playground")
+SCRIPTS = sorted([*(file for folder in FOLDERS for file in ROOT.glob(f"{folder}/*.sh")), ROOT / ".ci" / "run"])
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: str(script.relative_to(ROOT)))
@@ -19,8 +20,6 @@ def test_scripts_are_valid_shell_that_stops_at_the_first_error(script):
 
 
 def test_every_benchmark_has_its_script():
-    from tove_llava.eval.benchmarks import BENCHMARKS
-
     for name in [*BENCHMARKS, "all"]:
         assert f"--benchmark {name} " in (ROOT / "eval" / f"{name}.sh").read_text()
 

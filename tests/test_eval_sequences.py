@@ -1,4 +1,4 @@
-"""Rows that join, leave and share what they have in common read the same words as each of them alone."""
+"""Rows that join, leave and share their prefix read the same tokens as each of them by itself."""
 
 import pytest
 import torch
@@ -92,7 +92,11 @@ def test_sliding_windows_are_known_not_to_fit(model):
     assert not has_plain_cache(sliding)
 
 
-# -- prompts with pictures --------------------------------------------------------------------------------------------
+# -- prompts with images ----------------------------------------------------------------------------------------------
+
+
+def features_of(answerer, count):
+    return answerer.features(torch.stack([answerer.pixels(picture(index)) for index in range(count)]))
 
 
 def prompt(answerer, text, image=None, features=()):
@@ -107,16 +111,10 @@ def reference(answerer, prompt):
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_prompts_with_shared_pictures_with_their_own_and_with_none(answerer, share):
-    features = answerer.features(torch.stack([answerer.pixels(picture(index)) for index in range(3)]))
-    asked = [
-        ("Is it red?", 0),
-        ("How many?", 1),
-        ("No picture at all", None),
-        ("Where is the ball that is left of it?", 0),
-        ("Who?", None),
-        ("What?", 2),
-    ]
+def test_prompts_with_shared_images_with_their_own_and_with_none(answerer, share):
+    features = features_of(answerer, 3)
+    asked = [("Is it red?", 0), ("How many?", 1), ("No image at all", None), ("Who?", None), ("What?", 2)]
+    asked.insert(3, ("Where is the ball that is left of it?", 0))
     prompts = [prompt(answerer, text, image, () if image is None else [features[image]]) for text, image in asked]
     prefill = Prefill(answerer, share)
     for _ in range(2):  # the second time the head is known
@@ -127,12 +125,8 @@ def test_prompts_with_shared_pictures_with_their_own_and_with_none(answerer, sha
 
 
 def test_what_is_shared_is_computed_once(answerer, monkeypatch):
-    features = answerer.features(torch.stack([answerer.pixels(picture(index)) for index in range(2)]))
-    texts = [f"Question {index}?" for index in range(6)]
-    prompts = [
-        prompt(answerer, text, index // 3, features[index // 3 : index // 3 + 1]) for index, text in enumerate(texts)
-    ]
-    shapes = []
+    features, shapes = features_of(answerer, 2), []
+    prompts = [prompt(answerer, f"Question {i}?", i // 3, features[i // 3 : i // 3 + 1]) for i in range(6)]
     before_forward(answerer, monkeypatch, lambda ids: shapes.append(tuple(ids.shape)))
     prefill = Prefill(answerer)
     prefill(prompts)
@@ -143,8 +137,7 @@ def test_what_is_shared_is_computed_once(answerer, monkeypatch):
     assert shapes[3:] == [(2, 16), (6, tail)]
 
 
-def test_a_prompt_that_ends_with_its_picture_is_not_cut(answerer):
-    features = answerer.features(answerer.pixels(picture(0))[None])
-    ids = [1, 5, *[answerer.image_token_id] * 16]
-    _, logits = Prefill(answerer)([Prompt(ids, 0, features)])
-    torch.testing.assert_close(logits[0], reference(answerer, Prompt(ids, 0, features)), atol=1e-4, rtol=1e-4)
+def test_a_prompt_that_ends_with_its_image_is_not_cut(answerer):
+    asked = Prompt([1, 5, *[answerer.image_token_id] * 16], 0, features_of(answerer, 1))
+    _, logits = Prefill(answerer)([asked])
+    torch.testing.assert_close(logits[0], reference(answerer, asked), atol=1e-4, rtol=1e-4)

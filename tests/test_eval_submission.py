@@ -15,44 +15,45 @@ def submit(tmp_path, benchmark, answers, questions=None, *flags, out="out.json")
     return cli.main([*arguments, *flags])
 
 
+def written(tmp_path):
+    return json.loads((tmp_path / "out.json").read_text())
+
+
 def answer(key, text):
     return {"question_id": key, "prompt": "p", "text": text}
 
 
+def question(key):
+    return {"question_id": key, "image": f"{key}.jpg", "text": "?"}
+
+
 def test_vqav2_fills_gaps_and_names_what_it_left_out(tmp_path, capsys):
-    questions = write_rows(
-        tmp_path / "q.jsonl", [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (5, 6, 7)]
-    )
+    questions = write_rows(tmp_path / "q.jsonl", map(question, (5, 6, 7)))
     rows = [answer(7, "first"), '{"question_id": 5, "te', answer(99, "x"), answer(7, "A")]
-    rows.append(answer(5, "The 2 dogs, two."))
+    rows += [answer(5, "The 2 dogs, two.")]
     assert submit(tmp_path, "vqav2", rows, questions) == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == [
-        {"question_id": 5, "answer": "2 dogs 2"},
-        {"question_id": 6, "answer": ""},
-        {"question_id": 7, "answer": ""},
-    ]
+    expected = {5: "2 dogs 2", 6: "", 7: ""}
+    assert written(tmp_path) == [{"question_id": key, "answer": text} for key, text in expected.items()]
     said = capsys.readouterr().err
     assert "answers.jsonl, line 2: not valid JSON; left out" in said
     assert "1 unanswered: 6" in said and "1 duplicated: 7" in said and "1 unknown: 99" in said
 
 
 def test_vizwiz_wants_every_answer(tmp_path, capsys):
-    rows = [{"question_id": key, "image": f"{key}.jpg", "text": "?"} for key in (0, 1)]
-    questions = write_rows(tmp_path / "q.jsonl", rows)
+    questions = write_rows(tmp_path / "q.jsonl", map(question, (0, 1)))
     assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable")], questions) == 2
     assert "1 questions have no answer" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
     assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable"), answer(0, "it's")], questions) == 0
-    written = json.loads((tmp_path / "out.json").read_text())
-    assert written == [{"image": "0.jpg", "answer": "it 's"}, {"image": "1.jpg", "answer": "unanswerable"}]
+    assert written(tmp_path) == [{"image": "0.jpg", "answer": "it 's"}, {"image": "1.jpg", "answer": "unanswerable"}]
 
 
 def test_nothing_is_overwritten_or_misnamed(tmp_path, capsys):
-    questions = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "image": "i.jpg", "text": "?"}])
+    questions = write_rows(tmp_path / "q.jsonl", [question(1)])
     (tmp_path / "out.json").write_text("mine")
     assert submit(tmp_path, "vqav2", [answer(1, "a")], questions) == 2
     assert "--overwrite" in capsys.readouterr().err and (tmp_path / "out.json").read_text() == "mine"
     assert submit(tmp_path, "vqav2", [answer(1, "red")], questions, "--overwrite") == 0
-    assert json.loads((tmp_path / "out.json").read_text()) == [{"question_id": 1, "answer": "red"}]
+    assert written(tmp_path) == [{"question_id": 1, "answer": "red"}]
     for benchmark, key, file, out, words in (
         ("vqav2", 1, questions, "out.txt", "must end in .json"),
         ("vqav2", 1, None, "new.json", "give --questions"),
@@ -65,15 +66,17 @@ def test_nothing_is_overwritten_or_misnamed(tmp_path, capsys):
 
 def test_questions_may_be_the_data_root(tmp_path):
     # The server wants the whole test set, not the test-dev questions that were asked.
-    rows = [{"question_id": key, "image": "i.jpg", "text": "?"} for key in (1, 2)]
-    write_rows(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", rows)
+    write_rows(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", map(question, (1, 2)))
     assert submit(tmp_path, "vqav2", [answer(1, "red")], tmp_path) == 0
-    assert len(json.loads((tmp_path / "out.json").read_text())) == 2
+    assert len(written(tmp_path)) == 2
 
 
-def cells(path):
-    openpyxl = pytest.importorskip("openpyxl")
-    book = openpyxl.load_workbook(path)
+@pytest.fixture
+def openpyxl():
+    return pytest.importorskip("openpyxl")
+
+
+def cells(book):
     assert book.sheetnames == ["Sheet1"]
     return [list(row) for row in book.active.iter_rows(values_only=True)]
 
@@ -81,23 +84,19 @@ def cells(path):
 SHEET = "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsource\tl2-category\tcomment\tsplit\n"
 
 
-def test_mmbench_sheet(tmp_path, capsys):
-    pytest.importorskip("openpyxl")
+def test_mmbench_sheet(tmp_path, capsys, openpyxl):
     sheet = tmp_path / "mmbench.tsv"
     row = "\tWhich?\t\tN/A\tno\t\t\tB\tx\t/9j/\ts\tl\tc\tdev\n"
     sheet.write_text(SHEET + f"1{row}2{row}3{row}")
-    long = "x" * 40000
-    rows = [answer(2, "=1+1"), answer(1, "B"), answer(3, long)]
+    rows = [answer(2, "=1+1"), answer(1, "B"), answer(3, "x" * 40000)]
     assert submit(tmp_path, "mmbench", rows, sheet, out="out.xlsx") == 0
-    header, *body = cells(tmp_path / "out.xlsx")
+    book = openpyxl.load_workbook(tmp_path / "out.xlsx")
+    header, *body = cells(book)
     assert header == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
     assert body[0] == [1, "Which?", None, "no", None, None, "B", "B", "dev"]
     assert body[1][6] == "=1+1" and len(body[2][6]) == 32767
     assert "cut to Excel's 32767 characters: 3" in capsys.readouterr().err
-    import openpyxl
-
-    cell = openpyxl.load_workbook(tmp_path / "out.xlsx").active["G3"]
-    assert cell.data_type == "s", "a formula would lose the answer"
+    assert book.active["G3"].data_type == "s", "a formula would lose the answer"
     assert submit(tmp_path, "mmbench", [answer(1, "a\x00b")], sheet, out="bad.xlsx") == 2
     assert "control character" in capsys.readouterr().err and not (tmp_path / "bad.xlsx").exists()
 
@@ -107,8 +106,7 @@ def test_golden_json(tmp_path, conformance, name):
     place = conformance / "eval" / "submission" / name
     questions = None if name == "mmvet" else place / "questions.jsonl"
     assert submit(tmp_path, name, place / "predictions.jsonl", questions) == 0
-    expected = json.loads((place / "expected_submission.json").read_text())
-    assert json.loads((tmp_path / "out.json").read_text()) == expected
+    assert written(tmp_path) == json.loads((place / "expected_submission.json").read_text())
 
 
 def test_golden_gqa_needs_no_questions(tmp_path, conformance):
@@ -116,7 +114,7 @@ def test_golden_gqa_needs_no_questions(tmp_path, conformance):
     expected = json.loads((place / "converted_predictions.json").read_text())
     for questions in (None, place / "ground_truth.json"):
         assert submit(tmp_path, "gqa", place / "predictions.jsonl", questions, "--overwrite") == 0
-        assert json.loads((tmp_path / "out.json").read_text()) == expected
+        assert written(tmp_path) == expected
 
 
 def test_golden_seed(tmp_path, conformance, capsys):
@@ -128,11 +126,10 @@ def test_golden_seed(tmp_path, conformance, capsys):
     assert "have no answer" in capsys.readouterr().err
 
 
-def test_golden_mmbench(tmp_path, conformance):
-    pytest.importorskip("openpyxl")
+def test_golden_mmbench(tmp_path, conformance, openpyxl):
     place = conformance / "eval" / "submission" / "mmbench"
     expected = json.loads((place / "expected_submission.json").read_text())
     assert submit(tmp_path, "mmbench", place / "predictions.jsonl", place / "annotation.tsv", out="out.xlsx") == 0
-    header, *rows = cells(tmp_path / "out.xlsx")
+    header, *rows = cells(openpyxl.load_workbook(tmp_path / "out.xlsx"))
     assert header == expected["header"] and rows == expected["rows"]
     assert [list(map(type, row)) for row in rows] == [list(map(type, row)) for row in expected["rows"]]
