@@ -1,4 +1,4 @@
-"""A package ``llava`` that has the interface of haotian-liu/LLaVA as far as a vision tower meets it, and nothing more.
+"""Stand in for the part of haotian-liu/LLaVA that a vision tower meets.
 
 Written for these tests from what that repository's code asks of a tower; test_llava_original.py runs the real one.
 """
@@ -15,11 +15,11 @@ IMAGE_ID = -200
 
 
 class OwnTower(nn.Module):
-    """What the original function returns."""
+    """The tower that the original function returns."""
 
 
 def install(monkeypatch):
-    """Puts the package into ``sys.modules``; returns its two modules and the model class."""
+    """Put the package into ``sys.modules``; return its two modules and the model class."""
     names = ["llava", "llava.model", "llava.model.multimodal_encoder", BUILDER, ARCH]
     modules = {name: types.ModuleType(name) for name in names}
     for name, module in modules.items():
@@ -90,7 +90,7 @@ def make_model_class(arch):
             self.post_init()
 
         def forward(self, input_ids=None, attention_mask=None, labels=None, images=None, return_dict=None):
-            """One image in front of each row's text."""
+            """Put one image before each row's text."""
             embeddings = self.model.embed_tokens(input_ids)
             if images is not None:
                 seen = self.model.mm_projector(self.get_vision_tower()(images)).to(embeddings.dtype)

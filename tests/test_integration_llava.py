@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.integrations.llava import ToveVisionTower, register
+from tove_llava.integrations.llava import tower as module
 from tove_llava.integrations.llava.balanced_loss import BalancedLoss
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
@@ -33,37 +34,28 @@ def llava(monkeypatch):
 
 
 def write_preset(folder, file="preset.yaml", **vision):
-    """A preset file over dummy experts and a random CLIP, whose sources are written once."""
+    """Write a preset over dummy experts and a random CLIP, whose sources are written once."""
     if not (folder / "clip").exists():
         save_clip(folder / "clip")
         entries = expert_entries(folder, ("depth", "edge"))
         (folder / "experts.yaml").write_text(yaml.safe_dump([entry.to_dict() for entry in entries]))
-    preset = {
-        "vision": {
-            "clip": f"hf:{folder / 'clip'}",
-            "projection_dim": 10,
-            "experts": [
-                {k: v for k, v in entry.items() if k in ("name", "expert", "source", "options")}
-                for entry in yaml.safe_load((folder / "experts.yaml").read_text())
-            ],
-            **vision,
-        },
-        "language": {"source": "hf:./none"},
-        "stages": {},
-    }
+    entries, keys = yaml.safe_load((folder / "experts.yaml").read_text()), ("name", "expert", "source", "options")
+    experts = [{key: value for key, value in entry.items() if key in keys} for entry in entries]
+    vision = {"clip": f"hf:{folder / 'clip'}", "projection_dim": 10, "experts": experts, **vision}
+    preset = {"vision": vision, "language": {"source": "hf:./none"}, "stages": {}}
     (folder / file).write_text(yaml.safe_dump(preset))
     return f"tove:{folder / file}"
 
 
 def make_model(llava, name, *, config=None, in_list=False, **args):
-    """LLaVA's model as its training code makes it."""
+    """Make LLaVA's model as its training code does."""
     model = llava[2](config or model_config())
     model.model.initialize_vision_modules(model_args(name, **args), in_list=in_list)
     return model
 
 
 def open_tower(model, seed=0):
-    """Gives the trained parts values as after training."""
+    """Give the trained parts values as after training."""
     torch.manual_seed(seed)
     tower = model.get_vision_tower().tower
     with torch.no_grad():
@@ -78,18 +70,20 @@ def batch(images=2, seed=0):
 
 
 def adapter_state(model):
-    """What LLaVA's stage 1 saves: everything of which the name holds ``mm_projector``."""
+    """Return what LLaVA's stage 1 saves: each parameter with ``mm_projector`` in its name."""
     return {k: v.detach().clone() for k, v in model.named_parameters() if "mm_projector" in k}
 
 
+def save_adapter(state, folder):
+    torch.save(state, folder / "mm_projector.bin")
+    return str(folder / "mm_projector.bin")
+
+
 def align(model):
-    """LLaVA's stage 1."""
+    """Freeze the model as LLaVA's stage 1 does."""
     model.requires_grad_(False)
     for parameter in model.model.mm_projector.parameters():
         parameter.requires_grad = True
-
-
-# -- which names are ours ---------------------------------------------------------------------------------------------
 
 
 def test_names_of_others_go_to_the_original_function(llava, tmp_path):
@@ -119,28 +113,30 @@ def test_a_preset_of_the_package_is_named_by_its_name(llava):
     assert tower.config.expert_names == ["depth", "normal", "edge", "segmentation"] and not tower.is_loaded
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("tove:tinny", r"no such preset; there are .*tiny.*tove:\./tinny"),
-        ("tove:./nowhere", "no nowhere/config.json"),
-        ("tove:nowhere/preset.yaml", "nowhere/preset.yaml does not exist"),
-    ],
-)
-def test_a_name_that_means_nothing(llava, name, says):
-    with pytest.raises((ConfigError, CheckpointError), match=says):
+UNKNOWN = {
+    "tove:tinny": r"no such preset; there are .*tiny.*tove:\./tinny",
+    "tove:./nowhere": "no nowhere/config.json",
+    "tove:nowhere/preset.yaml": "nowhere/preset.yaml does not exist",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_name_is_refused(llava, name):
+    with pytest.raises((ConfigError, CheckpointError), match=UNKNOWN[name]):
         llava[0].build_vision_tower(model_args(name))
+
+
+def tower_of(folder):
+    config = ToveVisionConfig.from_sources(save_clip(folder / "clip"), expert_entries(folder), projection_dim=10)
+    return ToveVisionModel(config)
 
 
 @pytest.mark.parametrize("kind", ["tower", "llava"])
 def test_a_checkpoint_folder_brings_its_trained_parts(llava, tmp_path, monkeypatch, kind):
-    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), expert_entries(tmp_path), projection_dim=10)
-    torch.manual_seed(3)
-    if kind == "tower":
-        saved = tower = ToveVisionModel(config)
-    else:
+    saved = tower = tower_of(tmp_path)
+    if kind == "llava":
         keys = {"image_token_index": 63, "vision_feature_layer": -1, "vision_feature_select_strategy": "full"}
-        llava_config = ToveLlavaConfig(vision_config=config, text_config=text_config(), **keys)
+        llava_config = ToveLlavaConfig(vision_config=tower.config, text_config=text_config(), **keys)
         saved = ToveLlavaForConditionalGeneration(llava_config)
         tower = saved.tower
     open_output(tower)
@@ -152,8 +148,7 @@ def test_a_checkpoint_folder_brings_its_trained_parts(llava, tmp_path, monkeypat
 
 
 def test_a_self_contained_folder_is_found_from_anywhere(llava, tmp_path, monkeypatch):
-    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), expert_entries(tmp_path), projection_dim=10)
-    tower = ToveVisionModel(config).load_backbones().eval()
+    tower = tower_of(tmp_path).load_backbones().eval()
     moved = tower.save_backbones(tmp_path / "saved")
     tower.save_pretrained(tmp_path / "saved")
     moved.save_pretrained(tmp_path / "saved")
@@ -173,11 +168,10 @@ def test_folders_without_a_fitting_tower_are_refused(llava, tmp_path):
     CLIPVisionModel(config).save_pretrained(tmp_path / "plain")
     with pytest.raises(CheckpointError, match="without a ToVE tower"):
         llava[0].build_vision_tower(model_args(f"tove:{tmp_path}/plain"))
-    entries = expert_entries(tmp_path)
-    config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
-    ToveVisionModel(config).save_pretrained(tmp_path / "saved")
-    config.projection_dim = 12
-    config.save_pretrained(tmp_path / "saved")
+    tower = tower_of(tmp_path)
+    tower.save_pretrained(tmp_path / "saved")
+    tower.config.projection_dim = 12
+    tower.config.save_pretrained(tmp_path / "saved")
     with pytest.raises(CheckpointError, match="not those of the tower that its config.json describes"):
         llava[0].build_vision_tower(model_args(f"tove:{tmp_path}/saved"))
     weights = tmp_path / "saved" / "model.safetensors"
@@ -199,9 +193,6 @@ def test_options_that_the_tower_would_have_to_ignore_are_refused(llava, tmp_path
     with pytest.raises(ConfigError, match=says):
         llava[0].build_vision_tower(model_args(write_preset(tmp_path), **options))
     llava[0].build_vision_tower(model_args(write_preset(tmp_path), mm_vision_select_layer=2))  # of 3 layers
-
-
-# -- what LLaVA asks of a tower ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay_load", [False, True])
@@ -259,11 +250,8 @@ def test_llava_casts_the_backbones_and_not_what_is_trained(llava, tmp_path, dtyp
     assert tower(pixels().to(dtype)).dtype == dtype
 
 
-# -- trained parts ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("projector", PROJECTORS)
-def test_trained_parts_belong_to_the_projector_alone(llava, tmp_path, projector):
+def test_trained_parts_belong_only_to_the_projector(llava, tmp_path, projector):
     config = model_config(hidden_size=16) if projector == "identity" else None
     model = make_model(llava, write_preset(tmp_path), config=config, mm_projector_type=projector)
     tower = model.get_vision_tower().tower
@@ -277,14 +265,13 @@ def test_trained_parts_belong_to_the_projector_alone(llava, tmp_path, projector)
     assert model.model.mm_projector(x).shape == (2, 16 if projector == "identity" else 24)
 
 
-def test_the_projector_starts_as_beside_llavas_own_tower(llava, tmp_path):
-    name = write_preset(tmp_path)
-    torch.manual_seed(0)
-    llava[0].build_vision_tower(model_args("openai/clip-vit-large-patch14-336"))
-    expected = nn.Linear(16, 24)
-    torch.manual_seed(0)
-    llava[0].build_vision_tower(model_args(name))
-    assert torch.equal(nn.Linear(16, 24).weight, expected.weight)
+def test_the_projector_starts_as_with_llavas_own_tower(llava, tmp_path):
+    weights = []
+    for name in ("openai/clip-vit-large-patch14-336", write_preset(tmp_path)):
+        torch.manual_seed(0)
+        llava[0].build_vision_tower(model_args(name))
+        weights.append(nn.Linear(16, 24).weight)
+    assert torch.equal(*weights)
 
 
 @pytest.mark.parametrize("stage", ["align", "tune"])
@@ -304,9 +291,6 @@ def test_trained_parts_train_and_backbones_do_not(llava, tmp_path, stage):
     optimizer.step()
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(frozen, before, strict=True))
     assert not any(module.training for module in tower.frozen.modules())
-
-
-# -- balance loss -----------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_holds_the_balance_loss_once(llava, tmp_path):
@@ -330,9 +314,9 @@ def test_black_images_of_records_without_one_have_no_part_in_it(llava, tmp_path)
     tower = model.get_vision_tower()
     images = pixels(2)
     tower(images)
-    alone = tower.balance_loss()
+    expected = tower.balance_loss().item()
     tower(torch.cat([images[:1], torch.zeros(3, 3, IMAGE, IMAGE), images[1:]]))
-    assert tower.balance_loss().item() == pytest.approx(alone.item(), rel=1e-5)
+    assert tower.balance_loss().item() == pytest.approx(expected, rel=1e-5)
     tower(torch.zeros(2, 3, IMAGE, IMAGE))
     nothing = tower.balance_loss()
     assert nothing == 0
@@ -353,9 +337,7 @@ def test_no_balance_loss_where_nothing_is_trained(llava, tmp_path):
     assert model(**batch()).loss.isfinite() and model.get_vision_tower().balance_loss() is None
 
 
-def test_a_loss_that_is_computed_elsewhere_is_noticed(llava, tmp_path, caplog, monkeypatch):
-    from tove_llava.integrations.llava import tower as module
-
+def test_a_loss_that_is_computed_elsewhere_is_noticed(llava, tmp_path, monkeypatch):
     said = []
     monkeypatch.setattr(module.logger, "warning_once", said.append)
     model = make_model(llava, write_preset(tmp_path)).train()
@@ -368,32 +350,21 @@ def test_a_loss_that_is_computed_elsewhere_is_noticed(llava, tmp_path, caplog, m
     assert len(said) == 1 and "balance_loss()" in said[0]
 
 
-# -- saving and loading -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("projector", PROJECTORS)
 def test_what_stage_1_saves_loads_again(llava, tmp_path, projector):
-    name, config = write_preset(tmp_path), (lambda: model_config(hidden_size=16 if projector == "identity" else 24))
-    first = make_model(llava, name, config=config(), mm_projector_type=projector).eval()
+    name = write_preset(tmp_path)
+
+    def model(**keys):
+        config = model_config(hidden_size=16 if projector == "identity" else 24)
+        return make_model(llava, name, config=config, mm_projector_type=projector, **keys).eval()
+
+    first = model()
     open_tower(first)
-    torch.save(adapter_state(first), tmp_path / "mm_projector.bin")
-    adapter = str(tmp_path / "mm_projector.bin")
-    second = make_model(
-        llava, name, config=config(), mm_projector_type=projector, pretrain_mm_mlp_adapter=adapter
-    ).eval()
+    second = model(pretrain_mm_mlp_adapter=save_adapter(adapter_state(first), tmp_path))
     assert second.get_vision_tower().tower.fusion.output.weight.abs().sum() > 0
     old, new = adapter_state(first), adapter_state(second)
     assert old.keys() == new.keys() and all(torch.equal(old[key], new[key]) for key in old)
     assert torch.equal(first.get_vision_tower()(pixels()), second.get_vision_tower()(pixels()))
-
-
-def spoil(state, how, other):
-    tower = {key for key in state if ".tove." in key}
-    if how == "none of them":
-        return {key: value for key, value in state.items() if key not in tower}
-    if how == "not all of them":
-        return {key: value for key, value in state.items() if key != sorted(tower)[0]}
-    return other
 
 
 @pytest.mark.parametrize("how", ["none of them", "not all of them", "other experts"])
@@ -405,16 +376,19 @@ def test_a_file_without_the_trained_parts_is_refused(llava, tmp_path, how, delay
     trained = make_model(llava, name)
     if how == "other experts":
         trained, other, name = other, trained, f"tove:{tmp_path / 'clip.yaml'}"
-    state = spoil(adapter_state(trained), how, adapter_state(other))
-    config = trained.config
+        state = adapter_state(other)
+    else:
+        state = adapter_state(trained)
+        tower = sorted(key for key in state if ".tove." in key)
+        for key in tower if how == "none of them" else tower[:1]:
+            del state[key]
     with pytest.raises(CheckpointError, match=r"does not hold the trained parts of tove:.*fusion\."):
         if delayed:
-            model = llava[2](config)
+            model = llava[2](trained.config)
             model.load_state_dict(state, strict=False)
             model.get_vision_tower().load_model()
         else:
-            torch.save(state, tmp_path / "mm_projector.bin")
-            make_model(llava, name, pretrain_mm_mlp_adapter=str(tmp_path / "mm_projector.bin"))
+            make_model(llava, name, pretrain_mm_mlp_adapter=save_adapter(state, tmp_path))
 
 
 def test_a_whole_model_may_come_in_shards(llava, tmp_path):
@@ -446,7 +420,7 @@ def test_a_saved_model_is_loaded_as_it_was_trained(llava, tmp_path):
     assert torch.equal(second(**batch()).logits, first(**batch()).logits)
 
 
-def test_a_model_built_anew_starts_as_clip(llava, tmp_path):
+def test_a_new_model_starts_as_clip(llava, tmp_path):
     """Nothing of LLaVA's own initialisation reaches the trained parts, which start closed."""
     first = make_model(llava, write_preset(tmp_path))
     config = type(first.config).from_dict(first.config.to_dict())
@@ -458,17 +432,14 @@ def test_a_model_built_anew_starts_as_clip(llava, tmp_path):
 
 def test_stage_2_with_another_tower_of_the_same_shapes_is_refused(llava, tmp_path):
     first = make_model(llava, write_preset(tmp_path))
-    torch.save(adapter_state(first), tmp_path / "mm_projector.bin")
     first.config.save_pretrained(tmp_path)
-    adapter = str(tmp_path / "mm_projector.bin")
-    make_model(
-        llava, write_preset(tmp_path, "balanced.yaml", router_aux_loss_coef=0.1), pretrain_mm_mlp_adapter=adapter
-    )
+    adapter = {"pretrain_mm_mlp_adapter": save_adapter(adapter_state(first), tmp_path)}
+    make_model(llava, write_preset(tmp_path, "balanced.yaml", router_aux_loss_coef=0.1), **adapter)
     with pytest.raises(CheckpointError, match="they differ in top_k. Name the tower"):
-        make_model(llava, write_preset(tmp_path, "sparse.yaml", top_k=1), pretrain_mm_mlp_adapter=adapter)
+        make_model(llava, write_preset(tmp_path, "sparse.yaml", top_k=1), **adapter)
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(CheckpointError, match="config.json, line 1: not valid JSON"):
-        make_model(llava, write_preset(tmp_path), pretrain_mm_mlp_adapter=adapter)
+        make_model(llava, write_preset(tmp_path), **adapter)
 
 
 def test_fsdp_is_refused(llava, tmp_path):
