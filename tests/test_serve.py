@@ -1,11 +1,21 @@
+import os
+
 import pytest
 import torch
-from answer_parts import ask, make_answerer, picture
+from answer_parts import ask, byte_tokenizer, picture
 from PIL import Image
+from tower_parts import GRID, IMAGE, text_config
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from tove_llava import cli
+from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError, DataError
-from tove_llava.data import get_template
 from tove_llava.inference.engine import Engine, Message
 from tove_llava.serve import models
 
@@ -25,54 +35,25 @@ def test_a_chat_sees_a_photograph_upright_and_a_benchmark_sees_it_as_stored(engi
     assert torch.equal(answerer.pixels(tmp_path / "phone.png"), answerer.pixels(upright.rotate(90, expand=True)))
 
 
-def test_several_pictures_in_several_turns_keep_their_order(engine):
-    first, second = picture(1), picture(2)
-    chat = [Message("user", "One", (first,)), Message("assistant", "ok"), Message("user", "Two", (second,))]
-    swapped = [Message("user", "One", (second,)), Message("assistant", "ok"), Message("user", "Two", (first,))]
+def test_several_images_in_several_turns_keep_their_order(engine):
+    images = picture(1), picture(2)
+    chat, swapped = ([*ask("One", a), Message("assistant", "ok"), *ask("Two", b)] for a, b in (images, images[::-1]))
     asked = engine.prepare(chat)
     assert asked.prompt.count(engine.answerer.image_token_id) == 2 * 16 and len(asked.pixels) == 2
-    assert all(torch.equal(p, engine.answerer.pixels(i)) for p, i in zip(asked.pixels, (first, second), strict=True))
+    assert all(torch.equal(p, engine.answerer.pixels(i)) for p, i in zip(asked.pixels, images, strict=True))
     assert engine.answer(chat, max_new_tokens=12) != engine.answer(swapped, max_new_tokens=12)
-
-
-def test_a_model_of_captions_stops_at_the_end_of_the_line(tmp_path, monkeypatch):
-    captioner = make_answerer(tmp_path)
-    head, generate = captioner.model.lm_head, captioner.model.generate
-    newline = captioner.tokenizer.encode("\n", add_special_tokens=False)[0]
-    always_newline = torch.eye(head.out_features)[newline]
-    monkeypatch.setattr(head, "forward", lambda hidden: always_newline.expand(*hidden.shape[:-1], -1))
-    lengths = []
-
-    def spy(**options):
-        output = generate(**options)
-        lengths.append(output.shape[1] - options["input_ids"].shape[1])
-        return output
-
-    monkeypatch.setattr(captioner.model, "generate", spy)
-    for template in ("plain", "v1"):
-        captioner.template = get_template(template)
-        asked = Engine(captioner).prepare(ask("Describe it", picture()))
-        captioner.generate([asked.prompt], captioner.features(asked.pixels[0][None]), 5)
-    assert lengths == [1, 5], "v1 has an end token of its own"
 
 
 def test_placeholders_go_in_front_unless_the_text_has_them(engine):
     tokenizer = engine.answerer.tokenizer
 
     def prompt(text, *images):
-        return tokenizer.decode(engine.prepare(ask(text, *images)).prompt).replace("<image>" * 16, "[picture]")
+        return tokenizer.decode(engine.prepare(ask(text, *images)).prompt).replace("<image>" * 16, "[image]")
 
     one = picture()
-    assert "USER: [picture]\nWhat? ASSISTANT:" in prompt("What?", one)
-    assert "USER: [picture]\n[picture]\nWhat? ASSISTANT:" in prompt("What?", one, one)
-    assert "USER: In [picture], what? ASSISTANT:" in prompt("In <image>, what?", one)
-
-
-def test_text_cannot_smuggle_in_an_image_token(engine):
-    with pytest.raises(DataError, match="placeholder"):
-        engine.answer(ask("<image> what?"))
-    with pytest.raises(DataError, match="2 times, but it has 1"):
-        engine.answer(ask("<image> <image>", picture()))
+    assert "USER: [image]\nWhat? ASSISTANT:" in prompt("What?", one)
+    assert "USER: [image]\n[image]\nWhat? ASSISTANT:" in prompt("What?", one, one)
+    assert "USER: In [image], what? ASSISTANT:" in prompt("In <image>, what?", one)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +65,9 @@ def test_text_cannot_smuggle_in_an_image_token(engine):
         ([Message("robot", "x"), Message("user", "x")], "role must be"),
         ([Message("user", "x"), Message("user", "x")], "turn 2"),
         ([Message("user", "word " * 500)], "start a new one"),
-        ([Message("user", "x", ("no_such_file.png",))], "no image file no_such_file.png"),
+        (ask("x", "no_such_file.png"), "no image file no_such_file.png"),
+        (ask("<image> what?"), "placeholder"),
+        (ask("<image> <image>", picture()), "2 times, but it has 1"),
     ],
 )
 def test_bad_conversations_are_explained_before_anything_runs(engine, messages, words):
@@ -94,14 +77,12 @@ def test_bad_conversations_are_explained_before_anything_runs(engine, messages, 
 
 def test_the_answer_is_cut_to_what_the_model_can_hold(engine):
     room = engine.answerer.max_length
-    asked = engine.prepare(ask("x" * (room - 220)))
-    assert room - len(asked.prompt) < 100
-    engine.answer(ask("x" * (room - 220)), max_new_tokens=1000)
+    asked = ask("x" * (room - 220))
+    assert room - len(engine.prepare(asked).prompt) < 100
+    engine.answer(asked, max_new_tokens=1000)
 
 
 def test_the_newest_finished_model_is_served(tmp_path):
-    import os
-
     assert models.newest_model(tmp_path) is None
     for age, name in enumerate(["new", "old", "new/checkpoint-100"]):
         (tmp_path / name).mkdir(parents=True)
@@ -113,8 +94,6 @@ def test_the_newest_finished_model_is_served(tmp_path):
 
 
 def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys):
-    from tove_llava.checkpoints.manifest import MANIFEST
-
     assert models.MANIFEST == MANIFEST
     monkeypatch.chdir(tmp_path)
     for verb in ("chat", "demo", "serve"):
@@ -124,20 +103,7 @@ def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys
         models.find_model("nowhere")
 
 
-# -- a LLaVA of transformers' own, as a baseline ----------------------------------------------------------------------
-
-
 def save_stock(folder):
-    from answer_parts import byte_tokenizer
-    from tower_parts import GRID, IMAGE, text_config
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -160,13 +126,8 @@ def test_a_stock_llava_answers_as_its_own_generate_does(tmp_path):
     answerer = stock.answerer
     asked = stock.prepare(ask("What is it?", picture()))
     ids = torch.tensor([asked.prompt])
-    output = answerer.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=asked.pixels[0][None],
-        max_new_tokens=8,
-        do_sample=False,
-    )
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": asked.pixels[0][None]}
+    output = answerer.model.generate(**inputs, max_new_tokens=8, do_sample=False)
     expected = answerer.tokenizer.decode(output[0, len(asked.prompt) :], skip_special_tokens=True).strip()
     assert stock.answer(ask("What is it?", picture()), max_new_tokens=8) == expected != ""
     assert stock.routing(picture()) is None

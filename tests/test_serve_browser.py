@@ -58,7 +58,7 @@ def view():
 
 @pytest.fixture
 def page(browser, app, view):
-    """The page, opened. At the end: no error in the console, and nobody else was asked for anything."""
+    """Open the page; at the end expect no error in the console and no request to another host."""
     page = browser.new_page(viewport=view)
     page.set_default_timeout(WAIT)
     faults, foreign = [], []
@@ -98,7 +98,7 @@ def answers(page, where="#tove-chat"):
 
 
 def text(page, number=0):
-    """Letters and digits of an answer, without the line of its times."""
+    """Return letters and digits of an answer, without the line of its times."""
     whole, note = answers(page).nth(number).inner_text(), notes(page).nth(number).inner_text()
     assert note in whole
     return visible(whole.replace(note, ""))
@@ -123,7 +123,7 @@ def attach(page, file, where="#tove-entry"):
 
 
 def ask(page, text, number):
-    """Asks the question and waits for the end of the answer, which its times show."""
+    """Ask the question and wait for the end of the answer, which its times show."""
     box(page).fill(text)
     box(page).press("Enter")
     finished(page, number)
@@ -141,7 +141,7 @@ def save(folder, index=0):
 
 
 def visible(text):
-    """The random model says control characters too, which a browser leaves out."""
+    """Drop the control characters of the random model, which a browser leaves out."""
     return "".join(character for character in text if character.isalnum())
 
 
@@ -150,7 +150,7 @@ def said(engine, text, *images, **options):
 
 
 def source(page, where="#tove-map"):
-    """Where the drawing comes from; another drawing has another address."""
+    """Return the drawing's address, which is another for each drawing."""
     image = page.locator(f"{where} img").first
     image.wait_for()
     return image.get_attribute("src")
@@ -164,7 +164,7 @@ def changed(page, before, where="#tove-map"):
     return source(page, where)
 
 
-def test_a_person_uploads_a_picture_asks_twice_and_reads_the_answers(engine, page, tmp_path):
+def test_a_person_uploads_an_image_asks_twice_and_reads_the_answers(engine, page, tmp_path):
     attach(page, save(tmp_path))
     ask(page, QUESTION, 1)
     ask(page, "And now?", 2)
@@ -172,7 +172,7 @@ def test_a_person_uploads_a_picture_asks_twice_and_reads_the_answers(engine, pag
     assert any(QUESTION in text for text in shown), "what was typed is shown as it was typed"
     assert page.locator(".user.message b, .user.message strong, .user.message img[src='x']").count() == 0
     assert page.title() == "ToVE-LLaVA"
-    assert page.locator("#tove-chat .user-row img").count() == 1, "the picture is in the chat"
+    assert page.locator("#tove-chat .user-row img").count() == 1, "the image is in the chat"
     assert text(page) == said(engine, QUESTION, picture(0, (120, 90))) != ""
     assert "tower" in notes(page).first.inner_text() and "first token" in notes(page).nth(1).inner_text()
     assert source(page) and page.locator("#tove-legend .tove-row").count() == 3
@@ -192,7 +192,7 @@ def test_an_answer_streams_in_and_can_be_stopped(engine, page, slow):
     page.wait_for_timeout(500)
     kept = answers(page).first.inner_text()
     page.wait_for_timeout(1000)
-    assert answers(page).first.inner_text() == kept and engine.worker.running == 0, "the place is free, the text stays"
+    assert answers(page).first.inner_text() == kept and engine.worker.running == 0, "the row is free, the text stays"
     slow.set()
     set_tokens(page, TOKENS)
     ask(page, "And?", 2)
@@ -230,7 +230,7 @@ def test_views_and_opacity_redraw_without_the_model(answerer, page, tmp_path, mo
     changed(page, after)
 
 
-def test_the_picture_of_the_map_can_be_chosen(page, tmp_path):
+def test_the_image_of_the_map_can_be_chosen(page, tmp_path):
     attach(page, save(tmp_path))
     page.locator("#tove-entry input[type=file]").first.set_input_files(str(save(tmp_path, 1)))
     page.wait_for_function("document.querySelectorAll('#tove-entry img').length === 2")
@@ -270,8 +270,8 @@ def test_two_sides_answer_the_same_question(engine, page, tmp_path):
     page.locator(f"{entry} textarea").press("Enter")
     for side in ("#tove-side-a", "#tove-side-b"):
         page.locator(side).get_by_text("first token").wait_for()
-    told = [page.locator(f"#tove-side-{letter} .bot.message").first.inner_text() for letter in "ab"]
-    assert told[0].split()[0] != told[1].split()[0] and "3 experts" in told[0] and "1 expert" in told[1]
+    replies = [page.locator(f"#tove-side-{letter} .bot.message").first.inner_text() for letter in "ab"]
+    assert replies[0].split()[0] != replies[1].split()[0] and "3 experts" in replies[0] and "1 expert" in replies[1]
     assert source(page, "#tove-side-a") != source(page, "#tove-side-b")
 
 
@@ -317,7 +317,7 @@ def test_a_phone_needs_no_sideways_scrolling(page, tmp_path, view):
 
 
 def test_the_keyboard_is_enough(engine, page):
-    """From the address bar: to an example by Tab, Enter; a toggle by Space; a question by typing."""
+    """Reach an example by Tab and Enter, a toggle by Space, and ask by typing."""
 
     def reach(selector):
         for _ in range(60):

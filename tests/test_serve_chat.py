@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ from answer_parts import ask, picture, save_model
 
 from tove_llava import cli
 from tove_llava.inference.engine import Engine, Message, Sampling
+from tove_llava.serve.commands import COMMANDS
 
 TOKENS = 8
 
@@ -23,12 +25,11 @@ def engine(answerer):
 @pytest.fixture
 def files(tmp_path):
     picture().save(tmp_path / "a.png")
-    picture(1).save(tmp_path / "b.png")
     return tmp_path
 
 
 def talk(answerer, monkeypatch, capsys, *lines, flags=()):
-    """Types lines; returns what is printed behind the greeting, and to standard error."""
+    """Type lines; return the output after the greeting, and standard error."""
     typed = iter([*lines, ""])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(typed))
     monkeypatch.setattr(Engine, "load", lambda *args, **kwargs: Engine(answerer, "tiny"))
@@ -67,18 +68,14 @@ def test_json_needs_a_question(capsys):
     ],
 )
 def test_wrong_flags_are_explained(answerer, monkeypatch, capsys, flags, words):
-    import re
-
     monkeypatch.setattr(Engine, "load", lambda *args, **kwargs: Engine(answerer))
     assert cli.main(["chat", "--model", str(os.path.dirname(__file__)), "--question", "Hi", *flags]) == 2
     assert re.search(words, capsys.readouterr().err)
 
 
 def test_a_conversation_over_several_turns(answerer, engine, files, monkeypatch, capsys):
-    out, err = talk(
-        answerer, monkeypatch, capsys, "/image no.png", f"/image {files / 'a.png'}", "What is it?", "And?", "/reset",
-        "Hello",
-    )  # fmt: skip
+    lines = ("/image no.png", f"/image {files / 'a.png'}", "What is it?", "And?", "/reset", "Hello")
+    out, err = talk(answerer, monkeypatch, capsys, *lines)
     assert "no image file no.png" in err
     first = engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS)
     chat = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?")]
@@ -112,10 +109,9 @@ def test_experts_and_the_system_prompt_change_what_is_said(answerer, engine, fil
 def test_routing_is_drawn_with_the_experts_that_are_attached(answerer, engine, files, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     drawn, second = files / "out.png", files / "2.png"
-    out, err = talk(
-        answerer, monkeypatch, capsys, f"/routing {drawn}", f"/image {files / 'a.png'}", "/detach depth",
-        f"/routing {drawn}", f"/routing {drawn}", "/routing x.txt", "/detach edge,normal", f"/routing {second}",
-    )  # fmt: skip
+    lines = [f"/routing {drawn}", f"/image {files / 'a.png'}", "/detach depth", f"/routing {drawn}"]
+    lines += [f"/routing {drawn}", "/routing x.txt", "/detach edge,normal", f"/routing {second}"]
+    out, err = talk(answerer, monkeypatch, capsys, *lines)
     assert drawn.stat().st_size > 1000 and f"written: {drawn}" in out and "depth 0.000" in out
     means = engine.routing(picture(), experts=["edge", "normal"]).means
     assert f"edge {means['edge']:.3f}" in out
@@ -131,8 +127,6 @@ def test_wrong_commands_are_explained_and_change_nothing(answerer, monkeypatch, 
 
 
 def test_help_lists_every_command(answerer, monkeypatch, capsys):
-    from tove_llava.serve.commands import COMMANDS
-
     out, _ = talk(answerer, monkeypatch, capsys, "/help")
     lines = out.splitlines()
     assert all(any(line.startswith(name) for line in lines) for name in COMMANDS if name != "/new")

@@ -1,6 +1,7 @@
-"""The page without a browser: its endpoints, and what an ill-willed client may try."""
+"""The page without a browser: its endpoints, and what a hostile client may try."""
 
 import html
+import io
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from answer_parts import ask, before_forward, make_answerer, picture, save_model
 from PIL import Image
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.data.images import open_image
 from tove_llava.inference.engine import Engine, Message, Sampling
 
 gradio_app = pytest.importorskip("tove_llava.serve.gradio_app")
@@ -74,36 +76,38 @@ def save(folder, index=0):
     return client.handle_file(str(file))
 
 
-# -- endpoints --------------------------------------------------------------------------------------------------------
+def message(text, *files):
+    return {"text": text, "files": list(files)}
+
+
+def said(engine, **options):
+    """Answer "What is it?" about the first image by the engine."""
+    return engine.answer(ask("What is it?", picture()), **{"max_new_tokens": TOKENS, **options})
 
 
 def test_answers_stream_and_are_the_engines(chat, engine, tmp_path):
-    message = {"text": QUESTION, "files": [save(tmp_path)]}
-    answer, timing = chat.submit(message=message, api_name="/chat").result(timeout=120)
+    answer, timing = chat.submit(message=message(QUESTION, save(tmp_path)), api_name="/chat").result(timeout=120)
     assert answer == engine.answer(ask(QUESTION, picture()), max_new_tokens=TOKENS) != ""
     assert timing["images"] == 1 and timing["tower"] > 0 and 0 < timing["tokens"] <= TOKENS
 
 
 def test_the_second_turn_knows_the_first(chat, engine, tmp_path):
-    first, _ = chat.predict(message={"text": "What is it?", "files": [save(tmp_path)]}, api_name="/chat")
-    second, _ = chat.predict(message={"text": "And?", "files": [save(tmp_path, 1)]}, api_name="/chat")
+    first, _ = chat.predict(message=message("What is it?", save(tmp_path)), api_name="/chat")
+    second, _ = chat.predict(message=message("And?", save(tmp_path, 1)), api_name="/chat")
     messages = [*ask("What is it?", picture()), Message("assistant", first), *ask("And?", picture(1))]
     assert second == engine.answer(messages, max_new_tokens=TOKENS)
 
 
 def test_experts_and_settings_are_those_of_the_question(chat, engine, tmp_path):
-    message = {"text": "What is it?", "files": [save(tmp_path)]}
-    answer, timing = chat.predict(
-        message=message, experts=["depth"], system="Say little.", max_new_tokens=5, api_name="/chat"
-    )
-    options = {"experts": ("depth",), "system": "Say little."}
-    assert answer == engine.answer(ask("What is it?", picture()), max_new_tokens=5, **options)
-    assert answer != engine.answer(ask("What is it?", picture()), max_new_tokens=5) and timing["tokens"] <= 5
+    asked, options = message("What is it?", save(tmp_path)), {"system": "Say little.", "max_new_tokens": 5}
+    answer, timing = chat.predict(message=asked, experts=["depth"], **options, api_name="/chat")
+    assert answer == said(engine, experts=("depth",), **options)
+    assert answer != said(engine, max_new_tokens=5) and timing["tokens"] <= 5
     with pytest.raises(client.exceptions.AppError, match="not in the list of choices"):
-        chat.predict(message=message, experts=["smell"], api_name="/chat")
+        chat.predict(message=asked, experts=["smell"], api_name="/chat")
 
 
-def test_the_routing_of_a_picture_by_those_experts(chat, engine, tmp_path):
+def test_the_routing_of_an_image_by_chosen_experts(chat, engine, tmp_path):
     drawing, weights = chat.predict(picture=save(tmp_path), experts=["depth", "edge"], opacity=1, api_name="/routing")
     expected = engine.routing(picture(), ("depth", "edge"))
     assert weights["means"] == pytest.approx(expected.means) and weights["grids"].keys() == expected.grids.keys()
@@ -115,12 +119,10 @@ def test_the_routing_of_a_picture_by_those_experts(chat, engine, tmp_path):
 
 
 def test_two_sets_of_experts_answer_the_same_question(chat, engine, tmp_path):
-    found = chat.predict(
-        message={"text": "What is it?", "files": [save(tmp_path)]}, experts_a=["depth"], experts_b=[],
-        api_name="/compare",
-    )  # fmt: skip
+    asked = message("What is it?", save(tmp_path))
+    found = chat.predict(message=asked, experts_a=["depth"], experts_b=[], api_name="/compare")
     for side, experts in zip(found, (("depth",), ()), strict=True):
-        assert side["answer"] == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS, experts=experts)
+        assert side["answer"] == said(engine, experts=experts)
         assert side["experts"] == list(experts) and side["timing"]["tokens"] > 0
 
 
@@ -130,10 +132,9 @@ def test_two_models_answer_the_same_question(engine, tmp_path):
     with Engine(answerer, name="other") as other:
         with launched(engine, compare=other) as app:
             connection = client.Client(app.local_url, verbose=False)
-            message = {"text": "What is it?", "files": [save(tmp_path)]}
-            found = connection.predict(message=message, api_name="/compare")
+            found = connection.predict(message=message("What is it?", save(tmp_path)), api_name="/compare")
             connection.close()
-        expected = [model.answer(ask("What is it?", picture()), max_new_tokens=TOKENS) for model in (engine, other)]
+        expected = [said(engine), said(other)]
     assert [side["answer"] for side in found] == expected and expected[0] != expected[1]
 
 
@@ -146,33 +147,23 @@ def test_endpoints_are_three_and_documented(chat):
     assert all(parameter["parameter_has_default"] for parameter in endpoints["/chat"]["parameters"][1:])
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [*FILES])
-def test_files_that_are_no_picture_are_refused_and_the_next_question_is_answered(chat, engine, tmp_path, kind):
+def test_files_that_are_no_image_are_refused_and_the_next_question_is_answered(chat, engine, tmp_path, kind):
     name, content, says = FILES[kind]
     (tmp_path / name).write_bytes(content())
-    message = {"text": "What?", "files": [client.handle_file(str(tmp_path / name))]}
+    asked = message("What?", client.handle_file(str(tmp_path / name)))
     if says is None:
-        assert chat.predict(message=message, api_name="/chat")[1]["tokens"] > 0
+        assert chat.predict(message=asked, api_name="/chat")[1]["tokens"] > 0
     else:
         with pytest.raises(client.exceptions.AppError, match=says) as error:
-            chat.predict(message=message, api_name="/chat")
-        assert str(tmp_path) not in str(error.value) and "uploads" not in str(error.value), "no folder is told"
-    good = {"text": "What?", "files": [save(tmp_path)]}
+            chat.predict(message=asked, api_name="/chat")
+        assert str(tmp_path) not in str(error.value) and "uploads" not in str(error.value), "no folder is named"
     chat.reset_session()
-    assert chat.predict(message=good, api_name="/chat")[0] == engine.answer(
-        ask("What?", picture()), max_new_tokens=TOKENS
-    )
+    assert chat.predict(message=message("What is it?", save(tmp_path)), api_name="/chat")[0] == said(engine)
 
 
 def test_a_bomb_takes_no_memory():
     name, content, _ = FILES["data-bomb"]
-    import io
-
-    from tove_llava.data.images import open_image
-
     data = content()
     tracemalloc.start()
     open_image(io.BytesIO(data), name=name)
@@ -182,22 +173,23 @@ def test_a_bomb_takes_no_memory():
 
 
 def test_long_and_empty_questions_are_refused(chat):
-    with pytest.raises(client.exceptions.AppError, match="10000 characters; at most 8000"):
-        chat.predict(message={"text": "x" * 10_000, "files": []}, api_name="/chat")
-    with pytest.raises(client.exceptions.AppError, match="empty"):
-        chat.predict(message={"text": " ", "files": []}, api_name="/chat")
-    with pytest.raises(client.exceptions.AppError, match="the system prompt has 9000"):
-        chat.predict(message={"text": "x", "files": []}, system="x" * 9000, api_name="/chat")
+    for text, options, words in (
+        ("x" * 10_000, {}, "10000 characters; at most 8000"),
+        (" ", {}, "empty"),
+        ("x", {"system": "x" * 9000}, "the system prompt has 9000"),
+    ):
+        with pytest.raises(client.exceptions.AppError, match=words):
+            chat.predict(message=message(text), **options, api_name="/chat")
 
 
 def test_images_are_limited_in_number_and_pixels(engine, tmp_path, monkeypatch):
     session = Session()
     with pytest.raises(DataError, match="9 images"):
-        session.question(engine, {"text": "x", "files": ["a.png"] * 9})
+        session.question(engine, message("x", *["a.png"] * 9))
     monkeypatch.setattr("tove_llava.serve.ui.session.MAX_PIXELS", 100)
     picture().save(tmp_path / "a.png")
     with pytest.raises(DataError, match="^a.png has 40 x 30 pixels, more than the limit of 100"):
-        session.question(engine, {"text": "x", "files": [str(tmp_path / "a.png")]})
+        session.question(engine, message("x", str(tmp_path / "a.png")))
 
 
 def test_an_image_is_decoded_once(engine, tmp_path, monkeypatch):
@@ -207,20 +199,18 @@ def test_an_image_is_decoded_once(engine, tmp_path, monkeypatch):
     session = Session()
 
     async def answer():
-        asked = [session.question(engine, {"text": "What?", "files": [file]})]
+        asked = [session.question(engine, message("What is it?", file))]
         async with aclosing(session.ask(engine, asked, Settings(Sampling(TOKENS)))) as answers:
             return [each.message.text async for each in answers][-1]
 
-    assert anyio.run(answer) == anyio.run(answer) == engine.answer(ask("What?", picture()), max_new_tokens=TOKENS)
+    assert anyio.run(answer) == anyio.run(answer) == said(engine)
     assert len(decoded) == 1
 
 
 def test_messages_are_text_and_never_html(app):
-    """The name of a file, in an error message."""
     name = "<img src=x onerror=alert(1)>.png"
     stored = upload(app, name, HTML)
-    entry = {"path": stored, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-    events = call(app, {"text": "What?", "files": [entry]})
+    events = call(app, message("What?", {"path": stored, "orig_name": name, "meta": {"_type": "gradio.FileData"}}))
     assert "event: error" in events and "<img" not in events and "<script" not in events
 
 
@@ -240,7 +230,7 @@ def test_a_server_file_cannot_be_read_by_name(app, tmp_path):
     secret = tmp_path / "secret.png"
     picture().save(secret)
     # By hand: gradio's own client would upload the file.
-    events = call(app, {"text": "What?", "files": [{"path": str(secret), "meta": {"_type": "gradio.FileData"}}]})
+    events = call(app, message("What?", {"path": str(secret), "meta": {"_type": "gradio.FileData"}}))
     assert "event: error" in events and "event: complete" not in events
     for name in (str(secret), "/etc/passwd", "../../../../etc/passwd"):
         assert httpx.get(f"{app.local_url}gradio_api/file={name}").status_code in (403, 404)
@@ -260,9 +250,8 @@ def test_uploads_are_never_shown_as_pages(app, name, content):
 @pytest.mark.parametrize("megabytes", [21, 100])
 def test_uploads_are_limited_in_bytes(app, megabytes):
     try:
-        response = httpx.post(
-            f"{app.local_url}gradio_api/upload", files={"files": ("big.png", bytes(megabytes << 20))}, timeout=120
-        )
+        files = {"files": ("big.png", bytes(megabytes << 20))}
+        response = httpx.post(f"{app.local_url}gradio_api/upload", files=files, timeout=120)
         assert response.status_code == 413
     except httpx.WriteError:
         pass  # the server hung up before it had all
@@ -277,30 +266,29 @@ def test_page_is_private_and_shows_text_as_text(app):
     assert config["analytics_enabled"] is False and config["run_history"] is False
 
 
-def test_a_client_that_leaves_in_mid_stream_frees_its_place(answerer, engine, tmp_path, monkeypatch):
+def test_a_client_that_leaves_in_mid_stream_frees_its_row(answerer, engine, tmp_path, monkeypatch):
     slow = threading.Event()
     before_forward(answerer, monkeypatch, lambda ids: slow.wait(0.1))
     with launched(engine, max_new_tokens=400) as app:
         stays = client.Client(app.local_url, verbose=False)
-        beside = stays.submit(
-            message={"text": "What is it?", "files": [save(tmp_path)]}, max_new_tokens=TOKENS, api_name="/chat"
-        )
+        asked = message("What is it?", save(tmp_path))
+        other = stays.submit(message=asked, max_new_tokens=TOKENS, api_name="/chat")
         url = f"{app.local_url}gradio_api/call"
-        posted = httpx.post(f"{url}/v2/chat", json={"message": {"text": "Talk", "files": []}}, timeout=60)
+        posted = httpx.post(f"{url}/v2/chat", json={"message": message("Talk")}, timeout=60)
         with httpx.stream("GET", f"{url}/chat/{posted.json()['event_id']}", timeout=60) as stream:
             next(stream.iter_lines())
         for _ in range(600):
-            if engine.worker.running == 0 and beside.done():
+            if engine.worker.running == 0 and other.done():
                 break
             time.sleep(0.1)
         assert engine.worker.running == 0, "400 tokens take 40 seconds"
-        answer, _ = beside.result(timeout=60)
+        answer, _ = other.result(timeout=60)
         slow.set()
-        assert answer == engine.answer(ask("What is it?", picture()), max_new_tokens=TOKENS)
+        assert answer == said(engine)
         stays.close()
 
 
-def test_whoever_waits_sees_the_place_in_the_queue(answerer, monkeypatch):
+def test_a_waiting_client_sees_its_number_in_the_queue(answerer, monkeypatch):
     began, opened = threading.Event(), threading.Event()
     before_forward(answerer, monkeypatch, lambda ids: began.set() or opened.wait(timeout=300))
 
@@ -332,9 +320,6 @@ def test_a_visitor_who_stops_before_the_answer_began_is_faster_than_it(engine):
         assert reply.timing is None or reply.timing.tokens < 390
         assert running.is_current(number) == (end is Running.stop)
     assert running.begin() != number and not running.stopped
-
-
-# -- start ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_taken_port_is_explained(app, engine):
@@ -387,10 +372,9 @@ def test_it_starts_with_the_newest_model_and_leaves_nothing_behind(tmp_path, num
             if found := re.search(r"http://127\.0\.0\.1:\d+", line):
                 break
         assert found, "".join(read)
-        address = found[0]
-        connection = client.Client(address, verbose=False)
-        message = {"text": "What is it?", "files": [save(tmp_path)]}
-        assert connection.predict(message=message, max_new_tokens=4, api_name="/chat")[1]["tokens"] > 0
+        connection = client.Client(found[0], verbose=False)
+        asked = message("What is it?", save(tmp_path))
+        assert connection.predict(message=asked, max_new_tokens=4, api_name="/chat")[1]["tokens"] > 0
         connection.close()
         assert any((tmp_path / "temporary").rglob("0.png")), "uploads are there while it runs"
         process.send_signal(number)
@@ -401,18 +385,15 @@ def test_it_starts_with_the_newest_model_and_leaves_nothing_behind(tmp_path, num
     assert not list((tmp_path / "temporary").iterdir())
 
 
-# -- gradio's messages ------------------------------------------------------------------------------------------------
-
-
 def test_what_is_written_is_never_html():
     for role in ("user", "assistant"):
         (entry,) = shown([Shown(role, QUESTION)])
         assert "<" not in entry["content"] and html.unescape(entry["content"]) == QUESTION
     _, note = shown([Shown("assistant", "x", note=QUESTION)])
-    assert note["content"].count("<") == 2, "the span alone"
+    assert note["content"].count("<") == 2, "only the span"
 
 
-def test_pictures_are_shown_in_front_of_their_text():
+def test_images_are_shown_before_their_text():
     entries = shown([Shown("user", "one", ("a.png", "b.png")), Shown("assistant", "two")])
     contents = [entry["content"] for entry in entries]
     assert [c["path"] for c in contents[:2]] == ["a.png", "b.png"] and contents[2:] == ["one", "two"]

@@ -1,9 +1,11 @@
-"""The OpenAI-compatible endpoint: what its guard lets through, and, in a process of its own, what it answers."""
+"""The OpenAI-compatible endpoint: its guard, and its answers from a process of its own."""
 
 import asyncio
 import base64
 import io
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -39,7 +41,7 @@ def body(url=None, text="What is it?", **more):
 
 
 async def inner(scope, receive, send):
-    """In the server's place: gives back what it is given."""
+    """Echo the request, as a stand-in for the server."""
     message = await receive()
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": message["body"]})
@@ -69,7 +71,7 @@ def test_what_a_chat_does_not_need_is_not_there(path):
 
 
 def bomb(side):
-    """A PNG of many equal pixels in few bytes."""
+    """Return a PNG of many equal pixels in few bytes."""
     buffer = io.BytesIO()
     Image.new("1", (side, side)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -97,16 +99,14 @@ def bomb(side):
     ],
 )
 def test_what_is_no_chat_is_refused_with_a_reason(sent, words):
-    import re
-
     answer = request("POST", CHAT, json=sent)
     assert answer.status_code == 400
     assert re.search(words, answer.json()["error"]["message"])
 
 
 def test_what_is_not_json_or_too_much_is_refused(monkeypatch):
-    assert "not JSON" in request("POST", CHAT, content=b"{").json()["error"]["message"]
-    assert "not JSON" in request("POST", CHAT, content=b"[" * 200_000).json()["error"]["message"]
+    for content in (b"{", b"[" * 200_000):
+        assert "not JSON" in request("POST", CHAT, content=content).json()["error"]["message"]
     many = body(data_url()) | {"messages": [body(data_url())["messages"][0]] * 17}
     assert "17 images" in request("POST", CHAT, json=many).json()["error"]["message"]
     monkeypatch.setattr(guard, "MAX_BODY", 2**20)
@@ -117,8 +117,6 @@ def test_what_is_not_json_or_too_much_is_refused(monkeypatch):
 
 
 def test_flags_and_addresses_are_checked_before_a_model_is_loaded(tmp_path, capsys):
-    import socket
-
     from tove_llava.serve.openai_api import serve_openai
 
     with pytest.raises(SystemExit):
@@ -126,9 +124,7 @@ def test_flags_and_addresses_are_checked_before_a_model_is_loaded(tmp_path, caps
     assert "--load-4bit" in capsys.readouterr().err
     assert cli.main(["serve", "--model", str(tmp_path / "nowhere")]) == 2
     assert "nowhere" in capsys.readouterr().err
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    pytest.importorskip("openai")
+    need_server()
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="cannot listen.*--port"):
         serve_openai(tmp_path, "127.0.0.1", taken.getsockname()[1], "cpu")
 
@@ -136,8 +132,12 @@ def test_flags_and_addresses_are_checked_before_a_model_is_loaded(tmp_path, caps
 QUESTIONS = ("What is it?", "Describe the picture.")
 
 
+def need_server():
+    return [pytest.importorskip(name) for name in ("fastapi", "uvicorn", "openai")][-1]
+
+
 def save_bundled(folder):
-    """A model of the bundled parts, with its four experts; what is trained of it is random."""
+    """Save a model of the bundled parts, with random trained parts."""
     model, processor = build_model("tiny", seed=0)
     torch.manual_seed(0)
     open_output(model.tower, scale=2.0)
@@ -152,9 +152,7 @@ def save_bundled(folder):
 
 @pytest.mark.slow
 def test_a_model_with_experts_answers_as_the_engine_does(tmp_path):
-    openai = pytest.importorskip("openai")
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
+    openai = need_server()
     model = save_bundled(tmp_path / "my-model")
     with Engine.load(model, "cpu") as engine:
 

@@ -1,4 +1,4 @@
-"""The routing drawn over the picture, its legend, and the examples."""
+"""The routing drawn over the image, its legend, and the examples."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ NAMES = ("depth", "<b>edge")
 
 @pytest.fixture
 def found():
-    """Two by two tokens: the left column listens to depth alone, the right one mostly to the other."""
+    """Two by two tokens: the left column listens only to depth, the right one mostly to the other."""
     depth = torch.tensor([[1.0, 0.25], [1.0, 0.25]])
     framed = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
     return RoutingView(framed, RoutingMap(NAMES, torch.stack([depth, 1 - depth], dim=-1)), NAMES)
@@ -40,14 +40,13 @@ def test_a_heat_map_ends_at_the_largest_weight_of_all(found):
 
 
 @pytest.mark.parametrize("view", [ALL, "depth"])
-def test_opacity_goes_from_the_picture_to_the_map(found, view):
+def test_opacity_goes_from_the_image_to_the_map(found, view):
     assert draw(found, view, 0).tobytes() == found.framed.tobytes()
-    half = corner(draw(found, view, 0.5), False)
-    whole = corner(draw(found, view, 1), False)
+    half, whole = (corner(draw(found, view, opacity), False) for opacity in (0.5, 1))
     assert all(abs(h - (w + s) / 2) <= 1 for h, w, s in zip(half, whole, (10, 20, 30), strict=True))
 
 
-def test_without_a_gate_the_picture_is_shown_and_it_is_said_why(found):
+def test_without_a_gate_the_image_is_shown_with_the_reason(found):
     bare = RoutingView(found.framed, None, ())
     assert draw(bare, ALL, 1).tobytes() == found.framed.tobytes() and "only CLIP" in legend(bare, NAMES)
 
@@ -78,11 +77,11 @@ def test_times_in_words():
     assert timing_line(text, 4) == "waited 1.3 s · first token 46 ms"
 
 
-def test_a_model_is_called_as_its_folder():
+def test_a_model_is_named_after_its_folder():
     assert name_of("/data/runs/vicuna") == "vicuna" and name_of("outputs/quickstart/model") == "quickstart/model"
 
 
-def test_examples_are_questions_about_pictures(tmp_path):
+def test_examples_are_questions_about_images(tmp_path):
     examples = make_examples(tmp_path)
     assert len({example.text for example in examples}) == len(examples) == 4
     for example in examples:
