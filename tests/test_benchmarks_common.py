@@ -132,10 +132,8 @@ def test_cost_and_gain_of_cached_features():
     rates = {"pretrain": {"plain": 10.0, "cached": 20.0}, "finetune_lora": {"plain": 5.0, "cached": 4.0}}
     found = cached_features.consequences(rates, {"begin": 2.0, "picture": 0.01}, runs=3, scenes=100)
     assert found["break_even_epochs"] == {"pretrain": pytest.approx(3 / 5), "finetune_lora": None}
-    assert found["study"]["one_time_seconds"] == pytest.approx(3)
-    assert found["study"]["seconds_without"] == pytest.approx(90) and found["study"]["seconds_with"] == pytest.approx(
-        93
-    )
+    expected = {"one_time_seconds": 3, "seconds_without": 90, "seconds_with": 93}
+    assert {key: found["study"][key] for key in expected} == pytest.approx(expected)
 
 
 def test_sizes_and_errors_of_stored_features(tmp_path):

@@ -148,7 +148,7 @@ def test_a_whole_run_is_a_row_with_its_minutes_and_failures(tmp_path):
 
 
 def test_the_script_goes_on_after_a_failure_and_ends_with_its_code(tmp_path):
-    """A stand-in for Python fails on two benchmarks."""
+    """Replace Python by a stand-in that fails on two benchmarks."""
     fake, said, script = tmp_path / "bin" / "python3", tmp_path / "said", tmp_path / "root" / "benchmarks" / "run.sh"
     fake.parent.mkdir()
     script.parent.mkdir(parents=True)

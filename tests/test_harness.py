@@ -1,6 +1,6 @@
-"""lmms-eval: what the model answers there, and the exported model as plain ``llava_hf``.
+"""lmms-eval: answers of the model, and the exported model as plain ``llava_hf``.
 
-The tests that run lmms-eval itself need it installed beside this package, here or in another environment:
+The tests that run lmms-eval itself need it installed next to this package, here or in another environment:
 TOVE_LMMS_PYTHON=/path/to/python python -m pytest -m slow tests/test_harness.py
 """
 
@@ -31,20 +31,17 @@ SIDE = 96  # pixels of the bundled CLIP: nothing is resized, by whichever librar
 GREEDY = {"max_new_tokens": 8, "temperature": 0, "do_sample": False}
 
 
-# -- asking, without any harness --------------------------------------------------------------------------------------
-
-
 def requests(settings=GREEDY):
-    """Questions with no, one and two pictures, of different lengths."""
-    made = []
-    for index in range(7):
-        images = [picture(10 * index + number) for number in range(index % 3)]
-        made.append(Request([user_turn(f"What is {'it ' * index}?", len(images))], images, settings))
-    return made
+    """Questions with no, one and two images, of different lengths."""
+    images = [[picture(10 * index + number) for number in range(index % 3)] for index in range(7)]
+    return [
+        Request([user_turn(f"What is {'it ' * index}?", len(some))], some, settings)
+        for index, some in enumerate(images)
+    ]
 
 
 def alone(answerer, request):
-    """As the chat would answer: one conversation, transformers' own generation."""
+    """Answer as the chat would: one conversation, transformers' own generation."""
     ids = answerer.encode(request.turns, len(request.images))
     features = answerer.features(torch.stack([answerer.pixels(i) for i in request.images])) if request.images else []
     return answerer.generate([ids], features, request.settings["max_new_tokens"])[0]
@@ -67,11 +64,11 @@ def test_each_request_has_its_own_settings(answerer):
 
 
 def test_an_answer_ends_at_its_stop_text(answerer):
-    (whole,) = answer(answerer, [requests()[1]])
+    asked = requests()[1]
+    (whole,) = answer(answerer, [asked])
     stop = whole[len(whole) // 2 :]
-    assert stop
-    (short,) = answer(answerer, [Request(requests()[1].turns, requests()[1].images, {**GREEDY, "until": [stop]})])
-    assert short == whole.split(stop)[0] != whole
+    (short,) = answer(answerer, [Request(asked.turns, asked.images, {**GREEDY, "until": [stop]})])
+    assert stop and short == whole.split(stop)[0] != whole
 
 
 @given(st.text("ab\n", max_size=12), st.lists(st.text("ab\n", max_size=2), max_size=3))
@@ -81,11 +78,11 @@ def test_cut_holds_no_stop_text(text, stops):
     assert cut(text, None) == text and (cut(text, stops[0]) == cut(text, stops[:1]) if stops else True)
 
 
-def test_pictures_stand_in_front_unless_the_text_says_where():
+def test_images_stand_in_front_unless_the_text_says_where():
     assert user_turn("What?", 2).text == "<image>\n<image>\nWhat?"
     assert user_turn("Is <image> like <image>?", 2).text == "Is <image> like <image>?"
     assert user_turn("<image>\nWhat?", 1).text == "<image>\nWhat?"
-    assert user_turn("a <image> tag", 0).text == "a  tag"  # a placeholder without a picture means nothing
+    assert user_turn("a <image> tag", 0).text == "a  tag"  # a placeholder without an image means nothing
 
 
 def test_settings_of_harnesses():
@@ -115,9 +112,7 @@ def test_the_loss_is_transformers_own(answerer):
             ids = torch.tensor([answerer.encode(request.turns, len(request.images)) + said])
             labels = ids.clone()
             labels[:, : -len(said)] = -100
-            pixels = {}
-            if request.images:
-                pixels = {"pixel_values": torch.stack([answerer.pixels(image) for image in request.images])}
+            pixels = {"pixel_values": torch.stack(list(map(answerer.pixels, request.images)))} if request.images else {}
             with torch.no_grad():
                 expected = answerer.model(input_ids=ids, labels=labels, **pixels).lm_loss
             assert loss(answerer, request, f" {words}")[0] == pytest.approx(float(expected), rel=1e-4)
@@ -146,12 +141,9 @@ def test_only_the_most_likely_tokens_are_greedy(answerer, monkeypatch):
     assert not asked(*best[:2], best[2] - 1)[1]
 
 
-# -- the exported model in code that encodes a rendered chat -----------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A checkpoint with bundled experts (with/model); one without them (model) and its exports, by what writes BOS."""
+    """Save a model with bundled experts (with/model), one without (model), and two exports of it."""
     root = tmp_path_factory.mktemp("export")
     entries = [{"name": name, "source": f"bundled:{name}"} for name in ("depth", "edge")]
     vision = ToveVisionConfig.from_sources("bundled:clip", entries)
@@ -163,7 +155,7 @@ def exported(tmp_path_factory):
 
 
 def test_bos_stands_once(exported):
-    """In two steps (render, then call the processor) with --bos tokenizer; as servers do it with the default."""
+    """Render and then call the processor with --bos tokenizer; do as servers do with the default."""
     answerer = Answerer.load(exported / "model", "cpu")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     expected = answerer.encode([user_turn("What is it?", 1)], 1)
@@ -181,9 +173,6 @@ def test_bos_stands_once(exported):
         assert (served[0] == processor.tokenizer.bos_token_id) is (name == "template")
 
 
-# -- lmms-eval itself --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def lmms_python():
     """An interpreter that has lmms-eval and this package."""
@@ -198,15 +187,15 @@ def lmms_python():
 
 @pytest.fixture(scope="module")
 def scenes(exported):
-    """playground/data/scenes in a folder of its own."""
+    """Write playground/data/scenes in a folder of its own."""
     root = exported / "work"
     data = root / "playground" / "data" / "scenes"
     (data / "images").mkdir(parents=True)
     rows = []
     for index in range(12):
         picture(index, (SIDE, SIDE)).save(data / "images" / f"val_{index}.png")
-        text = f"What is number {index}{' of them' * (index % 3)}?"
-        rows.append({"question_id": f"q{index}", "image": f"val_{index}.png", "text": text, "category": "count"})
+        row = {"question_id": f"q{index}", "image": f"val_{index}.png", "category": "count"}
+        rows.append({**row, "text": f"What is number {index}{' of them' * (index % 3)}?"})
     write_rows(root, rows, ["?"] * len(rows))
     return root
 
@@ -217,21 +206,22 @@ def write_rows(root, rows, answers):
 
 
 def ours(model, root, name):
-    """What our runner answers, and its accuracy; two thirds of its answers are made the right ones."""
+    """Return our runner's answers and accuracy, after two thirds of its answers became the right ones."""
     data = root / "playground" / "data" / "scenes"
     command = ["eval", "--model", str(model), "--benchmark", "scenes", "--data-root", str(data), "--device", "cpu"]
-    assert cli.main([*command, "--output", str(root / name)]) == 0
+    command += ["--output", str(root / name)]
+    assert cli.main(command) == 0
     texts = [row["text"] for row in read_answers(root / name / "scenes" / "full" / "answers.jsonl")]
     rows = read_jsonl(data / "val_questions.jsonl")
     write_rows(root, rows, [text if index % 3 else "something else" for index, text in enumerate(texts)])
-    assert cli.main([*command, "--output", str(root / name)]) == 0  # nothing is answered again
+    assert cli.main(command) == 0  # nothing is answered again
     result = json.loads((root / name / "scenes" / "full" / "result.json").read_text())
     assert result["questions_answered"] == 0 and len(set(texts)) > 1
     return texts, result["scores"]["overall"]["accuracy"]
 
 
 def lmms(python, root, name, model, arguments, *flags):
-    """What lmms-eval says: accuracy, and each question's answer."""
+    """Return lmms-eval's accuracy and its answer to each question."""
     command = ["-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", "tove_scenes"]
     command += ["--include_path", str(ROOT / "playground" / "lmms_eval"), "--device", "cpu", "--log_samples"]
     settings = environment(HF_HUB_OFFLINE="1", HF_HOME=str(root / "hf"))
@@ -248,9 +238,7 @@ def lmms(python, root, name, model, arguments, *flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [("--batch_size", "5"), ("--batch_size", "2", "--force_simple")], ids=["chat", "simple"]
-)
+@pytest.mark.parametrize("flags", [("--batch_size=5",), ("--batch_size=2", "--force_simple")], ids=["chat", "simple"])
 def test_lmms_eval_agrees_with_the_runner(lmms_python, exported, scenes, flags):
     model = exported / "with" / "model"
     expected, right = ours(model, scenes, f"ours{len(flags)}")
