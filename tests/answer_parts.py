@@ -18,7 +18,7 @@ from tove_llava.llava.processing import build_processor
 
 
 def byte_tokenizer():
-    """One token a byte, three special ones in front, and the image token."""
+    """Make a tokenizer of bytes, three special tokens and the image token."""
     special = ["<unk>", "<s>", "</s>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
@@ -32,32 +32,33 @@ def byte_tokenizer():
     return tokenizer
 
 
-def make_model(folder, seed=0):
-    """Model and processor; the output layer is sharpened so that different inputs get different answers."""
+def make_model(folder, seed=0, **vision):
+    """Make model and processor; the sharpened output layer answers different inputs differently."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(seed)
     config = ToveLlavaConfig(
-        vision_config=tower_config(folder),
+        vision_config=tower_config(folder, **vision),
         text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=600, initializer_range=0.4),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = ToveLlavaForConditionalGeneration(config).eval()
     model.tower.load_backbones()
-    open_output(model.tower, scale=2.0)
+    if not vision:
+        open_output(model.tower, scale=2.0)
     processor = build_processor(tokenizer, config.vision_config, image_token="<image>", template="v1")
     return model, processor
 
 
 def save_model(folder, seed=0):
-    """A checkpoint folder like one of full fine-tuning."""
+    """Save a checkpoint folder like one of full fine-tuning."""
     model, processor = make_model(folder / "parts", seed)
     manifest = Manifest("full", "finetune", "tiny", "v1", "pad", 512, {"source": "bundled:llm", "dtype": "float32"})
     save_checkpoint(folder / "model", model, processor, manifest, dict(model.state_dict()))
     return folder / "model"
 
 
-def make_answerer(folder, seed=0):
-    return Answerer(*make_model(folder, seed))
+def make_answerer(folder, **vision):
+    return Answerer(*make_model(folder, **vision))
 
 
 def picture(index=0, size=(40, 30)):
@@ -67,7 +68,6 @@ def picture(index=0, size=(40, 30)):
 
 
 def ask(text, *images):
-    """One question as the engine takes it."""
     return [Message("user", text, images)]
 
 

@@ -126,8 +126,6 @@ def test_every_question_is_taken_by_one_rank_and_both_have_some(answerer, data, 
     assert sum(taken.values()) == 3 * IMAGES and min(taken.values()) > 0
 
 
-# -- the order of the work --------------------------------------------------------------------------------------------
-
 asked = st.lists(st.tuples(st.none() | st.integers(0, 5), st.integers(1, 30)), max_size=60).map(
     lambda rows: [
         Question(index, "w" * length, None if image is None else Path(f"{image}.png"))
@@ -162,9 +160,6 @@ def test_ranks_of_different_speed_finish_together(count, world, speeds):
 def test_long_questions_come_first():
     questions = [Question(index, "w" * length, None) for index, length in enumerate([3, 30, 1, 20])]
     assert [question.question_id for portion in portions(questions, 2) for question in portion] == [1, 3, 0, 2]
-
-
-# -- killed at any moment ---------------------------------------------------------------------------------------------
 
 
 def _answer_in_child(answerer, data, folder, batch_size):

@@ -92,9 +92,6 @@ def test_sliding_windows_are_known_not_to_fit(model):
     assert not has_plain_cache(sliding)
 
 
-# -- prompts with images ----------------------------------------------------------------------------------------------
-
-
 def features_of(answerer, count):
     return answerer.features(torch.stack([answerer.pixels(picture(index)) for index in range(count)]))
 

@@ -25,8 +25,6 @@ from tove_llava.eval.report.statistics import Bootstrap, holm, mcnemar
 from tove_llava.eval.rows import read_answers
 from tove_llava.eval.tasks import Decoding, Task
 
-# -- statistics -------------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize(("better", "worse"), [(0, 0), (1, 0), (6, 6), (0, 7), (12, 2)])
 def test_mcnemar_counts_coin_tosses(better, worse):
@@ -102,8 +100,6 @@ def test_without_scipy_the_extra_is_named(tmp_path, capsys, monkeypatch):
     assert "tove-llava[eval]" in capsys.readouterr().err
 
 
-# -- what runs leave --------------------------------------------------------------------------------------------------
-
 MARKED = dict.fromkeys(("mmbench", "mmbench_cn", "okvqa", "scenes", "vqav2"), "overall") | {"seed": "total"}
 MARKED |= dict.fromkeys(("gqa", "scienceqa", "textvqa", "vizwiz", "vsr"), "accuracy")
 
@@ -156,7 +152,7 @@ def evaluate(model, data, out, *flags):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """One model's results with its images (run0) and with blank ones (run1); each gets some questions right."""
+    """Evaluate one model with its images (run0) and with blank ones (run1); each gets some questions right."""
     folder = tmp_path_factory.mktemp("runs")
     make_scenes(folder / "data")
     save_model(folder)
@@ -223,9 +219,6 @@ def test_a_run_that_goes_on_counts_its_own_questions(evaluated, tmp_path):
         assert result["questions_answered"] == answered and (result["questions_per_second"] is None) == (not answered)
 
 
-# -- pages ------------------------------------------------------------------------------------------------------------
-
-
 def report(out, *arguments):
     code = cli.main(["report", *map(str, arguments), "--out", str(out)])
     return code, json.loads((out / "report.json").read_text()) if code == 0 else None
@@ -236,7 +229,7 @@ def both(folder):
 
 
 def compared(tmp_path, first, second, *flags, out="page", benchmark="scenes"):
-    """The section of a report on two runs with these marks."""
+    """Report on two runs with these marks."""
     for name, marks in (("a", first), ("b", second)):
         if not (tmp_path / name).exists():
             write_run(tmp_path / name, marks, benchmark)
@@ -246,7 +239,7 @@ def compared(tmp_path, first, second, *flags, out="page", benchmark="scenes"):
 
 
 class Reader(HTMLParser):
-    """What a browser would see: tags, attributes and text."""
+    """A page as a browser sees it: tags, attributes and text."""
 
     def __init__(self, page):
         super().__init__()
@@ -300,7 +293,7 @@ def test_the_same_runs_give_the_same_page_and_do_not_differ(evaluated, tmp_path)
 
 
 def write_run(folder, marks, benchmark="scenes", answers=None, prompts=None, **result):
-    """A result folder with one item a mark."""
+    """Write a result folder with one item a mark."""
     items = [
         {
             "item": str(index),
@@ -400,13 +393,12 @@ def test_only_the_same_questions_are_paired(tmp_path):
 
 
 def test_captions_get_intervals_over_images(tmp_path):
-    values = [{"Bleu_4": 0.1 * i, "CIDEr": 0.01 * i * i} for i in range(12)]
-    better = [{"Bleu_4": v["Bleu_4"], "CIDEr": v["CIDEr"] + 0.3} for v in values]
+    values, better = ([{"Bleu_4": 0.1 * i, "CIDEr": 0.01 * i * i + more} for i in range(12)] for more in (0, 0.3))
     captions = compared(tmp_path, values, better, benchmark="coco_caption")
     lines = {line["metric"]: line for line in captions["lines"] if not line["level"]}
-    assert lines["CIDEr"]["differences"]["b"]["mean"] == pytest.approx(0.3)
-    assert lines["CIDEr"]["differences"]["b"]["test"] == "bootstrap" and lines["Bleu_4"]["differences"]["b"]["p"] == 1
-    assert captions["pairs"][0]["differing"] == 12
+    cider = lines["CIDEr"]["differences"]["b"]
+    assert cider["mean"] == pytest.approx(0.3) and cider["test"] == "bootstrap"
+    assert lines["Bleu_4"]["differences"]["b"]["p"] == 1 and captions["pairs"][0]["differing"] == 12
 
 
 def test_holm_families_are_the_page_and_each_level(tmp_path):
@@ -481,9 +473,6 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
     assert not list(tmp_path.glob(".page*"))
 
 
-# -- published figures ------------------------------------------------------------------------------------------------
-
-
 def labels_of(name):
     known = {"coco_caption": set(METRICS), "mmvet": {"total"}, "llava_bench": {"all"}}  # their tests have these labels
     more = {"perception (points)", "cognition (points)"} if name == "mme" else set()
@@ -499,7 +488,9 @@ def test_published_figures_stand_under_the_scorers_labels(model):
         assert all(0 < value < (2000 if name == "mme" else 200) for value in figures.values())
 
 
-def test_published_figures_are_marked_and_apart(tmp_path):
+def test_published_figures_are_listed_marked_and_apart(tmp_path, capsys):
+    assert cli.main(["report", "--list-published"]) == 0
+    assert "llava-1.5-7b " in capsys.readouterr().out
     write_run(tmp_path / "a", [1, 0], "gqa")
     report(tmp_path / "page", f"mine={tmp_path / 'a'}")
     text = (tmp_path / "page" / "report.md").read_text()
@@ -508,8 +499,3 @@ def test_published_figures_are_marked_and_apart(tmp_path):
     assert "mine" not in table and "62" in table and "arXiv 2310.03744" in table
     report(tmp_path / "none", f"mine={tmp_path / 'a'}", "--published", "none")
     assert "published" not in (tmp_path / "none" / "report.md").read_text().lower()
-
-
-def test_the_list_of_published_models(capsys):
-    assert cli.main(["report", "--list-published"]) == 0
-    assert "llava-1.5-7b " in capsys.readouterr().out

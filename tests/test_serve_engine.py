@@ -1,4 +1,4 @@
-"""Many questions at once: each gets the answer that it would get alone, whatever happens around it."""
+"""Many questions at once: each gets the answer that it would get by itself, whatever happens around it."""
 
 import gc
 import logging
@@ -9,21 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answer_parts import ask, before_forward, byte_tokenizer, make_answerer, picture
+from answer_parts import ask, before_forward, make_answerer, picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tower_parts import text_config, tower_config
 
 from tove_llava.core.errors import AnswerError, BusyError, DataError
-from tove_llava.data import get_template
 from tove_llava.inference import engine as engines
 from tove_llava.inference import vision
 from tove_llava.inference.engine import Engine, Message, Sampling
-from tove_llava.inference.generation import Answerer
 from tove_llava.inference.rolling_batch import RollingBatch
 from tove_llava.inference.vision import Vision
-from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
-from tove_llava.llava.processing import build_processor
 
 TOKENS = 10
 EXPERTS = ("depth", "edge", "normal")
@@ -49,8 +44,12 @@ def chats():
     ]
 
 
+def ask_all(engine, count=None):
+    return [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()[:count]]
+
+
 def alone(answerer, messages, tokens=TOKENS, experts=None, system=None):
-    """The answer by transformers' ``generate``, the experts detached by hand."""
+    """Answer by transformers' ``generate``, with the experts detached by hand."""
     engine, tower = Engine(answerer), answerer.tower
     chosen = frozenset(EXPERTS if experts is None else experts)
     asked = engine.prepare(messages, system=system, experts=chosen)
@@ -65,13 +64,11 @@ def alone(answerer, messages, tokens=TOKENS, experts=None, system=None):
 
 @pytest.fixture(scope="module")
 def answers(answerer):
-    """What each of :func:`chats` gets alone."""
+    """Answer each of :func:`chats` by itself."""
     texts = [alone(answerer, messages, **options) for messages, options in chats()]
     assert len(set(texts)) == len(texts) and all(texts)
     return texts
 
-
-# -- the batch --------------------------------------------------------------------------------------------------------
 
 history = st.lists(
     st.one_of(
@@ -87,19 +84,14 @@ history = st.lists(
 
 @given(events=history)
 @settings(max_examples=12, deadline=None)
-def test_rows_that_join_leave_and_start_again_say_what_they_say_alone(answerer, answers, events):
+def test_rows_that_join_leave_and_start_again_answer_as_by_themselves(answerer, answers, events):
     engine = Engine(answerer)
     batch, asked = RollingBatch(answerer, Vision(answerer).read), []
-
-    def request(number):
-        messages, options = chats()[number]
-        made = engine.prepare(messages, Sampling(TOKENS), **options)
-        asked.append((number, made))
-        return made
-
     for kind, value in events:
         if kind == "join":
-            batch.join([request(number) for number in value])
+            made = [engine.prepare(chats()[i][0], Sampling(TOKENS), **chats()[i][1]) for i in value]
+            batch.join(made)
+            asked += zip(value, made, strict=True)
         elif kind == "step":
             for _ in range(value):
                 batch.leave()
@@ -121,34 +113,16 @@ def test_rows_that_join_leave_and_start_again_say_what_they_say_alone(answerer, 
 @pytest.mark.parametrize("fusion", ["sequence_append", "channel_concat", "replace", "top1"])
 def test_expert_sets_of_one_batch_for_other_fusions(tmp_path, fusion):
     """``sequence_append`` gives an image more tokens the more experts are attached."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = ToveLlavaConfig(
-        vision_config=tower_config(tmp_path, fusion=fusion),
-        text_config=text_config(vocab_size=len(tokenizer), max_position_embeddings=600, initializer_range=0.4),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-    )
-    model = ToveLlavaForConditionalGeneration(config).eval()
-    model.tower.load_backbones()
-    answerer = Answerer(model, build_processor(tokenizer, config.vision_config, image_token="<image>", template="v1"))
+    answerer = make_answerer(tmp_path, fusion=fusion)
     sets = [None, ("edge",), ("normal", "depth")]
-    expected = []
-    for experts in sets:  # the model's own way: detached for good while it answers
-        out = [] if experts is None else [name for name in EXPERTS if name not in experts]
-        model.tower.detach_experts(out)
-        asked = Engine(answerer).prepare(ask("What is it?", picture()))
-        expected += answerer.generate([asked.prompt], answerer.features(asked.pixels[0][None]), 6)
-        model.tower.attach_experts(out)
+    expected = [alone(answerer, ask("What is it?", picture()), 6, experts) for experts in sets]
     with Engine(answerer) as engine:
         replies = [engine.ask(ask("What is it?", picture()), Sampling(6), experts=experts) for experts in sets]
         assert [reply.text() for reply in replies] == expected
 
 
-# -- many clients -----------------------------------------------------------------------------------------------------
-
-
 def in_threads(count, work):
-    """Runs ``work(0)``, ``work(1)``, ... at once; returns what they return."""
+    """Run ``work(0)``, ``work(1)``, ... at once; return their results."""
     results, start = [None] * count, threading.Barrier(count)
 
     def run(index):
@@ -189,7 +163,7 @@ def test_fifty_clients_at_once_each_get_their_own_answer(answerer):
 
 
 class Gate:
-    """Holds the model until it is opened."""
+    """A gate that holds the model until it is opened."""
 
     def __init__(self, answerer, monkeypatch):
         self.opened, self.entered = threading.Event(), threading.Event()
@@ -219,7 +193,7 @@ def test_the_queue_is_bounded_and_says_whose_turn_it_is(answerer, answers, monke
 
 
 @pytest.mark.parametrize("leave", ["cancel", "close", "forget"])
-def test_whoever_leaves_frees_the_place(answerer, answers, leave):
+def test_a_client_that_leaves_frees_its_row(answerer, answers, leave):
     with Engine(answerer, max_batch=1) as engine:
         if leave == "close":
             pieces = engine.stream(ask("Talk", picture()), max_new_tokens=400)
@@ -230,12 +204,10 @@ def test_whoever_leaves_frees_the_place(answerer, answers, leave):
             next(reply)
             if leave == "cancel":
                 reply.cancel()
-                assert len(list(reply)) < 390
-                assert reply.timing.tokens < 390
+                assert len(list(reply)) < 390 > reply.timing.tokens
             del reply
             gc.collect()
-        messages, options = chats()[0]
-        assert engine.ask(messages, Sampling(TOKENS), **options).text() == answers[0]
+        assert engine.ask(chats()[0][0], Sampling(TOKENS)).text() == answers[0]
         assert engine.worker.running == 0
 
 
@@ -250,9 +222,6 @@ def test_timing_says_where_the_time_went(engine):
     assert silent.timing.tower == 0 and silent.timing.images == 0 and silent.timing.tokens_per_second == 0
 
 
-# -- choices ----------------------------------------------------------------------------------------------------------
-
-
 def test_experts_are_chosen_for_one_question(engine, answerer):
     assert engine.experts == EXPERTS
     base = engine.routing(picture())
@@ -261,9 +230,8 @@ def test_experts_are_chosen_for_one_question(engine, answerer):
     assert sum(less.means.values()) == pytest.approx(1, abs=1e-5)
     assert sum(less.chosen.values()) == pytest.approx(1) and less.chosen["depth"] == 0
     assert less.weights.shape == (4, 4, 3) and torch.allclose(base.weights.sum(-1), torch.ones(4, 4))
-    assert (
-        less.argmax.tolist() == less.weights.argmax(-1).tolist() and less.grids["edge"] == less.weights[..., 1].tolist()
-    )
+    assert less.argmax.tolist() == less.weights.argmax(-1).tolist()
+    assert less.grids["edge"] == less.weights[..., 1].tolist()
     assert engine.routing(picture(), experts=()) is None
     assert answerer.tower.config.detached_experts == []
     with pytest.raises(DataError, match="unknown expert.*thermal.*depth, edge, normal"):
@@ -301,7 +269,7 @@ def test_an_expert_that_the_model_has_lost_cannot_be_chosen(tmp_path):
     assert answerer.tower.config.detached_experts == ["edge"]
 
 
-def test_a_system_prompt_takes_the_templates_place(engine, answerer):
+def test_a_system_prompt_replaces_the_templates(engine, answerer):
     def prompt(system):
         return answerer.tokenizer.decode(engine.prepare(ask("Hi"), system=system).prompt)
 
@@ -314,21 +282,17 @@ def test_a_system_prompt_takes_the_templates_place(engine, answerer):
         plain.ask(ask("What?", picture()), system="Be brief.")
 
 
-def test_drawn_answers_differ_and_greedy_ones_beside_them_do_not(engine, answers):
+def test_drawn_answers_differ_and_greedy_ones_next_to_them_do_not(engine, answers):
     messages, _ = chats()[0]
     random.seed(0)
-    settings = [Sampling(TOKENS), *[Sampling(TOKENS, temperature=3.0)] * 3]
-    replies = [engine.ask(messages, each) for each in settings]
+    replies = [engine.ask(messages, Sampling(TOKENS, temperature=value)) for value in (0.0, 3.0, 3.0, 3.0)]
     texts = [reply.text() for reply in replies]
     assert texts[0] == answers[0] and len(set(texts)) == 4
     assert engine.ask(messages, Sampling(TOKENS, temperature=3.0, top_p=1e-6)).text() == answers[0]
 
 
-# -- trouble ----------------------------------------------------------------------------------------------------------
-
-
 def limit_rows(answerer, monkeypatch, rows):
-    """A model whose memory holds ``rows`` rows; returns the sizes of its batches."""
+    """Let the memory hold ``rows`` rows; return the sizes of the batches."""
     sizes = []
 
     def check(ids):
@@ -343,19 +307,17 @@ def limit_rows(answerer, monkeypatch, rows):
 def test_full_memory_makes_the_batch_smaller_and_loses_no_answer(answerer, answers, monkeypatch, caplog):
     sizes = limit_rows(answerer, monkeypatch, 2)
     with Engine(answerer) as engine, caplog.at_level(logging.WARNING, "tove_llava"):
-        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
-        assert [reply.text() for reply in replies] == answers
+        assert [reply.text() for reply in ask_all(engine)] == answers
     assert max(sizes) == 2 and "memory is full" in caplog.text
 
 
-def test_a_question_that_does_not_fit_alone_is_told_so_and_the_next_is_answered(answerer, answers, monkeypatch):
+def test_a_question_too_large_for_the_memory_fails_and_the_next_is_answered(answerer, answers, monkeypatch):
     with Engine(answerer) as engine:
         with monkeypatch.context() as patch:
             limit_rows(answerer, patch, 0)
             with pytest.raises(AnswerError, match="memory is full with only this question"):
                 engine.answer(ask("What?", picture()))
-        messages, _ = chats()[0]
-        assert engine.ask(messages, Sampling(TOKENS)).text() == answers[0]
+        assert engine.ask(chats()[0][0], Sampling(TOKENS)).text() == answers[0]
 
 
 def test_memory_that_fills_up_in_mid_answer_repeats_no_word(answerer, answers, monkeypatch):
@@ -371,12 +333,11 @@ def test_memory_that_fills_up_in_mid_answer_repeats_no_word(answerer, answers, m
 
     before_forward(answerer, monkeypatch, check)
     with Engine(answerer, max_batch=4) as engine:
-        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()[:5]]
-        assert [reply.text() for reply in replies] == answers[:5]
+        assert [reply.text() for reply in ask_all(engine, 5)] == answers[:5]
     assert not steps
 
 
-def test_a_fault_reaches_whom_it_concerns_and_nobody_else(answerer, answers, monkeypatch, caplog):
+def test_a_fault_reaches_only_its_own_client(answerer, answers, monkeypatch, caplog):
     real, bad = answerer.tower.forward, answerer.pixels(picture(9))
 
     def forward(pixel_values=None, **kwargs):
@@ -389,15 +350,15 @@ def test_a_fault_reaches_whom_it_concerns_and_nobody_else(answerer, answers, mon
     with Engine(answerer) as engine:
         (first, _), (second, _) = chats()[:2]
         before = engine.ask(second, Sampling(TOKENS))
-        poisoned, beside = engine.ask(ask("What?", picture(9))), engine.ask(first, Sampling(TOKENS))
+        poisoned, other = engine.ask(ask("What?", picture(9))), engine.ask(first, Sampling(TOKENS))
         gate.opened.set()
         with pytest.raises(AnswerError, match="KeyError.*poison"):
             poisoned.text()
-        assert (before.text(), beside.text()) == (answers[1], answers[0])
+        assert (before.text(), other.text()) == (answers[1], answers[0])
     assert "Traceback" in caplog.text, "the log says where"
 
 
-def test_closing_lets_running_answers_end_and_tells_those_who_wait(answerer, answers, monkeypatch):
+def test_closing_lets_running_answers_end_and_refuses_waiting_ones(answerer, answers, monkeypatch):
     gate = Gate(answerer, monkeypatch)
     engine = Engine(answerer, max_batch=1)
     (first, _), (second, _) = chats()[:2]
@@ -411,10 +372,9 @@ def test_closing_lets_running_answers_end_and_tells_those_who_wait(answerer, ans
     gate.opened.set()
     assert one.text() == answers[0]
     closer.join(timeout=300)
-    with pytest.raises(BusyError, match="shut down"):
-        engine.ask(first)
-    with pytest.raises(BusyError, match="shut down"):
-        engine.routing(picture())
+    for call in (lambda: engine.ask(first), lambda: engine.routing(picture())):
+        with pytest.raises(BusyError, match="shut down"):
+            call()
 
 
 def test_closing_without_patience_ends_a_running_answer(answerer):
@@ -440,14 +400,11 @@ def test_an_engine_that_is_forgotten_takes_its_thread_along(answerer):
     assert not thread.is_alive()
 
 
-# -- caches that are not plain ----------------------------------------------------------------------------------------
-
-
 def test_other_caches_answer_one_after_another(answerer, answers, monkeypatch):
     monkeypatch.setattr(engines, "has_plain_cache", lambda model: False)
     with Engine(answerer) as engine:
         assert isinstance(engine.worker._batch, engines.SequentialBatch)
-        replies = [engine.ask(messages, Sampling(TOKENS), **options) for messages, options in chats()]
+        replies = ask_all(engine)
         assert [reply.text() for reply in replies] == answers
         assert 1 < replies[0].timing.tokens <= TOKENS
         long = engine.ask(ask("Talk", picture()), Sampling(400))
@@ -461,18 +418,16 @@ def test_a_model_of_captions_ends_with_its_line(answerer, monkeypatch):
     newline = answerer.tokenizer.encode("\n", add_special_tokens=False)[0]
     always = torch.eye(answerer.model.lm_head.out_features)[newline]
     monkeypatch.setattr(answerer.model.lm_head, "forward", lambda hidden: always.expand(*hidden.shape[:-1], -1))
-    captioner = answerer.with_template("plain")
-    assert captioner.template is get_template("plain")
-    with Engine(captioner) as engine:
-        reply = engine.ask(ask("Describe it", picture()), Sampling(5))
-        assert reply.text() == "" and reply.timing.tokens == 1
-
-
-# -- memory -----------------------------------------------------------------------------------------------------------
+    for template, length in (("plain", 1), ("v1", 5)):  # v1 has an end token of its own
+        model = answerer.with_template(template)
+        with Engine(model) as engine:
+            reply = engine.ask(ask("Describe it", picture()), Sampling(5))
+            assert reply.text() == "" and reply.timing.tokens == length
+            asked = engine.prepare(ask("Describe it", picture()))
+        assert len(model.generate_ids([asked.prompt], model.features(asked.pixels[0][None]), 5)[0]) == length
 
 
 def resident():
-    """Bytes that the process holds."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
 

@@ -80,7 +80,6 @@ def test_each_row_is_chosen_as_it_says():
 
 
 def test_words_are_drawn_as_often_as_transformers_draws_them():
-    """Against the logits that ``generate`` draws from."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(text_config(vocab_size=12, initializer_range=0.8)).eval()
     ids = torch.tensor([[3, 4, 5]])
