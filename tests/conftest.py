@@ -58,6 +58,14 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """One LLaVA in every layout; only read."""
+    from convert_world import World
+
+    return World(tmp_path_factory.mktemp("convert"))
+
+
+@pytest.fixture(scope="session")
 def conformance() -> Path:
     """The folder of golden data."""
     folder = ROOT.parent / "shared" / "conformance"

@@ -1,6 +1,6 @@
-"""LLaVA-1.5s of the true architecture, small and random, as haotian-liu/LLaVA and transformers save them.
+"""Small random LLaVA-1.5s of the true architecture, as haotian-liu/LLaVA and transformers save them.
 
-Nothing here uses this package's conversion: names and computation are written out, and stand beside it.
+Nothing here uses this package's conversion: names and computation are written out.
 """
 
 import json
@@ -14,12 +14,12 @@ from torch import nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 IMAGE, PATCH, TOKENS = 32, 8, 16
-QUESTION = [1, 29, 31, -200, 45, 99, 130, 7]  # ids with one picture; all below every vocabulary used here
+QUESTION = [1, 29, 31, -200, 45, 99, 130, 7]  # ids with one image; all below every vocabulary used here
 
 
 @dataclass
 class Original:
-    """What the original's ``LlavaLlamaForCausalLM`` is made of."""
+    """The parts of the original's ``LlavaLlamaForCausalLM``."""
 
     clip: CLIPVisionModel
     projector: nn.Sequential
@@ -27,14 +27,14 @@ class Original:
 
     @torch.no_grad()
     def round(self):
-        """Weights that half precision holds."""
+        """Round the weights to half precision."""
         for part in (self.clip, self.projector, self.language):
             for parameter in part.parameters():
                 parameter.copy_(parameter.half())
 
     @torch.no_grad()
     def logits(self, pixels, ids=QUESTION, layer=-2):
-        """[positions, vocabulary], as ``prepare_inputs_labels_for_multimodal`` and LLaMA compute them."""
+        """Compute [positions, vocabulary] as ``prepare_inputs_labels_for_multimodal`` and LLaMA do."""
         tokens = self.clip(pixels, output_hidden_states=True).hidden_states[layer][:, 1:]
         image = self.projector(tokens)[0]  # [N, d]
         embed = self.language.get_input_embeddings()
@@ -66,33 +66,31 @@ def pixels(seed=5, size=IMAGE):
 
 
 def write_clip(folder, model):
-    """CLIP's folder on the hub, with its image processor, and ``vision_model`` in the names as published."""
+    """Write CLIP with its image processor, and ``vision_model`` in the names as published."""
     model.clip.save_pretrained(folder)
     named = {f"vision_model.{name}": value.contiguous() for name, value in model.clip.state_dict().items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     size = model.clip.config.image_size
-    CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
-        folder
-    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor.save_pretrained(folder)
     return folder
 
 
 def write_tokenizer(folder):
-    """LLaMA's kind of SentencePiece tokenizer, with the settings of Vicuna-1.5's."""
+    """Write a SentencePiece tokenizer and a generation config with the settings of Vicuna-1.5's."""
     train_sentencepiece(folder)
-    settings = {
-        "add_bos_token": True, "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": "<unk>", "legacy": False, "model_max_length": 2048, "padding_side": "right",
-        "tokenizer_class": "LlamaTokenizer",
-    }  # fmt: skip
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "special_tokens_map.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"})
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
+    settings = {"add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": 2048,
+                "padding_side": "right", "tokenizer_class": "LlamaTokenizer"}  # fmt: skip
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0, "temperature": 0.9}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "top_p": 0.6}))
+    return folder
 
 
 def original_config(model, clip, **changes):
-    """The keys of liuhaotian/llava-v1.5-7b's ``config.json``."""
+    """Return the keys of liuhaotian/llava-v1.5-7b's ``config.json``."""
     llama = model.language.config
     config = {
         "_name_or_path": "lmsys/vicuna-7b-v1.5",
@@ -115,6 +113,11 @@ def original_config(model, clip, **changes):
     return {**config, **changes}
 
 
+def write_config(folder, model, clip, **changes):
+    (folder / "config.json").write_text(json.dumps(original_config(model, clip, **changes)))
+    return folder
+
+
 def projector_tensors(model):
     return {f"model.mm_projector.{name}": value.clone() for name, value in model.projector.state_dict().items()}
 
@@ -125,7 +128,7 @@ def clip_tensors(model):
 
 
 def original_tensors(model, stored_clip=True):
-    """A whole model's, under the names of ``parameter_names.json`` ("stage2_full")."""
+    """Return a whole model's, under the names of ``parameter_names.json`` ("stage2_full")."""
     tensors = {name: value.clone() for name, value in model.language.state_dict().items()}
     if model.language.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
@@ -133,7 +136,7 @@ def original_tensors(model, stored_clip=True):
 
 
 def write_shards(folder, tensors, kind="bin", shards=3):
-    """Shards and index as transformers named them; ``kind`` is "bin", "old" (before torch 1.6) or "safetensors"."""
+    """Write shards and index; ``kind`` is "bin", "old" (before torch 1.6) or "safetensors"."""
     stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     names, weight_map = list(tensors), {}
     for number in range(shards):
@@ -149,38 +152,31 @@ def write_shards(folder, tensors, kind="bin", shards=3):
 
 
 def write_original(folder: Path, model, clip, *, kind="bin", stored_clip=True, extra=None, dtype=None, **config):
-    """A folder like liuhaotian/llava-v1.5-7b."""
+    """Write a folder like liuhaotian/llava-v1.5-7b."""
     folder.mkdir(parents=True)
     tensors = original_tensors(model, stored_clip)
     if dtype is not None:
         tensors = {name: value.to(dtype) for name, value in tensors.items()}
     write_shards(folder, {**tensors, **(extra or {})}, kind)
-    (folder / "config.json").write_text(json.dumps(original_config(model, clip, **config)))
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0, "temperature": 0.9}
-    (folder / "generation_config.json").write_text(json.dumps({**generation, "top_p": 0.6}))
-    write_tokenizer(folder)
-    return folder
+    write_config(folder, model, clip, **config)
+    return write_tokenizer(folder)
 
 
 def write_language(folder: Path, model):
-    """The language model alone, like lmsys/vicuna-7b-v1.5."""
+    """Write only the language model, like lmsys/vicuna-7b-v1.5."""
     model.language.save_pretrained(folder)
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "pad_token_id": 0, "temperature": 0.9}
-    (folder / "generation_config.json").write_text(json.dumps({**generation, "top_p": 0.6}))
-    write_tokenizer(folder)
-    return folder
+    return write_tokenizer(folder)
 
 
 def write_projector(folder: Path, model, clip, **config):
-    """Stage 1's output folder."""
+    """Write stage 1's output folder."""
     folder.mkdir(parents=True)
     torch.save(projector_tensors(model), folder / "mm_projector.bin")
-    (folder / "config.json").write_text(json.dumps(original_config(model, clip, model_type="llava_llama", **config)))
-    return folder
+    return write_config(folder, model, clip, model_type="llava_llama", **config)
 
 
 def write_lora(folder: Path, model, clip, *, rank=4, pickled=False, seed=3, **config):
-    """Stage 2's output folder with LoRA, and the language model's weights with the adapters added."""
+    """Write stage 2's LoRA folder; return it and the language model's weights with the adapters added."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     merged, adapter = {}, {}
@@ -205,5 +201,4 @@ def write_lora(folder: Path, model, clip, *, rank=4, pickled=False, seed=3, **co
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     others = {f"base_model.model.{name}": value for name, value in projector_tensors(model).items()}
     torch.save(others, folder / "non_lora_trainables.bin")
-    (folder / "config.json").write_text(json.dumps(original_config(model, clip, model_type="llava_llama", **config)))
-    return folder, merged
+    return write_config(folder, model, clip, model_type="llava_llama", **config), merged

@@ -22,7 +22,7 @@ from convert_parts import (
     write_projector,
     write_shards,
 )
-from convert_world import ROWS, World, assert_same, chain, close, expanded, logits, ours, stock, tensors
+from convert_world import ROWS, assert_same, chain, close, expanded, logits, ours, stock, tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tower_parts import open_output
@@ -39,9 +39,12 @@ from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main as train
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("convert"))
+def read(folder, name="config.json"):
+    return json.loads((folder / name).read_text())
+
+
+def change(folder, name="config.json", **changes):
+    (folder / name).write_text(json.dumps({**read(folder, name), **changes}))
 
 
 # -- the same logits --------------------------------------------------------------------------------------------------
@@ -65,14 +68,8 @@ def test_every_way_of_storing_weights_is_read(tmp_path, world, kind, stored_clip
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6),
         "model.vision_tower.vision_tower.vision_model.embeddings.position_ids": torch.arange(17)[None],
     }
-    folder = write_original(
-        tmp_path / "llava",
-        world.model,
-        world.clip,
-        kind=kind,
-        stored_clip=stored_clip,
-        extra=old if stored_clip else {},
-    )
+    options = {"kind": kind, "stored_clip": stored_clip, "extra": old if stored_clip else {}}
+    folder = write_original(tmp_path / "llava", world.model, world.clip, **options)
     close(ours(folder), world.expected)
     tove = chain(folder, tmp_path, "tove")
     close(ours(tove), world.expected)
@@ -118,14 +115,12 @@ def test_projector_folder_is_the_projector_on_its_language_model(tmp_path, world
     ("settings", "written"),
     [
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {}),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
-            {"rope_scaling": {"type": "linear", "factor": 2.0}},
-        ),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+         {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ({"num_key_value_heads": 2}, {}),
         ({"tie": True}, {}),
     ],
-)
+)  # fmt: skip
 def test_architecture_settings_survive(tmp_path, settings, written):
     model = make_original(**settings)
     clip, expected = write_clip(tmp_path / "clip", model), model.logits(pixels())
@@ -135,25 +130,23 @@ def test_architecture_settings_survive(tmp_path, settings, written):
     close(logits(stock(hf))[:, :ROWS], expected)
     back = chain(hf, tmp_path, "tove", "original")
     close(ours(back), expected)
-    found, asked = json.loads((back / "config.json").read_text()), original_config(model, clip, **written)
+    found, asked = read(back), original_config(model, clip, **written)
     keys = ["rope_theta", "rope_scaling", "num_key_value_heads", "tie_word_embeddings", "hidden_size", "rms_norm_eps"]
-    assert {key: found[key] for key in keys} == {key: asked[key] for key in keys}
+    assert [found[key] for key in keys] == [asked[key] for key in keys]
 
 
 def test_mistral(tmp_path):
     model = make_original()
-    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    config = MistralForCausalLM.config_class(
-        **{key: getattr(model.language.config, key) for key in keys}, num_key_value_heads=2, rms_norm_eps=1e-5,
-        max_position_embeddings=512, sliding_window=None, initializer_range=0.2,
-    )  # fmt: skip
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "max_position_embeddings", "rms_norm_eps", "initializer_range")  # fmt: skip
+    same = {key: getattr(model.language.config, key) for key in keys}
+    config = MistralForCausalLM.config_class(**same, num_key_value_heads=2, sliding_window=None)
     model.language = MistralForCausalLM(config).eval()
-    folder = write_original(
-        tmp_path / "llava", model, write_clip(tmp_path / "clip", model), model_type="llava_mistral", sliding_window=None
-    )
+    written = {"model_type": "llava_mistral", "sliding_window": None}
+    folder = write_original(tmp_path / "llava", model, write_clip(tmp_path / "clip", model), **written)
     close(ours(folder), model.logits(pixels()))
     back = chain(folder, tmp_path, "tove", "original")
-    assert json.loads((back / "config.json").read_text())["model_type"] == "llava_mistral"
+    assert read(back)["model_type"] == "llava_mistral"
     assert_same(tensors(back), tensors(folder))
 
 
@@ -163,16 +156,14 @@ def test_mistral(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("way", ["tove", "llava-hf"])
 def test_original_comes_back(tmp_path, world, way, dtype):
-    folder = write_original(
-        tmp_path / "llava-a", world.model, world.clip, dtype=dtype, torch_dtype=str(dtype).removeprefix("torch.")
-    )
+    dtypes = {"dtype": dtype, "torch_dtype": str(dtype).removeprefix("torch.")}
+    folder = write_original(tmp_path / "llava-a", world.model, world.clip, **dtypes)
     back = chain(folder, tmp_path, way, "original")
     assert_same(tensors(back), tensors(folder))
-    before, after = (json.loads((f / "config.json").read_text()) for f in (folder, back))
+    before, after = (read(f) for f in (folder, back))
     free = {"mm_vision_tower", "model_type", "transformers_version", "_name_or_path", "max_length", "initializer_range"}
-    assert {k: v for k, v in after.items() if k in before and k not in free} == {
-        k: v for k, v in before.items() if k in after and k not in free
-    }
+    common = before.keys() & after.keys() - free
+    assert [after[key] for key in common] == [before[key] for key in common]
     text = "USER: two  spaces\n ASSISTANT: x</s>USER: and?"
     assert load_tokenizer(back)(text).input_ids == load_tokenizer(folder)(text).input_ids
     assert (back / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
@@ -181,10 +172,8 @@ def test_original_comes_back(tmp_path, world, way, dtype):
 
 def test_parts_of_different_dtypes_keep_them(tmp_path, world):
     stored = original_tensors(world.model)
-    dtypes = {"model.vision_tower": torch.float16, "model.mm_projector": torch.bfloat16}
-    mixed = {
-        name: x.to(next((d for k, d in dtypes.items() if name.startswith(k)), x.dtype)) for name, x in stored.items()
-    }
+    dtypes = {"vision_tower": torch.float16, "mm_projector": torch.bfloat16}
+    mixed = {name: x.to(dtypes.get(name.split(".")[1], x.dtype)) for name, x in stored.items()}
     folder = write_original(tmp_path / "llava", world.model, world.clip)
     write_shards(folder, mixed)
     hf = chain(folder, tmp_path, "llava-hf")
@@ -197,10 +186,9 @@ def test_parts_of_different_dtypes_keep_them(tmp_path, world):
 def test_tokenizers_saved_by_transformers_5_are_made_readable(tmp_path, world):
     """Its name for their class is unknown to transformers 4, on which the original runs."""
     folder = shutil.copytree(world.tove, tmp_path / "tove")
-    file = folder / "language" / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    file.write_text(json.dumps({**settings, "tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}))
-    written = json.loads((chain(folder, tmp_path, "original") / "tokenizer_config.json").read_text())
+    changes = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
+    change(folder / "language", "tokenizer_config.json", **changes)
+    written = read(chain(folder, tmp_path, "original"), "tokenizer_config.json")
     assert (written["tokenizer_class"], written["legacy"]) == ("LlamaTokenizer", False)
     assert "backend" not in written
 
@@ -226,9 +214,9 @@ def test_stage_one_and_lora_folders_come_back(tmp_path, world):
             "config.json", "adapter_config.json", "adapter_model.safetensors", "non_lora_trainables.bin"
         }  # fmt: skip
         assert {file.name for file in back.iterdir()} == names
-        config = json.loads((back / "config.json").read_text())
+        config = read(back)
         assert (config["mm_vision_tower"], config["vocab_size"]) == (str(world.clip), ROWS)
-    before, after = (json.loads((f / "adapter_config.json").read_text()) for f in (world.lora, back))
+    before, after = (read(f, "adapter_config.json") for f in (world.lora, back))
     for key in ("r", "lora_alpha", "lora_dropout", "bias", "peft_type", "task_type", "target_modules"):
         assert after[key] == before[key], key
 
@@ -250,7 +238,6 @@ def test_names_are_those_of_the_reference(tmp_path, conformance):
 
 
 def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
-
     def module_name(name):
         inside = "model." + name.replace("language_model.model.", "language_model.")
         return "lm_head.weight" if name.endswith("lm_head.weight") else inside
@@ -263,8 +250,7 @@ def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
     )
     expected = logits(stock(world.hf))
     for number, rename in enumerate(renamings):
-        folder = tmp_path / str(number)
-        shutil.copytree(world.hf, folder)
+        folder = shutil.copytree(world.hf, tmp_path / str(number))
         save_file({rename(n): x for n, x in tensors(world.hf).items()}, folder / "model.safetensors")
         close(logits(open_llava(folder)), expected)
 
@@ -273,21 +259,18 @@ def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
 
 
 def padded_llava_hf(world, folder):
-    """As llava-hf's own: ``<image>`` and ``<pad>`` behind the vocabulary, rows up to a multiple of 64, all random."""
+    """llava-hf's own kind: ``<image>`` and ``<pad>`` after the vocabulary, random rows up to a multiple of 64."""
     shutil.copytree(world.hf, folder)
     generator = torch.Generator().manual_seed(1)
     stored = tensors(world.hf)
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         stored[name] = torch.cat([stored[name][:ROWS], torch.randn(40, 48, generator=generator)])
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["pad_token_id"] = 601
-    for key in ("conversation_template", "image_aspect_ratio"):
-        del config[key]
-    (folder / "config.json").write_text(json.dumps(config))
+    absent = ("conversation_template", "image_aspect_ratio")
+    config = {key: value for key, value in read(folder).items() if key not in absent}
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": 601}))
     (folder / "added_tokens.json").write_text(json.dumps({"<image>": 600, "<pad>": 601}))
-    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"pad_token": "<pad>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    change(folder, "tokenizer_config.json", pad_token="<pad>")
     (folder / "tokenizer.json").unlink()
     (folder / "chat_template.jinja").unlink()
     return folder
@@ -306,7 +289,7 @@ def test_tokens_that_the_original_has_not(tmp_path, world):
     assert any("<image>, <pad>" in remark for remark in remarks)
     assert_same(tensors(tmp_path / "llava"), original_tensors(world.model))
     assert len(load_tokenizer(tmp_path / "llava")) == ROWS
-    assert json.loads((tmp_path / "llava" / "config.json").read_text())["vocab_size"] == ROWS
+    assert read(tmp_path / "llava")["vocab_size"] == ROWS
     close(ours(tmp_path / "llava"), expected[:, :ROWS])
 
     tove = chain(folder, tmp_path, "tove")
@@ -322,7 +305,7 @@ def test_tokens_that_the_original_has_not(tmp_path, world):
 
 
 def test_rows_and_tokens_of_the_users_own_stay(tmp_path, world):
-    """A vocabulary that was padded and extended before LLaVA: neither its rows nor its tokens are taken for ours."""
+    """Neither rows nor tokens of a vocabulary that was padded before LLaVA are taken for ours."""
     model = make_original(vocab=608)
     folder = write_original(tmp_path / "llava", model, world.clip)
     (folder / "added_tokens.json").write_text(json.dumps({"<box>": 600, "</box>": 601}))
@@ -366,8 +349,8 @@ def test_real_llama_tokenizer(tmp_path, conformance):
     assert_same(tensors(chain(hf, tmp_path, "original")), tensors(folder))
 
 
-def test_processors_show_pictures_as_in_training(tmp_path, world):
-    """Wide pictures are padded to a square for models of ``image_aspect_ratio: pad``, and cut for others."""
+def test_processors_show_images_as_in_training(tmp_path, world):
+    """Wide images are padded to a square for models of ``image_aspect_ratio: pad``, and cut for others."""
     image = Image.new("RGB", (80, 20), (255, 0, 0))
     square = write_original(tmp_path / "llava", world.model, world.clip, image_aspect_ratio="square")
     seen = {}
@@ -393,7 +376,7 @@ def test_merged_adapters_go_to_the_original(tmp_path, world):
 
 
 def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
-    """CLIP's name on the hub, which is nowhere in reach: a preset knows its architecture, the folder its weights."""
+    """A preset knows the architecture of a CLIP on the hub, the folder its weights."""
     preset = {"vision": {"clip": "hf:someone/clip", "clip_config": world.model.clip.config.to_dict()},
               "language": {"source": "bundled:llm"}}  # fmt: skip
     (tmp_path / "presets").mkdir()
@@ -403,13 +386,13 @@ def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
     tove = chain(folder, tmp_path, "tove")
     close(ours(tove), world.expected)
     back = chain(tove, tmp_path, "original")
-    assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == "someone/clip"
+    assert read(back)["mm_vision_tower"] == "someone/clip"
     assert not (back / "vision_tower").exists()
     assert_same(tensors(back), tensors(folder))
     # A tower that was trained is not the public one.
     folder = write_original(tmp_path / "llava-2", world.model, "someone/clip", unfreeze_mm_vision_tower=True)
     back = chain(folder, tmp_path, "tove", "original")
-    assert json.loads((back / "config.json").read_text())["mm_vision_tower"] == str(back / "vision_tower")
+    assert read(back)["mm_vision_tower"] == str(back / "vision_tower")
 
 
 def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
@@ -420,7 +403,7 @@ def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
     for clip, copied in ((world.clip, False), (tmp_path / "clip", True)):
         folder = write_projector(tmp_path / str(copied), world.model, clip)
         back = chain(folder, tmp_path, "tove", "original", **base)
-        named = json.loads((back / "config.json").read_text())["mm_vision_tower"]
+        named = read(back)["mm_vision_tower"]
         assert named == str(back / "vision_tower" if copied else clip)
         stored = load_file(f"{named}/model.safetensors")
         assert_same(stored, {f"vision_model.{n}": x for n, x in world.model.clip.state_dict().items()})
@@ -437,11 +420,9 @@ def test_clip_flag_and_moved_folders(tmp_path, world):
     close(ours(tmp_path / "moved" / "llava"), world.expected)
 
 
-def test_pictures_are_normalised_as_clips_own_folder_says(tmp_path, world):
-    clip = tmp_path / "clip"
-    shutil.copytree(world.clip, clip)
-    settings = json.loads((clip / "preprocessor_config.json").read_text()) | {"image_mean": [0.5] * 3}
-    (clip / "preprocessor_config.json").write_text(json.dumps(settings))
+def test_images_are_normalised_as_clips_own_folder_says(tmp_path, world):
+    clip = shutil.copytree(world.clip, tmp_path / "clip")
+    change(clip, "preprocessor_config.json", image_mean=[0.5] * 3)
     folder = write_original(tmp_path / "llava", world.model, clip, image_aspect_ratio="square")
     for to in ("tove", "llava-hf"):
         model, processor = load_model(chain(folder, tmp_path, to))
@@ -473,24 +454,21 @@ def test_untrained_tower_with_experts_computes_the_checkpoint(world, start):
     assert (manifest.kind, manifest.preset, manifest.language["source"]) == ("trained", "preset", "hf:./language")
 
 
-@pytest.mark.parametrize(
-    ("fusion", "same"), [("top1", True), ("add", True), ("replace", False), ("sequence_append", False)]
-)
-def test_other_fusions_start_from_the_checkpoint_or_are_remarked_on(tmp_path, world, start, fusion, same):
-    preset, override = str(start / "preset.yaml"), [f"vision.fusion={fusion}"]
-    remarks = convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=override)
+@pytest.mark.parametrize("fusion", ["top1", "add", "replace", "sequence_append"])
+def test_other_fusions_start_from_the_checkpoint_or_are_remarked_on(tmp_path, world, start, fusion):
+    options = {"preset": str(start / "preset.yaml"), "overrides": [f"vision.fusion={fusion}"]}
+    remarks = convert_checkpoint(world.whole, tmp_path / "out", **options)
     model, _ = load_model(tmp_path / "out")
     assert model.tower.config.fusion == fusion
-    if same:
+    if fusion in ("top1", "add"):
         assert remarks == [] and torch.equal(logits(model), logits(open_llava(world.whole)))
     else:
         assert repr(fusion) in remarks[0] and "before it is trained" in remarks[0]
 
 
 def test_training_starts_from_it(world, start):
-    """Stage 1 and LoRA of a converted folder, which may be moved before: the language model is the checkpoint's."""
-    moved = start / "elsewhere"
-    shutil.copytree(start / "start", moved)
+    """Stage 1 and LoRA of a converted and moved folder start from the checkpoint's language model."""
+    moved = shutil.copytree(start / "start", start / "elsewhere")
     from_checkpoint = [f"--set=stages.{stage}.starts_from=checkpoint" for stage in ("pretrain", "finetune_lora")]
     common = ["--max_steps", "2", *from_checkpoint]
     assert train(flags(start, "pretrain", start / "one", *common, "--pretrained", str(moved))) == 0
@@ -536,8 +514,8 @@ def test_towers_with_experts_go_nowhere_else(tmp_path, start, to):
 
 
 def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
-    """Full fine-tuning of a tower that is only CLIP: its grown vocabulary is cut again."""
-    preset = tmp_path / "alone.yaml"
+    """The grown vocabulary of a full fine-tuning of a tower that is only CLIP is cut again."""
+    preset = tmp_path / "clip.yaml"
     data = yaml.safe_load((start / "preset.yaml").read_text())
     data["vision"] |= {"fusion": "none", "experts": [], "clip": f"hf:{world.clip}"}
     data["language"]["source"] = f"hf:{world.base}"
@@ -557,7 +535,7 @@ def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
         close(logits(stock(chain(tmp_path / stage, tmp_path, "llava-hf"))), expected, 1e-4)
     whole = tensors(tmp_path / "llava-finetune")
     assert len(whole["lm_head.weight"]) == ROWS and len(load_tokenizer(tmp_path / "llava-finetune")) == ROWS
-    assert json.loads((tmp_path / "llava-finetune" / "config.json").read_text())["mm_vision_tower"] == str(world.clip)
+    assert read(tmp_path / "llava-finetune")["mm_vision_tower"] == str(world.clip)
 
 
 # -- evaluation and chat ----------------------------------------------------------------------------------------------
@@ -584,7 +562,7 @@ def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
 
 @pytest.mark.slow
 def test_published_widths_at_reduced_depth(tmp_path):
-    """CLIP ViT-L/14-336 whole, one layer of Vicuna-7B, in half precision; the published name of CLIP, no network."""
+    """A whole CLIP ViT-L/14-336 under its published name and one layer of Vicuna-7B, in half precision."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from tove_llava.presets import load_preset
@@ -594,9 +572,7 @@ def test_published_widths_at_reduced_depth(tmp_path):
                           num_attention_heads=32, num_key_value_heads=32)  # fmt: skip
     torch.manual_seed(1)
     model.clip = CLIPVisionModel(CLIPVisionConfig(**vicuna.vision.clip_config)).eval()
-    model.projector = torch.nn.Sequential(
-        torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096)
-    ).eval()
+    model.projector = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096))
     model.round()
     folder = write_original(tmp_path / "llava", model, "openai/clip-vit-large-patch14-336", dtype=torch.float16,
                             torch_dtype="float16")  # fmt: skip

@@ -18,11 +18,11 @@ from convert_parts import (
     write_projector,
     write_shards,
 )
-from convert_world import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from stage_parts import edit_manifest
 
 from tove_llava import convert_checkpoint, load_model, open_llava
 from tove_llava.checkpoints.base import FORMATS, LlavaFormat, find_format, register_format
@@ -32,13 +32,7 @@ from tove_llava.cli import main
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return World(tmp_path_factory.mktemp("convert"))
-
-
 def snapshot(folder):
-    """Every file's name, bytes and time of change."""
     return {
         str(file.relative_to(folder)): (hashlib.sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns)
         for file in sorted(folder.rglob("*"))
@@ -52,7 +46,7 @@ def edit(file, **changes):
 
 
 def refused(folder, tmp_path, *words, error=ToveError, to="tove", **options):
-    """Conversion and opening fail with these words; the folder stays as it was, and nothing is left behind."""
+    """Conversion fails with these words; the folder stays as it was, and nothing is left behind."""
     before, around = snapshot(folder), sorted(os.listdir(tmp_path))
     with pytest.raises(error) as failure:
         convert_checkpoint(folder, tmp_path / "out", to, **options)
@@ -65,17 +59,15 @@ def refused(folder, tmp_path, *words, error=ToveError, to="tove", **options):
 
 @pytest.fixture
 def whole(tmp_path, world):
-    shutil.copytree(world.whole, tmp_path / "llava")
-    return tmp_path / "llava"
+    return shutil.copytree(world.whole, tmp_path / "llava")
 
 
 @pytest.fixture
 def hf(tmp_path, world):
-    shutil.copytree(world.hf, tmp_path / "hf")
-    return tmp_path / "hf"
+    return shutil.copytree(world.hf, tmp_path / "hf")
 
 
-SHARD = "pytorch_model-00002-of-00003.bin"
+SHARD, INDEX = "pytorch_model-00002-of-00003.bin", "pytorch_model.bin.index.json"
 
 
 # -- not a LLaVA ------------------------------------------------------------------------------------------------------
@@ -92,37 +84,28 @@ def test_other_models_are_no_llava(tmp_path, world):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("layout", "change", "words"),
     [
-        ({"mm_projector_type": "linear"}, ["mm_projector_type", "'linear'", "mlp2x_gelu"]),
-        ({"mm_projector_type": "gone"}, ["mm_projector_type"]),
-        ({"mm_vision_select_feature": "cls_patch"}, ["cls_patch"]),
-        ({"image_aspect_ratio": "anyres"}, ["anyres"]),
-        ({"mm_patch_merge_type": "spatial_unpad"}, ["spatial_unpad"]),
-        ({"mm_use_im_start_end": True}, ["mm_use_im_start_end"]),
-        ({"model_type": "llava_mpt"}, ["llava_mpt"]),
-        ({"s2": True}, ["s2"]),
-        ({"quantization_config": {"load_in_4bit": True}}, ["quantization_config"]),
+        ("whole", {"mm_projector_type": "linear"}, ["config.json", "mm_projector_type", "'linear'", "mlp2x_gelu"]),
+        ("whole", {"mm_projector_type": "gone"}, ["config.json", "mm_projector_type"]),
+        ("whole", {"mm_vision_select_feature": "cls_patch"}, ["config.json", "cls_patch"]),
+        ("whole", {"image_aspect_ratio": "anyres"}, ["config.json", "anyres"]),
+        ("whole", {"mm_patch_merge_type": "spatial_unpad"}, ["config.json", "spatial_unpad"]),
+        ("whole", {"mm_use_im_start_end": True}, ["config.json", "mm_use_im_start_end"]),
+        ("whole", {"model_type": "llava_mpt"}, ["model_type", "llava_mpt"]),
+        ("whole", {"s2": True}, ["config.json", "s2"]),
+        ("whole", {"quantization_config": {"load_in_4bit": True}}, ["config.json", "quantization_config"]),
+        ("hf", {"vision_feature_select_strategy": "full"}, ["class token"]),
+        ("hf", {"vision_feature_layer": [-2, -5]}, ["vision_feature_layer"]),
+        ("hf", {"vision_config": {"model_type": "siglip_vision_model"}}, ["siglip_vision_model"]),
+        ("hf", {"model_type": "llava_next"}, ["llava_next"]),
+        ("hf", {"quantization_config": {"load_in_8bit": True}}, ["quantised"]),
     ],
 )
-def test_other_llavas_of_the_original_are_refused(tmp_path, whole, change, words):
-    edit(whole / "config.json", **change)
-    refused(whole, tmp_path, "config.json" if "model_type" not in change else "model_type", *words, error=ConfigError)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"vision_feature_select_strategy": "full"}, ["class token"]),
-        ({"vision_feature_layer": [-2, -5]}, ["vision_feature_layer"]),
-        ({"vision_config": {"model_type": "siglip_vision_model"}}, ["siglip_vision_model"]),
-        ({"model_type": "llava_next"}, ["llava_next"]),
-        ({"quantization_config": {"load_in_8bit": True}}, ["quantised"]),
-    ],
-)
-def test_other_llavas_of_transformers_are_refused(tmp_path, hf, change, words):
-    edit(hf / "config.json", **change)
-    refused(hf, tmp_path, *words)
+def test_other_llavas_are_refused(request, tmp_path, layout, change, words):
+    folder = request.getfixturevalue(layout)
+    edit(folder / "config.json", **change)
+    refused(folder, tmp_path, *words, error=ConfigError if layout == "whole" else ToveError)
 
 
 # -- damaged ----------------------------------------------------------------------------------------------------------
@@ -143,22 +126,41 @@ def test_truncated_shard(tmp_path, world, kind, length):
 def test_missing_shard_and_index(tmp_path, whole):
     (whole / SHARD).unlink()
     refused(whole, tmp_path, SHARD, "1 of 3 shards", error=CheckpointError)
-    (whole / "pytorch_model.bin.index.json").unlink()
-    refused(whole, tmp_path, "pytorch_model.bin.index.json", error=CheckpointError)
+    (whole / INDEX).unlink()
+    refused(whole, tmp_path, INDEX, error=CheckpointError)
     for file in whole.glob("*.bin"):
         file.unlink()
     refused(whole, tmp_path, "holds no weights", error=CheckpointError)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.bin"}}'])
-def test_damaged_index(tmp_path, whole, text):
-    (whole / "pytorch_model.bin.index.json").write_text(text)
-    refused(whole, tmp_path, "pytorch_model.bin.index.json", error=CheckpointError)
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        *((INDEX, text, []) for text in ("", "{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": "../x.bin"}}')),
+        (SHARD, {"other": torch.ones(1)}, ["lacks"]),
+        (SHARD, [torch.ones(1)], ["not a table of tensors"]),
+        ("generation_config.json", "[", []),
+        ("generation_config.json", '{"temperature": "warm", "cache_implementation": 3}', []),
+        ("config.json", {"tie_word_embeddings": True}, ["tie_word_embeddings"]),
+        ("tokenizer.model", None, []),
+    ],
+)
+def test_damaged_file(tmp_path, whole, name, content, words):
+    if content is None:
+        (whole / name).unlink()
+    elif name == SHARD:
+        torch.save(content, whole / name)
+    elif name == "config.json":
+        edit(whole / name, **content)
+    else:
+        (whole / name).write_text(content)
+    refused(whole, tmp_path, *(words or [name.removesuffix(".model")]), error=CheckpointError)
 
 
-def test_index_and_shards_that_do_not_belong_together(tmp_path, whole):
-    torch.save({"other": torch.ones(1)}, whole / SHARD)
-    refused(whole, tmp_path, SHARD, "lacks", error=CheckpointError)
+@pytest.mark.parametrize("value", [3, {"hidden_size": 33}])
+def test_damaged_vision_config(tmp_path, hf, value):
+    edit(hf / "config.json", vision_config=value)
+    refused(hf, tmp_path, "config.json", error=CheckpointError)
 
 
 @pytest.mark.parametrize(
@@ -175,11 +177,8 @@ def test_index_and_shards_that_do_not_belong_together(tmp_path, whole):
         ("model.layers.0.mlp.up_proj.weight", torch.zeros(80, 48, dtype=torch.uint8), ["quantised"]),
         ("model.image_newline", torch.zeros(48), ["model.image_newline"]),
         ("something.else", torch.zeros(48), ["something.else"]),
-        (
-            "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding",
-            torch.zeros(31),
-            ["CLIP", "class_embedding", "[31]", "[32]"],
-        ),
+        ("model.vision_tower.vision_tower.vision_model.embeddings.class_embedding", torch.zeros(31),
+         ["CLIP", "class_embedding", "[31]", "[32]"]),
     ],
 )  # fmt: skip
 def test_tensors_that_config_json_does_not_ask_for(tmp_path, world, whole, name, value, words):
@@ -189,32 +188,23 @@ def test_tensors_that_config_json_does_not_ask_for(tmp_path, world, whole, name,
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "null", "\x00", '{"a":' * 100000])
-def test_damaged_config(tmp_path, world, whole, text):
-    for folder in (whole, shutil.copytree(world.hf, tmp_path / "hf"), shutil.copytree(world.tove, tmp_path / "tove")):
+def test_damaged_config(tmp_path, world, whole, hf, text):
+    for folder in (whole, hf, shutil.copytree(world.tove, tmp_path / "tove")):
         (folder / "config.json").write_text(text)
         to = "original" if folder.name == "tove" else "tove"
         refused(folder, tmp_path, "config.json", error=CheckpointError, to=to)
-        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("key", "value"),
     [
-        {"hidden_size": "many"},
-        {"num_attention_heads": 7},
-        {"rms_norm_eps": None},
-        {"rope_scaling": {"type": "sideways"}},
-        {"rope_scaling": 3},
-        {"mm_vision_tower": 3},
-        {"mm_vision_select_layer": "gone"},
-        {"mm_vision_select_layer": -9},
-        {"mm_hidden_size": 64},
-        {"vocab_size": -1},
-        {"hidden_act": "unheard"},
+        ("hidden_size", "many"), ("num_attention_heads", 7), ("rms_norm_eps", None), ("rope_scaling", 3),
+        ("rope_scaling", {"type": "sideways"}), ("mm_vision_tower", 3), ("mm_vision_select_layer", "gone"),
+        ("mm_vision_select_layer", -9), ("mm_hidden_size", 64), ("vocab_size", -1), ("hidden_act", "unheard"),
     ],
-)
-def test_values_in_config_that_cannot_be(tmp_path, whole, change):
-    edit(whole / "config.json", **change)
+)  # fmt: skip
+def test_values_in_config_that_cannot_be(tmp_path, whole, key, value):
+    edit(whole / "config.json", **{key: value})
     refused(whole, tmp_path)
 
 
@@ -226,14 +216,7 @@ def test_pickles_run_no_code(tmp_path, whole):
     for content in ({"a": Evil()}, Evil()):
         torch.save(content, whole / SHARD)
         refused(whole, tmp_path, SHARD, "pickled", error=CheckpointError)
-    torch.save([torch.ones(1)], whole / SHARD)
-    refused(whole, tmp_path, SHARD, "not a table of tensors", error=CheckpointError)
     assert not (tmp_path / "run").exists()
-
-
-def test_tied_weights_that_differ(tmp_path, whole):
-    edit(whole / "config.json", tie_word_embeddings=True)
-    refused(whole, tmp_path, "tie_word_embeddings", error=CheckpointError)
 
 
 def test_tokenizer_without_the_image_token(tmp_path, hf):
@@ -249,21 +232,14 @@ def test_tokenizer_without_the_image_token(tmp_path, hf):
     refused(hf, tmp_path, "45", "image token", error=CheckpointError)
 
 
-def test_folder_without_a_tokenizer(tmp_path, whole):
-    (whole / "tokenizer.model").unlink()
-    refused(whole, tmp_path, "tokenizer", error=CheckpointError)
-
-
 def test_half_written_folder_of_our_own(tmp_path, world):
     folder = shutil.copytree(world.tove, tmp_path / "tove")
-    (folder / "tove_llava.json").unlink()
-    refused(folder, tmp_path, "tove_llava.json", "not a complete", error=CheckpointError, to="original")
-    folder = shutil.copytree(world.tove, tmp_path / "half")
-    shutil.rmtree(folder / "language")
-    refused(folder, tmp_path, "language", error=CheckpointError, to="original")
-    folder = shutil.copytree(world.tove, tmp_path / "third")
     (folder / "trained.safetensors").write_bytes(b"")
     refused(folder, tmp_path, "trained.safetensors", error=CheckpointError, to="original")
+    shutil.rmtree(folder / "language")
+    refused(folder, tmp_path, "language", error=CheckpointError, to="original")
+    (folder / "tove_llava.json").unlink()
+    refused(folder, tmp_path, "tove_llava.json", "not a complete", error=CheckpointError, to="original")
 
 
 # -- stage 1 and LoRA -------------------------------------------------------------------------------------------------
@@ -309,7 +285,7 @@ def test_adapters_of_other_kinds(tmp_path, world, change, word):
     refused(folder, tmp_path, word, "merge_lora_weights.py", error=ConfigError, base=str(world.base))
 
 
-def test_trained_embeddings_beside_adapters_or_projector(tmp_path, world):
+def test_trained_embeddings_next_to_adapters_or_projector(tmp_path, world):
     embeddings = {"model.embed_tokens.weight": torch.zeros(600, 48)}
     folder, _ = write_lora(tmp_path / "lora", world.model, world.clip)
     others = torch.load(folder / "non_lora_trainables.bin")
@@ -341,7 +317,7 @@ def test_targets_that_are_refused(tmp_path, world):
 @pytest.mark.parametrize("to", ["tove", "original", "llava-hf"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
-    """The last thing that each format writes fails."""
+    """The last write of each format fails."""
 
     def fail(*args, **kwargs):
         raise error
@@ -361,7 +337,7 @@ def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
 
 
 def test_source_is_only_read(tmp_path, world):
-    """Neither conversion nor a change of the opened model reaches the files, which are mapped and not read."""
+    """Neither conversion nor a change of the opened model reaches the mapped files."""
     for folder, to in ((world.whole, "tove"), (world.whole, "llava-hf"), (world.tove, "original"), (world.hf, "tove")):
         before = snapshot(folder)
         convert_checkpoint(folder, tmp_path / f"{folder.name}-{to}", to)
@@ -373,7 +349,7 @@ def test_source_is_only_read(tmp_path, world):
 
 
 def test_opening_does_not_read_tensors(tmp_path):
-    """100 MB of weights, of which nothing comes into memory."""
+    """Nothing of 100 MB of weights comes into memory."""
     for kind in ("bin", "safetensors"):
         (tmp_path / kind).mkdir()
         write_shards(tmp_path / kind, {f"w{i}": torch.zeros(10_000_000) + i for i in range(3)}, kind)
@@ -391,7 +367,6 @@ def _private_megabytes():
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data(), name=st.sampled_from(["new.bin", "old.bin", "x.safetensors"]))
 def test_damaged_weight_files_are_refused_or_read(tmp_path, data, name):
-    """Whatever bytes change: tensors, or one kind of error."""
     file = tmp_path / name
     stored = {"a": torch.zeros(4, 4), "b": torch.ones(3)}
     if name == "x.safetensors":
@@ -409,23 +384,11 @@ def test_damaged_weight_files_are_refused_or_read(tmp_path, data, name):
 # -- further --------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_settings(tmp_path, whole, hf):
-    for value in (3, {"hidden_size": 33}):
-        edit(hf / "config.json", vision_config=value)
-        refused(hf, tmp_path, "config.json", error=CheckpointError)
-    (whole / "generation_config.json").write_text("[")
-    refused(whole, tmp_path, "generation_config.json", error=CheckpointError)
-    (whole / "generation_config.json").write_text('{"temperature": "warm", "cache_implementation": 3}')
-    refused(whole, tmp_path, "generation_config.json", error=CheckpointError)
-
-
-def test_adapters_beside_their_language_model(tmp_path, world):
-    """A self-contained LoRA folder: the original has no such layout, transformers takes the merged weights."""
+def test_adapters_next_to_their_language_model(tmp_path, world):
+    """The original has no layout for a self-contained LoRA folder; transformers takes the merged weights."""
     convert_checkpoint(world.lora, tmp_path / "tove", base=str(world.base))
     shutil.copytree(world.base, tmp_path / "tove" / "language")
-    manifest = json.loads((tmp_path / "tove" / "tove_llava.json").read_text())
-    manifest["language"]["source"] = "hf:./language"
-    (tmp_path / "tove" / "tove_llava.json").write_text(json.dumps(manifest))
+    edit_manifest(tmp_path / "tove", {"source": "hf:./language"})
     refused(tmp_path / "tove", tmp_path, "tove-llava merge-lora", error=ConfigError, to="original")
     convert_checkpoint(tmp_path / "tove", tmp_path / "hf", "llava-hf")
     assert (tmp_path / "hf" / "model.safetensors").is_file()
@@ -457,23 +420,18 @@ def test_a_new_format_is_one_class(tmp_path, world):
         del FORMATS._entries["test-format"]
 
 
-def test_training_names_the_command(world):
-    with pytest.raises(CheckpointError, match="format original.*tove-llava convert --model"):
-        Manifest.read(world.whole)
-    with pytest.raises(CheckpointError, match="format llava-hf"):
-        Manifest.read(world.hf)
+@pytest.mark.parametrize(("layout", "name"), [("whole", "original"), ("hf", "llava-hf")])
+def test_training_names_the_command(world, layout, name):
+    with pytest.raises(CheckpointError, match=f"format {name}.*tove-llava convert --model"):
+        Manifest.read(getattr(world, layout))
 
 
-def test_command(tmp_path, world, capfd):
-    assert main(["convert", "--model", str(world.whole), "--out", str(tmp_path / "tove")]) == 0
-    assert capfd.readouterr().out == f"{tmp_path / 'tove'}\n"
-    assert load_model(tmp_path / "tove")[0].tower.is_loaded
-
-
-def test_command_flags(tmp_path, world, capsys):
+def test_command(tmp_path, world, capsys):
     back = ["convert", "--model", str(world.tove), "--to", "original", "--out"]
     assert main([*back, str(tmp_path / "back")]) == 0
-    assert "note: The original wants llava in the folder's name" in capsys.readouterr().err
+    output = capsys.readouterr()
+    assert output.out == f"{tmp_path / 'back'}\n"
+    assert "note: The original wants llava in the folder's name" in output.err
     assert main([*back, str(tmp_path / "llava-back")]) == 0
     assert "folder's name" not in capsys.readouterr().err
     lora = ["--base", str(world.base), "--clip", str(world.clip), "--template", "llava_v1"]
@@ -499,7 +457,7 @@ def test_chat_takes_the_originals_folder(tmp_path, world, capsys):
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_open_llava_says_what_is_wrong(tmp_path, world):
+def test_open_llava_says_what_is_wrong(world):
     with pytest.raises(CheckpointError, match="not a LLaVA"):
         open_llava(world.base)
     with pytest.raises(ConfigError, match="dtype"):

@@ -1,4 +1,4 @@
-"""What the original's own, unmodified code makes of converted folders: the same logits as this package.
+"""The original's own, unmodified code computes the same logits of converted folders as this package.
 
 LLAVA_SRC=/path/to/haotian-liu/LLaVA python -m pytest tests/test_convert_original.py
 """
@@ -13,7 +13,6 @@ import pytest
 import torch
 from convert_parts import (
     QUESTION,
-    TOKENS,
     make_original,
     pixels,
     write_clip,
@@ -22,12 +21,12 @@ from convert_parts import (
     write_original,
     write_projector,
 )
+from convert_world import close, ours
 from train_parts import environment
 
-from tove_llava import convert_checkpoint, open_llava
+from tove_llava import convert_checkpoint
 from tove_llava.data import load_tokenizer
 
-ROWS = 600
 CHILD = Path(__file__).parent / "convert_original_child.py"
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +35,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def in_the_original(folder, work, base=None):
-    """Logits, token ids and CLIP's weights, from ``load_pretrained_model`` in a process of its own."""
+    """Return logits, token ids and CLIP's weights of ``load_pretrained_model`` in its own process."""
     out = work / f"{folder.name}.pt"
     arguments = [str(folder), str(out), json.dumps(QUESTION), *([str(base)] if base else [])]
     settings = environment(PYTHONPATH=os.environ["LLAVA_SRC"], HF_HUB_OFFLINE="1")
@@ -47,39 +46,31 @@ def in_the_original(folder, work, base=None):
     return torch.load(out)
 
 
-@torch.no_grad()
-def here(folder, base=None):
-    model, _ = open_llava(folder, base=base, dtype="float32")
-    token = model.config.image_token_id
-    ids = torch.tensor([[t for i in QUESTION for t in ([token] * TOKENS if i == -200 else [i])]])
-    return model(input_ids=ids, pixel_values=pixels()).logits[0][:, :ROWS]
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def parts(tmp_path_factory):
     root = tmp_path_factory.mktemp("original")
     model = make_original(rope_parameters={"rope_type": "default", "rope_theta": 5e4})
     model.round()  # the original loads in half precision
-    return root, model, write_clip(root / "clip", model), write_language(root / "vicuna", model)
+    return model, write_clip(root / "clip", model), write_language(root / "vicuna", model)
 
 
 @pytest.mark.parametrize("way", [["tove"], ["llava-hf"], ["llava-hf", "tove"]])
-def test_whole_model(tmp_path, world, way):
-    root, model, clip, _ = world
+def test_whole_model(tmp_path, parts, way):
+    model, clip, _ = parts
     folder = write_original(tmp_path / "llava", model, clip)
     for number, to in enumerate([*way, "original"]):
         convert_checkpoint(folder, folder := tmp_path / f"llava-{number}", to)
     seen = in_the_original(folder, tmp_path)
-    torch.testing.assert_close(seen["logits"], model.logits(pixels()), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(seen["logits"], here(folder), rtol=1e-4, atol=1e-4)
+    close(seen["logits"], model.logits(pixels()), 1e-4)
+    close(seen["logits"], ours(folder, dtype="float32"), 1e-4)
     own = load_tokenizer(folder)
     assert [own(text).input_ids for text in seen["texts"]] == seen["ids"]
     for name, value in model.clip.state_dict().items():
         assert torch.equal(seen["clip"][name], value), name
 
 
-def test_projector_and_adapters(tmp_path, world):
-    root, model, clip, base = world
+def test_projector_and_adapters(tmp_path, parts):
+    model, clip, base = parts
     stage1 = write_projector(tmp_path / "stage1" / "llava", model, clip)
     lora, _ = write_lora(tmp_path / "stage2" / "llava-lora", model, clip)
     for source in (stage1, lora):
@@ -88,6 +79,5 @@ def test_projector_and_adapters(tmp_path, world):
         convert_checkpoint(source.parent / "tove", back, "original")
         seen = in_the_original(back, tmp_path, base)
         # The original adds the adapters in half precision.
-        tolerance = 2e-2 if source is lora else 1e-4
-        torch.testing.assert_close(seen["logits"], here(back, str(base)), rtol=tolerance, atol=tolerance)
+        close(seen["logits"], ours(back, base=str(base), dtype="float32"), 2e-2 if source is lora else 1e-4)
         assert not torch.allclose(seen["logits"], torch.zeros_like(seen["logits"]), atol=0.1)
