@@ -55,7 +55,7 @@ def expanded(image_token):
 
 @torch.no_grad()
 def logits(model):
-    """[positions, rows of the head] for the question of ``Original.logits``."""
+    """Compute [positions, rows of the head] for the question of ``Original.logits``."""
     model = model[0] if isinstance(model, tuple) else model
     return model.eval()(input_ids=expanded(model.config.image_token_id), pixel_values=pixels()).logits[0]
 
@@ -70,7 +70,7 @@ def stock(folder, **keys):
 
 
 def tensors(folder):
-    """Read all tensors in the files of a folder, only with the libraries."""
+    """Read all tensors in the files of a folder with only the libraries."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)

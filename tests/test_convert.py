@@ -243,11 +243,9 @@ def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
         return "lm_head.weight" if name.endswith("lm_head.weight") else inside
 
     renamings = (
-        lambda n: n,
-        module_name,
-        lambda n: n.replace("vision_tower.vision_model.", "vision_tower."),
+        str, module_name, lambda n: n.replace("vision_tower.vision_model.", "vision_tower."),
         lambda n: module_name(n).replace("vision_model.", ""),
-    )
+    )  # fmt: skip
     expected = logits(stock(world.hf))
     for number, rename in enumerate(renamings):
         folder = shutil.copytree(world.hf, tmp_path / str(number))
@@ -355,8 +353,7 @@ def test_processors_show_images_as_in_training(tmp_path, world):
     square = write_original(tmp_path / "llava", world.model, world.clip, image_aspect_ratio="square")
     seen = {}
     for name, folder in (("pad", world.whole), ("square", square)):
-        convert_checkpoint(folder, tmp_path / name)
-        for opened in (folder, tmp_path / name):
+        for opened in (folder, chain(folder, tmp_path, "tove")):
             processor = load_model(opened, load_backbones=False)[1]
             answerer = Answerer.load(opened, "cpu", "float32")
             pixel_values = processor(images=[image], text="<image>", return_tensors="pt")["pixel_values"]
@@ -493,13 +490,10 @@ def test_experts_go_onto_a_checkpoint_of_our_own(tmp_path, world, start):
 
 def test_presets_that_would_change_the_logits_are_refused(tmp_path, world, start):
     preset = str(start / "preset.yaml")
-    for override, words in (
-        ("vision.clip_layer=-1", "clip_layer"),
-        ("vision.image_size=64", "image_size"),
-        ("vision.fusion=channel_concat", "width"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=[override])
+    changes = {"clip_layer=-1": "clip_layer", "image_size=64": "image_size", "fusion=channel_concat": "width"}
+    for change, word in changes.items():
+        with pytest.raises(ConfigError, match=word):
+            convert_checkpoint(world.whole, tmp_path / "out", preset=preset, overrides=[f"vision.{change}"])
     with pytest.raises(ConfigError, match="--to tove"):
         convert_checkpoint(world.whole, tmp_path / "out", "llava-hf", preset=preset)
     with pytest.raises(ConfigError, match="--preset"):
@@ -538,9 +532,6 @@ def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
     assert read(tmp_path / "llava-finetune")["mm_vision_tower"] == str(world.clip)
 
 
-# -- evaluation and chat ----------------------------------------------------------------------------------------------
-
-
 def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
     make_scenes(tmp_path / "data", images=2)
     flags = ["--benchmark", "scenes", "--data-root", str(tmp_path / "data"), "--device", "cpu", "--json"]
@@ -555,9 +546,6 @@ def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
         assert cli(["eval", "--model", str(folder), "--output", str(tmp_path / "no"), *flags]) == 2
         assert f"tove-llava convert --model {folder} --base" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
-
-
-# -- real widths ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
