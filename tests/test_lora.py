@@ -1,4 +1,4 @@
-"""Which layers adapters are on, what merging them gives, and what can be done with the result."""
+"""The layers with adapters, merging them, and uses of the merged model."""
 
 import shutil
 from contextlib import nullcontext
@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from impostors import NAMES, impostors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from stage_parts import HARD, close, inputs, train_stages
 from train_parts import flags, write_parts, write_records
 from transformers import AutoModelForImageTextToText
@@ -35,7 +35,7 @@ def root(tmp_path_factory):
 
 
 def logits(model):
-    """Of one picture and a few bytes; and of a row without a picture."""
+    """Compute the logits of one image and a few bytes, and of a row without an image."""
     with torch.no_grad():
         rows = model(**inputs(model)).logits[0], model(input_ids=torch.tensor([[1, 70, 80]])).logits[0]
     return torch.cat(rows)
@@ -59,7 +59,7 @@ def test_under_autocast_adapters_take_their_inputs_as_they_come(root):
             out = layer(hidden.bfloat16())
         out.float().square().sum().backward()
         found.append([out, *(p.grad for p in layer.parameters() if p.grad is not None)])
-    assert taken == {torch.bfloat16}  # and not float32, as peft makes them
+    assert taken == {torch.bfloat16}  # not float32, to which peft casts them
     assert len(found[0]) == 7
     assert all(torch.equal(ours, plain) for plain, ours in zip(*found, strict=True))
 
@@ -68,40 +68,35 @@ def test_under_autocast_adapters_take_their_inputs_as_they_come(root):
 
 
 @pytest.mark.parametrize("bits", [16, 4, 8])
-def test_adapters_are_on_the_language_model_alone_whatever_a_tower_s_layers_are_called(tmp_path, bits):
+def test_adapters_are_only_on_the_language_model_whatever_a_tower_s_layers_are_called(tmp_path, bits):
     file = write_parts(tmp_path)
     write_records(tmp_path, captions=4, count=4)
     with impostors(tmp_path / "impostor") as vision:
         preset = yaml.safe_load(file.read_text())
         preset["vision"] |= vision
         file.write_text(yaml.safe_dump(preset))
-        assert_adapters_are_on_the_language_model_alone(tmp_path, bits)
+        model, _ = build_model(str(file))
+        expert = {name: value.clone() for name, value in model.tower.frozen.hub.state_dict().items()}
+        assert {name.split(".")[-2] for name in expert} >= set(NAMES)
 
+        out, words = tmp_path / "out", ["--max_steps", "2", "--bits", str(bits), "--learning_rate", "0.05"]
+        assert main(flags(tmp_path, "finetune_lora", out, *words)) == 0
+        adapters = [name.removeprefix("base_model.model.") for name in load_file(out / "adapter_model.safetensors")]
+        assert {tuple(name.split(".")[:3]) for name in adapters} == {("model", "language_model", "layers")}
+        assert {name.split(".")[-3] for name in adapters} == LAYERS
+        trained, untrained = load_file(out / "trained.safetensors"), dict(model.named_parameters())
+        fusion = [name for name in trained if ".fusion.language_model." in name]
+        assert {name.split(".")[-2] for name in fusion} == set(NAMES)  # whole and trained, not adapted
+        assert any(not torch.equal(trained[name], untrained[name]) for name in fusion)
 
-def assert_adapters_are_on_the_language_model_alone(folder, bits):
-    model, _ = build_model(str(folder / "preset.yaml"))
-    expert = {name: value.clone() for name, value in model.tower.frozen.hub.state_dict().items()}
-    assert {name.split(".")[-2] for name in expert} >= set(NAMES)
-
-    arguments = ["--max_steps", "2", "--bits", str(bits), "--learning_rate", "0.05"]
-    assert main(flags(folder, "finetune_lora", folder / "out", *arguments)) == 0
-    adapters = [name.removeprefix("base_model.model.") for name in load_file(folder / "out/adapter_model.safetensors")]
-    assert {tuple(name.split(".")[:3]) for name in adapters} == {("model", "language_model", "layers")}
-    assert {name.split(".")[-3] for name in adapters} == LAYERS
-    trained = load_file(folder / "out" / "trained.safetensors")
-    fusion = [name for name in trained if ".fusion.language_model." in name]
-    assert {name.split(".")[-2] for name in fusion} == set(NAMES)  # whole and trained, not adapted
-    untrained = dict(model.named_parameters())
-    assert any(not torch.equal(trained[name], untrained[name]) for name in fusion)
-
-    loaded, _ = load_model(folder / "out")
-    assert all(torch.equal(value, expert[name]) for name, value in loaded.tower.frozen.hub.state_dict().items())
-    merge_lora(folder / "out", folder / "plain")
-    close(logits(load_model(folder / "plain")[0]), logits(loaded))
+        loaded, _ = load_model(out)
+        assert all(torch.equal(value, expert[name]) for name, value in loaded.tower.frozen.hub.state_dict().items())
+        merge_lora(out, tmp_path / "plain")
+        close(logits(load_model(tmp_path / "plain")[0]), logits(loaded))
 
 
 def test_adapters_miss_the_student_of_a_merge(root):
-    """The student is a CLIP inside the model, with layers that are called q_proj, k_proj and v_proj."""
+    """The student is a CLIP inside the model, with layers named q_proj, k_proj and v_proj."""
     preset = load_preset(str(root / "preset.yaml"))
     model, _ = build_model(preset)
     trainable = freeze(model, preset.stage("merge"))
@@ -126,7 +121,7 @@ def test_merged_folder_computes_base_and_adapters(root):
 
 
 def test_weights_of_the_merged_folder_are_the_formula_s(root):
-    """W + alpha / r B A, from the files alone; all else is what it was."""
+    """Adapted weights are W + alpha / r B A, and all others are unchanged."""
     saved, adapter = load_file(root / "plain/model.safetensors"), load_file(root / "lora/adapter_model.safetensors")
     base = load_file(root / "llm" / "model.safetensors")
     layer = "layers.1.mlp.down_proj"
@@ -153,24 +148,17 @@ def test_merged_in_another_dtype(root, tmp_path):
     assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     model, _ = load_model(tmp_path / "half")
     assert model.dtype == torch.bfloat16 and model.tower.frozen.clip.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        logits(load_model(tmp_path / "half", dtype="float32")[0]),
-        logits(load_model(root / "lora")[0]),
-        atol=0.1,
-        rtol=0.1,
-    )
+    close(logits(load_model(tmp_path / "half", dtype="float32")[0]), logits(load_model(root / "lora")[0]), 0.1)
 
 
 def test_merged_folder_takes_along_what_lies_in_the_checkpoint(root, tmp_path):
-    """A self-contained checkpoint, and one whose experts were merged into a CLIP of its own."""
-    source = tmp_path / "parts"
-    source.mkdir()
+    """A self-contained checkpoint, and one whose experts were merged into its own CLIP."""
+    (source := tmp_path / "parts").mkdir()
     write_parts(source)
     write_records(source, captions=4, count=4)
-    words = ["--max_steps", "2", "--self_contained", "True"]
-    assert main(flags(source, "finetune_lora", tmp_path / "own", *words)) == 0
-    words = ["--max_steps", "2", "--pretrained", str(tmp_path / "own")]
-    assert main(flags(source, "merge", tmp_path / "lite", *words)) == 0
+    two = ["--max_steps", "2"]
+    assert main(flags(source, "finetune_lora", tmp_path / "own", *two, "--self_contained", "True")) == 0
+    assert main(flags(source, "merge", tmp_path / "lite", *two, "--pretrained", str(tmp_path / "own"))) == 0
     before = {name: logits(load_model(tmp_path / name)[0]) for name in ("own", "lite")}
     for name in before:
         merge_lora(tmp_path / name, tmp_path / f"{name}-plain")
@@ -180,22 +168,14 @@ def test_merged_folder_takes_along_what_lies_in_the_checkpoint(root, tmp_path):
         close(logits(load_model(tmp_path / f"{name}-plain")[0]), expected)
 
 
-def test_export_takes_the_merged_folder(root, tmp_path):
-    out = tmp_path / "remote"
-    assert cli(["export", "--model", str(root / "plain"), "--out", str(out), "--format", "remote-code"]) == 0
-    assert (out / "model.safetensors").is_file()
-
-
 @pytest.mark.parametrize("stage", ["pretrain", "finetune_lora", "finetune", "merge"])
 def test_every_stage_starts_from_the_merged_folder(root, tmp_path, stage):
     start = logits(load_model(root / "plain")[0])
-    still = flags(root, stage, tmp_path / "still", "--pretrained", str(root / "plain"), "--max_steps", "1")
-    assert main([*still, "--learning_rate", "0", "--merge_coefficient", "0"] if stage == "merge" else
-                [*still, "--learning_rate", "0"]) == 0  # fmt: skip
+    words = ["--pretrained", str(root / "plain"), "--max_steps"]
     if stage != "merge":  # whose tower becomes CLIP
+        assert main(flags(root, stage, tmp_path / "still", *words, "1", "--learning_rate", "0")) == 0
         close(logits(load_model(tmp_path / "still")[0]), start)
-    moved = flags(root, stage, tmp_path / "out", "--pretrained", str(root / "plain"), "--max_steps", "2")
-    assert main(moved) == 0
+    assert main(flags(root, stage, tmp_path / "out", *words, "2")) == 0
     assert not torch.allclose(logits(load_model(tmp_path / "out")[0]), start, atol=1e-4)
     kinds = {"pretrain": "trained", "finetune_lora": "lora", "finetune": "full", "merge": "full"}
     assert Manifest.read(tmp_path / "out").kind == kinds[stage]
@@ -203,12 +183,11 @@ def test_every_stage_starts_from_the_merged_folder(root, tmp_path, stage):
 
 def test_adapters_on_a_merged_folder_can_be_merged_again(root, tmp_path):
     copy = shutil.copytree(root / "plain", tmp_path / "base")
-    words = ["--pretrained", str(copy), "--max_steps", "2", "--self_contained", "True", *HARD]
-    assert main(flags(root, "finetune_lora", tmp_path / "more", *words)) == 0
+    words = ["--pretrained", str(copy), "--max_steps", "2", *HARD]
+    assert main(flags(root, "finetune_lora", tmp_path / "more", *words, "--self_contained", "True")) == 0
     merge_lora(tmp_path / "more", tmp_path / "plain")
     expected = logits(load_model(tmp_path / "more")[0])
     close(logits(load_model(tmp_path / "plain")[0]), expected)
-    words = ["--pretrained", str(copy), "--max_steps", "2", *HARD]
     assert main(flags(root, "finetune_lora", tmp_path / "named", *words)) == 0
     close(logits(load_model(tmp_path / "named")[0]), expected)
     shutil.rmtree(copy)
@@ -221,13 +200,9 @@ def test_a_changed_base_is_noticed(root, tmp_path):
     copy = shutil.copytree(root / "plain", tmp_path / "base")
     assert main(flags(root, "finetune_lora", tmp_path / "more", "--pretrained", str(copy), "--max_steps", "1")) == 0
     load_model(tmp_path / "more")
-    other = shutil.copytree(root / "lora", tmp_path / "other")
-    shutil.rmtree(copy)
-    tensors = load_file(other / "adapter_model.safetensors")
-    from safetensors.torch import save_file
-
-    save_file({name: value * 1.5 for name, value in tensors.items()}, other / "adapter_model.safetensors")
-    merge_lora(other, copy)
+    stored = load_file(copy / "model.safetensors")
+    stored["model.language_model.layers.0.mlp.up_proj.weight"] *= 1.01
+    save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="changed since"):
         load_model(tmp_path / "more")
 
@@ -274,7 +249,7 @@ def test_nothing_is_left_of_a_merge_that_failed(root, tmp_path, monkeypatch):
 
 
 def test_stage_two_sends_a_lora_folder_to_merge_lora(root, tmp_path):
-    with pytest.raises(CheckpointError, match="merge-lora"):
+    with pytest.raises(CheckpointError, match="stage 1's folder.*merge-lora"):
         run(parse(flags(root, "finetune_lora", tmp_path / "x", "--pretrained", str(root / "lora"))))
 
 
@@ -282,10 +257,10 @@ def test_stage_two_sends_a_lora_folder_to_merge_lora(root, tmp_path):
 
 QUESTIONS = [
     ("What is it?", 1),
-    ("How many red spheres are there in the picture, and where are they?", 1),
+    ("How many red spheres are there in the image, and where are they?", 1),
     ("Hello", 0),
     ("Is there a cone in it, or is there a cube, or neither of them?", 1),
-    ("Which of these two pictures has more objects in it? Answer with one word.", 2),
+    ("Which of these two images has more objects in it? Answer with one word.", 2),
     ("Name a colour.", 0),
     ("Describe the whole scene, please.", 1),
     ("What is the capital of France, and which river runs through it? Say it in one short sentence, please.", 0),
@@ -293,37 +268,35 @@ QUESTIONS = [
 
 
 def assert_batch_is_eight_times_one(model, processor, template, new_tokens):
-    """Through our own answering, and through transformers' processor and ``generate``."""
+    """Compare through our own answering, and through transformers' processor and ``generate``."""
     answerer = Answerer(model, processor, template)
     generator = torch.Generator().manual_seed(0)
     size = processor.image_processor.crop_size["height"]
-    pictures = [torch.randn(count, 3, size, size, generator=generator) for _, count in QUESTIONS]
+    images = [torch.randn(count, 3, size, size, generator=generator) for _, count in QUESTIONS]
     turns = [[Turn("user", "<image>\n" * count + text)] for text, count in QUESTIONS]
     prompts = [answerer.encode(turn, count) for turn, (_, count) in zip(turns, QUESTIONS, strict=True)]
     assert len({len(prompt) for prompt in prompts}) == 8
-    features = [answerer.features(p) if len(p) else [] for p in pictures]
+    features = [answerer.features(p) if len(p) else [] for p in images]
     single = [answerer.generate([p], f, new_tokens)[0] for p, f in zip(prompts, features, strict=True)]
     together = answerer.generate(prompts, [f for row in features for f in row], new_tokens)
     assert together == single
     assert len(set(single)) > 4 and max(map(len, single)) > 8
 
-    pad = processor.tokenizer.pad_token_id
+    tokenizer = processor.tokenizer
 
-    def generate(rows, images):
-        padded = processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        found = {"pixel_values": images} if len(images) else {}
-        keys = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": pad}
+    def generate(rows, pixels):
+        padded = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        found = {"pixel_values": pixels} if len(pixels) else {}
+        keys = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
         output = model.generate(**padded, **found, **keys)[:, padded["input_ids"].shape[1] :]
-        return processor.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return tokenizer.batch_decode(output, skip_special_tokens=True)
 
-    alone = [generate([prompt], images)[0] for prompt, images in zip(prompts, pictures, strict=True)]
-    assert generate(prompts, torch.cat(pictures)) == alone
-    for stock, own in zip(alone, single, strict=True):
-        assert stock.strip() == own
+    stock = [generate([prompt], pixels)[0] for prompt, pixels in zip(prompts, images, strict=True)]
+    assert generate(prompts, torch.cat(images)) == stock and [text.strip() for text in stock] == single
 
 
 def opened(preset, **keys):
-    """A preset's model whose tower and projector do something."""
+    """Build a preset's model whose tower and projector have an effect."""
     model, processor = build_model(preset, **keys)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
