@@ -21,14 +21,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.data import Turn
-from tove_llava.inference.engine import Engine
+from tove_llava.inference.engine import Engine, Message
 from tove_llava.inference.generation import Answerer
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 
+QUESTION = "What is it?"
 HIDDEN = ("tove_llava", "timm", "open_clip", "peft", "kornia", "torchvision")
 
-# Loads an exported folder with stock classes, asks one question about one picture, and saves what it saw.
+# Loads an exported folder with stock classes, asks one question about one image, and saves what it saw.
 CHILD = """
 import json, sys
 
@@ -60,10 +61,8 @@ torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixe
 """
 
 
-def checkpoint(
-    folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), seed=0, vision=None, text=None, **tower
-):
-    """A checkpoint folder as full training writes it; the tower's gate and output layer are random, not closed.
+def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), vision=None, text=None, **tower):
+    """Write a checkpoint as full training does, with a random gate and output layer of the tower.
 
     ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own. ``text``: keys of the
     language model's configuration.
@@ -71,12 +70,11 @@ def checkpoint(
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     if "<image>" not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 800, "initializer_range": 0.4}
     config = ToveLlavaConfig(
         vision_config=tower_config(folder / "parts", **tower) if vision is None else vision,
-        text_config=text_config(
-            vocab_size=len(tokenizer), max_position_embeddings=800, initializer_range=0.4, **(text or {})
-        ),
+        text_config=text_config(**sizes, **(text or {})),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
     )
     model = ToveLlavaForConditionalGeneration(config).eval()
@@ -92,7 +90,7 @@ def checkpoint(
 
 @cache
 def elsewhere():
-    """A process without this package that forks for each program; a fresh one would import for six seconds."""
+    """Start a process without this package that forks for each program; a fresh one would import for six seconds."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     server = Server(folder, HIDDEN)
@@ -129,7 +127,7 @@ def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, 
 
 
 def ask_stock(folder, file, question):
-    """(model, what it makes of the question): stock classes in this process, as :func:`ask_elsewhere`."""
+    """Return the model of stock classes in this process, and what :func:`ask_elsewhere` returns."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     content = [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]
@@ -145,7 +143,7 @@ def ask_stock(folder, file, question):
 
 
 def both_logits(own_folder, seen, file, question):
-    """The original's logits for the question that ``seen`` was asked, and an engine; ids and pixels are the same."""
+    """Return the original's logits for the same question, and an engine; ids and pixels must be equal."""
     answerer = Answerer.load(own_folder, "cpu", "float32")
     ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{question}")], 1)])
     pixels = answerer.pixels(file)[None]
@@ -155,10 +153,18 @@ def both_logits(own_folder, seen, file, question):
         return answerer.model(input_ids=ids, pixel_values=pixels).logits, Engine(answerer)
 
 
-def compare_in_clean_environment(model, out, file, question, work, trust=False):
-    """An exported folder in the environment that TOVE_CLEAN_PYTHON names, against the model in this one.
+def compare(model, seen, file, question=QUESTION):
+    """Assert that a folder's logits and answer are those that ``seen`` has; return the logits."""
+    logits, engine = both_logits(model, seen, file, question)
+    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
+    assert engine.answer([Message("user", question, [file])], max_new_tokens=16) == seen["text"]
+    return logits
 
-    TOVE_CLEAN_PYTHON: an interpreter with torch, transformers and pillow alone; scripts/clean_room.sh makes one.
+
+def compare_in_clean_environment(model, out, file, question, work, trust=False):
+    """Compare an exported folder in the environment that TOVE_CLEAN_PYTHON names with the model in this one.
+
+    TOVE_CLEAN_PYTHON: an interpreter with only torch, transformers and pillow; scripts/clean_room.sh makes one.
     """
     python = os.environ.get("TOVE_CLEAN_PYTHON")
     if not python:
@@ -168,10 +174,9 @@ def compare_in_clean_environment(model, out, file, question, work, trust=False):
         found = subprocess.run([python, "-c", probe], cwd=work, env=environment(PYTHONPATH=""))
         assert found.returncode == 0, f"{name} is installed there"
     seen = ask_elsewhere(out, file, question, work, trust=trust, python=python, hidden=())
-    logits, _ = both_logits(model, seen, file, question)
+    logits = compare(model, seen, file, question)
     versions = ", ".join(f"{name} {version}" for name, version in seen["versions"].items())
     print(f"{versions}: {seen['tower']}, logits differ by at most {(logits - seen['logits']).abs().max():.2g}")
-    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
 
 
 def run_card(folder, picture, work):

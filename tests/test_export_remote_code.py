@@ -1,4 +1,4 @@
-"""``tove-llava export --format remote-code``: a model with experts, in a process that has no tove_llava."""
+"""``tove-llava export --format remote-code``: a model with experts, in a process without this package."""
 
 import ast
 import json
@@ -10,31 +10,29 @@ import pytest
 import torch
 from answer_parts import picture
 from experts_zoo import CASES
-from export_parts import ask_elsewhere, both_logits, checkpoint, compare_in_clean_environment, run_card, run_elsewhere
+from export_parts import (
+    QUESTION,
+    ask_elsewhere,
+    checkpoint,
+    compare,
+    compare_in_clean_environment,
+    run_card,
+    run_elsewhere,
+)
 from tower_parts import save_clip
 
 from tove_llava.checkpoints.conversion import export_model
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.core.errors import ConfigError
-from tove_llava.inference.engine import Message
 from tove_llava.inference.generation import Answerer
 from tove_llava.tower import ToveVisionConfig
-
-QUESTION = "What is it?"
-
-
-def compare(model, seen, file):
-    logits, engine = both_logits(model, seen, file, QUESTION)
-    torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
-    assert engine.answer([Message("user", QUESTION, [file])], max_new_tokens=16) == seen["text"]
-    return logits
 
 
 @pytest.mark.parametrize(
     "tower", [{}, {"detached": ("edge",), "top_k": 1, "null_slot": True}, {"fusion": "none", "names": ()}]
 )
 def test_same_model_without_this_package(tmp_path, tower):
-    """Experts of a file outside the package, copied elsewhere, offline, the originals gone."""
+    """Experts of a file outside the package go along, and the originals are gone."""
     model = checkpoint(tmp_path, **tower)
     export_model(model, tmp_path / "out", "remote-code")
     picture(5, (40, 24)).save(tmp_path / "wide.png")
@@ -64,27 +62,18 @@ def test_loads_in_an_environment_of_its_own(tmp_path):
 
 
 def test_experts_of_every_library_go_along(tmp_path):
-    """By value open_clip's tower is timm's to read, so timm is the only library needed beside transformers."""
+    """timm reads open_clip's tower by value, so it is the only library that is needed next to transformers."""
     wanted = {"dinov2", "eva", "depth", "segmentation"}
-    entries = []
-    for key, case in CASES.items():
-        if case.expert in wanted | {"normal"} and case.mode == "features":
-            entries.append(case.spec(tmp_path / key, name=f"e{len(entries)}"))
+    cases = {k: c for k, c in CASES.items() if c.expert in wanted | {"normal"} and c.mode == "features"}
+    entries = [case.spec(tmp_path / key, name=f"e{i}") for i, (key, case) in enumerate(cases.items())]
     assert {entry["expert"] for entry in entries} >= wanted
     vision = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), entries, projection_dim=10)
     model = checkpoint(tmp_path, vision=vision)
     [remark] = export_model(model, tmp_path / "out", "remote-code")
     assert "timm" in remark and "kornia" not in remark and "open_clip" not in remark
-    picture(5, (40, 24)).save(tmp_path / "wide.png")
-    seen = ask_elsewhere(
-        tmp_path / "out",
-        tmp_path / "wide.png",
-        QUESTION,
-        tmp_path,
-        trust=True,
-        hidden=("tove_llava", "kornia", "open_clip"),
-    )
-    compare(model, seen, tmp_path / "wide.png")
+    picture(5, (40, 24)).save(file := tmp_path / "wide.png")
+    hidden = ("tove_llava", "kornia", "open_clip")
+    compare(model, ask_elsewhere(tmp_path / "out", file, QUESTION, tmp_path, trust=True, hidden=hidden), file)
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +86,9 @@ def out(tmp_path_factory):
 
 def test_only_what_the_model_needs_goes_along(out):
     files = {file.name: file.read_text() for file in out.glob("*.py")}
-    assert third_party_imports(files.values()) - {"tove_llava"} == {
-        "huggingface_hub", "numpy", "safetensors", "torch", "transformers", "yaml"
-    } & third_party_imports(files.values())  # fmt: skip
-    assert "tower_parts.py" in files and "tove_llava_tower_fusion_tove.py" in files
+    libraries = {"huggingface_hub", "numpy", "safetensors", "torch", "transformers", "yaml"}
+    assert third_party_imports(files.values()) <= libraries | {"tove_llava"}
+    assert "tower_parts.py" in files and "tove_llava_tower_fusion_tove_gate.py" in files
     assert not [name for name in files if "edge" in name or "timm" in name or "none" in name or "train" in name]
     for name, text in files.items():
         for node in ast.walk(ast.parse(text)):
@@ -120,13 +108,13 @@ def test_code_of_the_card_runs(out, tmp_path):
 
 
 def test_code_is_the_packages_own_text(out):
-    """Line by line but for imports and the registries' packages."""
     from tove_llava.tower import gate
 
-    own, exported = Path(gate.__file__).read_text(), (out / "tove_llava_tower_gate.py").read_text()
-    assert [line for line in own.splitlines() if "tove_llava" not in line] == [
-        line for line in exported.splitlines() if "tove_llava" not in line
-    ]
+    own, exported = (
+        [line for line in file.read_text().splitlines() if "tove_llava" not in line]  # all but imports and registries
+        for file in (Path(gate.__file__), out / "tove_llava_tower_gate.py")
+    )
+    assert own == exported
 
 
 def test_two_folders_in_one_process(out, tmp_path):
@@ -144,17 +132,16 @@ assert all(m.tower.is_loaded for m in models)
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    def write(**files):
-        for name, text in files.items():
-            file = tmp_path / "zoo" / f"{name.replace('__', '/') if name != '__init__' else name}.py"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
+def flat(tmp_path, monkeypatch):
+    """The flat modules of a package ``zoo`` with these sources of a keeper and a lion."""
+
+    def write(keeper, lion):
+        (tmp_path / "zoo" / "cats").mkdir(parents=True)
         (tmp_path / "zoo" / "__init__.py").touch()
-        (tmp_path / "zoo" / "cats").mkdir(exist_ok=True)
         (tmp_path / "zoo" / "cats" / "__init__.py").write_text("from zoo.cats.lion import Lion as King, roar\n")
-        for name in [name for name in sys.modules if name.split(".")[0] == "zoo"]:
-            del sys.modules[name]
+        (tmp_path / "zoo" / "cats" / "lion.py").write_text(lion)
+        (tmp_path / "zoo" / "keeper.py").write_text(keeper)
+        return flatten_modules(["zoo.keeper"], "zoo")
 
     monkeypatch.syspath_prepend(str(tmp_path))
     yield write
@@ -162,13 +149,12 @@ def package(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_reexported_names_come_from_where_they_are_defined(package):
-    package(
-        cats__lion="roar = 'é'\n\n\nclass Lion: ...\n",
-        keeper="import os\n\nfrom zoo.cats import (\n    King,  # with a comment\n    roar as noise,\n)\n\n\n"
+def test_reexported_names_come_from_where_they_are_defined(flat):
+    files = flat(
+        "import os\n\nfrom zoo.cats import (\n    King,  # with a comment\n    roar as noise,\n)\n\n\n"
         "def feed():\n    from zoo.cats.lion import Lion\n\n    return Lion  # ünïcode\n",
+        "roar = 'é'\n\n\nclass Lion: ...\n",
     )
-    files = flatten_modules(["zoo.keeper"], "zoo")
     assert set(files) == {"zoo_keeper.py", "zoo_cats_lion.py"}
     assert files["zoo_keeper.py"] == (
         "import os\n\nfrom .zoo_cats_lion import Lion as King, roar as noise\n\n\n"
@@ -178,20 +164,15 @@ def test_reexported_names_come_from_where_they_are_defined(package):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [
-        ("from . import cats\n", "relative"),
-        ("import zoo.cats\n", "from zoo"),
-        ("from zoo.cats import tiger\n", "tiger"),
-    ],
+    [("from . import cats", "relative"), ("import zoo.cats", "from zoo"), ("from zoo.cats import tiger", "tiger")],
 )
-def test_imports_that_cannot_be_flat_are_refused(package, text, message):
-    package(cats__lion="roar = 1\n", keeper=text)
+def test_imports_that_cannot_be_flat_are_refused(flat, text, message):
     with pytest.raises(ConfigError, match=message):
-        flatten_modules(["zoo.keeper"], "zoo")
+        flat(f"{text}\n", "roar = 1\n")
 
 
 def test_every_module_of_tower_and_experts_can_be_flat():
-    """Also those that no test model uses: a new fusion or expert must not make the export fail."""
+    """Modules that no test model uses must not make the export fail, either."""
     import tove_llava
 
     root = Path(tove_llava.__file__).parent

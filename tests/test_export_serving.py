@@ -17,9 +17,8 @@ from train_parts import ROOT, environment, flags, free_port, write_parts, write_
 from tove_llava.checkpoints.conversion import export_model
 from tove_llava.train.run import main as train
 
-pytest.importorskip("fastapi")
-pytest.importorskip("uvicorn")
-pytest.importorskip("openai")
+for _library in ("fastapi", "uvicorn", "openai"):
+    pytest.importorskip(_library)
 
 QUESTIONS = ("What is it?", "Describe the  picture.")
 
