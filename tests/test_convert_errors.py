@@ -20,7 +20,6 @@ from convert_parts import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import save_file
 from stage_parts import edit_manifest
 
@@ -381,9 +380,6 @@ def test_damaged_weight_files_are_refused_or_read(tmp_path, data, name):
         assert all(isinstance(value, torch.Tensor) for value in file_tensors(file).values())
 
 
-# -- further --------------------------------------------------------------------------------------------------------
-
-
 def test_adapters_next_to_their_language_model(tmp_path, world):
     """The original has no layout for a self-contained LoRA folder; transformers takes the merged weights."""
     convert_checkpoint(world.lora, tmp_path / "tove", base=str(world.base))
@@ -445,16 +441,6 @@ def test_command(tmp_path, world, capsys):
     assert main(["convert", "--model", str(world.whole), "--out", str(tmp_path / "hub"), *preset]) == 0
     model, _ = load_model(tmp_path / "hub")
     assert model.tower.config.expert_names == ["depth", "normal", "edge", "segmentation"]
-
-
-def test_chat_takes_the_originals_folder(tmp_path, world, capsys):
-    Image.new("RGB", (40, 30), (200, 30, 30)).save(tmp_path / "red.png")
-    answers = []
-    for folder in (world.whole, world.hf, world.tove):
-        words = ["chat", "--model", str(folder), "--image", str(tmp_path / "red.png"), "--question", "What is it?"]
-        assert main([*words, "--max-new-tokens", "8", "--json"]) == 0
-        answers.append(json.loads(capsys.readouterr().out)["answer"])
-    assert answers[0] == answers[1] == answers[2]
 
 
 def test_open_llava_says_what_is_wrong(world):
