@@ -3,7 +3,6 @@
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -55,9 +54,9 @@ CHATML = (
 )
 
 
-def train_sentencepiece(folder: Path, **options: Any) -> Path:
+def train_sentencepiece(folder, **options):
     """A small LLaMA-like SentencePiece model, saved as ``tokenizer.model``."""
-    settings: dict[str, Any] = {
+    settings = {
         "model_type": "bpe",
         "vocab_size": 600,
         "byte_fallback": True,
@@ -87,7 +86,7 @@ def train_sentencepiece(folder: Path, **options: Any) -> Path:
     return file
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+def byte_level_tokenizer():
     """A small byte-level BPE tokenizer with a chat template, as SmolLM2's is."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -106,7 +105,7 @@ def byte_level_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def sentencepiece_oracle(processor: sentencepiece.SentencePieceProcessor, prompt: str, images: bool) -> list[int]:
+def sentencepiece_oracle(processor, prompt, images):
     """LLaVA's token ids, from SentencePiece alone: text between images is encoded apart, text after a special token
     without a space in front."""
     specials = {"<s>": 1, "</s>": 2, "<unk>": 0}
@@ -127,9 +126,9 @@ def sentencepiece_oracle(processor: sentencepiece.SentencePieceProcessor, prompt
     return ids
 
 
-def decode_spans(tokenizer: Any, labels: list[int]) -> list[str]:
+def decode_spans(tokenizer, labels):
     """The text of each run of supervised labels, as it continues what is before it."""
-    spans: list[list[int]] = []
+    spans = []
     open_span = False
     for label in labels:
         if label >= 0:
@@ -141,11 +140,11 @@ def decode_spans(tokenizer: Any, labels: list[int]) -> list[str]:
     return [tokenizer.decode([tokenizer.eos_token_id, *span])[len(eos) :] for span in spans]
 
 
-def jsonl(path: Path) -> list[dict[str, Any]]:
+def jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def save_odd_kinds(picture: Image.Image, folder: Path) -> list[str]:
+def save_odd_kinds(picture, folder):
     """Writes a picture grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; the files' names."""
     turned = Image.Exif()
     turned[0x0112] = 6

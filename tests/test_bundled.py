@@ -39,13 +39,13 @@ HEADLINE = {
 }
 
 
-def card_metric(part: str, key: str) -> float:
+def card_metric(part, key):
     (value,) = re.findall(rf"^\| {key} \| ([0-9.]+) \|$", (BUNDLED / part / "README.md").read_text(), re.MULTILINE)
     return float(value)
 
 
 @pytest.fixture(scope="module")
-def pictures() -> torch.Tensor:
+def pictures():
     """[4,3,96,96] in 0..1."""
     views = [render(sample_scene(0, "val", i), 96).image for i in range(4)]
     return torch.stack([torch.from_numpy(view).permute(2, 0, 1).float() / 255 for view in views])

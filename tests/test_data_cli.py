@@ -1,8 +1,6 @@
 """The verbs ``data check`` and ``tokenize``, through the command's entry point."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 from data_helpers import byte_level_tokenizer, decode_spans, jsonl, train_sentencepiece
@@ -15,7 +13,7 @@ from tove_llava.data import load_tokenizer
 from tove_llava.llava.processing import build_processor
 
 
-def turns(*values: str) -> list[dict[str, str]]:
+def turns(*values):
     return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
 
 
@@ -38,7 +36,7 @@ BAD = [
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
     Image.new("L", (8, 8)).save(tmp_path / "images" / "grey.png")
@@ -48,14 +46,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, records: list[Any], *flags: str) -> int:
+def run(folder, records, *flags):
     (folder / "data.json").write_text(json.dumps(records))
     paths = ["--data-path", str(folder / "data.json"), "--image-folder", str(folder / "images")]
     return main(["data", "check", *paths, "--workers", "1", *flags])
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_good_data_set(folder: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_a_good_data_set(folder, capsys, workers):
     flags = ["--tokenizer", str(folder / "tokenizer"), "--num-image-tokens", "9", "--workers", workers]
     assert run(folder, GOOD, *flags, "--json") == 0
     report = json.loads(capsys.readouterr().out)
@@ -69,7 +67,7 @@ def test_a_good_data_set(folder: Path, capsys: pytest.CaptureFixture[str], worke
 
 
 @pytest.mark.parametrize("workers", ["1", "3"])
-def test_every_problem_is_found(folder: Path, capsys: pytest.CaptureFixture[str], workers: str) -> None:
+def test_every_problem_is_found(folder, capsys, workers):
     flags = ["--tokenizer", str(folder / "tokenizer"), "--model-max-length", "300", "--num-image-tokens", "9"]
     assert run(folder, GOOD + BAD, *flags, "--workers", workers, "--json") == 2
     report = json.loads(capsys.readouterr().out)
@@ -89,7 +87,7 @@ def test_every_problem_is_found(folder: Path, capsys: pytest.CaptureFixture[str]
         assert f"data.json: record {problem['index']}" in problem["message"]
 
 
-def test_the_table_names_records_and_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_records_and_counts(folder, capsys):
     assert run(folder, GOOD + BAD, "--show", "2") == 2
     out = capsys.readouterr().out
     assert "record 4 (id 'roles')" in out
@@ -98,7 +96,7 @@ def test_the_table_names_records_and_counts(folder: Path, capsys: pytest.Capture
     assert out.strip().endswith("7 of 12 records cannot be trained on")
 
 
-def test_one_bad_picture_is_reported_for_each_of_its_records(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bad_picture_is_reported_for_each_of_its_records(folder, capsys):
     assert run(folder, [BAD[3], GOOD[0], {**BAD[3], "id": "again"}], "--json") == 2
     assert [problem["id"] for problem in json.loads(capsys.readouterr().out)["problems"]] == ["damaged", "again"]
     assert run(folder, [BAD[3]], "--no-decode") == 0 and run(folder, [BAD[2]], "--no-decode") == 2
@@ -114,7 +112,7 @@ def test_one_bad_picture_is_reported_for_each_of_its_records(folder: Path, capsy
         (["--tokenizer", "/nowhere"], "no tokenizer folder /nowhere"),
     ],
 )
-def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+def test_wrong_flags(folder, capsys, flags, message):
     assert run(folder, GOOD, *flags) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -123,15 +121,12 @@ def test_wrong_flags(folder: Path, capsys: pytest.CaptureFixture[str], flags: li
     assert "--image-folder" in capsys.readouterr().err
 
 
-# --- tokenize ---------------------------------------------------------------------------------------------------------
-
-
-def tokenize(folder: Path, records: list[Any], *flags: str) -> int:
+def tokenize(folder, records, *flags):
     (folder / "data.json").write_text(json.dumps(records))
     return main(["tokenize", "--tokenizer", str(folder / "tokenizer"), "--records", str(folder / "data.json"), *flags])
 
 
-def test_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_lines(folder, capsys):
     assert tokenize(folder, GOOD + BAD, "--json") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(rows) == len(GOOD + BAD)
@@ -148,7 +143,7 @@ def test_json_lines(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing is supervised" in rows[9]["warning"]
 
 
-def _hub_folder(model: Path, folder: Path) -> None:
+def _hub_folder(model, folder):
     """As a LLaMA of the hub is laid out."""
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "pad_token": None}
     (folder / "config.json").write_text('{"model_type": "llama"}')
@@ -156,7 +151,7 @@ def _hub_folder(model: Path, folder: Path) -> None:
     (folder / "tokenizer.model").write_bytes(model.read_bytes())
 
 
-def _resaved_folder(model: Path, folder: Path) -> None:
+def _resaved_folder(model, folder):
     """As transformers saves it again: its own conversion, without the SentencePiece model."""
     _hub_folder(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -165,7 +160,7 @@ def _resaved_folder(model: Path, folder: Path) -> None:
     assert tokenizer("a  kite")["input_ids"] != load_tokenizer(model)("a  kite")["input_ids"]
 
 
-def _checkpoint_folder(model: Path, folder: Path) -> None:
+def _checkpoint_folder(model, folder):
     tokenizer = load_tokenizer(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     (folder / "parts").mkdir()
@@ -181,7 +176,7 @@ FOLDERS = {
 }
 
 
-def _through_the_command(tokenizer: Path, records: list[Any], folder: Path, capsys: Any, *flags: str) -> list[Any]:
+def _through_the_command(tokenizer, records, folder, capsys, *flags):
     (folder / "rows.json").write_text(json.dumps(records))
     command = ["tokenize", "--tokenizer", str(tokenizer), "--records", str(folder / "rows.json"), "--json", *flags]
     assert main(command) == 0
@@ -189,7 +184,7 @@ def _through_the_command(tokenizer: Path, records: list[Any], folder: Path, caps
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, capsys: Any, kind: str) -> None:
+def test_golden_rows_through_the_command(conformance, tmp_path, capsys, kind):
     """Compare every id and label; of three kinds of folders, those of the two templates with most rows."""
     FOLDERS[kind](conformance / "llava" / "llama_tokenizer.model", tmp_path)
     rows = jsonl(conformance / "llava" / "tokenization.jsonl")
@@ -219,7 +214,7 @@ def test_golden_rows_through_the_command(conformance: Path, tmp_path: Path, caps
     assert equal == ({"train": 111, "generate": 24} if kind == "bare" else {"train": 85, "generate": 19})
 
 
-def test_rows_are_cut_as_training_cuts_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_cut_as_training_cuts_them(folder, capsys):
     records = [BAD[6], GOOD[0]]
     assert tokenize(folder, records, "--json", "--model-max-length", "90") == 0
     long, image = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -232,7 +227,7 @@ def test_rows_are_cut_as_training_cuts_them(folder: Path, capsys: pytest.Capture
     assert len(image["input_ids"]) == whole - 3  # 8 more positions than ids
 
 
-def test_generation_prompts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_prompts(folder, capsys):
     asked = {"id": "q", "conversations": turns("<image>\nWhat?")}
     assert tokenize(folder, [{**asked, "image": "a.png"}, asked, *GOOD], "--generate", "--json", "--limit", "2") == 0
     image, text = [json.loads(line) for line in capsys.readouterr().out.splitlines()]  # only the first records
@@ -241,7 +236,7 @@ def test_generation_prompts(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "no 'image'" in text["warning"] and -200 not in text["input_ids"]
 
 
-def test_text_marks_what_is_learnt(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_marks_what_is_learnt(folder, capsys):
     assert tokenize(folder, [GOOD[0], BAD[0]]) == 0
     plain = capsys.readouterr().out
     assert "USER: <image>" in plain
@@ -251,7 +246,7 @@ def test_text_marks_what_is_learnt(folder: Path, capsys: pytest.CaptureFixture[s
     assert "ASSISTANT:\033[1;32m A kite.</s>\033[0m" in capsys.readouterr().out
 
 
-def test_another_tokenizer_with_its_chat_template(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_tokenizer_with_its_chat_template(folder, capsys):
     byte_level_tokenizer().save_pretrained(folder / "bytes")
     assert tokenize(folder, GOOD, "--tokenizer", str(folder / "bytes"), "--template", "chat_template") == 0
     assert "assistant\n⟦A kite.<|im_end|>⟧" in capsys.readouterr().out

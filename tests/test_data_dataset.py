@@ -2,9 +2,6 @@
 
 import json
 import pickle
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -32,15 +29,15 @@ TOKENS = 9  # an image's
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tokenizer(tmp_path_factory):
     return load_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("tokenizer")))
 
 
-def turns(*values: str) -> list[dict[str, str]]:
+def turns(*values):
     return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
 
 
-RECORDS: list[dict[str, Any]] = [
+RECORDS = [
     {"id": "one", "image": "red.png", "conversations": turns("<image>\nWhat?", "Red.")},
     {"id": "text", "conversations": turns("Hello", "Hi.", "Well?", "Yes.")},
     {"id": "two", "image": ["blue.png", "red.png"], "conversations": turns("<image> or <image>?", "Blue.")},
@@ -48,14 +45,14 @@ RECORDS: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def make(tmp_path: Path, tokenizer: Any) -> Callable[..., LlavaDataset]:
+def make(tmp_path, tokenizer):
     (tmp_path / "images").mkdir()
     for name, colour in (("red", (255, 0, 0)), ("blue", (0, 0, 255))):
         Image.new("RGB", (20, 10), colour).save(tmp_path / "images" / f"{name}.png")
 
-    def build(records: list[Any] | None = None, **options: Any) -> LlavaDataset:
+    def build(records=None, **options):
         (tmp_path / "data.json").write_text(json.dumps(RECORDS if records is None else records))
-        settings: dict[str, Any] = {
+        settings = {
             "template": "v1",
             "image_transform": ImageTransform(12, "square"),
             "num_image_tokens": TOKENS,
@@ -67,7 +64,7 @@ def make(tmp_path: Path, tokenizer: Any) -> Callable[..., LlavaDataset]:
     return build
 
 
-def test_examples(make: Any, tokenizer: Any) -> None:
+def test_examples(make, tokenizer):
     dataset = make()
     one, text, two = (dataset[index] for index in range(len(dataset)))
     assert one["input_ids"].dtype == one["labels"].dtype == torch.long
@@ -83,7 +80,7 @@ def test_examples(make: Any, tokenizer: Any) -> None:
     assert dataset.modality_lengths == [3, -4, 4]
 
 
-def test_batches(make: Any, tokenizer: Any) -> None:
+def test_batches(make, tokenizer):
     dataset = make()
     examples = [dataset[index] for index in range(3)]
     collate = LlavaCollator(pad_token_id=0, image_token_id=len(tokenizer), num_image_tokens=TOKENS)
@@ -105,7 +102,7 @@ def test_batches(make: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 64])
-def test_a_text_batch(make: Any, multiple: int) -> None:
+def test_a_text_batch(make, multiple):
     """LLaVA takes a genuine <unk> (id 0, its padding) out of the text."""
     example = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])[0]
     batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1, multiple_of=multiple)([example])
@@ -117,9 +114,9 @@ def test_a_text_batch(make: Any, multiple: int) -> None:
     ]
 
 
-def test_a_collator_refuses_what_would_go_wrong_later() -> None:
+def test_a_collator_refuses_what_would_go_wrong_later():
     ids = torch.tensor([1, IMAGE_TOKEN_INDEX, 5])
-    example: Any = {"input_ids": ids, "labels": ids, "pixel_values": None}
+    example = {"input_ids": ids, "labels": ids, "pixel_values": None}
     with pytest.raises(DataError, match="1 image placeholders and 0 images"):
         LlavaCollator(0, 9, 4)([example])
     with pytest.raises(DataError, match="contains the image token's id 5"):
@@ -132,7 +129,7 @@ def test_a_collator_refuses_what_would_go_wrong_later() -> None:
     assert batch["labels"].tolist() == [[1, IGNORE_INDEX, IGNORE_INDEX, 5]]
 
 
-def test_loader_workers(make: Any) -> None:
+def test_loader_workers(make):
     dataset, collate = make(), LlavaCollator(0, 999, TOKENS)
     options = {"batch_size": 2, "collate_fn": collate}
     pickle.loads(pickle.dumps((dataset, collate)))  # all that spawning needs; starting one takes long
@@ -143,15 +140,12 @@ def test_loader_workers(make: Any) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# --- length -----------------------------------------------------------------------------------------------------------
-
-
 @given(
     ids=st.lists(st.sampled_from([IMAGE_TOKEN_INDEX, 3, 4, 5]), max_size=40),
     limit=st.integers(1, 60),
     tokens=st.integers(1, 9),
 )
-def test_truncation(ids: list[int], limit: int, tokens: int) -> None:
+def test_truncation(ids, limit, tokens):
     cut = truncate(Encoded(ids, list(ids)), limit, tokens).input_ids
     cost = [tokens if token == IMAGE_TOKEN_INDEX else 1 for token in ids]
     assert cut == ids[: len(cut)]
@@ -159,7 +153,7 @@ def test_truncation(ids: list[int], limit: int, tokens: int) -> None:
     assert len(cut) == len(ids) or sum(cost[: len(cut) + 1]) > limit  # and no more is cut than must be
 
 
-def test_a_long_answer_is_cut(make: Any) -> None:
+def test_a_long_answer_is_cut(make):
     dataset = make([{"id": "long", "image": "red.png", "conversations": turns("<image>\nTell.", "kite " * 999)}])
     batch = LlavaCollator(0, 999, TOKENS)([dataset[0]])
     assert batch["input_ids"].shape == (1, 400)
@@ -167,7 +161,7 @@ def test_a_long_answer_is_cut(make: Any) -> None:
     assert dataset.report.counts.total() == 0
 
 
-def test_an_image_beyond_the_cut_is_left_out_with_its_pixels(make: Any) -> None:
+def test_an_image_beyond_the_cut_is_left_out_with_its_pixels(make):
     conversation = turns("Tell.", "kite " * 999, "And this? <image>", "Red.")
     dataset = make([{"id": "late", "image": "red.png", "conversations": conversation}])
     example = dataset[0]
@@ -183,7 +177,7 @@ UNTRAINABLE = [
 ]
 
 
-def test_records_without_supervision_are_left_out_and_counted(make: Any) -> None:
+def test_records_without_supervision_are_left_out_and_counted(make):
     dataset = make([*RECORDS, *UNTRAINABLE])
     assert [record.id for record in dataset.records] == ["one", "text", "two"]
     assert dataset.report.total == 6
@@ -209,17 +203,17 @@ def test_records_without_supervision_are_left_out_and_counted(make: Any) -> None
         ),
     ],
 )
-def test_a_data_set_that_cannot_be_used_is_refused_at_once(make: Any, options: Any, error: Any, message: str) -> None:
+def test_a_data_set_that_cannot_be_used_is_refused_at_once(make, options, error, message):
     with pytest.raises(error, match=message):
         make(**options)
 
 
-def test_text_needs_no_image_folder(make: Any) -> None:
+def test_text_needs_no_image_folder(make):
     assert len(make([RECORDS[1]], image_folder=None)) == 1
 
 
 @pytest.mark.parametrize("raw", UNTRAINABLE, ids=lambda raw: raw["id"])
-def test_records_without_supervision_may_be_an_error(make: Any, raw: Any) -> None:
+def test_records_without_supervision_may_be_an_error(make, raw):
     with pytest.raises(DataError, match=rf"data.json: record 1 \(id '{raw['id']}'\): .*"):
         make([RECORDS[0], raw], unsupervised="error")
 
@@ -231,16 +225,14 @@ def test_records_without_supervision_may_be_an_error(make: Any, raw: Any) -> Non
     image=st.booleans(),
 )
 @also(question="🙂" * 60, limit=260, image=False)  # fits in characters, not in bytes
-def test_what_is_kept_has_something_to_learn(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, question: str, limit: int, image: bool
-) -> None:
+def test_what_is_kept_has_something_to_learn(tmp_path_factory, tokenizer, question, limit, image):
     """Whether an answer survives is decided without tokenising where that is safe; it must be the true answer."""
     folder = tmp_path_factory.mktemp("data")
     raw = {"id": "x", "conversations": turns(("<image>\n" if image else "") + question, "Yes.")}
     raw |= {"image": "x.png"} if image else {}
     (folder / "data.json").write_text(json.dumps([raw, {"id": "short", "conversations": turns("a", "b")}]))
 
-    def build(length: int) -> LlavaDataset:
+    def build(length):
         return LlavaDataset(
             folder / "data.json",
             folder,
@@ -261,10 +253,7 @@ def test_what_is_kept_has_something_to_learn(
     assert ("x" in ids) == kept
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _with_image(name: Any) -> list[dict[str, Any]]:
+def _with_image(name):
     return [RECORDS[1], {"id": "bad", "image": name, "conversations": turns("<image>\nWhat?", "Red.")}]
 
 
@@ -276,7 +265,7 @@ def _with_image(name: Any) -> list[dict[str, Any]]:
         ("/etc/hostname", "absolute path"),
     ],
 )
-def test_images_are_looked_for_at_once(make: Any, name: str, message: str) -> None:
+def test_images_are_looked_for_at_once(make, name, message):
     with pytest.raises(DataError, match=rf"data.json: record 1 \(id 'bad'\): .*{message}"):
         make(_with_image(name))
     lazy = make(_with_image(name), check_files=False)
@@ -284,13 +273,13 @@ def test_images_are_looked_for_at_once(make: Any, name: str, message: str) -> No
         lazy[1]
 
 
-def test_a_damaged_image_names_its_record(make: Any, tmp_path: Path) -> None:
+def test_a_damaged_image_names_its_record(make, tmp_path):
     (tmp_path / "images" / "page.png").write_bytes(b"<html>")
     with pytest.raises(DataError, match=r"data.json: record 1 \(id 'bad'\): .*page.png is not an image"):
         make(_with_image("page.png"))[1]
 
 
-def test_photographs_of_all_kinds_go_through(make: Any, tmp_path: Path) -> None:
+def test_photographs_of_all_kinds_go_through(make, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (31, 45, 3), dtype=np.uint8)
     names = save_odd_kinds(Image.fromarray(noise), tmp_path / "images")
     records = [{"id": n, "image": n, "conversations": turns("<image>\nWhat?", "Noise.")} for n in names]

@@ -1,8 +1,6 @@
 """Reading LLaVA's format, and what it says about records that it cannot use."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,20 +11,17 @@ from tove_llava.data.records import prepare_turns
 V1, PLAIN, MMTAG = get_template("v1"), get_template("plain"), get_template("v1_mmtag")
 
 
-def record(*values: str, image: Any = None, first: str = "human") -> dict[str, Any]:
+def record(*values, image=None, first="human"):
     roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
     conversations = [{"from": roles[index % 2], "value": value} for index, value in enumerate(values)]
     return {"id": "r1", "conversations": conversations} | ({"image": image} if image is not None else {})
 
 
-def prepared(raw: dict[str, Any], template: Any = V1) -> list[str | None]:
+def prepared(raw, template=V1):
     return [turn.text for turn in prepare_turns(parse_record(raw, 7, "data.json"), template)]
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_json_and_jsonl_are_the_same(tmp_path: Path) -> None:
+def test_json_and_jsonl_are_the_same(tmp_path):
     rows = [record("a", "b"), record("c\u2028d", "é")]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n"
@@ -48,16 +43,13 @@ def test_json_and_jsonl_are_the_same(tmp_path: Path) -> None:
         (None, "no file .*x.json.*--data_path"),
     ],
 )
-def test_files_that_cannot_be_read(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_files_that_cannot_be_read(content, message, tmp_path):
     with pytest.raises(DataError, match="is a folder"):
         read_records(tmp_path)
     if content is not None:
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(DataError, match=message):
         read_records(tmp_path / "x.json")
-
-
-# --- structure --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -85,7 +77,7 @@ def test_files_that_cannot_be_read(content: bytes | None, message: str, tmp_path
         (record("x", image=""), "'image' must be a file name"),
     ],
 )
-def test_malformed_records(raw: Any, message: str) -> None:
+def test_malformed_records(raw, message):
     with pytest.raises(DataError, match=message) as caught:
         parse_record(raw, 7, "data.json")
     assert str(caught.value).startswith("data.json: record 7")
@@ -93,17 +85,14 @@ def test_malformed_records(raw: Any, message: str) -> None:
         assert "(id 'r1')" in str(caught.value)
 
 
-def test_ids_and_images_may_be_absent() -> None:
+def test_ids_and_images_may_be_absent():
     assert parse_record({**record("a", "b"), "id": 12}).id == "12"
     assert parse_record({"conversations": record("a", "b")["conversations"]}, 3).where == "record 3"
     for image in (None, []):
         assert parse_record({**record("a", "b"), "image": image}).images == ()
 
 
-# --- turns ------------------------------------------------------------------------------------------------------------
-
-
-def test_roles_alternate_and_a_first_turn_of_the_assistant_is_dropped() -> None:
+def test_roles_alternate_and_a_first_turn_of_the_assistant_is_dropped():
     assert prepared(record("a", "b", "c", first="gpt")) == ["b", "c"]
     for raw, message in ((record("only me", first="gpt"), "no human turn"), (record("a", "b"), "turn 2 is the user's")):
         raw["conversations"][-1]["from"] = "gpt" if len(raw["conversations"]) == 1 else "human"
@@ -122,19 +111,19 @@ def test_roles_alternate_and_a_first_turn_of_the_assistant_is_dropped() -> None:
         ("<image> and <image>", "<image>\nand"),
     ],
 )
-def test_one_image_moves_to_the_front_of_its_turn(text: str, expected: str) -> None:
+def test_one_image_moves_to_the_front_of_its_turn(text, expected):
     assert prepared(record(text, "b", image="a.png")) == [expected, "b"]
     assert prepared(record("hello", "b", text, "d", image=["a.png"])) == ["hello", "b", expected, "d"]
 
 
-def test_several_images_in_one_turn_stay_where_they_are() -> None:
+def test_several_images_in_one_turn_stay_where_they_are():
     text = "First <image>, then <image>: what changed?"
     assert prepared(record(text, "b", image=["a.png", "b.png"])) == [text, "b"]
     separate = record("What? <image>", "b", "And <image>?", "d", image=["a.png", "b.png"])
     assert prepared(separate) == ["<image>\nWhat?", "b", "<image>\nAnd ?", "d"]
 
 
-def test_tags_go_around_each_image() -> None:
+def test_tags_go_around_each_image():
     assert prepared(record("What? <image>", "b", image="a.png"), MMTAG)[0] == "<Image><image></Image>\nWhat?"
     both = prepared(record("<image> <image>", "b", image=["a.png", "b.png"]), MMTAG)
     assert both[0] == "<Image><image></Image> <Image><image></Image>"
@@ -152,18 +141,18 @@ def test_tags_go_around_each_image() -> None:
         (record("<image>", "b", "What?", image="a.png", first="gpt"), "0 <image> placeholders for 1 image;"),
     ],
 )
-def test_placeholders_must_match_images(raw: dict[str, Any], message: str) -> None:
+def test_placeholders_must_match_images(raw, message):
     with pytest.raises(DataError, match=f"data.json: record 7 .id 'r1'.: {message}.*its own file name"):
         prepared(raw)
     assert prepare_turns(parse_record(raw), V1, check_images=False)
 
 
-def test_a_placeholder_that_is_talked_about_is_text() -> None:
+def test_a_placeholder_that_is_talked_about_is_text():
     texts = ["What does <image> mean in a prompt?", "<image> marks the place."]
     assert prepared(record(*texts)) == texts
 
 
-def test_plain_looks_at_no_roles() -> None:
+def test_plain_looks_at_no_roles():
     assert prepared(record("<image>", "a kite", image="a.png", first="gpt"), PLAIN) == ["<image>", "a kite"]
     turns = prepare_turns(parse_record(record("Say. <image>", "a kite", image="a.png")), PLAIN)
     assert turns == [Turn("user", "<image>\nSay."), Turn("assistant", "a kite")]
@@ -178,6 +167,6 @@ def test_plain_looks_at_no_roles() -> None:
         (record("<image>", "a <image>", image="a.png"), "2 <image> placeholders for 1 image"),
     ],
 )
-def test_records_that_do_not_suit_plain(raw: dict[str, Any], message: str) -> None:
+def test_records_that_do_not_suit_plain(raw, message):
     with pytest.raises(DataError, match=f"record 7 .id 'r1'.: .*{message}"):
         prepared(raw, PLAIN)

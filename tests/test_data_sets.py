@@ -46,9 +46,6 @@ def kinds(result):
     return [finding.kind for finding in result.findings]
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
-
-
 def test_every_benchmark_and_both_training_sets_are_described():
     sets = {name: get_set(name) for name in set_names()}
     assert {name for name, entry in sets.items() if entry.kind == BENCHMARK} == set(BENCHMARKS)
@@ -73,9 +70,6 @@ def test_one_download_has_one_size_and_digest():
     assert whole == 6_645_013_297 and get_set("mme").download_bytes is None
     with pytest.raises(ConfigError, match="unknown data set 'popo'. Did you mean 'pope'"):
         get_set("popo")
-
-
-# -- what a check finds ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -176,9 +170,6 @@ def test_the_wrong_root_is_explained(pope, given):
     assert Path(message.split(", but ")[1].split(" is: ")[0]).resolve() == pope / "pope" / "llava_pope_test.jsonl"
 
 
-# -- training sets -----------------------------------------------------------------------------------------------------
-
-
 def record(name, image):
     turns = [{"from": "human", "value": "<image>\nWhat?" if image else "What?"}, {"from": "gpt", "value": "A kite."}]
     return {"id": name, "conversations": turns, **({"image": image} if image else {})}
@@ -207,9 +198,6 @@ def test_a_training_set(tmp_path):
     assert "gqa/images" in found[0].message and "id '0'" in found[1].message
     write(tmp_path / "llava_v1_5_mix665k.json", [{"id": "9", "conversations": []}])
     assert "record" in kinds(check_set(data_set, tmp_path))
-
-
-# -- the command -------------------------------------------------------------------------------------------------------
 
 
 def command(capsys, *arguments):

@@ -336,9 +336,6 @@ def test_an_execution_that_cannot_be_used_says_so(tmp_path, monkeypatch):
         tower.encode(pixels())
 
 
-# -- where it can be chosen -------------------------------------------------------------------------------------------
-
-
 def test_training_takes_it_from_preset_and_flag(tmp_path):
     from tove_llava.train.arguments import parse
 

@@ -1,7 +1,5 @@
 """Every expert keeps the contract, on the real architecture of its library."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from experts_zoo import CASES
@@ -10,7 +8,7 @@ from torch import nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
-from tove_llava.experts import EXPERTS, Expert, ExpertHub, build_expert, complete_specs
+from tove_llava.experts import EXPERTS, ExpertHub, build_expert, complete_specs
 from tove_llava.experts.dense import DENSE
 
 PIXELS = torch.rand(2, 3, 50, 60, generator=torch.Generator().manual_seed(1))
@@ -22,7 +20,7 @@ def case(request):
 
 
 @pytest.fixture
-def loaded(case, tmp_path) -> Expert:
+def loaded(case, tmp_path):
     expert = build_expert(case.spec(tmp_path / "source"))
     expert.load()
     return expert
@@ -100,12 +98,9 @@ def test_recorded_shape_needs_no_source(case, tmp_path):
         expert.load()
 
 
-# -- nothing is computed that is not used ----------------------------------------------------------------------------
-
-
-def calls(expert: Expert) -> set[str]:
+def calls(expert):
     """Names of the modules that one forward pass runs."""
-    seen: set[str] = set()
+    seen = set()
     handles = [
         module.register_forward_hook(lambda *_, name=name: seen.add(name))
         for name, module in expert.backbone.named_modules()
@@ -153,9 +148,6 @@ def test_features_mode_runs_no_decoder(key, decoder, tmp_path):
     whole = build_expert({**CASES[key].spec(tmp_path), "mode": "map", "options": {}})
     whole.load()
     assert [name for name in calls(whole) if name.startswith(decoder)]
-
-
-# -- what the maps mean ----------------------------------------------------------------------------------------------
 
 
 def is_depth(out):
@@ -217,9 +209,6 @@ def test_pixels_are_normalised_as_the_source_says(tmp_path):
     assert torch.allclose(expert.condition(flat), expected.expand(1, 3, 96, 96), atol=1e-5)
 
 
-# -- DexiNed: 35 M parameters that cannot be fewer, so everything about it is in one test ----------------------------
-
-
 def test_dexined(tmp_path):
     from kornia.models.dexined import DexiNed
 
@@ -261,10 +250,7 @@ def test_dexined(tmp_path):
     assert torch.equal(again(pixels), tokens(pixels))
 
 
-# -- bad sources -----------------------------------------------------------------------------------------------------
-
-
-def replace_weights(folder: Path, content: object) -> None:
+def replace_weights(folder, content):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     torch.save(content, folder / "pytorch_model.bin")

@@ -9,7 +9,7 @@ from tove_llava.experts import ExpertSpec, build_expert
 PICTURES = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 
 
-def maps(**options) -> torch.Tensor:
+def maps(**options):
     expert = build_expert(ExpertSpec(name="depth", source="bundled:depth", mode="map", options=options))
     expert.load()
     return expert(PICTURES)

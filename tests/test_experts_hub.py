@@ -21,7 +21,7 @@ PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture
-def hub(tmp_path) -> ExpertHub:
+def hub(tmp_path):
     entries = [
         CASES[key].spec(tmp_path / key, name)
         for name, key in {"b": "dinov2", "a": "depth-segformer", "c": "normal-dpt-map"}.items()
@@ -100,9 +100,6 @@ def test_saving_by_value_leaves_nothing_of_an_earlier_save(hub, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in hub.names)
 
 
-# -- cost ------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "entry, gflops, parameters",
     [  # public figures of these models, two operations per multiply-add
@@ -131,9 +128,6 @@ def test_cost_counts_what_is_run(tmp_path):
     expert.load()
     assert expert_cost(expert).parameters == sum(p.numel() for p in expert.parameters())
     assert expert.is_loaded and not any(p.is_meta for p in expert.parameters())
-
-
-# -- the table -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -198,9 +192,6 @@ def test_a_library_is_not_imported_onto_the_meta_device(tmp_path, monkeypatch):
         import some_library
     assert some_library.CONSTANT.tolist() == [1, 1]
     sys.modules.pop("some_library")
-
-
-# -- preparation -----------------------------------------------------------------------------------------------------
 
 
 def test_experts_share_a_resize_and_a_normalisation(tmp_path):

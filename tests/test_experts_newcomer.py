@@ -15,7 +15,7 @@ from tove_llava.experts.cost import expert_cost
 def examples():
     """Runs the page's experts; what they register is forgotten afterwards."""
     before = EXPERTS.names()
-    names: dict[str, object] = {}
+    names = {}
     for block in read_page(DOCS / "guides" / "extend.md").blocks:
         if block.file == "parts/texture.py":
             exec(compile(block.text, block.where, "exec"), names)

@@ -5,7 +5,6 @@ import importlib.util
 import io
 import warnings
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,17 +19,17 @@ from tove_llava.data.images import CLIP_MEAN, CLIP_STD, resolve_image
 from tove_llava.data.resize import TOLERANCE, pad_to_square
 
 
-def _bytes(pixels: torch.Tensor) -> np.ndarray:
+def _bytes(pixels):
     """The 8-bit picture [H, W, 3] behind normalised pixels [3, H, W]."""
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
     return ((pixels * std + mean) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+def _noise(width, height, channels=3):
     return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def test_golden_pixels(conformance: Path) -> None:
+def test_golden_pixels(conformance):
     golden = np.load(conformance / "llava" / "image_preprocess.npz", allow_pickle=False)
     assert len(golden["keys"]) == 12
     for key in map(str, golden["keys"]):
@@ -48,7 +47,7 @@ def test_golden_pixels(conformance: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.booleans(), st.integers(0, 99))
-def test_pixels_are_the_processors_bit_for_bit(width: int, height: int, side: int, pad: bool, seed: int) -> None:
+def test_pixels_are_the_processors_bit_for_bit(width, height, side, pad, seed):
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image = Image.fromarray(values)
     mean, std = (CLIP_MEAN, CLIP_STD) if seed % 2 else ((0.5, 0.4, 0.3), (0.2, 0.5, 0.1))
@@ -62,7 +61,7 @@ def test_pixels_are_the_processors_bit_for_bit(width: int, height: int, side: in
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 120), st.booleans(), st.integers(0, 99))
-def test_torchs_resize_is_within_its_tolerance(width: int, height: int, side: int, pad: bool, seed: int) -> None:
+def test_torchs_resize_is_within_its_tolerance(width, height, side, pad, seed):
     """Of noise, which is harder on it than photographs."""
     values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     image, how = Image.fromarray(values), "pad" if pad else "square"
@@ -72,12 +71,12 @@ def test_torchs_resize_is_within_its_tolerance(width: int, height: int, side: in
 
 
 @pytest.mark.parametrize("key, value", [("image_resize", "nearest"), ("aspect_ratio", "anyres")])
-def test_an_unknown_setting_is_refused(key: str, value: str) -> None:
+def test_an_unknown_setting_is_refused(key, value):
     with pytest.raises(ConfigError, match=f"{value}.*choose one of"):
         ImageTransform(32, **{key: value})
 
 
-def test_pad_to_square_keeps_the_picture_in_the_middle() -> None:
+def test_pad_to_square_keeps_the_picture_in_the_middle():
     square = pad_to_square(Image.new("RGB", (3, 8), (9, 9, 9)), (1, 2, 3))
     assert square.size == (8, 8)
     assert [square.getpixel((x, 0)) for x in range(8)] == [(1, 2, 3)] * 2 + [(9, 9, 9)] * 3 + [(1, 2, 3)] * 3
@@ -85,7 +84,7 @@ def test_pad_to_square_keeps_the_picture_in_the_middle() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
-def test_every_mode_comes_out_as_rgb(mode: str, aspect_ratio: Any) -> None:
+def test_every_mode_comes_out_as_rgb(mode, aspect_ratio):
     picture = Image.fromarray(_noise(30, 20)).convert("RGB")
     picture = picture.convert("L").convert(mode) if mode in ("LA", "PA", "1") else _convert(picture, mode)
     pixels = ImageTransform(32, aspect_ratio)(picture)
@@ -93,7 +92,7 @@ def test_every_mode_comes_out_as_rgb(mode: str, aspect_ratio: Any) -> None:
     assert pixels.isfinite().all()
 
 
-def _convert(picture: Image.Image, mode: str) -> Image.Image:
+def _convert(picture, mode):
     if mode == "LAB":
         from PIL import ImageCms
 
@@ -103,7 +102,7 @@ def _convert(picture: Image.Image, mode: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
-def test_16_bits_are_scaled_not_clipped(mode: str, tmp_path: Path) -> None:
+def test_16_bits_are_scaled_not_clipped(mode, tmp_path):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(4, 0)
     if mode == "I":
         picture = Image.fromarray(ramp.astype(np.int32))
@@ -117,14 +116,14 @@ def test_16_bits_are_scaled_not_clipped(mode: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(grey, ramp[0] / 257, atol=0.51)
 
 
-def test_pictures_of_unknown_range_are_refused() -> None:
+def test_pictures_of_unknown_range_are_refused():
     with pytest.raises(DataError, match="floating-point"):
         to_rgb(Image.fromarray(np.zeros((2, 2), np.float32)))
     with pytest.raises(DataError, match="32-bit"):
         to_rgb(Image.fromarray(np.full((2, 2), 70000, np.int32)))
 
 
-def test_exif_orientation_is_llavas_by_default_and_turns_on_request(tmp_path: Path) -> None:
+def test_exif_orientation_is_llavas_by_default_and_turns_on_request(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
@@ -136,7 +135,7 @@ def test_exif_orientation_is_llavas_by_default_and_turns_on_request(tmp_path: Pa
     assert torch.equal(upright, as_stored.transpose(1, 2))
 
 
-def test_transparency_is_dropped_as_in_llava_or_laid_on_a_colour() -> None:
+def test_transparency_is_dropped_as_in_llava_or_laid_on_a_colour():
     picture = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
     assert to_rgb(picture).getpixel((0, 0)) == (10, 20, 30)
     assert to_rgb(picture, background=(255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
@@ -146,7 +145,7 @@ def test_transparency_is_dropped_as_in_llava_or_laid_on_a_colour() -> None:
     assert to_rgb(palette, background=(255, 0, 0)).getpixel((0, 0)) == (255, 0, 0)
 
 
-def _library_photographs() -> list[Path]:
+def _library_photographs():
     files = []
     for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
         spec = importlib.util.find_spec(package)
@@ -157,24 +156,21 @@ def _library_photographs() -> list[Path]:
 
 
 @pytest.mark.parametrize("file", _library_photographs(), ids=lambda file: file.name)
-def test_photographs_of_other_libraries(file: Path) -> None:
+def test_photographs_of_other_libraries(file):
     for aspect_ratio in ("square", "pad"):
         pixels = ImageTransform(64, aspect_ratio).open(file)
         assert pixels.shape == (3, 64, 64)
         assert pixels.std() > 0.1  # something is to be seen
 
 
-# --- files that cannot be used ----------------------------------------------------------------------------------------
-
-
-def _picture_bytes(kind: str, **options: Any) -> bytes:
+def _picture_bytes(kind, **options):
     data = io.BytesIO()
     Image.fromarray(_noise(50, 40)).save(data, kind, **options)
     return data.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
-def test_a_truncated_file_is_damaged(kind: str, tmp_path: Path) -> None:
+def test_a_truncated_file_is_damaged(kind, tmp_path):
     data = _picture_bytes(kind)
     file = tmp_path / "half.img"
     file.write_bytes(data[: len(data) // 2])
@@ -185,7 +181,7 @@ def test_a_truncated_file_is_damaged(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b"", b"<html>404</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0" * 99]
 )
-def test_a_file_that_is_no_image_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_no_image_is_refused(data, tmp_path):
     file = tmp_path / "page.jpg"
     with pytest.raises(DataError, match="no image file .*page.jpg"):
         open_image(file)
@@ -194,7 +190,7 @@ def test_a_file_that_is_no_image_is_refused(data: bytes, tmp_path: Path) -> None
         open_image(file)
 
 
-def test_damage_never_escapes_as_another_exception(tmp_path: Path) -> None:
+def test_damage_never_escapes_as_another_exception(tmp_path):
     rng = np.random.default_rng(1)
     transform = ImageTransform(16, "pad", exif_transpose=True)
     exif = Image.Exif()
@@ -217,7 +213,7 @@ def test_damage_never_escapes_as_another_exception(tmp_path: Path) -> None:
     assert opened > 30
 
 
-def test_a_decompression_bomb_is_refused_unread(tmp_path: Path) -> None:
+def test_a_decompression_bomb_is_refused_unread(tmp_path):
     Image.new("1", (4000, 3000)).save(tmp_path / "bomb.png")
     with pytest.raises(DataError, match="bomb.png has 4000 x 3000 pixels"):
         open_image(tmp_path / "bomb.png", max_pixels=1_000_000)
@@ -229,25 +225,22 @@ def test_a_decompression_bomb_is_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("aspect_ratio", "size"), [("pad", (30_000, 2)), ("square", (1, 20_000))])
-def test_a_picture_that_grows_into_a_bomb_is_refused(aspect_ratio: Any, size: tuple[int, int], tmp_path: Path) -> None:
+def test_a_picture_that_grows_into_a_bomb_is_refused(aspect_ratio, size, tmp_path):
     """Padding the one, or resizing the short side of the other, would take gigabytes."""
     Image.new("L", size).save(tmp_path / "line.png")
     with pytest.raises(DataError, match="line.png: .*too long and thin"):
         ImageTransform(336, aspect_ratio).open(tmp_path / "line.png")
 
 
-# --- names in records -------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path):
     (tmp_path / "images" / "sub").mkdir(parents=True)
     for name in ("images/a.png", "images/sub/b.png", "outside.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     return tmp_path / "images"
 
 
-def test_names_inside_the_folder_are_found(folder: Path) -> None:
+def test_names_inside_the_folder_are_found(folder):
     link = folder.parent / "link"
     link.symlink_to(folder)
     for name in ("a.png", "sub/b.png", "sub/../a.png", "./a.png"):
@@ -260,12 +253,12 @@ def test_names_inside_the_folder_are_found(folder: Path) -> None:
     [(name, "leads out of") for name in ("../outside.png", "sub/../../outside.png", "..", "sub/../..")]
     + [("/a.png", "absolute path"), ("absent.png", "no image 'absent.png'"), ("sub", "not a file")],
 )
-def test_other_names_are_refused(folder: Path, name: str, message: str) -> None:
+def test_other_names_are_refused(folder, name, message):
     with pytest.raises(DataError, match=message):
         resolve_image(folder, name)
 
 
-def test_links_out_of_the_folder_are_refused_unless_allowed(folder: Path) -> None:
+def test_links_out_of_the_folder_are_refused_unless_allowed(folder):
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
     (folder / "linked").symlink_to(folder.parent)
     (folder / "inner.png").symlink_to(folder / "a.png")

@@ -19,11 +19,11 @@ from tove_llava.scenes.world import HELD_OUT_PAIRS, scene_rng
 from tove_llava.scenes.writer import Request, instruct_record, write_scenes
 
 
-def scenes(count: int, split: str = "train", seed: int = 5) -> list[Scene]:
+def scenes(count, split="train", seed=5):
     return [sample_scene(seed, split, index) for index in range(count)]
 
 
-def single(shape: str, radius: float = 1.0, angle: float = 0.0) -> Scene:
+def single(shape, radius=1.0, angle=0.0):
     """One object at the origin's height, looked at straight along +y from ten metres."""
     camera = Camera.look_at(np.array([0.0, -10.0, 5.0]), np.array([0.0, 0.0, 5.0]), fov_degrees=40.0)
     item = Object(shape, "red", "matte", radius, (0.0, 0.0, 5.0), angle)
@@ -105,7 +105,7 @@ def test_held_out_pairs_occur_in_the_novel_split_alone():
         assert HELD_OUT_PAIRS & {o.pair for o in scene.objects}
 
 
-def truth(scene: Scene, question: str) -> str:
+def truth(scene, question):
     """The answer, worked out from the question's words and the world by rules of its own."""
     by_name = {o.name: o for o in scene.objects}
     names = re.findall(rf"(?:red|green|blue|yellow|purple|cyan|orange|white) (?:{'|'.join(SHAPES)})", question)
@@ -248,7 +248,7 @@ def test_what_is_there_is_reused_and_never_overwritten(tmp_path):
 
 
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
-    def interrupt(done: int, total: int, seconds: float) -> None:
+    def interrupt(done, total, seconds):
         if done == 2:
             raise KeyboardInterrupt
 
@@ -262,7 +262,7 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path):
     """The second begins and ends while the first is in the middle of its pictures."""
     request, seen = Request({"train": 3}), []
 
-    def meanwhile(done: int, total: int, seconds: float) -> None:
+    def meanwhile(done, total, seconds):
         if done == 2:
             seen.append(write_scenes(request, tmp_path / "s"))
 
@@ -275,7 +275,7 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path):
 
 
 def test_a_writer_who_was_overtaken_by_other_scenes_is_told(tmp_path):
-    def meanwhile(done: int, total: int, seconds: float) -> None:
+    def meanwhile(done, total, seconds):
         if done == 1:
             write_scenes(Request({"train": 1}, seed=5), tmp_path / "s")
 

@@ -1,7 +1,5 @@
 """Prompts, and which of their parts are learnt."""
 
-from typing import Any
-
 import pytest
 from data_helpers import SAMPLE, byte_level_tokenizer, jsonl
 
@@ -17,11 +15,11 @@ class Llama:
     bos_token, eos_token = "<s>", "</s>"
 
 
-TOKENIZER: Any = Llama()
+TOKENIZER = Llama()
 
 
 @pytest.mark.parametrize("row", jsonl(SAMPLE / "conversations.jsonl"), ids=lambda row: row["record"]["id"])
-def test_own_sample(row: dict[str, Any]) -> None:
+def test_own_sample(row):
     template = get_template(row["template"])
     segments = template.render(prepare_turns(parse_record(row["record"]), template), TOKENIZER)
     prompt = "".join(segment.text for segment in segments)
@@ -32,7 +30,7 @@ def test_own_sample(row: dict[str, Any]) -> None:
         assert prompt.count("<image>") == row["images"]
 
 
-def test_aliases_are_one_template() -> None:
+def test_aliases_are_one_template():
     assert get_template("vicuna_v1") is get_template("v1")
     assert get_template("vicuna_v1").name == "v1" and get_template(get_template("v1")) is get_template("v1")
     expected = {"v1", "vicuna_v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "llama_2", "chat_template"}
@@ -41,34 +39,34 @@ def test_aliases_are_one_template() -> None:
         get_template("vicuna_v2")
 
 
-def test_a_name_cannot_be_registered_twice() -> None:
+def test_a_name_cannot_be_registered_twice():
     with pytest.raises(ConfigError, match="registered twice"):
 
         @register_template("v1")
         class Another(Template):
-            def render(self, turns: Any, tokenizer: Any) -> Any:
+            def render(self, turns, tokenizer):
                 return []
 
 
 @pytest.mark.parametrize("name", ["v1", "llava_v1", "v1_mmtag"])
-def test_generation_prompts_end_at_the_colon(name: str) -> None:
+def test_generation_prompts_end_at_the_colon(name):
     prompt = get_template(name).prompt([Turn("user", "Hi"), Turn("assistant", None)], TOKENIZER)
     assert prompt.endswith("USER: Hi ASSISTANT:")
 
 
-def test_generation_prompt_of_plain_is_the_image() -> None:
+def test_generation_prompt_of_plain_is_the_image():
     turns = [Turn("user", "Say what you see. <image>"), Turn("assistant", None)]
     assert get_template("plain").prompt(turns, TOKENIZER) == "<image>\n"
 
 
-def test_empty_turns_are_their_role_alone() -> None:
+def test_empty_turns_are_their_role_alone():
     texts = ["", "You said nothing.", "Hello?", ""]
     turns = [Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
     prompt = get_template("v1").prompt([Turn("system", "S."), *turns], TOKENIZER)
     assert prompt == "S. USER:ASSISTANT: You said nothing.</s>USER: Hello? ASSISTANT:"
 
 
-def test_a_system_turn_replaces_the_templates_own() -> None:
+def test_a_system_turn_replaces_the_templates_own():
     turns = [Turn("system", "Be brief."), Turn("user", "Hi"), Turn("assistant", "Yes.")]
     assert get_template("v1").prompt(turns, TOKENIZER) == "Be brief. USER: Hi ASSISTANT: Yes.</s>"
     assert "<<SYS>>\nBe brief.\n<</SYS>>" in get_template("llava_llama_2").prompt(turns, TOKENIZER)
@@ -82,24 +80,24 @@ def test_a_system_turn_replaces_the_templates_own() -> None:
         (["user", "system"], "turn 2 is the system's"),
     ],
 )
-def test_roles_must_alternate(roles: list[Any], message: str) -> None:
+def test_roles_must_alternate(roles, message):
     with pytest.raises(DataError, match=message):
         get_template("v1").render([Turn(role, "x") for role in roles], TOKENIZER)
 
 
-def test_only_the_last_turn_may_be_open() -> None:
+def test_only_the_last_turn_may_be_open():
     turns = [Turn("user", "a"), Turn("assistant", None), Turn("user", "b")]
     with pytest.raises(DataError, match="only the last turn"):
         get_template("v1").render(turns, TOKENIZER)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_plain_takes_one_question_and_one_caption(count: int) -> None:
+def test_plain_takes_one_question_and_one_caption(count):
     with pytest.raises(DataError, match="one question and one caption"):
         get_template("plain").render([Turn("user", "<image>")] * count, TOKENIZER)
 
 
-def test_chat_template_supervises_what_the_model_must_say() -> None:
+def test_chat_template_supervises_what_the_model_must_say():
     tokenizer = byte_level_tokenizer()
     turns = [Turn("user", "a"), Turn("assistant", "\nb<|im_end|>"), Turn("user", "c"), Turn("assistant", "d")]
     segments = get_template("chat_template").render(turns, tokenizer)
@@ -112,14 +110,14 @@ def test_chat_template_supervises_what_the_model_must_say() -> None:
     assert opened.endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_chat_template_that_refuses() -> None:
+def test_chat_template_that_refuses():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
     with pytest.raises(DataError, match="refuses the conversation: no system turn"):
         get_template("chat_template").render([Turn("user", "a"), Turn("assistant", "b")], tokenizer)
 
 
-def test_chat_template_that_trims_and_has_no_end_token() -> None:
+def test_chat_template_that_trims_and_has_no_end_token():
     """What is learnt is what the template writes, not what the record says."""
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = (

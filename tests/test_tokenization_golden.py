@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,33 +20,32 @@ from tove_llava.data import (
 )
 from tove_llava.data.dataset import truncate
 from tove_llava.data.records import prepare_turns
-from tove_llava.data.tokenization import Encoded
 
 
 @pytest.fixture(scope="module")
-def golden(conformance: Path) -> Path:
+def golden(conformance):
     return conformance / "llava"
 
 
 @pytest.fixture(scope="module")
-def rows(golden: Path) -> list[dict[str, Any]]:
+def rows(golden):
     return jsonl(golden / "tokenization.jsonl")
 
 
 @pytest.fixture(scope="module")
-def tokenizer(golden: Path) -> Any:
+def tokenizer(golden):
     return load_tokenizer(golden / "llama_tokenizer.model")
 
 
-def _template(row: dict[str, Any]) -> str:
+def _template(row):
     return "v1" if row["template"] == "some_unknown_name" else row["template"]
 
 
-def _encode(row: dict[str, Any], tokenizer: Any) -> Encoded:
+def _encode(row, tokenizer):
     return encode_record(parse_record(row["record"]), tokenizer, _template(row), check_images=False)
 
 
-def test_training_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_training_rows(rows, tokenizer):
     compared = 0
     for row in rows:
         if row["kind"] != "train" or row["error"]:
@@ -73,7 +70,7 @@ def test_training_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
     assert compared == 131
 
 
-def test_rows_that_the_original_masks_are_supervised_correctly(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_rows_that_the_original_masks_are_supervised_correctly(rows, tokenizer):
     masked = {row["id"]: row for row in rows if row.get("mismatch")}
     assert set(masked) == {*MENDED, "gpt-only", "long-text-mismatch-early"}
     for name, spans in MENDED.items():
@@ -83,7 +80,7 @@ def test_rows_that_the_original_masks_are_supervised_correctly(rows: list[dict[s
     assert span == f" {long['record']['conversations'][1]['value']}</s>"
 
 
-def test_the_tail_that_an_early_stop_masks_is_supervised(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_the_tail_that_an_early_stop_masks_is_supervised(rows, tokenizer):
     (row,) = [row for row in rows if row["id"] == "long-image-mismatch-hidden"]
     labels = _encode(row, tokenizer).labels
     differing = [(ours, theirs) for ours, theirs in zip(labels, row["labels"], strict=True) if ours != theirs]
@@ -91,7 +88,7 @@ def test_the_tail_that_an_early_stop_masks_is_supervised(rows: list[dict[str, An
     assert tokenizer.decode([ours for ours, _ in differing]) == "It said ASSISTANT: done</s>"
 
 
-def test_rows_that_the_original_refuses_are_refused(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_rows_that_the_original_refuses_are_refused(rows, tokenizer):
     refused = [row for row in rows if row["kind"] == "train" and row["error"]]
     assert len(refused) == 6
     for row in refused:
@@ -99,7 +96,7 @@ def test_rows_that_the_original_refuses_are_refused(rows: list[dict[str, Any]], 
             _encode(row, tokenizer)
 
 
-def test_generation_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_generation_rows(rows, tokenizer):
     compared = 0
     for row in rows:
         if row["kind"] != "generate":
@@ -112,7 +109,7 @@ def test_generation_rows(rows: list[dict[str, Any]], tokenizer: Any) -> None:
     assert compared == 24
 
 
-def test_a_prompt_begins_its_training_row(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_a_prompt_begins_its_training_row(rows, tokenizer):
     """What the model is asked at inference is, token by token, what it was shown before each answer."""
     for row in rows:
         if row["kind"] != "train" or row["error"] or row["template"] == "plain" or row["id"] == "gpt-only":
@@ -128,13 +125,13 @@ def test_a_prompt_begins_its_training_row(rows: list[dict[str, Any]], tokenizer:
                 assert whole[: len(prompt)] == prompt, row["id"]
 
 
-def test_an_unknown_template_is_refused() -> None:
+def test_an_unknown_template_is_refused():
     """The original falls back to v1 without a word."""
     with pytest.raises(ConfigError, match="some_unknown_name.*Available:.*vicuna_v1"):
         get_template("some_unknown_name")
 
 
-def test_saved_tokenizer_gives_the_same_ids(rows: list[dict[str, Any]], tokenizer: Any, tmp_path: Path) -> None:
+def test_saved_tokenizer_gives_the_same_ids(rows, tokenizer, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer.save_pretrained(tmp_path)
@@ -146,20 +143,20 @@ def test_saved_tokenizer_gives_the_same_ids(rows: list[dict[str, Any]], tokenize
                 assert ids[: len(row["input_ids"])] == row["input_ids"], row["id"]
 
 
-def _example(row: dict[str, Any], tokenizer: Any, tokens: int) -> Any:
+def _example(row, tokenizer, tokens):
     encoded = truncate(_encode(row, tokenizer), 2048, tokens)
     ids, labels = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
     pixels = torch.zeros(encoded.num_images, 3, 2, 2) if encoded.num_images else None
     return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
 
 
-def _spans(labels: torch.Tensor) -> list[list[int]]:
+def _spans(labels):
     """Half-open ranges of a row's supervised positions."""
     edges = torch.diff((labels != IGNORE_INDEX).int(), prepend=torch.zeros(1), append=torch.zeros(1)).nonzero()
     return edges.view(-1, 2).tolist()
 
 
-def test_every_row_once_its_image_is_in_place(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_every_row_once_its_image_is_in_place(rows, tokenizer):
     """Length and supervised positions with 576 positions an image, cut at 2048."""
     collate = LlavaCollator(pad_token_id=0, image_token_id=32000, num_image_tokens=576)
     compared = 0
@@ -174,14 +171,14 @@ def test_every_row_once_its_image_is_in_place(rows: list[dict[str, Any]], tokeni
     assert compared == 112
 
 
-def _batch(batch: dict[str, Any], rows: list[dict[str, Any]], tokenizer: Any, tokens: int) -> dict[str, torch.Tensor]:
+def _batch(batch, rows, tokenizer, tokens):
     by_id = {row["id"]: row for row in rows if row["kind"] == "train"}
     examples = [_example(by_id[name], tokenizer, tokens) for name in batch["members"]]
     image_id = -200 if tokens == 1 else 32000
     return LlavaCollator(pad_token_id=0, image_token_id=image_id, num_image_tokens=tokens)(examples)
 
 
-def _sha(matrix: torch.Tensor) -> str:
+def _sha(matrix):
     return hashlib.sha256(matrix.numpy().astype("<i8").tobytes()).hexdigest()
 
 
@@ -189,7 +186,7 @@ def _sha(matrix: torch.Tensor) -> str:
 MENDED_BATCH = "batch-unk-token"
 
 
-def test_collated_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_collated_batches(golden, rows, tokenizer):
     for batch in jsonl(golden / "batches.jsonl"):
         collated = _batch(batch, rows, tokenizer, tokens=1)
         assert collated["input_ids"].shape[1] == batch["padded_length"], batch["id"]
@@ -198,7 +195,7 @@ def test_collated_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: A
             assert _sha(collated["labels"]) == batch["labels_sha256"], batch["id"]
 
 
-def test_merged_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_merged_batches(golden, rows, tokenizer):
     compared = 0
     for batch in jsonl(golden / "batches.jsonl"):
         merged = batch["merged"]
@@ -218,7 +215,7 @@ def test_merged_batches(golden: Path, rows: list[dict[str, Any]], tokenizer: Any
     assert compared == 7
 
 
-def test_an_image_that_does_not_fit_whole_is_left_out(golden: Path, rows: list[dict[str, Any]], tokenizer: Any) -> None:
+def test_an_image_that_does_not_fit_whole_is_left_out(golden, rows, tokenizer):
     (batch,) = [row for row in jsonl(golden / "batches.jsonl") if row["id"] == "batch-placeholder-late"]
     collated = _batch(batch, rows, tokenizer, tokens=576)
     (block,) = batch["merged"]["image_blocks_per_row"][0]
@@ -228,9 +225,7 @@ def test_an_image_that_does_not_fit_whole_is_left_out(golden: Path, rows: list[d
     assert [_spans(labels) for labels in collated["labels"]] == batch["merged"]["label_spans_per_row"]
 
 
-def test_a_genuine_unk_stays_and_what_follows_it_is_supervised(
-    golden: Path, rows: list[dict[str, Any]], tokenizer: Any
-) -> None:
+def test_a_genuine_unk_stays_and_what_follows_it_is_supervised(golden, rows, tokenizer):
     (batch,) = [row for row in jsonl(golden / "batches.jsonl") if row["id"] == MENDED_BATCH]
     collated = _batch(batch, rows, tokenizer, tokens=576)
     dropped, whole = collated["attention_mask"].sum(1).tolist()

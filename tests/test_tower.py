@@ -22,9 +22,6 @@ def clip_tokens(folder, x, dtype=torch.float32, layer=-2):
     return clip(x, output_hidden_states=True).hidden_states[layer][:, 1:]
 
 
-# -- the tower is CLIP where no expert speaks -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"null_slot": True}, {"noisy_gating": False}])
 def test_untrained_tower_is_clip(tmp_path, dtype, keys):
@@ -111,9 +108,6 @@ def test_fusion_none_is_clip_and_loads_no_expert(tmp_path):
     assert DummyExpert.calls == 0 and not tower.frozen.hub.is_loaded(["depth"])
     assert list(tower.parameters()) == [] and tower.balance_loss(out.gate_inputs) is None
     assert tower.to(torch.bfloat16).frozen.clip.dtype == torch.bfloat16
-
-
-# -- frozen backbones -------------------------------------------------------------------------------------------------
 
 
 def frozen_modules(tower):
@@ -223,9 +217,6 @@ def test_zero3_does_not_partition_backbones(tmp_path):
     assert all(p.numel() > 0 and not hasattr(p, "ds_id") for m in tower.frozen.modules() for p in m.parameters())
 
 
-# -- input ------------------------------------------------------------------------------------------------------------
-
-
 def test_larger_input_goes_to_the_experts_and_shrinks_for_clip(tmp_path):
     tower = make_tower(tmp_path, image_size=64)
     assert (tower.config.patch_size, tower.config.num_patches) == (16, 16)
@@ -271,9 +262,6 @@ def test_llavas_ways_of_asking_for_hidden_states(tmp_path):
         tower(pixels(size=64))
 
 
-# -- broken experts ---------------------------------------------------------------------------------------------------
-
-
 def test_nonfinite_expert_is_named_in_training_and_dropped_for_its_image_in_inference(tmp_path):
     options = {name: {"nan_above": 1.0} for name in ("depth", "edge", "normal")}
     all_broken = make_tower(tmp_path / "all", opened=True, expert_options=options)
@@ -293,9 +281,6 @@ def test_nonfinite_expert_is_named_in_training_and_dropped_for_its_image_in_infe
     assert (out.routing[1, :, 1] == 0).all() and (out.routing[[0, 2], :, 1] > 0).all()
     tower.detach_experts("edge")
     torch.testing.assert_close(tower(x).last_hidden_state[1], out.last_hidden_state[1])
-
-
-# -- dense predictions ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keys", [{}, {"top_k": 1}, {"image_size": 64}])
@@ -329,9 +314,6 @@ def test_shrinking_is_antialiased_in_bfloat16_too():
     stripes = torch.tensor([1.0, -1.0]).repeat(8).expand(1, 1, 16, 16).to(torch.bfloat16)
     small = resample_grid(stripes, 4)
     assert small.dtype == torch.bfloat16 and small.abs().max() < 0.2
-
-
-# -- saving and loading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keys", [{}, {"top_k": 2}, {"null_slot": True}])
@@ -408,9 +390,6 @@ def test_another_clip_is_refused(tmp_path):
     config.clip_source = f"hf:{tmp_path / 'nothing'}"
     with pytest.raises(CheckpointError, match="nothing"):
         ToveVisionModel(config).load_backbones()
-
-
-# -- configuration ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,6 @@ def test_trains_under_bfloat16_autocast(tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.tower.parameters())
 
 
-# -- executions and kernels -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("experts", [1, 4, 8])
 def test_the_fused_sum_is_the_plain_one(dtype, experts):
