@@ -1,7 +1,8 @@
-"""What several tests of the data path share: tokenizers of three kinds, and an oracle for LLaVA's rules."""
+"""Parts of the data path's tests: tokenizers of two kinds, and an oracle for LLaVA's rules."""
 
 import io
 import json
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -56,21 +57,10 @@ CHATML = (
 
 def train_sentencepiece(folder, **options):
     """A small LLaMA-like SentencePiece model, saved as ``tokenizer.model``."""
-    settings = {
-        "model_type": "bpe",
-        "vocab_size": 600,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-        "character_coverage": 1.0,
-        "unk_id": 0,
-        "bos_id": 1,
-        "eos_id": 2,
-        "pad_id": -1,
-        "minloglevel": 2,
-    }
+    settings = dict.fromkeys(("byte_fallback", "split_digits", "allow_whitespace_only_pieces"), True)
+    settings |= {"model_type": "bpe", "vocab_size": 600, "unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": -1}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    settings |= {"character_coverage": 1.0, "minloglevel": 2}
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(_CORPUS), model_writer=model, **{**settings, **options}
@@ -106,8 +96,7 @@ def byte_level_tokenizer():
 
 
 def sentencepiece_oracle(processor, prompt, images):
-    """LLaVA's token ids, from SentencePiece alone: text between images is encoded apart, text after a special token
-    without a space in front."""
+    """Encode as LLaVA does: each text between images separately, text after a special token without a leading space."""
     specials = {"<s>": 1, "</s>": 2, "<unk>": 0}
     anchor = "\n"  # encoded in front of a text and taken off again, so that no space is put there
     ids = [1]
@@ -128,30 +117,28 @@ def sentencepiece_oracle(processor, prompt, images):
 
 def decode_spans(tokenizer, labels):
     """The text of each run of supervised labels, as it continues what is before it."""
-    spans = []
-    open_span = False
-    for label in labels:
-        if label >= 0:
-            if not open_span:
-                spans.append([])
-            spans[-1].append(label)
-        open_span = label >= 0
+    spans = [[*run] for supervised, run in groupby(labels, lambda label: label >= 0) if supervised]
     eos = tokenizer.eos_token
     return [tokenizer.decode([tokenizer.eos_token_id, *span])[len(eos) :] for span in spans]
+
+
+def turns(*values):
+    """A record's conversation, the human first."""
+    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
 
 
 def jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def save_odd_kinds(picture, folder):
-    """Writes a picture grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; the files' names."""
+def save_odd_kinds(image, folder):
+    """Write an image grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; give the names."""
     turned = Image.Exif()
     turned[0x0112] = 6
-    picture.convert("L").save(folder / "grey.jpg")
-    picture.convert("RGBA").save(folder / "alpha.png")
-    picture.convert("CMYK").save(folder / "cmyk.jpg")
-    picture.convert("P").save(folder / "palette.png")
-    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
-    picture.save(folder / "turned.jpg", exif=turned)
+    image.convert("L").save(folder / "grey.jpg")
+    image.convert("RGBA").save(folder / "alpha.png")
+    image.convert("CMYK").save(folder / "cmyk.jpg")
+    image.convert("P").save(folder / "palette.png")
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257).save(folder / "deep.png")
+    image.save(folder / "turned.jpg", exif=turned)
     return ["grey.jpg", "alpha.png", "cmyk.jpg", "palette.png", "deep.png", "turned.jpg"]

@@ -33,14 +33,8 @@ class Case:
     def spec(self, folder: Path, name: str = "x") -> dict[str, Any]:
         saved, source = save_once(self.make)
         shutil.copytree(saved, folder, dirs_exist_ok=True)
-        return {
-            "name": name,
-            "expert": self.expert,
-            "source": source.replace(str(saved), str(folder)),
-            "mode": self.mode,
-            "image_size": self.image_size,
-            "options": self.options,
-        }
+        entry = {"name": name, "expert": self.expert, "source": source.replace(str(saved), str(folder))}
+        return entry | {"mode": self.mode, "image_size": self.image_size, "options": self.options}
 
 
 @cache
@@ -62,34 +56,22 @@ def timm_folder(architecture: str, **kwargs: Any) -> Callable[[Path], str]:
 
 
 def open_clip_folder(folder: Path) -> str:
-    model = {
-        "embed_dim": 16,
-        "vision_cfg": {
-            "image_size": 56,
-            "timm_model_name": "eva02_tiny_patch14_224",
-            "timm_model_pretrained": False,
-            "timm_pool": "token",
-            "timm_proj": None,
-        },
-        "text_cfg": {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1},
-        "custom_text": True,
-    }
+    timm_keys = {"model_name": "eva02_tiny_patch14_224", "model_pretrained": False, "pool": "token", "proj": None}
+    vision = {"image_size": 56, **{f"timm_{key}": value for key, value in timm_keys.items()}}
+    text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
+    model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
     preprocess = {"mean": [0.4, 0.4, 0.4], "std": [0.2, 0.2, 0.2], "interpolation": "bicubic"}
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocess}))
-    clip = open_clip.CustomTextCLIP(**{key: value for key, value in model.items() if key != "custom_text"})
-    save_file(clip.state_dict(), folder / "open_clip_model.safetensors")
+    config = {"model_cfg": model | {"custom_text": True}, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(open_clip.CustomTextCLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
     return f"open_clip:local-dir:{folder}"
 
 
 def transformers_folder(cls: type, config: Any, size: int) -> Callable[[Path], str]:
     def make(folder: Path) -> str:
         cls(config).save_pretrained(folder)
-        processor = {
-            "image_mean": [0.5, 0.4, 0.3],
-            "image_std": [0.2, 0.3, 0.4],
-            "resample": 2,
-            "size": {"height": size, "width": size},
-        }
+        statistics = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+        processor = {**statistics, "resample": 2, "size": {"height": size, "width": size}}
         (folder / "preprocessor_config.json").write_text(json.dumps(processor))
         return f"hf:{folder}"
 
@@ -97,32 +79,33 @@ def transformers_folder(cls: type, config: Any, size: int) -> Callable[[Path], s
 
 
 def segformer(labels: int) -> Callable[[Path], str]:
-    config = tf.SegformerConfig(
-        depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16, num_labels=labels
+    sizes = {"depths": [1, 1, 1, 1], "hidden_sizes": [8, 16, 24, 32], "decoder_hidden_size": 16}
+    return transformers_folder(tf.SegformerForSemanticSegmentation, tf.SegformerConfig(**sizes, num_labels=labels), 96)
+
+
+def depth_anything(size: int, width: int, stages: tuple[int, ...], **keys: Any) -> Callable[[Path], str]:
+    """A Depth-Anything whose DINOv2 has as many layers as its last stage says."""
+    backbone = tf.Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=stages[-1],
+        image_size=size,
+        out_features=[f"stage{stage}" for stage in stages],
+        reshape_hidden_states=False,
+        **keys.pop("backbone"),
     )
-    return transformers_folder(tf.SegformerForSemanticSegmentation, config, 96)
+    return transformers_folder(
+        tf.DepthAnythingForDepthEstimation, tf.DepthAnythingConfig(backbone_config=backbone, **keys), size
+    )
 
 
 def save_large_experts(folder: Path) -> list[dict[str, Any]]:
     """The large preset's experts: their real architectures at their real widths, two layers of those that have 24."""
-    depth_anything = tf.DepthAnythingConfig(
-        backbone_config=tf.Dinov2Config(
-            hidden_size=384,
-            num_hidden_layers=12,
-            num_attention_heads=6,
-            image_size=518,
-            patch_size=14,
-            out_features=["stage3", "stage6", "stage9", "stage12"],
-            reshape_hidden_states=False,
-            apply_layernorm=True,
-        ),
-        neck_hidden_sizes=[48, 96, 192, 384],
-        fusion_hidden_size=64,
-    )
+    sizes = {"neck_hidden_sizes": [48, 96, 192, 384], "fusion_hidden_size": 64}
+    backbone = {"num_attention_heads": 6, "patch_size": 14, "apply_layernorm": True}
     makers = {
         "eva": timm_folder("eva02_large_patch14_clip_336", depth=2),
         "dinov2": timm_folder("vit_large_patch14_dinov2", depth=2),
-        "depth": transformers_folder(tf.DepthAnythingForDepthEstimation, depth_anything, 518),
+        "depth": depth_anything(518, 384, (3, 6, 9, 12), backbone=backbone, **sizes),
     }
     entries = []
     for name, make in makers.items():
@@ -133,57 +116,23 @@ def save_large_experts(folder: Path) -> list[dict[str, Any]]:
     return [*entries, {"name": "edge", "source": source, "mode": "map", "image_size": 336}]
 
 
+_SMALL = {"neck_hidden_sizes": [8, 8, 16, 16], "fusion_hidden_size": 16}
 _DPT = {
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "image_size": 64,
-    "patch_size": 16,
-    "backbone_out_indices": [0, 1, 2, 3],
-    "neck_hidden_sizes": [8, 8, 16, 16],
-    "fusion_hidden_size": 16,
-    "is_hybrid": False,
+    **{"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64, **_SMALL},
+    **{"image_size": 64, "patch_size": 16, "backbone_out_indices": [0, 1, 2, 3], "is_hybrid": False},
 }
 dpt_depth = transformers_folder(tf.DPTForDepthEstimation, tf.DPTConfig(**_DPT), 64)
 dpt_normal = transformers_folder(tf.DPTForSemanticSegmentation, tf.DPTConfig(**_DPT, num_labels=3), 64)
-depth_anything = transformers_folder(
-    tf.DepthAnythingForDepthEstimation,
-    tf.DepthAnythingConfig(
-        backbone_config=tf.Dinov2Config(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            image_size=70,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-            reshape_hidden_states=False,
-        ),
-        reassemble_hidden_size=32,
-        neck_hidden_sizes=[8, 8, 16, 16],
-        fusion_hidden_size=16,
-        head_hidden_size=8,
-    ),
-    70,
-)
+_ANYTHING = {**_SMALL, "reassemble_hidden_size": 32, "head_hidden_size": 8}
+depth_anything_small = depth_anything(70, 32, (1, 2, 3, 4), backbone={"num_attention_heads": 4}, **_ANYTHING)
+_SWIN = {"image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+_WIDTHS = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
+_MASK2FORMER = {**dict.fromkeys(_WIDTHS, 32), "encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2}
 mask2former = transformers_folder(
     tf.Mask2FormerForUniversalSegmentation,
     tf.Mask2FormerConfig(
-        backbone_config=tf.SwinConfig(
-            image_size=64,
-            embed_dim=8,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 1, 2, 2],
-            window_size=4,
-            out_features=["stage1", "stage2", "stage3", "stage4"],
-        ),
-        feature_size=32,
-        mask_feature_size=32,
-        hidden_dim=32,
-        encoder_feedforward_dim=32,
-        encoder_layers=1,
-        decoder_layers=2,
-        num_attention_heads=2,
-        dim_feedforward=32,
+        backbone_config=tf.SwinConfig(**_SWIN, out_features=[f"stage{stage}" for stage in (1, 2, 3, 4)]),
+        **_MASK2FORMER,
         num_queries=5,
         num_labels=7,
     ),
@@ -191,29 +140,23 @@ mask2former = transformers_folder(
 )
 
 _VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
+eva = timm_folder("eva02_tiny_patch14_224", img_size=56, depth=3)
+sam = timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT)
 CASES = {
-    "eva-timm": Case("eva", timm_folder("eva02_tiny_patch14_224", img_size=56, depth=3), 192, (4, 4)),
-    "eva-timm-resized": Case("eva", timm_folder("eva02_tiny_patch14_224", img_size=56, depth=3), 192, (6, 6), 84),
+    "eva-timm": Case("eva", eva, 192, (4, 4)),
+    "eva-timm-resized": Case("eva", eva, 192, (6, 6), 84),
     "eva-open_clip": Case("eva", open_clip_folder, 192, (4, 4)),
     "eva-open_clip-resized": Case("eva", open_clip_folder, 192, (6, 6), 84),
     "dinov2": Case("dinov2", timm_folder("vit_small_patch14_dinov2", img_size=70, **_VIT), 32, (4, 4), 56),
     "dinov2-registers": Case("dinov2", timm_folder("vit_small_patch14_reg4_dinov2", img_size=56, **_VIT), 32, (4, 4)),
     "dinov3": Case("dinov3", timm_folder("vit_small_patch16_dinov3", img_size=64, **_VIT), 32, (4, 4)),
     "siglip2": Case("siglip2", timm_folder("vit_base_patch16_siglip_224", img_size=64, **_VIT), 32, (4, 4)),
-    "sam": Case(
-        "sam", timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT), 256, (4, 4), 64
-    ),
-    "sam-block": Case(
-        "sam",
-        timm_folder("samvit_base_patch16", img_size=128, global_attn_indexes=(2,), **_VIT),
-        32,
-        (8, 8),
-        options={"norm": False},
-    ),
+    "sam": Case("sam", sam, 256, (4, 4), 64),
+    "sam-block": Case("sam", sam, 32, (8, 8), options={"norm": False}),
     "depth-dpt": Case("depth", dpt_depth, 32, (4, 4)),
     "depth-dpt-map": Case("depth", dpt_depth, 1, (64, 64), mode="map"),
-    "depth-anything": Case("depth", depth_anything, 32, (5, 5)),
-    "depth-anything-map": Case("depth", depth_anything, 1, (70, 70), mode="map"),
+    "depth-anything": Case("depth", depth_anything_small, 32, (5, 5)),
+    "depth-anything-map": Case("depth", depth_anything_small, 1, (70, 70), mode="map"),
     "depth-segformer": Case("depth", segformer(1), 32, (3, 3)),
     "depth-segformer-map": Case("depth", segformer(1), 1, (24, 24), mode="map"),
     "normal-dpt": Case("normal", dpt_normal, 32, (4, 4)),

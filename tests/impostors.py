@@ -1,4 +1,4 @@
-"""An expert and a fusion whose layers are called as a language model's are."""
+"""An expert and a fusion whose layers have the names of a language model's."""
 
 from contextlib import contextmanager
 
@@ -47,7 +47,7 @@ class Impostor(Expert):
 
 
 class ImpostorFusion(ToveFusion):
-    """ToVE behind a block of linear layers."""
+    """ToVE after a block of linear layers."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -61,7 +61,7 @@ class ImpostorFusion(ToveFusion):
 
 @contextmanager
 def impostors(folder):
-    """Registers both for a while, with the expert's weights in ``folder``; gives the ``vision`` entries of a preset."""
+    """Register both for a while; give the ``vision`` entries of a preset, with the expert's weights in ``folder``."""
     torch.manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(Layers().state_dict(), folder / "model.safetensors")

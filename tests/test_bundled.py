@@ -1,4 +1,4 @@
-"""The bundled parts: they are there, they load through the ordinary code paths, and their cards tell the truth."""
+"""The bundled parts load through the ordinary code paths, and their cards tell the truth."""
 
 import re
 import sys
@@ -7,13 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CLIPModel,
-    CLIPVisionModel,
-    SegformerForSemanticSegmentation,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, CLIPVisionModel
+from transformers import SegformerForSemanticSegmentation as Segformer
 
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
@@ -45,10 +40,10 @@ def card_metric(part, key):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def views():
     """[4,3,96,96] in 0..1."""
-    views = [render(sample_scene(0, "val", i), 96).image for i in range(4)]
-    return torch.stack([torch.from_numpy(view).permute(2, 0, 1).float() / 255 for view in views])
+    images = [render(sample_scene(0, "val", i), 96).image for i in range(4)]
+    return torch.stack([torch.from_numpy(image).permute(2, 0, 1).float() / 255 for image in images])
 
 
 def test_everything_bundled_is_smaller_than_25_mb():
@@ -58,32 +53,29 @@ def test_everything_bundled_is_smaller_than_25_mb():
 @pytest.mark.parametrize("part", VISION)
 def test_a_part_has_a_card_and_finite_half_precision_weights(part):
     card = (BUNDLED / part / "README.md").read_text()
-    assert "license: apache-2.0" in card
-    assert f"tove_llava/bundled/{part}" in card
-    assert "| metric | value |" in card
+    assert all(words in card for words in ("license: apache-2.0", f"tove_llava/bundled/{part}", "| metric | value |"))
     for key, tensor in load_file(BUNDLED / part / "model.safetensors").items():
         if tensor.is_floating_point():
             assert tensor.dtype == torch.float16 and tensor.isfinite().all(), key
 
 
 @pytest.mark.parametrize("task", CHANNELS)
-def test_an_expert_gives_maps_and_features_through_the_hub(task, pictures):
+def test_an_expert_gives_maps_and_features_through_the_hub(task, views):
     maps = build_expert(ExpertSpec(name=task, source=f"bundled:{task}", mode="map"))
     assert (maps.image_size, maps.spec.width, maps.spec.grid) == (96, CHANNELS[task], (24, 24))
     maps.load()
-    found = maps(pictures)
-    assert found.shape == (4, CHANNELS[task], 24, 24)
-    assert found.isfinite().all()
+    found = maps(views)
+    assert found.shape == (4, CHANNELS[task], 24, 24) and found.isfinite().all()
     assert found.flatten(1).std(dim=1).min() > 0.01  # not a constant
     features = build_expert(ExpertSpec(name=task, source=f"bundled:{task}"))
     features.load()
-    assert features(pictures).shape == (4, features.spec.width, *features.spec.grid)
+    assert features(views).shape == (4, features.spec.width, *features.spec.grid)
 
 
 @pytest.mark.parametrize("task", CHANNELS)
 def test_an_experts_metric_can_be_had_again(task):
     key, less_is_better, tolerance, good = HEADLINE[task]
-    model = SegformerForSemanticSegmentation.from_pretrained(BUNDLED / task, dtype=torch.float32)
+    model = Segformer.from_pretrained(BUNDLED / task, dtype=torch.float32)
     measured = train_expert.evaluate(model, task, 48, seed=0)[key]
     said = card_metric(task, key)
     assert measured < min(said + tolerance, good) if less_is_better else measured > max(said - tolerance, good)
@@ -103,9 +95,9 @@ def test_clip_retrieves_the_captions_of_unseen_scenes():
     assert metric["probe_column"] > 0.8 and metric["probe_row"] > 0.8
 
 
-def test_rescaled_tokens_have_variance_one_and_the_model_computes_what_it_did(pictures):
+def test_rescaled_tokens_have_variance_one_and_the_model_computes_what_it_did(views):
     model = CLIPModel.from_pretrained(BUNDLED / "clip", dtype=torch.float32).eval()
-    images = (pictures.permute(0, 2, 3, 1) * 255).byte().numpy()
+    images = (views.permute(0, 2, 3, 1) * 255).byte().numpy()
     pixels = train_clip.normalised(images, "cpu")
     with torch.no_grad():
         expected = model.get_image_features(pixel_values=pixels).pooler_output
@@ -139,13 +131,12 @@ def test_clip_loads_without_its_last_layer():
         assert torch.equal(kept(pixels).last_hidden_state, expected)
 
 
-def test_the_tiny_tower_runs_on_bundled_parts_alone(pictures):
+def test_the_tiny_tower_runs_on_bundled_parts_only(views):
     entries = [{"name": task, "source": f"bundled:{task}", "mode": "map"} for task in CHANNELS]
     tower = ToveVisionModel(ToveVisionConfig.from_sources("bundled:clip", entries)).load_backbones().eval()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (train_clip.MEAN, train_clip.STD))
     with torch.no_grad():
-        out = tower((pictures - mean) / std)
-        base = tower.encode((pictures - mean) / std).base
-    assert out.last_hidden_state.shape == (4, 36, 192)
+        out = tower((views - mean) / std)
+        base = tower.encode((views - mean) / std).base
+    assert out.last_hidden_state.shape == (4, 36, 192) and out.routing.shape == (4, 36, 4)
     assert torch.equal(out.last_hidden_state, base)  # an untrained tower is CLIP
-    assert out.routing.shape == (4, 36, 4)

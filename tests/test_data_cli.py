@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from data_helpers import byte_level_tokenizer, decode_spans, jsonl, train_sentencepiece
+from data_helpers import byte_level_tokenizer, decode_spans, jsonl, train_sentencepiece, turns
 from PIL import Image
 from tower_parts import tower_config
 from transformers import AutoTokenizer
@@ -11,11 +11,6 @@ from transformers import AutoTokenizer
 from tove_llava.cli import main
 from tove_llava.data import load_tokenizer
 from tove_llava.llava.processing import build_processor
-
-
-def turns(*values):
-    return [{"from": ("human", "gpt")[index % 2], "value": value} for index, value in enumerate(values)]
-
 
 GOOD = [
     {"id": "a", "image": "a.png", "conversations": turns("<image>\nWhat?", "A kite.")},
@@ -71,16 +66,10 @@ def test_every_problem_is_found(folder, capsys, workers):
     flags = ["--tokenizer", str(folder / "tokenizer"), "--model-max-length", "300", "--num-image-tokens", "9"]
     assert run(folder, GOOD + BAD, *flags, "--workers", workers, "--json") == 2
     report = json.loads(capsys.readouterr().out)
-    assert [(problem["index"], problem["id"], problem["kind"]) for problem in report["problems"]] == [
-        (4, "roles", "structure"),
-        (5, "count", "conversation"),
-        (6, "absent", "image"),
-        (7, "damaged", "image"),
-        (8, "outside", "image"),
-        (9, "mute", "length"),
-        (10, "long", "length"),
-        (11, "", "structure"),
-    ]
+    ids = ["roles", "count", "absent", "damaged", "outside", "mute", "long", ""]
+    kinds = ["structure", "conversation", "image", "image", "image", "length", "length", "structure"]
+    found = [(problem["index"], problem["id"], problem["kind"]) for problem in report["problems"]]
+    assert found == list(zip(range(4, 12), ids, kinds, strict=True))
     assert report["counts"] == {"structure": 2, "conversation": 1, "length": 2, "image": 3}
     assert report["bad"] == 8
     for problem in report["problems"]:
@@ -90,13 +79,11 @@ def test_every_problem_is_found(folder, capsys, workers):
 def test_the_table_names_records_and_counts(folder, capsys):
     assert run(folder, GOOD + BAD, "--show", "2") == 2
     out = capsys.readouterr().out
-    assert "record 4 (id 'roles')" in out
-    assert "record 6" not in out
-    assert "and 5 more" in out
+    assert "record 4 (id 'roles')" in out and "record 6" not in out and "and 5 more" in out
     assert out.strip().endswith("7 of 12 records cannot be trained on")
 
 
-def test_one_bad_picture_is_reported_for_each_of_its_records(folder, capsys):
+def test_one_bad_image_is_reported_for_each_of_its_records(folder, capsys):
     assert run(folder, [BAD[3], GOOD[0], {**BAD[3], "id": "again"}], "--json") == 2
     assert [problem["id"] for problem in json.loads(capsys.readouterr().out)["problems"]] == ["damaged", "again"]
     assert run(folder, [BAD[3]], "--no-decode") == 0 and run(folder, [BAD[2]], "--no-decode") == 2
@@ -114,11 +101,14 @@ def test_one_bad_picture_is_reported_for_each_of_its_records(folder, capsys):
 )
 def test_wrong_flags(folder, capsys, flags, message):
     assert run(folder, GOOD, *flags) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.out == ""
+    printed = capsys.readouterr()
+    assert message in printed.err and not printed.out
     assert main(["data", "check", "--data-path", str(folder / "data.json")]) == 2
     assert "--image-folder" in capsys.readouterr().err
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
 def tokenize(folder, records, *flags):
@@ -128,7 +118,7 @@ def tokenize(folder, records, *flags):
 
 def test_json_lines(folder, capsys):
     assert tokenize(folder, GOOD + BAD, "--json") == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    rows = lines(capsys)
     assert len(rows) == len(GOOD + BAD)
     assert set(rows[0]) == {"id", "input_ids", "labels", "error", "warning"}
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -136,15 +126,13 @@ def test_json_lines(folder, capsys):
     assert decode_spans(tokenizer, rows[0]["labels"]) == [" A kite.</s>"]
     assert decode_spans(tokenizer, rows[2]["labels"]) == [" Hi.</s>", " Yes.</s>"]
     assert (rows[0]["error"], rows[0]["warning"]) == (None, None)
-    assert rows[4]["input_ids"] is None
-    assert "from 'user'" in rows[4]["error"]
-    assert rows[5]["input_ids"]
-    assert "0 <image> placeholders for 1 image" in rows[5]["warning"]
+    assert rows[4]["input_ids"] is None and "from 'user'" in rows[4]["error"]
+    assert rows[5]["input_ids"] and "0 <image> placeholders for 1 image" in rows[5]["warning"]
     assert "nothing is supervised" in rows[9]["warning"]
 
 
 def _hub_folder(model, folder):
-    """As a LLaMA of the hub is laid out."""
+    """Lay a LLaMA out as on the hub."""
     config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "pad_token": None}
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "bos_token": "<s>", "eos_token": "</s>"}))
@@ -152,7 +140,7 @@ def _hub_folder(model, folder):
 
 
 def _resaved_folder(model, folder):
-    """As transformers saves it again: its own conversion, without the SentencePiece model."""
+    """Save transformers' own conversion, without the SentencePiece model."""
     _hub_folder(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     (folder / "tokenizer.model").unlink()
@@ -180,12 +168,12 @@ def _through_the_command(tokenizer, records, folder, capsys, *flags):
     (folder / "rows.json").write_text(json.dumps(records))
     command = ["tokenize", "--tokenizer", str(tokenizer), "--records", str(folder / "rows.json"), "--json", *flags]
     assert main(command) == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return lines(capsys)
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_golden_rows_through_the_command(conformance, tmp_path, capsys, kind):
-    """Compare every id and label; of three kinds of folders, those of the two templates with most rows."""
+    """Compare every id and label; in three kinds of folders only for the two templates with most rows."""
     FOLDERS[kind](conformance / "llava" / "llama_tokenizer.model", tmp_path)
     rows = jsonl(conformance / "llava" / "tokenization.jsonl")
     equal = {"train": 0, "generate": 0}
@@ -217,20 +205,20 @@ def test_golden_rows_through_the_command(conformance, tmp_path, capsys, kind):
 def test_rows_are_cut_as_training_cuts_them(folder, capsys):
     records = [BAD[6], GOOD[0]]
     assert tokenize(folder, records, "--json", "--model-max-length", "90") == 0
-    long, image = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    long, image = lines(capsys)
     assert len(long["input_ids"]) == len(long["labels"]) == 90
     assert "to 90" in long["warning"] and "nothing is supervised" in long["warning"]
     whole = len(image["input_ids"])
     assert image["labels"][-1] >= 0 and image["warning"] is None
     assert tokenize(folder, records, "--json", "--model-max-length", str(whole + 5), "--num-image-tokens", "9") == 0
-    image = json.loads(capsys.readouterr().out.splitlines()[1])
-    assert len(image["input_ids"]) == whole - 3  # 8 more positions than ids
+    image = lines(capsys)[1]
+    assert len(image["input_ids"]) == whole - 3  # its image takes 8 tokens more than ids
 
 
 def test_generation_prompts(folder, capsys):
     asked = {"id": "q", "conversations": turns("<image>\nWhat?")}
     assert tokenize(folder, [{**asked, "image": "a.png"}, asked, *GOOD], "--generate", "--json", "--limit", "2") == 0
-    image, text = [json.loads(line) for line in capsys.readouterr().out.splitlines()]  # only the first records
+    image, text = lines(capsys)  # only the first records
     assert load_tokenizer(folder / "tokenizer").decode(image["input_ids"][-4:]).endswith(":")
     assert set(image["labels"]) == {-100} and -200 in image["input_ids"]
     assert "no 'image'" in text["warning"] and -200 not in text["input_ids"]
@@ -239,9 +227,7 @@ def test_generation_prompts(folder, capsys):
 def test_text_marks_what_is_learnt(folder, capsys):
     assert tokenize(folder, [GOOD[0], BAD[0]]) == 0
     plain = capsys.readouterr().out
-    assert "USER: <image>" in plain
-    assert "ASSISTANT:⟦ A kite.</s>⟧" in plain
-    assert "error: " in plain
+    assert "USER: <image>" in plain and "ASSISTANT:⟦ A kite.</s>⟧" in plain and "error: " in plain
     assert tokenize(folder, [GOOD[0]], "--color", "always") == 0
     assert "ASSISTANT:\033[1;32m A kite.</s>\033[0m" in capsys.readouterr().out
 

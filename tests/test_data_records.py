@@ -61,20 +61,11 @@ def test_files_that_cannot_be_read(content, message, tmp_path):
         ({"id": "r1", "conversations": "hello"}, "at least one turn"),
         ({"id": "r1", "conversations": ["hello"]}, "turn 1 must be an object"),
         ({"id": "r1", "conversations": [{"from": "human"}]}, "turn 1 must be an object with 'from' and 'value'"),
-        (
-            {"id": "r1", "conversations": [{"from": "human", "value": None}]},
-            "value of turn 1 must be a string, not None",
-        ),
-        (
-            {"id": "r1", "conversations": [{"from": "Human", "value": "x"}]},
-            "from 'Human'; 'from' must be 'human' or 'gpt'",
-        ),
+        (record(None), "value of turn 1 must be a string, not None"),
+        ({"id": "r1", "conversations": [{"from": "Human", "value": "x"}]}, "'Human'; 'from' must be 'human' or 'gpt'"),
         ({"id": "r1", "conversations": [{"from": ["human"], "value": "x"}]}, "must be 'human' or 'gpt'"),
         (record("x\ud800"), "turn 1 holds half of a surrogate pair"),
-        (record("x", image="a\0.png"), "'image' must be a file name"),
-        (record("x", image=3), "'image' must be a file name"),
-        (record("x", image=["a.png", 3]), "'image' must be a file name"),
-        (record("x", image=""), "'image' must be a file name"),
+        *((record("x", image=image), "'image' must be a file name") for image in ("a\0.png", 3, ["a.png", 3], "")),
     ],
 )
 def test_malformed_records(raw, message):
@@ -148,7 +139,7 @@ def test_placeholders_must_match_images(raw, message):
 
 
 def test_a_placeholder_that_is_talked_about_is_text():
-    texts = ["What does <image> mean in a prompt?", "<image> marks the place."]
+    texts = ["What does <image> mean in a prompt?", "<image> marks its place."]
     assert prepared(record(*texts)) == texts
 
 

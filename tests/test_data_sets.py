@@ -1,4 +1,4 @@
-"""Public data sets: what is said of them, and what a check finds in a folder that should hold one."""
+"""Public data sets: their descriptions, and a check of a folder that should hold one."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ LENGTHS = {"md5": 32, "sha256": 64}
 
 
 def uncounted(data_set, **changes):
-    """The set without what is known of the real one."""
+    """Forget what is known of the real set."""
     parts = tuple(replace(part, bytes=None, digest="") for part in data_set.parts)
     return replace(data_set, **{"parts": parts, "questions": None, "images": None, "groups": None, **changes})
 
@@ -31,7 +31,7 @@ def paint(file):
 
 
 def place(name, root):
-    """A benchmark with one or two questions, its pictures included."""
+    """Lay out a benchmark with one or two questions, its images included."""
     LAYOUTS[name](root)
     for question in get_benchmark(name).questions(root):
         if hasattr(question.image, "parent"):
@@ -92,21 +92,21 @@ def pope(tmp_path):
     return place("pope", tmp_path / "eval")
 
 
-def picture_of(root):
+def image_of(root):
     return get_benchmark("pope").questions(root)[0].image
 
 
-def test_pictures_are_decoded(pope):
-    data_set, picture = uncounted(get_set("pope")), picture_of(pope)
-    content = picture.read_bytes()
-    picture.write_bytes(content[: len(content) // 2])
+def test_images_are_decoded(pope):
+    data_set, image = uncounted(get_set("pope")), image_of(pope)
+    content = image.read_bytes()
+    image.write_bytes(content[: len(content) // 2])
     (finding,) = check_set(data_set, pope).findings
-    assert finding.kind == "picture" and "question 0" in finding.message and str(picture) in finding.message
+    assert finding.kind == "picture" and "question 0" in finding.message and str(image) in finding.message
     assert check_set(data_set, pope, decode=False).findings == []
-    paint(picture.with_name("other.jpg"))
-    picture.unlink()
+    paint(image.with_name("other.jpg"))
+    image.unlink()
     (finding,) = check_set(data_set, pope, decode=False).findings
-    assert finding.kind == "picture" and f"there is no image file {picture}" in finding.message
+    assert finding.kind == "picture" and f"there is no image file {image}" in finding.message
 
 
 def test_counts_are_compared(pope):
@@ -191,10 +191,10 @@ def test_a_training_set(tmp_path):
     assert result.findings == [] and (result.questions, result.images) == (3, 2)
     assert result.groups == {"coco": 1, "gqa": 1, "text only": 1}
     assert "3 records instead of 4" in check_set(replace(data_set, questions=4), tmp_path).findings[0].message
-    (tmp_path / "coco/train2017/1.jpg").write_bytes(b"no picture")
+    (tmp_path / "coco/train2017/1.jpg").write_bytes(b"no image")
     shutil.rmtree(tmp_path / "gqa")
     found = check_set(data_set, tmp_path).findings
-    assert [finding.kind for finding in found] == ["missing", "picture"], "pictures of a missing folder are one problem"
+    assert [finding.kind for finding in found] == ["missing", "picture"], "images of a missing folder are one problem"
     assert "gqa/images" in found[0].message and "id '0'" in found[1].message
     write(tmp_path / "llava_v1_5_mix665k.json", [{"id": "9", "conversations": []}])
     assert "record" in kinds(check_set(data_set, tmp_path))

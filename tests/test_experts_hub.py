@@ -12,7 +12,7 @@ from train_parts import environment
 from tove_llava.cli import main
 from tove_llava.core.errors import ConfigError, NonFiniteError
 from tove_llava.core.sources import Source
-from tove_llava.experts import ExpertHub, build_expert, complete_specs
+from tove_llava.experts import EXPERTS, ExpertHub, build_expert, complete_specs
 from tove_llava.experts.base import library
 from tove_llava.experts.cost import expert_cost
 from tove_llava.experts.preparation import unnormalise
@@ -22,11 +22,8 @@ PIXELS = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def hub(tmp_path):
-    entries = [
-        CASES[key].spec(tmp_path / key, name)
-        for name, key in {"b": "dinov2", "a": "depth-segformer", "c": "normal-dpt-map"}.items()
-    ]
-    hub = ExpertHub(complete_specs(entries))
+    named = {"b": "dinov2", "a": "depth-segformer", "c": "normal-dpt-map"}
+    hub = ExpertHub(complete_specs([CASES[key].spec(tmp_path / key, name) for name, key in named.items()]))
     hub.load()
     return hub
 
@@ -48,17 +45,8 @@ def test_skipped_experts_are_not_run_and_may_be_unloaded(hub):
     assert list(part) == ["b", "c"] and all(torch.equal(part[name], whole[name]) for name in part)
     hub.load(["a"])
     assert torch.equal(hub.run(PIXELS).features["a"], whole["a"])
-
-
-def test_a_typo_in_skip_is_an_error(hub):
     with pytest.raises(ConfigError, match="no expert 'depht'; it has: b, a, c"):
         hub.run(PIXELS, skip=["depht"])
-
-
-def test_experts_follow_casts(hub):
-    hub.to(torch.bfloat16)
-    for expert in (hub[name] for name in hub.names):
-        assert {expert.dtype, *(p.dtype for p in expert.parameters())} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -71,21 +59,17 @@ def test_a_non_finite_output_is_named_or_dropped_for_its_image(hub, value):
         return output
 
     hub["a"].register_forward_hook(poison)
-    with pytest.raises(NonFiniteError, match=r"'a' returned non-finite values for image\(s\) \[1\]"):
+    words = r"'a' returned non-finite values for image\(s\) \[1\]"
+    with pytest.raises(NonFiniteError, match=words):
         hub.run(PIXELS, strict=True)
-    with pytest.warns(RuntimeWarning, match=r"'a' returned non-finite values for image\(s\) \[1\]"):
+    with pytest.warns(RuntimeWarning, match=words):
         out = hub.run(PIXELS)
     assert out.valid["a"].tolist() == [True, False, True] and out.valid["b"].all()
     assert not out.features["a"][1].any()
     assert torch.equal(out.features["a"][[0, 2]], clean["a"][[0, 2]])
     assert torch.equal(out.features["b"], clean["b"])
-
-
-def test_non_finite_pixels_reach_the_check(hub):
-    bad = PIXELS.clone()
-    bad[2, 0, 5, 5] = float("nan")
     with pytest.raises(NonFiniteError):
-        hub.run(bad, strict=True)
+        hub.run(torch.full_like(PIXELS, value), strict=True)
 
 
 def test_saving_by_value_leaves_nothing_of_an_earlier_save(hub, tmp_path):
@@ -136,8 +120,6 @@ def offline(monkeypatch):
 
 
 def test_the_verb_lists_every_registered_expert(offline, capsys):
-    from tove_llava.experts import EXPERTS
-
     assert main(["experts", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} == set(EXPERTS)
@@ -162,7 +144,7 @@ def test_the_verb_prints_a_table_of_a_preset(offline, tmp_path, capsys):
     assert "no public transformers checkpoint predicts normals" in out
 
 
-def test_a_missing_library_breaks_its_own_experts_alone():
+def test_a_missing_library_breaks_only_its_own_experts():
     packages = {"timm": "timm", "kornia": "kornia", "open_clip": "open_clip_torch"}
     program = f"""
 import sys

@@ -1,4 +1,4 @@
-"""A new expert is one class: those of docs/guides/extend.md, as they stand there."""
+"""A new expert is one class: run those of docs/guides/extend.md."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tove_llava.experts.cost import expert_cost
 
 @pytest.fixture
 def examples():
-    """Runs the page's experts; what they register is forgotten afterwards."""
+    """Run the page's experts; forget afterwards what they registered."""
     before = EXPERTS.names()
     names = {}
     for block in read_page(DOCS / "guides" / "extend.md").blocks:

@@ -1,4 +1,4 @@
-"""Pictures: golden pixels, odd kinds of files, and files that are not what they claim."""
+"""Images: golden pixels, odd kinds of files, and files that are not what they claim."""
 
 import hashlib
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import ImageTransform, open_image, to_rgb
@@ -20,13 +20,13 @@ from tove_llava.data.resize import TOLERANCE, pad_to_square
 
 
 def _bytes(pixels):
-    """The 8-bit picture [H, W, 3] behind normalised pixels [3, H, W]."""
+    """Undo the normalisation: [3, H, W] to 8-bit [H, W, 3]."""
     mean, std = torch.tensor(CLIP_MEAN)[:, None, None], torch.tensor(CLIP_STD)[:, None, None]
     return ((pixels * std + mean) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _noise(width, height, channels=3):
-    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+def _noise(width, height, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_golden_pixels(conformance):
@@ -48,12 +48,10 @@ def test_golden_pixels(conformance):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.booleans(), st.integers(0, 99))
 def test_pixels_are_the_processors_bit_for_bit(width, height, side, pad, seed):
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image = Image.fromarray(values)
+    image = _noise(width, height, seed)
     mean, std = (CLIP_MEAN, CLIP_STD) if seed % 2 else ((0.5, 0.4, 0.3), (0.2, 0.5, 0.1))
     transform = ImageTransform(side, "pad" if pad else "square", mean=mean, std=std)
-    red, green, blue = (int(x * 255) for x in mean)
-    shown = pad_to_square(image, (red, green, blue)) if pad else image
+    shown = pad_to_square(image, tuple(int(x * 255) for x in mean)) if pad else image
     expected = transform.processor(images=shown, return_tensors="pt")["pixel_values"][0]
     pixels = transform(image)
     assert pixels.dtype == torch.float32 and torch.equal(pixels, expected)
@@ -62,9 +60,8 @@ def test_pixels_are_the_processors_bit_for_bit(width, height, side, pad, seed):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(1, 120), st.booleans(), st.integers(0, 99))
 def test_torchs_resize_is_within_its_tolerance(width, height, side, pad, seed):
-    """Of noise, which is harder on it than photographs."""
-    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    image, how = Image.fromarray(values), "pad" if pad else "square"
+    """Noise is harder on it than photographs."""
+    image, how = _noise(width, height, seed), "pad" if pad else "square"
     exact = _bytes(ImageTransform(side, how)(image)).astype(int)
     fast = _bytes(ImageTransform(side, how, image_resize="torch")(image)).astype(int)
     assert np.abs(exact - fast).max() <= TOLERANCE["torch"]
@@ -76,7 +73,7 @@ def test_an_unknown_setting_is_refused(key, value):
         ImageTransform(32, **{key: value})
 
 
-def test_pad_to_square_keeps_the_picture_in_the_middle():
+def test_pad_to_square_keeps_the_image_in_the_middle():
     square = pad_to_square(Image.new("RGB", (3, 8), (9, 9, 9)), (1, 2, 3))
     assert square.size == (8, 8)
     assert [square.getpixel((x, 0)) for x in range(8)] == [(1, 2, 3)] * 2 + [(9, 9, 9)] * 3 + [(1, 2, 3)] * 3
@@ -85,97 +82,87 @@ def test_pad_to_square_keeps_the_picture_in_the_middle():
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"])
 @pytest.mark.parametrize("aspect_ratio", ["square", "pad"])
 def test_every_mode_comes_out_as_rgb(mode, aspect_ratio):
-    picture = Image.fromarray(_noise(30, 20)).convert("RGB")
-    picture = picture.convert("L").convert(mode) if mode in ("LA", "PA", "1") else _convert(picture, mode)
-    pixels = ImageTransform(32, aspect_ratio)(picture)
-    assert pixels.shape == (3, 32, 32)
-    assert pixels.isfinite().all()
-
-
-def _convert(picture, mode):
+    image = _noise(30, 20)
     if mode == "LAB":
-        from PIL import ImageCms
-
         profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-        return ImageCms.applyTransform(picture, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
-    return picture.convert(mode)
+        image = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "RGB", "LAB"))
+    else:
+        image = (image.convert("L") if mode in ("LA", "PA", "1") else image).convert(mode)
+    pixels = ImageTransform(32, aspect_ratio)(image)
+    assert pixels.shape == (3, 32, 32) and pixels.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I;16B", "I"])
 def test_16_bits_are_scaled_not_clipped(mode, tmp_path):
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16)[None].repeat(4, 0)
     if mode == "I":
-        picture = Image.fromarray(ramp.astype(np.int32))
+        image = Image.fromarray(ramp.astype(np.int32))
     elif mode == "I;16B":
-        picture = Image.frombytes("I;16B", (64, 4), ramp.astype(">u2").tobytes())
+        image = Image.frombytes("I;16B", (64, 4), ramp.astype(">u2").tobytes())
     else:
         Image.fromarray(ramp).save(tmp_path / "ramp.png")
-        picture = open_image(tmp_path / "ramp.png")
-        assert picture.mode.startswith("I")
-    grey = np.asarray(to_rgb(picture))[0, :, 0]
+        image = open_image(tmp_path / "ramp.png")
+        assert image.mode.startswith("I")
+    grey = np.asarray(to_rgb(image))[0, :, 0]
     np.testing.assert_allclose(grey, ramp[0] / 257, atol=0.51)
 
 
-def test_pictures_of_unknown_range_are_refused():
-    with pytest.raises(DataError, match="floating-point"):
-        to_rgb(Image.fromarray(np.zeros((2, 2), np.float32)))
-    with pytest.raises(DataError, match="32-bit"):
-        to_rgb(Image.fromarray(np.full((2, 2), 70000, np.int32)))
+@pytest.mark.parametrize("dtype, words", [(np.float32, "floating-point"), (np.int32, "32-bit")])
+def test_images_of_unknown_range_are_refused(dtype, words):
+    with pytest.raises(DataError, match=words):
+        to_rgb(Image.fromarray(np.full((2, 2), 70000, dtype)))
 
 
 def test_exif_orientation_is_llavas_by_default_and_turns_on_request(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was held upright
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
-    picture = open_image(tmp_path / "turned.jpg")
-    assert to_rgb(picture).size == (40, 20)
-    assert to_rgb(picture, exif_transpose=True).size == (20, 40)
+    image = open_image(tmp_path / "turned.jpg")
+    assert to_rgb(image).size == (40, 20)
+    assert to_rgb(image, exif_transpose=True).size == (20, 40)
     as_stored = ImageTransform(16, "pad").open(tmp_path / "turned.jpg")
     upright = ImageTransform(16, "pad", exif_transpose=True).open(tmp_path / "turned.jpg")
     assert torch.equal(upright, as_stored.transpose(1, 2))
 
 
 def test_transparency_is_dropped_as_in_llava_or_laid_on_a_colour():
-    picture = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
-    assert to_rgb(picture).getpixel((0, 0)) == (10, 20, 30)
-    assert to_rgb(picture, background=(255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert to_rgb(image).getpixel((0, 0)) == (10, 20, 30)
+    assert to_rgb(image, background=(255, 255, 255)).getpixel((0, 0)) == (255, 255, 255)
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([10, 20, 30])
     palette.info["transparency"] = 0
     assert to_rgb(palette, background=(255, 0, 0)).getpixel((0, 0)) == (255, 0, 0)
 
 
+_LIBRARIES = {"skimage": "data", "sklearn": "datasets/images"}
+
+
 def _library_photographs():
-    files = []
-    for package, folder in (("skimage", "data"), ("sklearn", "datasets/images")):
-        spec = importlib.util.find_spec(package)
-        if spec is not None and spec.origin is not None:
-            folder_path = Path(spec.origin).parent / folder
-            files += [file for file in folder_path.iterdir() if file.suffix in (".png", ".jpg", ".gif")]
-    return sorted(files)
+    found = [(importlib.util.find_spec(package), folder) for package, folder in _LIBRARIES.items()]
+    folders = [Path(spec.origin).parent / folder for spec, folder in found if spec]
+    return sorted(file for folder in folders for file in folder.iterdir() if file.suffix in (".png", ".jpg", ".gif"))
 
 
 @pytest.mark.parametrize("file", _library_photographs(), ids=lambda file: file.name)
 def test_photographs_of_other_libraries(file):
     for aspect_ratio in ("square", "pad"):
         pixels = ImageTransform(64, aspect_ratio).open(file)
-        assert pixels.shape == (3, 64, 64)
-        assert pixels.std() > 0.1  # something is to be seen
+        assert pixels.shape == (3, 64, 64) and pixels.std() > 0.1  # something is to be seen
 
 
-def _picture_bytes(kind, **options):
+def _encoded(kind, **options):
     data = io.BytesIO()
-    Image.fromarray(_noise(50, 40)).save(data, kind, **options)
+    _noise(50, 40).save(data, kind, **options)
     return data.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF"])
 def test_a_truncated_file_is_damaged(kind, tmp_path):
-    data = _picture_bytes(kind)
-    file = tmp_path / "half.img"
-    file.write_bytes(data[: len(data) // 2])
+    data = _encoded(kind)
+    (tmp_path / "half.img").write_bytes(data[: len(data) // 2])
     with pytest.raises(DataError, match="half.img.*(damaged|not an image)"):
-        open_image(file)
+        open_image(tmp_path / "half.img")
 
 
 @pytest.mark.parametrize(
@@ -196,8 +183,8 @@ def test_damage_never_escapes_as_another_exception(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     file = tmp_path / "x.img"
-    originals = [_picture_bytes(kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
-    originals += [_picture_bytes(kind) for kind in ("GIF", "BMP", "PPM")]
+    originals = [_encoded(kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")]
+    originals += [_encoded(kind) for kind in ("GIF", "BMP", "PPM")]
     opened = 0
     for _ in range(300):
         data = bytearray(originals[rng.integers(len(originals))])
@@ -225,8 +212,8 @@ def test_a_decompression_bomb_is_refused_unread(tmp_path):
 
 
 @pytest.mark.parametrize(("aspect_ratio", "size"), [("pad", (30_000, 2)), ("square", (1, 20_000))])
-def test_a_picture_that_grows_into_a_bomb_is_refused(aspect_ratio, size, tmp_path):
-    """Padding the one, or resizing the short side of the other, would take gigabytes."""
+def test_an_image_that_grows_into_a_bomb_is_refused(aspect_ratio, size, tmp_path):
+    """Padding the first or resizing the short side of the second would take gigabytes."""
     Image.new("L", size).save(tmp_path / "line.png")
     with pytest.raises(DataError, match="line.png: .*too long and thin"):
         ImageTransform(336, aspect_ratio).open(tmp_path / "line.png")

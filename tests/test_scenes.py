@@ -24,16 +24,14 @@ def scenes(count, split="train", seed=5):
 
 
 def single(shape, radius=1.0, angle=0.0):
-    """One object at the origin's height, looked at straight along +y from ten metres."""
+    """Make a scene of one object, seen along +y from ten metres."""
     camera = Camera.look_at(np.array([0.0, -10.0, 5.0]), np.array([0.0, 0.0, 5.0]), fov_degrees=40.0)
     item = Object(shape, "red", "matte", radius, (0.0, 0.0, 5.0), angle)
     return Scene(0, "train", 0, camera, (0.0, 0.0, 1.0), 0.4, (0.5,) * 3, (0.8,) * 3, [item])
 
 
-@pytest.mark.parametrize(
-    ("shape", "depth"), [("sphere", 9.0), ("cube", 10.0 - 0.85), ("cylinder", 10.0 - 0.75), ("cone", 10.0 - 0.5)]
-)
-def test_depth_of_each_solid_is_exact_at_the_middle_of_the_picture(shape, depth):
+@pytest.mark.parametrize(("shape", "depth"), [("sphere", 9.0), ("cube", 9.15), ("cylinder", 9.25), ("cone", 9.5)])
+def test_depth_of_each_solid_is_exact_at_the_middle_of_the_image(shape, depth):
     rendering = render(single(shape), size=97)  # odd: one pixel looks exactly along the axis
     assert rendering.depth[48, 48] == pytest.approx(depth, abs=1e-4)
     assert rendering.instances[48, 48] == 0
@@ -54,9 +52,7 @@ def test_normals_are_in_camera_axes():
 
 def test_the_silhouette_of_a_sphere_has_the_area_that_projection_gives():
     rendering = render(single("sphere"), size=256)
-    tangent = np.tan(np.radians(20.0))
-    half_angle = np.arcsin(1.0 / 10.0)
-    expected = np.pi * (np.tan(half_angle) / tangent / 2) ** 2
+    expected = np.pi * (np.tan(np.arcsin(1.0 / 10.0)) / np.tan(np.radians(20.0)) / 2) ** 2
     assert (rendering.instances == 0).mean() == pytest.approx(expected, rel=0.02)
 
 
@@ -93,20 +89,18 @@ def test_splits_are_independent_and_scenes_reproducible():
     assert scene_rng(1, "val", 2, 0).random() != scene_rng(1, "val", 2, 1).random()
 
 
-def test_held_out_pairs_occur_in_the_novel_split_alone():
+def test_held_out_pairs_occur_only_in_the_novel_split():
     for split in ("train", "val", "parts"):
         for scene in scenes(150, split):
             assert not HELD_OUT_PAIRS & {o.pair for o in scene.objects}
-            said = caption(scene, np.random.default_rng(0)) + " ".join(
-                q.text for q in ask(scene, np.random.default_rng(0))
-            )
-            assert not any(f"{c} {s}" in said for c, s in HELD_OUT_PAIRS)
+            texts = [caption(scene, np.random.default_rng(0)), *(q.text for q in ask(scene, np.random.default_rng(0)))]
+            assert not any(f"{c} {s}" in text for c, s in HELD_OUT_PAIRS for text in texts)
     for scene in scenes(30, "novel"):
         assert HELD_OUT_PAIRS & {o.pair for o in scene.objects}
 
 
 def truth(scene, question):
-    """The answer, worked out from the question's words and the world by rules of its own."""
+    """Answer from the question's words and the world, by rules of its own."""
     by_name = {o.name: o for o in scene.objects}
     names = re.findall(rf"(?:red|green|blue|yellow|purple|cyan|orange|white) (?:{'|'.join(SHAPES)})", question)
     if question.startswith("Is there"):
@@ -122,21 +116,11 @@ def truth(scene, question):
         return item.shape
     a, b = (by_name[name] for name in names)
     if question.startswith("Which"):
-        key, sign = {
-            "closer": ("depth", 1),
-            "farther": ("depth", -1),
-            "bigger": ("radius", -1),
-            "smaller": ("radius", 1),
-        }[re.match(r"Which is (\w+)", question)[1]]
-        return min((a, b), key=lambda o: sign * getattr(o, key)).name
-    holds = {
-        "left of": a.u < b.u,
-        "right of": a.u > b.u,
-        "above": a.v < b.v,
-        "below": a.v > b.v,
-        "in front of": a.depth < b.depth,
-        "behind": a.depth > b.depth,
-    }
+        word = re.match(r"Which is (\w+)", question)[1]
+        choose = min if word in ("closer", "smaller") else max
+        return choose((a, b), key=lambda o: o.depth if word in ("closer", "farther") else o.radius).name
+    holds = {"left of": a.u < b.u, "above": a.v < b.v, "in front of": a.depth < b.depth}
+    holds |= {"right of": a.u > b.u, "below": a.v > b.v, "behind": a.depth > b.depth}
     (claim,) = [value for words, value in holds.items() if f"{words} the {b.name}" in question]
     return str(claim) if "true or false" in question else ("Yes" if claim else "No")
 
@@ -148,8 +132,7 @@ def test_every_answer_is_true():
 
 
 def test_answers_are_balanced_and_every_category_is_asked():
-    answers = defaultdict(Counter)
-    first_named = Counter()
+    answers, first_named = defaultdict(Counter), Counter()
     for scene in scenes(600):
         for question in ask(scene, np.random.default_rng(scene.index)):
             answers[question.category][question.answer] += 1
@@ -159,16 +142,14 @@ def test_answers_are_balanced_and_every_category_is_asked():
     for category in ("existence", "left_right", "above_below", "front_behind", "statement"):
         counts = answers[category]
         assert len(counts) == 2 and max(counts.values()) / counts.total() < 0.57, (category, counts)
-    assert max(answers["counting"].values()) / answers["counting"].total() < 0.4
-    assert max(answers["colour"].values()) / answers["colour"].total() < 0.25
-    assert max(answers["shape"].values()) / answers["shape"].total() < 0.35
+    for category, share in (("counting", 0.4), ("colour", 0.25), ("shape", 0.35)):
+        assert max(answers[category].values()) / answers[category].total() < share
     assert abs(first_named[True] / first_named.total() - 0.5) < 0.07
 
 
-def test_place_in_the_picture_does_not_give_depth_or_size_away():
-    items = [o for scene in scenes(400) for o in scene.objects]
-    height, depth = np.array([o.v for o in items]), np.array([o.depth for o in items])
-    area, radius = np.array([o.area for o in items]), np.array([o.radius for o in items])
+def test_place_in_the_image_does_not_give_depth_or_size_away():
+    items = [(o.v, o.depth, o.area, o.radius) for scene in scenes(400) for o in scene.objects]
+    height, depth, area, radius = np.array(items).T
     assert abs(np.corrcoef(height, depth)[0, 1]) < 0.6
     assert np.corrcoef(np.sqrt(area), radius)[0, 1] < 0.85
 
@@ -189,16 +170,16 @@ def test_files_are_identical_for_one_seed_and_read_by_the_data_path(tmp_path):
     for name in ("train_captions", "train_instruct", "val_captions", "val_instruct", "novel_instruct"):
         for raw in json.loads((tmp_path / "a" / f"{name}.json").read_text()):
             record = parse_record(raw)
-            with Image.open(tmp_path / "a" / "images" / raw["image"]) as picture:
-                assert picture.size == (64, 64)
+            with Image.open(tmp_path / "a" / "images" / raw["image"]) as image:
+                assert image.size == (64, 64)
             assert record.images
     rows = [json.loads(line) for line in (tmp_path / "a" / "val_questions.jsonl").read_text().splitlines()]
     assert len({row["question_id"] for row in rows}) == len(rows) > 15
     scene = sample_scene(9, "val", 0)
-    with Image.open(tmp_path / "a" / "maps" / "depth" / "val_000000.png") as picture:
-        assert np.allclose(np.asarray(picture) / 1000, render(scene, 64).depth, atol=6e-4)
-    with Image.open(tmp_path / "a" / "images" / "val_000000.png") as picture:
-        assert (np.asarray(picture) == render(scene, 64).image).all()
+    with Image.open(tmp_path / "a" / "maps" / "depth" / "val_000000.png") as image:
+        assert np.allclose(np.asarray(image) / 1000, render(scene, 64).depth, atol=6e-4)
+    with Image.open(tmp_path / "a" / "images" / "val_000000.png") as image:
+        assert (np.asarray(image) == render(scene, 64).image).all()
 
 
 def test_half_of_the_conversations_go_without_the_request_for_a_short_answer():
@@ -259,7 +240,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
 
 
 def test_two_writers_of_one_folder_do_not_meet(tmp_path):
-    """The second begins and ends while the first is in the middle of its pictures."""
+    """The second begins and ends while the first is in the middle of its images."""
     request, seen = Request({"train": 3}), []
 
     def meanwhile(done, total, seconds):
@@ -268,13 +249,13 @@ def test_two_writers_of_one_folder_do_not_meet(tmp_path):
 
     assert not write_scenes(request, tmp_path / "s", meanwhile), "already there"
     assert seen == [True]
-    assert write_scenes(request, tmp_path / "alone")
-    for file in (tmp_path / "alone").rglob("*.*"):
-        assert (tmp_path / "s" / file.relative_to(tmp_path / "alone")).read_bytes() == file.read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"s", "alone"}, "nothing is left behind"
+    assert write_scenes(request, tmp_path / "other")
+    for file in (tmp_path / "other").rglob("*.*"):
+        assert (tmp_path / "s" / file.relative_to(tmp_path / "other")).read_bytes() == file.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"s", "other"}, "nothing is left behind"
 
 
-def test_a_writer_who_was_overtaken_by_other_scenes_is_told(tmp_path):
+def test_a_writer_overtaken_by_other_scenes_gets_an_error(tmp_path):
     def meanwhile(done, total, seconds):
         if done == 1:
             write_scenes(Request({"train": 1}, seed=5), tmp_path / "s")
@@ -286,14 +267,9 @@ def test_a_writer_who_was_overtaken_by_other_scenes_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "flag"),
-    [
-        ({"size": 8}, "--size"),
-        ({"seed": -1}, "--seed"),
-        ({"counts": {"train": 0}}, "--train"),
-        ({"image_format": "bmp"}, "--format"),
-    ],
+    ("key", "value", "flag"),
+    [("size", 8, "size"), ("seed", -1, "seed"), ("counts", {"train": 0}, "train"), ("image_format", "bmp", "format")],
 )
-def test_bad_requests_name_the_flag(wrong, flag):
-    with pytest.raises(ConfigError, match=flag):
-        Request(**{"counts": {"train": 1}, **wrong})
+def test_bad_requests_name_the_flag(key, value, flag):
+    with pytest.raises(ConfigError, match=f"--{flag}"):
+        Request(**{"counts": {"train": 1}, key: value})

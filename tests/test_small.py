@@ -59,9 +59,9 @@ def test_small_preset_is_trained_weighed_merged_and_exported(tmp_path, capsys):
         text = json.loads((folder / "config.json").read_text())["text_config"]
         assert not {"quantization_config", "_model_name_or_path"} & set(text), folder
     export_model(merged, tmp_path / "out")
-    picture, question = scenes / "images" / "val_000000.png", "What is there?"
-    stock, seen = ask_stock(tmp_path / "out", picture, question)
+    image, question = scenes / "images" / "val_000000.png", "What is there?"
+    stock, seen = ask_stock(tmp_path / "out", image, question)
     assert type(stock.model.vision_tower) is CLIPVisionModel and getattr(stock, "hf_quantizer", None) is None
     stock.save_pretrained(tmp_path / "again")
-    expected, _ = both_logits(merged, seen, picture, question)
+    expected, _ = both_logits(merged, seen, image, question)
     torch.testing.assert_close(seen["logits"], expected, rtol=1e-5, atol=1e-4)  # logits of some tens

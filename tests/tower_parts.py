@@ -13,6 +13,10 @@ IMAGE = 32  # pixels per side
 GRID = 4  # tokens per side
 
 
+def dummy_network(channels, stride):
+    return nn.Sequential(nn.Conv2d(3, channels, stride, stride), nn.BatchNorm2d(channels))
+
+
 @register_expert("dummy", "hf")
 class DummyExpert(Expert):
     """One convolution, its weights from a folder. ``nan_above`` breaks bright images."""
@@ -26,10 +30,7 @@ class DummyExpert(Expert):
         return IMAGE
 
     def build(self, pretrained):
-        stride = self.option("stride", 8)
-        net = nn.Sequential(
-            nn.Conv2d(3, self.option("channels", 12), stride, stride), nn.BatchNorm2d(self.option("channels", 12))
-        )
+        net = dummy_network(self.option("channels", 12), self.option("stride", 8))
         if pretrained:
             net.load_state_dict(load_file(self.source.require() / "model.safetensors"))
         return net
@@ -37,10 +38,8 @@ class DummyExpert(Expert):
     def features(self, pixels):
         type(self).calls += 1
         out = self.backbone(pixels)
-        limit = self.option("nan_above")
-        if limit is not None:
-            broken = pixels.mean(dim=(1, 2, 3)) > limit
-            out = torch.where(broken[:, None, None, None], torch.nan, out)
+        if (limit := self.option("nan_above")) is not None:
+            out = torch.where(pixels.mean(dim=(1, 2, 3), keepdim=True) > limit, torch.nan, out)
         return out
 
     def save_backbone(self, folder):
@@ -51,22 +50,14 @@ class DummyExpert(Expert):
 def save_dummy(folder, *, channels=12, stride=8, seed=0):
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    net = nn.Sequential(nn.Conv2d(3, channels, stride, stride), nn.BatchNorm2d(channels))
-    save_file(net.state_dict(), folder / "model.safetensors")
+    save_file(dummy_network(channels, stride).state_dict(), folder / "model.safetensors")
     return f"hf:{folder}"
 
 
 def save_clip(folder, *, image_size=IMAGE, layers=3, width=16, seed=1):
     torch.manual_seed(seed)
-    config = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        image_size=image_size,
-        patch_size=image_size // GRID,
-        projection_dim=8,
-    )
+    sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": layers, "num_attention_heads": 2}
+    config = CLIPVisionConfig(image_size=image_size, patch_size=image_size // GRID, projection_dim=8, **sizes)
     CLIPVisionModel(config).save_pretrained(folder)
     return f"hf:{folder}"
 
@@ -75,10 +66,9 @@ def expert_entries(folder, names=("depth", "edge", "normal"), **options):
     """One dummy expert per name, each with its own width and grid, saved below ``folder``."""
     entries = []
     for i, name in enumerate(names):
-        channels, stride = 6 + 2 * i, (8, 4, 16)[i % 3]
-        source = save_dummy(folder / name, channels=channels, stride=stride, seed=10 + i)
-        opts = {"channels": channels, "stride": stride, **options.get(name, {})}
-        entries.append(ExpertSpec(name=name, expert="dummy", source=source, options=opts))
+        shape = {"channels": 6 + 2 * i, "stride": (8, 4, 16)[i % 3]}
+        source = save_dummy(folder / name, seed=10 + i, **shape)
+        entries.append(ExpertSpec(name=name, expert="dummy", source=source, options=shape | options.get(name, {})))
     return entries
 
 
@@ -106,21 +96,9 @@ def open_output(tower, scale=0.5):
 
 
 def text_config(**keys):
-    return LlamaConfig(
-        **{
-            "vocab_size": 64,
-            "hidden_size": 24,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 128,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **keys,
-        }
-    )
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    return LlamaConfig(**{**sizes, **heads, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **keys})
 
 
 def pixels(batch=2, seed=3, size=IMAGE):
