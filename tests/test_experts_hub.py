@@ -68,8 +68,13 @@ def test_a_non_finite_output_is_named_or_dropped_for_its_image(hub, value):
     assert not out.features["a"][1].any()
     assert torch.equal(out.features["a"][[0, 2]], clean["a"][[0, 2]])
     assert torch.equal(out.features["b"], clean["b"])
+
+
+def test_non_finite_pixels_reach_the_check(hub):
+    bad = PIXELS.clone()
+    bad[2, 0, 5, 5] = float("nan")
     with pytest.raises(NonFiniteError):
-        hub.run(torch.full_like(PIXELS, value), strict=True)
+        hub.run(bad, strict=True)
 
 
 def test_saving_by_value_leaves_nothing_of_an_earlier_save(hub, tmp_path):
