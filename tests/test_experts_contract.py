@@ -190,6 +190,7 @@ def test_pixels_are_normalised_as_the_source_says(tmp_path):
     assert torch.allclose(expert.condition(flat), expected.expand(1, 3, 96, 96), atol=1e-5)
 
 
+# It has 35 M parameters and cannot be smaller, so everything about it is in one test.
 def test_dexined(tmp_path):
     from kornia.models.dexined import DexiNed
 
