@@ -1,4 +1,4 @@
-"""Calibration records over random pictures, and small checkpoints of every kind, for the tests of the analysis."""
+"""Calibration records over random images, and small checkpoints of every kind."""
 
 import dataclasses
 import json
@@ -17,34 +17,28 @@ KINDS = {"trained": "pretrain", "lora": "finetune_lora", "full": "finetune"}
 EXPERTS = ("normal", "segmentation", "extra")
 
 
+def conversation(*texts):
+    return [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
+
+
 def write_records(root, images=4):
-    """``calibration.json`` and ``images/``: two records an image, three types, one long reply, one without an image."""
+    """Write calibration.json and images/: two records an image, three types, a long reply, one without an image."""
     (root / "images").mkdir(parents=True)
     rows = []
     for index in range(2 * images):
         name = f"{index % images}.png"
         picture(index % images).save(root / "images" / name)
         reply = "a long reply that has more words than are counted" if index == 3 else ("yes", "No.")[index % 2]
-        rows.append(
-            {
-                "id": f"r{index}",
-                "image": name,
-                "category": ("count", "colour", "shape")[index % 3],
-                "conversations": [
-                    {"from": "human", "value": f"<image>\nWhat is number {index}?"},
-                    {"from": "gpt", "value": reply},
-                    {"from": "human", "value": "And then?"},
-                    {"from": "gpt", "value": "nothing" * (1 + index % 2)},
-                ],
-            }
-        )
-    rows.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "yes"}]})
+        turns = conversation(f"<image>\nWhat is number {index}?", reply, "And then?", "nothing" * (1 + index % 2))
+        category = ("count", "colour", "shape")[index % 3]
+        rows.append({"id": f"r{index}", "image": name, "category": category, "conversations": turns})
+    rows.append({"id": "text", "conversations": conversation("Hi", "yes")})
     (root / "calibration.json").write_text(json.dumps(rows))
     return root / "calibration.json"
 
 
 def write_checkpoint(root, kind, *overrides, name="model", self_contained=False):
-    """A checkpoint with random trained weights; ``extra`` is an expert whose source is ``root/extra``."""
+    """Save a checkpoint with random trained weights; ``extra`` is an expert whose source is ``root/extra``."""
     if not (root / "preset.yaml").exists():
         write_parts(root)
         shutil.copytree(root / "segmentation", root / "extra")
@@ -59,11 +53,9 @@ def write_checkpoint(root, kind, *overrides, name="model", self_contained=False)
     model, processor = build_model(preset, template=stage.template)
     names = set(freeze(model, stage).names())
     generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name in names:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     trained = {n: p.detach() for n, p in model.named_parameters() if n in names}
+    for parameter in trained.values():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
     manifest = Manifest(kind, KINDS[kind], "tiny", stage.template, "pad", 400, dataclasses.asdict(preset.language))
     save_checkpoint(root / name, model, processor, manifest, trained, self_contained=self_contained)
     return root / name

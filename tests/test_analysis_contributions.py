@@ -1,10 +1,11 @@
 """Contributions: against a loop that runs the whole model for each subset, and against sums written out by hand."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
-from analysis_parts import write_records
+from analysis_parts import conversation, write_records
 from answer_parts import make_answerer, make_model, make_scenes, save_model
 from PIL import Image
 from torch.nn import functional as F
@@ -26,7 +27,7 @@ NAMES = ["depth", "edge", "normal"]
 
 @pytest.fixture
 def answerer(tmp_path, monkeypatch):
-    """Its answers are a function of what it sees of the last image, so that they differ between subsets."""
+    """A model whose answers depend on what it sees of the image, so that they differ between subsets."""
     made = make_answerer(tmp_path / "parts")
 
     def answer(prompts, features, max_new_tokens):
@@ -44,7 +45,7 @@ def data(tmp_path):
 
 @torch.no_grad()
 def naive(answerer, data, without):
-    """(summed loss, tokens, right or None) of each record with an image: the whole model, one record at a time."""
+    """Return (summed loss, tokens, right or None) of each record with an image, one at a time."""
     rows = []
     answerer.tower.detach_experts(without)
     for index, raw in enumerate(json.loads(data.read_text())[:-1]):
@@ -78,12 +79,9 @@ def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_s
     assert sum(seen) == 4, "every image is encoded once"
     everything, nothing = naive(answerer, data, []), naive(answerer, data, NAMES)
     left_out = {name: naive(answerer, data, [name]) for name in NAMES}
-    groups = {"overall": (found.overall, range(8))}
-    groups |= {
-        kind: (found.types[kind], [i for i in range(8) if i % 3 == place])
-        for place, kind in enumerate(("count", "colour", "shape"))
-    }
-    for group, rows in groups.values():
+    groups = [(found.overall, range(8))]
+    groups += [(found.types[kind], range(start, 8, 3)) for start, kind in enumerate(("count", "colour", "shape"))]
+    for group, rows in groups:
         loss, accuracy = summary([everything[i] for i in rows])
         assert group.loss == pytest.approx(loss, rel=1e-5) and group.accuracy == pytest.approx(accuracy)
         loss_none, accuracy_none = summary([nothing[i] for i in rows])
@@ -96,7 +94,7 @@ def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_s
             assert expert.accuracy_change == pytest.approx(accuracy_without - accuracy)
     assert found.overall.answers == 7, "the long reply is not counted"
     assert any(abs(e.loss_change) > 1e-3 for e in found.overall.experts.values()), "the experts matter here"
-    assert any(e.accuracy_change for group, _ in groups.values() for e in group.experts.values())
+    assert any(e.accuracy_change for group, _ in groups for e in group.experts.values())
 
 
 def test_gate_weight_and_norm_share_by_hand(answerer, data):
@@ -127,27 +125,21 @@ def test_a_failed_expert_has_no_share_of_an_image(answerer):
     assert shares["edge"][1] == 0 == weights["edge"][1] and shares["edge"][0] > 0
 
 
-def test_detached_experts_are_left_alone_also_after_an_error(answerer, data, monkeypatch):
+def test_detached_experts_stay_detached_also_after_an_error(answerer, data, monkeypatch):
     samples = load_samples(data, None, answerer, "nowhere")
     answerer.tower.detach_experts("edge")
     found = measure_contributions(answerer, samples)
     assert list(found.overall.experts) == ["depth", "normal"]
     assert answerer.tower.config.detached_experts == ["edge"]
-
-    def fail(prompts, features, max_new_tokens):
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(answerer, "generate", fail)
+    monkeypatch.setattr(answerer, "generate", Mock(side_effect=RuntimeError("no")))
     with pytest.raises(RuntimeError, match="no"):
         measure_contributions(answerer, samples)
     assert answerer.tower.config.detached_experts == ["edge"]
 
 
 def test_ranking_is_by_loss_then_gate_weight():
-    def expert(weight, loss):
-        return ExpertContribution(weight, 0.1, loss, None)
-
-    experts = {"a": expert(0.5, 0.2), "b": expert(0.3, -0.1), "c": expert(0.2, 0.2), "d": expert(0.4, 0.1)}
+    values = {"a": (0.5, 0.2), "b": (0.3, -0.1), "c": (0.2, 0.2), "d": (0.4, 0.1)}
+    experts = {name: ExpertContribution(weight, 0.1, loss, None) for name, (weight, loss) in values.items()}
     found = Contributions(Group(1, 1, 1, 0, 1.0, None, 1.0, None, experts), {})
     assert found.ranking == ["b", "d", "c", "a"]
 
@@ -155,9 +147,11 @@ def test_ranking_is_by_loss_then_gate_weight():
 def test_playground_questions_are_read_as_records(answerer, tmp_path):
     rows = make_scenes(tmp_path / "scenes", images=2)
     from_questions = load_samples(tmp_path / "scenes" / "val_questions.jsonl", None, answerer, "nowhere")
-    records = [{"image": row["image"], "category": row["category"], "conversations": [
-        {"from": "human", "value": f"<image>\n{row['text']}"}, {"from": "gpt", "value": row["answer"]},
-    ]} for row in rows]  # fmt: skip
+    records = [
+        {key: row[key] for key in ("image", "category")}
+        | {"conversations": conversation(f"<image>\n{row['text']}", row["answer"])}
+        for row in rows
+    ]
     (tmp_path / "scenes" / "records.json").write_text(json.dumps(records))
     from_records = load_samples(tmp_path / "scenes" / "records.json", None, answerer, "nowhere")
     assert len(from_questions.rows) == 6
@@ -236,11 +230,12 @@ def test_bad_input_is_named(folder, data, tmp_path, capsys, change, message):
 
 
 def test_bad_records_are_named(answerer, data):
-    rows = json.loads(data.read_text())
-    for change, message in (({"category": 3}, "'category' must be a string"), ({"image": "gone.png"}, "gone.png")):
-        data.write_text(json.dumps([{**rows[0], **change}]))
+    first, *_, text = json.loads(data.read_text())
+    for row, message in [
+        ({**first, "category": 3}, "'category' must be a string"),
+        ({**first, "image": "gone.png"}, "gone.png"),
+        (text, "no record is left to measure"),
+    ]:
+        data.write_text(json.dumps([row]))
         with pytest.raises(DataError, match=message):
             load_samples(data, None, answerer, "nowhere")
-    data.write_text(json.dumps(rows[-1:]))
-    with pytest.raises(DataError, match="no record is left to measure"):
-        load_samples(data, None, answerer, "nowhere")

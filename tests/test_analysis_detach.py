@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
-from analysis_parts import EXPERTS, KINDS, write_checkpoint, write_records
+from analysis_parts import EXPERTS, write_checkpoint, write_records
 from answer_parts import make_answerer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from stage_parts import logits
 
 from tove_llava import cli, load_model
 from tove_llava.analysis import speed
@@ -20,13 +22,6 @@ from tove_llava.analysis.samples import load_samples
 from tove_llava.checkpoints.loading import trained_names
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError, ConfigError, DataError
-
-
-@torch.no_grad()
-def logits(model):
-    ids = [1, *[model.config.image_token_id] * model.config.vision_config.num_patches, 40, 50, 60]
-    pixels = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return model(input_ids=torch.tensor([ids] * 3), pixel_values=pixels).logits
 
 
 def masked_logits(folder, experts):
@@ -54,7 +49,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize(
     ("kind", "variant"),
-    [*((kind, "soft") for kind in KINDS), ("full", "all"), *(("trained", name) for name in list(VARIANTS)[1:])],
+    [("lora", "soft"), ("full", "soft"), ("full", "all"), *(("trained", name) for name in VARIANTS)],
 )
 def test_a_smaller_checkpoint_is_the_masked_model_without_the_experts_source(tmp_path, kind, variant):
     overrides, gone = VARIANTS[variant]
@@ -63,15 +58,13 @@ def test_a_smaller_checkpoint_is_the_masked_model_without_the_experts_source(tmp
     report = detach_checkpoint(folder, tmp_path / "small", gone)
     for name in gone:
         shutil.rmtree(tmp_path / name)
-    if gone:
-        with pytest.raises(CheckpointError):
-            load_model(folder)
+    with pytest.raises(CheckpointError):
+        load_model(folder)
     model, processor = load_model(tmp_path / "small")
     assert torch.equal(logits(model), expected)
     kept = [name for name in EXPERTS if name not in gone]
-    assert model.tower.config.expert_names == kept == list(report.kept) and report.removed == tuple(
-        name for name in EXPERTS if name in gone
-    )
+    assert model.tower.config.expert_names == kept == list(report.kept)
+    assert report.removed == tuple(name for name in EXPERTS if name in gone)
     named = json.loads((tmp_path / "small" / "config.json").read_text())["vision_config"]["experts"]
     assert [entry["name"] for entry in named] == kept
     before, after = Manifest.read(folder), Manifest.read(tmp_path / "small")
@@ -84,15 +77,6 @@ def test_a_smaller_checkpoint_is_the_masked_model_without_the_experts_source(tmp
     card = (tmp_path / "small" / "README.md").read_text()
     assert [name for name in EXPERTS if f"| expert {name} |" in card] == kept and "Not evaluated" in card
     assert not list(tmp_path.glob(".*part"))
-
-
-def test_taking_out_all_experts_is_clip(tmp_path):
-    folder = write_checkpoint(tmp_path, "trained")
-    detach_checkpoint(folder, tmp_path / "small", EXPERTS)
-    model, _ = load_model(tmp_path / "small")
-    pixels = torch.randn(1, 3, 32, 32)
-    features = model.tower.encode(pixels)
-    assert torch.equal(model.tower(pixels).last_hidden_state, features.base) and not features.experts
 
 
 def test_experts_masked_in_the_checkpoint_go_too(tmp_path):
@@ -131,10 +115,9 @@ def test_shards_and_dtypes_are_kept(tmp_path):
     expected = masked_logits(folder, ["normal"])
     detach_checkpoint(folder, tmp_path / "small", ["normal"])
     assert torch.equal(logits(load_model(tmp_path / "small")[0]), expected)
-    small = load_file(tmp_path / "small" / "model-00001-of-00002.safetensors")
+    small, others = (load_file(tmp_path / "small" / name) for name in shards)
     assert {value.dtype for value in small.values()} == {torch.bfloat16}
-    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
-    stored = {**small, **load_file(tmp_path / "small" / "model-00002-of-00002.safetensors")}
+    index, stored = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text()), {**small, **others}
     assert set(index["weight_map"]) == set(stored)
     assert index["metadata"]["total_size"] == sum(x.numel() * x.element_size() for x in stored.values())
 
@@ -164,12 +147,8 @@ def test_an_existing_folder_and_damaged_input_are_refused(tmp_path, monkeypatch)
         detach_checkpoint(folder, tmp_path / "small", ["extra"])
     with pytest.raises(CheckpointError, match="not a folder"):
         detach_checkpoint(tmp_path / "nowhere", tmp_path / "x", ["extra"])
-
-    def full(*args, **kwargs):
-        raise OSError("no space left")
-
     with monkeypatch.context() as patch:
-        patch.setattr("tove_llava.analysis.detach.save_file", full)
+        patch.setattr("tove_llava.analysis.detach.save_file", Mock(side_effect=OSError("no space left")))
         with pytest.raises(CheckpointError, match=r"x could not be written \(no space left\)"):
             detach_checkpoint(folder, tmp_path / "x", ["extra"])
     file = folder / "trained.safetensors"
@@ -186,8 +165,7 @@ def test_curve_goes_down_to_clip_and_times_what_is_left(tmp_path, monkeypatch):
     answerer = make_answerer(tmp_path / "parts")
     samples = load_samples(write_records(tmp_path / "data"), None, answerer, "nowhere")
     found = measure_contributions(answerer, samples)
-    ran = []
-    hub = answerer.tower.frozen.hub
+    ran, hub = [], answerer.tower.frozen.hub
     condition = hub.condition
     monkeypatch.setattr(hub, "condition", lambda pixels, names: ran.append(len(names)) or condition(pixels, names))
     steps = detach_curve(answerer, samples, found.ranking)
@@ -215,19 +193,18 @@ def test_latency_drops_the_least_contributing_until_it_fits(tmp_path, monkeypatc
 
 
 def test_a_ranking_of_another_model_is_refused(tmp_path):
-    file = tmp_path / "contributions.json"
-    record = {"kind": "contributions", "ranking_least_first": ["a", "b"], "fingerprint": "x"}
-    file.write_text(json.dumps(record))
+    file, other, gone = (tmp_path / f"{name}.json" for name in ("contributions", "other", "gone"))
+    file.write_text(json.dumps({"kind": "contributions", "ranking_least_first": ["a", "b"], "fingerprint": "x"}))
+    other.write_text("{}")
     assert read_ranking(file, ["b", "a"], "x") == ["a", "b"]
-    with pytest.raises(ConfigError, match="another model"):
-        read_ranking(file, ["a", "b"], "y")
-    with pytest.raises(ConfigError, match="measured with the experts a, b"):
-        read_ranking(file, ["a"], "x")
-    file.write_text("{}")
-    with pytest.raises(DataError, match="is not what"):
-        read_ranking(file, ["a"], "x")
-    with pytest.raises(DataError, match="there is no file"):
-        read_ranking(tmp_path / "gone.json", ["a"], "x")
+    for error, words, arguments in [
+        (ConfigError, "another model", (file, ["a", "b"], "y")),
+        (ConfigError, "measured with the experts a, b", (file, ["a"], "x")),
+        (DataError, "is not what", (other, ["a"], "x")),
+        (DataError, "there is no file", (gone, ["a"], "x")),
+    ]:
+        with pytest.raises(error, match=words):
+            read_ranking(*arguments)
 
 
 def test_commands(tmp_path, capsys):

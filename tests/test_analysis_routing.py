@@ -33,16 +33,14 @@ def test_means_and_argmax():
     assert found.argmax.tolist() == [[0, 1], [0, 0]] and found.chosen == {"a": 0.75, "b": 0.25}
 
 
-def test_the_chat_reports_the_same_numbers(tmp_path):
-    answerer = make_answerer(tmp_path)
+def test_the_chat_reports_the_same_numbers(answerer):
     found = routing_map(answerer.tower, answerer.pixels(picture(), upright=True))
     chat = Engine(answerer).routing(picture())
     assert chat.means == found.means
     assert chat.grids["edge"] == found.weights[..., 1].tolist()
 
 
-def test_the_picture_is_what_the_model_sees(tmp_path):
-    answerer = make_answerer(tmp_path)
+def test_the_image_is_what_the_model_sees(answerer):
     image = Image.new("RGB", (40, 20), (10, 200, 30))
     seen = np.asarray(seen_image(answerer.pixels(image), answerer.tower.config))
     assert seen.shape == (32, 32, 3)

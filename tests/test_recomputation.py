@@ -1,7 +1,8 @@
-"""What the layers keep and what they compute again: the same losses and gradients, for less memory or less work."""
+"""Checkpointed layers give the same losses and gradients, for less memory or less work."""
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from test_llava_model import make_llava
 from test_packing import COLLATORS, EXAMPLES, assert_close, gradients
 from torch.utils.flop_counter import FlopCounterMode
 from tower_parts import text_config
-from train_parts import ROOT, flags, launch, losses, write_parts, write_records
+from train_parts import ROOT, flags, launch, losses, write_inputs
 
 from tove_llava import load_preset
 from tove_llava.core.errors import ConfigError
@@ -22,6 +23,8 @@ from tove_llava.train.run import main
 from tove_llava.train.stages import freeze
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from measuring import peak_memory  # noqa: E402
 
 LORA = StagePreset("lora", "v1", lora=LoraPreset(r=4, alpha=8, dropout=0.3))
 
@@ -37,9 +40,7 @@ def model_of(folder, train="lora", layers=3):
 
 
 def run(model, batch, autocast=False):
-    if "cu_seq_lens_q" not in batch:
-        return gradients(model, batch, autocast)
-    with packed_rows(model.model.language_model):
+    with packed_rows(model.model.language_model) if "cu_seq_lens_q" in batch else nullcontext():
         return gradients(model, batch, autocast)
 
 
@@ -55,8 +56,6 @@ def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, pac
         batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
     plain, expected = run(model, batch, autocast)
     assert any("lora" in name for name in expected) == (train == "lora")
-    one_layer = LayerCosts(3, 24, 0, 0)
-    assert one_layer.layers == len(model.model.language_model.layers)
     for kind, budget in [("full", None), ("selective", None), ("selective", 1e-5), ("selective", 0.0), ("none", None)]:
         set_checkpointing(model, kind, budget_gib=budget)
         output, got = run(model, batch, autocast)
@@ -65,9 +64,7 @@ def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, pac
 
 
 def work_and_memory(model, batch, kind, budget=None):
-    """FLOPs of a backward pass, and bytes at its peak; from one more run, what stays when everything is done."""
-    from measuring import peak_memory
-
+    """Return the FLOPs of a backward pass, and the bytes at its peak from one more run."""
     set_checkpointing(model, kind, budget_gib=budget)
     loss = model(**batch).loss
     with FlopCounterMode(display=False) as counter:
@@ -91,30 +88,27 @@ def test_a_budget_chooses_layers_by_the_length_of_the_batch(tmp_path):
     costs = LayerCosts(layers=10, hidden=100, products=500, whole=1000)
     assert costs.selective_layers(7, 2, None) == 10
     always = 2 * 7 * (10 * 100 + 2 * 1000)
-    assert [costs.selective_layers(7, 2, always + 2 * 7 * extra) for extra in (0, 499, 500, 2600, 10**6)] == [
-        0, 0, 1, 5, 10,
-    ]  # fmt: skip
+    for extra, layers in {0: 0, 499: 0, 500: 1, 2600: 5, 10**6: 10}.items():
+        assert costs.selective_layers(7, 2, always + 2 * 7 * extra) == layers
     assert costs.selective_layers(7, 2, 0) == 0
     model, few, many = model_of(tmp_path), COLLATORS[0](EXAMPLES), COLLATORS[0](EXAMPLES * 8)
     budget = 4 * few["labels"].numel() * 24 * 40 / 2**30
-    few_work = [work_and_memory(model, few, "selective", b)[0] for b in (None, budget, 0.0)]
-    many_work = [work_and_memory(model, many, "selective", b)[0] for b in (None, budget, 0.0)]
-    assert few_work[0] == few_work[1] < few_work[2]
-    assert many_work[0] < many_work[1] == many_work[2]
+    few, many = ([work_and_memory(model, x, "selective", b)[0] for b in (None, budget, 0.0)] for x in (few, many))
+    assert few[0] == few[1] < few[2] and many[0] < many[1] == many[2]
 
 
 def test_the_kind_is_a_setting_of_the_stage(tmp_path):
-    write_parts(tmp_path)
-    write_records(tmp_path)
-    line = flags(tmp_path, "finetune_lora", tmp_path / "out")
-    assert parse(line).stage.kept == "none"
-    assert parse([*line, "--gradient_checkpointing", "True"]).stage.kept == "full"
-    chosen = parse([*line, "--checkpointing", "selective", "--checkpointing_gib", "30"])
-    assert (chosen.stage.kept, chosen.stage.checkpointing_gib) == ("selective", 30.0)
-    assert parse([*line, "--set", "stages.finetune_lora.checkpointing=full"]).stage.kept == "full"
-    # The preset's own argument gives way to the flag; two flags that disagree do not pass.
+    line = flags(write_inputs(tmp_path), "finetune_lora", tmp_path / "out")
     on = ["--set", "stages.finetune_lora.arguments.gradient_checkpointing=true"]
-    assert parse([*line, *on, "--checkpointing", "none"]).stage.kept == "none"
+    for words, kept in [
+        ([], "none"),
+        (["--gradient_checkpointing", "True"], "full"),
+        (["--checkpointing", "selective", "--checkpointing_gib", "30"], "selective"),
+        (["--set", "stages.finetune_lora.checkpointing=full"], "full"),
+        ([*on, "--checkpointing", "none"], "none"),  # the preset's argument gives way to the flag
+    ]:
+        stage = parse([*line, *words]).stage
+        assert stage.kept == kept and stage.checkpointing_gib == (30.0 if "30" in words else None)
     for wrong, message in [
         (["--checkpointing", "some"], "none, full, selective"),
         (["--checkpointing", "none", "--gradient_checkpointing", "True"], "give one of them"),
@@ -128,9 +122,7 @@ def test_the_kind_is_a_setting_of_the_stage(tmp_path):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recomputation")
-    write_parts(folder)
-    write_records(folder, pattern="iitt", count=8, captions=8)
+    folder = write_inputs(tmp_path_factory.mktemp("recomputation"), pattern="iitt", count=8, captions=8)
     assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "1")) == 0
     return folder
 
@@ -154,19 +146,14 @@ def line_of(root, stage, output, kind, *more):
     ids=["lora", "qlora", "lora-bf16", "full-bf16", "merge"],
 )
 def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, tolerance):
-    layers, chosen = [], recomputation.create_selective_checkpoint_contexts
-    monkeypatch.setattr(
-        recomputation, "create_selective_checkpoint_contexts", lambda policy: layers.append(policy) or chosen(policy)
-    )
+    layers, name = [], "create_selective_checkpoint_contexts"
+    chosen = getattr(recomputation, name)
+    monkeypatch.setattr(recomputation, name, lambda policy: layers.append(policy) or chosen(policy))
     if "--bits" in more:
         pytest.importorskip("bitsandbytes")
-    if stage == "merge":
-        assert main(line_of(root, "finetune_lora", tmp_path / "tuned", "none")) == 0
     found = {}
     for kind in KINDS:
         line = line_of(root, stage, tmp_path / kind, kind, *more)
-        if stage == "merge":
-            line[line.index("--pretrained") + 1] = str(tmp_path / "tuned")
         layers.clear()
         assert main(line) == 0
         assert len(layers) == (kind == "selective") * 2 * 2  # layers, steps
@@ -181,14 +168,11 @@ def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, toleran
 def test_ranks_learn_the_same(root, tmp_path, deepspeed):
     """Ranks whose batches differ in length choose other layers, and still gather the same weights in the same order."""
     sizes = ["--per_device_train_batch_size", "2", "--deepspeed", deepspeed]
-    budget = {"none": [], "selective": [], "budget": ["--checkpointing_gib", "0.0031"]}
-    lines = [
-        line_of(root, "finetune_lora", tmp_path / name, "none" if name == "none" else "selective", *sizes, *more)
-        for name, more in budget.items()
-    ]
+    runs = {"none": ["none"], "selective": ["selective"], "budget": ["selective", "--checkpointing_gib", "0.0031"]}
+    lines = [line_of(root, "finetune_lora", tmp_path / name, *more, *sizes) for name, more in runs.items()]
     file = tmp_path / "lines.json"
     file.write_text(json.dumps(lines))
     launch([str(file)], module="train_worker")
-    none, *others = (torch.tensor(losses(tmp_path / name, "lm_loss", "aux_loss")) for name in budget)
+    none, *others = (torch.tensor(losses(tmp_path / name, "lm_loss", "aux_loss")) for name in runs)
     for other in others:
         torch.testing.assert_close(other, none, rtol=1e-5, atol=1e-5)

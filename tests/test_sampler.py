@@ -1,7 +1,6 @@
 """Orders of the grouped sampler: the golden ones, and what must hold for any lengths."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,31 +17,22 @@ LENGTHS = st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=80)
 
 def _draw(row: dict[str, Any]) -> list[int]:
     torch.manual_seed(row["seed"])
-    sampler = LengthGroupedSampler(
-        row["lengths"], row["batch_size"], row["world_size_times_accumulation"], row["group_by_modality"]
-    )
-    return list(sampler)
+    keys = ("lengths", "batch_size", "world_size_times_accumulation", "group_by_modality")
+    return list(LengthGroupedSampler(*(row[key] for key in keys)))
 
 
-def _check(rows: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("golden", [True, False], ids=["conformance", "own sample"])
+def test_golden_orders(request: pytest.FixtureRequest, golden: bool) -> None:
+    folder = request.getfixturevalue("conformance") / "llava" if golden else SAMPLE
+    rows = jsonl(folder / "sampler.jsonl")
+    assert any(row["error"] for row in rows) and any(row["order"] for row in rows)
+    assert not golden or len(rows) == 10
     for row in rows:
         if row["error"]:
             with pytest.raises(DataError, match="length 0"):
                 _draw(row)
         else:
             assert _draw(row) == row["order"], row["id"]
-
-
-def test_golden_orders(conformance: Path) -> None:
-    rows = jsonl(conformance / "llava" / "sampler.jsonl")
-    assert len(rows) == 10
-    _check(rows)
-
-
-def test_own_sample_of_the_golden_orders() -> None:
-    rows = jsonl(SAMPLE / "sampler.jsonl")
-    assert any(row["error"] for row in rows) and any(row["order"] for row in rows)
-    _check(rows)
 
 
 @given(lengths=LENGTHS, batch_size=st.integers(1, 5), num_batches=st.integers(1, 4), by_modality=st.booleans())
@@ -68,7 +58,7 @@ def test_only_the_tail_mixes_modalities(lengths: list[int], batch_size: int, num
 
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), epoch=st.integers(0, 100))
-def test_an_epoch_depends_on_seed_and_epoch_alone(seed: int, epoch: int) -> None:
+def test_an_epoch_depends_only_on_seed_and_epoch(seed: int, epoch: int) -> None:
     lengths = [(-1) ** (index // 3) * (index % 17 + 1) for index in range(60)]
 
     def order(epoch: int) -> list[int]:
@@ -78,13 +68,12 @@ def test_an_epoch_depends_on_seed_and_epoch_alone(seed: int, epoch: int) -> None
 
     before = torch.random.get_rng_state()
     first = order(epoch)
-    assert torch.equal(before, torch.random.get_rng_state())  # and draws nothing from the global generator
+    assert torch.equal(before, torch.random.get_rng_state())  # nothing is drawn from the global generator
     torch.rand(3)
-    assert order(epoch) == first
-    assert order(epoch + 1) != first
+    assert order(epoch) == first != order(epoch + 1)
 
 
-def test_iterating_twice_without_a_seed_draws_anew() -> None:
+def test_iterating_twice_without_a_seed_draws_twice() -> None:
     torch.manual_seed(0)
     sampler = LengthGroupedSampler(list(range(1, 60)), 2, 2)
     assert list(sampler) != list(sampler)

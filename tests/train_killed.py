@@ -3,6 +3,7 @@
 Usage: python -m train_killed MOMENT FLAGS...
 """
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -12,43 +13,31 @@ from tove_llava.train import run
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.trainer import ToveTrainer
 
-
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def after(function, count, *, first):
-    """``function`` until its ``count``-th call, which ends the process; with ``first`` once it has done its work."""
-    calls = 0
-
-    def counted(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == count and not first:
-            die()
-        result = function(*args, **kwargs)
-        if calls == count:
-            die()
-        return result
-
-    return counted
+# The owner and name of a function, the number of its last call, and whether that call does its work first.
+MOMENTS = {
+    "between": (ToveTrainer, "compute_loss", 6, True),  # in step 6, after the checkpoint of step 4
+    "writing": (checkpoints, "save_weights", 2, True),  # the second checkpoint has its weights and nothing else
+    "publishing": (checkpoints, "publish", 2, False),  # the second checkpoint is all written but has not its name yet
+    "saving": (run, "save_checkpoint", 1, False),  # trained to the end, the model not saved
+}
 
 
 def kill_at(moment):
-    if moment == "between":  # in step 6, after the checkpoint of step 4
-        ToveTrainer.compute_loss = after(ToveTrainer.compute_loss, 6, first=True)
-    elif moment == "writing":  # the second checkpoint has its weights and nothing else
-        checkpoints.save_weights = after(checkpoints.save_weights, 2, first=True)
-    elif moment == "publishing":  # the second checkpoint is all written but has not its name yet
-        checkpoints.publish = after(checkpoints.publish, 2, first=False)
-    elif moment == "saving":  # trained to the end, the model not saved
-        run.save_checkpoint = after(run.save_checkpoint, 1, first=False)
-    else:
-        raise SystemExit(f"unknown moment {moment}")
+    owner, name, last, works = MOMENTS[moment]
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*args, **kwargs):
+        ends = next(calls) == last
+        result = None if ends and not works else function(*args, **kwargs)
+        if ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, counted)
 
 
 def train_until_killed(moment, arguments):
-    """Train in a fork of this process, which is as mortal as a fresh one and needs no imports."""
+    """Train in a fork of this process, which can be killed like a fresh one and needs no imports."""
     process = multiprocessing.get_context("fork").Process(target=_train, args=(moment, arguments))
     process.start()
     process.join(timeout=600)
