@@ -1,6 +1,6 @@
-"""The part of the Hugging Face hub's HTTP API that uploads and downloads of model repositories need, on the loopback.
+"""A loopback server with the part of the Hugging Face hub's HTTP API that uploads and downloads need.
 
-Files live in memory: ``repositories[name][path] = bytes``. Every upload is of the plain kind (no LFS, no Xet).
+Files live in memory: ``repositories[name][path] = bytes``. Every upload is plain (no LFS, no Xet).
 """
 
 import base64
@@ -13,14 +13,11 @@ from urllib.parse import unquote, urlsplit
 
 
 class HubStub(ThreadingHTTPServer):
-    """``with HubStub() as hub: ... hub.url``."""
-
     daemon_threads = True
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.repositories = {}
-        self.tokens = set()
+        self.repositories, self.tokens = {}, set()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self):
@@ -63,13 +60,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers.get("Authorization"))
         path = unquote(urlsplit(self.path).path)
         if path == "/api/repos/create":
-            name = json.loads(body)["name"]
-            full = name if "/" in name else f"me/{name}"
-            organisation = json.loads(body).get("organization")
-            full = f"{organisation}/{name}" if organisation else full
-            exists = full in self.server.repositories
-            self.server.repositories.setdefault(full, {})
-            return self._answer(409 if exists else 200, {"url": f"{self.server.url}/{full}", "name": full})
+            name = f"{json.loads(body)['organization']}/{json.loads(body)['name']}"
+            exists = name in self.server.repositories
+            self.server.repositories.setdefault(name, {})
+            return self._answer(409 if exists else 200, {"url": f"{self.server.url}/{name}", "name": name})
         if path == "/api/validate-yaml":
             return self._answer(200, {"errors": [], "warnings": []})
         found = re.fullmatch(r"/api/models/(.+?)/(preupload|commit)/(.+)", path)
@@ -77,20 +71,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("RepoNotFound")
         files = self.server.repositories[found[1]]
         if found[2] == "preupload":
-            wanted = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in wanted]
-            return self._answer(200, {"files": modes})
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            return self._answer(200, {"files": [{"path": f["path"], **plain} for f in json.loads(body)["files"]]})
         for line in body.splitlines():
             entry = json.loads(line)
             if entry["key"] == "file":
                 files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
         commit = self.server.commit_of(found[1])
-        return self._answer(
-            200, {"commitUrl": f"{self.server.url}/{found[1]}/commit/{commit}", "commitOid": commit, "success": True}
-        )
-
-    def do_HEAD(self):  # noqa: N802
-        self.do_GET()
+        url = f"{self.server.url}/{found[1]}/commit/{commit}"
+        return self._answer(200, {"commitUrl": url, "commitOid": commit, "success": True})
 
     def do_GET(self):  # noqa: N802
         path = unquote(urlsplit(self.path).path)
@@ -99,9 +88,8 @@ class _Handler(BaseHTTPRequestHandler):
             if info[1] not in self.server.repositories:
                 return self._missing("RepoNotFound")
             names = [{"rfilename": name} for name in sorted(self.server.repositories[info[1]])]
-            return self._answer(
-                200, {"id": info[1], "sha": self.server.commit_of(info[1]), "siblings": names, "private": False}
-            )
+            about = {"id": info[1], "sha": self.server.commit_of(info[1]), "siblings": names, "private": False}
+            return self._answer(200, about)
         tree = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path)
         if tree and tree[1] in self.server.repositories:
             inside = f"{tree[3]}/" if tree[3] else ""
@@ -119,3 +107,5 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": self.server.commit_of(file[1])}
         return self._answer(200, data, headers)
+
+    do_HEAD = do_GET  # noqa: N815

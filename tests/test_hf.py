@@ -1,4 +1,4 @@
-"""The models as transformers' users meet them: Auto classes, pipelines, generation, devices, saving, the hub."""
+"""The models in transformers' interfaces: Auto classes, pipelines, generation, devices, saving, the hub."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def root(kinds):
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A model whose answers depend on what it is asked."""
+    """A model whose answers depend on the question."""
     return make_model(tmp_path_factory.mktemp("chatty"))
 
 
@@ -59,7 +59,14 @@ def chat(text, *images):
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
-PREPARE = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+def prepare(processor, talks, **options):
+    keys = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(talks, **keys, **options)
+
+
+def answers(model, processor, prepared, new_tokens, **options):
+    output = model.generate(**prepared, max_new_tokens=new_tokens, **options)
+    return processor.batch_decode(output[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 # -- Auto classes, pipeline -------------------------------------------------------------------------------------------
@@ -76,14 +83,13 @@ def test_auto_classes_open_every_kind(root, kind):
 
 
 @EVERY_KIND
-def test_processor_prepares_prompts_and_pictures_as_training_does(root, kind):
+def test_processor_prepares_prompts_and_images_as_training_does(root, kind):
     processor = AutoProcessor.from_pretrained(root / kind, backend="pil")
-    prepared = processor.apply_chat_template(chat("What is it?", root / "wide.png"), **PREPARE)
+    prepared = prepare(processor, chat("What is it?", root / "wide.png"))
     answerer = Answerer.load(root / kind, "cpu", "float32")
     assert prepared["input_ids"].tolist() == [answerer.encode([Turn("user", "<image>\nWhat is it?")], 1)]
     assert torch.equal(prepared["pixel_values"][0], answerer.pixels(root / "wide.png"))
-    ratio = Manifest.read(root / kind).image_aspect_ratio
-    assert processor.image_processor.do_pad == (ratio == "pad")
+    assert processor.image_processor.do_pad == (Manifest.read(root / kind).image_aspect_ratio == "pad")
 
 
 @EVERY_KIND
@@ -92,15 +98,13 @@ def test_pipeline(root, kind):
     asked = chat("What is it?", root / "wide.png")
     [first, second] = pipe(text=[asked, chat("Where?", root / "wide.png")], max_new_tokens=6, batch_size=2)
     processor = AutoProcessor.from_pretrained(root / kind)
-    prepared = processor.apply_chat_template(asked, **PREPARE)
     model, _ = tove_llava.load_model(root / kind)
-    output = model.generate(**prepared, max_new_tokens=6)
-    expected = processor.decode(output[0, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert first[0]["generated_text"][-1]["content"] == expected
+    expected = answers(model, processor, prepare(processor, asked), 6)
+    assert [first[0]["generated_text"][-1]["content"]] == expected
     assert second[0]["generated_text"][-1]["role"] == "assistant"
 
 
-def test_the_tower_alone_is_a_transformers_model(tmp_path):
+def test_a_tower_is_a_transformers_model(tmp_path):
     tower = make_tower(tmp_path / "parts", opened=True)
     tower.save_pretrained(tmp_path / "saved")
     assert type(AutoConfig.from_pretrained(tmp_path / "saved")) is ToveVisionConfig
@@ -116,13 +120,13 @@ def test_a_tower_from_a_self_contained_folder_is_saved_with_its_backbones(tmp_pa
     tower.save_pretrained(tmp_path / "one", self_contained=True)
     assert tower.config.clip_source == f"hf:{tmp_path / 'parts' / 'clip'}"
     ToveVisionModel.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
-    shutil.rmtree(tmp_path / "one")
-    shutil.rmtree(tmp_path / "parts")
+    for gone in ("one", "parts"):
+        shutil.rmtree(tmp_path / gone)
     loaded = ToveVisionModel.from_pretrained(tmp_path / "two").eval()
     assert torch.equal(loaded(pixels()).last_hidden_state, tower(pixels()).last_hidden_state)
 
 
-def test_a_tower_of_this_machine_alone_is_not_pushed(tmp_path):
+def test_a_tower_with_sources_of_this_machine_is_not_pushed(tmp_path):
     with pytest.raises(CheckpointError, match="folders of this machine"):
         make_tower(tmp_path).push_to_hub("me/tower")
 
@@ -132,33 +136,24 @@ def test_a_tower_of_this_machine_alone_is_not_pushed(tmp_path):
 
 def test_a_batch_of_eight_answers_like_eight_of_one(chatty, tmp_path):
     model, processor = chatty
-    files = []
-    for index in range(3):
-        picture(index, (30 + index, 24)).save(tmp_path / f"{index}.png")
-        files.append(tmp_path / f"{index}.png")
+    files = [tmp_path / f"{index}.png" for index in range(3)]
+    for index, file in enumerate(files):
+        picture(index, (30 + index, 24)).save(file)
     text = "What is the colour of the cone that stands behind the two small boxes"
     talks = [chat(text[: 5 + 9 * index], *files[: index % 3]) for index in range(8)]
-    batch = processor.apply_chat_template(talks, **PREPARE, processor_kwargs={"padding": True})
+    batch = prepare(processor, talks, processor_kwargs={"padding": True})
     lengths = batch["attention_mask"].sum(1).tolist()
     assert len(set(lengths)) == 8 and bool((batch["attention_mask"][:, -1] == 1).all())
-    options = {"max_new_tokens": 12, "do_sample": False}
-    together = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
-    answers = set()
-    for talk, got in zip(talks, together, strict=True):
-        alone = processor.apply_chat_template(talk, **PREPARE)
-        expected = model.generate(**alone, **options)[0, alone["input_ids"].shape[1] :]
-        texts = [processor.decode(ids, skip_special_tokens=True) for ids in (got, expected)]
-        assert texts[0] == texts[1]
-        answers.add(texts[0])
-    assert len(answers) > 4
+    together = answers(model, processor, batch, 12, do_sample=False)
+    single = [answers(model, processor, prepare(processor, talk), 12, do_sample=False)[0] for talk in talks]
+    assert together == single and len(set(single)) > 4
 
 
 def test_streaming(chatty, tmp_path):
     model, processor = chatty
     picture(1, (30, 24)).save(tmp_path / "a.png")
-    prepared = processor.apply_chat_template(chat("What is it?", tmp_path / "a.png"), **PREPARE)
-    output = model.generate(**prepared, max_new_tokens=10, do_sample=False)
-    expected = processor.decode(output[0, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
+    prepared = prepare(processor, chat("What is it?", tmp_path / "a.png"))
+    [expected] = answers(model, processor, prepared, 10, do_sample=False)
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     options = {"max_new_tokens": 10, "do_sample": False, "streamer": streamer}
     thread = Thread(target=model.generate, kwargs={**prepared, **options})
@@ -173,11 +168,7 @@ def test_streaming(chatty, tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [
-        ("stage1", {"dtype": torch.bfloat16}),
-        ("lora", {"torch_dtype": "bfloat16"}),
-        ("full", {"dtype": "bfloat16"}),
-    ],
+    [("stage1", {"dtype": torch.bfloat16}), ("lora", {"torch_dtype": "bfloat16"}), ("full", {"dtype": "bfloat16"})],
 )
 def test_dtype(root, kind, options):
     model = opened(root / kind, **options)
@@ -226,23 +217,22 @@ def test_attention_reaches_experts(tmp_path, implementation):
     config = ToveVisionConfig.from_sources(save_clip(tmp_path / "clip"), experts)
     tower = ToveVisionModel._from_config(config, attn_implementation=implementation).load_backbones().eval()
     depth, tokens = (tower.frozen.hub[name].network for name in ("depth", "dinov2"))
-    assert depth.config._attn_implementation == implementation
-    assert [block.attn.fused_attn for block in tokens.blocks] == [implementation == "sdpa"] * 2
-    before = tower(pixels()).last_hidden_state
-    tower.set_attn_implementation({"eager": "sdpa", "sdpa": "eager"}[implementation])
-    torch.testing.assert_close(tower(pixels()).last_hidden_state, before, rtol=1e-4, atol=1e-5)
-    assert depth.config._attn_implementation != implementation
-    assert [block.attn.fused_attn for block in tokens.blocks] == [implementation != "sdpa"] * 2
+    expected, other = tower(pixels()).last_hidden_state, {"eager": "sdpa", "sdpa": "eager"}[implementation]
+    for now in (implementation, other):
+        torch.testing.assert_close(tower(pixels()).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        assert depth.config._attn_implementation == now
+        assert [block.attn.fused_attn for block in tokens.blocks] == [now == "sdpa"] * 2
+        tower.set_attn_implementation(other)
 
 
 def calls(module):
-    """Counts a module's forward passes from here on."""
+    """Count a module's forward passes from now on."""
     count = [0]
     module.register_forward_pre_hook(lambda *_: count.__setitem__(0, count[0] + 1))
     return count
 
 
-def test_gradient_checkpointing_recomputes_the_language_model_alone(root):
+def test_gradient_checkpointing_recomputes_only_the_language_model(root):
     model = opened(root / "full").train()
     data = {**inputs(model), "labels": inputs(model)["input_ids"]}
     noise = torch.randn(1, 16, 2)
@@ -263,7 +253,7 @@ def test_gradient_checkpointing_recomputes_the_language_model_alone(root):
 
 
 def test_gradient_checkpointing_over_a_frozen_language_model(root):
-    """Stage 1: only projector and tower learn, and gradients reach them through recomputed layers."""
+    """Gradients reach projector and tower through recomputed layers."""
     model = opened(root / "stage1").train()
     model.model.language_model.requires_grad_(False)
     model.gradient_checkpointing_enable()
@@ -291,17 +281,16 @@ def test_device_map_with_a_part_on_disk(root, kind, away, tmp_path):
     model = opened(root / kind, device_map=places, offload_folder=str(tmp_path))
     assert all(p.is_meta for p in model.get_submodule(away).parameters())
     assert torch.equal(logits(model), expected)
-    output = model.generate(**inputs(model), max_new_tokens=3, do_sample=False)
-    assert torch.equal(output, opened(root / kind).generate(**inputs(model), max_new_tokens=3, do_sample=False))
+    options = {**inputs(model), "max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(**options), opened(root / kind).generate(**options))
 
 
 @EVERY_KIND
 def test_automatic_device_map_keeps_the_tower_whole(root, kind, tmp_path):
     model = opened(root / kind)
     assert {"ToveVisionModel", "LlamaDecoderLayer"} <= set(model._no_split_modules)
-    head = sum(p.numel() * 4 for p in model.lm_head.parameters())
-    size = sum(p.numel() * 4 for p in model.parameters())
-    split = opened(root / kind, device_map="auto", max_memory={"cpu": size - head}, offload_folder=str(tmp_path))
+    size = 4 * (model.num_parameters() - model.lm_head.weight.numel())
+    split = opened(root / kind, device_map="auto", max_memory={"cpu": size}, offload_folder=str(tmp_path))
     assert set(split.hf_device_map.values()) == {"cpu", "disk"}
     tower = [name for name in split.hf_device_map if name.startswith("model.vision_tower")]
     assert tower in ([], ["model.vision_tower"])
@@ -329,7 +318,7 @@ def test_saved_folder_is_the_same_model(root, tmp_path, kind, self_contained):
     assert {**model.config.vision_config.to_dict(), "dtype": None} == {**before, "dtype": None}
     again = opened(tmp_path / "one")
     assert torch.equal(logits(again), expected)
-    # What came with a folder goes along into the next, and nothing refers to the first any more.
+    # Parts in a folder are saved with the next, and nothing refers to the first any more.
     again.save_pretrained(tmp_path / "two")
     processor.save_pretrained(tmp_path / "two")
     shutil.rmtree(tmp_path / "one")
@@ -340,8 +329,7 @@ def test_saved_folder_is_the_same_model(root, tmp_path, kind, self_contained):
 
 
 def test_adapters_survive(root, tmp_path):
-    model = opened(root / "lora")
-    model.save_pretrained(tmp_path / "saved")
+    opened(root / "lora").save_pretrained(tmp_path / "saved")
     for file in ("adapter_model.safetensors", "trained.safetensors"):
         old, new = load_file(root / "lora" / file), load_file(tmp_path / "saved" / file)
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
@@ -349,19 +337,24 @@ def test_adapters_survive(root, tmp_path):
     assert not torch.equal(logits(opened(tmp_path / "saved")), logits(opened(root / "stage1")))
 
 
-def test_further_training_survives(root, tmp_path):
-    for kind in KINDS:
-        model = opened(root / kind)
-        with torch.no_grad():
-            model.tower.fusion.output.weight.add_(0.1)
-            model.model.multi_modal_projector.linear_1.weight.mul_(1.5)
-            if kind == "stage1":
-                model.lm_head.weight.add_(0.01)
-            if kind == "lora":
-                model.model.language_model.layers[0].self_attn.q_proj.lora_B["default"].weight.add_(0.1)
-        model.save_pretrained(tmp_path / kind)
-        assert torch.equal(logits(opened(tmp_path / kind)), logits(model))
-        assert not torch.equal(logits(model), logits(opened(root / kind)))
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@EVERY_KIND
+def test_a_changed_model_is_saved_as_it_is(root, tmp_path, kind, dtype):
+    model = opened(root / kind, dtype=dtype)
+    before = logits(model)
+    model.tower.detach_experts("normal")
+    with torch.no_grad():
+        model.tower.fusion.output.weight.add_(0.1)
+        model.model.multi_modal_projector.linear_1.weight.mul_(1.5)
+        if kind == "stage1":
+            model.lm_head.weight.add_(0.01)
+        if kind == "lora":
+            model.model.language_model.layers[0].self_attn.q_proj.lora_B["default"].weight.add_(0.1)
+    assert not torch.equal(logits(model), before)
+    model.save_pretrained(tmp_path / "saved")
+    again = opened(tmp_path / "saved")
+    assert again.dtype == model.dtype and again.tower.active_experts == ["segmentation"]
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_folded_adapters_are_saved_whole(root, tmp_path):
@@ -373,12 +366,11 @@ def test_folded_adapters_are_saved_whole(root, tmp_path):
     assert torch.equal(logits(opened(tmp_path / "saved")), logits(model))
 
 
-def test_a_model_in_another_dtype_is_saved_in_it(root, tmp_path):
-    for kind in KINDS:
-        model = opened(root / kind, dtype="bfloat16")
-        model.save_pretrained(tmp_path / kind)
-        again = opened(tmp_path / kind)
-        assert again.dtype == torch.bfloat16 and torch.equal(logits(again), logits(model))
+def test_shards(root, tmp_path):
+    model = opened(root / "full")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(opened(tmp_path)), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -391,22 +383,6 @@ def test_saving_over_the_folder_that_it_was_loaded_from(root, tmp_path, kind):
     model.save_pretrained(copy)
     assert torch.equal(logits(model), expected) and torch.equal(logits(opened(copy)), expected)
     assert (copy / "run.json").is_file()
-
-
-def test_shards(root, tmp_path):
-    model = opened(root / "full")
-    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
-    assert len(list((tmp_path / "saved").glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(opened(tmp_path / "saved")), logits(model))
-
-
-def test_detached_experts_stay_detached(root, tmp_path):
-    for kind in KINDS:
-        model = opened(root / kind)
-        model.tower.detach_experts("normal")
-        model.save_pretrained(tmp_path / kind)
-        again = opened(tmp_path / kind)
-        assert again.tower.active_experts == ["segmentation"] and torch.equal(logits(again), logits(model))
 
 
 def test_what_would_not_be_the_same_model_is_refused(root, tmp_path):
@@ -572,19 +548,13 @@ def test_scores_are_those_of_the_very_weights(root, tmp_path, kind):
         assert "0.625" not in card(tmp_path / "language")
 
 
-def test_a_card_of_somebody_is_kept(root, tmp_path):
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "README.md").write_text("# Mine\n")
-    model = opened(root / "full")
-    model.save_pretrained(tmp_path / "saved")
-    assert card(tmp_path / "saved") == "# Mine\n"
-
-
-def test_a_model_without_a_checkpoint_has_a_card_too(chatty, tmp_path):
+def test_a_model_without_a_checkpoint_has_a_card_and_a_card_of_somebody_is_kept(chatty, tmp_path):
     model, _ = chatty
-    model.save_pretrained(tmp_path / "saved")
-    assert "| language model | not recorded |" in card(tmp_path / "saved")
-    assert "Not recorded." in card(tmp_path / "saved")
+    model.save_pretrained(tmp_path)
+    assert "| language model | not recorded |" in card(tmp_path) and "Not recorded." in card(tmp_path)
+    (tmp_path / "README.md").write_text("# Mine\n")
+    model.save_pretrained(tmp_path)
+    assert card(tmp_path) == "# Mine\n"
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
@@ -622,7 +592,6 @@ print("commit:", commit.oid)
 
 
 def test_push_and_back(root, tmp_path):
-    """Over the hub's HTTP API, on the loopback."""
     with HubStub() as hub:
         hub.repositories["me/full"] = {"README.md": b"# Written by a person\n"}
         settings = {
@@ -635,7 +604,7 @@ def test_push_and_back(root, tmp_path):
     assert done.stdout.count("refused:") == 2 and "commit: " in done.stdout
     assert hub.tokens == {"Bearer hf_of_the_test"}
     lora, full = hub.repositories["me/lora"], hub.repositories["me/full"]
-    # By value, because the sources are folders of this machine; and no path of it anywhere.
+    # By value, because the sources are folders of this machine; no file names one of its paths.
     assert {"language/config.json", "backbones/clip/model.safetensors", "adapter_model.safetensors"} <= lora.keys()
     assert {"model.safetensors", "backbones/experts/normal/config.json", "processor_config.json"} <= full.keys()
     assert b"- scenes\n" in lora["README.md"] and b"# Written by a person\n" in full["README.md"]
