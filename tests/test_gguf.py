@@ -22,27 +22,25 @@ BLOCK = {
 
 
 def write_gguf(model, file):
-    """A LLaMA as a GGUF file in half precision, its norms in full."""
+    """Write a LLaMA as a GGUF file in half precision, its norms in full."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
-    writer.add_name("A Title")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10_000.0)
+    settings = {
+        "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size, "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads, "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": 10_000.0, "name": "A Title",
+    }  # fmt: skip
+    for key, value in settings.items():
+        getattr(writer, f"add_{key}")(value)
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for layer in range(config.num_hidden_layers):
         names |= {f"model.layers.{layer}.{ours}": f"blk.{layer}.{theirs}" for ours, theirs in BLOCK.items()}
     for name, value in model.state_dict().items():
         value = value.half() if value.ndim > 1 else value
         writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", value.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    for part in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{part}_to_file")()
     writer.close()
 
 
@@ -52,10 +50,9 @@ def root(tmp_path_factory):
     write_parts(folder)
     write_records(folder, captions=4, count=4)
     write_gguf(LlamaForCausalLM.from_pretrained(folder / "llm"), folder / "llm.gguf")
-    source = {"language.source": f"gguf:{folder / 'llm.gguf'}", "language.tokenizer": f"hf:{folder / 'llm'}"}
-    more = ["--max_steps", "1", "--self_contained", "True"]
-    for key, value in {**source, "vision.fusion": "none", "vision.experts": "[]"}.items():
-        more += ["--set", f"{key}={value}"]
+    language = [f"--set=language.source=gguf:{folder / 'llm.gguf'}", f"--set=language.tokenizer=hf:{folder / 'llm'}"]
+    bare = ["--set=vision.fusion=none", "--set=vision.experts=[]"]
+    more = ["--max_steps", "1", "--self_contained", "True", *language, *bare]
     for stage in ("finetune", "finetune_lora"):
         assert main(flags(folder, stage, folder / stage, *more)) == 0
     return folder
@@ -69,12 +66,11 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def opened_by_others(folder, tmp_path, **trust):
-    """A folder opened by transformers, which takes it for a model of ordinary weights and saves it again."""
+def open_and_save(folder, **trust):
+    """Let transformers take a folder for a model of ordinary weights and save it again."""
     model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
     assert getattr(model, "hf_quantizer", None) is None and not marks(config_of(folder)["text_config"])
-    model.save_pretrained(tmp_path / "again")
-    return model
+    model.save_pretrained(folder.parent / "again")
 
 
 def test_language_model_is_an_ordinary_one(root, tmp_path):
@@ -92,7 +88,7 @@ def test_language_model_is_an_ordinary_one(root, tmp_path):
 def test_checkpoint_and_export_have_no_mark(root, tmp_path, stage):
     assert not marks(config_of(root / stage)["text_config"])
     export_model(root / stage, tmp_path / "out")
-    opened_by_others(tmp_path / "out", tmp_path)
+    open_and_save(tmp_path / "out")
     if stage == "finetune_lora":
         assert not marks(config_of(root / stage / "language"))
 
@@ -105,5 +101,4 @@ def test_marks_of_older_checkpoints_are_not_handed_on(root, tmp_path, stage, for
     marked = {**config, "text_config": {**config["text_config"], **MARK}}
     (root / stage / "config.json").write_text(json.dumps(marked))
     export_model(root / stage, tmp_path / "out", format)
-    trust = {"trust_remote_code": True} if format == "remote-code" else {}
-    opened_by_others(tmp_path / "out", tmp_path, **trust)
+    open_and_save(tmp_path / "out", **({"trust_remote_code": True} if format == "remote-code" else {}))

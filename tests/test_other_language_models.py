@@ -11,17 +11,12 @@ from tove_llava.data import Turn
 from tove_llava.inference.generation import Answerer
 from tove_llava.train.run import main
 
-# Configuration, model, and what its configuration wants beside the usual keys.
+# The model, and further keys of its configuration.
 FAMILIES = {
-    "mistral": ("MistralConfig", "MistralForCausalLM", {}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {}),
-    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"head_dim": 8}),
-    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", {"head_dim": 8}),
-    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"head_dim": 8}),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
-    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
-}
+    "mistral": ("Mistral", {}), "qwen2": ("Qwen2", {}), "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8}), "gemma3": ("Gemma3", {"head_dim": 8}), "phi3": ("Phi3", {}),
+    "olmo2": ("Olmo2", {}), "gpt_neox": ("GPTNeoX", {}),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +29,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_stages_and_an_answer(root: Path, tmp_path: Path, family: str) -> None:
-    config_name, model_name, more = FAMILIES[family]
+    name, more = FAMILIES[family]
+    model_class = getattr(transformers, f"{name}ForCausalLM")
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    config = getattr(transformers, config_name)(
+    config = model_class.config_class(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0, **more,
     )  # fmt: skip
-    getattr(transformers, model_name)(config).save_pretrained(tmp_path / "llm")
+    model_class(config).save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
     chosen = ["--set", f"language.source=hf:{tmp_path / 'llm'}", "--max_steps", "1"]
     assert main(flags(root, "pretrain", tmp_path / "stage1", *chosen)) == 0

@@ -1,8 +1,7 @@
-"""transformers' own common model tests, over the vision tower and the LLaVA.
+"""transformers' own common model tests of the vision tower and the LLaVA.
 
-They are not in transformers' wheel. Give a source tree of the installed version:
-``TRANSFORMERS_SRC=/path/to/transformers pytest tests/test_transformers_common.py``. They need the package
-``parameterized``.
+They are not in its wheel; give a source tree of the installed version:
+``TRANSFORMERS_SRC=/path/to/transformers pytest tests/test_transformers_common.py``.
 """
 
 import importlib
@@ -27,7 +26,7 @@ pytest.importorskip("parameterized", reason="transformers' tests need the packag
 
 
 def theirs(module):
-    """A module of the tree's ``tests`` package, whatever other package of that name there is."""
+    """Import a module of the tree's ``tests`` package, and of no other package of that name."""
     package = sys.modules.get("tests")
     if package is None or not str(getattr(package, "__file__", "")).startswith(TREE):
         for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
@@ -47,7 +46,7 @@ IMAGE_TOKEN = 3
 
 @lru_cache(maxsize=1)
 def parts():
-    """A folder with a CLIP and two experts, kept while the process lives."""
+    """Make a folder with a CLIP and two experts that is kept while the process lives."""
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
     return folder, save_clip(root / "clip", layers=2), expert_entries(root, ("depth", "edge"))
@@ -59,7 +58,7 @@ def vision_config():
 
 
 class ReadyTower(ToveVisionModel):
-    """Loads its backbones once it has memory, as ``from_pretrained`` does: these tests build models themselves."""
+    """A tower that loads its backbones once it has memory, as ``from_pretrained`` does."""
 
     def init_weights(self):
         super().init_weights()
@@ -68,8 +67,6 @@ class ReadyTower(ToveVisionModel):
 
 
 class ReadyLlava(ToveLlavaForConditionalGeneration):
-    """The same for the LLaVA."""
-
     def init_weights(self):
         super().init_weights()
         if self.tower.device.type != "meta":
@@ -104,11 +101,11 @@ class LlavaTester:
         return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
+def skipped(reason):
+    return unittest.skip(reason)(lambda self: None)
+
+
 ONE_STATE = "the tower returns one hidden state, T', and keeps no list of its encoders' states"
-NO_ATTENTIONS = "the tower's frozen encoders hand out tokens, not attentions"
-NO_LOSS = "a vision tower has no loss of its own; within the LLaVA it is trained by these tests"
-PRETRAINED_ALONE = "the tower's patch embedding is CLIP's, which is frozen and not a submodule"
-INHERITED = "GenerationMixin comes from LlavaForConditionalGeneration, of which this is a subclass"
 
 
 class TestVisionTower(common.ModelTesterMixin, unittest.TestCase):
@@ -126,17 +123,9 @@ class TestVisionTower(common.ModelTesterMixin, unittest.TestCase):
     def test_config(self):
         self.config_tester.run_common_tests()
 
-    @unittest.skip(ONE_STATE)
-    def test_hidden_states_output(self):
-        pass
-
-    @unittest.skip(PRETRAINED_ALONE)
-    def test_model_get_set_embeddings(self):
-        pass
-
-    @unittest.skip(NO_LOSS)
-    def test_training(self):
-        pass
+    test_hidden_states_output = skipped(ONE_STATE)
+    test_model_get_set_embeddings = skipped("the patch embedding is CLIP's, which is frozen and not a submodule")
+    test_training = skipped("a vision tower has no loss of its own; these tests train it within the LLaVA")
 
 
 class TestLlava(common.ModelTesterMixin, generation.GenerationTesterMixin, unittest.TestCase):
@@ -159,14 +148,6 @@ class TestLlava(common.ModelTesterMixin, generation.GenerationTesterMixin, unitt
     def test_config(self):
         self.config_tester.run_common_tests()
 
-    @unittest.skip(NO_ATTENTIONS)
-    def test_get_image_features_attentions(self):
-        pass
-
-    @unittest.skip(ONE_STATE)
-    def test_get_image_features_hidden_states(self):
-        pass
-
-    @unittest.skip(INHERITED)
-    def test_inherits_generation_mixin(self):
-        pass
+    test_get_image_features_attentions = skipped("the tower's frozen encoders return tokens, not attentions")
+    test_get_image_features_hidden_states = skipped(ONE_STATE)
+    test_inherits_generation_mixin = skipped("GenerationMixin comes from LlavaForConditionalGeneration, its base class")
