@@ -1,5 +1,6 @@
-"""haotian-liu/LLaVA itself, unmodified, with our tower. Run by test_llava_original.py in a process of its own.
+"""Check our tower in haotian-liu/LLaVA itself, unmodified.
 
+test_llava_original.py runs this in a process of its own.
 A tiny random LLaMA, a random CLIP and two random experts of true architectures; LLaVA's own code does the rest.
 """
 
@@ -8,6 +9,7 @@ import types
 import pytest
 import torch
 import transformers.trainer
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from train_parts import IMAGE, write_parts
@@ -39,13 +41,12 @@ def parts(tmp_path_factory):
 
 
 def model_args(tower, **keys):
-    return train.ModelArguments(
-        vision_tower=str(tower), mm_vision_select_layer=-2, mm_projector_type="mlp2x_gelu", **keys
-    )
+    keys |= {"mm_vision_select_layer": -2, "mm_projector_type": "mlp2x_gelu"}
+    return train.ModelArguments(vision_tower=str(tower), **keys)
 
 
 def make_model(parts, tower=None, *, seed=0, base=None, **keys):
-    """As LLaVA's ``train`` makes it."""
+    """Make the model as LLaVA's ``train`` does."""
     model = base or LlavaLlamaForCausalLM.from_pretrained(parts / "llm")
     torch.manual_seed(seed)
     model.get_model().initialize_vision_modules(model_args(tower or f"tove:{parts}/preset.yaml", **keys), fsdp="")
@@ -72,8 +73,13 @@ def batch(rows=2, seed=0):
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids).bool(), "images": images}
 
 
+def with_lora(model):
+    targets = train.find_all_linear_names(model)
+    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+
+
 def align(model):
-    """The lines of ``train`` for --tune_mm_mlp_adapter."""
+    """Freeze as ``train`` does for --tune_mm_mlp_adapter."""
     model.requires_grad_(False)
     for parameter in model.get_model().mm_projector.parameters():
         parameter.requires_grad = True
@@ -115,7 +121,7 @@ def test_an_untrained_tower_gives_the_logits_of_its_own_clip_tower(parts, dtype)
         assert not torch.equal(ours(**batch()).logits, theirs(**batch()).logits)
 
 
-def test_stage_1_trains_the_trained_parts_and_the_projector_alone(parts):
+def test_stage_1_trains_only_the_trained_parts_and_the_projector(parts):
     model = make_model(parts).train()
     tower = open_tower(model)
     align(model)
@@ -156,16 +162,12 @@ def test_the_loss_holds_the_balance_loss(parts):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_accumulating_gradients_scales_both_terms_alike(parts, tmp_path, lora):
-    """Twice the same micro-batch in one step is one step on it: transformers' trainer must not multiply the term."""
+    """Compare one step on a micro-batch with one on it twice: transformers' trainer must not multiply the term."""
     rows = [{key: value[0] for key, value in batch(1).items()}]
     moved = []
     for steps in (1, 2):
         model = make_model(parts)
-        if lora:
-            from peft import LoraConfig, get_peft_model
-
-            config = LoraConfig(r=2, target_modules=train.find_all_linear_names(model), task_type="CAUSAL_LM")
-            peft = get_peft_model(model, config)
+        whole = with_lora(model) if lora else model
         align(model)
         tower = open_tower(model)
         tower.fusion.gate.noise = None  # its draw would differ
@@ -175,7 +177,7 @@ def test_accumulating_gradients_scales_both_terms_alike(parts, tmp_path, lora):
             gradient_accumulation_steps=steps, optim="sgd", learning_rate=1.0, lr_scheduler_type="constant",
             max_grad_norm=0.0, remove_unused_columns=False, disable_tqdm=True,
         )  # fmt: skip
-        Trainer(model=peft if lora else model, args=args, train_dataset=rows * steps).train()
+        Trainer(model=whole, args=args, train_dataset=rows * steps).train()
         moved.append({name: value - before[name] for name, value in tower_state(model).items()})
     for name in moved[0]:
         torch.testing.assert_close(moved[0][name], moved[1][name], rtol=1e-3, atol=1e-6)
@@ -183,7 +185,7 @@ def test_accumulating_gradients_scales_both_terms_alike(parts, tmp_path, lora):
 
 
 def save_first_stage(model, folder):
-    """As LLaVA's ``safe_save_model_for_hf_trainer`` with --tune_mm_mlp_adapter."""
+    """Save by LLaVA's ``safe_save_model_for_hf_trainer`` with --tune_mm_mlp_adapter."""
     arguments = types.SimpleNamespace(tune_mm_mlp_adapter=True, local_rank=-1)
     train.safe_save_model_for_hf_trainer(types.SimpleNamespace(args=arguments, model=model), str(folder))
 
@@ -210,7 +212,7 @@ def test_what_its_trainer_saves_in_stage_1_is_the_same(parts, tmp_path):
 
 
 def test_a_stage_1_file_without_the_trained_parts_is_refused(parts, tmp_path):
-    """Once by stage 2 and once by LLaVA's loader, which loads with strict=False."""
+    """Load by stage 2, and by LLaVA's loader, which loads with strict=False."""
     theirs = make_model(parts, parts / "clip")
     save_first_stage(theirs, tmp_path)
     adapter = tmp_path / "mm_projector.bin"
@@ -241,20 +243,17 @@ def test_its_loader_loads_a_first_stage_a_whole_model_and_lora(parts, tmp_path):
         assert_same_tower(trained, model, torch.float16)
         assert model.get_vision_tower().is_loaded and model.get_vision_tower().image_processor is processor
         prompt = tokenizer_image_token("<image>\nwhat is it ?", tokenizer, return_tensors="pt")[None]
-        picture = Image.new("RGB", (40, 30), (200, 30, 90))
-        seen = process_images([picture], processor, model.config).half()
+        image = Image.new("RGB", (40, 30), (200, 30, 90))
+        seen = process_images([image], processor, model.config).half()
         # As its evaluators call it; float16 logits of a random model may tie, so only that it speaks.
-        said = model.generate(prompt, images=seen, image_sizes=[picture.size], do_sample=False, max_new_tokens=4)
+        said = model.generate(prompt, images=seen, image_sizes=[image.size], do_sample=False, max_new_tokens=4)
         assert 1 <= said.shape[1] <= 4
 
 
 def save_lora(parts, folder):
-    """Stage 2 with LoRA: adapters first, then the vision modules, as ``train`` does; saved as it saves."""
-    from peft import LoraConfig, get_peft_model
-
+    """Build and save stage 2 with LoRA as ``train`` does: adapters first, then the vision modules."""
     base = LlavaLlamaForCausalLM.from_pretrained(parts / "llm")
-    targets = train.find_all_linear_names(base)
-    peft = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    peft = with_lora(base)
     model = make_model(parts, base=peft.get_base_model())
     assert set(train.find_all_linear_names(base)) == {"base_layer", "default"}  # nothing of the tower
     open_tower(model)
@@ -268,15 +267,11 @@ def save_lora(parts, folder):
 
 
 def test_a_tower_loaded_with_lora_around_it_trains_again(parts, tmp_path):
-    """A whole model is tuned further: peft freezes all of it, LLaVA frees the projector."""
+    """Tune a whole model further: peft freezes all of it, LLaVA frees the projector."""
     first = make_model(parts)
     open_tower(first)
     first.save_pretrained(tmp_path)
-    from peft import LoraConfig, get_peft_model
-
-    base = LlavaLlamaForCausalLM.from_pretrained(tmp_path)
-    targets = train.find_all_linear_names(base)
-    peft = get_peft_model(base, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
+    peft = with_lora(LlavaLlamaForCausalLM.from_pretrained(tmp_path))
     assert not any(".tove." in name and "lora" in name for name, _ in peft.named_parameters())
     model = make_model(parts, base=peft.get_base_model())
     assert_same_tower(first, model)
@@ -289,10 +284,10 @@ def test_any_resolution_runs(parts):
     model = make_model(parts).eval()
     model.config.image_aspect_ratio, model.config.mm_patch_merge_type = "anyres", "spatial"
     model.config.image_grid_pinpoints = [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]]
-    pictures = [Image.new("RGB", size, (200, 30, 90)) for size in ((30, 70), (90, 80))]
-    seen = process_images(pictures, model.get_vision_tower().image_processor, model.config)
+    sizes = [(30, 70), (90, 80)]
+    images = [Image.new("RGB", size, (200, 30, 90)) for size in sizes]
+    seen = process_images(images, model.get_vision_tower().image_processor, model.config)
     assert [len(x) for x in seen] == [3, 5]
-    data = batch()
     with torch.no_grad():
-        output = model(**(data | {"images": seen}), image_sizes=[picture.size for picture in pictures])
+        output = model(**(batch() | {"images": seen}), image_sizes=sizes)
     assert output.logits.shape[1] == 9 - 1 + 5 * TOKENS

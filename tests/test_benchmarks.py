@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from answer_parts import before_forward
 from benchmark_parts import BENCHMARKS, ROOT, bench, median, run
 from measuring import Samples
 
@@ -229,22 +230,17 @@ def test_eval_throughput_shares_images_only_in_the_runner(tmp_path, monkeypatch)
     program = importlib.import_module("eval_throughput")
     answerer = program.build_answerer(bench(batch=4), "source")
     questions = program.write_data(tmp_path, 6, 3, (40, 30), seed=0)
-    encode, forward = answerer.model.model.get_image_features, answerer.model.forward
-    images, lengths = [], []
+    encode, images, lengths = answerer.model.model.get_image_features, [], []
 
     def count(*args, **kwargs):
         images.append(len(kwargs["pixel_values"]))
         return encode(*args, **kwargs)
 
-    def measure(*args, **kwargs):
-        lengths.append(kwargs["input_ids"].shape[1])
-        return forward(*args, **kwargs)
-
     monkeypatch.setattr(answerer.model.model, "get_image_features", count)
     texts = program.OneByOne(answerer, questions, workers=0, tokens=4, out=tmp_path / "answers.jsonl")()
     assert sum(images) == 6 and len((tmp_path / "answers.jsonl").read_text().splitlines()) == 6
     images.clear()
-    monkeypatch.setattr(answerer.model, "forward", measure)
+    before_forward(answerer, monkeypatch, lambda ids: lengths.append(ids.shape[1]))
     assert program.runner(answerer, questions, tokens=4, batch=6, share=True)() == texts
     assert sum(images) == 2 and lengths.count(1) == 3, "three steps after the first words"
 

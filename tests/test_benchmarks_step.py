@@ -2,7 +2,6 @@
 
 import json
 import os
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -65,22 +64,12 @@ def test_both_contenders_get_the_same_records(batches, step):
         assert len(batch.packed["supervised"]) == sum(batch.supervised) and "supervised" not in batch.padded
 
 
-@contextmanager
-def replaced(module, name, value):
-    old = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, old)
-
-
-def test_one_row_is_the_same_batch(step):
+def test_one_row_is_the_same_batch(step, monkeypatch):
     batch = make_batch(step.model, 3, 10, torch.float32, 0, supervised=4)
-    with replaced(step.model.tower.fusion.gate, "noise", None):  # two draws would differ
-        padded = step.forward(batch)
-        with packed_rows(step.model.model.language_model):
-            torch.testing.assert_close(padded, step.forward(packed(batch)), rtol=1e-5, atol=0)
+    monkeypatch.setitem(step.model.tower.fusion.gate._modules, "noise", None)  # two draws would differ
+    padded = step.forward(batch)
+    with packed_rows(step.model.model.language_model):
+        torch.testing.assert_close(padded, step.forward(packed(batch)), rtol=1e-5, atol=0)
 
 
 def test_the_counted_work_is_that_of_the_records(batches, step):
@@ -98,15 +87,16 @@ def test_the_counted_work_is_that_of_the_records(batches, step):
     assert flops[False].fixed == pytest.approx(0, abs=1e-6 * flops[False](50, 5))
 
 
-def test_work_without_experts_and_on_the_meta_device_is_that_of_a_model(bench, step):
+def test_work_without_experts_and_on_the_meta_device_is_that_of_a_model(bench, step, monkeypatch):
     preset, costs = load_preset("tiny"), []
     for one in (preset, without_experts(preset)):
         own = step if one is preset else new_step(one)
         costs.append(whole_cost(own, 1, 40, supervised=20))
         assert step_flops_on_meta(one, STAGE, 40, 20) == pytest.approx(costs[-1], rel=0.01)
     assert costs[1] < costs[0]
-    with replaced(step.model.model, "vision_tower", step_clip.clip_alone(bench, step.model.tower)):
-        assert whole_cost(step, 1, 40, supervised=20) == costs[1]
+    clip = step_clip.clip_alone(bench, step.model.tower)
+    monkeypatch.setitem(step.model.model._modules, "vision_tower", clip)
+    assert whole_cost(step, 1, 40, supervised=20) == costs[1]
 
 
 def test_checkpointing_trades_arithmetic_for_memory():
@@ -144,19 +134,19 @@ def test_an_execution_that_does_not_run_is_left_unless_a_flag_names_it(bench, st
     def fails(pixels):
         raise ConfigError("no graph here")
 
-    pictures = [batch.packed["pixel_values"] for batch in batches if any(batch.pictures)]
+    images = [batch.packed["pixel_values"] for batch in batches if any(batch.pictures)]
     fast = step_paths.FastPath(bench, step, bench.preset.stage(STAGE))
     fast.execution = "concurrent"
     monkeypatch.setattr(step, "encode", fails)
-    with fast.on(pictures):
+    with fast.on(images):
         assert step.model.tower.execution == "eager" and fast.fallback == "no graph here"
     bench.args.execution = "concurrent"
-    with pytest.raises(ConfigError, match="no graph"), step_paths.FastPath(bench, step, fast.stage).on(pictures):
+    with pytest.raises(ConfigError, match="no graph"), step_paths.FastPath(bench, step, fast.stage).on(images):
         pass
 
 
 class PretendedGpu(str):
-    """torch takes it for the CPU, the benchmark for a GPU."""
+    """A CPU for torch, a GPU for the benchmark."""
 
     type = "cuda"
 
@@ -255,7 +245,7 @@ def test_a_target_without_a_value_says_why(bench):
 
 
 def test_llavas_own_step(whole, monkeypatch):
-    """Its code, where LLAVA_SRC names it: the same records, adapters on every layer of LLaMA but its head."""
+    """Run LLaVA's code, named by LLAVA_SRC, on the same records, with adapters on all layers but the head."""
     if "LLAVA_SRC" not in os.environ:
         pytest.skip("LLAVA_SRC does not name the folder of haotian-liu/LLaVA")
     monkeypatch.setenv("PYTHONPATH", "")

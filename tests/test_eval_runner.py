@@ -80,8 +80,7 @@ def test_experts_that_were_detached_before_stay_detached(answerer):
 
 
 def test_each_image_is_encoded_once_for_its_questions(answerer, data, tmp_path, monkeypatch):
-    encoded = []
-    real = answerer.features
+    encoded, real = [], answerer.features
     monkeypatch.setattr(answerer, "features", lambda pixels: encoded.append(len(pixels)) or real(pixels))
     answer(answerer, data, tmp_path, batch_size=2)
     assert sum(encoded) == 4
@@ -189,9 +188,6 @@ def test_conditions_of_a_command_line(arguments, expected):
             parse_conditions(*arguments)
     else:
         assert parse_conditions(*arguments) == expected
-
-
-# -- the command, on a folder as training writes it -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

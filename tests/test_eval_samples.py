@@ -51,12 +51,10 @@ def test_order_of_answers_does_not_matter_and_the_last_of_two_counts(capsys, tmp
     want = score(capsys, name, answers, truth)
     last = {(row["question_id"], row["prompt"]): row for row in read_rows(answers)}
     early = [{**row, "text": "nonsense"} for row in last.values()]
-    for seed in range(5):
-        shuffled = random.Random(seed).sample(list(last.values()), len(last))
-        file = write_rows(tmp_path / "predictions.jsonl", [*early, *shuffled])
-        got = score(capsys, name, file, truth)
-        assert not differences(got["scores"], want["scores"], 1e-12) and got["count"] == want["count"]
-        assert len(got["duplicated"]) >= 1 and set(got["unanswered"]) == set(want["unanswered"])
+    shuffled = random.Random(0).sample(list(last.values()), len(last))  # test_eval_properties.py draws more orders
+    got = score(capsys, name, write_rows(tmp_path / "predictions.jsonl", [*early, *shuffled]), truth)
+    assert not differences(got["scores"], want["scores"], 1e-12) and got["count"] == want["count"]
+    assert len(got["duplicated"]) >= 1 and set(got["unanswered"]) == set(want["unanswered"])
 
 
 @pytest.mark.parametrize("name", PLAIN)
