@@ -69,9 +69,6 @@ def answers(model, processor, prepared, new_tokens, **options):
     return processor.batch_decode(output[:, prepared["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-# -- Auto classes, pipeline -------------------------------------------------------------------------------------------
-
-
 @EVERY_KIND
 def test_auto_classes_open_every_kind(root, kind):
     assert type(AutoConfig.from_pretrained(root / kind)) is ToveLlavaConfig
@@ -324,8 +321,8 @@ def test_saved_folder_is_the_same_model(root, tmp_path, kind, self_contained):
     shutil.rmtree(tmp_path / "one")
     assert torch.equal(logits(opened(tmp_path / "two")), expected)
     assert torch.equal(logits(tove_llava.load_model(tmp_path / "two")[0]), expected)
-    text = (tmp_path / "two" / "config.json").read_text() + (tmp_path / "two" / "tove_llava.json").read_text()
-    assert (f"hf:{root}" in text) != self_contained
+    texts = [(tmp_path / "two" / name).read_text() for name in ("config.json", "tove_llava.json")]
+    assert (f"hf:{root}" in "".join(texts)) != self_contained
 
 
 def test_adapters_survive(root, tmp_path):
@@ -404,8 +401,7 @@ def test_what_would_not_be_the_same_model_is_refused(root, tmp_path):
     with pytest.raises(CheckpointError, match=r"4 or 8 bits.*up_proj"):
         rounded.save_pretrained(tmp_path / "rounded")
 
-    inside = opened(root / "full")
-    inside.save_pretrained(tmp_path / "inside", self_contained=True)
+    opened(root / "full").save_pretrained(tmp_path / "inside", self_contained=True)
     without = opened(tmp_path / "inside", load_backbones=False)
     with pytest.raises(CheckpointError, match=r"load_backbones\(\) before saving"):
         without.save_pretrained(tmp_path / "without")
@@ -414,18 +410,15 @@ def test_what_would_not_be_the_same_model_is_refused(root, tmp_path):
 def test_adapters_that_the_format_has_no_place_for_are_refused(root, tmp_path):
     from peft import LoraConfig
 
-    plain = opened(root / "full")
-    plain.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(CheckpointError, match="in no source that could be named"):
-        plain.save_pretrained(tmp_path / "x")
-    named = opened(root / "stage1")
-    named.add_adapter(LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
-    with pytest.raises(CheckpointError, match="named 'default'"):
-        named.save_pretrained(tmp_path / "x")
-    astray = opened(root / "stage1")
-    astray.add_adapter(LoraConfig(target_modules=["q_proj", "linear_1"]))
-    with pytest.raises(CheckpointError, match=r"not on model\.multi_modal_projector\.linear_1"):
-        astray.save_pretrained(tmp_path / "x")
+    for kind, layers, name, message in (
+        ("full", ["q_proj"], "default", "in no source that could be named"),
+        ("stage1", ["q_proj"], "mine", "named 'default'"),
+        ("stage1", ["q_proj", "linear_1"], "default", r"not on model\.multi_modal_projector\.linear_1"),
+    ):
+        model = opened(root / kind)
+        model.add_adapter(LoraConfig(target_modules=layers), adapter_name=name)
+        with pytest.raises(CheckpointError, match=message):
+            model.save_pretrained(tmp_path / "x")
     fine = opened(root / "stage1")
     fine.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     fine.save_pretrained(tmp_path / "y")
@@ -433,18 +426,15 @@ def test_adapters_that_the_format_has_no_place_for_are_refused(root, tmp_path):
 
 
 def test_kinds_are_not_mixed_in_a_folder(root, tmp_path):
-    copy = shutil.copytree(root / "lora", tmp_path / "copy")
-    model = opened(copy)
-    fold_adapters(model)
-    with pytest.raises(CheckpointError, match="another kind of checkpoint"):
-        model.save_pretrained(copy)
-    whole = shutil.copytree(root / "full", tmp_path / "whole")
-    with pytest.raises(CheckpointError, match="another kind of checkpoint"):
-        opened(root / "lora").save_pretrained(whole)
-    for folder, kind in ((copy, "lora"), (whole, "full")):
-        assert torch.equal(logits(opened(folder)), logits(opened(root / kind)))
+    folded = opened(root / "lora")
+    fold_adapters(folded)
+    for kind, model in (("lora", folded), ("full", opened(root / "lora"))):
+        copy = shutil.copytree(root / kind, tmp_path / kind)
+        with pytest.raises(CheckpointError, match="another kind of checkpoint"):
+            model.save_pretrained(copy)
+        assert torch.equal(logits(opened(copy)), logits(opened(root / kind)))
     with pytest.raises(CheckpointError, match="is a file"):
-        model.save_pretrained(copy / "config.json")
+        folded.save_pretrained(copy / "config.json")
 
 
 def test_arguments_that_cannot_be_met_are_refused(root):
@@ -496,15 +486,13 @@ def test_the_code_in_a_card_runs(root, tmp_path, kind, monkeypatch, capsys):
 
 
 def test_card_names_repositories_and_licences(root, tmp_path):
-    copy = shutil.copytree(root / "full", tmp_path / "copy")
-    (tmp_path / "licensed").mkdir()
+    copy, licensed = shutil.copytree(root / "full", tmp_path / "copy"), tmp_path / "licensed"
     for name in ("normal", "clip"):
-        shutil.copytree(root / name, tmp_path / "licensed" / name)
-        (tmp_path / "licensed" / name / "README.md").write_text("---\ntags: []\nlicense: cc-by-nc-4.0\n---\n")
-    edit_manifest(copy, {"source": "hf:lmsys/vicuna-7b-v1.5"})
-    model = opened(copy, load_backbones=False)
-    model.config.vision_config.clip_source = f"hf:{tmp_path / 'licensed' / 'clip'}"
-    model.config.vision_config.experts[0]["source"] = f"hf:{tmp_path / 'licensed' / 'normal'}"
+        shutil.copytree(root / name, licensed / name)
+        (licensed / name / "README.md").write_text("---\ntags: []\nlicense: cc-by-nc-4.0\n---\n")
+    model = opened(edit_manifest(copy, {"source": "hf:lmsys/vicuna-7b-v1.5"}), load_backbones=False)
+    model.config.vision_config.clip_source = f"hf:{licensed / 'clip'}"
+    model.config.vision_config.experts[0]["source"] = f"hf:{licensed / 'normal'}"
     model.tower.config = model.config.vision_config
     model.save_pretrained(tmp_path / "saved")
     text = card(tmp_path / "saved")
@@ -519,19 +507,18 @@ def test_licences_go_along_with_copies(root, tmp_path):
     (parts / "README.md").write_text("---\nlicense: mit\n---\n")
     entries = expert_entries(tmp_path / "experts", ("depth",))
     (tmp_path / "experts" / "depth" / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    config = ToveVisionConfig.from_sources(f"hf:{parts}", entries, projection_dim=4)
-    tower = ToveVisionModel(config).load_backbones()
+    tower = ToveVisionModel(ToveVisionConfig.from_sources(f"hf:{parts}", entries, projection_dim=4)).load_backbones()
     tower.save_pretrained(tmp_path / "saved", self_contained=True)
     for name, licence in (("clip", "mit"), ("experts/depth", "apache-2.0")):
         assert f"license: {licence}\n" in (tmp_path / "saved" / "backbones" / name / "README.md").read_text()
 
 
 @EVERY_KIND
-def test_scores_are_those_of_the_very_weights(root, tmp_path, kind):
+def test_a_card_has_only_the_scores_of_the_same_weights(root, tmp_path, kind):
     copy = shutil.copytree(root / kind, tmp_path / "copy")
     (copy / "eval").mkdir()
-    scores = {"scores": {"overall": {"accuracy": 0.625}}, "count": 8}
-    report = {"model": "x", "benchmarks": {"scenes": {"full": scores}}}
+    scores = {"full": {"scores": {"overall": {"accuracy": 0.625}}, "count": 8}}
+    report = {"model": "x", "benchmarks": {"scenes": scores}}
     (copy / "eval" / "results.json").write_text(json.dumps(report))
     model, _ = tove_llava.load_model(copy)
     model.save_pretrained(tmp_path / "same")
