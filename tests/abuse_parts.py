@@ -5,7 +5,7 @@ import zlib
 
 
 def png(width, height, data, extra=b"", depth=1):
-    """A PNG of one channel; ``data`` is the compressed content, whatever it inflates to."""
+    """A PNG of one channel with ``data`` as its compressed content."""
 
     def chunk(kind, body):
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -22,7 +22,7 @@ def zeros(count):
 
 
 def huge_png():
-    """30,000 x 30,000 pixels, one bit each, in some 110 kB: valid in every byte."""
+    """A valid 30,000 x 30,000 image of one-bit pixels, about 110 kB."""
     return png(30_000, 30_000, zeros(30_000 * (1 + 30_000 // 8)))
 
 

@@ -22,7 +22,10 @@ def conversation(*texts):
 
 
 def write_records(root, images=4):
-    """Write calibration.json and images/: two records an image, three types, a long reply, one without an image."""
+    """Write calibration.json and images/.
+
+    Each image has two records, of three types; one reply is long, and one record has no image.
+    """
     (root / "images").mkdir(parents=True)
     rows = []
     for index in range(2 * images):
@@ -38,7 +41,10 @@ def write_records(root, images=4):
 
 
 def write_checkpoint(root, kind, *overrides, name="model", self_contained=False):
-    """Save a checkpoint with random trained weights; ``extra`` is an expert whose source is ``root/extra``."""
+    """Save a checkpoint with random trained weights.
+
+    ``extra`` is an expert whose source is ``root/extra``.
+    """
     if not (root / "preset.yaml").exists():
         write_parts(root)
         shutil.copytree(root / "segmentation", root / "extra")

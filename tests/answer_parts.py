@@ -1,4 +1,4 @@
-"""A small random LLaVA with a byte tokenizer, and small benchmark folders, for the tests of answering."""
+"""A small random LLaVA and small benchmark folders, for tests of answering."""
 
 import json
 

@@ -1,4 +1,7 @@
-"""Small runs of the programs in benchmarks/, which are importable in tests (pyproject.toml)."""
+"""Small runs of the programs in benchmarks/.
+
+Tests can import these programs (pyproject.toml).
+"""
 
 import json
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""Shared fixtures. Golden data lies beside the repository; tests that need it skip where it is absent."""
+"""Shared fixtures.
+
+Golden data lies next to the repository; tests that need it skip where it is absent.
+"""
 
 import gc
 import os
@@ -38,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_no_garbage() -> None:
-    """Keep what is imported out of garbage collection: accelerate collects after each training, for half a second."""
+    """Exclude imported objects from garbage collection.
+
+    accelerate collects after each training, for half a second.
+    """
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -89,7 +95,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def answerer(tmp_path_factory):
-    """A small random model that answers; a test that changes it has to restore it."""
+    """A small random model that answers; tests must restore their changes."""
     from answer_parts import make_answerer
 
     return make_answerer(tmp_path_factory.mktemp("answerer"))

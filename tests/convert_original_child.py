@@ -1,4 +1,6 @@
-"""Run by test_convert_original.py in a process of its own: what haotian-liu/LLaVA's code makes of a folder.
+"""Record the results of haotian-liu/LLaVA's code for a folder.
+
+test_convert_original.py runs this program in a separate process.
 
 python convert_original_child.py FOLDER OUT IDS [BASE]
 """

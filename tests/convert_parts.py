@@ -1,4 +1,4 @@
-"""Small random LLaVA-1.5s of the true architecture, as haotian-liu/LLaVA and transformers save them.
+"""Small random LLaVA-1.5s of the true architecture, in both published formats.
 
 Nothing here uses this package's conversion: names and computation are written out.
 """
@@ -66,7 +66,7 @@ def pixels(seed=5, size=IMAGE):
 
 
 def write_clip(folder, model):
-    """Write CLIP with its image processor, and ``vision_model`` in the names as published."""
+    """Write CLIP and its image processor, with ``vision_model`` in published names."""
     model.clip.save_pretrained(folder)
     named = {f"vision_model.{name}": value.contiguous() for name, value in model.clip.state_dict().items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
@@ -77,7 +77,7 @@ def write_clip(folder, model):
 
 
 def write_tokenizer(folder):
-    """Write a SentencePiece tokenizer and a generation config with the settings of Vicuna-1.5's."""
+    """Write a SentencePiece tokenizer and a generation config like Vicuna-1.5's."""
     train_sentencepiece(folder)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
     settings = {"add_bos_token": True, "add_eos_token": False, "legacy": False, "model_max_length": 2048,
@@ -136,7 +136,10 @@ def original_tensors(model, stored_clip=True):
 
 
 def write_shards(folder, tensors, kind="bin", shards=3):
-    """Write shards and index; ``kind`` is "bin", "old" (before torch 1.6) or "safetensors"."""
+    """Write shards and index.
+
+    ``kind`` is "bin", "old" (before torch 1.6) or "safetensors".
+    """
     stem, suffix = ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
     names, weight_map = list(tensors), {}
     for number in range(shards):
@@ -176,7 +179,10 @@ def write_projector(folder: Path, model, clip, **config):
 
 
 def write_lora(folder: Path, model, clip, *, rank=4, pickled=False, seed=3, **config):
-    """Write stage 2's LoRA folder; return it and the language model's weights with the adapters added."""
+    """Write stage 2's LoRA folder; return it and the merged weights.
+
+    These are the language model's weights with the adapters added.
+    """
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     merged, adapter = {}, {}

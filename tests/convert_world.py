@@ -1,4 +1,4 @@
-"""One LLaVA in every layout, conversions from format to format, and comparisons of what they give."""
+"""One LLaVA in every layout, its conversions, and comparisons of their results."""
 
 import torch
 from convert_parts import (
@@ -41,7 +41,10 @@ class World:
 
 
 def chain(folder, work, *ways, **options):
-    """Convert a folder from format to format, the options for the first; return the last folder."""
+    """Convert a folder through several formats; return the last folder.
+
+    The options are for the first conversion.
+    """
     for way in ways:
         number = len(list(work.glob("llava-lora-*")))
         convert_checkpoint(folder, folder := work / f"llava-lora-{number}-{way}", way, **options)
@@ -61,7 +64,7 @@ def logits(model):
 
 
 def ours(folder, **options):
-    """Return the logits of this package, without rows that the original does not have."""
+    """Return this package's logits, without rows that the original lacks."""
     return logits((open_llava if options else load_model)(folder, **options))[:, :ROWS]
 
 
@@ -70,7 +73,7 @@ def stock(folder, **keys):
 
 
 def tensors(folder):
-    """Read all tensors in the files of a folder with only the libraries."""
+    """Read all tensors in a folder's files with only the libraries."""
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         found |= load_file(file)

@@ -1,4 +1,4 @@
-"""Parts of the data path's tests: tokenizers of two kinds, and an oracle for LLaVA's rules."""
+"""Two kinds of tokenizers, and an oracle for LLaVA's rules."""
 
 import io
 import json
@@ -96,7 +96,10 @@ def byte_level_tokenizer():
 
 
 def sentencepiece_oracle(processor, prompt, images):
-    """Encode as LLaVA does: each text between images separately, text after a special token without a leading space."""
+    """Encode as LLaVA does, each text between images separately.
+
+    A text after a special token gets no leading space.
+    """
     specials = {"<s>": 1, "</s>": 2, "<unk>": 0}
     anchor = "\n"  # encoded in front of a text and taken off again, so that no space is put there
     ids = [1]
@@ -116,7 +119,7 @@ def sentencepiece_oracle(processor, prompt, images):
 
 
 def decode_spans(tokenizer, labels):
-    """The text of each run of supervised labels, as it continues what is before it."""
+    """Return the text of each run of supervised labels, with continuation spaces."""
     spans = [[*run] for supervised, run in groupby(labels, lambda label: label >= 0) if supervised]
     eos = tokenizer.eos_token
     return [tokenizer.decode([tokenizer.eos_token_id, *span])[len(eos) :] for span in spans]
@@ -132,7 +135,10 @@ def jsonl(path):
 
 
 def save_odd_kinds(image, folder):
-    """Write an image grey, with alpha, as CMYK, with a palette, with 16 bits and turned by EXIF; give the names."""
+    """Write an image in odd formats; return the names.
+
+    They are grey, with alpha, CMYK, with a palette, with 16 bits, and turned by EXIF.
+    """
     turned = Image.Exif()
     turned[0x0112] = 6
     image.convert("L").save(folder / "grey.jpg")

@@ -1,4 +1,7 @@
-"""Takes the pictures of the demo that the documentation shows: ``python tests/demo_screenshots.py MODEL [FOLDER]``."""
+"""Take the images of the demo that the documentation shows.
+
+``python tests/demo_screenshots.py MODEL [FOLDER]``.
+"""
 
 import shutil
 import sys

@@ -1,4 +1,6 @@
-"""The fenced blocks of the pages in docs/, and the comment above each that says what a test does with it.
+"""The fenced blocks of the pages in docs/, with their test comments.
+
+The comment above a block says what a test does with it.
 
 Above a block stands one of::
 
@@ -25,7 +27,10 @@ _MARK = re.compile(r"<!-- test(?:: (with|goes on|file|output|not run),? ?(.*?))?
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block; ``kind`` is the first word of its comment, "run" for the plain one, None without a comment."""
+    """One fenced block of a page.
+
+    ``kind`` is the first word of its comment, "run" for the plain one, None without a comment.
+    """
 
     page: str
     line: int

@@ -1,4 +1,4 @@
-"""A working folder like a clone's root, in which the blocks of a page are run one after another."""
+"""A working folder like a clone's root, for a page's blocks."""
 
 import os
 import re
@@ -17,7 +17,10 @@ LEFT_OUT = ("outputs", "data", ".venv", ".git", ".hypothesis", ".pytest_cache", 
 
 
 class Server:
-    """The process that runs the pages' Python programs (:mod:`docs_server`), and executables that use it."""
+    """The process that runs the pages' Python programs (:mod:`docs_server`).
+
+    Executables in the working folder use it.
+    """
 
     def __init__(self, folder: Path, hidden: Sequence[str] = ()) -> None:
         """Start the process, in ``folder``; its programs cannot import what is ``hidden``."""
@@ -51,7 +54,9 @@ class Server:
 
 
 def make_clone(folder: Path, scenes: Path | None = None, model: Path | None = None) -> Path:
-    """Make a folder that looks like a clone's root: links to everything except data and outputs.
+    """Make a folder like a clone's root.
+
+    It links to everything except data and outputs.
 
     Args:
         scenes: playground scenes, linked as ``playground/data/scenes``.
@@ -105,7 +110,7 @@ def programs(blocks: Iterable[Block]) -> list[list[Block]]:
 
 
 def run_block(block: Block, folder: Path, environment: dict[str, str], rest: Sequence[Block] = ()) -> str:
-    """Run a block with those that go on with it; return what they print to the standard output."""
+    """Run a block with its continuations; return their standard output."""
     if block.language == "python":
         # Empty lines before each block give a traceback the page's line numbers.
         text = ""
@@ -137,7 +142,10 @@ def run_block(block: Block, folder: Path, environment: dict[str, str], rest: Seq
 
 
 def check_output(block: Block, printed: str) -> None:
-    """Compare what the page shows with what was printed; ``...`` stands for anything, within a line or for lines."""
+    """Compare the page's text with the printed text.
+
+    ``...`` stands for anything, within a line or for lines.
+    """
     rest = iter([line.rstrip() for line in printed.splitlines()])
     for shown in block.text.splitlines():
         if shown.strip() in ("", "..."):

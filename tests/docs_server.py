@@ -1,4 +1,6 @@
-"""Run Python programs in forks of a process that has the libraries loaded: a page's commands take a second each.
+"""Run Python programs in forks of a process with loaded libraries.
+
+So a page's commands take a second each.
 
 ``python docs_server.py SOCKET [HIDDEN...]`` imports the libraries, prints ``ready``, and serves until its standard
 input ends. Packages that are HIDDEN cannot be imported; of the libraries only transformers is, then. A client
@@ -44,7 +46,7 @@ sys.exit(code[0] if code else 1)
 
 
 def serve(address: str) -> None:
-    """Accept clients until standard input ends; handle each in a process of its own."""
+    """Accept clients until standard input ends; handle each in a separate process."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)

@@ -1,4 +1,4 @@
-"""Small, randomly initialised models of each library's real architecture, saved as a user would find them."""
+"""Small random models of each library's real architecture, in published formats."""
 
 import atexit
 import json
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 @dataclass(frozen=True)
 class Case:
-    """One model to read: ``make(folder) -> source``, and what its expert should return."""
+    """A model to read, ``make(folder) -> source``, and its expert's expected results."""
 
     expert: str
     make: Callable[[Path], str]
@@ -84,7 +84,7 @@ def segformer(labels: int) -> Callable[[Path], str]:
 
 
 def depth_anything(size: int, width: int, stages: tuple[int, ...], **keys: Any) -> Callable[[Path], str]:
-    """A Depth-Anything whose DINOv2 has as many layers as its last stage says."""
+    """A Depth-Anything with as many DINOv2 layers as its last stage."""
     backbone = tf.Dinov2Config(
         hidden_size=width,
         num_hidden_layers=stages[-1],
@@ -99,7 +99,10 @@ def depth_anything(size: int, width: int, stages: tuple[int, ...], **keys: Any) 
 
 
 def save_large_experts(folder: Path) -> list[dict[str, Any]]:
-    """The large preset's experts: their real architectures at their real widths, two layers of those that have 24."""
+    """The large preset's experts at their real widths.
+
+    Those that have 24 layers get two.
+    """
     sizes = {"neck_hidden_sizes": [48, 96, 192, 384], "fusion_hidden_size": 64}
     backbone = {"num_attention_heads": 6, "patch_size": 14, "apply_layernorm": True}
     makers = {

@@ -1,4 +1,7 @@
-"""Small checkpoints to export, and a child process that cannot import this package or an expert's library."""
+"""Small checkpoints to export, and a child process for their folders.
+
+The child can import neither this package nor an expert's library.
+"""
 
 import atexit
 import json
@@ -62,7 +65,7 @@ torch.save({"logits": logits, "ids": inputs["input_ids"], "pixels": inputs["pixe
 
 
 def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(), vision=None, text=None, **tower):
-    """Write a checkpoint as full training does, with a random gate and output layer of the tower.
+    """Write a full-training checkpoint, with random gate and output layer.
 
     ``vision``: a ToveVisionConfig; without one, ``tower`` are the keys of tower_parts' own. ``text``: keys of the
     language model's configuration.
@@ -90,7 +93,10 @@ def checkpoint(folder, *, tokenizer=None, template="v1", ratio="pad", detached=(
 
 @cache
 def elsewhere():
-    """Start a process without this package that forks for each program; a fresh one would import for six seconds."""
+    """Start a process without this package that forks for each program.
+
+    A fresh process would import for six seconds.
+    """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder)
     server = Server(folder, HIDDEN)
@@ -110,7 +116,7 @@ def run_elsewhere(program, arguments, work):
 
 
 def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, hidden=HIDDEN):
-    """Return the logits, ids, pixels and text of a process without this package that reads a folder.
+    """Return logits, ids, pixels and text from a process without this package.
 
     With ``python`` or ``hidden`` it is a fresh process.
     """
@@ -127,7 +133,7 @@ def ask_elsewhere(folder, picture, question, work, *, trust=False, python=None, 
 
 
 def ask_stock(folder, file, question):
-    """Return the model of stock classes in this process, and what :func:`ask_elsewhere` returns."""
+    """Return the stock model of this process, and :func:`ask_elsewhere`'s results."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     content = [{"type": "image", "url": str(file)}, {"type": "text", "text": question}]
@@ -143,7 +149,10 @@ def ask_stock(folder, file, question):
 
 
 def both_logits(own_folder, seen, file, question):
-    """Return the original's logits for the same question, and an engine; ids and pixels must be equal."""
+    """Return the original's logits for the question, and an engine.
+
+    Ids and pixels must be equal.
+    """
     answerer = Answerer.load(own_folder, "cpu", "float32")
     ids = torch.tensor([answerer.encode([Turn("user", f"<image>\n{question}")], 1)])
     pixels = answerer.pixels(file)[None]
@@ -154,7 +163,7 @@ def both_logits(own_folder, seen, file, question):
 
 
 def compare(model, seen, file, question=QUESTION):
-    """Assert that a folder's logits and answer are those that ``seen`` has; return the logits."""
+    """Assert that a folder's logits and answer equal ``seen``; return the logits."""
     logits, engine = both_logits(model, seen, file, question)
     torch.testing.assert_close(logits, seen["logits"], rtol=1e-5, atol=1e-5)
     assert engine.answer([Message("user", question, [file])], max_new_tokens=16) == seen["text"]
@@ -162,7 +171,9 @@ def compare(model, seen, file, question=QUESTION):
 
 
 def compare_in_clean_environment(model, out, file, question, work, trust=False):
-    """Compare an exported folder in the environment that TOVE_CLEAN_PYTHON names with the model in this one.
+    """Compare an exported folder with the model in this environment.
+
+    The folder runs in the environment that TOVE_CLEAN_PYTHON names.
 
     TOVE_CLEAN_PYTHON: an interpreter with only torch, transformers and pillow; scripts/clean_room.sh makes one.
     """
@@ -180,7 +191,7 @@ def compare_in_clean_environment(model, out, file, question, work, trust=False):
 
 
 def run_card(folder, picture, work):
-    """Run the code of a folder's README.md without this package and return what it prints."""
+    """Run the README.md's code without this package; return its output."""
     card = (Path(folder) / "README.md").read_text(encoding="utf-8")
     code = card.split("```python\n")[1].split("```")[0]
     assert "FOLDER" in code and "picture.jpg" in code

@@ -1,4 +1,7 @@
-"""The Triton kernels against the plain form, in Triton's interpreter (TRITON_INTERPRET=1); prints "same"."""
+"""Compare the Triton kernels with the plain form, in Triton's interpreter.
+
+Needs TRITON_INTERPRET=1; prints "same".
+"""
 
 import torch
 
@@ -26,7 +29,7 @@ def compare(rows, columns, experts, dtype, tolerance):
 
 
 def through_autograd():
-    """The whole function, as on a GPU: the kernels are let run here for once."""
+    """Run the whole function as on a GPU, with the kernels."""
     fused.supports_fused = lambda hidden, gates: True
     hidden = [torch.randn(5, 7, dtype=torch.float64).float().requires_grad_() for _ in range(3)]
     logits = torch.randn(5, 3, requires_grad=True)

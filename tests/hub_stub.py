@@ -1,4 +1,4 @@
-"""A loopback server with the part of the Hugging Face hub's HTTP API that uploads and downloads need.
+"""A loopback server with the hub's API for uploads and downloads.
 
 Files live in memory: ``repositories[name][path] = bytes``. Every upload is plain (no LFS, no Xet).
 """

@@ -1,4 +1,4 @@
-"""An expert and a fusion whose layers have the names of a language model's."""
+"""An expert and a fusion with a language model's layer names."""
 
 from contextlib import contextmanager
 
@@ -61,7 +61,10 @@ class ImpostorFusion(ToveFusion):
 
 @contextmanager
 def impostors(folder):
-    """Register both for a while; give the ``vision`` entries of a preset, with the expert's weights in ``folder``."""
+    """Register both temporarily; return the ``vision`` entries of a preset.
+
+    The expert's weights are in ``folder``.
+    """
     torch.manual_seed(1)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(Layers().state_dict(), folder / "model.safetensors")

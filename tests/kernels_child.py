@@ -1,4 +1,6 @@
-"""Fused kernels under Triton's interpreter, in a process of their own: python -m kernels_child FAMILY.
+"""Check fused kernels under Triton's interpreter.
+
+It runs in a separate process: python -m kernels_child FAMILY.
 
 The interpreter lacks two things that the compiler has: float arguments as float32 scalars, and libdevice's square root.
 """

@@ -19,7 +19,7 @@ class OwnTower(nn.Module):
 
 
 def install(monkeypatch):
-    """Put the package into ``sys.modules``; return its two modules and the model class."""
+    """Put the package into ``sys.modules``; return its modules and model class."""
     names = ["llava", "llava.model", "llava.model.multimodal_encoder", BUILDER, ARCH]
     modules = {name: types.ModuleType(name) for name in names}
     for name, module in modules.items():

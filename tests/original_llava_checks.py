@@ -162,7 +162,10 @@ def test_the_loss_holds_the_balance_loss(parts):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_accumulating_gradients_scales_both_terms_alike(parts, tmp_path, lora):
-    """Compare one step on a micro-batch with one on it twice: transformers' trainer must not multiply the term."""
+    """Compare a micro-batch's step with the same one run twice.
+
+    transformers' trainer must not multiply the term.
+    """
     rows = [{key: value[0] for key, value in batch(1).items()}]
     moved = []
     for steps in (1, 2):
@@ -251,7 +254,10 @@ def test_its_loader_loads_a_first_stage_a_whole_model_and_lora(parts, tmp_path):
 
 
 def save_lora(parts, folder):
-    """Build and save stage 2 with LoRA as ``train`` does: adapters first, then the vision modules."""
+    """Build and save stage 2 with LoRA as ``train`` does.
+
+    The adapters come first, then the vision modules.
+    """
     base = LlavaLlamaForCausalLM.from_pretrained(parts / "llm")
     peft = with_lora(base)
     model = make_model(parts, base=peft.get_base_model())
@@ -267,7 +273,10 @@ def save_lora(parts, folder):
 
 
 def test_a_tower_loaded_with_lora_around_it_trains_again(parts, tmp_path):
-    """Tune a whole model further: peft freezes all of it, LLaVA frees the projector."""
+    """Tune a whole model further.
+
+    peft freezes all of it, and LLaVA frees the projector.
+    """
     first = make_model(parts)
     open_tower(first)
     first.save_pretrained(tmp_path)
@@ -280,7 +289,10 @@ def test_a_tower_loaded_with_lora_around_it_trains_again(parts, tmp_path):
 
 
 def test_any_resolution_runs(parts):
-    """--image_aspect_ratio anyres: several crops an image, put together by the tower's own grid."""
+    """Check --image_aspect_ratio anyres.
+
+    The tower's own grid joins several crops an image.
+    """
     model = make_model(parts).eval()
     model.config.image_aspect_ratio, model.config.mm_patch_merge_type = "anyres", "spatial"
     model.config.image_grid_pinpoints = [[IMAGE, 2 * IMAGE], [2 * IMAGE, 2 * IMAGE]]

@@ -50,7 +50,10 @@ def truth_file(folder):
 
 
 def differences(got, expected, tolerance, place=""):
-    """List where ``got`` lacks or contradicts an entry of ``expected``; only numbers may differ, by ``tolerance``."""
+    """List entries of ``expected`` that ``got`` lacks or contradicts.
+
+    Only numbers may differ, by ``tolerance``.
+    """
     if isinstance(expected, dict):
         if not isinstance(got, dict):
             return [(place, got, expected)]

@@ -11,7 +11,7 @@ HARD = ["--learning_rate", "0.05", "--lora_r", "8"]  # so that the adapters do a
 
 
 def train_stages(folder, **stages):
-    """Train stage 1, and from it the stages by name: (stage, flag, ...)."""
+    """Train stage 1, then the named stages from it: (stage, flag, ...)."""
     write_parts(folder)
     write_records(folder, captions=8, count=8)
     assert main(flags(folder, "pretrain", folder / "stage1", "--max_steps", "2")) == 0

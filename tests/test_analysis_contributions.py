@@ -1,4 +1,7 @@
-"""Contributions: against a loop that runs the whole model for each subset, and against sums written out by hand."""
+"""Contributions against a loop over all subsets, and against handwritten sums.
+
+The loop runs the whole model for each subset.
+"""
 
 import json
 from unittest.mock import Mock
@@ -27,7 +30,7 @@ NAMES = ["depth", "edge", "normal"]
 
 @pytest.fixture
 def answerer(tmp_path, monkeypatch):
-    """A model whose answers depend on what it sees of the image, so that they differ between subsets."""
+    """A model whose answers depend on the image, and so on subsets."""
     made = make_answerer(tmp_path / "parts")
 
     def answer(prompts, features, max_new_tokens):
@@ -45,7 +48,7 @@ def data(tmp_path):
 
 @torch.no_grad()
 def naive(answerer, data, without):
-    """Return (summed loss, tokens, right or None) of each record with an image, one at a time."""
+    """Return (summed loss, tokens, right or None) of each image record separately."""
     rows = []
     answerer.tower.detach_experts(without)
     for index, raw in enumerate(json.loads(data.read_text())[:-1]):

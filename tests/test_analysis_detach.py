@@ -1,4 +1,4 @@
-"""Smaller checkpoints: the same function as the whole model with experts masked; the curve; the latency option."""
+"""Smaller checkpoints equal the masked model; the curve; the latency option."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Each program of benchmarks/ at toy size: it runs, and its figures follow from its times."""
+"""Each program of benchmarks/ at toy size, and its figures."""
 
 import importlib
 import importlib.metadata
@@ -48,7 +48,7 @@ def same_threads():
 
 
 def is_ratio(found, over, under):
-    """Compare a ratio of medians, and the quartiles of the pairs, with the times of two contenders."""
+    """Compare a ratio and its quartiles with two contenders' times."""
     pairs = zip(over["wall_seconds"]["values"], under["wall_seconds"]["values"], strict=True)
     inside = sorted(a / b for a, b in pairs)
     assert found["value"] == pytest.approx(median(over) / median(under))

@@ -1,4 +1,4 @@
-"""The statistics of the benchmarks, what a failed part costs, the time limit, and facts about the machine."""
+"""Statistics of the benchmarks, failed parts, time limit, and machine facts."""
 
 import subprocess
 import sys

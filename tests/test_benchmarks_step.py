@@ -1,4 +1,4 @@
-"""The training step's benchmark on LLaVA-1.5's mix: the contenders' records, and how work is counted."""
+"""The training step's benchmark: the contenders' records, and counted work."""
 
 import json
 import os
@@ -153,7 +153,7 @@ class PretendedGpu(str):
 
 @pytest.fixture
 def on_gpu(bench, monkeypatch):
-    """Run the GPU's part of the benchmark on the CPU, with made-up numbers of a GPU's memory."""
+    """Run the GPU's part on the CPU, with made-up memory numbers."""
 
     def refuse(device):
         raise ConfigError("no kernels here")
@@ -245,7 +245,10 @@ def test_a_target_without_a_value_says_why(bench):
 
 
 def test_llavas_own_step(whole, monkeypatch):
-    """Run LLaVA's code, named by LLAVA_SRC, on the same records, with adapters on all layers but the head."""
+    """Run LLaVA's code, named by LLAVA_SRC, on the same records.
+
+    All layers except the head have adapters.
+    """
     if "LLAVA_SRC" not in os.environ:
         pytest.skip("LLAVA_SRC does not name the folder of haotian-liu/LLaVA")
     monkeypatch.setenv("PYTHONPATH", "")

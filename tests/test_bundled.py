@@ -1,4 +1,4 @@
-"""The bundled parts load through the ordinary code paths, and their cards tell the truth."""
+"""The bundled parts load by ordinary paths, and their cards are true."""
 
 import re
 import sys

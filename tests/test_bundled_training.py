@@ -1,4 +1,4 @@
-"""Training of the bundled parts: targets, augmentation, and a loop that can be interrupted."""
+"""Training of the bundled parts: targets, augmentation, and an interruptible loop."""
 
 import sys
 from pathlib import Path

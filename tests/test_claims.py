@@ -1,4 +1,4 @@
-"""The claims' statistics on made-up runs, and (slow) the whole command at a tiny size."""
+"""The claims' statistics on made-up runs, and (slow) the whole command."""
 
 import json
 import math
@@ -231,7 +231,7 @@ def test_a_failure_is_the_commands_status(settings, monkeypatch, capsys):
 
 
 def whole_study(settings):
-    """Write all runs of the claims c, d and f, except for speed and curves."""
+    """Write all runs of claims c, d, f without speed and curves."""
     truth = {"question_id": "q0", "answer": "Yes", "category": "existence"}
     settings.scenes.mkdir(exist_ok=True)
     (settings.scenes / "val_questions.jsonl").write_text(json.dumps(truth))
@@ -312,7 +312,7 @@ def test_the_readmes_numbers_are_those_of_the_page():
 
 @pytest.mark.slow
 def test_claims_from_nothing_at_a_tiny_size(tmp_path):
-    """Trainings of three arms, merges and detach curves; again, nothing is trained twice."""
+    """Train three arms, merge, draw detach curves; then train nothing twice."""
     command = [sys.executable, str(ROOT / "playground" / "claims" / "run.py"), "--claims", "c,d,f", "--seeds", "2"]
     command += ["--train", "48", "--val", "8", "--pictures", "64"]
     command += ["--out", str(tmp_path / "out"), "--report", str(tmp_path / "claims.md")]

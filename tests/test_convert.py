@@ -184,7 +184,7 @@ def test_parts_of_different_dtypes_keep_them(tmp_path, world):
 
 
 def test_tokenizers_saved_by_transformers_5_are_made_readable(tmp_path, world):
-    """Its name for their class is unknown to transformers 4, on which the original runs."""
+    """transformers 4 gets a class name that it knows, not transformers 5's."""
     folder = shutil.copytree(world.tove, tmp_path / "tove")
     changes = {"tokenizer_class": "TokenizersBackend", "backend": "tokenizers"}
     change(folder / "language", "tokenizer_config.json", **changes)
@@ -257,7 +257,10 @@ def test_names_of_old_and_new_transformers_are_read(tmp_path, world):
 
 
 def padded_llava_hf(world, folder):
-    """llava-hf's own kind: ``<image>`` and ``<pad>`` after the vocabulary, random rows up to a multiple of 64."""
+    """The layout of llava-hf: ``<image>`` and ``<pad>`` after the vocabulary.
+
+    Random rows fill it up to a multiple of 64.
+    """
     shutil.copytree(world.hf, folder)
     generator = torch.Generator().manual_seed(1)
     stored = tensors(world.hf)
@@ -303,7 +306,7 @@ def test_tokens_that_the_original_has_not(tmp_path, world):
 
 
 def test_rows_and_tokens_of_the_users_own_stay(tmp_path, world):
-    """Neither rows nor tokens of a vocabulary that was padded before LLaVA are taken for ours."""
+    """A vocabulary that was padded before LLaVA keeps its rows and tokens."""
     model = make_original(vocab=608)
     folder = write_original(tmp_path / "llava", model, world.clip)
     (folder / "added_tokens.json").write_text(json.dumps({"<box>": 600, "</box>": 601}))
@@ -317,7 +320,7 @@ def test_rows_and_tokens_of_the_users_own_stay(tmp_path, world):
 
 
 def test_prompts_are_the_originals(tmp_path, world):
-    """The ids of the original's template, from every folder, by this package and by stock classes."""
+    """The original template's ids are the same in every folder and implementation."""
     turns = [Turn("user", "<image>\nTwo  spaces?"), Turn("assistant", "Yes."), Turn("user", "And?")]
     expected = encode_prompt(turns, load_tokenizer(world.whole), "v1")
     assert expected.count(-200) == 1
@@ -348,7 +351,7 @@ def test_real_llama_tokenizer(tmp_path, conformance):
 
 
 def test_processors_show_images_as_in_training(tmp_path, world):
-    """Wide images are padded to a square for models of ``image_aspect_ratio: pad``, and cut for others."""
+    """``image_aspect_ratio: pad`` pads wide images to a square; others cut them."""
     image = Image.new("RGB", (80, 20), (255, 0, 0))
     square = write_original(tmp_path / "llava", world.model, world.clip, image_aspect_ratio="square")
     seen = {}
@@ -363,7 +366,7 @@ def test_processors_show_images_as_in_training(tmp_path, world):
 
 
 def test_merged_adapters_go_to_the_original(tmp_path, world):
-    """LoRA of the original -> here -> merged -> a whole model of the original."""
+    """LoRA of the original converts, merges, and becomes a whole original model."""
     lora = chain(world.lora, tmp_path, "tove", base=str(world.base))
     assert cli(["merge-lora", "--model", str(lora), "--out", str(tmp_path / "merged")]) == 0
     close(ours(chain(tmp_path / "merged", tmp_path, "original")), world.merged_logits(), 1e-4)
@@ -373,7 +376,7 @@ def test_merged_adapters_go_to_the_original(tmp_path, world):
 
 
 def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
-    """A preset knows the architecture of a CLIP on the hub, the folder its weights."""
+    """A preset knows a hub CLIP's architecture; the folder has its weights."""
     preset = {"vision": {"clip": "hf:someone/clip", "clip_config": world.model.clip.config.to_dict()},
               "language": {"source": "bundled:llm"}}  # fmt: skip
     (tmp_path / "presets").mkdir()
@@ -393,7 +396,10 @@ def test_public_name_of_clip_survives(tmp_path, world, monkeypatch):
 
 
 def test_clip_by_reference_is_read_by_transformers_4_too(tmp_path, world):
-    """transformers 4 takes random numbers for a CLIP that transformers 5 saved: its names are copied right."""
+    """The names of a transformers 5 CLIP are copied for transformers 4.
+
+    With wrong names, transformers 4 takes random numbers.
+    """
     base = {"base": str(world.base)}
     world.model.clip.save_pretrained(tmp_path / "clip")
     assert not any(name.startswith("vision_model.") for name in load_file(tmp_path / "clip" / "model.safetensors"))
@@ -433,7 +439,7 @@ def test_images_are_normalised_as_clips_own_folder_says(tmp_path, world):
 
 @pytest.fixture(scope="module")
 def start(world, tmp_path_factory):
-    """The world's LLaVA with two experts, and a preset and records to train it on."""
+    """The world's LLaVA with two experts, a preset, and training records."""
     root = tmp_path_factory.mktemp("start")
     preset = write_parts(root)
     write_records(root, captions=8, count=8)
@@ -464,7 +470,7 @@ def test_other_fusions_start_from_the_checkpoint_or_are_remarked_on(tmp_path, wo
 
 
 def test_training_starts_from_it(world, start):
-    """Stage 1 and LoRA of a converted and moved folder start from the checkpoint's language model."""
+    """Stage 1 and LoRA start from a converted, moved folder's language model."""
     moved = shutil.copytree(start / "start", start / "elsewhere")
     from_checkpoint = [f"--set=stages.{stage}.starts_from=checkpoint" for stage in ("pretrain", "finetune_lora")]
     common = ["--max_steps", "2", *from_checkpoint]
@@ -508,7 +514,7 @@ def test_towers_with_experts_go_nowhere_else(tmp_path, start, to):
 
 
 def test_a_model_trained_here_goes_to_the_original(tmp_path, world, start):
-    """The grown vocabulary of a full fine-tuning of a tower that is only CLIP is cut again."""
+    """A CLIP-only tower's grown vocabulary is cut again after full fine-tuning."""
     preset = tmp_path / "clip.yaml"
     data = yaml.safe_load((start / "preset.yaml").read_text())
     data["vision"] |= {"fusion": "none", "experts": [], "clip": f"hf:{world.clip}"}
@@ -550,7 +556,10 @@ def test_benchmarks_are_answered_from_every_folder(tmp_path, capsys, world):
 
 @pytest.mark.slow
 def test_published_widths_at_reduced_depth(tmp_path):
-    """A whole CLIP ViT-L/14-336 under its published name and one layer of Vicuna-7B, in half precision."""
+    """A whole CLIP ViT-L/14-336 and one layer of Vicuna-7B, half precision.
+
+    CLIP has its published name.
+    """
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     from tove_llava.presets import load_preset

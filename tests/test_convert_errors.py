@@ -45,7 +45,7 @@ def edit(file, **changes):
 
 
 def refused(folder, tmp_path, *words, error=ToveError, to="tove", **options):
-    """Conversion fails with these words; the folder stays as it was, and nothing is left behind."""
+    """Conversion fails with these words, changes no folder and leaves nothing behind."""
     before, around = snapshot(folder), sorted(os.listdir(tmp_path))
     with pytest.raises(error) as failure:
         convert_checkpoint(folder, tmp_path / "out", to, **options)
@@ -336,7 +336,7 @@ def test_interruption_leaves_nothing(tmp_path, world, monkeypatch, to, error):
 
 
 def test_source_is_only_read(tmp_path, world):
-    """Neither conversion nor a change of the opened model reaches the mapped files."""
+    """Neither conversion nor changes of the opened model reach mapped files."""
     for folder, to in ((world.whole, "tove"), (world.whole, "llava-hf"), (world.tove, "original"), (world.hf, "tove")):
         before = snapshot(folder)
         convert_checkpoint(folder, tmp_path / f"{folder.name}-{to}", to)
@@ -381,7 +381,7 @@ def test_damaged_weight_files_are_refused_or_read(tmp_path, data, name):
 
 
 def test_adapters_next_to_their_language_model(tmp_path, world):
-    """The original has no layout for a self-contained LoRA folder; transformers takes the merged weights."""
+    """The original has no self-contained LoRA layout; transformers takes merged weights."""
     convert_checkpoint(world.lora, tmp_path / "tove", base=str(world.base))
     shutil.copytree(world.base, tmp_path / "tove" / "language")
     edit_manifest(tmp_path / "tove", {"source": "hf:./language"})

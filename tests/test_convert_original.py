@@ -1,4 +1,4 @@
-"""The original's own, unmodified code computes the same logits of converted folders as this package.
+"""The original's unmodified code computes this package's logits for converted folders.
 
 LLAVA_SRC=/path/to/haotian-liu/LLaVA python -m pytest tests/test_convert_original.py
 """
@@ -35,7 +35,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def in_the_original(folder, work, base=None):
-    """Return logits, token ids and CLIP's weights of ``load_pretrained_model`` in its own process."""
+    """Return ``load_pretrained_model``'s logits, ids and CLIP weights.
+
+    It runs in a separate process.
+    """
     out = work / f"{folder.name}.pt"
     arguments = [str(folder), str(out), json.dumps(QUESTION), *([str(base)] if base else [])]
     settings = environment(PYTHONPATH=os.environ["LLAVA_SRC"], HF_HUB_OFFLINE="1")

@@ -173,7 +173,10 @@ def _through_the_command(tokenizer, records, folder, capsys, *flags):
 
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_golden_rows_through_the_command(conformance, tmp_path, capsys, kind):
-    """Compare every id and label; in three kinds of folders only for the two templates with most rows."""
+    """Compare every id and label.
+
+    Three kinds of folders use only the two templates with most rows.
+    """
     FOLDERS[kind](conformance / "llava" / "llama_tokenizer.model", tmp_path)
     rows = jsonl(conformance / "llava" / "tokenization.jsonl")
     equal = {"train": 0, "generate": 0}

@@ -93,7 +93,7 @@ def test_batches(make, tokenizer):
 
 @pytest.mark.parametrize("multiple", [1, 8, 64])
 def test_a_text_batch(make, multiple):
-    """LLaVA takes a genuine <unk> (id 0, its padding) out of the text."""
+    """LLaVA removes a genuine <unk> (id 0, its padding) from the text."""
     example = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])[0]
     batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1, multiple_of=multiple)([example])
     assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised"}  # no pixels
@@ -202,7 +202,7 @@ def test_records_without_supervision_may_be_an_error(make, raw):
 )
 @also(question="🙂" * 60, limit=260, image=False)  # fits in characters, not in bytes
 def test_what_is_kept_has_something_to_learn(tmp_path_factory, tokenizer, question, limit, image):
-    """A shortcut decides without tokenizing if an answer survives; it must decide rightly."""
+    """The shortcut that finds surviving answers without tokenizing decides rightly."""
     folder = tmp_path_factory.mktemp("data")
     raw = {"id": "x", "conversations": turns(("<image>\n" if image else "") + question, "Yes.")}
     raw |= {"image": "x.png"} if image else {}

@@ -1,4 +1,4 @@
-"""Batches that come from a worker as one block of memory are the batches that were sent."""
+"""Batches that workers send as one block of memory arrive unchanged."""
 
 import pickle
 from multiprocessing.reduction import ForkingPickler

@@ -1,4 +1,4 @@
-"""Reading LLaVA's format, and what it says about records that it cannot use."""
+"""Reading LLaVA's format, and its messages about unusable records."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Public data sets: their descriptions, and a check of a folder that should hold one."""
+"""Public data sets: their descriptions, and checks of their folders."""
 
 import json
 import shutil

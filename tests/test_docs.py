@@ -1,4 +1,4 @@
-"""The pages in docs/: every block is run, in order, as a new user would, or says why it is not."""
+"""Every block of docs/ runs in order, or says why not."""
 
 import re
 from collections.abc import Iterator

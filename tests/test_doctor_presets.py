@@ -1,4 +1,4 @@
-"""The doctor's verdicts: sources, memory and disk of presets on machines of all sizes."""
+"""The doctor's verdicts on presets: sources, memory and disk, all machines."""
 
 import json
 import sys

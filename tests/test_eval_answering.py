@@ -1,4 +1,4 @@
-"""Answering modes against plain computations of the same answers, one question at a time."""
+"""Answering modes against plain computations, one question at a time."""
 
 import json
 
@@ -117,7 +117,7 @@ def choices(questions):
 
 @torch.no_grad()
 def log_probabilities(answerer, question, words):
-    """Score each token of an answer in the whole conversation, encoded as in training."""
+    """Score each answer token in the whole conversation, encoded as in training."""
     from tove_llava.data import encode_turns
 
     text = question.text if question.image is None else f"<image>\n{question.text}"

@@ -1,4 +1,4 @@
-"""The Java programs behind the caption metrics: what is missing, what is odd, and that nothing is left behind."""
+"""The caption metrics' Java programs: missing ones, odd ones, and cleaning up."""
 
 import importlib.util
 import os

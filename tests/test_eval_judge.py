@@ -21,7 +21,7 @@ pytest.importorskip("openai")
 
 
 class Endpoint:
-    """A chat endpoint: answers by ``reply(text of the last message)``, after ``put_off`` refusals of each kind."""
+    """A chat endpoint that answers by ``reply(last message)``, after ``put_off`` refusals."""
 
     def __init__(self, reply):
         self.reply, self.requests, self.put_off, self.broken_after, self.lock = reply, [], 0, None, threading.Lock()

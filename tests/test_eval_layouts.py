@@ -237,7 +237,10 @@ def test_mme_names_a_question_without_an_answer(tmp_path):
 
 
 def questions_of(name, units, size):
-    """List questions in units of ``size`` in the file's order: MMBench's rotations stand far apart."""
+    """List questions in units of ``size`` in the file's order.
+
+    MMBench's rotations stand far apart.
+    """
     if name == "mme":
         return [Question(f"count/{unit}.jpg", f"Is it {turn}?", None) for unit in range(units) for turn in range(size)]
     return [Question(unit + turn * 1_000_000, "Which?", None) for turn in range(size) for unit in range(units)]

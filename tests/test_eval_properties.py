@@ -1,4 +1,7 @@
-"""Properties of every answer: readers never fail, marks are marks, and order does not matter."""
+"""Properties of every answer.
+
+Readers never fail, marks are marks, and order does not matter.
+"""
 
 import json
 
@@ -85,7 +88,7 @@ def test_only_unanimous_references_are_compared_as_they_are():
         ("it's", "it's", "it 's"),
         ("dont stop", "don't stop", "don't stop"),
         ("None of the ten", "0 of 10", "0 of 10"),
-        ("a" + "." * 40, "a........", "a........"),  # 32 full stops go; "a" is no word of its own here
+        ("a" + "." * 40, "a........", "a........"),  # 32 full stops go; "a" is no separate word here
         ("2.5.", "2.5", "2.5"),
         ("well-known / famous", "well known famous", "well known famous"),
         ("١,٢ x/y", "١ ٢ x y", "١٢ x y"),  # only ASCII digits around a comma count in the official program

@@ -1,4 +1,7 @@
-"""Small samples of our own, whose numbers follow from each rule by hand; and the golden sets next to the repository."""
+"""Small samples with numbers worked out by hand, and the golden sets.
+
+The golden sets lie next to the repository.
+"""
 
 import importlib.util
 import json
@@ -157,7 +160,7 @@ GOLDEN = [
 
 
 def golden(capsys, conformance, name, folder, *flags):
-    """Return our numbers for a golden set, the expected ones and its folder."""
+    """Return a golden set's measured numbers, its expected ones and its folder."""
     place = conformance / "eval" / folder
     got = score(capsys, name, place / "predictions.jsonl", truth_file(place), *flags)
     return got, json.loads((place / "expected.json").read_text()), place

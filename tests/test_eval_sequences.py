@@ -1,4 +1,4 @@
-"""Rows that join, leave and share their prefix read the same tokens as each of them by itself."""
+"""Rows that join, leave and share prefixes read their own tokens."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ steps = st.lists(
     st.one_of(
         st.tuples(st.just("join"), st.lists(words, min_size=1, max_size=3)),
         st.tuples(st.just("extend"), st.integers(1, 45)),  # up to more than one growth of the buffer
-        st.tuples(st.just("read"), st.integers(2, 4)),  # up to so many tokens a row at once, with gaps before them
+        st.tuples(st.just("read"), st.integers(2, 4)),  # tokens a row at once, at most, with gaps before them
         st.tuples(st.just("choose"), st.lists(st.integers(0, 9), min_size=1, max_size=5)),
     ),
     min_size=1,

@@ -39,7 +39,7 @@ def test_every_registered_expert_and_architecture_is_tried(tmp_path):
     registered = {cls for name in EXPERTS for cls in EXPERTS.get(name).values()}
     # Other tests of this process may have registered experts of their own.
     untried = {cls.__name__ for cls in registered - classes if cls.__module__.startswith("tove_llava.")}
-    assert untried == {"DexiNedEdge"}  # cannot be made small: it has a test of its own below
+    assert untried == {"DexiNedEdge"}  # cannot be made small: it has a separate test below
     assert {DENSE.get(name) for name in DENSE} - architectures == {DENSE.get("DPTModel")}  # saved by the hub only
 
 

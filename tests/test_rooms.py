@@ -8,7 +8,7 @@ import tove_llava
 
 PACKAGE = Path(tove_llava.__file__).parent
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architecture.md"
-UPWARD = {("serve", "cli")}  # gradio_app is a command of its own, and starts the same one as `tove-llava demo`
+UPWARD = {("serve", "cli")}  # gradio_app is a separate command, which starts the same demo as `tove-llava demo`
 
 
 def rooms() -> list[str]:

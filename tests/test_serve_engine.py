@@ -418,7 +418,7 @@ def test_a_model_of_captions_ends_with_its_line(answerer, monkeypatch):
     newline = answerer.tokenizer.encode("\n", add_special_tokens=False)[0]
     always = torch.eye(answerer.model.lm_head.out_features)[newline]
     monkeypatch.setattr(answerer.model.lm_head, "forward", lambda hidden: always.expand(*hidden.shape[:-1], -1))
-    for template, length in (("plain", 1), ("v1", 5)):  # v1 has an end token of its own
+    for template, length in (("plain", 1), ("v1", 5)):  # v1 has a separate end token
         model = answerer.with_template(template)
         with Engine(model) as engine:
             reply = engine.ask(ask("Describe it", picture()), Sampling(5))
