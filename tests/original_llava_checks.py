@@ -1,6 +1,6 @@
 """Check our tower in haotian-liu/LLaVA itself, unmodified.
 
-test_llava_original.py runs this in a process of its own.
+test_llava_original.py runs this program in a separate process.
 A tiny random LLaMA, a random CLIP and two random experts of true architectures; LLaVA's own code does the rest.
 """
 

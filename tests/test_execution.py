@@ -1,4 +1,4 @@
-"""Every execution of the frozen encoders gives what the eager one gives, whatever happens to the tower."""
+"""Every execution of the frozen encoders gives the eager one's features."""
 
 import copy
 import json
@@ -136,7 +136,9 @@ def test_sharing_out_never_ends_later_and_takes_the_dearest(costs, threads):
 
 
 def assert_trains_the_same(tower, x, name, autocast=False):
-    """Output, balance loss and the gradient of each in training: the eager encoders', or as near to exact numbers.
+    """Compare output, balance loss and gradients with the eager encoders' training.
+
+    In 16 bits they may instead be as near to exact numbers.
 
     Exact is the CPU's float32; no farther from it than the eager tower times 1.1.
     """
@@ -200,7 +202,10 @@ def test_compiled_is_eager(tmp_path, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_the_true_architectures_compile_to_the_same(tmp_path, dtype):
-    """EVA-02, DINOv2, Depth-Anything and DexiNed at their real widths, few layers, a third of their input size."""
+    """Small EVA-02, DINOv2, Depth-Anything and DexiNed at their real widths.
+
+    They have few layers and a third of their input size.
+    """
     from experts_zoo import save_large_experts
 
     from tove_llava.tower import ToveVisionConfig, ToveVisionModel

@@ -1,4 +1,4 @@
-"""``tove-llava export --format hf-llava``: the written folder, equality with the model, and refusals."""
+"""``tove-llava export --format hf-llava``: written folder, equal model, and refusals."""
 
 import errno
 import json
@@ -149,7 +149,7 @@ def test_higher_resolution_is_said_to_differ(tmp_path):
 
 @pytest.fixture(scope="module", params=["bundled", "llama"])
 def llama(request, tmp_path_factory):
-    """A LLaMA tokenizer as training uses it, and the exported one as stock transformers reads it."""
+    """A training LLaMA tokenizer, and the exported one in stock transformers."""
     source = "bundled:llm"
     if request.param == "llama":
         source = request.getfixturevalue("conformance") / "llava" / "llama_tokenizer.model"
@@ -201,7 +201,7 @@ def test_golden_rows(llama, conformance):
 
 
 def test_golden_prompts_through_the_chat_template(llama, conformance):
-    """A server makes the golden ids of a request with the image first."""
+    """A server makes the golden ids of an image-first request."""
     _, exported = llama
     if exported.vocab_size < 32000:
         pytest.skip("the golden ids are LLaMA's")
@@ -225,7 +225,7 @@ def test_golden_prompts_through_the_chat_template(llama, conformance):
 
 
 def test_a_stock_llavas_prompts_are_the_golden_ones(conformance, tmp_path):
-    """Evaluation and chat use SentencePiece's ids for a folder like the hub's, not transformers' own."""
+    """Evaluation and chat use SentencePiece's ids for hub-like folders."""
     model_file = conformance / "llava" / "llama_tokenizer.model"
     model = checkpoint(tmp_path, tokenizer=load_tokenizer(model_file), fusion="none", names=())
     folder = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""``tove-llava export --format remote-code``: a model with experts, in a process without this package."""
+"""``export --format remote-code``: a model with experts, without this package."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ from tove_llava.tower import ToveVisionConfig
     "tower", [{}, {"detached": ("edge",), "top_k": 1, "null_slot": True}, {"fusion": "none", "names": ()}]
 )
 def test_same_model_without_this_package(tmp_path, tower):
-    """Experts of a file outside the package go along, and the originals are gone."""
+    """Experts of an outside file go along; the originals are gone."""
     model = checkpoint(tmp_path, **tower)
     export_model(model, tmp_path / "out", "remote-code")
     picture(5, (40, 24)).save(tmp_path / "wide.png")
@@ -62,7 +62,7 @@ def test_loads_in_an_environment_of_its_own(tmp_path):
 
 
 def test_experts_of_every_library_go_along(tmp_path):
-    """timm reads open_clip's tower by value, so it is the only library that is needed next to transformers."""
+    """timm reads open_clip's tower by value, so only timm is needed."""
     wanted = {"dinov2", "eva", "depth", "segmentation"}
     cases = {k: c for k, c in CASES.items() if c.expert in wanted | {"normal"} and c.mode == "features"}
     entries = [case.spec(tmp_path / key, name=f"e{i}") for i, (key, case) in enumerate(cases.items())]
@@ -133,7 +133,7 @@ assert all(m.tower.is_loaded for m in models)
 
 @pytest.fixture
 def flat(tmp_path, monkeypatch):
-    """The flat modules of a package ``zoo`` with these sources of a keeper and a lion."""
+    """The flat modules of a package ``zoo``, a keeper and a lion."""
 
     def write(keeper, lion):
         (tmp_path / "zoo" / "cats").mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_imports_that_cannot_be_flat_are_refused(flat, text, message):
 
 
 def test_every_module_of_tower_and_experts_can_be_flat():
-    """Modules that no test model uses must not make the export fail, either."""
+    """Modules that no test model uses must not fail the export."""
     import tove_llava
 
     root = Path(tove_llava.__file__).parent

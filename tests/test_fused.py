@@ -1,4 +1,4 @@
-"""The gate's weighted sum: the kernel gives what the plain form gives, and runs only on a GPU."""
+"""The gate's weighted sum: the kernel equals the plain form, GPU-only."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every registered fusion: shapes, detaching, gradients, LLaVA around it; and what sets each one apart."""
+"""Every registered fusion: shapes, detaching, gradients, LLaVA around it, own traits."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ NAMES = ("depth", "edge", "normal")
 
 
 def opened(folder, fusion, **keys):
-    """A tower in eval mode whose parameters are all random, so that nothing is hidden by a zero."""
+    """A tower in eval mode with random parameters, none of them zero."""
     tower = make_tower(folder, fusion=fusion, **keys)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Language models from GGUF files: read into ordinary weights, and nothing that is saved says otherwise."""
+"""Language models from GGUF files become, and stay, ordinary weights."""
 
 import json
 
@@ -22,7 +22,7 @@ BLOCK = {
 
 
 def write_gguf(model, file):
-    """Write a LLaMA as a GGUF file in half precision, its norms in full."""
+    """Write a half-precision LLaMA as a GGUF file, with full-precision norms."""
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
     settings = {
         "vocab_size": config.vocab_size, "context_length": config.max_position_embeddings,
@@ -67,7 +67,7 @@ def config_of(folder):
 
 
 def open_and_save(folder, **trust):
-    """Let transformers take a folder for a model of ordinary weights and save it again."""
+    """Load a folder as ordinary weights in transformers and save it again."""
     model = AutoModelForImageTextToText.from_pretrained(folder, **trust)
     assert getattr(model, "hf_quantizer", None) is None and not marks(config_of(folder)["text_config"])
     model.save_pretrained(folder.parent / "again")

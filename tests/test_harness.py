@@ -143,7 +143,10 @@ def test_only_the_most_likely_tokens_are_greedy(answerer, monkeypatch):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Save a model with bundled experts (with/model), one without (model), and two exports of it."""
+    """Save a model with and without bundled experts, and two exports.
+
+    The folders are with/model (bundled experts), model, and the exports.
+    """
     root = tmp_path_factory.mktemp("export")
     entries = [{"name": name, "source": f"bundled:{name}"} for name in ("depth", "edge")]
     vision = ToveVisionConfig.from_sources("bundled:clip", entries)
@@ -155,7 +158,10 @@ def exported(tmp_path_factory):
 
 
 def test_bos_stands_once(exported):
-    """Render and then call the processor with --bos tokenizer; do as servers do with the default."""
+    """Render and then call the processor with --bos tokenizer.
+
+    With the default, do as servers do.
+    """
     answerer = Answerer.load(exported / "model", "cpu")
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     expected = answerer.encode([user_turn("What is it?", 1)], 1)
@@ -187,7 +193,7 @@ def lmms_python():
 
 @pytest.fixture(scope="module")
 def scenes(exported):
-    """Write playground/data/scenes in a folder of its own."""
+    """Write playground/data/scenes in a separate folder."""
     root = exported / "work"
     data = root / "playground" / "data" / "scenes"
     (data / "images").mkdir(parents=True)
@@ -206,7 +212,7 @@ def write_rows(root, rows, answers):
 
 
 def ours(model, root, name):
-    """Return our runner's answers and accuracy, after two thirds of its answers became the right ones."""
+    """Return our runner's answers and accuracy, with two thirds made right."""
     data = root / "playground" / "data" / "scenes"
     command = ["eval", "--model", str(model), "--benchmark", "scenes", "--data-root", str(data), "--device", "cpu"]
     command += ["--output", str(root / name)]

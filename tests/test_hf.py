@@ -1,4 +1,4 @@
-"""The models in transformers' interfaces: Auto classes, pipelines, generation, devices, saving, the hub."""
+"""The models in transformers' interfaces, from Auto classes to the hub."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""House rules for the package: lengths of files and functions, names of files, and words."""
+"""House rules for the package: lengths, names of files, and words."""
 
 import ast
 import io

@@ -1,4 +1,4 @@
-"""Images: golden pixels, odd kinds of files, and files that are not what they claim."""
+"""Images: golden pixels, odd kinds of files, and files with false claims."""
 
 import hashlib
 import importlib.util
@@ -213,7 +213,7 @@ def test_a_decompression_bomb_is_refused_unread(tmp_path):
 
 @pytest.mark.parametrize(("aspect_ratio", "size"), [("pad", (30_000, 2)), ("square", (1, 20_000))])
 def test_an_image_that_grows_into_a_bomb_is_refused(aspect_ratio, size, tmp_path):
-    """Padding the first or resizing the short side of the second would take gigabytes."""
+    """Padding one image or resizing the other would take gigabytes."""
     Image.new("L", size).save(tmp_path / "line.png")
     with pytest.raises(DataError, match="line.png: .*too long and thin"):
         ImageTransform(336, aspect_ratio).open(tmp_path / "line.png")

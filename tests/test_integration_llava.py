@@ -1,4 +1,7 @@
-"""The tower within LLaVA's interface, on a stand-in for it; test_llava_original.py runs the real repository."""
+"""The tower in a stand-in for LLaVA's interface.
+
+test_llava_original.py runs the real repository.
+"""
 
 import sys
 
@@ -34,7 +37,7 @@ def llava(monkeypatch):
 
 
 def write_preset(folder, file="preset.yaml", **vision):
-    """Write a preset over dummy experts and a random CLIP, whose sources are written once."""
+    """Write a preset over dummy experts and a random CLIP, written once."""
     if not (folder / "clip").exists():
         save_clip(folder / "clip")
         entries = expert_entries(folder, ("depth", "edge"))
@@ -70,7 +73,7 @@ def batch(images=2, seed=0):
 
 
 def adapter_state(model):
-    """Return what LLaVA's stage 1 saves: each parameter with ``mm_projector`` in its name."""
+    """Return stage 1's saved parameters, those with ``mm_projector`` in their names."""
     return {k: v.detach().clone() for k, v in model.named_parameters() if "mm_projector" in k}
 
 
@@ -404,7 +407,7 @@ def test_a_whole_model_may_come_in_shards(llava, tmp_path):
 
 
 def test_a_saved_model_is_loaded_as_it_was_trained(llava, tmp_path):
-    """Also when the preset has changed since, and with the experts that were taken out."""
+    """A changed preset and taken-out experts do not change the saved model."""
     name = write_preset(tmp_path)
     first = make_model(llava, name).eval()
     open_tower(first).detach_experts(["edge"])

@@ -1,4 +1,4 @@
-"""Fused kernels: refused where they cannot run, the plain numbers where they can, and no trace left behind."""
+"""Fused kernels: refusals, the plain numbers, and no trace left behind."""
 
 import importlib.util
 import subprocess
@@ -47,7 +47,10 @@ def one_step(model, batch, device, dtype):
 
 
 def compare(family, device, dtype, tolerance):
-    """Compare losses and gradients with and without the kernels: adapters, packing, every checkpointing."""
+    """Compare losses and gradients with and without the kernels.
+
+    The cases are adapters, packing and every checkpointing.
+    """
     for train in ("all", "lora"):
         with tempfile.TemporaryDirectory() as folder:
             model = make_llava(Path(folder), text=language(family)).train()
@@ -79,7 +82,10 @@ def compare(family, device, dtype, tolerance):
 
 
 def close(got, expected, tolerance, what, exact=None):
-    """Compare relative to the largest value; in 16 bits, an error of 1.5 times the plain one's passes too."""
+    """Compare relative to the largest value.
+
+    In 16 bits, an error of 1.5 times the plain one's passes too.
+    """
     got, expected = got.cpu(), expected.cpu()
     difference, largest = (got - expected).abs().max(), expected.abs().max()
     as_near = exact is not None and (got - exact).norm() <= 1.5 * (expected - exact).norm()
@@ -134,7 +140,7 @@ def test_what_they_do_not_know_is_refused(tmp_path, monkeypatch, change, message
 
 
 def test_an_error_inside_leaves_the_model_as_it_was(tmp_path, monkeypatch):
-    """A stand-in for the package replaces what liger does: functions of the module, and methods."""
+    """A stand-in for the package replaces liger's functions and methods."""
 
     def mark(model, **which):
         assert which == {

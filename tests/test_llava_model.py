@@ -28,7 +28,10 @@ def make_llava(folder, cls=ToveLlavaForConditionalGeneration, opened=True, visio
 
 
 def stock_twin(model, folder):
-    """Build published LLaVA: CLIP as its tower, layer -2, no class token, and the same other weights."""
+    """Build published LLaVA with the same weights outside the tower.
+
+    Its tower is CLIP, layer -2, without class token.
+    """
     clip = CLIPVisionModel.from_pretrained(folder / "clip")
     parts = {"vision_config": clip.config, "text_config": model.config.text_config}
     selection = {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
@@ -77,7 +80,10 @@ def test_opened_tower_changes_llavas_logits(tmp_path):
 
 @pytest.mark.slow
 def test_true_architecture_with_all_default_experts_is_llava(tmp_path):
-    """Compare CLIP-L/14-336 with the large preset's experts, attached and untrained; its weights are random."""
+    """Compare CLIP-L/14-336 with the large preset's experts, attached and untrained.
+
+    The weights of CLIP are random.
+    """
     torch.manual_seed(0)
     clip_config = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
@@ -259,7 +265,10 @@ def test_dummy_images_touch_everything_and_change_nothing(tmp_path, keys):
 
 
 def test_dummy_images_keep_the_order_of_modules(tmp_path):
-    """ZeRO-3 gathers weights module by module: ranks that differ in their order wait for each other forever."""
+    """All ranks gather ZeRO-3's weights in one order.
+
+    Ranks in different orders wait for each other forever.
+    """
     model, visited = make_llava(tmp_path).train(), []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: visited.append(name))
@@ -271,7 +280,7 @@ def test_dummy_images_keep_the_order_of_modules(tmp_path):
 
 
 def test_window_of_image_and_text_batches(tmp_path):
-    """The recipe of docs/background/design.md, on one rank: three micro-batches, one of them text."""
+    """The design page's recipe on one rank, three micro-batches, one text-only."""
     model = make_llava(tmp_path).train()
     window = []
     for data in (batch(seed=1), text_batch(), batch(seed=2)):

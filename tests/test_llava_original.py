@@ -1,6 +1,8 @@
-"""haotian-liu/LLaVA itself with our tower. ``LLAVA_SRC`` names its folder; without it these tests skip.
+"""haotian-liu/LLaVA itself with our tower.
 
-Each test is a process (or a group of them) of its own, because ``llava`` registers itself with transformers.
+``LLAVA_SRC`` names its folder; without it these tests skip.
+
+Each test is a separate process (or group of them), because ``llava`` registers itself with transformers.
 """
 
 import os
@@ -119,7 +121,7 @@ ON_CPU = "import deepspeed, torch\ntorch.cuda.synchronize = lambda: None\ndeepsp
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_two_ranks_train_a_whole_model_under_deepspeed(llava, folder, zero):
-    """Records without an image among them: in some steps one rank has none."""
+    """Some records have no image, so some rank steps have none."""
     launcher = folder / "train_tove.py"
     launcher.write_text(ON_CPU + launcher.read_text())
     arguments = flags(folder, folder / "llava-out", "instruct.json", "--version", "v1", "--save_strategy", "no")

@@ -35,7 +35,7 @@ def root(tmp_path_factory):
 
 
 def logits(model):
-    """Compute the logits of one image and a few bytes, and of a row without an image."""
+    """Compute logits of an image with some bytes, and without an image."""
     with torch.no_grad():
         rows = model(**inputs(model)).logits[0], model(input_ids=torch.tensor([[1, 70, 80]])).logits[0]
     return torch.cat(rows)
@@ -96,7 +96,7 @@ def test_adapters_are_only_on_the_language_model_whatever_a_tower_s_layers_are_c
 
 
 def test_adapters_miss_the_student_of_a_merge(root):
-    """The student is a CLIP inside the model, with layers named q_proj, k_proj and v_proj."""
+    """The student is a CLIP inside, with layers q_proj, k_proj and v_proj."""
     preset = load_preset(str(root / "preset.yaml"))
     model, _ = build_model(preset)
     trainable = freeze(model, preset.stage("merge"))
@@ -121,7 +121,7 @@ def test_merged_folder_computes_base_and_adapters(root):
 
 
 def test_weights_of_the_merged_folder_are_the_formula_s(root):
-    """Adapted weights are W + alpha / r B A, and all others are unchanged."""
+    """Adapted weights are W + alpha / r B A; others stay."""
     saved, adapter = load_file(root / "plain/model.safetensors"), load_file(root / "lora/adapter_model.safetensors")
     base = load_file(root / "llm" / "model.safetensors")
     layer = "layers.1.mlp.down_proj"
@@ -152,7 +152,7 @@ def test_merged_in_another_dtype(root, tmp_path):
 
 
 def test_merged_folder_takes_along_what_lies_in_the_checkpoint(root, tmp_path):
-    """A self-contained checkpoint, and one whose experts were merged into its own CLIP."""
+    """A self-contained checkpoint, and one with experts merged into its CLIP."""
     (source := tmp_path / "parts").mkdir()
     write_parts(source)
     write_records(source, captions=4, count=4)

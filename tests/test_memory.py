@@ -1,4 +1,4 @@
-"""Memory of a stage: the formulas by hand, the counts against whole models, the estimate against a measured step."""
+"""A stage's memory: formulas by hand, whole models, and a measured step."""
 
 import sys
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Merging: the losses, the weights that learn, and a result that is plain CLIP."""
+"""Merging: the losses, the learned weights, and a plain CLIP result."""
 
 import copy
 import dataclasses
@@ -93,7 +93,7 @@ def merging(folder, **settings):
 
 @torch.no_grad()
 def disturb(tower):
-    """Move the student: one that is still CLIP has a loss of 1, whatever its target."""
+    """Move the student, since plain CLIP always has a loss of 1."""
     generator = torch.Generator().manual_seed(0)
     for parameter in tower.learning():
         parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -208,7 +208,7 @@ def contents(folder):
 
 @pytest.mark.parametrize(("start", "kind"), [("trained", "lora"), ("lora", "lora"), ("full", "full")])
 def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, start, kind):
-    """Merge during stage 2 (from stage 1), after LoRA, and after full tuning."""
+    """Merge during stage 2 (from stage 1), after LoRA, after full tuning."""
     copy = tmp_path / "parts"  # a copy, whose experts can be taken away
     shutil.copytree(root, copy)
     for file in (*copy.rglob("*.json"), copy / "preset.yaml"):
@@ -238,7 +238,7 @@ def test_merged_checkpoint_loads_as_clip_without_the_experts(root, tmp_path, sta
     ids=["adapted language model", "tuned language model", "adapted encoder"],
 )
 def exported(request, root, tmp_path):
-    """The folder of a merge that moves the encoder far, and of its export."""
+    """The folders of a merge far from CLIP and of its export."""
     start, *options = request.param
     assert main(merge(root, start, tmp_path / "merged", "--encoder_learning_rate", "0.02", *options)) == 0
     export_model(tmp_path / "merged", tmp_path / "out")
@@ -267,7 +267,7 @@ def test_export_of_a_merged_model_in_a_clean_environment(root, exported):
 
 
 def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
-    """Stage 1's folder holds the plain template's form where the tokenizer's own chat template was."""
+    """Stage 1's folder has the plain chat template, not the tokenizer's own."""
     write_inputs(tmp_path)
     (tmp_path / "llm" / "chat_template.jinja").write_text(CHATML)
     assert main(flags(tmp_path, "pretrain", tmp_path / "trained", "--max_steps", "8", "--learning_rate", "0.05")) == 0

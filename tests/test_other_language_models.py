@@ -1,4 +1,4 @@
-"""Language models of other families than LLaMA: both stages take a step, and the result answers."""
+"""Other language models than LLaMA's family train both stages and answer."""
 
 from pathlib import Path
 

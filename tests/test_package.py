@@ -1,4 +1,4 @@
-"""The package: its public names, what importing it loads, and its data files."""
+"""The package's public names, the modules it imports, and its data files."""
 
 import ast
 import re

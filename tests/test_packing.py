@@ -1,4 +1,4 @@
-"""Packed rows and the loss at supervised positions only give the numbers of padded batches with all logits."""
+"""Packed rows and supervised-only logits give the padded batches' numbers."""
 
 import json
 
@@ -24,7 +24,7 @@ COLLATORS = [LlavaCollator(0, IMAGE_TOKEN, GRID**2, packed=packed) for packed in
 
 
 def example(length, images=(), seed=0, supervised=3):
-    """One sequence of text ids with image placeholders at given places, its last ids supervised."""
+    """One text sequence with image placeholders, its last ids supervised."""
     ids = torch.randint(3, 60, (length,), generator=torch.Generator().manual_seed(seed))
     ids[list(images)] = IMAGE_TOKEN_INDEX
     labels = torch.full_like(ids, IGNORE_INDEX)
@@ -76,7 +76,10 @@ def test_a_packed_row_has_the_loss_and_gradients_of_padded_ones(tmp_path, langua
 
 
 def assert_rounds_alike(got, expected, exact):
-    """In 16 bits: one part in a hundred, or nearer than the plain form is to float32's own numbers."""
+    """Compare 16-bit numbers to one part in a hundred or float32.
+
+    In the second case they are nearer to float32's numbers than the plain form is.
+    """
     assert got.keys() == expected.keys()
     for name, value in expected.items():
         difference, own = ((other.float() - value.float()).norm() for other in (got[name], exact[name]))
@@ -86,7 +89,10 @@ def assert_rounds_alike(got, expected, exact):
 
 
 def compare_in_16_bits(model, *, autocast):
-    """Loss, balance loss and gradients of padded rows with all logits, packed ones, and padded ones without."""
+    """Return loss, balance loss and gradients of padded and packed rows.
+
+    Padded rows come with all logits and without them.
+    """
     padded, packed = (BatchFeature(collate(EXAMPLES)).to(model.device) for collate in COLLATORS)
     plain = {k: v for k, v in padded.items() if k != "supervised"}
     _, exact = gradients(model, plain)
@@ -115,7 +121,10 @@ def test_packed_rows_are_padded_ones_in_16_bits(tmp_path, autocast, language):
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_torchs_kernel_gives_the_numbers_of_padded_rows(tmp_path, monkeypatch, autocast, groups):
-    """Heads as wide as the kernel takes them; where it knows no grouped heads, the plain form is what is compared."""
+    """Heads are as wide as the kernel takes them.
+
+    Where it knows no grouped heads, the plain form is compared.
+    """
     calls, kernel = [], varlen._kernel
     monkeypatch.setattr(varlen, "_kernel", lambda *args: calls.append(1) or kernel(*args))
     language = text_config(hidden_size=64, num_attention_heads=4, num_key_value_heads=groups, head_dim=16)
@@ -160,7 +169,7 @@ def test_attention_follows_autocast():
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("has_groups", [False, True])
 def test_torchs_kernel_is_used_where_it_can_be(monkeypatch, groups, has_groups):
-    """With stand-ins of a GPU and of torch's kernel, which did not always take grouped heads."""
+    """A GPU and torch's kernel have stand-ins, with and without grouped heads."""
     calls = []
 
     def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):

@@ -1,4 +1,4 @@
-"""Presets are data: all of them are valid, overrides reach every key, mistakes are named."""
+"""Presets are data: valid, open to overrides, and precise about mistakes."""
 
 import re
 

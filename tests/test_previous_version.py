@@ -1,4 +1,4 @@
-"""Folders written by the package before its rooms were laid out anew (commit e793b18) open as they did there.
+"""Folders of an older version (commit e793b18) open as they did there.
 
 That commit is taken from the clone's own history, and its own commands write the folders. A clone without that history
 cannot run these tests.
@@ -51,7 +51,7 @@ def run(root: Path, *words: object) -> str:
 
 
 def train(root: Path, data: Path, stage: str, records: str, out: Path, *words: object) -> str:
-    """Runs a stage for four steps, with a checkpoint after each second one."""
+    """Run a stage for four steps, with a checkpoint after every second."""
     settings = {"preset": "tiny", "stage": stage, "output_dir": out, "data_path": data / records, "deepspeed": "none"}
     settings |= {"image_folder": data / "images", "max_steps": 4, "save_steps": 2, "save_total_limit": 2}
     flags = [word for key, value in settings.items() for word in (f"--{key}", value)]
@@ -71,7 +71,7 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written(old: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What its commands wrote: scenes, checkpoints of each kind, exports, a feature cache, answers."""
+    """The scenes, checkpoints, exports, feature cache and answers of its commands."""
     place = tmp_path_factory.mktemp("written")
     scenes, lora, plain = place / "scenes", place / "lora", place / "plain"
     verb = ("-m", "tove_llava")

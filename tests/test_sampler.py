@@ -1,4 +1,4 @@
-"""Orders of the grouped sampler: the golden ones, and what must hold for any lengths."""
+"""Orders of the grouped sampler: golden ones, and properties of any lengths."""
 
 from collections import Counter
 from typing import Any

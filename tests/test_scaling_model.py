@@ -1,4 +1,4 @@
-"""The model of docs/background/scaling.md: its page, its counts, and what must hold of any such model."""
+"""The model of docs/background/scaling.md: page, counts, and properties."""
 
 import json
 from dataclasses import replace

@@ -100,7 +100,7 @@ def test_held_out_pairs_occur_only_in_the_novel_split():
 
 
 def truth(scene, question):
-    """Answer from the question's words and the world, by rules of its own."""
+    """Answer from the question's words and the world, by separate rules."""
     by_name = {o.name: o for o in scene.objects}
     names = re.findall(rf"(?:red|green|blue|yellow|purple|cyan|orange|white) (?:{'|'.join(SHAPES)})", question)
     if question.startswith("Is there"):
@@ -240,7 +240,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path):
 
 
 def test_two_writers_of_one_folder_do_not_meet(tmp_path):
-    """The second begins and ends while the first is in the middle of its images."""
+    """The second writer begins and ends during the first one's images."""
     request, seen = Request({"train": 3}), []
 
     def meanwhile(done, total, seconds):

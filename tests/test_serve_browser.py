@@ -1,4 +1,7 @@
-"""The demo in a real browser. Needs Chromium and the Python package playwright; skips where they are not there."""
+"""The demo in a real browser.
+
+It needs Chromium and the Python package playwright, and skips without them.
+"""
 
 import shutil
 import threading
@@ -58,7 +61,7 @@ def view():
 
 @pytest.fixture
 def page(browser, app, view):
-    """Open the page; at the end expect no error in the console and no request to another host."""
+    """Open the page; expect no console error and no foreign request."""
     page = browser.new_page(viewport=view)
     page.set_default_timeout(WAIT)
     faults, foreign = [], []
@@ -98,7 +101,7 @@ def answers(page, where="#tove-chat"):
 
 
 def text(page, number=0):
-    """Return letters and digits of an answer, without the line of its times."""
+    """Return an answer's letters and digits, without the line of times."""
     whole, note = answers(page).nth(number).inner_text(), notes(page).nth(number).inner_text()
     assert note in whole
     return visible(whole.replace(note, ""))
@@ -123,7 +126,7 @@ def attach(page, file, where="#tove-entry"):
 
 
 def ask(page, text, number):
-    """Ask the question and wait for the end of the answer, which its times show."""
+    """Ask the question and wait until times show the answer's end."""
     box(page).fill(text)
     box(page).press("Enter")
     finished(page, number)
@@ -141,7 +144,7 @@ def save(folder, index=0):
 
 
 def visible(text):
-    """Drop the control characters of the random model, which a browser leaves out."""
+    """Drop the random model's control characters, which a browser leaves out."""
     return "".join(character for character in text if character.isalnum())
 
 
@@ -317,7 +320,7 @@ def test_a_phone_needs_no_sideways_scrolling(page, tmp_path, view):
 
 
 def test_the_keyboard_is_enough(engine, page):
-    """Reach an example by Tab and Enter, a toggle by Space, and ask by typing."""
+    """Reach an example, a toggle and the question with the keyboard."""
 
     def reach(selector):
         for _ in range(60):

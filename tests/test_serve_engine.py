@@ -1,4 +1,4 @@
-"""Many questions at once: each gets the answer that it would get by itself, whatever happens around it."""
+"""Many questions at once each get their single answers, whatever happens."""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""The page without a browser: its endpoints, and what a hostile client may try."""
+"""The page's endpoints without a browser, and a hostile client's attacks."""
 
 import html
 import io

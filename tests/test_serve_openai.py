@@ -1,4 +1,4 @@
-"""The OpenAI-compatible endpoint: its guard, and its answers from a process of its own."""
+"""The OpenAI-compatible endpoint: its guard, and a separate process's answers."""
 
 import asyncio
 import base64

@@ -17,7 +17,10 @@ NAMES = ("depth", "<b>edge")
 
 @pytest.fixture
 def found():
-    """Two by two tokens: the left column listens only to depth, the right one mostly to the other."""
+    """Two by two tokens, whose left column listens only to depth.
+
+    The right column listens mostly to the other expert.
+    """
     depth = torch.tensor([[1.0, 0.25], [1.0, 0.25]])
     framed = Image.new("RGB", (SIDE, SIDE), (10, 20, 30))
     return RoutingView(framed, RoutingMap(NAMES, torch.stack([depth, 1 - depth], dim=-1)), NAMES)

@@ -1,4 +1,4 @@
-"""The preset ``small``, from its parts to a stock LLaVA, with a language model that is read from GGUF."""
+"""The preset ``small`` with a GGUF language model, up to stock LLaVA."""
 
 import json
 from importlib.util import find_spec

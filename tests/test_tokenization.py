@@ -1,4 +1,4 @@
-"""The tokenizer conversion and the labels, on tokenizers that every clone can make."""
+"""The tokenizer conversion and the labels, with self-made tokenizers."""
 
 import json
 import os
@@ -150,7 +150,10 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
 
 
 def test_a_vocabulary_that_is_not_llamas_stays_transformers_own(model_file, tmp_path):
-    """A tokenizer.json does not tell the pieces' scores, so only LLaMA's vocabulary can be put right without them."""
+    """Only LLaMA's vocabulary can be repaired from a tokenizer.json.
+
+    The file lacks the pieces' scores.
+    """
     (tmp_path / "tokenizer.model").write_bytes(model_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
     stock = AutoTokenizer.from_pretrained(tmp_path)
@@ -177,7 +180,10 @@ def test_a_tokenizer_stays_itself_next_to_any_model(model_file, tmp_path, model_
 
 @pytest.mark.parametrize("in_vocabulary", [False, True])
 def test_placeholder_in_text_is_never_the_image_token(tmp_path, in_vocabulary):
-    """Also where the tokenizer has a token for it, for the generation processor; other added tokens keep their ids."""
+    """A vocabulary's own image token is safe; other tokens keep ids.
+
+    The generation processor uses that token.
+    """
     options = {"control_symbols": "<image>"} if in_vocabulary else {}
     tokenizer = load_tokenizer(train_sentencepiece(tmp_path, **options))
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<after>"]})
@@ -264,7 +270,7 @@ def test_plain_supervises_the_caption_and_a_newline(tokenizer, caption):
 
 
 def _storable(text, tokenizer):
-    """Text that a tokenizer can give back: no marker that stands for a space, no special token's string."""
+    """Text that survives a tokenizer, without space markers and special tokens."""
     text = text.replace("▁", "_")
     for special in ("<image>", *tokenizer.all_special_tokens, *tokenizer.get_added_vocab()):
         text = text.replace(special, "")
@@ -272,7 +278,7 @@ def _storable(text, tokenizer):
 
 
 def _decode(tokenizer, ids):
-    """Decode a whole prompt, without the space that the conversion puts in front."""
+    """Decode a whole prompt, without the conversion's leading space."""
     text = tokenizer.decode([tokenizer.eos_token_id, *ids])[len(tokenizer.eos_token) :]
     starts_with_marker = text_encoder(tokenizer).encode("x") != text_encoder(tokenizer).continuation("x")
     return text[1:] if starts_with_marker else text
@@ -280,7 +286,7 @@ def _decode(tokenizer, ids):
 
 @pytest.mark.parametrize("name", ["v1", "vicuna_v1", "plain", "chat_template"])
 def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer, name, tmp_path):
-    """A server of an exported model (transformers, vLLM) then asks as the model was trained."""
+    """A server of an exported model (transformers, vLLM) asks as training did."""
     if name == "chat_template" and not tokenizer.chat_template:
         pytest.skip("this tokenizer ships no chat template")
     tokenizer.save_pretrained(tmp_path)
@@ -306,7 +312,7 @@ def test_the_processors_chat_template_gives_the_ids_of_training(tokenizer, name,
 
 
 def test_a_chat_template_does_not_grow_from_stage_to_stage(tokenizer, tmp_path):
-    """Each stage reads the tokenizer of the one before, whose own template has been replaced by the processor's."""
+    """Each stage reads its predecessor's tokenizer, with the processor's template."""
     if not tokenizer.chat_template:
         pytest.skip("this tokenizer ships no chat template")
     own, written = tokenizer.chat_template, []
@@ -348,7 +354,7 @@ def test_a_chat_template_that_rewrites_the_past_is_refused():
 
 
 def test_forked_workers_may_tokenize(model_file):
-    """Encoding one text at a time starts no threads in the tokenizers library, so a fork stays safe."""
+    """Encoding single texts starts no tokenizers threads, so forks stay safe."""
     tokenizer = load_tokenizer(model_file)
     encode_turns(SHORT, tokenizer, "v1", images=False)
     pid = os.fork()

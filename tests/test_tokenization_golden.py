@@ -35,7 +35,10 @@ def rows(golden):
 
 @pytest.fixture(scope="module")
 def trained(rows):
-    """Training rows that the original encodes; it feeds an empty conversation for "gpt-only"."""
+    """Training rows that the original encodes.
+
+    For "gpt-only" it feeds an empty conversation.
+    """
     return [row for row in rows if row["kind"] == "train" and not row["error"] and row["id"] != "gpt-only"]
 
 
@@ -106,7 +109,7 @@ def test_generation_rows(rows, tokenizer):
 
 
 def test_a_prompt_begins_its_training_row(trained, tokenizer):
-    """A prompt at inference has the tokens that training showed before each answer."""
+    """An inference prompt has the tokens that training showed before answers."""
     for row in (row for row in trained if row["template"] != "plain"):
         template, record = get_template(_template(row)), parse_record(row["record"])
         turns, images = prepare_turns(record, template, check_images=False), bool(record.images)

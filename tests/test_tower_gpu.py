@@ -1,4 +1,7 @@
-"""A GPU may differ: kernels for empty rows, dtypes without a CPU path, moves of backbones, which are no submodules."""
+"""A GPU may differ: kernels for empty rows, dtypes, moved backbones.
+
+Some dtypes have no CPU path, and backbones are no submodules.
+"""
 
 import pytest
 import torch

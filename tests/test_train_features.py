@@ -1,4 +1,4 @@
-"""Features computed once: a run that reads them is the run that computes them."""
+"""A run that reads features equals the run that computes them."""
 
 import json
 import pickle

@@ -1,4 +1,7 @@
-"""Loss terms and gradients are those of the global batch: the same for any split of it, text-only ranks included."""
+"""Loss terms and gradients are the global batch's, for any split.
+
+Text-only ranks are included.
+"""
 
 import json
 
@@ -105,7 +108,7 @@ def test_accumulation_changes_nothing(single, root, name, split, more):
 
 
 def launch_ranks(root, *kinds, launcher):
-    """Run every scenario under each kind of DeepSpeed, all in one pair of ranks."""
+    """Run every scenario with each DeepSpeed kind, in one rank pair."""
     lines = []
     for kind in kinds:
         for name, (*_, split) in SCENARIOS.items():
@@ -133,7 +136,7 @@ def test_ranks_change_nothing(single, root, kinds, launcher):
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=2), min_size=1, max_size=4))
 def test_every_image_has_its_own_noise_whatever_the_split(images):
-    """Micro-batches in order, ranks in order: together they hold the global draw once."""
+    """Micro-batches and ranks, in order, hold the global draw once."""
     total = sum(map(sum, images))
     noise, pieces = draw_noise((total, 2, 3), seed=5, step=7), []
     windows = [Window(tokens=1, images=images, samples=1, rank=rank, noise=noise) for rank in (0, 1)]
@@ -159,7 +162,7 @@ def test_no_rank_runs_the_tower_when_none_has_an_image():
 
 
 def check_calls(rows, experts):
-    """Check the cost of each micro-batch of a rank; return the kinds that were seen."""
+    """Check the cost of a rank's micro-batches; return the kinds seen."""
     kinds = []
     for row in rows:
         if row["images"]:
@@ -174,7 +177,10 @@ def check_calls(rows, experts):
 
 
 def test_without_images_no_encoder_runs(root, monkeypatch, tmp_path):
-    """Pretend another rank: it has images where this one has none, and sometimes neither has any."""
+    """Pretend another rank, which has images where this one has none.
+
+    Sometimes neither has any.
+    """
     rows, opened = count(monkeypatch.setattr), trainer.open_window
 
     def with_another_rank(batches, device, **kwargs):

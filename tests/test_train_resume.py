@@ -1,4 +1,7 @@
-"""A run that is killed and started again ends where an uninterrupted one does; a finished one is not touched."""
+"""A killed and restarted run ends like an uninterrupted one.
+
+A finished run is not touched.
+"""
 
 import pytest
 import torch
@@ -25,7 +28,7 @@ def lora(root, output, *more):
 
 
 def merging(root, output, *more):
-    """Merge into adapters of CLIP, with the losses that are not the default ones."""
+    """Merge into adapters of CLIP, with losses other than the defaults."""
     start = root / "merge-start"
     if not start.exists():
         assert main(flags(root, "pretrain", start, "--max_steps", "2")) == 0

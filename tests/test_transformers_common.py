@@ -26,7 +26,7 @@ pytest.importorskip("parameterized", reason="transformers' tests need the packag
 
 
 def theirs(module):
-    """Import a module of the tree's ``tests`` package, and of no other package of that name."""
+    """Import a module of the tree's ``tests`` package, and no other's."""
     package = sys.modules.get("tests")
     if package is None or not str(getattr(package, "__file__", "")).startswith(TREE):
         for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
@@ -46,7 +46,7 @@ IMAGE_TOKEN = 3
 
 @lru_cache(maxsize=1)
 def parts():
-    """Make a folder with a CLIP and two experts that is kept while the process lives."""
+    """Make a folder with CLIP and two experts for the process's lifetime."""
     folder = tempfile.TemporaryDirectory()
     root = Path(folder.name)
     return folder, save_clip(root / "clip", layers=2), expert_entries(root, ("depth", "edge"))
@@ -58,7 +58,7 @@ def vision_config():
 
 
 class ReadyTower(ToveVisionModel):
-    """A tower that loads its backbones once it has memory, as ``from_pretrained`` does."""
+    """A tower that loads its backbones off ``meta``, like ``from_pretrained``."""
 
     def init_weights(self):
         super().init_weights()

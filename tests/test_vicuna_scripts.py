@@ -1,4 +1,7 @@
-"""The vicuna-7b preset through the shell scripts: every part at its real width and input size, at reduced depth."""
+"""The vicuna-7b preset in shell scripts, at full width and reduced depth.
+
+Every part has its real input size.
+"""
 
 import json
 import sys
@@ -16,7 +19,10 @@ pytestmark = pytest.mark.slow
 
 
 def write_reduced_preset(root: Path) -> Path:
-    """Write two layers of CLIP-L/14-336, EVA, DINOv2 and Vicuna, whole depth and edge models, and a preset."""
+    """Write a preset and its parts, some with two layers only.
+
+    CLIP-L/14-336, EVA, DINOv2 and Vicuna have two layers; depth and edge models are whole.
+    """
     published = load_preset("vicuna-7b")
     clip = {**published.vision.clip_config, "num_hidden_layers": 2}
     CLIPVisionModel(CLIPVisionConfig(**clip)).save_pretrained(root / "clip")

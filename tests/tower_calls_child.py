@@ -1,4 +1,6 @@
-"""Trains and counts, for each micro-batch of this rank: images, encoder passes, images that were encoded and fused.
+"""Train and count this rank's images and encoder passes by micro-batch.
+
+Images that were encoded and fused are counted, too.
 
 Usage: python -m tower_calls_child FILE, where FILE holds the trainer's arguments; writes FILE.<rank>.
 """

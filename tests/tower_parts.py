@@ -1,4 +1,4 @@
-"""Small random parts for the tower's tests: a CLIP folder, dummy experts, towers, LLaVAs."""
+"""Small random parts for tower tests: a CLIP folder, experts, towers, LLaVAs."""
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -63,7 +63,7 @@ def save_clip(folder, *, image_size=IMAGE, layers=3, width=16, seed=1):
 
 
 def expert_entries(folder, names=("depth", "edge", "normal"), **options):
-    """One dummy expert per name, each with its own width and grid, saved below ``folder``."""
+    """A dummy expert per name, in ``folder``, with varied widths and grids."""
     entries = []
     for i, name in enumerate(names):
         shape = {"channels": 6 + 2 * i, "stride": (8, 4, 16)[i % 3]}
@@ -81,7 +81,10 @@ def tower_config(folder, names=("depth", "edge", "normal"), expert_options=None,
 
 
 def make_tower(folder, *, opened=False, seed=0, **keys):
-    """A loaded tower in eval mode; ``opened`` gives the zero-initialised output layer random weights."""
+    """A loaded tower in eval mode.
+
+    ``opened`` gives the zero-initialised output layer random weights.
+    """
     torch.manual_seed(seed)
     tower = ToveVisionModel(tower_config(folder, **keys)).load_backbones().eval()
     if opened:

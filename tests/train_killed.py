@@ -1,4 +1,4 @@
-"""Run the trainer and kill its own process (SIGKILL) at a given moment.
+"""Run the trainer and kill its process (SIGKILL) at a given moment.
 
 Usage: python -m train_killed MOMENT FLAGS...
 """
@@ -37,7 +37,7 @@ def kill_at(moment):
 
 
 def train_until_killed(moment, arguments):
-    """Train in a fork of this process, which can be killed like a fresh one and needs no imports."""
+    """Train in a killable fork of this process, which needs no imports."""
     process = multiprocessing.get_context("fork").Process(target=_train, args=(moment, arguments))
     process.start()
     process.join(timeout=600)

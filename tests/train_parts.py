@@ -1,4 +1,4 @@
-"""Small random parts of the true architectures in folders, a preset over them, and records to train on."""
+"""Small random parts of the true architectures, a preset, and training records."""
 
 import json
 import os
@@ -76,7 +76,10 @@ def write_parts(root: Path) -> Path:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of bytes, after <unk>, <s> and </s>, that begins with LLaMA's BOS."""
+    """Return a byte tokenizer that begins with LLaMA's BOS.
+
+    Its first tokens are <unk>, <s> and </s>.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -87,7 +90,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def write_records(root: Path, *, captions: int = 16, pattern: str = "iiit", count: int = 16) -> None:
-    """Write images/, captions.json (one image each) and instruct.json, records by ``pattern``: image, text."""
+    """Write images/, captions.json (one image each) and instruct.json.
+
+    ``pattern`` decides which of the latter's records have an image.
+    """
     (root / "images").mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     words = ["red", "blue", "a cone", "two spheres", "left of the box", "near"]
@@ -115,7 +121,7 @@ def write_inputs(root: Path, **records: Any) -> Path:
 
 
 def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
-    """Return the command line of one stage over :func:`write_parts` and :func:`write_records` in ``root``."""
+    """Return one stage's command line over :func:`write_parts` and :func:`write_records`."""
     data = "captions.json" if stage == "pretrain" else "instruct.json"
     return [
         "--preset", str(root / "preset.yaml"), "--stage", stage, "--data_path", str(root / data),
@@ -124,7 +130,7 @@ def flags(root: Path, stage: str, output: Path, *more: str) -> list[str]:
 
 
 def losses(output: Path, *terms: str) -> list[list[float]]:
-    """Return the named terms of each step that a run logged; 0 for a term that it does not have."""
+    """Return the named terms of each logged step, 0 for absent ones."""
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [[entry.get(term, 0.0) for term in terms] for entry in log if "lm_loss" in entry]
 
@@ -136,14 +142,14 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """Return variables for child processes: one thread each, no accelerator, this checkout's package."""
+    """Return child processes' variables: one thread, no accelerator, this checkout's package."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     fixed = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {**inherited, **fixed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **changes}
 
 
 def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.train.run", timeout: int = 600) -> str:
-    """Run a module under the deepspeed launcher; return its output, or fail with it."""
+    """Run a module under the deepspeed launcher; return its output."""
     command = [
         sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(free_port()),
         "--no_local_rank", "--module", module, *arguments,
@@ -154,14 +160,17 @@ def launch(arguments: list[str], *, ranks: int = 2, module: str = "tove_llava.tr
 
 
 def launch_torch(arguments: list[str], module: str) -> None:
-    """Run a module on two ranks under torch's launcher, which starts faster than DeepSpeed's."""
+    """Run a module on two ranks under torch's launcher.
+
+    It starts faster than DeepSpeed's.
+    """
     command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), "-m", module]
     code, output = run_group([sys.executable, *command, *arguments], 600)
     assert code == 0, output[-4000:]
 
 
 def run_group(command: list[str], timeout: int) -> tuple[int, str]:
-    """Run a command; end a hanging one together with the processes that it started."""
+    """Run a command; end a hanging one with its child processes."""
     process = subprocess.Popen(
         command, env=environment(), cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -176,7 +185,10 @@ def run_group(command: list[str], timeout: int) -> tuple[int, str]:
 
 
 def run_script(name: str, settings: dict[str, object], *words: str) -> str:
-    """Run a training script in one process, with its settings as environment variables; return its output."""
+    """Run a training script in one process; return its output.
+
+    Its settings are environment variables.
+    """
     given = [f"{key}={value}" for key, value in {"NUM_GPUS": 1, **settings}.items()]
     brief = ["--report_to", "none", "--logging_steps", "1", "--save_strategy", "no"]
     brief += ["--per_device_train_batch_size", "2"]

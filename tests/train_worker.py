@@ -1,4 +1,6 @@
-"""Run several command lines of the trainer in one process (or one group of ranks): starting DeepSpeed takes long.
+"""Run several trainer command lines in one process or rank group.
+
+Starting DeepSpeed takes long.
 
 Usage: python -m train_worker FILE, where FILE holds a JSON list of argument lists.
 """
