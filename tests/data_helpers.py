@@ -119,7 +119,7 @@ def sentencepiece_oracle(processor, prompt, images):
 
 
 def decode_spans(tokenizer, labels):
-    """Return the text of each run of supervised labels, as the text before continues."""
+    """Return the text of each supervised run, as a continuation."""
     spans = [[*run] for supervised, run in groupby(labels, lambda label: label >= 0) if supervised]
     eos = tokenizer.eos_token
     return [tokenizer.decode([tokenizer.eos_token_id, *span])[len(eos) :] for span in spans]

@@ -37,7 +37,7 @@ def test_every_registered_expert_and_architecture_is_tried(tmp_path):
         classes.add(EXPERTS.get(case.expert)[Source.parse(spec["source"]).scheme])
         architectures.add(type(getattr(build_expert(spec), "architecture", None)))
     registered = {cls for name in EXPERTS for cls in EXPERTS.get(name).values()}
-    # Other tests of this process may have registered experts of their own.
+    # Other tests of this process may have registered their experts.
     untried = {cls.__name__ for cls in registered - classes if cls.__module__.startswith("tove_llava.")}
     assert untried == {"DexiNedEdge"}  # cannot be made small: it has a separate test below
     assert {DENSE.get(name) for name in DENSE} - architectures == {DENSE.get("DPTModel")}  # saved by the hub only

@@ -1,4 +1,4 @@
-"""An exported folder behind ``transformers serve``, asked over HTTP, against ``tove-llava chat``."""
+"""An exported folder in ``transformers serve``, against ``tove-llava chat``."""
 
 import base64
 import json

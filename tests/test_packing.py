@@ -76,9 +76,9 @@ def test_a_packed_row_has_the_loss_and_gradients_of_padded_ones(tmp_path, langua
 
 
 def assert_rounds_alike(got, expected, exact):
-    """Compare 16-bit numbers to one part in a hundred or float32.
+    """Compare within a hundredth, or within the plain form's rounding error.
 
-    In the second case they are nearer to float32's numbers than the plain form is.
+    That error is the distance of its 16-bit numbers to float32's.
     """
     assert got.keys() == expected.keys()
     for name, value in expected.items():
@@ -214,7 +214,7 @@ def test_the_loss_in_pieces_is_the_loss(monkeypatch, count, dtype):
     hidden = torch.randn(2, 6, 5, dtype=dtype, requires_grad=True)
     labels = torch.randint(0, 11, (2, 6))
     positions = torch.randperm(10)[:count].sort().values
-    positions = positions + (positions >= 5).long()  # the last of a row has no label behind it
+    positions = positions + (positions >= 5).long()  # the last of a row has no label after it
     logits = head(hidden.flatten(0, 1)[positions]).float()
     expected = torch.nn.functional.cross_entropy(logits, labels.flatten()[positions + 1], reduction="sum") / 4
     expected.backward()
