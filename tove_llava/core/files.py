@@ -27,7 +27,7 @@ def staged(out: Path) -> Iterator[Path]:
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     except OSError as error:
         _remove_empty(made)
-        raise CheckpointError(f"cannot write beside {out}: {error}") from error
+        raise CheckpointError(f"cannot write next to {out}: {error}") from error
     try:
         yield stage
         mask = _umask()
