@@ -308,7 +308,8 @@ def test_full_memory_makes_the_batch_smaller_and_loses_no_answer(answerer, answe
     sizes = limit_rows(answerer, monkeypatch, 2)
     with Engine(answerer) as engine, caplog.at_level(logging.WARNING, "tove_llava"):
         assert [reply.text() for reply in ask_all(engine)] == answers
-    assert max(sizes) == 2 and "memory is full" in caplog.text
+    # Three questions may have joined before the first pass; half of three is one.
+    assert max(sizes) in (1, 2) and "memory is full" in caplog.text
 
 
 def test_a_question_too_large_for_the_memory_fails_and_the_next_is_answered(answerer, answers, monkeypatch):
