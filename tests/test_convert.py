@@ -232,8 +232,10 @@ def test_names_are_those_of_the_reference(tmp_path, conformance):
     lora, _ = write_lora(tmp_path / "stage2", model, tmp_path / "clip", mm_vision_select_layer=-1)
     stage1, lora = (chain(source, tmp_path, "tove", "original", **base) for source in (stage1, lora))
     adapters = names["stage2_lora"]
-    assert set(torch.load(stage1 / "mm_projector.bin")) == set(names["stage1"]["mm_projector.bin"])
-    assert set(torch.load(lora / "non_lora_trainables.bin")) == set(adapters["non_lora_trainables.bin"])
+    assert set(torch.load(stage1 / "mm_projector.bin", weights_only=True)) == set(names["stage1"]["mm_projector.bin"])
+    assert set(torch.load(lora / "non_lora_trainables.bin", weights_only=True)) == set(
+        adapters["non_lora_trainables.bin"]
+    )
     assert set(load_file(lora / "adapter_model.safetensors")) == set(adapters["adapter_file_keys"])
 
 

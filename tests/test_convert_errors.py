@@ -287,11 +287,11 @@ def test_adapters_of_other_kinds(tmp_path, world, change, word):
 def test_trained_embeddings_next_to_adapters_or_projector(tmp_path, world):
     embeddings = {"model.embed_tokens.weight": torch.zeros(600, 48)}
     folder, _ = write_lora(tmp_path / "lora", world.model, world.clip)
-    others = torch.load(folder / "non_lora_trainables.bin")
+    others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
     torch.save(others | {f"base_model.model.{n}": x for n, x in embeddings.items()}, folder / "non_lora_trainables.bin")
     refused(folder, tmp_path, "embed_tokens", error=ConfigError, base=str(world.base))
     folder = write_projector(tmp_path / "projector", world.model, world.clip)
-    torch.save(torch.load(folder / "mm_projector.bin") | embeddings, folder / "mm_projector.bin")
+    torch.save(torch.load(folder / "mm_projector.bin", weights_only=True) | embeddings, folder / "mm_projector.bin")
     refused(folder, tmp_path, "embed_tokens", error=ConfigError, base=str(world.base))
 
 

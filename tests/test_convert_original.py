@@ -46,7 +46,7 @@ def in_the_original(folder, work, base=None):
         [sys.executable, str(CHILD), *arguments], cwd=work, env=settings, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out)
+    return torch.load(out, weights_only=True)
 
 
 @pytest.fixture(scope="module")
