@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tower_calls_child import count
 from train_parts import flags, launch, launch_torch, losses, weights, write_inputs, write_records
 
+from tove_llava import load_model
+from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.train import trainer
 from tove_llava.train.run import main
 from tove_llava.train.window import Window, draw_noise
@@ -88,6 +90,37 @@ def test_scenarios_exercise_what_they_should(single, root):
         assert (tensors[moved] - before).abs().max() > 0, name
     records = json.loads((root / "text_heavy.json").read_text())
     assert sum("image" in r for r in records) == 2  # of 16: some windows of 4 have no image at all
+
+
+@pytest.mark.parametrize("split", [(4, 1), (1, 4)])
+def test_loss_and_gradient_are_those_of_the_mean_over_supervised_tokens(root, tmp_path, split):
+    """Compare with torch's own loss: a factor that all runs share is invisible when runs are compared."""
+    records = json.loads((root / "captions.json").read_text())[:4]
+    (tmp_path / "four.json").write_text(json.dumps(records))
+    exact = ["--max_steps", "1", "--set", "vision.noisy_gating=False", "--data_path", str(tmp_path / "four.json")]
+    still = ["--learning_rate", "0", "--tower_learning_rate", "0"]
+    assert main(command(root, "pretrain", tmp_path / "moved", split, *exact)) == 0
+    assert main(command(root, "pretrain", tmp_path / "still", split, *exact, *still)) == 0
+
+    model, processor = load_model(tmp_path / "still")
+    vision = model.config.vision_config
+    transform = ImageTransform(vision.image_size, "square", mean=vision.image_mean, std=vision.image_std)
+    data = (tmp_path / "four.json", root / "images", processor.tokenizer, "plain")
+    collate = LlavaCollator(0, model.config.image_token_id, vision.num_image_tokens)
+    by_token = []
+    model.model.multi_modal_projector.requires_grad_(True)
+    for record in LlavaDataset(*data, transform, vision.num_image_tokens):
+        batch = collate([record])
+        logits = model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"]).logits[0, :-1]
+        by_token.append(torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="none"))
+    by_token = torch.cat(by_token)
+    expected = by_token.sum() / (by_token != 0).sum()
+    expected.backward()
+    assert losses(tmp_path / "still", "lm_loss")[0][0] == pytest.approx(expected.item(), rel=1e-4)
+    before, after = weights(tmp_path / "still"), weights(tmp_path / "moved")
+    for name, parameter in model.named_parameters():
+        if "projector" in name:
+            torch.testing.assert_close(before[name] - after[name], 0.3 * parameter.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
