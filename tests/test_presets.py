@@ -5,10 +5,12 @@ import re
 import pytest
 import yaml
 
+from tove_llava.cli import main as cli
 from tove_llava.core.errors import ConfigError
 from tove_llava.llava.build import build_on_meta, parameter_table
 from tove_llava.presets import load_preset, preset_names
-from tove_llava.train.arguments import RunArguments, parse
+from tove_llava.train import flags
+from tove_llava.train.arguments import Parser, RunArguments, parse
 from tove_llava.train.run import main
 from tove_llava.train.stages import POLICIES
 
@@ -30,6 +32,19 @@ def test_unknown_preset_names_a_near_one():
         load_preset("vicuna7b")
     with pytest.raises(ConfigError, match="does not exist"):
         load_preset("nowhere.yaml")
+
+
+def test_shown_preset_is_the_same_preset(tmp_path, capsys):
+    assert cli(["presets"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == preset_names()
+    for name in preset_names():
+        assert cli(["presets", "show", name, "--set", "vision.top_k=1"]) == 0
+        (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+        assert load_preset(str(tmp_path / "shown.yaml")) == load_preset(name, ["vision.top_k=1"])
+    assert cli(["presets", "show", "tiny", "--stage", "merge"]) == 0
+    assert list(yaml.safe_load(capsys.readouterr().out)["stages"]) == ["merge"]
+    assert cli(["presets", "show", "tiny", "--stage", "merg"]) == 2
+    assert "Did you mean 'merge'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -85,6 +100,44 @@ def test_files_extend_presets(tmp_path):
 def test_wrong_flags_are_named(argv, message):
     with pytest.raises(ConfigError, match=message):
         parse([*argv, "--output_dir", "unused"])
+
+
+def test_help_fits_on_two_screens_and_has_every_flag_once(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert cli(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert len(page.splitlines()) <= 100
+    listed = [line.split()[0] for line in page.splitlines() if line.startswith("  --")]
+    switches = [f"--{name.replace('_', '-')}" for name in flags.SWITCHES]
+    assert sorted(listed) == sorted([*switches, *(f"--{name}" for name in (*flags.own_flags(), *flags.COMMON))])
+    assert main(["--help-all"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert len(listed) == len(set(listed)) and {f"--{name}" for name in Parser().flags()} <= set(listed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--lr", "'--learning_rate'"),
+        ("--LR", "'--learning_rate'"),
+        ("--batch-size", "'--per_device_train_batch_size'"),
+        ("--epochs", "'--num_train_epochs'"),
+        ("--learning_rte", "'--learning_rate'"),
+        ("--ddp_timeot", "'--ddp_timeout'"),
+        ("--zyx", "--help-all"),
+    ],
+)
+def test_flag_that_is_meant_is_named(typed, meant, capsys):
+    for arguments in ([typed, "1"], [f"{typed}=1"]):
+        assert cli(["train", *arguments]) == 2
+        assert meant in capsys.readouterr().err
+
+
+def test_what_people_type_is_no_flag_and_leads_to_one():
+    known = Parser().flags()
+    assert not known & set(flags.MEANT)
+    assert {flag[2:].split()[0] for flag in flags.MEANT.values() if flag.startswith("--")} <= known
+    assert Parser().given(["--learning-rate", "1"]) == Parser().given(["--learning_rate=1"])
 
 
 def test_flags_override_the_preset_and_nothing_else(tmp_path):

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not args.arguments or args.arguments[0] in ("-h", "--help"):
+    if not args.arguments or {"-h", "--help"} & set(args.arguments):
         print(__doc__)
         return 0
     from tove_llava.checkpoints.manifest import Manifest

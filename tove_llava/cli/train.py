@@ -6,12 +6,18 @@ HELP = "train one stage of a preset (scripts/pretrain.sh and its siblings start 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # The trainer parses every flag, --help too; it knows the hundred flags of transformers.
+    # The trainer parses every flag; it knows the hundred flags of transformers.
     parser.prefix_chars = "\0"
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
 
 def run(args: argparse.Namespace) -> int:
+    from tove_llava.train import flags
+
+    if {"-h", "--help"} & set(args.arguments):
+        print(flags.help_page())
+        return 0
+    flags.refuse_mistyped(args.arguments)
     from tove_llava.train.run import run_as_process
 
     return run_as_process(args.arguments)

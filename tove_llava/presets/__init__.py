@@ -9,6 +9,7 @@ from tove_llava.presets.preset import (  # noqa: F401
     QuantizationPreset,
     StagePreset,
     VisionPreset,
+    dump_preset,
     load_preset,
     preset_names,
 )  # fmt: skip

@@ -186,6 +186,13 @@ class Preset:
         return asdict(self)
 
 
+def dump_preset(preset: Preset) -> str:
+    """Write a preset as YAML that :func:`load_preset` reads, every key included."""
+    data = preset.to_dict()
+    first = {key: data.pop(key) for key in ("name", "description")}
+    return yaml.safe_dump({**first, **data}, sort_keys=False, allow_unicode=True, width=120)
+
+
 def preset_names() -> list[str]:
     """List the presets of this package."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

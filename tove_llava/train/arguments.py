@@ -1,13 +1,11 @@
 """Read a run's command line: a preset's stage, overridden by flags.
 
-The flags are those of :class:`RunArguments`, of the preset's stage (every field with a help text), and of
-``transformers.TrainingArguments``.
+The flags are those of :mod:`tove_llava.train.flags` and of ``transformers.TrainingArguments``.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +15,7 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import closest
 from tove_llava.presets import LoraPreset, MergePreset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
+from tove_llava.train.flags import COMMON, RunArguments, StageFlags, given_for, suggestion
 from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind
 from tove_llava.train.run_settings import CHECKPOINTING_FLAGS, Settings
 
@@ -31,70 +30,15 @@ _HINTS = {
 }
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class RunArguments:
-    """Flags of the run itself: preset, stage, data, start and saving."""
-
-    preset: str = _flag("tiny", "name of a preset or path of a .yaml file")
-    stage: str = _flag("pretrain", "stage of the preset")
-    data_path: str | None = _flag(None, "LLaVA records, .json or .jsonl")
-    image_folder: str | None = _flag(None, "folder that image paths start from")
-    pretrained: str | None = _flag(None, "folder of the stage that this one starts from")
-    merge_data_path: str | None = _flag(None, "records that name the further images (default: --data_path)")
-    merge_image_folder: str | None = _flag(None, "folder of the further images (default: --image_folder)")
-    merge_feature_cache: str | None = _flag(
-        None, "cache of their features (default without --merge_data_path: --feature_cache)"
-    )
-    merge_lora_r: int | None = _flag(None, "merge into adapters of this rank; 0 merges into the encoder's own weights")
-    feature_cache: str | None = _flag(None, "folder that 'tove-llava features' made; then no encoder runs")
-    allow_image_links: bool = _flag(False, "follow links that lead out of the image folder")
-    self_contained: bool = _flag(False, "save frozen parts by value instead of by reference")
-
-
-# Classes whose fields are flags, and what the flags begin with: --lora_r is LoraPreset.r.
-_PREFIXES: dict[type, str] = {StagePreset: "", MergePreset: "merge_", LoraPreset: "lora_", QuantizationPreset: ""}
-
-
-def _flags_of(kind: type) -> dict[str, Any]:
-    return {_PREFIXES[kind] + f.name: f for f in dataclasses.fields(kind) if "help" in f.metadata}
-
-
-def _given_for(kind: type, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a settings class that flags give."""
-    return {f.name: given[flag] for flag, f in _flags_of(kind).items() if given.get(flag) is not None}
-
-
-StageFlags = dataclasses.make_dataclass(
-    "StageFlags",
-    [
-        (flag, f.type | None, field(default=None, metadata=f.metadata))
-        for kind in _PREFIXES
-        for flag, f in _flags_of(kind).items()
-    ],
-)
-
-
 class Parser(HfArgumentParser):
     """A parser that refuses abbreviations and raises :class:`ConfigError` instead of exiting."""
 
     def __init__(self) -> None:
-        super().__init__(
-            [RunArguments, StageFlags, TrainingArguments],
-            prog="tove-llava train",
-            usage="tove-llava train [--preset NAME] [--stage NAME] [--set key.path=value] [--meta] [any flag below]",
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        self.add_argument(
-            "--set", action="append", default=[], metavar="key.path=value", help="override a preset's key"
-        )
-        self.add_argument("--meta", action="store_true", help="print the preset's parameters and GFLOPs, train nothing")
+        super().__init__([RunArguments, StageFlags, TrainingArguments], allow_abbrev=False, add_help=False)
+        self.add_argument("--set", action="append", default=[])
+        self.add_argument("--meta", action="store_true")
         for action in self._actions:
-            if action.dest not in ("set", "help"):
+            if action.dest != "set":
                 action.default = argparse.SUPPRESS  # so that only flags that were given are in the result
 
     def error(self, message: str) -> NoReturn:
@@ -105,9 +49,17 @@ class Parser(HfArgumentParser):
         known, unknown = self.parse_known_args(list(argv))
         if unknown:
             name = unknown[0].partition("=")[0]
-            near = closest(name, self._option_string_actions) or " 'tove-llava train --help' lists all flags"
-            raise ConfigError(f"unknown flag {name!r}.{near}")
+            raise ConfigError(f"unknown flag {name!r}.{suggestion(name, further_flags())}")
         return vars(known)
+
+    def flags(self) -> set[str]:
+        """List the names of all flags."""
+        return {action.dest for action in self._actions}
+
+
+def further_flags() -> dict[str, Any]:
+    """Return transformers' flags that the help page leaves out, with their fields."""
+    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in COMMON}
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -161,14 +113,14 @@ def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> d
 
 
 def _overridden(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> StagePreset:
-    changes = _given_for(StagePreset, given)
-    lora = _given_for(LoraPreset, given)
+    changes = given_for(StagePreset, given)
+    lora = given_for(LoraPreset, given)
     if lora:
         if stage.lora is None:
             raise ConfigError(f"--lora_{next(iter(lora))}: stage {run.stage!r} trains without LoRA")
         changes["lora"] = dataclasses.replace(stage.lora, **lora)
-    changes["quantization"] = _quantization(stage, run, _given_for(QuantizationPreset, given))
-    merge = _given_for(MergePreset, given)
+    changes["quantization"] = _quantization(stage, run, given_for(QuantizationPreset, given))
+    merge = given_for(MergePreset, given)
     if run.merge_lora_r is not None:
         adapters = LoraPreset(r=run.merge_lora_r, alpha=2 * run.merge_lora_r, dropout=0.0)
         merge["lora"] = adapters if run.merge_lora_r > 0 else None

@@ -31,8 +31,9 @@ from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset, load_preset
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import step_checkpoints
-from tove_llava.train.arguments import Parser, parse
+from tove_llava.train.arguments import Parser, further_flags, parse
 from tove_llava.train.feature_cache import FeatureCache
+from tove_llava.train.flags import help_page
 from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
@@ -337,7 +338,11 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        if "--meta" in arguments:
+        if {"-h", "--help"} & set(arguments):
+            print(help_page())
+        elif "--help-all" in arguments:
+            print(help_page(further_flags()))
+        elif "--meta" in arguments:
             print_sizes(arguments)
         else:
             settings = parse(arguments)
