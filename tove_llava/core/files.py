@@ -1,5 +1,6 @@
 """Files: written whole or not at all, read with precise errors."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -83,6 +84,19 @@ def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, path)
+
+
+def hold(file: str | os.PathLike[str]) -> IO[bytes] | None:
+    """Open and lock a file until it is closed, or its process and their children end; None if it is locked."""
+    handle = open(file, "ab")  # noqa: SIM115 (the caller closes it)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        return None
+    except OSError:
+        pass  # a file system without locks
+    return handle
 
 
 def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> str:

@@ -36,14 +36,13 @@ from tove_llava.train.feature_cache import FeatureCache
 from tove_llava.train.flags import help_page
 from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
 from tove_llava.train.recomputation import set_checkpointing
+from tove_llava.train.run_files import STATE, complete, incomplete
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
 from tove_llava.train.run_settings import Settings
 from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stages import LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
-
-STATE = "trainer_state.json"
 
 
 def run(settings: Settings) -> None:
@@ -83,8 +82,7 @@ def run(settings: Settings) -> None:
     _set_checkpointing(model, trainable, start.stage)
 
     resume = last_checkpoint(settings.output_dir)
-    if _is_main():
-        write_record(settings.output_dir, record)
+    _lock = write_record(settings.output_dir, record) if _is_main() else None  # held until this function returns
     if resume is not None and _is_last_step(resume):
         _say(f"{resume} is the last step of this run; only saving was left to do")
         step_checkpoints.load_weights(resume / step_checkpoints.WEIGHTS, trainable)
@@ -218,9 +216,9 @@ def make_trainer(
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """Return the newest complete checkpoint; print which incomplete ones are ignored."""
-    for path in step_checkpoints.incomplete(output_dir):
+    for path in incomplete(output_dir):
         _say(f"ignoring {path}: its save was interrupted")
-    found = step_checkpoints.complete(output_dir)
+    found = complete(output_dir)
     return found[-1] if found else None
 
 

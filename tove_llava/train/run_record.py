@@ -3,15 +3,13 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
-from tove_llava.core.files import read_json_object
-from tove_llava.train import step_checkpoints
+from tove_llava.core.files import hold, read_json_object
+from tove_llava.train.run_files import RUN_RECORD, complete
 from tove_llava.train.run_settings import Settings
-
-RUN_RECORD = "run.json"
 
 # Lines of a model card about a stage: name there -> key of the run's record.
 _CARD_LINES = {
@@ -47,10 +45,11 @@ def run_record(settings: Settings) -> dict[str, Any]:
     return record
 
 
-def write_record(output_dir: Path, record: dict[str, Any]) -> None:
-    """Write the record into a run's folder."""
+def write_record(output_dir: Path, record: dict[str, Any]) -> IO[bytes] | None:
+    """Write the record into a run's folder, and lock it while the result is open."""
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    return hold(output_dir / RUN_RECORD)
 
 
 def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
@@ -60,7 +59,7 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
         CheckpointError: it holds a run of other settings; the message names the keys that differ.
     """
     file = output_dir / RUN_RECORD
-    finished, begun = (output_dir / MANIFEST).is_file(), bool(step_checkpoints.complete(output_dir))
+    finished, begun = (output_dir / MANIFEST).is_file(), bool(complete(output_dir))
     if not file.is_file():
         if finished or begun:
             raise CheckpointError(f"{output_dir} holds a model but no {RUN_RECORD}; choose another --output_dir")

@@ -1,4 +1,4 @@
-"""Write the checkpoints inside a run atomically, and find them again."""
+"""Write the checkpoints inside a run atomically, and read them."""
 
 import contextlib
 import os
@@ -11,12 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import sync
+from tove_llava.train.run_files import complete, incomplete
 from tove_llava.train.stages import Trainable
 
-STAGING = "incomplete-checkpoint-"
 WEIGHTS = "trained.safetensors"
 METER = "meter.json"
-_PREFIX = "checkpoint-"
 
 
 def gather(trainable: Trainable, is_writer: bool) -> dict[str, torch.Tensor]:
@@ -85,18 +84,3 @@ def publish(staging: Path, final: Path, keep: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in incomplete(final.parent):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def complete(run: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    numbered = []
-    for path in run.glob(f"{_PREFIX}*"):
-        number = path.name.removeprefix(_PREFIX)
-        if path.is_dir() and number.isdigit():
-            numbered.append((int(number), path))
-    return [path for _, path in sorted(numbered)]
-
-
-def incomplete(run: Path) -> list[Path]:
-    """Return the folders that interrupted saves left."""
-    return sorted(run.glob(f"{STAGING}*"))

@@ -34,6 +34,7 @@ from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import step_checkpoints
 from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter, TrainingLines, TrainingProgress
+from tove_llava.train.run_files import STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
 from tove_llava.train.window import Window, draw_noise, open_window
 
@@ -240,7 +241,7 @@ class ToveTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint, then rename it: ``checkpoint-N`` is always whole."""
         run = Path(self.args.output_dir)
-        staging = run / f"{step_checkpoints.STAGING}{self.state.global_step}"
+        staging = run / f"{STAGING}{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
