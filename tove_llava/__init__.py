@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tove_llava.checkpoints.conversion import convert_checkpoint
     from tove_llava.checkpoints.loading import load_model, open_llava
     from tove_llava.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
+    from tove_llava.core.plugins import load_plugin
     from tove_llava.experts import Expert, ExpertSpec, register_expert
     from tove_llava.llava import (
         ToveLlavaConfig,
@@ -26,6 +27,7 @@ _HOMES = {
     "tove_llava.checkpoints.conversion": ("convert_checkpoint",),
     "tove_llava.checkpoints.loading": ("load_model", "open_llava"),
     "tove_llava.core.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
+    "tove_llava.core.plugins": ("load_plugin",),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
     "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model"),
     "tove_llava.presets": ("load_preset",),
@@ -50,6 +52,7 @@ __all__ = [
     "build_model",
     "convert_checkpoint",
     "load_model",
+    "load_plugin",
     "load_preset",
     "open_llava",
     "register_expert",

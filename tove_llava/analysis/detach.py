@@ -21,14 +21,14 @@ from torch import Tensor
 
 from tove_llava.analysis.measure import check_fusion
 from tove_llava.checkpoints.card import write_card
-from tove_llava.checkpoints.loading import load_processor
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.loading import load_processor, read_config
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, TRAINED, Manifest, write_manifest
+from tove_llava.checkpoints.plugin_records import save_plugins
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
 from tove_llava.core.sources import Source
-from tove_llava.llava import ToveLlavaConfig
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
 FUSION = "model.vision_tower.fusion."
@@ -76,10 +76,7 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
     folder, out = Path(model), Path(out)
     manifest = Manifest.read(folder)
     check_out(out)
-    try:
-        config = ToveLlavaConfig.from_pretrained(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
+    config = read_config(folder)
     large = config.vision_config
     small = reduced_config(large, experts)
     files = _weight_files(folder, manifest.kind)
@@ -95,9 +92,11 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
         config.vision_config = small
         config.save_pretrained(staging)
         load_processor(folder).save_pretrained(staging)
-        final = dataclasses.replace(manifest, fingerprint=exact_fingerprint(_by_model_names(folder, manifest, tensors)))
+        fingerprint = exact_fingerprint(_by_model_names(folder, manifest, tensors))
+        plugins = save_plugins(staging, small, manifest.template)
+        final = dataclasses.replace(manifest, fingerprint=fingerprint, plugins=plugins)
         write_card(staging, small, final)
-        write_atomically(staging / MANIFEST, json.dumps(dataclasses.asdict(final), indent=2) + "\n")
+        write_manifest(staging, final)
     return Detached(
         folder=out,
         kept=tuple(small.expert_names),

@@ -19,7 +19,7 @@ from transformers import (
 
 from tove_llava.checkpoints.base import LlavaFormat, Request
 from tove_llava.checkpoints.card import CARD, compose_card
-from tove_llava.checkpoints.loading import load_model
+from tove_llava.checkpoints.loading import load_model, read_config
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.checkpoints.tensors import write_json
 from tove_llava.checkpoints.tokenizer_files import PROBES
@@ -27,7 +27,6 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenizer import text_encoder
-from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.processing import image_settings, jinja_template
 
 # Differences between every exported folder and training.
@@ -77,7 +76,7 @@ class ExportFormat(LlavaFormat):
     def open(self, folder: Path, request: Request) -> ExportSource:
         """Load the model of one of this package's folders, adapters merged."""
         manifest = Manifest.read(folder)
-        self.check(ToveLlavaConfig.from_pretrained(folder))
+        self.check(read_config(folder))
         model, processor = load_model(folder, dtype=request.dtype, merge_lora=True)
         return ExportSource(folder, model, processor, manifest, chat_begins=request.bos == "template")
 

@@ -15,6 +15,7 @@ from tove_llava.checkpoints.hub import download, upload
 from tove_llava.checkpoints.loading import read_config, read_model
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.origin import Origin
+from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.saving import save_adapted, save_whole
 from tove_llava.checkpoints.tensors import write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -52,6 +53,8 @@ def open_folder(
     if folder is None:
         return read(place, **options), place  # which explains why there is no such folder
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
+    if manifest is not None:
+        check_plugins(folder, manifest)
     if manifest is None or manifest.kind == "full":
         loaded = read(str(folder), **{k: v for k, v in options.items() if k not in _WHERE})
     else:

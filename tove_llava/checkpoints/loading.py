@@ -28,6 +28,7 @@ from tove_llava.checkpoints.base import Request, find_format, foreign_format, re
 from tove_llava.checkpoints.hub import checkpoint_folder
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
+from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -156,6 +157,7 @@ def read_model(
     if quantization is not None and merge_lora:
         raise ConfigError("adapters cannot be folded into weights of 4 or 8 bits; ask for one of the two")
     manifest = Manifest.read(folder)
+    check_plugins(folder, manifest)
     wanted = torch_dtype(dtype or manifest.language["dtype"])
     model = load_whole(folder, wanted) if manifest.kind == "full" else _load_on_language_model(folder, manifest, wanted)
     _quantize(model, manifest.trained_quantization, quantization, wanted, device)
@@ -230,7 +232,8 @@ def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
 
 
 def read_config(folder: Path) -> ToveLlavaConfig:
-    """Read a checkpoint's configuration."""
+    """Read a checkpoint's configuration; CheckpointError also for a missing plugin."""
+    check_plugins(folder, Manifest.read(folder))
     try:
         return ToveLlavaConfig.from_pretrained(folder)
     except OSError as error:

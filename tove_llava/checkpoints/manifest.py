@@ -9,6 +9,7 @@ from typing import Any
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, write_atomically
+from tove_llava.core.mappings import from_mapping
 from tove_llava.presets import QuantizationPreset
 
 MANIFEST = "tove_llava.json"
@@ -17,6 +18,16 @@ ADAPTER = "adapter_model.safetensors"
 ADAPTER_PREFIX = "base_model.model."  # peft's; PeftModel.from_pretrained then reads the adapter too
 KINDS = ("trained", "lora", "full")
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class PluginEntry:
+    """A plugin that defines parts of the model (:mod:`tove_llava.checkpoints.plugin_records`)."""
+
+    name: str  # of the file or the distribution
+    version: str  # SHA-256 of the file, or the distribution's version
+    file: bool
+    parts: dict[str, list[str]]  # names by kind, such as {"fusion": ["cross_attention"]}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Manifest:
     language_fingerprint: str = ""  # of the language model named by its source, in its dtype; "" if not recorded
     quantization: dict[str, Any] | None = None  # QuantizationPreset that the language model was trained under
     history: list[dict[str, Any]] = field(default_factory=list)  # data and recipe of each stage, for the model card
+    plugins: list[PluginEntry] = field(default_factory=list)
     format_version: int = VERSION
 
     @classmethod
@@ -67,7 +79,9 @@ class Manifest:
                 f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
             )
         try:
-            manifest = cls(**read_json_object(file))
+            content = read_json_object(file)
+            entries = [from_mapping(PluginEntry, entry, "plugins") for entry in content.pop("plugins", [])]
+            manifest = cls(**content, plugins=entries)
             _ = manifest.trained_quantization
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
@@ -83,4 +97,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Make a folder a complete checkpoint; call it last."""
-    write_atomically(folder / MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
+    content = dataclasses.asdict(manifest)
+    if not manifest.plugins:
+        del content["plugins"]  # older versions of this package refuse the key
+    write_atomically(folder / MANIFEST, json.dumps(content, indent=2) + "\n")

@@ -19,6 +19,7 @@ from tove_llava.checkpoints.card import read_scores, write_card
 from tove_llava.checkpoints.loading import trained_names
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.origin import Origin, language_digest
+from tove_llava.checkpoints.plugin_records import save_plugins
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.licences import known, licence_of
@@ -89,7 +90,8 @@ def save_checkpoint(
         processor.save_pretrained(folder)
     # The card names the sources, wherever copies are.
     write_card(folder, model.config.vision_config, manifest, scores=scores, tags=tags)
-    write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint))
+    plugins = save_plugins(folder, model.config.vision_config, manifest.template)
+    write_manifest(folder, dataclasses.replace(manifest, language=language, fingerprint=fingerprint, plugins=plugins))
 
 
 def save_whole(
@@ -130,6 +132,7 @@ def save_whole(
         fingerprint=exact_fingerprint(weights) if weights else "",
         language_fingerprint="",
         quantization=None,
+        plugins=save_plugins(folder, own, old.template),
     )
     write_card(folder, own, manifest, scores=_scores(model, weights), tags=tags)
     if self_contained and not Source.parse(manifest.language["source"]).is_portable:

@@ -6,8 +6,10 @@ The verb ``some-verb`` is the file ``some_verb.py`` with three names:
     def add_arguments(parser): ...                    # argparse
     def run(args) -> int: ...                         # the exit code
 
-``run`` imports heavy libraries. Exit codes: 0 done, 2 bad input (a :class:`~tove_llava.core.errors.ToveError`, printed
-without a traceback, or a wrong flag), 130 interrupted.
+``run`` imports heavy libraries. Every verb takes ``--plugin FILE.py`` (:mod:`tove_llava.core.plugins`).
+
+Exit codes: 0 done, 2 bad input (a :class:`~tove_llava.core.errors.ToveError`, printed without a traceback, or a wrong
+flag), 130 interrupted.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from types import ModuleType
 
 from tove_llava.core.errors import ToveError
 from tove_llava.core.logs import keep_stdout_clean
+from tove_llava.core.plugins import FLAG, take_plugin_flags
 from tove_llava.core.registry import closest
 from tove_llava.core.text import listed
 from tove_llava.core.version import __version__
@@ -64,6 +67,8 @@ def build_parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
+    if parser.prefix_chars == "-":  # only for the help: main() has taken the flag out
+        parser.add_argument(FLAG, action="append", metavar="FILE.py", help="load parts of your own; may be repeated")
     return parser
 
 
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_stdout_clean()
     try:
         module = importlib.import_module(f"tove_llava.cli.{known[name].stem}")
-        args = build_parser(name, module).parse_args(rest)
+        args = build_parser(name, module).parse_args(take_plugin_flags(rest))
         return int(module.run(args) or 0)
     except ToveError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)

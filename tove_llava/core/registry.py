@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.plugins import FLAG, defining_file, fault_of, load_plugins, report
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -24,25 +25,29 @@ class Registry(Generic[T]):
     Args:
         kind: the kind in the singular ("expert"), for error messages.
         package: dotted name of the package whose modules register components. The first look-up imports all its
-            modules, so a new component is one new file.
+            modules, so a new component is one new file. A module that fails is reported, and the others still load.
+
+    A registry with a package loads the user's plugins too (:mod:`tove_llava.core.plugins`).
     """
 
     def __init__(self, kind: str, package: str | None = None) -> None:
         self.kind = kind
-        self._package = package
+        self._package, self._imported = package, False
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that stores a component under ``name``.
+
+        A definition that is run again, as a notebook's cell is, replaces its older self.
 
         Raises:
             ConfigError: another component already has that name.
         """
 
         def add(component: T) -> T:
-            if name in self._entries:
-                both = f"{self._entries[name]!r} and {component!r}"
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: {both}")
+            if name in self._entries and _definition(self._entries[name]) != _definition(component):
+                both = f"in {defining_file(self._entries[name])} and in {defining_file(component)}"
+                raise ConfigError(f"{self.kind} {name!r} is registered twice, {both}; rename one of them")
             self._entries[name] = component
             return component
 
@@ -66,7 +71,10 @@ class Registry(Generic[T]):
         self._discover()
         if name not in self._entries:
             hint = closest(name, self._entries)
-            raise ConfigError(f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(sorted(self._entries))}")
+            raise ConfigError(
+                f"unknown {self.kind} {name!r}.{hint} Available: {', '.join(sorted(self._entries))}. "
+                f"One of your own comes with {FLAG} FILE.py"
+            )
         return self._entries[name]
 
     def names(self) -> list[str]:
@@ -84,7 +92,17 @@ class Registry(Generic[T]):
     def _discover(self) -> None:
         if self._package is None:
             return
-        package, self._package = self._package, None  # cleared first: a module may look up the registry while loading
-        root = importlib.import_module(package)
-        for module in pkgutil.iter_modules(root.__path__):
-            importlib.import_module(f"{package}.{module.name}")
+        if not self._imported:
+            self._imported = True  # set first: a module may look up the registry while it loads
+            root = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(root.__path__):
+                try:
+                    importlib.import_module(f"{self._package}.{module.name}")
+                except Exception as error:
+                    report(fault_of(error, f"{root.__path__[0]}/{module.name}.py"))
+        load_plugins()
+
+
+def _definition(component: object) -> tuple[str, str]:
+    cls = component if hasattr(component, "__qualname__") else type(component)
+    return cls.__module__, cls.__qualname__  # type: ignore[attr-defined]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.core.licences import NOT_STATED
+from tove_llava.core.plugins import defining_file
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
 from tove_llava.experts.preparation import normalise, resize
@@ -42,9 +43,11 @@ def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
     def add(cls: E) -> E:
         if name not in _families:
             _families[name] = EXPERTS.register(name)({})
-        for scheme in schemes or (Source.parse(cls.default_source).scheme,):
-            if scheme in _families[name]:
-                raise ConfigError(f"expert {name!r} is registered twice for {scheme}: sources")
+        for scheme in schemes or (cls.default_source.partition(":")[0],):  # checked when the source is used
+            other = _families[name].get(scheme, cls)
+            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+                both = f"in {defining_file(other)} and in {defining_file(cls)}"
+                raise ConfigError(f"expert {name!r} is registered twice for {scheme}: sources, {both}")
             _families[name][scheme] = cls
         return cls
 

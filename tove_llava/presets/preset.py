@@ -2,6 +2,8 @@
 
 ``extends: NAME`` starts from another preset; mappings are merged, lists and values replaced. ``key.path=value``
 overrides a key; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``.
+``plugins`` lists files that register parts of your own (:mod:`tove_llava.core.plugins`), relative to the preset's
+folder; a preset that extends another loads the plugins of both.
 
 A field with a help text is also a flag of ``tove-llava train`` (:mod:`tove_llava.train.arguments`).
 """
@@ -15,6 +17,7 @@ import yaml
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.mappings import from_mapping
+from tove_llava.core.plugins import add_plugins
 from tove_llava.core.registry import closest
 
 FOLDER = Path(__file__).parent
@@ -170,6 +173,7 @@ class Preset:
     projector: ProjectorPreset = field(default_factory=ProjectorPreset)
     stages: dict[str, StagePreset] = field(default_factory=dict)
     description: str = ""
+    plugins: list[str] = field(default_factory=list)
 
     def stage(self, name: str) -> StagePreset:
         """Return the settings of one stage.
@@ -211,7 +215,10 @@ def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> Preset:
     data = _read(name_or_path, seen=())
     for override in overrides:
         _override(data, override)
-    return from_mapping(Preset, data, f"preset {name_or_path}")
+    preset = from_mapping(Preset, data, f"preset {name_or_path}")
+    if preset.plugins:
+        add_plugins(preset.plugins)
+    return preset
 
 
 def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
@@ -231,9 +238,14 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"preset {path}: expected a mapping of keys, got {type(data).__name__}")
     base = data.pop("extends", None)
+    if isinstance(data.get("plugins"), list):
+        data["plugins"] = [str(path.parent / str(file)) for file in data["plugins"]]
     if base is None:
         return {"name": path.stem, **data}
-    return _merge(_read(base, (*seen, str(path))), {"name": path.stem, **data})
+    below = _read(base, (*seen, str(path)))
+    if isinstance(data.get("plugins"), list):
+        data["plugins"] = [*below.get("plugins", []), *data["plugins"]]
+    return _merge(below, {"name": path.stem, **data})
 
 
 def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:

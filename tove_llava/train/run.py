@@ -18,6 +18,7 @@ from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.logs import quiet_transformers
+from tove_llava.core.plugins import take_plugin_flags
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template
 from tove_llava.data.images import AspectRatio
 from tove_llava.data.resize import ImageResize
@@ -336,6 +337,7 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
+        arguments = take_plugin_flags(arguments)
         if {"-h", "--help"} & set(arguments):
             print(help_page())
         elif "--help-all" in arguments:

@@ -8,6 +8,7 @@ from typing import IO, Any
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import hold, read_json_object
+from tove_llava.core.plugins import file_plugins
 from tove_llava.train.run_files import RUN_RECORD, complete
 from tove_llava.train.run_settings import Settings
 
@@ -40,6 +41,7 @@ def run_record(settings: Settings) -> dict[str, Any]:
     record = settings.record()
     record["deepspeed"] = Path(settings.deepspeed_file() or "none").stem
     record["world_size"] = int(os.environ.get("WORLD_SIZE", "1"))
+    record["plugins"] = {plugin.name: plugin.version for plugin in file_plugins()} or None
     if settings.pretrained is not None:
         record["pretrained_fingerprint"] = Manifest.read(settings.pretrained).fingerprint
     return record

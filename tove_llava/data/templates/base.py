@@ -79,7 +79,7 @@ def split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Tur
     return system, turns
 
 
-_templates: Registry[Template] = Registry("conversation template", "tove_llava.data.templates")
+TEMPLATES: Registry[Template] = Registry("conversation template", "tove_llava.data.templates")
 T = TypeVar("T", bound=type[Template])
 
 
@@ -90,7 +90,7 @@ def register_template(name: str, *aliases: str) -> Callable[[T], T]:
         cls.name = name
         template = cls()
         for each in (name, *aliases):
-            _templates.register(each)(template)
+            TEMPLATES.register(each)(template)
         return cls
 
     return add
@@ -98,9 +98,9 @@ def register_template(name: str, *aliases: str) -> Callable[[T], T]:
 
 def get_template(name: str | Template) -> Template:
     """Return a template by exact name; a template is returned as is."""
-    return name if isinstance(name, Template) else _templates.get(name)
+    return name if isinstance(name, Template) else TEMPLATES.get(name)
 
 
 def template_names() -> list[str]:
     """List all names and aliases, sorted."""
-    return _templates.names()
+    return TEMPLATES.names()

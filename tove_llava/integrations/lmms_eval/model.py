@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.logs import quiet_transformers
+from tove_llava.core.plugins import load_plugin
 from tove_llava.data import Turn
 from tove_llava.inference.generation import Answerer
 from tove_llava.integrations.lmms_eval.asking import Request, answer, loss, user_turn
@@ -26,6 +27,7 @@ class _ToveLlava(lmms):  # type: ignore[misc]
         dtype: float32, bfloat16, float16; by default the device decides.
         template: conversation template; by default the one that the folder records.
         batch_size: requests in the model at a time.
+        plugin: a file with parts of your own; several go into the environment variable TOVE_PLUGINS.
     """
 
     def __init__(
@@ -36,8 +38,11 @@ class _ToveLlava(lmms):  # type: ignore[misc]
         template: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | str | None = None,
+        plugin: str | None = None,
     ) -> None:
         super().__init__()
+        if plugin is not None:
+            load_plugin(plugin)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"--batch_size must be a number of requests, not {batch_size!r}")
         quiet_transformers()
