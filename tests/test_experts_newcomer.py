@@ -44,5 +44,7 @@ def test_the_page_s_expert_works(examples, tmp_path):
 
 
 def test_a_second_class_for_one_scheme_is_refused():
-    with pytest.raises(ConfigError, match="'dinov2' is registered twice for timm: sources"):
-        register_expert("dinov2")(EXPERTS.get("dinov2")["timm"])
+    present = EXPERTS.get("dinov2")["timm"]
+    with pytest.raises(ConfigError, match="'dinov2' is registered twice for timm: sources, in .*dinov2.py and in "):
+        register_expert("dinov2")(type("Other", (present,), {}))
+    register_expert("dinov2")(present)  # a notebook's cell that is run again
