@@ -1,0 +1,1 @@
+"""Tables of training runs; grids of runs, computed by one command."""
