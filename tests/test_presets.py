@@ -59,6 +59,7 @@ def test_shown_preset_is_the_same_preset(tmp_path, capsys):
         ("vision.top_k=two", "expected int"),
         ("vision.noisy_gating=1", "expected bool"),
         ("vision.top_k", "key.path=value"),
+        ("vision.experts=[egde]", "no entry named 'egde'. Did you mean 'edge'"),
     ],
 )
 def test_wrong_overrides_are_named(override, message):
@@ -72,6 +73,8 @@ def test_overrides_reach_nested_keys():
     modes = {"depth": "features", "normal": "map", "edge": "map", "segmentation": "map"}
     assert {e["name"]: e["mode"] for e in preset.vision.experts} == modes
     assert preset.vision.top_k == 2 and preset.stage("finetune_lora").lora.r == 7
+    kept = load_preset("tiny", ["vision.experts.edge.mode=features", "vision.experts=[edge, depth]"]).vision.experts
+    assert [(expert["name"], expert["mode"]) for expert in kept] == [("edge", "features"), ("depth", "map")]
 
 
 def test_files_extend_presets(tmp_path):

@@ -1,9 +1,11 @@
-"""Build dataclasses from the mappings of presets and other YAML files."""
+"""Merge, override and check the mappings of presets and other YAML files."""
 
 import dataclasses
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import closest
@@ -73,3 +75,52 @@ def _check_scalar(kind: type, value: Any, where: str) -> None:
         return
     hint = " (YAML wants a dot in 1.0e-3)" if kind is float else ""  # without one it reads a string
     raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}{hint}")
+
+
+def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings within mappings; other values are replaced."""
+    found = dict(base)
+    for key, value in update.items():
+        old = found.get(key)
+        found[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return found
+
+
+def override_key(data: dict[str, Any], override: str) -> None:
+    """Set a key by ``key.path=value``, in place.
+
+    An entry of a list is addressed by its name; a list of names keeps the entries of these names.
+
+    Raises:
+        ConfigError: the text has another form, or no entry has that name.
+    """
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override {override!r} is not of the form key.path=value, such as vision.top_k=2")
+    *parents, last = path.strip().split(".")
+    node: Any = data
+    for key in parents:
+        if isinstance(node, list):
+            node = _named(node, key, override)
+        elif isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}  # an unknown key is reported, with near matches, when the mapping is checked
+            node = node[key]
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    old = node.get(last)
+    if isinstance(old, list) and isinstance(value, list) and any(isinstance(entry, dict) for entry in old):
+        value = [_named(old, entry, override) if isinstance(entry, str) else entry for entry in value]
+    node[last] = value
+
+
+def _named(entries: Sequence[Any], name: str, override: str) -> Any:
+    named = {entry["name"]: entry for entry in entries if isinstance(entry, dict) and "name" in entry}
+    if name not in named:
+        near = f"{closest(name, named)} Known: {', '.join(sorted(named))}"
+        raise ConfigError(f"override {override!r}: no entry named {name!r}.{near}")
+    return named[name]

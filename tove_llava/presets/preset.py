@@ -1,7 +1,8 @@
 """Read a preset: a model's parts and its stages' settings.
 
 ``extends: NAME`` starts from another preset; mappings are merged, lists and values replaced. ``key.path=value``
-overrides a key; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``.
+overrides a key; an entry of ``vision.experts`` is addressed by its name: ``vision.experts.depth.mode=features``, and
+``vision.experts=[depth, edge]`` keeps the entries of these names.
 ``plugins`` lists files that register parts of your own (:mod:`tove_llava.core.plugins`), relative to the preset's
 folder; a preset that extends another loads the plugins of both.
 
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.mappings import from_mapping
+from tove_llava.core.mappings import from_mapping, merged, override_key
 from tove_llava.core.plugins import add_plugins
 from tove_llava.core.registry import closest
 
@@ -214,7 +215,7 @@ def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> Preset:
     """
     data = _read(name_or_path, seen=())
     for override in overrides:
-        _override(data, override)
+        override_key(data, override)
     preset = from_mapping(Preset, data, f"preset {name_or_path}")
     if preset.plugins:
         add_plugins(preset.plugins)
@@ -245,39 +246,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
     below = _read(base, (*seen, str(path)))
     if isinstance(data.get("plugins"), list):
         data["plugins"] = [*below.get("plugins", []), *data["plugins"]]
-    return _merge(below, {"name": path.stem, **data})
-
-
-def _merge(base: dict[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in update.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"override {override!r} is not of the form key.path=value, such as vision.top_k=2")
-    *parents, last = path.strip().split(".")
-    node: Any = data
-    for key in parents:
-        if isinstance(node, list):
-            named = {item["name"]: item for item in node if isinstance(item, dict) and "name" in item}
-            if key not in named:
-                raise ConfigError(f"override {override!r}: no entry named {key!r}.{_near(key, named)}")
-            node = named[key]
-        elif isinstance(node, dict):
-            if node.get(key) is None:
-                node[key] = {}  # an unknown key is reported, with near matches, when the preset is checked
-            node = node[key]
-    if not isinstance(node, dict):
-        raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    return merged(below, {"name": path.stem, **data})
 
 
 def _near(name: str, known: Mapping[str, Any] | Sequence[str]) -> str:
