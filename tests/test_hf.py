@@ -551,14 +551,23 @@ import sys, torch
 import tove_llava
 from transformers import AutoModelForImageTextToText, AutoProcessor
 sys.path.insert(0, "tests")
+from pathlib import Path
+from huggingface_hub.constants import HF_HUB_CACHE
 from stage_parts import logits
+from tower_parts import pixels
 from tove_llava.llava import ToveLlavaForConditionalGeneration
+
+def snapshots(kind):
+    return Path(HF_HUB_CACHE) / f"models--me--{kind}" / "snapshots"
 
 root = sys.argv[1]
 for kind in ("lora", "full"):
     model, processor = tove_llava.load_model(f"{root}/{kind}")
     commit = model.push_to_hub(f"me/{kind}", commit_message="Mine", tags=["scenes"])
     processor.push_to_hub(f"me/{kind}")
+    tower = tove_llava.load_tower(f"me/{kind}")  # fetches no language model that lies beside it
+    assert torch.equal(tower(pixels(1)).last_hidden_state, model.tower(pixels(1)).last_hidden_state), kind
+    assert not list(snapshots(kind).rglob("language/*.safetensors"))
     there, _ = tove_llava.load_model(f"hf:me/{kind}")
     assert torch.equal(logits(there), logits(model)), kind
     assert torch.equal(logits(ToveLlavaForConditionalGeneration.from_pretrained(f"me/{kind}")), logits(model)), kind

@@ -12,6 +12,7 @@ from tove_llava.core.version import __version__
 if TYPE_CHECKING:
     from tove_llava.checkpoints.conversion import convert_checkpoint
     from tove_llava.checkpoints.loading import load_model, open_llava
+    from tove_llava.checkpoints.tower_loading import load_tower
     from tove_llava.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
     from tove_llava.core.plugins import load_plugin
     from tove_llava.experts import Expert, ExpertSpec, register_expert
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "tove_llava.checkpoints.conversion": ("convert_checkpoint",),
     "tove_llava.checkpoints.loading": ("load_model", "open_llava"),
+    "tove_llava.checkpoints.tower_loading": ("load_tower",),
     "tove_llava.core.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
     "tove_llava.core.plugins": ("load_plugin",),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
@@ -54,6 +56,7 @@ __all__ = [
     "load_model",
     "load_plugin",
     "load_preset",
+    "load_tower",
     "open_llava",
     "register_expert",
 ]

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlavaProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from tove_llava.checkpoints.parts import LanguagePart, LlavaParts
+from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava.adapters import add_adapters
 from tove_llava.llava.build import assemble, fit_to_processor, read_language_model, torch_dtype, tower_keys
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.presets import LanguagePreset, Preset, ProjectorPreset
-from tove_llava.tower import ToveVisionConfig
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
 from tove_llava.tower.frozen import load_clip
 
 LANGUAGE_PATH = "model.language_model."  # prefix of the language model's layers in a ToVE-LLaVA
 PROJECTOR_PATH = "model.multi_modal_projector."
 
 
-def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: str | None = None) -> ToveVisionConfig:
-    """Configure a tower of the parts' CLIP and any experts of ``preset``.
+def tower_config(
+    clip: ClipPart, folder: Path, preset: Preset | None = None, clip_source: str | None = None
+) -> ToveVisionConfig:
+    """Configure a tower of CLIP and any experts of ``preset``.
 
     Args:
+        folder: the LLaVA's, for messages.
         clip_source: where CLIP will be; the part's source by default.
     """
-    clip = parts.clip
     keys: dict[str, Any] = {"fusion": "none"}
     experts: list[Any] = []
     if preset is not None:
@@ -40,7 +43,7 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
             wanted = keys.pop(key)
             if wanted not in (own, None):
                 raise ConfigError(
-                    f"preset {preset.name!r} has vision.{key}={wanted}, but {parts.folder} was trained with {own}: its "
+                    f"preset {preset.name!r} has vision.{key}={wanted}, but {folder} was trained with {own}: its "
                     f"logits would change. Add --set vision.{key}={own}"
                 )
     config = ToveVisionConfig(
@@ -54,7 +57,7 @@ def tower_config(parts: LlavaParts, preset: Preset | None = None, clip_source: s
     )
     if config.hidden_size != clip.config.hidden_size:
         raise ConfigError(
-            f"fusion {config.fusion!r} gives tokens of width {config.hidden_size}, and the projector of {parts.folder} "
+            f"fusion {config.fusion!r} gives tokens of width {config.hidden_size}, and the projector of {folder} "
             f"reads {clip.config.hidden_size}; choose one that keeps CLIP's width: --set vision.fusion=tove"
         )
     return config
@@ -118,11 +121,10 @@ def load_language(part: LanguagePart, dtype: str | torch.dtype, attention: str |
     return model
 
 
-def load_clip_of(parts: LlavaParts, model: ToveLlavaForConditionalGeneration) -> None:
-    """Give the tower the parts' CLIP; ``load_backbones`` loads the rest."""
-    if parts.clip.tensors is not None:
-        tower = model.tower
-        tower.frozen.clip = load_clip(tower.config, tensors=parts.clip.tensors).to(tower.device, tower.dtype)
+def load_clip_of(clip: ClipPart, tower: ToveVisionModel) -> None:
+    """Give the tower a CLIP that is held by value; ``load_backbones`` loads the rest."""
+    if clip.tensors is not None:
+        tower.frozen.clip = load_clip(tower.config, tensors=clip.tensors).to(tower.device, tower.dtype)
 
 
 def _add_adapters(model: ToveLlavaForConditionalGeneration, parts: LlavaParts, *, merge: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from tove_llava.checkpoints.parts import LlavaParts
+from tove_llava.checkpoints.parts import LlavaParts, TowerPart
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.registry import Registry
@@ -69,6 +69,11 @@ class LlavaFormat(ABC):
             ConfigError: it is a kind of model that LLaVA-1.5 is not; or a flag is missing or wrong.
         """
         raise ConfigError(f"{folder}: the format {self.name} is only written")
+
+    def read_tower(self, folder: Path, request: Request) -> TowerPart:
+        """Read CLIP without the language model's tokenizer or source; errors as in :meth:`read`."""
+        parts = self.read(folder, request)
+        return TowerPart(parts.clip, parts.image_aspect_ratio)
 
     def open(self, folder: Path, request: Request) -> Any:
         """Open a folder of any format as its parts, for :meth:`write`."""

@@ -27,7 +27,8 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenizer import text_encoder
-from tove_llava.llava.processing import image_settings, jinja_template
+from tove_llava.llava.processing import jinja_template
+from tove_llava.tower.pixels import image_settings
 
 # Differences between every exported folder and training.
 _EXCEPTIONS = (

@@ -19,11 +19,11 @@ _LEFT_THERE = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.py", "eval/*", "*checkpoin
 _PREFIX = "hf:"
 
 
-def download(repository: str, options: Mapping[str, Any]) -> Path | None:
-    """Download a repository, with ``from_pretrained``'s options; None if that fails."""
+def download(repository: str, options: Mapping[str, Any], only: list[str] | None = None) -> Path | None:
+    """Download a repository, or ``only`` some files, with ``from_pretrained``'s options; None if that fails."""
     wanted = {key: options[key] for key in _DOWNLOAD if options.get(key) is not None}
     try:
-        folder = Path(snapshot_download(repository, ignore_patterns=_LEFT_THERE, **wanted))
+        folder = Path(snapshot_download(repository, allow_patterns=only, ignore_patterns=_LEFT_THERE, **wanted))
     except (HFValidationError, HfHubHTTPError, OSError):
         return None
     return folder / (options.get("subfolder") or "")

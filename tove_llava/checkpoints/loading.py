@@ -95,10 +95,10 @@ def load_model(
     if not (folder / MANIFEST).is_file() and foreign_format(folder) is not None:
         parts = read_parts(folder, Request(base=base, clip=clip, template=template))
         language = load_language(parts.language, dtype or parts.language.dtype)
-        model, processor = assemble_model(parts, tower_config(parts), language, merge_lora=merge_lora)
+        model, processor = assemble_model(parts, tower_config(parts.clip, folder), language, merge_lora=merge_lora)
         model.config.conversation_template = parts.template
         if load_backbones:
-            load_clip_of(parts, model)
+            load_clip_of(parts.clip, model.tower)
             model.tower.load_backbones()
         model = model.to(device or "cpu").eval()
         _quantize(model, None, quantization, model.dtype, device)

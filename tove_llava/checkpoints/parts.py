@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -105,6 +105,13 @@ class ClipPart:
     def depth(self) -> int:
         """Return the number of blocks below the tokens that are used."""
         return self.layer if self.layer >= 0 else self.config.num_hidden_layers + 1 + self.layer
+
+
+class TowerPart(NamedTuple):
+    """A LLaVA-1.5's CLIP, and how images were shown, "pad" or "square"."""
+
+    clip: ClipPart
+    image_aspect_ratio: str
 
 
 @dataclass

@@ -1,13 +1,13 @@
 """The processor, a stock LlavaProcessor that saves an ordinary LLaVA folder."""
 
 from pathlib import Path
-from typing import Any
 
-from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from tove_llava.data import IMAGE_PLACEHOLDER, get_template
 from tove_llava.data.tokenizer import text_encoder
 from tove_llava.tower import ToveVisionConfig
+from tove_llava.tower.pixels import image_processor, image_settings
 
 _TEMPLATES = Path(__file__).parent / "chat_templates"
 
@@ -15,17 +15,6 @@ _TEMPLATES = Path(__file__).parent / "chat_templates"
 def build_image_processor(vision: ToveVisionConfig) -> CLIPImageProcessorPil:
     """Build CLIP's image processor at the tower's size and normalisation."""
     return CLIPImageProcessorPil(**image_settings(vision))
-
-
-def image_settings(vision: ToveVisionConfig, size: int | None = None) -> dict[str, Any]:
-    """Return an image processor's settings: resized, middle cut out, normalised."""
-    size = size or vision.image_size
-    return {
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "image_mean": list(vision.image_mean),
-        "image_std": list(vision.image_std),
-    }
 
 
 def build_processor(
@@ -49,10 +38,8 @@ def build_processor(
     """
     tokenizer.add_special_tokens({"additional_special_tokens": [image_token]}, replace_extra_special_tokens=False)
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"  # the latter are saved
-    # Pad to a square with the mean colour before anything else.
-    images = LlavaImageProcessorPil(do_pad=image_aspect_ratio == "pad", **image_settings(vision))
     processor = LlavaProcessor(
-        image_processor=images,
+        image_processor=image_processor(vision, image_aspect_ratio),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="full",

@@ -6,10 +6,12 @@ from tove_llava.tower.balance_loss import BalanceStatistics, all_reduce_statisti
 from tove_llava.tower.frozen import TowerFeatures
 from tove_llava.tower.fusion import FUSIONS, Fusion, GateInputs
 from tove_llava.tower.tower_config import ToveVisionConfig
-from tove_llava.tower.tower_model import ToveVisionModel, ToveVisionOutput
+from tove_llava.tower.tower_model import ToveVisionModel
+from tove_llava.tower.tower_output import ToveVisionOutput
 
 AutoConfig.register("tove_vision", ToveVisionConfig)
 AutoModel.register(ToveVisionConfig, ToveVisionModel)
+ToveVisionModel.folders = "tove_llava.checkpoints.tower_loading"
 
 __all__ = [
     "FUSIONS",

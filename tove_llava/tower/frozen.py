@@ -26,6 +26,7 @@ from tove_llava.core.sources import Source
 from tove_llava.experts.expert_hub import ExpertHub
 from tove_llava.experts.preparation import unnormalise
 from tove_llava.tower.execution import Execution
+from tove_llava.tower.pixels import check_pixels
 from tove_llava.tower.tower_config import ToveVisionConfig
 
 CLIP = ""  # CLIP's name among the experts'
@@ -142,12 +143,7 @@ class FrozenBackbones:
     def encode(self, pixel_values: Tensor, names: list[str], *, strict: bool) -> TowerFeatures:
         """Compute CLIP's tokens and the named experts' feature maps; see :meth:`ToveVisionModel.encode`."""
         assert self.clip is not None
-        size = self.config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or tuple(pixel_values.shape[-2:]) != (size, size):
-            raise ConfigError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected [images, 3, {size}, {size}]: "
-                "the image processor and the tower's image_size disagree"
-            )
+        check_pixels(pixel_values, self.config.image_size)
         self._follow_attention()
         # Weights of 16 bits compute in their own dtype, as for cached features: autocast would take the norms and the
         # whole residual stream to float32, and cast them back for each layer.

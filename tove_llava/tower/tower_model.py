@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers import LlavaImageProcessorPil, PreTrainedModel
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.licences import known, licence_of
@@ -20,30 +19,9 @@ from tove_llava.core.sources import Source, write_origin
 from tove_llava.tower.balance_loss import BalanceStatistics, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
 from tove_llava.tower.fusion import Fusion, GateInputs
+from tove_llava.tower.pixels import image_processor, pixels_of
 from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
-
-
-@dataclass
-class ToveVisionOutput(ModelOutput):
-    """The tower's tokens, and its gate's decisions.
-
-    Args:
-        last_hidden_state: ``[B,N,d]`` the tower's tokens T'.
-        pooler_output: set by LLaVA to the projected tokens, one ``[N,d_text]`` per image.
-        hidden_states: ``(last_hidden_state,)``, which ``vision_feature_layer=-1`` indexes.
-        routing: ``[B,N,S]`` float32 gate weights; S = K experts, plus one with a null slot. None without a gate.
-        gate_logits: ``[B,N,S]`` float32, before noise and masks.
-        gate_inputs: input of ``tower.fusion.balance_statistics``; only in training.
-        merge_loss: ``[B]`` float32, while the tower is merged (:mod:`tove_llava.train.merging`).
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: Any = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    routing: torch.FloatTensor | None = None
-    gate_logits: torch.FloatTensor | None = None
-    gate_inputs: GateInputs | None = None
-    merge_loss: torch.FloatTensor | None = None
+from tove_llava.tower.tower_output import ToveVisionOutput
 
 
 class ToveVisionModel(PreTrainedModel):
@@ -64,6 +42,8 @@ class ToveVisionModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # The module that knows other folders than the tower's own. A name, not an import, as in llava/modeling.py.
+    folders: ClassVar[str | None] = None
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
@@ -71,6 +51,7 @@ class ToveVisionModel(PreTrainedModel):
         # Follows moves and casts even if the fusion has no parameters: backbones that are loaded later need it.
         self.register_buffer("_placement", torch.zeros(0), persistent=False)
         self.frozen = FrozenBackbones(config)
+        self.processor: LlavaImageProcessorPil = image_processor(config)
         self.post_init()
 
     @property
@@ -103,25 +84,48 @@ class ToveVisionModel(PreTrainedModel):
         load_backbones: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Load the trainable part of a checkpoint, then CLIP and the experts.
+        """Load the tower of a folder or repository: its trainable part, then CLIP and the experts.
+
+        It opens a folder that :meth:`save_pretrained` wrote, every kind of checkpoint that training writes, and a
+        LLaVA-1.5 of another format, whose tower is only CLIP. No language model is loaded.
 
         Args:
             load_backbones: False leaves them out; the tower then refuses to run until :meth:`load_backbones`.
+            kwargs: those of transformers' ``from_pretrained``.
+
+        Raises:
+            CheckpointError: the folder holds no tower, is damaged, or names a source that is not there.
         """
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        own = super().from_pretrained
+
+        def read(place: Any, **options: Any) -> Any:
+            return own(place, *args, **options)
+
+        if cls.folders is not None:
+            folders = importlib.import_module(cls.folders)
+            return folders.open_tower(read, pretrained_model_name_or_path, kwargs, load_backbones)
+        loaded = read(pretrained_model_name_or_path, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True returns a pair
         if load_backbones:
             model.load_backbones(base_dir=local_folder(pretrained_model_name_or_path))
         return loaded
 
+    @classmethod
+    def from_preset(cls, preset: Any, **options: Any) -> ToveVisionModel:
+        """Build a preset's tower, untrained; see :func:`tove_llava.checkpoints.tower_loading.build_tower`."""
+        if cls.folders is None:
+            raise ConfigError("presets come with the package tove_llava; install it, or load a folder")
+        return importlib.import_module(cls.folders).build_tower(preset, **options)
+
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, self_contained: bool = False, **kwargs: Any
     ) -> None:
-        """Save the trainable part and configuration; see :meth:`save_parts` for the backbones."""
+        """Save the trainable part, configuration and image processor; see :meth:`save_parts` for the backbones."""
         own, state = self.config, dict(kwargs.pop("state_dict", None) or self.state_dict())
         self.config, state = self.save_parts(save_directory, state, "", self_contained)
         try:
             super().save_pretrained(save_directory, state_dict=state, **kwargs)
+            self.processor.save_pretrained(save_directory)
         finally:
             self.config = own
 
@@ -266,14 +270,15 @@ class ToveVisionModel(PreTrainedModel):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
-    def encode(self, pixel_values: Tensor) -> TowerFeatures:
+    def encode(self, pixel_values: Any) -> TowerFeatures:
         """Run CLIP and the active experts without autograd.
 
         Args:
-            pixel_values: ``[B,3,S,S]`` CLIP-normalised, S the configuration's ``image_size``.
+            pixel_values: ``[B,3,S,S]`` CLIP-normalised, S the configuration's ``image_size``; or PIL images.
 
         Raises:
             CheckpointError: backbones are not loaded.
+            ConfigError: the pixels are integers, or of another shape.
             NonFiniteError: in training mode, an expert returned NaN or infinity. In eval mode that expert is dropped
                 for that image, with a warning.
         """
@@ -283,6 +288,8 @@ class ToveVisionModel(PreTrainedModel):
                 "ToveLlavaForConditionalGeneration.from_pretrained; within a stock LlavaForConditionalGeneration call "
                 "model.model.vision_tower.load_backbones() once"
             )
+        if not isinstance(pixel_values, Tensor):
+            pixel_values = pixels_of(pixel_values, self.processor).to(self.device, self.dtype)
         return self.frozen.encode(pixel_values, self.active_experts, strict=self.training)
 
     def fuse(self, features: TowerFeatures, gate_noise: Tensor | None = None) -> ToveVisionOutput:
@@ -307,10 +314,11 @@ class ToveVisionModel(PreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Tensor | None = None,
+        pixel_values: Any = None,
         *,
         features: TowerFeatures | None = None,
         gate_noise: Tensor | None = None,
+        output_experts: bool = False,
         output_hidden_states: bool | int | list[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
@@ -318,14 +326,17 @@ class ToveVisionModel(PreTrainedModel):
         """Encode and fuse images.
 
         Args:
-            pixel_values: ``[B,3,S,S]``, or None when ``features`` are given.
+            pixel_values: ``[B,3,S,S]`` from :attr:`processor`; or one PIL image, or a list of them; or None when
+                ``features`` are given.
             features: output of :meth:`encode`, instead of ``pixel_values``.
             gate_noise: see :meth:`fuse`.
+            output_experts: also return each active expert's features and gate weights by name.
             output_hidden_states: a flag, or the layer or layers that LLaVA will index. There is one hidden state, so
                 the index must be -1 (or 0).
 
         Raises:
-            ConfigError: another layer is asked for, or not exactly one of ``pixel_values`` and ``features`` is given.
+            ConfigError: another layer is asked for; the pixels are integers or of another shape; or not exactly one of
+                ``pixel_values`` and ``features`` is given.
         """
         layers = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states or []
         if any(layer not in (-1, 0) for layer in layers if not isinstance(layer, bool)):
@@ -336,15 +347,25 @@ class ToveVisionModel(PreTrainedModel):
             )
         if (pixel_values is None) == (features is None):
             raise ConfigError("give exactly one of pixel_values and features to the tower")
-        output = self.fuse(features if features is not None else self.encode(pixel_values), gate_noise)
+        features = self.encode(pixel_values) if features is None else features
+        output = self.fuse(features, gate_noise)
+        if output_experts:
+            output.experts = {name: features.experts[name] for name in self.active_experts}
+            if output.routing is not None:
+                columns = {name: k for k, name in enumerate(self.config.expert_names) if name in output.experts}
+                output.expert_weights = {name: output.routing[..., k] for name, k in columns.items()}
         return output if return_dict is not False else output.to_tuple()
 
-    def balance_loss(self, gate_inputs: GateInputs | None) -> Tensor | None:
-        """Compute the unweighted balance loss of one batch; None without a gate.
+    def balance_loss(self, batch: ToveVisionOutput | GateInputs | None) -> Tensor | None:
+        """Compute the unweighted balance loss of one batch, a float32 scalar; None without a gate.
+
+        Args:
+            batch: the tower's output in training mode, or its ``gate_inputs``.
 
         For gradient accumulation or several ranks add statistics instead: :mod:`tove_llava.tower.balance_loss`.
         """
-        statistics: BalanceStatistics | None = self.fusion.balance_statistics(gate_inputs)
+        inputs = batch.gate_inputs if isinstance(batch, ToveVisionOutput) else batch
+        statistics: BalanceStatistics | None = self.fusion.balance_statistics(inputs)
         return None if statistics is None else balance_loss(statistics)
 
 

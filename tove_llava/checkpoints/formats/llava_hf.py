@@ -18,8 +18,8 @@ from tove_llava.checkpoints.clip import fetch_clip, read_normalisation
 from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.formats.stock_llava import stock_model, write_stock
 from tove_llava.checkpoints.manifest import Manifest
-from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, parse_source
-from tove_llava.checkpoints.tensors import folder_tensors, split_by_prefix
+from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts, TowerPart, parse_source
+from tove_llava.checkpoints.tensors import Tensors, folder_tensors, split_by_prefix
 from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -59,13 +59,7 @@ class LlavaHf(LlavaFormat):
             folder=folder,
             language=language,
             projector=found["projector"],
-            clip=ClipPart(
-                config=config.vision_config,
-                layer=config.vision_feature_layer,
-                tensors=found["clip"],
-                source=parse_source(request.clip) if request.clip is not None else "",
-                normalisation=read_normalisation(folder),
-            ),
+            clip=_clip(config, found["clip"], folder, request),
             tokenizer=tokenizer,
             image_token=_image_token(config, tokenizer, folder),
             template=request.template or raw.get("conversation_template") or "v1",
@@ -73,13 +67,18 @@ class LlavaHf(LlavaFormat):
             projector_act=config.projector_hidden_act,
         )
 
+    def read_tower(self, folder: Path, request: Request) -> TowerPart:
+        raw = read_json_object(folder / "config.json")
+        found = split_by_prefix(folder_tensors(folder), _TABLE, folder)
+        return TowerPart(_clip(_config(raw, folder), found["clip"], folder, request), _aspect_ratio(raw, folder))
+
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
         clip = fetch_clip(parts.clip)
         parts.clip = clip
-        vision = tower_config(parts, clip_source=clip.source or f"hf:{parts.folder}")
+        vision = tower_config(clip, parts.folder, clip_source=clip.source or f"hf:{parts.folder}")
         language = load_language(parts.language, parts.language.dtype)
         model, processor = assemble_model(parts, vision, language, merge_lora=True)
-        load_clip_of(parts, model)
+        load_clip_of(clip, model.tower)
         manifest = Manifest(
             kind="full",
             stage="converted",
@@ -127,6 +126,16 @@ def _config(raw: dict[str, Any], folder: Path) -> LlavaConfig:
         )
     assert isinstance(config.vision_config, CLIPVisionConfig)
     return config
+
+
+def _clip(config: LlavaConfig, tensors: Tensors, folder: Path, request: Request) -> ClipPart:
+    return ClipPart(
+        config=config.vision_config,
+        layer=config.vision_feature_layer,
+        tensors=tensors,
+        source=parse_source(request.clip) if request.clip is not None else "",
+        normalisation=read_normalisation(folder),
+    )
 
 
 def _image_token(config: LlavaConfig, tokenizer: Any, folder: Path) -> str:

@@ -31,6 +31,7 @@ from tove_llava.checkpoints.parts import (
     ClipPart,
     LanguagePart,
     LlavaParts,
+    TowerPart,
     parse_source,
 )
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, write_json
@@ -63,6 +64,16 @@ class Original(LlavaFormat):
         if has_weights(folder) or not (folder / PROJECTOR).is_file():
             return _read_whole(folder, config, request)
         return _read_projector(folder, config, request)
+
+    def read_tower(self, folder: Path, request: Request) -> TowerPart:
+        config = read_json_object(folder / "config.json")
+        layout.check_supported(config, folder)
+        stored: Tensors = {}
+        if (folder / NON_LORA).is_file():
+            stored = _non_lora(folder)["clip"]
+        elif has_weights(folder):
+            stored = layout.sort_tensors(folder_tensors(folder), folder)["clip"]
+        return TowerPart(_clip(folder, config, stored, request), _aspect_ratio(config))
 
     def write(self, parts: LlavaParts, folder: Path, request: Request) -> None:
         layout.check_writable(parts)
@@ -119,8 +130,7 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
     odd = next((name for name in tensors if not name.startswith("model.layers.") or ".lora_" not in name), "")
     if odd or not tensors:
         raise CheckpointError(f"{file}: {odd or 'empty'!r} is no LoRA tensor of the language model's layers")
-    others = {name.removeprefix(layout.PEFT_PREFIX): value for name, value in file_tensors(folder / NON_LORA).items()}
-    found = layout.sort_tensors(others, folder)
+    found = _non_lora(folder)
     if found["language"]:
         raise ConfigError(
             f"{folder / NON_LORA} holds trained weights of the language model besides the adapters, such as "
@@ -129,6 +139,16 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
     parts = _parts(folder, config, request, language, found, "v1")
     parts.adapter = AdapterPart.of(settings, tensors)
     return parts
+
+
+def _non_lora(folder: Path) -> dict[str, Tensors]:
+    """Read what was trained besides the adapters, by part."""
+    stored = file_tensors(folder / NON_LORA).items()
+    return layout.sort_tensors({name.removeprefix(layout.PEFT_PREFIX): value for name, value in stored}, folder)
+
+
+def _aspect_ratio(config: dict[str, Any]) -> str:
+    return config.get("image_aspect_ratio") or "square"
 
 
 def _parts(
@@ -153,7 +173,7 @@ def _parts(
         clip=clip,
         tokenizer=read_tokenizer(language, folder),
         template=request.template or template,
-        image_aspect_ratio=config.get("image_aspect_ratio") or "square",
+        image_aspect_ratio=_aspect_ratio(config),
         model_max_length=config.get("tokenizer_model_max_length") or 2048,
     )
 

@@ -90,7 +90,7 @@ class Tove(LlavaFormat):
         if parts.clip.tensors is not None:
             source = f"hf:./{CLIP_FOLDER}"
             save_clip(parts.clip, folder / CLIP_FOLDER)
-        vision = tower_config(parts, preset, source)
+        vision = tower_config(parts.clip, parts.folder, preset, source)
         asked = LanguagePreset("") if preset is None else preset.language
         dtype = parts.language.dtype if preset is None else preset.language.dtype
         entry = LanguagePreset(
