@@ -20,6 +20,7 @@ from tove_llava.checkpoints.assemble import load_clip_of, tower_config
 from tove_llava.checkpoints.base import Request, find_format, foreign_format
 from tove_llava.checkpoints.hub import download
 from tove_llava.checkpoints.manifest import MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
@@ -173,6 +174,7 @@ def _from_llava(read: Callable[..., Any], folder: Path, config: dict[str, Any], 
     manifest = None
     if (folder / MANIFEST).is_file() or (folder / TRAINED).is_file():
         manifest = Manifest.read(folder)  # refuses a checkpoint that is not complete
+        check_plugins(folder, manifest)
     vision = _vision(config["vision_config"], options)
     if manifest is not None and not {"dtype", "torch_dtype"} & options.keys():
         options["dtype"] = torch_dtype(manifest.language["dtype"])
