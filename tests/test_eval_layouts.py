@@ -15,6 +15,7 @@ from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER
 from tove_llava.eval.benchmarks import BENCHMARKS, OPTION_LETTER, SHORT_ANSWER, EmbeddedImage, Question, get_benchmark
 from tove_llava.eval.benchmarks.scienceqa import PLACEHOLDER
+from tove_llava.testing import check_benchmark
 
 SHORT = f"\n{SHORT_ANSWER}"
 LETTER = f"\n{OPTION_LETTER}"
@@ -200,6 +201,16 @@ def test_right_answers_score_full_marks_against_the_data_root(capsys, tmp_path, 
     assert not got["unanswered"] and not got["unknown"] and got["count"] == (2 if name == "mme" else 1)
     result = benchmark.score(rows, benchmark.ground_truth(tmp_path))
     assert result.marks and all(mark == 1 for mark in result.marks.values())
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in NEEDING_MORE])
+def test_every_benchmark_keeps_the_contract(tmp_path, name):
+    LAYOUTS[name](tmp_path)
+    for question in get_benchmark(name).questions(tmp_path):
+        if not isinstance(question.image, EmbeddedImage):
+            question.image.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 3)).save(question.image, "PNG")
+    assert len(check_benchmark(name, tmp_path)) >= 2  # two have no public answers
 
 
 @pytest.mark.parametrize("name", NEEDING_MORE)

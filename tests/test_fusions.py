@@ -53,28 +53,6 @@ def test_detached_expert_is_not_run_and_has_no_influence(tmp_path, fusion):
     assert torch.equal(tower(pixels(2)).last_hidden_state, whole)
 
 
-@pytest.mark.parametrize("fusion", WITH_EXPERTS)
-@pytest.mark.parametrize("detached", [(), ("edge",), NAMES])
-def test_training_touches_every_parameter(tmp_path, fusion, detached):
-    tower = opened(tmp_path, fusion)
-    features = tower.encode(pixels(2))
-    tower.train().detach_experts(detached)
-    tokens = tower.fuse(features).last_hidden_state
-    statistics = tower.fusion.balance_statistics(tower.fuse(features).gate_inputs)
-    (tokens.square().sum() + (0 if statistics is None else statistics.importance.square().sum())).backward()
-    assert not [name for name, parameter in tower.fusion.named_parameters() if parameter.grad is None]
-
-
-@pytest.mark.parametrize("fusion", WITH_EXPERTS)
-def test_unusable_expert_counts_for_nothing_in_its_image(tmp_path, fusion):
-    tower = opened(tmp_path, fusion)
-    features = tower.encode(pixels(2))
-    features.usable = {"edge": torch.tensor([True, False])}
-    tokens = tower.fuse(features).last_hidden_state
-    features.experts["edge"][1] = 1e6
-    assert torch.equal(tower.fuse(features).last_hidden_state, tokens)
-
-
 @pytest.mark.parametrize("fusion", FUSIONS.names())
 def test_llava_trains_and_generates_with_it(tmp_path, fusion):
     torch.manual_seed(0)
@@ -99,16 +77,6 @@ def test_needs_experts_and_refuses_unknown_options(tmp_path, fusion):
         ToveVisionModel(tower_config(tmp_path, names=(), fusion=fusion))
     with pytest.raises(ConfigError, match="stem_widht"):
         ToveVisionModel(tower_config(tmp_path / "b", fusion=fusion, fusion_options={"stem_widht": 3}))
-
-
-@pytest.mark.parametrize("fusion", CLOSED)
-def test_transfers_add_up_to_the_tokens(tmp_path, fusion):
-    tower = opened(tmp_path, fusion)
-    tower.detach_experts("normal")
-    features = tower.encode(pixels(2))
-    parts = tower.fusion.transfers(features.base, features.experts)
-    assert list(parts) == ["depth", "edge"]
-    torch.testing.assert_close(features.base + sum(parts.values()), tower.fuse(features).last_hidden_state)
 
 
 def test_add_is_the_mean_of_the_experts(tmp_path):

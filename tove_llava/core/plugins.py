@@ -101,7 +101,7 @@ def load_plugins() -> None:
         try:
             if _last is None:
                 _load_packages()
-            faults = [fault for file in _named() if (fault := _load_file(Path(file)))]
+            faults = [message for file in _named() if (message := _load_file(Path(file)))]
         finally:
             _busy = False
         if not faults:
@@ -183,7 +183,7 @@ def _load_file(file: Path) -> str:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[module_name], _loaded[module_name]
-        return f"plugin {file}{_fault(error, file)}"
+        return f"plugin {file}{fault(error, file)}"
     return ""
 
 
@@ -199,23 +199,18 @@ def _load_packages() -> None:
         try:
             entry.load()
         except Exception as error:
-            report(f"the plugin {entry.value} of the package {name} {version}{_fault(error)}")
+            report(f"the plugin {entry.value} of the package {name} {version}{fault(error)}")
 
 
-def report(fault: str) -> None:
+def report(message: str) -> None:
     """Say that some parts are missing; the others work."""
-    print(f"tove-llava: {fault}. Its parts are missing.", file=sys.stderr, flush=True)
+    print(f"tove-llava: {message}. Its parts are missing.", file=sys.stderr, flush=True)
 
 
-def fault_of(error: BaseException, file: str | os.PathLike[str]) -> str:
-    """Name a file and the line and error at which its import failed."""
-    return f"{file}{_fault(error, Path(file))}"
-
-
-def _fault(error: BaseException, file: Path | None = None) -> str:
-    """Shorten a traceback to the last line within ``file``."""
+def fault(error: BaseException, file: str | os.PathLike[str] | None = None) -> str:
+    """Shorten a traceback to an error and its last line within ``file``: ", line 3: NameError: ..."."""
     line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
     if line is None and file is not None:
-        own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+        own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == os.fspath(file)]
         line = own[-1].lineno if own else None
     return f"{'' if line is None else f', line {line}'}: {type(error).__name__}: {error}"

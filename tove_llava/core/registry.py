@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.plugins import FLAG, defining_file, fault_of, load_plugins, report
+from tove_llava.core.plugins import FLAG, defining_file, fault, load_plugins, report
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -99,7 +99,8 @@ class Registry(Generic[T]):
                 try:
                     importlib.import_module(f"{self._package}.{module.name}")
                 except Exception as error:
-                    report(fault_of(error, f"{root.__path__[0]}/{module.name}.py"))
+                    file = f"{root.__path__[0]}/{module.name}.py"
+                    report(file + fault(error, file))
         load_plugins()
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -14,9 +17,11 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 class AddFusion(Fusion):
     """``tove`` with the mean over usable experts instead of the gate."""
 
+    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH}
+
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
-        self.embeddings = ExpertEmbeddings(config, self.options(stem_width=STEM_WIDTH)["stem_width"])
+        self.embeddings = ExpertEmbeddings(config, self.options["stem_width"])
         self.output = ClosedLinear(config.projection_dim, config.clip_width, bias=False)
 
     def forward(

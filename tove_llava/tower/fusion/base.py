@@ -49,15 +49,23 @@ class Fusion(nn.Module, ABC):
     """Base class of fusions, registered by ``@FUSIONS.register(name)``.
 
     A fusion takes the tower's configuration and reads its ``detached_experts`` at every call, as they may change.
+    ``self.options`` holds its options: ``option_defaults``, overridden by the configuration's ``fusion_options``.
     Each layer with parameters sets its initial values in ``reset_parameters``, with ``torch.nn.init``.
     """
 
     uses_experts: ClassVar[bool] = True
+    option_defaults: ClassVar[Mapping[str, Any]] = {}  # the keys that fusion_options may have
     fused: bool = False  # use fused kernels, if the fusion has them and the device runs them
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__()
         self.config = config
+        given = config.fusion_options or {}
+        unknown = sorted(set(given) - set(self.option_defaults))
+        if unknown:
+            known = ", ".join(sorted(self.option_defaults)) or "none"
+            raise ConfigError(f"unknown fusion_options {unknown} of {config.fusion!r}; it knows: {known}")
+        self.options = {**self.option_defaults, **given}
 
     @classmethod
     def output_width(cls, config: ToveVisionConfig) -> int:
@@ -68,15 +76,6 @@ class Fusion(nn.Module, ABC):
     def num_tokens(cls, config: ToveVisionConfig) -> int:
         """Return M, tokens per image; it may depend on attached experts."""
         return config.num_patches
-
-    def options(self, **defaults: Any) -> dict[str, Any]:
-        """Return ``config.fusion_options`` over ``defaults``; ConfigError for an option without a default."""
-        given = self.config.fusion_options or {}
-        unknown = sorted(set(given) - set(defaults))
-        if unknown:
-            known = ", ".join(sorted(defaults)) or "none"
-            raise ConfigError(f"unknown fusion_options {unknown} of {self.config.fusion!r}; it knows: {known}")
-        return {**defaults, **given}
 
     @abstractmethod
     def forward(

@@ -6,6 +6,9 @@ and Florence-VL (arXiv 2412.04424). The number of tokens stays, and each is ``d 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,9 +21,11 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 class ChannelConcatFusion(Fusion):
     """``tove``'s first layers; the channels of a detached expert are zero."""
 
+    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH}
+
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
-        self.embeddings = ExpertEmbeddings(config, self.options(stem_width=STEM_WIDTH)["stem_width"])
+        self.embeddings = ExpertEmbeddings(config, self.options["stem_width"])
 
     @classmethod
     def output_width(cls, config: ToveVisionConfig) -> int:

@@ -7,6 +7,9 @@ fixed number of tokens with a resampler. Here their grid is averaged over ``pool
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,12 +26,13 @@ POOL = 2
 class SequenceAppendFusion(Fusion):
     """``tove``'s first layers, pooling, and an output layer; detached experts add nothing."""
 
+    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH, "pool": POOL}
+
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
-        options = self.options(stem_width=STEM_WIDTH, pool=POOL)
-        self.pool = options["pool"]
+        self.pool = self.options["pool"]
         self.num_tokens(config)  # refuses a pool that does not fit
-        self.embeddings = ExpertEmbeddings(config, options["stem_width"])
+        self.embeddings = ExpertEmbeddings(config, self.options["stem_width"])
         self.output = nn.Linear(config.projection_dim, config.clip_width, bias=False)
 
     @classmethod

@@ -6,8 +6,9 @@ The choices that the paper leaves open: docs/background/design.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,12 @@ from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 class ToveFusion(Fusion):
     """The gate, each expert's embedding, and ``W_o`` (no bias, starts at zero)."""
 
+    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH}
     output_layer: ClassVar[type[nn.Linear]] = ClosedLinear
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
-        options = self.options(stem_width=STEM_WIDTH)
-        self.embeddings = ExpertEmbeddings(config, options["stem_width"])
+        self.embeddings = ExpertEmbeddings(config, self.options["stem_width"])
         self.gate = self.make_gate(len(config.experts) + config.null_slot)
         self.output = self.output_layer(config.projection_dim, config.clip_width, bias=False)
 
