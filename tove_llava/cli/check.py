@@ -12,9 +12,7 @@ HELP = "check parts of your own (--plugin FILE.py) against their contracts"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", nargs="*", metavar="FILE.py", help="files to check, besides those of --plugin")
-    parser.add_argument(
-        "--data-root", metavar="DIR", help="evaluation data; without it no benchmark is checked"
-    )
+    parser.add_argument("--data-root", metavar="DIR", help="evaluation data; without it no benchmark is checked")
     parser.add_argument("--tokenizer", default="bundled:llm", help="tokenizer for templates (default: bundled:llm)")
 
 
@@ -28,9 +26,7 @@ def run(args: argparse.Namespace) -> int:
     add_plugins(args.files)
     parts = own_parts(args.data_root, args.tokenizer)
     if not parts:
-        raise ConfigError(
-            "these files register no expert, fusion, template or benchmark: tove-llava check FILE.py"
-        )
+        raise ConfigError("these files register no expert, fusion, template or benchmark: tove-llava check FILE.py")
     failed = 0
     for label, check in parts.items():
         if check is None:
