@@ -17,7 +17,8 @@ from tove_llava.presets import StagePreset
 from tove_llava.tower.fusion.tove_gate import ToveFusion
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
-from tove_llava.train.meter import Meter, describe
+from tove_llava.train.lines import describe
+from tove_llava.train.meter import Meter
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze, lora_config, parameter_groups
 
@@ -168,7 +169,9 @@ def test_meter_gives_the_share_of_time_spent_waiting_for_data(monkeypatch):
     assert meter.read(0.0)["data_wait"] == 0
 
 
-def test_progress_line_shows_each_term():
-    line = describe({"loss": 1.5, "lm_loss": 1.4, "aux_loss": 0.2, "gate/depth": 0.6, "gate/entropy": 0.1})
-    assert line == "loss 1.5000, lm_loss 1.4000, aux_loss 0.2000, gate/entropy 0.1000, gate: depth 0.60"
-    assert describe({"train_runtime": 3.0}) == ""
+def test_line_of_a_step_shows_what_a_person_wants_to_see():
+    logs = {"loss": 1.5, "lm_loss": 1.4, "aux_loss": 0.2, "learning_rate": 1e-3, "gate/depth": 0.6, "data_wait": 0.05}
+    assert describe(logs) == "loss 1.5000 (lm 1.4000), lr 1.00e-03"
+    more = {"lm_loss": 1.5, "merge_loss": 0.1, "grad_norm": 2.0, "samples_per_second": 1234.5, "data_wait": 0.25}
+    line = describe(logs | more)
+    assert line == "loss 1.5000 (merge 0.1000), grad 2, lr 1.00e-03, 1,234.5 samples/s, 25% waiting for data"

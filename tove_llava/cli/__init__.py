@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ToveError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM} {name}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # a training's has words and a code of its own
+        print(f"\n{PROGRAM} {name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return getattr(error, "code", 130)
     except BrokenPipeError:
         # The reader (head, less) has gone. Python flushes stdout at exit and would complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,11 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.train import flags
+    from tove_llava.train.interrupts import watching
 
     if {"-h", "--help"} & set(args.arguments):
         print(flags.help_page())
         return 0
     flags.refuse_mistyped(args.arguments)
-    from tove_llava.train.run import run_as_process
+    with watching():  # importing takes a while
+        from tove_llava.train.run import run_as_process
 
-    return run_as_process(args.arguments)
+        return run_as_process(args.arguments)

@@ -19,28 +19,26 @@ from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.core.plugins import take_plugin_flags
-from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset, get_template
-from tove_llava.data.images import AspectRatio
-from tove_llava.data.resize import ImageResize
+from tove_llava.data import LlavaCollator, LlavaDataset, get_template
 from tove_llava.llava.adapters import inputs_left_to_autocast
-from tove_llava.llava.build import torch_dtype
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset, load_preset
-from tove_llava.tower import ToveVisionConfig
 from tove_llava.train import step_checkpoints
 from tove_llava.train.arguments import Parser, further_flags, parse
-from tove_llava.train.feature_cache import FeatureCache
 from tove_llava.train.flags import help_page
-from tove_llava.train.merging import FurtherImages, ImagePool, MergingTower
+from tove_llava.train.interrupts import Interrupted, note, watching
+from tove_llava.train.lines import ending
+from tove_llava.train.merging import MergingTower
 from tove_llava.train.recomputation import set_checkpointing
-from tove_llava.train.run_files import STATE, complete, incomplete
+from tove_llava.train.run_files import CHECKPOINT, STATE, complete, incomplete
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
 from tove_llava.train.run_settings import Settings
 from tove_llava.train.shapes import kept_by_layer
+from tove_llava.train.stage_data import make_dataset, make_further_images
 from tove_llava.train.stages import LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
@@ -53,6 +51,7 @@ def run(settings: Settings) -> None:
 
     Raises:
         ToveError: a setting, record, image or checkpoint is unusable, or the loss is not finite.
+        Interrupted: a signal ended the run (:mod:`tove_llava.train.interrupts`).
     """
     record = run_record(settings)
     if is_finished(settings.output_dir, record):
@@ -102,16 +101,24 @@ def run(settings: Settings) -> None:
         _say(f"resuming from {resume}")
     with _fast_paths(model, start.stage, autocast=args.deepspeed is None and (args.bf16 or args.fp16)):
         trainer.train(resume_from_checkpoint=str(resume) if resume is not None else None)
+    _end_if_interrupted(trainer)
 
     tensors = step_checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
         trainer.save_state()
         _save(settings, start, model, trainable, tensors, stages)
-        final = [entry for entry in trainer.state.log_history if "lm_loss" in entry]
-        ending = f", last lm_loss {final[-1]['lm_loss']:.6f}" if final else ""
-        _say(f"saved {settings.output_dir} after {trainer.state.global_step} steps{ending}")
+        _say(ending(args, trainer.state))
     if dist.is_initialized():
         dist.barrier()
+
+
+def _end_if_interrupted(trainer: ToveTrainer) -> None:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if trainer.interrupted:
+        saved = Path(trainer.args.output_dir) / f"{CHECKPOINT}{step}"
+        again = f"the same command goes on with step {step + 1} of {steps}"
+        raise Interrupted(trainer.interrupted, f"saved {saved}; {again}")
+    note("training is over; its model is being saved")
 
 
 def _set_checkpointing(model: ToveLlavaForConditionalGeneration, trainable: Trainable, stage: StagePreset) -> None:
@@ -131,51 +138,6 @@ def _fast_paths(model: ToveLlavaForConditionalGeneration, stage: StagePreset, au
         if stage.fused_kernels:
             stack.enter_context(fused_kernels(language))
         yield
-
-
-def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig) -> LlavaDataset:
-    """Open and check the stage's records."""
-    transform = ImageTransform(
-        vision.image_size,
-        cast(AspectRatio, settings.stage.image_aspect_ratio),
-        mean=vision.image_mean,
-        std=vision.image_std,
-        image_resize=cast(ImageResize, settings.stage.image_resize),
-    )
-    cache = None
-    if settings.feature_cache is not None:
-        cache = _open_cache(settings, settings.feature_cache, vision, settings.image_folder)
-    return LlavaDataset(
-        settings.data_path,
-        settings.image_folder,
-        processor.tokenizer,
-        settings.stage.template,
-        transform,
-        num_image_tokens=vision.num_image_tokens,
-        model_max_length=settings.stage.model_max_length,
-        allow_image_links=settings.allow_image_links,
-        features=cache,
-        read_pixels=cache is None or settings.stage.merge is not None,  # a student needs the images
-    )
-
-
-def _open_cache(settings: Settings, folder: Path, vision: ToveVisionConfig, images: Path) -> FeatureCache:
-    dtype = settings.compute_dtype() or torch_dtype(settings.preset.language.dtype)
-    return FeatureCache(folder, vision, settings.stage.image_aspect_ratio, images, dtype)
-
-
-def make_further_images(settings: Settings, dataset: LlavaDataset, tower: Any, seed: int) -> FurtherImages | None:
-    """Return the stage's images that only the merge loss sees."""
-    merge = settings.stage.merge
-    if merge is None or merge.images_per_record == 0:
-        return None
-    cache = None
-    if settings.merge_feature_cache is not None:
-        vision, images = tower.teacher.config, settings.merge_image_folder
-        cache = _open_cache(settings, settings.merge_feature_cache, vision, images)
-    folder, links = settings.merge_image_folder, settings.allow_image_links
-    pool = ImagePool(settings.merge_data_path, folder, dataset.image_transform, cache, links)
-    return FurtherImages(pool, merge.images_per_record, seed)
 
 
 def make_trainer(
@@ -333,21 +295,22 @@ def print_sizes(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
-    """Run the command line; return 0, or 2 for bad input."""
+    """Run the command line; return 0, 2 for bad input, or 128 and a signal's number."""
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
     try:
-        arguments = take_plugin_flags(arguments)
-        if {"-h", "--help"} & set(arguments):
-            print(help_page())
-        elif "--help-all" in arguments:
-            print(help_page(further_flags()))
-        elif "--meta" in arguments:
-            print_sizes(arguments)
-        else:
-            settings = parse(arguments)
-            command = "merge" if settings.stage.merge is not None else command
-            run(settings)
+        with watching():
+            arguments = take_plugin_flags(arguments)
+            if {"-h", "--help"} & set(arguments):
+                print(help_page())
+            elif "--help-all" in arguments:
+                print(help_page(further_flags()))
+            elif "--meta" in arguments:
+                print_sizes(arguments)
+            else:
+                settings = parse(arguments)
+                command = "merge" if settings.stage.merge is not None else command
+                run(settings)
         return 0
     except ToveError as error:
         # Before communication starts, all ranks meet the same error. Later one rank may fail by itself.
@@ -355,6 +318,10 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
             rank = f" (rank {os.environ['RANK']})" if dist.is_initialized() and not _is_main() else ""
             print(f"tove-llava {command}{rank}: {error}", file=sys.stderr, flush=True)
         return 2
+    except Interrupted as end:
+        if _is_main():
+            print(f"tove-llava {command}: {end}", file=sys.stderr, flush=True)
+        return end.code
 
 
 def run_as_process(argv: Sequence[str] | None = None) -> int:

@@ -59,6 +59,7 @@ class Settings:
         pinned = self.training.get("dataloader_pin_memory", not on_cpu)
         fixed = {
             "remove_unused_columns": False,
+            "logging_first_step": True,
             "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead of being averaged away
             "ddp_find_unused_parameters": True,  # a text-only step leaves the tower unused
             "use_cpu": on_cpu,

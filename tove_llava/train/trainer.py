@@ -31,9 +31,11 @@ from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
-from tove_llava.train import step_checkpoints
+from tove_llava.train import interrupts, step_checkpoints
+from tove_llava.train.callbacks import Ends, SetEpoch
+from tove_llava.train.lines import progress
 from tove_llava.train.merging import FurtherImages
-from tove_llava.train.meter import Meter, TrainingLines, TrainingProgress
+from tove_llava.train.meter import Meter
 from tove_llava.train.run_files import STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
 from tove_llava.train.window import Window, draw_noise, open_window
@@ -77,12 +79,13 @@ class ToveTrainer(Trainer):
             args.data_seed = args.seed  # accelerate seeds a SeedableRandomSampler with it
         self._sampler = self._make_sampler(dataset, args, group_by_modality_length)
         self._window: Window | None = None
+        self._ends = Ends()
         super().__init__(
             model=model,
             args=args,
             train_dataset=_Numbered(dataset, further_images),
             data_collator=_NumberedCollator(collator),
-            callbacks=[_SetEpoch(self._sampler), *(callbacks or [])],
+            callbacks=[SetEpoch(self._sampler), self._ends, *(callbacks or [])],
         )
         # Both: differentiate the result of compute_loss as it is, not divided by the accumulation steps.
         self.model_accepts_loss_kwargs = True
@@ -94,8 +97,7 @@ class ToveTrainer(Trainer):
         self._merge_coefficient = getattr(model.tower, "merge_coefficient", 0.0)
         self._meter = Meter(self._columns, self.args.device)
         self.remove_callback(PrinterCallback)
-        bar = self.pop_callback(ProgressCallback)
-        self.add_callback(TrainingLines() if bar is None else TrainingProgress())
+        self.add_callback(progress(bar=self.pop_callback(ProgressCallback) is not None))
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -123,13 +125,22 @@ class ToveTrainer(Trainer):
             batches.append(batch)
         if not batches:
             return [], None
-        window = open_window(batches, self.args.device, always_tower=self._always_runs_tower())
+        window = open_window(
+            batches, self.args.device, always_tower=self._always_runs_tower(), signal=interrupts.noted()
+        )
+        if self._ends.now(window.signal, self.state, self.control):
+            return [], None
         vision = self.model.config.vision_config
         if self._columns and vision.noisy_gating and window.num_images:
             shape = (window.num_images, vision.num_patches, len(self._columns))
             window.noise = draw_noise(shape, self.args.seed, self.state.global_step)
         self._window = window
         return batches, max(window.tokens, 1)
+
+    @property
+    def interrupted(self) -> int:
+        """Return the signal that ended the run before its last step, or 0."""
+        return self._ends.signal if self.state.global_step < self.state.max_steps else 0
 
     def _always_runs_tower(self) -> bool:
         """Return True if micro-batches without images must run the tower too.
@@ -289,19 +300,6 @@ class ToveTrainer(Trainer):
             dist.barrier()
 
 
-class _SetEpoch(TrainerCallback):
-    """A callback that tells :class:`LengthGroupedSampler` its epoch.
-
-    accelerate does so for its own samplers. Others it does not reach when a run on several ranks is resumed.
-    """
-
-    def __init__(self, sampler: Any) -> None:
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
 class _Numbered(Dataset[Any]):
     """Examples with the index of their record and their further images."""
 
@@ -321,8 +319,10 @@ class _NumberedCollator:
         self.collator = collator
 
     def __call__(self, numbered: list[Any]) -> dict[str, Any] | PackedBatch:
-        batch = self._collate(numbered)
-        return batch if get_worker_info() is None else PackedBatch(batch)  # it arrives as the batch
+        if get_worker_info() is None:
+            return self._collate(numbered)
+        interrupts.leave_to_parent()  # a signal for the whole process group must not end the workers before the run
+        return PackedBatch(self._collate(numbered))  # it arrives as the batch
 
     def _collate(self, numbered: list[Any]) -> dict[str, Any]:
         indices, examples, further = zip(*numbered, strict=True)

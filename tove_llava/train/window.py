@@ -23,6 +23,7 @@ class Window:
     images: list[list[int]]  # [A][W]: images of each of the A micro-batches on each rank
     samples: int  # records of the global batch
     rank: int
+    signal: int = 0  # that some rank received, or 0
     noise: torch.Tensor | None = None  # [G,N,S]: gate noise for the G images of the global batch
     always_tower: bool = False  # run the tower's trainable part even if no rank has an image
     step: int = 0
@@ -58,12 +59,15 @@ class Window:
         return self.noise[before : before + self.images[self.step][self.rank]]
 
 
-def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False) -> Window:
-    """Exchange the counts of all micro-batches. Every rank calls this.
+def open_window(
+    batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False, signal: int = 0
+) -> Window:
+    """Exchange the counts of all micro-batches, and a signal. Every rank calls this.
 
     The first label of a row is not counted: no token predicts it.
     """
-    counts = torch.zeros(len(batches), 3, dtype=torch.long)
+    counts = torch.zeros(len(batches), 4, dtype=torch.long)
+    counts[:, 3] = signal
     for row, batch in enumerate(batches):
         counts[row, 0] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         images = batch.get("pixel_values") if batch.get("pixel_values") is not None else batch.get("vision_features")
@@ -77,12 +81,13 @@ def open_window(batches: Sequence[Mapping[str, Any]], device: torch.device, *, a
         counts = counts.to(device)
         gathered = [torch.empty_like(counts) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, counts)
-        every = torch.stack(gathered).cpu()  # [W,A,3]
+        every = torch.stack(gathered).cpu()  # [W,A,4]
     return Window(
         tokens=int(every[..., 0].sum()),
         images=every[..., 1].T.tolist(),
         samples=int(every[..., 2].sum()),
         rank=rank,
+        signal=int(every[..., 3].max()),
         always_tower=always_tower,
     )
 

@@ -1,0 +1,86 @@
+"""Print a run's lines: its logged steps, and its end."""
+
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
+
+SLOW_DATA = 0.1  # share of the time spent waiting for data that is worth a word
+
+
+class TrainingLines(TrainerCallback):
+    """A line for each log, with the time that is left."""
+
+    def __init__(self) -> None:
+        self._begin: tuple[int, float] | None = None  # the first logged step and its time: earlier steps warm up
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "lm_loss" not in logs:
+            return
+        step, now = state.global_step, time.monotonic()
+        words = [f"step {step} of {state.max_steps}: {describe(logs)}"]
+        if self._begin is None:
+            self._begin = step, now
+        elif step > self._begin[0]:
+            left = (now - self._begin[1]) / (step - self._begin[0]) * (state.max_steps - step)
+            words.append(f"ETA {timedelta(seconds=round(left))}")
+        self.write(", ".join(words))
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class TrainingProgress(TrainingLines, ProgressCallback):
+    """A bar, with a line above it for each log."""
+
+    def __init__(self) -> None:
+        ProgressCallback.__init__(self)
+        TrainingLines.__init__(self)
+
+    def write(self, line: str) -> None:
+        self.training_bar.write(line)
+
+
+def progress(bar: bool) -> TrainingLines:
+    """Return the callback that shows a run: a bar is for a terminal only."""
+    return TrainingProgress() if bar and sys.stderr.isatty() else TrainingLines()
+
+
+def describe(logs: dict[str, Any]) -> str:
+    """Return what a person wants to see of a step's logs; TensorBoard and the log history have the rest."""
+    others = [
+        f"{name.removesuffix('_loss')} {logs[name]:.4f}"
+        for name in ("lm_loss", "merge_loss")
+        if name in logs and f"{logs[name]:.4f}" != f"{logs['loss']:.4f}"
+    ]
+    words = [f"loss {logs['loss']:.4f}" + (f" ({', '.join(others)})" if others else "")]
+    if "grad_norm" in logs:
+        words.append(f"grad {logs['grad_norm']:.3g}")
+    words.append(f"lr {logs['learning_rate']:.2e}")
+    if "samples_per_second" in logs:
+        words.append(f"{logs['samples_per_second']:,.1f} samples/s")
+    if logs.get("data_wait", 0.0) >= SLOW_DATA:
+        words.append(f"{logs['data_wait']:.0%} waiting for data")
+    return ", ".join(words)
+
+
+def ending(args: TrainingArguments, state: TrainerState) -> str:
+    """Write the last lines of a run: what it learned, where the model is, and what comes next."""
+    folder = args.output_dir
+    logged = [entry for entry in state.log_history if "lm_loss" in entry]
+    losses = ""
+    if logged:
+        first, last = logged[0], logged[-1]
+        losses = f", loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}"
+        losses += f", last lm_loss {last['lm_loss']:.6f}"
+    lines = [f"saved {folder} after {state.global_step} steps{losses}"]
+    if "tensorboard" in args.report_to:
+        lines.append(f"curves: tensorboard --logdir {os.environ.get('TENSORBOARD_LOGGING_DIR', Path(folder) / 'runs')}")
+    lines.append(f"next:   tove-llava chat --model {folder} --image FILE")
+    lines.append(f"        tove-llava eval --model {folder} --benchmark scenes")
+    return "\n".join(lines)
