@@ -7,7 +7,7 @@
 #   SMOKE_SCENES     scenes to train on                     (1200)
 #   SMOKE_QUESTIONS  questions to evaluate on               (200)
 #   SMOKE_DIR        keep the models and the scenes there   (a temporary folder, removed in the end)
-#   PRESET, LAUNCHER, DEEPSPEED_CONFIG, NUM_GPUS            as in scripts/lib.sh; one process by default
+#   PRESET, LAUNCHER, DEEPSPEED_CONFIG, NUM_GPUS            as in 'tove-llava launch --help'; one process by default
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] && export PATH="$PWD/.venv/bin:$PATH"

@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Train stage 2: the whole language model, projector and gate learn to follow instructions.
-# Settings: scripts/lib.sh, and
-#   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
+# Settings are environment variables: tove-llava launch --help. Arguments are flags of launch and of the trainer.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
-train finetune train_instruct.json --pretrained "${STAGE1_DIR:-outputs/$PRESET_NAME/pretrain}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+verb launch finetune "$@"

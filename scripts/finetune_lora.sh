@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Train stage 2 with LoRA on the language model, projector and gate. Settings: scripts/lib.sh, and
-#   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
+# Train stage 2 with LoRA on the language model, projector and gate.
+# Settings are environment variables: tove-llava launch --help. Arguments are flags of launch and of the trainer.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
-train finetune_lora train_instruct.json --pretrained "${STAGE1_DIR:-outputs/$PRESET_NAME/pretrain}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+verb launch finetune_lora "$@"

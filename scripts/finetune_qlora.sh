@@ -1,8 +1,6 @@
 #!/usr/bin/env bash
 # Train stage 2 with a language model in 4 bits (NF4; --bits 8 for 8). Projector, gate and adapters train.
-# Settings: scripts/lib.sh (DEEPSPEED_CONFIG: zero2 or none), and
-#   STAGE1_DIR        the folder that stage 1 wrote                     (outputs/<preset>/pretrain)
+# Settings are environment variables: tove-llava launch --help. Arguments are flags of launch and of the trainer.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
-train finetune_qlora train_instruct.json --pretrained "${STAGE1_DIR:-outputs/$PRESET_NAME/pretrain}" "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+verb launch finetune_qlora "$@"

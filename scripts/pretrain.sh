@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train stage 1: the projector and the tower's gate and projections learn from captions. Settings: scripts/lib.sh.
+# Train stage 1: the projector and the tower's gate and projections learn from captions.
+# Settings are environment variables: tove-llava launch --help. Arguments are flags of launch and of the trainer.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/lib.sh
-train pretrain train_captions.json "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+verb launch pretrain "$@"

@@ -6,6 +6,8 @@ The verb ``some-verb`` is the file ``some_verb.py`` with three names:
     def add_arguments(parser): ...                    # argparse
     def run(args) -> int: ...                         # the exit code
 
+A file with ``PASSES_FLAGS_ON = True`` finds the flags that it does not know in ``args.passed_on``.
+
 ``run`` imports heavy libraries. Every verb takes ``--plugin FILE.py`` (:mod:`tove_llava.core.plugins`).
 
 Exit codes: 0 done, 2 bad input (a :class:`~tove_llava.core.errors.ToveError`, printed without a traceback, or a wrong
@@ -96,7 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_stdout_clean()
     try:
         module = importlib.import_module(f"tove_llava.cli.{known[name].stem}")
-        args = build_parser(name, module).parse_args(take_plugin_flags(rest))
+        parser, rest = build_parser(name, module), take_plugin_flags(rest)
+        if getattr(module, "PASSES_FLAGS_ON", False):
+            args, args.passed_on = parser.parse_known_args(rest)
+        else:
+            args = parser.parse_args(rest)
         return int(module.run(args) or 0)
     except ToveError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """Train one stage of a preset."""
 
 import argparse
+import os
 
 HELP = "train one stage of a preset (scripts/pretrain.sh and its siblings start it under DeepSpeed)"
 
@@ -19,6 +20,10 @@ def run(args: argparse.Namespace) -> int:
         print(flags.help_page())
         return 0
     flags.refuse_mistyped(args.arguments)
+    if "LOCAL_RANK" in os.environ:
+        from tove_llava.train.launcher import end_with_parent
+
+        end_with_parent()
     with watching():  # importing takes a while
         from tove_llava.train.run import run_as_process
 

@@ -104,7 +104,7 @@ def judge(
         missing: reasons from sources that do not resolve.
         download: bytes that have to be fetched first.
     """
-    devices = machine.devices or min(2, machine.cores)  # as in scripts/lib.sh
+    devices = machine.devices or min(2, machine.cores)  # as tove_llava.train.launcher does
     available = machine.device_bytes if machine.devices else machine.host_bytes // devices
     place = f"on each of {devices} {'GPUs' if machine.devices else 'processes'}"
     run = Run.of(preset, stage_name, devices=devices)

@@ -1,0 +1,154 @@
+"""Ranks are started, get signals, and leave no orphan; environment variables become flags."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from train_parts import environment
+
+from tove_llava import cli
+from tove_llava.cli.launch import trainer_flags
+from tove_llava.core.errors import ConfigError
+from tove_llava.train import launcher
+from tove_llava.train.launcher import Launch, plan, run_ranks
+
+# A rank that takes half a second to save after SIGINT or SIGTERM.
+SAVES = """
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(0.5)
+    print("saved", os.environ["RANK"], flush=True)
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+signal.signal(signal.SIGINT, save)
+print("ready", os.getpid(), os.getppid(), flush=True)
+time.sleep(60)
+"""
+
+
+def started(program, tmp_path):
+    """Launch two ranks that run a program; return the launcher once both are ready."""
+    code = f"import sys; from tove_llava.train import launcher as l; l.RANK = ['-c', {program!r}]; "
+    code += "sys.exit(l.run_ranks(l.Launch(2), []))"
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=file, start_new_session=True)
+    waited(lambda: log.read_text().count("ready") == 2)
+    return process, log
+
+
+def waited(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)], ids=["TERM", "INT", "HUP"]
+)
+def test_ranks_get_a_signal_and_are_waited_for(tmp_path, sent, code):
+    process, log = started(SAVES, tmp_path)
+    os.killpg(process.pid, sent)  # as a terminal does
+    assert process.wait(60) == code
+    assert sorted(line for line in log.read_text().splitlines() if "saved" in line) == ["saved 0", "saved 1"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_ranks_end_with_a_killed_launcher(tmp_path):
+    process, log = started(SAVES, tmp_path)
+    process.kill()
+    process.wait(60)
+    waited(lambda: log.read_text().count("saved") == 2)
+    pids = [int(line.split()[1]) for line in log.read_text().splitlines() if "ready" in line]
+    waited(lambda: not any(map(is_alive, pids)))
+
+
+def test_the_first_failed_rank_gives_the_code_and_ends_the_others(monkeypatch):
+    program = "import os, sys, time; time.sleep(60) if os.environ['RANK'] == '0' else sys.exit(7)"
+    monkeypatch.setattr(launcher, "RANK", ["-c", program])
+    monkeypatch.setattr(launcher, "GRACE", 0.2)
+    start = time.monotonic()
+    assert run_ranks(Launch(2), []) == 7
+    assert time.monotonic() - start < 30
+
+
+def test_ranks_find_each_other_and_get_the_flags(monkeypatch, tmp_path):
+    program = "import os, sys; open(os.environ['RANK'], 'w').write(f'{sys.argv[1:]} {os.environ}')"
+    monkeypatch.setattr(launcher, "RANK", ["-c", program])
+    monkeypatch.chdir(tmp_path)
+    assert run_ranks(Launch(2, port=1234), ["--set", "a b=c"]) == 0
+    for rank in "01":
+        text = (tmp_path / rank).read_text()
+        assert text.startswith("['--set', 'a b=c']") and "'WORLD_SIZE': '2'" in text and "'MASTER_PORT': '1234'" in text
+        assert f"'LOCAL_RANK': '{rank}'" in text
+
+
+def test_one_rank_for_each_visible_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert plan(None, None, None, None).processes == 2
+    assert plan(8, None, __file__, None).processes == 8  # of other nodes
+    with pytest.raises(ConfigError, match="has 2"):
+        plan(3, None, None, None)
+    ((command, _),) = plan(None, "deepspeed", None, None).commands(["--flag"])
+    assert "deepspeed.launcher.launch" in command and command[-3:] == ["tove_llava", "train", "--flag"]
+    ((command, _),) = plan(2, None, __file__, 99).commands([])
+    assert {"deepspeed.launcher.runner", "--hostfile", __file__, "--master_port", "99"} <= set(command)
+
+
+def test_cores_are_shared_without_a_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(launcher, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    launch = plan(4, None, None, None)
+    assert launch.processes == 4 and launch.environment["OMP_NUM_THREADS"] == "2"
+    assert plan(None, None, None, None).processes == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["pretrian"], "'pretrain'"),
+        (["pretrain", "--gpus", "two"], "--gpus two"),
+        (["pretrain", "--launcher", "deepsped"], "'deepspeed'"),
+        (["pretrain", "--hostfile", "nowhere"], "nowhere"),
+        (["pretrain", "--hostfile", __file__, "--launcher", "torchrun"], "--launcher deepspeed"),
+        (["pretrain", "--preset", "tinny"], "'tiny'"),
+    ],
+)
+def test_wrong_flags_are_named_before_anything_starts(monkeypatch, capsys, words, said):
+    monkeypatch.setattr(launcher, "RANK", ["-c", "print('started')"])
+    assert cli.main(["launch", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_missing_launcher_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--deepspeed none"):
+        Launch(1, "deepspeed")
+
+
+def test_environment_variables_become_flags(monkeypatch):
+    for name in ("OUTPUT_DIR", "DATA_PATH", "IMAGE_FOLDER", "DEEPSPEED_CONFIG", "STAGE1_DIR", "MODEL_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    flags = trainer_flags("tiny", "finetune_lora")
+    assert flags[flags.index("--pretrained") + 1] == "outputs/tiny/pretrain"
+    assert flags[flags.index("--data_path") + 1] == "playground/data/scenes/train_instruct.json"
+    assert "--pretrained" not in trainer_flags("tiny", "pretrain") and "--deepspeed" not in flags
+    for name in ("OUTPUT_DIR", "DATA_PATH", "IMAGE_FOLDER", "DEEPSPEED_CONFIG", "STAGE1_DIR", "MODEL_DIR"):
+        monkeypatch.setenv(name, name)
+    assert set(trainer_flags("tiny", "finetune")[5::2]) == {
+        "OUTPUT_DIR", "DATA_PATH", "IMAGE_FOLDER", "DEEPSPEED_CONFIG", "STAGE1_DIR"
+    }  # fmt: skip
+    assert trainer_flags("tiny", "merge")[-1] == "MODEL_DIR"
