@@ -16,15 +16,15 @@ from tove_llava.train import launcher
 from tove_llava.train.launcher import Launch, plan, run_ranks
 
 # A rank that takes half a second to save after SIGINT or SIGTERM.
-SAVES = """
+SAVES = r"""
 import os, signal, sys, time
 def save(number, frame):
     time.sleep(0.5)
-    print("saved", os.environ["RANK"], flush=True)
+    sys.stdout.write(f"saved {os.environ['RANK']}\n")
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, save)
 signal.signal(signal.SIGINT, save)
-print("ready", os.getpid(), os.getppid(), flush=True)
+sys.stdout.write(f"ready {os.getpid()}\n")
 time.sleep(60)
 """
 
@@ -36,7 +36,7 @@ def started(program, tmp_path):
     log = tmp_path / "log"
     with log.open("w") as file:
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=file, start_new_session=True)
-    waited(lambda: log.read_text().count("ready") == 2)
+    waited(lambda: log.read_text().count("ready") == 2 or process.poll() is not None)
     return process, log
 
 
