@@ -113,8 +113,11 @@ def _folders_of_runs(top: Path) -> Iterator[Path]:
         folders[:] = [] if deep else sorted(entry for entry in folders if not entry.startswith(hidden))
 
 
-def read_training_run(folder: Path, label: str = "") -> TrainingRun:
+def read_training_run(folder: Path, label: str = "", evaluation: Path | None = None) -> TrainingRun:
     """Read one run.
+
+    Args:
+        evaluation: folder of its results; by default they are looked for in and next to the run.
 
     Raises:
         DataError: its record is damaged, or is another program's.
@@ -144,7 +147,7 @@ def read_training_run(folder: Path, label: str = "") -> TrainingRun:
         step=state.get("global_step"),
         steps=state.get("max_steps"),
         history=state.get("log_history", []),
-        scores=_scores(folder) if finished else {},
+        scores=_scores(folder, evaluation) if finished else {},
     )
 
 
@@ -184,11 +187,15 @@ def _with_experts_by_name(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _scores(folder: Path) -> dict[str, dict[str, tuple[float, int]]]:
-    """Read the results of these weights, in the run's folder or next to it; the newest of several."""
+def _scores(folder: Path, evaluation: Path | None) -> dict[str, dict[str, tuple[float, int]]]:
+    """Read the results of these weights; the newest of several."""
     fingerprint = read_json_object(folder / MANIFEST, DataError).get("fingerprint")
-    patterns = (f"*/*/{RESULT}", f"*/*/*/{RESULT}")
-    files = {file.resolve() for top in (folder, folder.parent) for pattern in patterns for file in top.glob(pattern)}
+    if evaluation is not None:
+        files = set(evaluation.glob(f"*/*/{RESULT}"))
+    else:
+        patterns = (f"*/*/{RESULT}", f"*/*/*/{RESULT}")
+        tops = (folder, folder.parent)
+        files = {file.resolve() for top in tops for pattern in patterns for file in top.glob(pattern)}
     scores = {}
     for file in sorted(files, key=lambda file: (file.stat().st_mtime, file)):
         if read_json_object(file, DataError).get("fingerprint") != fingerprint:
