@@ -154,6 +154,8 @@ CASES = {
     "dinov2-registers": Case("dinov2", timm_folder("vit_small_patch14_reg4_dinov2", img_size=56, **_VIT), 32, (4, 4)),
     "dinov3": Case("dinov3", timm_folder("vit_small_patch16_dinov3", img_size=64, **_VIT), 32, (4, 4)),
     "siglip2": Case("siglip2", timm_folder("vit_base_patch16_siglip_224", img_size=64, **_VIT), 32, (4, 4)),
+    "timm-conv": Case("timm", timm_folder("convnext_atto"), 320, (2, 2), 64),
+    "timm-vit": Case("timm", timm_folder("vit_tiny_patch16_224", img_size=64, depth=2), 192, (3, 3), 48),
     "sam": Case("sam", sam, 256, (4, 4), 64),
     "sam-block": Case("sam", sam, 32, (8, 8), options={"norm": False}),
     "depth-dpt": Case("depth", dpt_depth, 32, (4, 4)),

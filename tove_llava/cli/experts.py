@@ -1,7 +1,7 @@
 """List the vision experts, their costs, and which can be loaded here.
 
 Costs are counted from configurations; GFLOPs are per image, two operations per multiply-add. Nothing is downloaded or
-loaded.
+loaded. docs/reference/sources.md explains every form of source.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def _entries(preset: str | None) -> list[dict[str, Any]]:
 def describe(entry: dict[str, Any]) -> dict[str, Any]:
     """Describe an expert; values are None where its configuration cannot be read."""
     from tove_llava.core.errors import ToveError
+    from tove_llava.core.licences import RANDOM
     from tove_llava.experts import EXPERTS, ExpertSpec, build_expert
     from tove_llava.experts.availability import availability
     from tove_llava.experts.cost import expert_cost
@@ -55,7 +56,8 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
     spec = ExpertSpec.from_dict(entry)
     row: dict[str, Any] = {key: getattr(spec, key) for key in ("name", "expert", "source", "mode", "image_size")}
     row |= dict.fromkeys(("grid", "tokens", "width", "parameters", "gflops", "licence"))
-    row["remark"] = " ".join({cls.remark: None for cls in EXPERTS.get(spec.expert).values() if cls.remark})
+    family = EXPERTS.get(spec.expert).values() if spec.expert in EXPERTS else ()
+    row["remark"] = " ".join({cls.remark: None for cls in family if cls.remark})
     try:
         expert = build_expert(spec.replace(width=0, grid=(0, 0)))
         cost = expert_cost(expert)
@@ -72,7 +74,7 @@ def describe(entry: dict[str, Any]) -> dict[str, Any]:
         "width": done.width,
         "parameters": cost.parameters,
         "gflops": round(cost.flops / 1e9, 3),
-        "licence": expert.licence(),
+        "licence": RANDOM if expert.is_random else expert.licence(),
         "loadable": loadable,
         "note": note,
     }
@@ -104,4 +106,5 @@ def table(rows: list[dict[str, Any]]) -> str:
             reasons.setdefault(row["note"], []).append(row["name"])
     notes = [f"not loadable here: {', '.join(dict.fromkeys(names))}: {note}" for note, names in reasons.items()]
     notes += [f"{name}: {remark}" for name, remark in {r["name"]: r["remark"] for r in rows if r["remark"]}.items()]
-    return "\n".join([aligned(lines, left=len(head)), *([""] if notes else []), *notes])
+    notes.append("any model of timm: {name: ANY, source: timm:MODEL}; every form of source: docs/reference/sources.md")
+    return "\n".join([aligned(lines, left=len(head)), "", *notes])

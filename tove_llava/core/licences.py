@@ -1,8 +1,11 @@
 """Licences of a model's parts, as far as this machine knows them."""
 
-from tove_llava.core.sources import BundledSource, Source
+from pathlib import Path
+
+from tove_llava.core.sources import BundledSource, Source, display_source
 
 NOT_STATED = "not stated by the source"
+RANDOM = "none (random weights)"
 
 # The presets' CLIP and language models, by github.com/openai/CLIP and the cards of Vicuna v1.5 and SmolLM2. An expert's
 # class knows its licence.
@@ -17,6 +20,8 @@ _PUBLISHED = {
 def licence_of(source: str) -> str:
     """Return the licence of a source, or :data:`NOT_STATED`."""
     parsed = Source.parse(source)
+    if parsed.is_random:
+        return RANDOM
     if isinstance(parsed, BundledSource):
         return "Apache-2.0"
     return _PUBLISHED.get(source) or parsed.stated_licence() or NOT_STATED
@@ -24,4 +29,12 @@ def licence_of(source: str) -> str:
 
 def known(licence: str) -> str | None:
     """Return the licence, or None where none is stated."""
-    return None if licence == NOT_STATED else licence
+    return None if licence in (NOT_STATED, RANDOM) else licence
+
+
+def write_origin(folder: Path, source: str, licence: str | None) -> None:
+    """Write a missing card (origin, licence) next to copied weights."""
+    card = folder / "README.md"
+    if not card.exists():
+        stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""
+        card.write_text(f"{stated}A copy of {display_source(source)}.\n", encoding="utf-8")

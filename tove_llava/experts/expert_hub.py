@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError, NonFiniteError
-from tove_llava.core.licences import known
-from tove_llava.core.sources import write_origin
+from tove_llava.core.licences import known, write_origin
 from tove_llava.experts.base import Expert, build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
 
@@ -142,7 +141,8 @@ class ExpertHub(nn.Module):
             if target.exists():
                 shutil.rmtree(target)  # two experts' files must not mix
             source = expert.save(target)
-            write_origin(target, str(expert.source), known(expert.licence()))
+            licence = None if expert.is_random else known(expert.licence())
+            write_origin(target, expert.spec.source, licence)
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs

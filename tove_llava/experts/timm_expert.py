@@ -1,5 +1,7 @@
 """Token encoders from timm: one base for every model with ``forward_intermediates``."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -7,8 +9,9 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.registry import closest
 from tove_llava.core.sources import Source, TimmSource
-from tove_llava.experts.base import Expert, choose, library
+from tove_llava.experts.base import Expert, choose, library, summary
 
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
 
@@ -23,9 +26,13 @@ class TimmExpert(Expert):
 
     option_names = ("layer", "norm")
     build_at_image_size: ClassVar[bool] = True  # False for models that accept other sizes
+    _built_at_size = False
 
     def configure(self) -> int:
         self._architecture, self._pretrained_cfg, self._model_args = _read_config(self.source)
+        if self.source.path is None and self.source.target != self._architecture:  # the default tag may change
+            self.spec = self.spec.replace(source=self.spec.source.removesuffix(self.source.target) + self._architecture)
+            self.source = TimmSource(self._architecture)
         self.configuration = repr((self._architecture, self._model_args))
         config = self._pretrained_cfg
         self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
@@ -35,19 +42,43 @@ class TimmExpert(Expert):
 
     def build(self, pretrained: bool) -> nn.Module:
         args, config = dict(self._model_args), dict(self._pretrained_cfg)
-        if self.build_at_image_size:
-            args["img_size"] = self.image_size
         if self.spec.revision:
             if self.source.path is not None:
                 raise ConfigError(f"expert {self.name!r}: a local folder has no revision {self.spec.revision!r}")
             config["hf_hub_id"] = f"{config['hf_hub_id']}@{self.spec.revision}"
         if pretrained and self.source.path is not None:
             config["file"] = str(_weights(self.source))
-        # timm loads strictly with the saved head; only then is the head removed.
-        timm = _timm(self.source)
-        model = timm.create_model(self._architecture, pretrained=pretrained, pretrained_cfg=config, **args)
-        model.reset_classifier(0)
+        create = partial(_timm(self.source).create_model, pretrained=pretrained, pretrained_cfg=config, **args)
+        model = self._at_size(create) if self.build_at_image_size else create(self._architecture)
+        if not hasattr(model, "forward_intermediates"):
+            raise ConfigError(
+                f"expert {self.name!r}: timm's {self._architecture} has no forward_intermediates, which gives an "
+                "expert's tokens; choose another model, or write an expert of your own (docs/guides/extend.md)"
+            )
+        model.reset_classifier(0)  # only now: timm loads strictly, with the saved head
         return model
+
+    def _at_size(self, create: Callable[..., nn.Module]) -> nn.Module:
+        """Build for ``image_size``, if the architecture depends on it."""
+        try:
+            model = create(self._architecture, img_size=self.image_size)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return create(self._architecture)
+        self._built_at_size = True  # the saved positions are interpolated to this size
+        return model
+
+    def output_shape(self) -> tuple[int, int, int]:
+        try:
+            return super().output_shape()
+        except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+            own = self._pretrained_cfg["input_size"][-1]
+            raise ConfigError(
+                f"expert {self.name!r}: timm's {self._architecture} gives no tokens at {self.image_size} pixels "
+                f"({summary(error)}). Its own size is {own} (image_size: {own}); a norm that it lacks is left out by "
+                "options: {norm: false}"
+            ) from error
 
     def features(self, pixels: Tensor) -> Tensor:
         layer, depth = self.option("layer", -1), len(self.network.feature_info)
@@ -79,8 +110,8 @@ class TimmExpert(Expert):
         read = {"mean": self.mean, "std": self.std, "interpolation": self.interpolation}
         self.network.pretrained_cfg = {**self.network.pretrained_cfg, **read, "num_classes": 0}
         args = {**self._model_args, "num_classes": 0}
-        if self.build_at_image_size:
-            args["img_size"] = self.image_size  # the saved positions are interpolated to this size
+        if self._built_at_size:
+            args["img_size"] = self.image_size
         _timm(self.source).models.save_for_hf(self.network, str(folder), model_args=args, safe_serialization=True)
         return TimmSource("").at(folder)
 
@@ -105,16 +136,7 @@ def _weights(source: Source) -> Path:
 def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read timm's architecture, preprocessing configuration and model arguments of a source."""
     if source.path is None:
-        timm = _timm(source)
-        try:
-            config = timm.models.get_pretrained_cfg(source.target)
-        except RuntimeError as error:
-            raise ConfigError(f"source {source}: {error}") from error
-        if config is None or not timm.is_model(source.target):
-            raise ConfigError(
-                f"source {source}: timm {timm.__version__} has no such model or tag; see timm.list_pretrained()"
-            )
-        return source.target, config.to_dict(), {}
+        return _named_config(source)
     file = source.require() / "config.json"
     content = read_json_object(file, ConfigError)
     try:
@@ -122,3 +144,22 @@ def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
         return content["architecture"], config, content.get("model_args") or {}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error
+
+
+def _named_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Look up a model's name, without a tag the default one's; ConfigError names near matches."""
+    timm = _timm(source)
+    model, _, tag = source.target.partition(".")
+    if not timm.is_model(model):
+        raise ConfigError(
+            f"source {source}: timm {timm.__version__} has no such model {model!r}."
+            f"{closest(model, timm.list_models())} A folder is written timm:./folder"
+        )
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{model}.*")]
+    if tag and tag not in tags:
+        raise ConfigError(
+            f"source {source}: timm {timm.__version__} has no weights {tag!r} of {model}.{closest(tag, tags)} It has: "
+            f"{', '.join(tags) or 'none'}"
+        )
+    config = timm.models.get_pretrained_cfg(source.target)
+    return f"{model}.{config.tag}" if config.tag in tags else model, config.to_dict(), {}

@@ -25,6 +25,7 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.experts import complete_specs
+from tove_llava.experts.random_weights import random_weights
 from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
@@ -97,7 +98,7 @@ def vision_config(vision: VisionPreset, *, offline: bool = False) -> ToveVisionC
     """
     keys = tower_keys(vision)
     source = Source.parse(vision.clip)
-    if offline and source.path is None and vision.clip_config is not None:
+    if (offline or source.is_random) and source.path is None and vision.clip_config is not None:
         return ToveVisionConfig(
             clip_config=CLIPVisionConfig(**vision.clip_config),
             clip_source=vision.clip,
@@ -119,6 +120,11 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
     """Load a causal language model from its source or a whole model."""
     source = Source.parse(language.source)
     wanted = torch_dtype(dtype or language.dtype)
+    if source.is_random:
+        attention = {"attn_implementation": language.attention} if language.attention else {}
+        own = torch_dtype(language.dtype)  # always drawn in this dtype, so that they are the same in each
+        with random_weights(source):
+            return AutoModelForCausalLM.from_config(language_config(language), dtype=own, **attention).to(wanted)
     if source.path is not None and is_whole_model(source.path):
         return language_model_of(load_whole(source.path, wanted))
     try:
@@ -172,7 +178,7 @@ def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedMod
 
 def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
     """Load the language model's tokenizer, with a padding token."""
-    source = Source.parse(language.tokenizer or language.source)
+    source = Source.parse(language.tokenizer or language.source).architecture
     arguments = source.pretrained()
     name = arguments.pop("pretrained_model_name_or_path")
     if source.path is None and source.scheme == "hf":

@@ -25,6 +25,7 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
 from tove_llava.experts.expert_hub import ExpertHub
 from tove_llava.experts.preparation import unnormalise
+from tove_llava.experts.random_weights import random_weights
 from tove_llava.tower.execution import Execution
 from tove_llava.tower.pixels import check_pixels
 from tove_llava.tower.tower_config import ToveVisionConfig
@@ -216,15 +217,20 @@ def load_clip(
     """
     where: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(tensors or {})}
     source: Source | str = "the given tensors"
+    clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
+    clip_config._attn_implementation = config._attn_implementation
     if tensors is None:
         if not config.clip_source:
             raise ConfigError(
                 "the tower's configuration names no clip_source, e.g. hf:openai/clip-vit-large-patch14-336"
             )
         source = Source.parse(config.clip_source).resolve(base_dir)
+        if source.is_random:
+            with random_weights(source):
+                clip = CLIPVisionModel(clip_config)
+            clip.post_layernorm = nn.Identity()
+            return clip.eval().requires_grad_(False)
         where = source.pretrained()
-    clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
-    clip_config._attn_implementation = config._attn_implementation
     try:
         with _quiet():
             clip, info = CLIPVisionModel.from_pretrained(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import LlavaImageProcessorPil, PreTrainedModel
 
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.licences import known, licence_of
-from tove_llava.core.sources import Source, write_origin
+from tove_llava.core.licences import known, licence_of, write_origin
+from tove_llava.core.sources import Source
 from tove_llava.tower.balance_loss import BalanceStatistics, balance_loss
 from tove_llava.tower.frozen import FrozenBackbones, TowerFeatures
 from tove_llava.tower.fusion import Fusion, GateInputs
