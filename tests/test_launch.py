@@ -152,3 +152,49 @@ def test_environment_variables_become_flags(monkeypatch):
         "OUTPUT_DIR", "DATA_PATH", "IMAGE_FOLDER", "DEEPSPEED_CONFIG", "STAGE1_DIR"
     }  # fmt: skip
     assert trainer_flags("tiny", "merge")[-1] == "MODEL_DIR"
+
+
+@pytest.fixture
+def verbs(monkeypatch, tmp_path):
+    """Record the verbs that quickstart runs; each succeeds unless its code is set."""
+    for name in ("DIR", "SCENES", "TRAIN", "VAL", "STEPS", "QUESTIONS"):
+        monkeypatch.delenv(f"QUICKSTART_{name}", raising=False)
+    monkeypatch.delenv("PRESET", raising=False)
+    monkeypatch.chdir(tmp_path)
+    run, codes, seen = cli.main, {}, []
+    image = tmp_path / "playground/data/scenes/images/val_000000.png"
+    image.parent.mkdir(parents=True)
+    image.touch()
+    monkeypatch.setattr(cli, "main", lambda words: seen.append(words) or codes.get(words[0], 0))
+    return run, seen, codes
+
+
+def test_quickstart_runs_four_verbs_and_names_the_next(verbs, capsys, monkeypatch):
+    run, seen, _ = verbs
+    monkeypatch.setenv("QUICKSTART_STEPS", "5")
+    assert run(["quickstart", "--questions", "7"]) == 0
+    assert [words[0] for words in seen] == ["scenes", "launch", "launch", "eval"]
+    assert seen[2][1] == "finetune_lora" and seen[2][-4:] == ["--max_steps", "5", "--pretrained", OUT + "/pretrain"]
+    assert seen[0][seen[0].index("--train") + 1] == "8000" and seen[3][-1] == "7"
+    out = capsys.readouterr().out
+    assert f"demo --model {OUT}/model" in out and "val_000000.png" in out
+
+
+OUT = "outputs/quickstart"
+
+
+def test_quickstart_stops_at_a_failed_step(verbs, capsys):
+    run, seen, codes = verbs
+    codes["launch"] = 143
+    assert run(["quickstart", "--dir", "elsewhere"]) == 143
+    assert len(seen) == 2 and f"elsewhere/{OUT}/pretrain" in seen[1]
+    assert "step 2/4" in capsys.readouterr().err
+
+
+def test_quickstart_needs_peft_but_not_deepspeed(verbs, capsys, monkeypatch):
+    run, seen, _ = verbs
+    monkeypatch.setattr("tove_llava.cli.quickstart.find_spec", lambda name: None if name == "deepspeed" else True)
+    assert run(["quickstart"]) == 0 and seen[1][-2:] == ["--deepspeed", "none"]
+    monkeypatch.setattr("tove_llava.cli.quickstart.find_spec", lambda name: None)
+    assert run(["quickstart"]) == 2
+    assert "tove-llava[train]" in capsys.readouterr().err

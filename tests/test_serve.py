@@ -98,7 +98,7 @@ def test_no_model_names_the_command_that_makes_one(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     for verb in ("chat", "demo", "serve"):
         assert cli.main([verb]) == 2
-        assert "bash scripts/quickstart.sh" in capsys.readouterr().err
+        assert "tove-llava quickstart" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="nowhere"):
         models.find_model("nowhere")
 

@@ -6,7 +6,7 @@ from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import CheckpointError
 
 OUTPUTS = Path("outputs")
-HOW_TO_MAKE_ONE = "bash scripts/quickstart.sh"
+HOW_TO_MAKE_ONE = "tove-llava quickstart"
 
 
 def newest_model(root: Path = OUTPUTS) -> Path | None:
