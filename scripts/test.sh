@@ -3,5 +3,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+case " $* " in *slow*) bash scripts/browser.sh ;; esac
 
 exec .venv/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile -q "$@"

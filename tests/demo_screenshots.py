@@ -3,10 +3,10 @@
 ``python tests/demo_screenshots.py MODEL [FOLDER]``.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
+from browser import chromium
 from playwright.sync_api import Page, sync_playwright
 
 from tove_llava.inference.engine import Engine
@@ -46,10 +46,9 @@ SHOTS = {
 
 def take(model: str, folder: Path) -> None:
     """Writes ``folder/demo-*.png``."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with Engine.load(model) as engine, sync_playwright() as playwright:
         app = launch(engine, "127.0.0.1", None, block=False)
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         for name, (size, theme, act) in SHOTS.items():
             page = browser.new_page(viewport=size)
             page.set_default_timeout(120_000)

@@ -1,13 +1,13 @@
 """The demo in a real browser.
 
-It needs Chromium and the Python package playwright, and skips without them.
+It needs Chromium (scripts/browser.sh) and the Python package playwright, and skips without them.
 """
 
-import shutil
 import threading
 
 import pytest
 from answer_parts import before_forward, picture
+from browser import chromium
 
 from tove_llava.inference.engine import Engine, Message
 
@@ -15,7 +15,6 @@ sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.slow
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 QUESTION = "What is <b>it</b>? <img src=x onerror=\"document.title='broken'\"> **really**"
 TOKENS = 12
 WAIT = 60_000  # milliseconds; machines may be busy
@@ -45,10 +44,11 @@ def serve(engine):
 
 @pytest.fixture(scope="module")
 def browser():
-    if CHROMIUM is None:
-        pytest.skip("no chromium here (apt-get install chromium)")
+    path = chromium()
+    if path is None:
+        pytest.skip("no Chromium is installed (scripts/browser.sh, or apt-get install chromium)")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
 
