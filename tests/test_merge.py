@@ -269,7 +269,7 @@ def test_export_of_a_merged_model_in_a_clean_environment(root, exported):
 def test_merge_from_stage_one_speaks_the_language_models_own_template(tmp_path):
     """Stage 1's folder has the plain chat template, not the tokenizer's own."""
     write_inputs(tmp_path)
-    (tmp_path / "llm" / "chat_template.jinja").write_text(CHATML)
+    (tmp_path / "llm" / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "</s>"))
     assert main(flags(tmp_path, "pretrain", tmp_path / "trained", "--max_steps", "8", "--learning_rate", "0.05")) == 0
     assert main(merge(tmp_path, "trained", tmp_path / "merged", "--template", "chat_template")) == 0
     _, processor = tove_llava.load_model(tmp_path / "merged")

@@ -89,21 +89,3 @@ def test_chat_template_supervises_what_the_model_must_say():
     )
     opened = get_template("chat_template").prompt([*turns[:3], Turn("assistant", None)], tokenizer)
     assert opened.endswith("<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n")
-
-
-def test_chat_template_that_refuses():
-    tokenizer = byte_level_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('no system turn') }}"
-    with pytest.raises(DataError, match="refuses the conversation: no system turn"):
-        get_template("chat_template").render([Turn("user", "a"), Turn("assistant", "b")], tokenizer)
-
-
-def test_chat_template_that_trims_and_has_no_end_token():
-    """The template's text is learnt, not the record's."""
-    tokenizer = byte_level_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }};{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    segments = get_template("chat_template").render([Turn("user", "a"), Turn("assistant", "  b ")], tokenizer)
-    assert [(s.text, s.supervised) for s in segments] == [("[user]a;[assistant]", False), ("b;", True)]

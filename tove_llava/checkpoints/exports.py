@@ -26,6 +26,7 @@ from tove_llava.checkpoints.tokenizer_files import PROBES
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
+from tove_llava.data.tokenization import end_ids
 from tove_llava.data.tokenizer import text_encoder
 from tove_llava.llava.processing import jinja_template
 from tove_llava.tower.pixels import image_settings
@@ -146,10 +147,8 @@ def chat_template(template: str, tokenizer: PreTrainedTokenizerBase, begins: boo
 
 def generation_config(source: ExportSource) -> GenerationConfig:
     """Return greedy decoding that ends where the model was taught to end."""
-    named = getattr(source.model.generation_config, "eos_token_id", None)
     tokenizer = source.processor.tokenizer
-    every = (*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id)
-    ends = sorted({token for token in every if token is not None})
+    ends = end_ids(tokenizer, source.manifest.template, source.model.generation_config)
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else ends,

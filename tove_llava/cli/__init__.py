@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"tove_llava.cli.{known[name].stem}")
         parser, rest = build_parser(name, module), take_plugin_flags(rest)
         if getattr(module, "PASSES_FLAGS_ON", False):
-            args, args.passed_on = parser.parse_known_args(rest)
+            args, passed_on = parser.parse_known_args(rest)
+            args.passed_on = passed_on
         else:
             args = parser.parse_args(rest)
         return int(module.run(args) or 0)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -92,3 +93,11 @@ def encode_turns(
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
     return Encoded(ids, labels)
+
+
+def end_ids(tokenizer: PreTrainedTokenizerBase, template: Template | str, generation_config: Any = None) -> list[int]:
+    """List the ids at which an answer ends: the template's, the tokenizer's, and those that the model names."""
+    named = getattr(generation_config, "eos_token_id", None)
+    named = list(named) if isinstance(named, (list, tuple)) else [named]
+    own = tokenizer.convert_tokens_to_ids(get_template(template).end_tokens(tokenizer))
+    return sorted({token for token in (*named, *own, tokenizer.eos_token_id) if token is not None})

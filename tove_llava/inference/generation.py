@@ -26,6 +26,7 @@ from tove_llava.data import (
     get_template,
 )
 from tove_llava.data.images import AspectRatio
+from tove_llava.data.tokenization import end_ids
 from tove_llava.inference.sequences import as_images, pad_left
 from tove_llava.presets import QuantizationPreset
 from tove_llava.tower import ToveVisionModel
@@ -114,10 +115,7 @@ class Answerer:
         text_config = model.config.get_text_config()
         self.max_length: int = getattr(text_config, "max_position_embeddings", 2048)
         self.pad_id: int = self.tokenizer.pad_token_id or 0  # masked wherever it is
-        # Ids that end an answer: the tokenizer's, and those that the model names.
-        named = getattr(model.generation_config, "eos_token_id", None)
-        named = named if isinstance(named, list) else [named]
-        self.end_ids = sorted({token for token in (*named, self.tokenizer.eos_token_id) if token is not None})
+        self.end_ids = end_ids(self.tokenizer, self.template, model.generation_config)
 
     @classmethod
     def load(
@@ -164,6 +162,7 @@ class Answerer:
         """
         other = copy(self)
         other.template = get_template(name)
+        other.end_ids = end_ids(self.tokenizer, other.template, self.model.generation_config)
         return other
 
     @property

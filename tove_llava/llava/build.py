@@ -24,6 +24,7 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
+from tove_llava.data.templates.chat_format import DATE, chat_format
 from tove_llava.experts import complete_specs
 from tove_llava.experts.random_weights import random_weights
 from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
@@ -81,8 +82,11 @@ def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | 
     last = list(preset.stages.values())[-1]
     if template is None:
         template = last.template
+    tokenizer = read_tokenizer(preset.language)
+    if template == "chat_template":
+        set_chat_format(tokenizer, preset.language)
     return build_processor(
-        read_tokenizer(preset.language),
+        tokenizer,
         vision,
         image_token=preset.language.image_token,
         template=template,
@@ -189,6 +193,12 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # LLaVA pads with <unk>
     return tokenizer
+
+
+def set_chat_format(tokenizer: PreTrainedTokenizerBase, language: LanguagePreset) -> None:
+    """Put the training form of the chat template in its place, with the preset's options."""
+    form = chat_format(tokenizer, language.reasoning or "refuse", language.date or DATE)
+    tokenizer.chat_template = form.text
 
 
 def assemble(

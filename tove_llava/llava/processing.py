@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
 
 from tove_llava.data import IMAGE_PLACEHOLDER, get_template
+from tove_llava.data.templates.chat_format import chat_format
 from tove_llava.data.tokenizer import text_encoder
 from tove_llava.tower import ToveVisionConfig
 from tove_llava.tower.pixels import image_processor, image_settings
@@ -57,9 +58,9 @@ def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | N
     # transformers encodes it as the continuation of a special token, so the space has to be written.
     image = IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix
     if template == "chat_template":
-        own = tokenizer.chat_template
-        if not isinstance(own, str):
+        if not tokenizer.chat_template:
             return None
+        own = tokenizer.chat_template = chat_format(tokenizer).text
         # Tokenizers of language models expect strings; LLaVA's messages are lists of parts. A checkpoint's own template
         # already begins with this.
         flatten = (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)

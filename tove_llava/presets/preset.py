@@ -57,6 +57,8 @@ class LanguagePreset:
     attention: str | None = None
     image_token: str = "<image>"
     tokenizer: str | None = None  # source of the tokenizer, where it is another one
+    reasoning: str | None = None  # a record's think blocks, with the template chat_template: refuse, drop or keep
+    date: str | None = None  # ISO date for a chat template that asks for the time
     config: dict[str, Any] | None = None  # its architecture, where the weights are out of reach
 
 

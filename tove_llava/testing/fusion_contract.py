@@ -179,7 +179,8 @@ def _balance(subject: _Subject) -> None:
         raise Skip
     require(output.gate_inputs is not None, "no gate_inputs in training, which the balance loss is computed from")
     empty = subject.fusion.balance_statistics(None)
-    require(empty is not None and float(empty.tokens) == 0, "statistics of no image count tokens")
+    assert empty is not None
+    require(float(empty.tokens) == 0, "statistics of no image count tokens")
     require_close(empty.importance, torch.zeros_like(empty.importance), "importance of no image")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from tove_llava.core.errors import DataError
 from tove_llava.data import Turn, load_tokenizer
 from tove_llava.data.templates import Template, get_template
@@ -60,6 +62,12 @@ def check_template(name: str, tokenizer: str = "bundled:llm") -> list[str]:
     """
     template, loaded = get_template(name), load_tokenizer(tokenizer)
     return _contract.check(lambda: _Subject(template, loaded), f"template {name!r}", type(template))
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Check a tokenizer's own chat template, as training uses it; see :func:`check_template`."""
+    template = get_template("chat_template")
+    return _contract.check(lambda: _Subject(template, tokenizer), "the tokenizer's chat template", type(template))
 
 
 @_contract.rule("contains every question and reply as it is")

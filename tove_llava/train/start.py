@@ -23,6 +23,7 @@ from tove_llava.llava.build import (
     prepare_processor,
     read_language_model,
     read_tokenizer,
+    set_chat_format,
     vision_config,
 )
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -108,6 +109,8 @@ class FromCheckpoint:
         tokenizer = load_processor(self.folder).tokenizer
         if manifest.template != self.stage.template:
             tokenizer.chat_template = self._own_chat_template()  # the folder's is that of the other template
+            if self.stage.template == "chat_template":
+                set_chat_format(tokenizer, LanguagePreset(**self.language))
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
         self.processor = build_processor(
             tokenizer,

@@ -56,6 +56,10 @@ class Template(ABC):
             DataError: the conversation does not suit the template.
         """
 
+    def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """List the tokens at which an answer ends."""
+        return [tokenizer.eos_token] if tokenizer.eos_token else []
+
     def prompt(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> str:
         """Render a conversation as one string."""
         return "".join(segment.text for segment in self.render(turns, tokenizer))

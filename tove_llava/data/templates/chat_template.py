@@ -1,54 +1,84 @@
 """``chat_template``: the chat template that the tokenizer ships."""
 
+import re
 from collections.abc import Sequence
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.errors import DataError
 from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
+from tove_llava.data.templates.chat_format import ChatFormat, chat_format, render
+
+_REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+_PLACEHOLDER = "<image>"
 
 
 @register_template("chat_template")
 class ChatTemplate(Template):
-    """The tokenizer's own template, whose answers are found by rendering prefixes.
+    """The tokenizer's own template in the form that :func:`chat_format` makes of it.
 
-    Each prefix that awaits an answer, with the generation prompt, must begin the rendering of the whole. The text that
-    follows is the answer, up to the end-of-sequence token where the template writes one.
+    The prompt at which an answer is generated, an empty think block included, is not learned. The answer is, and the
+    token that ends it. After rendering, the texts and images of a conversation are compared with what was rendered.
     """
 
     adds_bos = False  # the template writes its own
 
+    def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        return [chat_format(tokenizer).end, *super().end_tokens(tokenizer)]
+
     def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ConfigError("the tokenizer ships no chat template; choose another conversation template, such as v1")
-        _, checked = split_system(turns, "")
-        open_turn = bool(checked) and checked[-1].role == "assistant" and checked[-1].text is None
-        messages: list[dict[str, str | None]] = [
-            {"role": turn.role, "content": turn.text} for turn in turns if turn.text is not None
+        form = chat_format(tokenizer)
+        split_system(turns, "")
+        open_turn = bool(turns) and turns[-1].role == "assistant" and turns[-1].text is None
+        messages = [
+            {"role": turn.role, "content": _without_reasoning(turn, index, form)}
+            for index, turn in enumerate(turns)
+            if turn.text is not None
         ]
-        whole = _apply(tokenizer, messages, generation=open_turn)
-        segments, done = [], 0
+        whole = render(tokenizer, form.text, messages, open_turn)
+        segments: list[Segment] = []
+        written = done = 0  # what is in segments; what has been compared with the turns
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
+                done = _end_of(message["content"], whole, done, index)
                 continue
-            before = _apply(tokenizer, messages[:index], generation=True)
-            after = _apply(tokenizer, messages[: index + 1], generation=False)
-            if not (after.startswith(before) and whole.startswith(after)):
+            before = render(tokenizer, form.text, messages[:index], True)
+            reply = _end_of(message["content"], whole, len(before) if whole.startswith(before) else done, index)
+            end = whole.find(form.end, reply)
+            inside = whole[len(before) : reply].removesuffix(message["content"].strip())
+            if not whole.startswith(before) or inside.strip() or end < 0:
                 raise DataError(
-                    f"the tokenizer's chat template renders turn {index + 1} differently once more turns follow, so "
-                    "the answers in it cannot be found; choose another conversation template"
+                    f"turn {index + 1}: the tokenizer's chat template writes something else around this answer than "
+                    "around others; choose another conversation template"
                 )
-            end = after.rfind(tokenizer.eos_token, len(before)) if tokenizer.eos_token else -1
-            end = len(after) if end < 0 else end + len(tokenizer.eos_token)
-            segments += [Segment(whole[done : len(before)]), Segment(whole[len(before) : end], supervised=True)]
-            done = end
-        segments.append(Segment(whole[done:]))
+            done = end + len(form.end)
+            segments += [Segment(whole[written : len(before)]), Segment(whole[len(before) : done], supervised=True)]
+            written = done
+        segments.append(Segment(whole[written:]))
+        images = sum(message["content"].count(_PLACEHOLDER) for message in messages)
+        if whole.count(_PLACEHOLDER) != images:
+            raise DataError(f"the chat template makes {whole.count(_PLACEHOLDER)} image placeholders of {images}")
         return [segment for segment in segments if segment.text]
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str | None]], generation: bool) -> str:
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-    except TemplateError as error:
-        raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
+def _end_of(text: str, whole: str, start: int, index: int) -> int:
+    """Return where a turn's text ends in the rendering; DataError if it is not there."""
+    found = whole.find(text.strip(), start)
+    if found < 0:
+        raise DataError(
+            f"turn {index + 1}: the tokenizer's chat template changes the text {text.strip()[:60]!r}; choose another "
+            "conversation template"
+        )
+    return found + len(text.strip())
+
+
+def _without_reasoning(turn: Turn, index: int, form: ChatFormat) -> str:
+    text = turn.text or ""
+    if turn.role != "assistant" or form.reasoning == "keep" or not re.match(r"\s*<think>", text):
+        return text
+    if form.reasoning == "refuse":
+        raise DataError(
+            f"turn {index + 1}: the answer begins with a think block. Learn it (--set language.reasoning=keep) or "
+            "leave it out (drop)"
+        )
+    return _REASONING.sub("", text, count=1)
