@@ -3,10 +3,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from tower_parts import make_tower, pixels
+from tower_parts import make_tower, pixels, tower_config
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.tower.gate import TokenGate
+from tove_llava.testing import check_fusion
+from tove_llava.tower import ToveVisionConfig, ToveVisionModel
+from tove_llava.tower.gate import Float32Linear, Gate, GateOutput, TokenGate, register_gate
 
 
 def make_gate(slots=4, noisy=True, top_k=None, width=8, seed=0):
@@ -154,3 +156,44 @@ def test_a_gate_with_fewer_columns_gives_the_others_the_same_bits(width, top_k):
     masked, sliced = whole(tokens, allowed), part(tokens, torch.ones(2, len(kept), dtype=torch.bool))
     assert torch.equal(masked.logits[..., kept], sliced.logits)
     assert torch.equal(masked.weights[..., kept], sliced.weights)
+
+
+@register_gate("sharp")
+class SharpGate(Gate):
+    """A gate of a user's own: the softmax of ten times a linear map, without noise."""
+
+    rows = ("score.weight",)
+
+    def __init__(self, width, slots):
+        super().__init__(width, slots)
+        self.score = Float32Linear(width, slots, std=0.1)
+
+    def forward(self, tokens, allowed, eps=None):
+        selected = allowed[:, None].expand(-1, tokens.shape[1], -1)
+        logits = 10 * self.score(tokens)
+        weights = logits.masked_fill(~selected, -1e9).softmax(-1).masked_fill(~selected, 0)
+        return GateOutput(weights, logits, selected, None)
+
+
+@pytest.mark.parametrize("fusion", ["tove", "replace"])
+def test_a_gate_is_chosen_by_its_name(tmp_path, fusion):
+    tower = make_tower(tmp_path / "parts", opened=True, fusion=fusion, fusion_options={"gate": "sharp"}, null_slot=True)
+    assert type(tower.fusion.gate) is SharpGate and tower(pixels()).routing.shape == (2, 16, 4)
+    check_fusion(fusion, {"gate": "sharp"})
+    output = tower.train()(pixels())
+    (output.last_hidden_state.square().mean() + tower.balance_loss(output)).backward()
+    assert tower.fusion.gate.score.weight.grad.abs().sum() > 0
+    tower.save_pretrained(tmp_path / "saved")
+    again = ToveVisionModel.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(pixels()).routing, tower.eval()(pixels()).routing)
+
+
+def test_a_gate_without_top_k_and_an_unknown_gate_are_refused(tmp_path):
+    config = tower_config(tmp_path).to_dict()
+    for change, words in (
+        ({"fusion_options": {"gate": "sharp"}, "top_k": 2}, "gate 'sharp' knows no top_k"),
+        ({"fusion_options": {"gate": "sharpp"}}, "unknown gate 'sharpp'. Did you mean 'sharp'"),
+        ({"fusion_options": {"gate": "sharp"}, "fusion": "add"}, "unknown fusion_options"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            ToveVisionModel(ToveVisionConfig.from_dict(config | change))

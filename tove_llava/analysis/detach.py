@@ -34,7 +34,6 @@ from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 FUSION = "model.vision_tower.fusion."
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_GATE_ROWS = ("gate.score.weight", "gate.noise.weight")  # one row per column of the gate
 
 
 @dataclass(frozen=True)
@@ -152,13 +151,15 @@ def cut_state(
     columns = [large.expert_names.index(name) for name in small.expert_names]
     columns += [len(large.experts)] if large.null_slot else []
     with torch.device("meta"):
-        before, after = (ToveVisionModel(config).fusion.state_dict() for config in (large, small))
+        fusions = [ToveVisionModel(config).fusion for config in (large, small)]
+    before, after = (fusion.state_dict() for fusion in fusions)
+    gate_rows = {f"gate.{name}" for name in getattr(getattr(fusions[0], "gate", None), "rows", ())}
     odd = [name for name, x in before.items() if name not in state or state[name].shape != x.shape]
     if odd or state.keys() - before.keys():
         raise CheckpointError(f"{where}: weights and config.json do not belong together ({(odd or ['extra'])[:3]})")
     cut = {}
     for name, target in after.items():
-        value = state[name][columns] if name in _GATE_ROWS else state[name]
+        value = state[name][columns] if name in gate_rows else state[name]
         if value.shape != target.shape:
             raise ConfigError(f"fusion {large.fusion!r}: {name} cannot be cut to fewer experts")
         cut[name] = value.contiguous()

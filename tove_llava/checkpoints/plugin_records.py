@@ -17,11 +17,11 @@ from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
 from tove_llava.data.templates.base import TEMPLATES
 from tove_llava.experts.base import EXPERTS
-from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
+from tove_llava.tower.tower_config import FUSIONS, GATES, ToveVisionConfig
 
 FOLDER = "plugins"
 ACCEPT = "TOVE_ACCEPT_CHANGED_PLUGINS"
-_REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (FUSIONS, EXPERTS, TEMPLATES)}
+_REGISTRIES: dict[str, Registry[Any]] = {registry.kind: registry for registry in (FUSIONS, GATES, EXPERTS, TEMPLATES)}
 
 
 def save_plugins(folder: Path, vision: ToveVisionConfig, template: str) -> list[PluginEntry]:
@@ -64,6 +64,9 @@ def check_plugins(folder: Path, manifest: Manifest) -> None:
 
 def _parts(vision: ToveVisionConfig, template: str) -> Iterator[tuple[str, str, Any]]:
     yield FUSIONS.kind, vision.fusion, FUSIONS.get(vision.fusion)
+    gate = str((vision.fusion_options or {}).get("gate", ""))
+    if gate in GATES:
+        yield GATES.kind, gate, GATES.get(gate)
     for spec in vision.expert_specs:
         yield EXPERTS.kind, spec.expert, EXPERTS.get(spec.expert).get(Source.parse(spec.source).architecture.scheme)
     if template in TEMPLATES:

@@ -1,12 +1,45 @@
 """The token-aware gate: each vision token's weight for each expert."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tove_llava.tower.balance_loss import expected_load
+from tove_llava.tower.tower_config import GATES, ToveVisionConfig
+
+G = TypeVar("G", bound="type[Gate]")
+
+
+def register_gate(name: str) -> Callable[[G], G]:
+    """Return a class decorator that registers a :class:`Gate` under ``name``.
+
+    ``fusion_options: {gate: NAME}`` in a preset chooses it, in the fusions that have a gate.
+
+    Args:
+        name: not yet a gate's.
+
+    Raises:
+        ConfigError: another gate has that name.
+
+    Example:
+        >>> from tove_llava.tower.gate import Gate, GateOutput
+        >>> @tove_llava.register_gate("even")
+        ... class Even(Gate):
+        ...     def forward(self, tokens, allowed, eps=None):
+        ...         selected = allowed[:, None].expand(-1, tokens.shape[1], -1)  # [B,N,S]
+        ...         weights = selected / selected.sum(-1, keepdim=True).clamp(min=1)
+        ...         return GateOutput(weights, torch.zeros_like(weights), selected, None)
+        >>> tower = tove_llava.load_tower("tiny", overrides=["vision.fusion_options.gate=even"])
+        >>> tower(image).routing[0, 0]
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+    """
+    return GATES.register(name)
 
 
 class GateOutput(NamedTuple):
@@ -71,7 +104,47 @@ class Float32LayerNorm(nn.Module):
             return F.layer_norm(x.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps)
 
 
-class TokenGate(nn.Module):
+class Gate(nn.Module, ABC):
+    """Base class of gates: each token's weight for each column, K experts and the null slot, if any.
+
+    Each layer with parameters sets its initial values in ``reset_parameters``.
+
+    Args:
+        width: d, width of a token.
+        slots: S, number of columns.
+
+    Attributes:
+        top_k: columns that a token chooses; None for all.
+        noise: what scales the noise in training; None for a gate without noise.
+        rows: parameters with one row per column, which are cut when experts are removed for good.
+    """
+
+    rows: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, width: int, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.top_k: int | None = None
+        self.noise: nn.Module | None = None
+
+    @classmethod
+    def from_config(cls, config: ToveVisionConfig, slots: int) -> Gate:
+        """Build the gate of a tower."""
+        return cls(config.clip_width, slots)
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, allowed: Tensor, eps: Tensor | None = None) -> GateOutput:
+        """Compute each token's weights.
+
+        Args:
+            tokens: ``[B,N,d]``.
+            allowed: ``[B,S]`` bool, usable columns of an image; the others' weights must be 0.
+            eps: ``[B,N,S]`` standard normal noise, or None for a gate without noise.
+        """
+
+
+@register_gate("token")
+class TokenGate(Gate):
     """``G = softmax(W_g LN(T) + softplus(W_n LN(T)) * eps)`` over allowed columns.
 
     Shazeer et al. 2017, section 2.1, all in float32: a gate decides by small differences, and a recomputation from the
@@ -85,11 +158,12 @@ class TokenGate(nn.Module):
         keep_probability: keep the top k of a softmax over all allowed columns, without making them sum to 1.
     """
 
+    rows = ("score.weight", "noise.weight")
+
     def __init__(
         self, width: int, slots: int, *, noisy: bool, top_k: int | None, keep_probability: bool = False
     ) -> None:
-        super().__init__()
-        self.slots = slots
+        super().__init__(width, slots)
         self.top_k = top_k
         self.keep_probability = keep_probability
         self.norm = Float32LayerNorm(width)
@@ -98,14 +172,11 @@ class TokenGate(nn.Module):
         self.score = Float32Linear(width, slots, std=0.01 * width**-0.5)
         self.noise = Float32Linear(width, slots, std=0.0) if noisy else None
 
-    def forward(self, tokens: Tensor, allowed: Tensor, eps: Tensor | None = None) -> GateOutput:
-        """Compute each token's weights.
+    @classmethod
+    def from_config(cls, config: ToveVisionConfig, slots: int) -> TokenGate:
+        return cls(config.clip_width, slots, noisy=config.noisy_gating, top_k=config.top_k)
 
-        Args:
-            tokens: ``[B,N,d]``.
-            allowed: ``[B,S]`` bool, usable columns of an image.
-            eps: ``[B,N,S]`` standard normal noise, or None for a gate without noise.
-        """
+    def forward(self, tokens: Tensor, allowed: Tensor, eps: Tensor | None = None) -> GateOutput:
         allowed = allowed[:, None, :].expand(-1, tokens.shape[1], -1)  # [B,N,S]
         normed = self.norm(tokens)
         logits = self.score(normed)

@@ -20,6 +20,8 @@ from tove_llava.experts.spec import ExpertSpec
 
 #: subclasses of :class:`tove_llava.tower.fusion.Fusion` by name; it lives here because a configuration asks for sizes
 FUSIONS: Registry[Any] = Registry("fusion", package="tove_llava.tower.fusion")
+#: subclasses of :class:`tove_llava.tower.gate.Gate` by name; they lie with the fusions that use them
+GATES: Registry[Any] = Registry("gate", package="tove_llava.tower.fusion")
 
 # Keys that transformers adds to a config.json or passes while loading one.
 _LIBRARY_KEYS = {

@@ -17,6 +17,7 @@ from tove_llava.core.version import __version__
 from tove_llava.experts import ExpertHub
 from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.tower import Fusion
+from tove_llava.tower.gate import Gate
 
 ENTRY = "modeling_tove_llava"
 _CONFIG = ("tove_llava.llava.configuration", "ToveLlavaConfig")
@@ -85,7 +86,7 @@ def code_files(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
 
 def _components(fusion: Fusion, hub: ExpertHub) -> dict[str, str]:
     """Map modules to classes: the fusion, the experts, and their parts."""
-    found: list[type] = [type(fusion)]
+    found: list[type] = [type(fusion), *(type(part) for part in fusion.children() if isinstance(part, Gate))]
     for name in hub.names:
         expert = hub[name].meta_twin()  # its configuration has been read
         found.append(type(expert))

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
-from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
-from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, register_fusion
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 
-@FUSIONS.register("add")
+@register_fusion("add")
 class AddFusion(Fusion):
     """``tove`` with the mean over usable experts instead of the gate."""
 

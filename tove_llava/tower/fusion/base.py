@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance_loss import BalanceStatistics
-from tove_llava.tower.tower_config import ToveVisionConfig
+from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
 
 ByExpert: TypeAlias = Mapping[str, Tensor]  # by expert
 
@@ -45,8 +45,39 @@ class FusionOutput(NamedTuple):
     gate_inputs: GateInputs | None = None
 
 
+F = TypeVar("F", bound="type[Fusion]")
+
+
+def register_fusion(name: str) -> Callable[[F], F]:
+    """Return a class decorator that registers a :class:`~tove_llava.tower.Fusion` under ``name``.
+
+    ``vision.fusion: NAME`` in a preset chooses it.
+
+    Args:
+        name: not yet a fusion's.
+
+    Raises:
+        ConfigError: another fusion has that name.
+
+    Example:
+        >>> from tove_llava.tower.fusion import Fusion, FusionOutput
+        >>> @tove_llava.register_fusion("scaled")
+        ... class Scaled(Fusion):
+        ...     uses_experts = False
+        ...     def __init__(self, config):
+        ...         super().__init__(config)
+        ...         self.scale = torch.nn.LayerNorm(config.clip_width)
+        ...     def forward(self, base, experts, *, noise=None, usable=None):
+        ...         return FusionOutput(self.scale(base))  # [B,N,d]
+        >>> tower = tove_llava.load_tower("tiny", overrides=["vision.fusion=scaled"])
+        >>> [name for name, _ in tower.named_parameters()]
+        ['fusion.scale.weight', 'fusion.scale.bias']
+    """
+    return FUSIONS.register(name)
+
+
 class Fusion(nn.Module, ABC):
-    """Base class of fusions, registered by ``@FUSIONS.register(name)``.
+    """Base class of fusions, registered by ``@register_fusion(name)``.
 
     A fusion takes the tower's configuration and reads its ``detached_experts`` at every call, as they may change.
     ``self.options`` holds its options: ``option_defaults``, overridden by the configuration's ``fusion_options``.

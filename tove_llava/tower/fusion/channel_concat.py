@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
-from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
-from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, register_fusion
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 
-@FUSIONS.register("channel_concat")
+@register_fusion("channel_concat")
 class ChannelConcatFusion(Fusion):
     """``tove``'s first layers; the channels of a detached expert are zero."""
 

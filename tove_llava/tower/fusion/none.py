@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
-from tove_llava.tower.tower_config import FUSIONS
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, register_fusion
 
 
-@FUSIONS.register("none")
+@register_fusion("none")
 class NoFusion(Fusion):
     uses_experts = False
 

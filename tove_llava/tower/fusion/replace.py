@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tove_llava.tower.fusion.base import register_fusion
 from tove_llava.tower.fusion.tove_gate import ToveFusion
-from tove_llava.tower.tower_config import FUSIONS
 
 
-@FUSIONS.register("replace")
+@register_fusion("replace")
 class ReplaceFusion(ToveFusion):
     """``tove`` without CLIP's tokens; its output layer cannot start at zero."""
 

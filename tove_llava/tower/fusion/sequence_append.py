@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower.embedding import STEM_WIDTH, ExpertEmbeddings
-from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput
-from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, register_fusion
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 POOL = 2
 
 
-@FUSIONS.register("sequence_append")
+@register_fusion("sequence_append")
 class SequenceAppendFusion(Fusion):
     """``tove``'s first layers, pooling, and an output layer; detached experts add nothing."""
 

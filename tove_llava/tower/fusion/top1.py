@@ -6,17 +6,29 @@ language model's loss reaches the gate only through it (Fedus et al. 2021, "Swit
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from tove_llava.core.errors import ConfigError
+from tove_llava.tower.fusion.base import register_fusion
 from tove_llava.tower.fusion.tove_gate import ToveFusion
-from tove_llava.tower.gate import TokenGate
-from tove_llava.tower.tower_config import FUSIONS
+from tove_llava.tower.gate import TokenGate, register_gate
+from tove_llava.tower.tower_config import ToveVisionConfig
 
 
-@FUSIONS.register("top1")
+@register_gate("top1")
+class Top1Gate(TokenGate):
+    """The likeliest column, with its probability among all."""
+
+    @classmethod
+    def from_config(cls, config: ToveVisionConfig, slots: int) -> TokenGate:
+        if config.top_k not in (None, 1):
+            raise ConfigError(f"fusion 'top1' chooses one expert; leave top_k out instead of {config.top_k}")
+        return cls(config.clip_width, slots, noisy=config.noisy_gating, top_k=1, keep_probability=True)
+
+
+@register_fusion("top1")
 class Top1Fusion(ToveFusion):
     """``tove`` with a hard choice; only the chosen rows are computed."""
 
-    def make_gate(self, slots: int) -> TokenGate:
-        if self.config.top_k not in (None, 1):
-            raise ConfigError(f"fusion 'top1' chooses one expert; leave top_k out instead of {self.config.top_k}")
-        return TokenGate(self.config.clip_width, slots, noisy=self.config.noisy_gating, top_k=1, keep_probability=True)
+    option_defaults: ClassVar[Mapping[str, Any]] = {**ToveFusion.option_defaults, "gate": "top1"}

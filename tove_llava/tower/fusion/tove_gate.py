@@ -17,26 +17,25 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.tower.balance_loss import BalanceStatistics
 from tove_llava.tower.embedding import STEM_WIDTH, ClosedLinear, ExpertEmbeddings
 from tove_llava.tower.fused import gated_gelu_sum
-from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, GateInputs
-from tove_llava.tower.gate import GateOutput, TokenGate
-from tove_llava.tower.tower_config import FUSIONS, ToveVisionConfig
+from tove_llava.tower.fusion.base import ByExpert, Fusion, FusionOutput, GateInputs, register_fusion
+from tove_llava.tower.gate import Gate, GateOutput
+from tove_llava.tower.tower_config import GATES, ToveVisionConfig
 
 
-@FUSIONS.register("tove")
+@register_fusion("tove")
 class ToveFusion(Fusion):
     """The gate, each expert's embedding, and ``W_o`` (no bias, starts at zero)."""
 
-    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH}
+    option_defaults: ClassVar[Mapping[str, Any]] = {"stem_width": STEM_WIDTH, "gate": "token"}
     output_layer: ClassVar[type[nn.Linear]] = ClosedLinear
 
     def __init__(self, config: ToveVisionConfig) -> None:
         super().__init__(config)
         self.embeddings = ExpertEmbeddings(config, self.options["stem_width"])
-        self.gate = self.make_gate(len(config.experts) + config.null_slot)
+        self.gate: Gate = GATES.get(self.options["gate"]).from_config(config, len(config.experts) + config.null_slot)
+        if config.top_k not in (None, self.gate.top_k):
+            raise ConfigError(f"gate {self.options['gate']!r} knows no top_k; leave top_k={config.top_k} out")
         self.output = self.output_layer(config.projection_dim, config.clip_width, bias=False)
-
-    def make_gate(self, slots: int) -> TokenGate:
-        return TokenGate(self.config.clip_width, slots, noisy=self.config.noisy_gating, top_k=self.config.top_k)
 
     def combine(self, base: Tensor, delta: Tensor) -> Tensor:
         """Combine CLIP's tokens ``[B,N,d]`` with the knowledge for them ``[B,N,d]``."""
@@ -78,7 +77,7 @@ class ToveFusion(Fusion):
         return parts
 
     def balance_statistics(self, inputs: GateInputs | list[GateInputs] | None) -> BalanceStatistics:
-        device = self.gate.score.weight.device
+        device = self.output.weight.device
         inputs = self._joined(inputs, device)
         names = self.config.expert_names
         attached = _mask(tuple(name in self.config.attached_experts for name in names), device)
