@@ -195,7 +195,7 @@ class Preset:
 
 def dump_preset(preset: Preset) -> str:
     """Write a preset as YAML that :func:`load_preset` reads, every key included."""
-    data = preset.to_dict()
+    data = preset.to_dict() | {"plugins": [str(Path(file).resolve()) for file in preset.plugins]}
     first = {key: data.pop(key) for key in ("name", "description")}
     return yaml.safe_dump({**first, **data}, sort_keys=False, allow_unicode=True, width=120)
 

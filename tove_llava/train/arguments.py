@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import closest
-from tove_llava.presets import LoraPreset, MergePreset, QuantizationPreset, StagePreset, load_preset
+from tove_llava.presets import LoraPreset, MergePreset, Preset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.flags import COMMON, RunArguments, StageFlags, given_for, suggestion
 from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind
@@ -37,6 +39,7 @@ class Parser(HfArgumentParser):
         super().__init__([RunArguments, StageFlags, TrainingArguments], allow_abbrev=False, add_help=False)
         self.add_argument("--set", action="append", default=[])
         self.add_argument("--meta", action="store_true")
+        self.add_argument("--print-config", "--print_config", action="store_true")
         for action in self._actions:
             if action.dest != "set":
                 action.default = argparse.SUPPRESS  # so that only flags that were given are in the result
@@ -69,12 +72,7 @@ def parse(argv: Sequence[str]) -> Settings:
         ConfigError: an unknown flag, preset, stage or key, or a missing setting.
     """
     given = Parser().given(argv)
-    own = {f.name for f in dataclasses.fields(RunArguments)}
-    run = RunArguments(**{key: value for key, value in given.items() if key in own})
-    preset = load_preset(run.preset, given["set"])
-    stage = _checkpointing(_overridden(preset.stage(run.stage), run, given), given)
-    execution_mode(stage.tower_execution)
-    training = _training(stage, run, given)
+    run, preset, stage, training = resolve(given)
     if run.data_path is None or run.image_folder is None:
         raise ConfigError("--data_path and --image_folder are needed: LLaVA records and the folder of their images")
     if not training.get("output_dir"):
@@ -99,6 +97,20 @@ def parse(argv: Sequence[str]) -> Settings:
     )
 
 
+def resolve(given: dict[str, Any]) -> tuple[RunArguments, Preset, StagePreset, dict[str, Any]]:
+    """Return the run's own flags, its preset, its stage with flags applied, and the ``TrainingArguments`` given.
+
+    Raises:
+        ConfigError: an unknown preset, stage or key, or a value that does not suit the stage.
+    """
+    own = {f.name for f in dataclasses.fields(RunArguments)}
+    run = RunArguments(**{key: value for key, value in given.items() if key in own})
+    preset = load_preset(run.preset, given["set"])
+    stage = _checkpointing(_overridden(preset.stage(run.stage), run, given), given)
+    execution_mode(stage.tower_execution)
+    return run, preset, stage, _training(stage, run, given)
+
+
 def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> dict[str, Any]:
     """Return the ``TrainingArguments`` that the stage or a flag gives."""
     known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
@@ -109,7 +121,20 @@ def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> d
     training = {**stage.arguments, **{key: value for key, value in given.items() if key in known}}
     if training.get("use_liger_kernel"):
         raise ConfigError("--use_liger_kernel does not know this model; give --fused_kernels True")
+    _check_reports(training.get("report_to"))
     return training
+
+
+def _check_reports(report_to: str | Sequence[str] | None) -> None:
+    available = [*get_available_reporting_integrations(), "flyte", "all", "none"]  # flyte checks itself
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name not in INTEGRATION_TO_CALLBACK and name not in available:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise ConfigError(
+                f"--report_to {name}: unknown.{closest(name, known)} Known: {', '.join(known)}, all, none"
+            )
+        if name not in available:
+            raise ConfigError(f"--report_to {name}: the package is not installed (pip install {name})")
 
 
 def _overridden(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> StagePreset:

@@ -69,6 +69,7 @@ StageFlags = dataclasses.make_dataclass(
 )
 
 SWITCHES = {
+    "print_config": "print the run's settings as a preset, its steps, and estimates of memory and time; train nothing",
     "meta": "print the preset's parameters and GFLOPs, train nothing",
     "help": "show this page",
     "help_all": "show the other flags of transformers.TrainingArguments too",
@@ -103,7 +104,7 @@ COMMON = {
 }
 
 GROUPS = {
-    "run": "preset stage set output_dir meta help help_all",
+    "run": "preset stage set output_dir print_config meta help help_all",
     "data": "data_path image_folder allow_image_links template image_aspect_ratio image_resize model_max_length "
     "group_by_modality_length dataloader_num_workers",
     "start and length": "pretrained num_train_epochs max_steps per_device_train_batch_size "

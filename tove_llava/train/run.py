@@ -33,6 +33,7 @@ from tove_llava.train.flags import help_page
 from tove_llava.train.interrupts import Interrupted, note, watching
 from tove_llava.train.lines import ending
 from tove_llava.train.merging import MergingTower
+from tove_llava.train.plan import print_config
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_files import CHECKPOINT, STATE, complete, incomplete
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
@@ -307,6 +308,8 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
                 print(help_page(further_flags()))
             elif "--meta" in arguments:
                 print_sizes(arguments)
+            elif {"--print-config", "--print_config"} & set(arguments):
+                _say(print_config(arguments).rstrip())
             else:
                 settings = parse(arguments)
                 command = "merge" if settings.stage.merge is not None else command
