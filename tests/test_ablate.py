@@ -60,8 +60,10 @@ def listed(capsys, file, out, *more):
 
 def without_costs(out):
     """Return what results.json says of the models, without times and folders."""
-    text = (out / "results.json").read_text().replace(str(out), "")
-    return json.loads(text)["tables"]
+    found = json.loads((out / "results.json").read_text().replace(str(out), ""))
+    for run in (run for table in found for group in table["groups"] for run in group["runs"]):
+        assert len(run.pop("jobs")) == len(run["stages"]) + (run["evaluation"] is not None)
+    return found
 
 
 def test_a_killed_ablation_ends_like_a_whole_one(root, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Measurements on finished runs: the towers' speed, and the detach curves."""
+"""Measurements on finished models: the towers' speed, and the detach curves."""
 
 import json
 import statistics
@@ -7,30 +7,32 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jobs import Job, Settings, command
-from records import is_done, recorded, weights
+from numbers_of_runs import Runs, Study
 
-MEASURES: dict[str, Callable[[Settings], None]] = {}
+from tove_llava.ablation.grid import Grid, Job
+from tove_llava.ablation.job_pool import JobPool
+from tove_llava.ablation.job_records import JobRecord
+from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.cli import main
+from tove_llava.core.errors import ConfigError
+
+MEASURES: dict[str, Callable[[Study], None]] = {}
 BATCH, ROUNDS = 32, 31
 CURVE_QUESTIONS = 800  # held-out ones, on which each step is scored
 RANKING_RECORDS = 300  # training scenes on which the experts are ranked; the scored ones must not choose
 
 
-def measure(name: str) -> Callable[[Callable[[Settings], None]], Callable[[Settings], None]]:
-    def add(function: Callable[[Settings], None]) -> Callable[[Settings], None]:
-        MEASURES[name] = function
-        return function
-
-    return add
+def measure(function: Callable[[Study], None]) -> Callable[[Study], None]:
+    MEASURES[function.__name__] = function
+    return function
 
 
-@measure("c")
-def speed(settings: Settings) -> None:
+@measure
+def speed(study: Study) -> None:
     """Time CLIP, ToVE-lite and ToVE in turn; write ``speed.json``."""
     import tove_llava
 
-    jobs = {"clip": Job("clip", 0), "lite": Job("tove", 0, label="lite", merge="-"), "tove": Job("tove", 0)}
-    models = {name: settings.folder(job) / "model" for name, job in jobs.items()}
+    models = {name: Runs(study, name).model(0) for name in ("clip", "lite", "tove")}
     towers = {name: tove_llava.load_model(model)[0].tower for name, model in models.items()}
     pixels = torch.randn(BATCH, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {name: [] for name in towers}
@@ -51,8 +53,8 @@ def speed(settings: Settings) -> None:
             [name, kind, f"{_gflop(tower, pixels[:1]):.3f}", f"{statistics.median(times[name]):.2f}", f"{ratio:.2f}"]
         )
     found = {"batch": BATCH, "rounds": ROUNDS, "threads": torch.get_num_threads(), "rows": rows}
-    found["weights"] = {name: weights(model) for name, model in models.items()}
-    (settings.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    found["weights"] = {name: Manifest.read(model).fingerprint for name, model in models.items()}
+    (study.out / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _gflop(tower: Any, pixels: torch.Tensor) -> float:
@@ -63,30 +65,37 @@ def _gflop(tower: Any, pixels: torch.Tensor) -> float:
     return counter.get_total_flops() / 1e9
 
 
-@measure("d")
-def curves(settings: Settings) -> None:
-    """Rank every ToVE's experts; write ``curves/SEED/detach_curve.json`` by ``tove-llava detach``.
-
-    Raises:
-        StaleRecord: a folder holds the curve of another model.
-    """
-    for seed in range(settings.seeds):
-        model, out = settings.folder(Job("tove", seed)) / "model", settings.out / "curves" / str(seed)
-        made = curve_of(settings, seed)
-        if is_done(out, made):
-            continue
-        with recorded(out, made, settings.commit):
-            common = ("--model", model, "--image-folder", settings.scenes / "images", "--out", out)
-            ranking = settings.scenes / "train_instruct.json"
-            command("contributions", *common, "--data", ranking, "--limit", RANKING_RECORDS)
-            command(
-                "detach", "--curve", *common, "--data", settings.scenes / "val_questions.jsonl",
-                "--limit", CURVE_QUESTIONS, "--contributions", out / "contributions.json",
-            )  # fmt: skip
+@measure
+def curves(study: Study) -> None:
+    """Rank every ToVE's experts, and score it with fewer and fewer of them."""
+    grid = curve_grid(study)
+    pool = JobPool(grid, 1, main)
+    pool.run()
+    if pool.failures:
+        raise ConfigError("; ".join(f"{grid.jobs[key].title}: {why}" for key, why in pool.failures.items()))
 
 
-def curve_of(settings: Settings, seed: int) -> dict[str, Any]:
-    """List what a curve depends on."""
-    scenes = {"train": settings.train, "val": settings.val, "seed": settings.scene_seed}
-    model = weights(settings.folder(Job("tove", seed)) / "model")
-    return {"weights": model, "scenes": scenes, "questions": CURVE_QUESTIONS, "ranking_records": RANKING_RECORDS}
+def curve_grid(study: Study) -> Grid:
+    """Return two jobs for each seed; both write into ``curves/SEED-WEIGHTS``."""
+    grid = Grid(study.out)
+    for seed in Runs(study, "tove").by_seed:
+        model = Runs(study, "tove").model(seed)
+        out = study.out / "curves" / f"{seed}-{Manifest.read(model).fingerprint[:10]}"
+        common = ["--model", model, "--image-folder", study.scenes / "images", "--out", out]
+        ranking = ["--data", study.scenes / "train_instruct.json", "--limit", RANKING_RECORDS]
+        questions = ["--data", study.scenes / "val_questions.jsonl", "--limit", CURVE_QUESTIONS]
+        first = ["contributions", *common, *ranking]
+        second = ["detach", "--curve", *common, *questions, "--contributions", out / "contributions.json"]
+        needs: tuple[str, ...] = ()
+        for words in (first, second):
+            name = f"{words[0]}-{out.name}"
+            grid.add(Job(name, name, f"seed {seed}: {words[0]}", tuple(map(str, words)), out, needs))
+            needs = (name,)
+    grid.wanted.update(grid.jobs)
+    return grid
+
+
+def curve_jobs(study: Study) -> dict[str, dict[str, Any]]:
+    """Return the records of the curves' jobs, by name."""
+    found = {job.name: JobRecord(study.out, job).read() for job in curve_grid(study).jobs.values()}
+    return {name: record for name, record in found.items() if record}

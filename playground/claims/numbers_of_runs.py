@@ -1,138 +1,136 @@
-"""The runs' results, with means and confidence intervals over seeds."""
+"""The numbers of the claims' runs, from the results that ``tove-llava ablate`` wrote."""
 
 import json
-import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs import Settings
-from records import DONE
-
+from tove_llava.ablation.grid_results import RESULTS
+from tove_llava.ablation.seed_means import SeedMean
 from tove_llava.core.text import markdown_table
 from tove_llava.eval.benchmarks.playground_scenes import normalise
 from tove_llava.scenes.language import CATEGORIES
 
+ROOT = Path(__file__).resolve().parents[2]
 BOTH = "spatial and depth"
 SPATIAL_AND_DEPTH = ("left_right", "above_below", "statement", "front_behind", "nearer")
 ROWS = (*CATEGORIES, BOTH, "overall")
 
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; beyond, the normal distribution's.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean over seeds, and its 95 % half-width (Student's t)."""
+class Study:
+    """A folder of runs, and the sizes that they share."""
 
-    mean: float
-    half: float
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Interval":
-        count = len(values)
-        if count < 2:
-            return cls(statistics.mean(values), math.nan, count)
-        t = _T[count - 2] if count - 2 < len(_T) else 1.96
-        return cls(statistics.mean(values), t * statistics.stdev(values) / math.sqrt(count), count)
+    out: Path
+    seeds: int
+    train: int
+    val: int
+    scene_seed: int
+    further: int = 8000
 
     @property
-    def low(self) -> float:
-        return self.mean - self.half
+    def scenes(self) -> Path:
+        return self.out / "scenes"
 
     @property
-    def high(self) -> float:
-        return self.mean + self.half
-
-    def __str__(self) -> str:
-        return f"{self.mean:.1f}{self._half}"
+    def pictures(self) -> Path:
+        """Return the folder of further scenes, only for their images."""
+        return self.out / "pictures"
 
     @property
-    def signed(self) -> str:
-        return f"{self.mean:+.1f}{self._half}"
+    def features(self) -> Path:
+        return self.out / "features"
 
-    @property
-    def _half(self) -> str:
-        """Format the half-width; one seed has none."""
-        return "" if math.isnan(self.half) else f" ± {self.half:.1f}"
+    @cached_property
+    def runs(self) -> dict[str, dict[int, dict[str, Any]]]:
+        """Map each arm and seed to its evaluated run."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        file = self.out / RESULTS
+        for table in json.loads(file.read_text()) if file.is_file() else ():
+            for group in table["groups"]:
+                runs = {run["seed"]: run for run in group["runs"] if run["scores"] and run["seed"] < self.seeds}
+                found[group["label"]] = dict(sorted(runs.items()))
+        return found
+
+    @cached_property
+    def truth(self) -> dict[str, str]:
+        rows = [json.loads(line) for line in (self.scenes / "val_questions.jsonl").read_text().splitlines()]
+        return {row["question_id"]: normalise(str(row["answer"])) for row in rows}
 
 
 @dataclass(frozen=True)
 class Runs:
     """All seeds of one arm."""
 
-    settings: Settings
+    study: Study
     name: str
 
-    def seeds(self) -> list[int]:
-        """List the seeds whose run is finished."""
-        root = self.settings.out / "runs" / self.name
-        return [seed for seed in range(self.settings.seeds) if (root / str(seed) / DONE).is_file()]
+    @property
+    def by_seed(self) -> dict[int, dict[str, Any]]:
+        return self.study.runs.get(self.name, {})
 
-    def folder(self, seed: int) -> Path:
-        return self.settings.out / "runs" / self.name / str(seed)
+    def model(self, seed: int) -> Path:
+        return Path(self.by_seed[seed]["folder"])
 
     def accuracy(self, row: str) -> list[float]:
         """Return percent right by seed: of a type, some types, or overall."""
-        return [self._scores(seed)[row] for seed in self.seeds()]
+        found = []
+        for run in self.by_seed.values():
+            percent = {name: pair[0] for name, pair in run["scores"]["scenes"].items()}
+            whole = {**percent, BOTH: statistics.mean(percent[name] for name in SPATIAL_AND_DEPTH)}
+            found.append(whole[row])
+        return found
 
-    def interval(self, row: str) -> Interval:
-        return Interval.of(self.accuracy(row))
+    def interval(self, row: str) -> SeedMean:
+        return SeedMean.of(self.accuracy(row))
 
-    def gain(self, over: "Runs", row: str) -> Interval:
+    def gain(self, over: "Runs", row: str) -> SeedMean:
         """Return the difference to another arm, paired by seed."""
-        return Interval.of([a - b for a, b in zip(self.accuracy(row), over.accuracy(row), strict=True)])
+        return SeedMean.of([a - b for a, b in zip(self.accuracy(row), over.accuracy(row), strict=True)])
 
     def seconds(self) -> float:
         """Return the median duration of a run."""
-        return statistics.median(json.loads((self.folder(s) / DONE).read_text())["seconds"] for s in self.seeds())
+        return statistics.median(sum(job["seconds"] for job in run["jobs"].values()) for run in self.by_seed.values())
 
     def right(self, seed: int) -> dict[str, bool]:
         """Map each question id to whether it was answered right."""
-        truth = _truth(self.settings.scenes)
-        rows = [json.loads(line) for line in self._file(seed, "answers.jsonl").read_text().splitlines()]
-        return {row["question_id"]: normalise(row["text"]) == truth[row["question_id"]] for row in rows}
+        file = Path(self.by_seed[seed]["evaluation"]) / "scenes" / "full" / "answers.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return {row["question_id"]: normalise(row["text"]) == self.study.truth[row["question_id"]] for row in rows}
 
-    def logged(self, key: str, stage: str = "model") -> list[float]:
-        """Return the last logged value of a training quantity, by seed."""
-        values = []
-        for seed in self.seeds():
-            log = json.loads((self.folder(seed) / stage / "trainer_state.json").read_text())["log_history"]
-            values.append([entry[key] for entry in log if key in entry][-1])
-        return values
+    def gate(self, name: str) -> list[float]:
+        """Return the last logged value of a quantity of the gate, by seed."""
+        return [run["gate"][name] for run in self.by_seed.values()]
 
-    def overall(self, seed: int) -> float:
-        """Return the percent right of one seed."""
-        return self._scores(seed)["overall"]
-
-    def _file(self, seed: int, name: str) -> Path:
-        return self.folder(seed) / "eval" / "scenes" / "full" / name
-
-    def _scores(self, seed: int) -> dict[str, float]:
-        file = self.folder(seed) / "eval" / "results.json"
-        found = json.loads(file.read_text())["benchmarks"]["scenes"]["full"]["scores"]
-        percent = {name: 100 * entry["accuracy"] for name, entry in found.items()}
-        return {**percent, BOTH: statistics.mean(percent[name] for name in SPATIAL_AND_DEPTH)}
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """Return the records of all seeds' jobs, by name."""
+        return {name: job for run in self.by_seed.values() for name, job in run["jobs"].items()}
 
 
-def summary(settings: Settings) -> list[dict[str, Any]]:
-    """List each finished run: name, seed, accuracy, seconds, processor seconds."""
-    rows = []
-    for file in (settings.out / "runs").glob(f"*/*/{DONE}"):
-        record, name, seed = json.loads(file.read_text()), file.parts[-3], int(file.parts[-2])
-        kept = {key: record.get(key) for key in ("seconds", "cpu_seconds", "resumed", "date", "commit", "machine")}
-        rows.append({"name": name, "seed": seed, "accuracy": Runs(settings, name).overall(seed), **kept})
-    return sorted(rows, key=lambda row: (row["name"], row["seed"]))
+@dataclass(frozen=True)
+class Cost:
+    """The cost of some jobs, from their records."""
 
+    jobs: tuple[dict[str, Any], ...]
 
-@cache
-def _truth(scenes: Path) -> dict[str, str]:
-    rows = [json.loads(line) for line in (scenes / "val_questions.jsonl").read_text().splitlines()]
-    return {row["question_id"]: normalise(str(row["answer"])) for row in rows}
+    @classmethod
+    def of(cls, jobs: Iterable[dict[str, dict[str, Any]]]) -> "Cost":
+        """Join jobs by name: what arms share counts once."""
+        return cls(tuple({name: job for some in jobs for name, job in some.items()}.values()))
+
+    @property
+    def cpu_seconds(self) -> float:
+        return sum(job["cpu_seconds"] for job in self.jobs)
+
+    def distinct(self, key: str) -> list[str]:
+        return sorted({job[key] for job in self.jobs})
+
+    @property
+    def resumed(self) -> int:
+        return sum(job["tries"] > 1 for job in self.jobs)
 
 
 def by_type(arms: Sequence[Runs]) -> str:

@@ -8,16 +8,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import yaml
-from jobs import Job, Settings
-from numbers_of_runs import BOTH, Interval, Runs, by_type
-from records import DONE, Cost, today
+from measures import curve_grid, curve_jobs
+from numbers_of_runs import BOTH, Cost, Runs, Study, by_type
 
+from tove_llava.ablation.job_records import today
+from tove_llava.ablation.seed_means import SeedMean
+from tove_llava.analysis.plots import figure, save
 from tove_llava.core.text import markdown_table
 
 STUDIES = yaml.safe_load((Path(__file__).parent / "studies.yaml").read_text())
+ARMS = yaml.safe_load((Path(__file__).parent / "claims.yaml").read_text())["arms"]
 HOLDS, PART, NOT = "**Holds here.**", "**Holds in part.**", "**Does not hold here.**"
 UNDEFINED = "not defined, for that gain is not clearly above zero"
-Section = Callable[[Settings, Path], str]
+Section = Callable[[Study, Path], str]
 SECTIONS: dict[str, Section] = {}
 
 
@@ -29,7 +32,7 @@ def section(name: str) -> Callable[[Section], Section]:
     return add
 
 
-def write_report(settings: Settings, report: Path, claims: Sequence[str], typed: str) -> None:
+def write_report(study: Study, report: Path, claims: Sequence[str], typed: str) -> None:
     """Write the sections of ``claims``, and plots (``assets/claims-*.png``) next to them.
 
     The page's other sections stay as they are, with what they say of their own run; claims that never ran say so.
@@ -43,18 +46,18 @@ def write_report(settings: Settings, report: Path, claims: Sequence[str], typed:
     assets.mkdir(parents=True, exist_ok=True)
     there = sections_of(report.read_text()) if report.is_file() else {}
     parts, written = [HEAD], []
-    for name, study in STUDIES.items():
+    for name, entry in STUDIES.items():
         key = f"({name})"
-        missing = _missing(settings, name)
+        missing = _missing(study, name)
         if name in claims and not missing:
             written.append(name)
-            about = f"{study['claim']}\n\n{provenance(settings, name, typed)}\n\n{SECTIONS[name](settings, assets)}"
+            about = f"{entry['claim']}\n\n{provenance(study, name, typed)}\n\n{SECTIONS[name](study, assets)}"
         elif key in there and not _is_empty(there[key]):
             parts.append(there[key])
             continue
         else:
-            about = f"{study['claim']}\n\n{NOT_RUN}{f' ({missing})' if missing else ''}: `bash playground/claims.sh --claims {name}`.\n"
-        parts.append(f"## {key} {study['title']}\n\n{about}")
+            about = f"{entry['claim']}\n\n{NOT_RUN}{f' ({missing})' if missing else ''}: `bash playground/claims.sh --claims {name}`.\n"
+        parts.append(f"## {key} {entry['title']}\n\n{about}")
     known = {f"({name})" for name in STUDIES}
     parts += [text for key, text in there.items() if key not in known]
     write_atomically(report, "\n".join(parts))
@@ -89,63 +92,65 @@ the claimed side of zero. This is a miniature: a CLIP that hardly tells shapes a
 what the method does, not how much it would gain with a CLIP trained on the web.
 
 *Processor seconds* are those of a claim's runs (training and evaluation) and curves; runs that several claims share count in each of them. Making the
-scenes and the frozen encoders' output, once for all runs, is not in them. Each run's numbers are in `summary.json` of the folder
+scenes and the frozen encoders' output, once for all runs, is not in them. Each run's numbers are in `results.json` of the folder
 `--out` (`outputs/claims`).
 """
 
 
-def provenance(settings: Settings, name: str, typed: str) -> str:
+def provenance(study: Study, name: str, typed: str) -> str:
     """Describe a section's command, date, commit, machine and cost."""
-    jobs = [Job(seed=seed, **entry) for entry in STUDIES[name]["jobs"] for seed in range(settings.seeds)]
-    cost = Cost.of([settings.folder(job) for job in jobs])
-    measured = Cost.of([file.parent for file in _measured(settings, name) if (file.parent / DONE).is_file()])
-    whole = Cost(cost.records + measured.records)
+    runs = [Runs(study, arm) for arm in STUDIES[name]["arms"]]
+    curves = curve_jobs(study) if STUDIES[name].get("measured") == "curves" else {}
+    whole = Cost.of([*(arm.jobs() for arm in runs), curves])
+    count = sum(len(arm.by_seed) for arm in runs)
     commits, dates = whole.distinct("commit"), whole.distinct("date")
     ran = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     written = "" if dates == [today()] else f" (written {today()})"
-    also = f" and {len(measured.records)} curves" if measured.records else ""
+    also = f" and {study.seeds} curves" if curves else ""
     machines = whole.distinct("machine")
     # A GPU's time is no processor's.
     minutes = "" if "GPU" in "".join(machines) else f", {whole.cpu_seconds / 120:.1f} minutes on two cores"
     resumed = (
-        f" {whole.resumed} of them were interrupted and resumed; their seconds are of the last attempt."
+        f" {whole.resumed} of their jobs were interrupted and resumed; these seconds are of the last attempt."
         if whole.resumed
         else ""
     )
-    return f"""*Produced* by `bash playground/claims.sh {typed}`, run {ran}{written}, commit {" and ".join(commits)}; {settings.seeds} {"seed" if settings.seeds == 1 else "seeds"},
-{settings.train:,} training scenes for each stage, {settings.val:,} held-out scenes; {" / ".join(machines)}. {len(jobs)} runs{also}: {whole.cpu_seconds:,.0f}
+    return f"""*Produced* by `bash playground/claims.sh {typed}`, run {ran}{written}, commit {" and ".join(commits)}; {study.seeds} {"seed" if study.seeds == 1 else "seeds"},
+{study.train:,} training scenes for each stage, {study.val:,} held-out scenes; {" / ".join(machines)}. {count} runs{also}: {whole.cpu_seconds:,.0f}
 processor seconds{minutes}.{resumed}"""
 
 
-def _missing(settings: Settings, name: str) -> str:
-    lacking = []
-    for entry in STUDIES[name]["jobs"]:
-        share = "" if entry.get("fraction", 1) == 1 else f"-{100 * entry['fraction']:g}%"
-        runs = Runs(settings, entry.get("label", entry["arm"]) + share)
-        if len(runs.seeds()) < settings.seeds:
-            lacking.append(f"{runs.name}: {len(runs.seeds())} of {settings.seeds} seeds")
+def _missing(study: Study, name: str) -> str:
+    found = {arm: len(Runs(study, arm).by_seed) for arm in STUDIES[name]["arms"]}
+    lacking = [f"{arm}: {count} of {study.seeds} seeds" for arm, count in found.items() if count < study.seeds]
     if not lacking:
-        lacking += [str(file.relative_to(settings.out)) for file in _measured(settings, name) if not file.is_file()]
+        lacking += [str(file.relative_to(study.out)) for file in _measured(study, name) if not file.is_file()]
     return "; ".join(lacking)
 
 
-def _measured(settings: Settings, name: str) -> list[Path]:
-    """List a claim's files besides its runs: per study or per seed."""
-    pattern = STUDIES[name].get("measured")
-    files = [pattern.format(seed=seed) for seed in range(settings.seeds)] if pattern else []
-    return [settings.out / file for file in dict.fromkeys(files)]
+def _measured(study: Study, name: str) -> list[Path]:
+    """List a claim's files besides its runs."""
+    measured = STUDIES[name].get("measured")
+    if measured == "curves":
+        return curve_files(study)
+    return [study.out / f"{measured}.json"] if measured else []
 
 
-def verdict(gains: Sequence[Interval]) -> str:
+def curve_files(study: Study) -> list[Path]:
+    """List each seed's detach curve."""
+    return [folder / "detach_curve.json" for folder in dict.fromkeys(j.output for j in curve_grid(study).jobs.values())]
+
+
+def verdict(gains: Sequence[SeedMean]) -> str:
     """Judge gains: all clearly above zero, some, or none."""
     clear = sum(gain.low > 0 for gain in gains)
     return HOLDS if clear == len(gains) else PART if clear else NOT
 
 
 @section("a")
-def fusions(settings: Settings, assets: Path) -> str:
+def fusions(study: Study, assets: Path) -> str:
     names = ("tove", "clip", "add", "top1", "channel_concat", "sequence_append")
-    arms = [Runs(settings, name) for name in names]
+    arms = [Runs(study, name) for name in names]
     tove, others = arms[0], arms[1:]
     rows = []
     for other in others:
@@ -178,15 +183,15 @@ Median seconds a run (both stages and evaluation, with whatever else the machine
 
 
 @section("b")
-def data_efficiency(settings: Settings, assets: Path) -> str:
+def data_efficiency(study: Study, assets: Path) -> str:
     shares = (1, 3, 10, 30, 100)
     rows, gains, points = [], [], {"clip": [], "tove": []}
     for share in shares:
         suffix = "" if share == 100 else f"-{share}%"
-        clip, tove = (Runs(settings, name + suffix) for name in ("clip", "tove"))
+        clip, tove = (Runs(study, name + suffix) for name in ("clip", "tove"))
         gain = tove.gain(clip, "overall")
         gains.append(gain)
-        count = max(1, round(share / 100 * settings.train))
+        count = max(1, round(share / 100 * study.train))
         rows.append([f"{share} % ({count})", str(clip.interval("overall")), str(tove.interval("overall")), gain.signed])
         for name, runs in (("clip", clip), ("tove", tove)):
             points[name].append((count, runs.interval("overall")))
@@ -205,18 +210,18 @@ def data_efficiency(settings: Settings, assets: Path) -> str:
 
 
 @section("c")
-def lite(settings: Settings, assets: Path) -> str:
-    clip, tove, merged, tuned = (Runs(settings, name) for name in ("clip", "tove", "lite", "clip_tuned"))
+def lite(study: Study, assets: Path) -> str:
+    clip, tove, merged, tuned = (Runs(study, name) for name in ("clip", "tove", "lite", "clip_tuned"))
     kept = {row: kept_share(tove.gain(clip, row), merged.gain(clip, row)) for row in (BOTH, "overall")}
-    speed = json.loads((settings.out / "speed.json").read_text())
+    speed = json.loads((study.out / "speed.json").read_text())
     bars(assets / "claims-lite.png", [clip, tuned, merged, tove], (BOTH, "overall"))
     over = merged.gain(tuned, BOTH)
     met = kept[BOTH] is not None and kept[BOTH] >= 80
     goal = "met" if met else "missed"
     fair = [merged.gain(tuned, row) for row in (BOTH, "overall")]
     outcome = verdict(fair) if met else (PART if verdict(fair) == HOLDS else NOT)
-    merging, tuning = (_flags(label) for label in ("lite", "clip_tuned"))
-    about = STUDIES["c"]["about"].format(brought=merging["merge_images_per_record"], further=settings.further)
+    merging, tuning = (ARMS[arm]["stages"]["merge"]["flags"] for arm in ("lite", "clip_tuned"))
+    about = STUDIES["c"]["about"].format(brought=merging["merge_images_per_record"], further=study.further)
     share = {row: UNDEFINED if value is None else f"{value:.0f} %" for row, value in kept.items()}
     return f"""`lite` is ToVE's model after merging: {about} `clip_tuned` is the fair
 baseline: plain CLIP's model, its CLIP tuned in the same stage with the same records and steps, by the language model's loss only (the further
@@ -233,41 +238,35 @@ Only the tower, batch of {speed["batch"]}, {speed["threads"]} thread(s), median 
 
 {markdown_table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
 
-{outcome} The settings of the merge were chosen before, on another model and in four tries on seed 0 at the default sizes (at
+{outcome} The study of the merge were chosen before, on another model and in four tries on seed 0 at the default sizes (at
 commits up to ab4f225): with these sizes, that seed's numbers are not independent of the choice.
 """
 
 
-def kept_share(whole: Interval, part: Interval) -> float | None:
+def kept_share(whole: SeedMean, part: SeedMean) -> float | None:
     """Return a gain's kept percent; None unless it is clearly positive."""
     return 100 * part.mean / whole.mean if whole.low > 0 else None
 
 
-def _flags(label: str) -> dict[str, str]:
-    """Return the merging flags of claim c's job of that label."""
-    words = next(entry["merge"] for entry in STUDIES["c"]["jobs"] if entry.get("label") == label).split()
-    return {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2], strict=True)}
-
-
 @section("d")
-def detach_curve(settings: Settings, assets: Path) -> str:
-    files = [settings.out / "curves" / str(seed) / "detach_curve.json" for seed in range(settings.seeds)]
+def detach_curve(study: Study, assets: Path) -> str:
+    files = curve_files(study)
     curves = [json.loads(file.read_text()) for file in files]
     ranked = json.loads(files[0].with_name("contributions.json").read_text())["overall"]["records"]
     steps = len(curves[0]["steps"])
     rows, points = [], []
     for step in range(steps):
         entries = [curve["steps"][step] for curve in curves]
-        score = Interval.of([100 * entry["accuracy"] for entry in entries])
-        rate = Interval.of([entry["images_per_second"] for entry in entries])
+        score = SeedMean.of([100 * entry["accuracy"] for entry in entries])
+        rate = SeedMean.of([entry["images_per_second"] for entry in entries])
         left = {", ".join(entry["experts"]) or "CLIP" for entry in entries}
         rows.append([str(steps - 1 - step), " / ".join(sorted(left)), str(score), f"{rate.mean:.0f}"])
         points.append((steps - 1 - step, score))
     lines(assets / "claims-detach.png", {"tove": points}, "experts left", logarithmic=False)
     half = steps // 2
     scores = [[100 * entry["accuracy"] for entry in curve["steps"]] for curve in curves]
-    cost = Interval.of([row[0] - row[half] for row in scores])
-    spared = Interval.of([0.1 * (row[0] - row[-1]) - (row[0] - row[half]) for row in scores])
+    cost = SeedMean.of([row[0] - row[half] for row in scores])
+    spared = SeedMean.of([0.1 * (row[0] - row[-1]) - (row[0] - row[half]) for row in scores])
     return f"""From each seed's ToVE, experts removed one by one, least contribution first, without training again. Contributions were measured on
 {ranked} records of the training set; each step was scored on {curves[0]["records"]:,} of {curves[0]["records_in_file"]:,} held-out questions.
 
@@ -281,28 +280,27 @@ CLIP's tokens: {verdict([spared])} The tower was trained with its experts, so th
 
 
 @section("e")
-def balance(settings: Settings, assets: Path) -> str:
+def balance(study: Study, assets: Path) -> str:
     names = ("tove", "no_balance", "no_noise", "no_balance_no_noise")
-    arms = [Runs(settings, name) for name in names]
+    arms = [Runs(study, name) for name in names]
     experts = ("depth", "normal", "edge", "segmentation")
     rows = []
     for arm in arms:
-        usage = [Interval.of([100 * v for v in arm.logged(f"gate/{name}")]) for name in experts]
-        entropy = Interval.of(arm.logged("gate/entropy"))
+        usage = [SeedMean.of([100 * v for v in arm.gate(name)]) for name in experts]
+        entropy = SeedMean.of(arm.gate("entropy"))
         rows.append(
             [arm.name, f"{entropy.mean:.2f} ± {entropy.half:.2f}", *map(str, usage), str(arm.interval("overall"))]
         )
     gains = [arms[0].gain(arm, "overall") for arm in arms[1:]]
     largest = [
-        [100 * max(values) for values in zip(*(arm.logged(f"gate/{name}") for name in experts), strict=True)]
-        for arm in arms
+        [100 * max(values) for values in zip(*(arm.gate(name) for name in experts), strict=True)] for arm in arms
     ]
-    drawn = [Interval.of([b - a for a, b in zip(largest[0], other, strict=True)]) for other in largest[1:]]
+    drawn = [SeedMean.of([b - a for a, b in zip(largest[0], other, strict=True)]) for other in largest[1:]]
     return f"""Entropy of the gate (at most {1.386:.2f} nats for four experts) and mean weight of each expert, over the last training steps.
 
 {markdown_table(["arm", "entropy", *(f"{name}, %" for name in experts), "accuracy, %"], rows)}
 
-The largest expert's mean weight is {Interval.of(largest[0])} % with both; {drawn[0].signed} points without the balance loss,
+The largest expert's mean weight is {SeedMean.of(largest[0])} % with both; {drawn[0].signed} points without the balance loss,
 {drawn[1].signed} without the noise. That the balance loss keeps the gate from collapsing onto one expert: {verdict(drawn[:1])} That the noise does: {verdict(drawn[1:2])}
 ToVE's gain in accuracy is {gains[0].signed} over the arm without the balance loss, {gains[1].signed} over the one without noise,
 {gains[2].signed} over the one without both. That both help accuracy: {verdict(gains)}
@@ -310,19 +308,19 @@ ToVE's gain in accuracy is {gains[0].signed} over the arm without the balance lo
 
 
 @section("f")
-def residual(settings: Settings, assets: Path) -> str:
-    clip, tove, replace = (Runs(settings, name) for name in ("clip", "tove", "replace"))
-    sets = [clip.right(seed) for seed in clip.seeds()]
+def residual(study: Study, assets: Path) -> str:
+    clip, tove, replace = (Runs(study, name) for name in ("clip", "tove", "replace"))
+    sets = [clip.right(seed) for seed in clip.by_seed]
     enough = -(-4 * len(sets) // 5)
     sure = [key for key in sets[0] if sum(found[key] for found in sets) >= enough]
     if not sure:
         return f"{by_type([tove, replace, clip])}\n\nThere is no question that plain CLIP answers well. {NOT}\n"
     shares = {
-        arm.name: [100 * sum(arm.right(seed)[key] for key in sure) / len(sure) for seed in arm.seeds()]
+        arm.name: [100 * sum(arm.right(seed)[key] for key in sure) / len(sure) for seed in arm.by_seed]
         for arm in (tove, replace)
     }
-    difference = Interval.of([a - b for a, b in zip(shares["tove"], shares["replace"], strict=True)])
-    kept = {name: Interval.of(values) for name, values in shares.items()}
+    difference = SeedMean.of([a - b for a, b in zip(shares["tove"], shares["replace"], strict=True)])
+    kept = {name: SeedMean.of(values) for name, values in shares.items()}
     return f"""{by_type([tove, replace, clip])}
 
 Questions that plain CLIP answers well, {len(sure):,} of {len(sets[0]):,} (right with at least {enough} of {len(sets)} seeds): ToVE still answers
@@ -333,11 +331,11 @@ That keeping CLIP's tokens protects what CLIP knows: {verdict([difference])}
 
 
 @section("g")
-def singles(settings: Settings, assets: Path) -> str:
+def singles(study: Study, assets: Path) -> str:
     experts = ("depth", "normal", "edge", "segmentation")
-    tove, clip = Runs(settings, "tove"), Runs(settings, "clip")
-    beside = [Runs(settings, f"clip_{name}") for name in experts]
-    instead = [Runs(settings, f"{name}_without_clip") for name in experts]
+    tove, clip = Runs(study, "tove"), Runs(study, "clip")
+    beside = [Runs(study, f"clip_{name}") for name in experts]
+    instead = [Runs(study, f"{name}_without_clip") for name in experts]
     rows = []
     for runs in (clip, *beside, *instead, tove):
         cells = [str(runs.interval(row)) for row in (BOTH, "shape", "overall")]
@@ -361,12 +359,8 @@ def _list(names: Sequence[str]) -> str:
 
 
 def bars(file: Path, arms: Sequence[Runs], rows: Sequence[str]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(1.6 + 1.1 * len(arms), 3.4))
+    drawn = figure(1.6 + 1.1 * len(arms), 3.4)
+    axes = drawn.subplots()
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):
         found = [arm.interval(row) for arm in arms]
@@ -378,16 +372,12 @@ def bars(file: Path, arms: Sequence[Runs], rows: Sequence[str]) -> None:
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(0, 100)
     axes.legend(loc="upper left", ncols=2, frameon=False)
-    _finish(plt, figure, file)
+    save(drawn, file)
 
 
-def lines(file: Path, points: dict[str, list[tuple[int, Interval]]], label: str, *, logarithmic: bool = True) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
+def lines(file: Path, points: dict[str, list[tuple[int, SeedMean]]], label: str, *, logarithmic: bool = True) -> None:
+    drawn = figure(5.5, 3.4)
+    axes = drawn.subplots()
     for name, row in points.items():
         xs, ys = [x for x, _ in row], [y.mean for _, y in row]
         axes.errorbar(xs, ys, [y.half for _, y in row], marker="o", capsize=3, label=name)
@@ -396,10 +386,4 @@ def lines(file: Path, points: dict[str, list[tuple[int, Interval]]], label: str,
     axes.set_xlabel(label)
     axes.set_ylabel("accuracy, %")
     axes.legend(frameon=False)
-    _finish(plt, figure, file)
-
-
-def _finish(plt, figure, file: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    save(drawn, file)

@@ -1,9 +1,10 @@
 """Make an ablation's jobs: caches, stages and evaluations, each computed once."""
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,20 @@ class Chain:
 
 @dataclass
 class Grid:
-    """All jobs, in an order that they can run in, and each arm's and seed's chain of them."""
+    """All jobs, in an order that they can run in, and each arm's and seed's chain of them.
+
+    Attributes:
+        wanted: keys of the jobs to run.
+    """
 
     out: Path
+    wanted: set[str] = field(default_factory=set)
     jobs: dict[str, Job] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
+
+    @property
+    def wanted_jobs(self) -> list[Job]:
+        return [job for key, job in self.jobs.items() if key in self.wanted]
 
     def folder(self, kind: str, name: str, key: str) -> Path:
         """Return a job's folder; another arm's, or an older one, with the same key is shared."""
@@ -94,24 +104,37 @@ def make_grid(plan: Plan, out: Path) -> Grid:
         ConfigError: an arm's preset, stage, flag or data is unusable; the message names file and arm.
     """
     grid = Grid(out)
-    checked = {(arm.name, stage): _settings(arm, stage) for arm in plan.arms for stage in arm.stages}
-    evaluation = plan.evaluation
-    if evaluation is not None:
-        try:
-            parse_conditions(",".join(evaluation.conditions))
-            find_data(",".join(evaluation.benchmarks), [evaluation.data_root])
-        except ToveError as error:
-            raise ConfigError(f"{plan.where}: evaluate: {error}") from error
+    checked = _checked_arms(plan)
+    sizes = _question_sizes(plan)
     caches = _caches(plan, checked, grid) if plan.feature_cache is not None else {}
     for seed in plan.seeds:
-        for arm in plan.arms:
+        for arm in (arm for arm in plan.arms if arm.name in {name for name, _ in checked}):
             chain = Chain(arm.name, seed)
             for stage in arm.stages:
                 _add_stage(grid, chain, arm, stage, checked[arm.name, stage], caches.get((arm.name, stage)))
-            if evaluation is not None:
-                _add_evaluation(grid, chain, evaluation)
+            if plan.evaluation is not None:
+                _add_evaluation(grid, chain, plan.evaluation, sizes)
             grid.chains.append(chain)
+    _want(grid, [job.key for chain in grid.chains if chain.arm in plan.chosen for job in chain.jobs])
     return grid
+
+
+def _want(grid: Grid, keys: Iterable[str]) -> None:
+    for key in keys:
+        grid.wanted.add(key)
+        _want(grid, grid.jobs[key].needs)
+
+
+def _checked_arms(plan: Plan) -> dict[tuple[str, str], Settings]:
+    """Read the settings of each arm's stages; leave out an arm that is neither chosen nor usable."""
+    found = {}
+    for arm in plan.arms:
+        try:
+            found |= {(arm.name, stage): _settings(arm, stage) for stage in arm.stages}
+        except ConfigError:
+            if arm.name in plan.chosen:
+                raise
+    return found
 
 
 def _settings(arm: Arm, stage: str) -> Settings:
@@ -156,9 +179,23 @@ def _add_stage(grid: Grid, chain: Chain, arm: Arm, stage: str, settings: Setting
     chain.stages[stage] = folder
 
 
-def _add_evaluation(grid: Grid, chain: Chain, evaluation: EvaluationPlan) -> None:
+def _question_sizes(plan: Plan) -> list[int]:
+    """Check the evaluation; return the sizes of its question files."""
+    evaluation = plan.evaluation
+    if evaluation is None:
+        return []
+    try:
+        parse_conditions(",".join(evaluation.conditions))
+        found = find_data(",".join(evaluation.benchmarks), [evaluation.data_root])
+    except ToveError as error:
+        raise ConfigError(f"{plan.where}: evaluate: {error}") from error
+    return [benchmark.question_file(root).stat().st_size for _, benchmark, root in found]
+
+
+def _add_evaluation(grid: Grid, chain: Chain, evaluation: EvaluationPlan, sizes: list[int]) -> None:
     before, model = chain.jobs[-1], chain.jobs[-1].output
-    key = _key([evaluation.flags(), before.key])
+    named = {**dataclasses.asdict(evaluation), "data_root": Path(evaluation.data_root).name, "batch_size": None}
+    key = _key([named, sizes, before.key])
     chain.evaluation = model / f"eval-{key}"
     words = ("eval", "--model", str(model), *evaluation.flags(), "--output", str(chain.evaluation))
     title = f"{chain.arm}, seed {chain.seed}: evaluation"

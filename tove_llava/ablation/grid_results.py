@@ -19,14 +19,17 @@ _COSTS = ("seconds", "cpu_seconds", "tries", "date", "commit", "machine")
 
 
 def write_results(grid: Grid) -> str:
-    """Write what is finished so far; return the tables for the terminal, empty without a run.
+    """Write the results of all arms so far; return tables for the terminal, empty without a run.
 
-    The last stage of each arm is in the tables.
+    A table has the last stage of each arm.
     """
     arms = dict.fromkeys(chain.arm for chain in grid.chains)
     groups = [Group(arm, runs) for arm in arms if (runs := _runs(grid, arm))]
     found = tables(groups, std=False)
-    whole = {"tables": [table.to_json() for table in found], "runs": [_chain_json(grid, c) for c in grid.chains]}
+    chains = {(chain.arm, chain.seed): _chain_json(grid, chain) for chain in grid.chains}
+    whole = [table.to_json() for table in found]
+    for run in (run for table in whole for group in table["groups"] for run in group["runs"]):
+        run |= chains[run["group"], run["seed"]]
     write_atomically(grid.out / RESULTS, json.dumps(whole, indent=1) + "\n")
     if not found:
         return ""
@@ -51,15 +54,13 @@ def _titled(table: RunTable, text: str, count: int) -> str:
 
 
 def _chain_json(grid: Grid, chain: Chain) -> dict[str, Any]:
-    """Return where an arm's seed is, and what its jobs took."""
+    """Return an arm's folders, and what its jobs took."""
     jobs = {}
     for job in chain.jobs:
         record = JobRecord(grid.out, job).read()
         jobs[job.name] = {"title": job.title, "state": record.get("state")}
         jobs[job.name] |= {key: record[key] for key in _COSTS if key in record}
     return {
-        "arm": chain.arm,
-        "seed": chain.seed,
         "stages": {stage: str(folder) for stage, folder in chain.stages.items()},
         "evaluation": chain.evaluation and str(chain.evaluation),
         "jobs": jobs,

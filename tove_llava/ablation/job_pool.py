@@ -57,7 +57,9 @@ class JobPool:
     failures: dict[str, str] = field(default_factory=dict)  # key -> why
 
     def __post_init__(self) -> None:
-        self._records = {key: JobRecord(self.grid.out, job) for key, job in self.grid.jobs.items()}
+        self._records = {
+            key: JobRecord(self.grid.out, job) for key, job in self.grid.jobs.items() if key in self.grid.wanted
+        }
         self._done = {key for key, record in self._records.items() if record.is_done}
         self._running: dict[str, _Child] = {}
         self._began, self._ended = time.monotonic(), 0
@@ -84,7 +86,8 @@ class JobPool:
     def _start_some(self) -> list[str]:
         """Start jobs while there is room; return those that run elsewhere."""
         elsewhere = []
-        for key, job in self.grid.jobs.items():
+        for job in self.grid.wanted_jobs:
+            key = job.key
             if key in self._done or key in self._running or key in self.failures:
                 continue
             lost = [need for need in job.needs if need in self.failures]

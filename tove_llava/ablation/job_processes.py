@@ -26,7 +26,10 @@ def spawn_job(words: Sequence[str], environment: Mapping[str, str], log: int, lo
 
 
 def fork_job(main: Main, words: Sequence[str], environment: Mapping[str, str], log: int) -> int:
-    """Fork this process: the job has its imports, which take seconds. Not after CUDA has been used."""
+    """Fork this process: the job has its imports, which take seconds.
+
+    It must come before this process uses CUDA, or computes on several threads.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()

@@ -1,7 +1,7 @@
 """Read the YAML file of an ablation: arms, stages, seeds, and what is evaluated."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -85,10 +85,16 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole ablation; ``where`` names its file in errors."""
+    """A whole ablation.
+
+    Attributes:
+        where: names its file in errors.
+        chosen: names of the arms to run; the others are only in the results.
+    """
 
     where: str
     arms: Sequence[Arm]
+    chosen: Collection[str]
     seeds: Sequence[int]
     evaluation: EvaluationPlan | None
     feature_cache: str | None
@@ -99,7 +105,7 @@ def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: 
 
     Args:
         overrides: ``key.path=value`` of the file's keys.
-        arms: keep these; all by default.
+        arms: run these; all by default.
 
     Raises:
         ConfigError: an unknown key or arm, a value of another type, or no arm; the message names file and key.
@@ -129,8 +135,7 @@ def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: 
     for name in arms:
         if name not in names:
             raise ConfigError(f"{where}: there is no arm {name!r}.{closest(name, names)} Known: {', '.join(names)}")
-    chosen = [arm for arm in found if not arms or arm.name in arms]
-    return Plan(where, chosen, read.seeds, read.evaluate, read.feature_cache)
+    return Plan(where, found, arms or names, read.seeds, read.evaluate, read.feature_cache)
 
 
 def _with_out(value: Any, out: str) -> Any:

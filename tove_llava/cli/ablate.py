@@ -17,13 +17,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.yaml", help="the grid")
     parser.add_argument("--out", metavar="DIR", help="all results (default: outputs/ and the file's name)")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override a key of FILE")
-    parser.add_argument("--arms", default="", metavar="A,B", help="only these arms")
+    parser.add_argument("--arms", default="", metavar="A,B", help="run only these arms; the results have all")
     parser.add_argument("--jobs", type=int, metavar="N", help="jobs at a time (default: one a GPU, or one a core)")
     parser.add_argument("--dry-run", action="store_true", help="list the jobs and their state, run nothing")
 
 
 def run(args: argparse.Namespace) -> int:
+    import os
     from pathlib import Path
+
+    # This process only waits. Its jobs are forks, which hang after a computation on several threads.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
     from tove_llava.ablation.plan import read_plan
     from tove_llava.ablation.seed_means import check_scipy
@@ -42,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     grid = make_grid(plan, out)
     if args.dry_run:
-        for job in grid.jobs.values():
+        for job in grid.wanted_jobs:
             print(
                 f"{JobRecord(out, job).read().get('state', 'to do')}: {job.title}\n  tove-llava {' '.join(job.words)}"
             )
@@ -55,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     gpus = gpu_ids()
     size = args.jobs or len(gpus) or core_count()
-    pool = JobPool(grid, min(size, len(grid.jobs)), main, gpus, say=lambda text: print(text, flush=True))
+    pool = JobPool(grid, min(size, len(grid.wanted)), main, gpus, say=lambda text: print(text, flush=True))
     pool.run()
     print(write_results(grid))
     if pool.failures:
         print("\n".join(f"{grid.jobs[key].title}: {why}" for key, why in pool.failures.items()))
-        print(f"{len(pool.failures)} of {len(grid.jobs)} jobs are not done; the same command tries them again")
+        print(f"{len(pool.failures)} of {len(grid.wanted)} jobs are not done; the same command tries them again")
     return 1 if pool.failures else 0
