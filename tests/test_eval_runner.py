@@ -16,6 +16,7 @@ from tove_llava.eval.rows import AppendFile, spread
 from tove_llava.eval.runner import Settings, run_benchmark
 from tove_llava.eval.tasks import Decoding, Task
 from tove_llava.inference.generation import Answerer
+from tove_llava.inference.reasoning import Spoken
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +214,16 @@ def test_table_has_question_types_as_rows_and_conditions_as_columns(model_folder
     assert lines[5].split()[-1] == "12"
     results = scores_of(tmp_path)
     assert set(results) == {"blank", "detached", "full"} and results["full"]["count"] == 12
+
+
+def test_think_blocks_are_counted_and_not_scored(model_folder, data, tmp_path, capsys, monkeypatch):
+    said = iter([Spoken("red", "Let me see", True), Spoken("", "It is", False)] + [Spoken("red")] * 100)
+    monkeypatch.setattr(Answerer, "spoken", lambda self, tokens: next(said))
+    evaluate(model_folder, data, tmp_path, "--limit", "6")
+    assert "2 answers began with a think block, which is not scored; 1 never closed it." in capsys.readouterr().out
+    rows = [json.loads(line) for line in next(tmp_path.rglob("answers.jsonl")).read_text().splitlines()]
+    assert sorted(row["metadata"].get("reasoning", "") for row in rows)[-2:] == ["It is", "Let me see"]
+    assert not any("Let me" in row["text"] for row in rows)
 
 
 def test_json_has_the_scores_of_every_benchmark(model_folder, data, tmp_path, capsys):

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import load_tokenizer
+from tove_llava.inference.reasoning import Spoken, spoken
 from tove_llava.inference.replies import BROKEN, TextStream
 from tove_llava.inference.rolling_batch import Row, next_tokens
 from tove_llava.inference.sampling import Sampling, drawn, warped
@@ -51,6 +52,27 @@ def test_a_character_of_several_tokens_comes_with_its_last():
     tokens = tokenizer.encode("a😀b", add_special_tokens=False)
     assert given_out(tokenizer, tokens) == ["a", "", "", "", "😀", "b", ""]
     assert given_out(tokenizer, tokens[:3])[-1] == BROKEN, "what was never finished shows at the end"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(st.text(max_size=20), st.text(max_size=12), st.sampled_from(["{}", "<think>{}</think>", "<think>{}"]))
+@settings(max_examples=60, deadline=None)
+def test_a_think_block_is_no_part_of_the_answer(name, block, answer, form):
+    tokenizer = TOKENIZERS[name]
+    tokens = tokenizer.encode(form.format(block) + answer, add_special_tokens=False)
+    stream = TextStream(tokenizer)
+    pieces = [*(stream.add([token]) for token in tokens), stream.add((), final=True)]
+    whole = spoken(tokenizer.decode(tokens, skip_special_tokens=True))
+    assert "".join(pieces).strip() == whole.answer
+    if form != "{}":
+        assert stream.reasoning == whole.reasoning is not None
+        assert whole.closed or not whole.answer
+
+
+def test_think_blocks_that_were_never_closed_leave_no_answer():
+    assert spoken(" <think>\nIt is\n</think>\n\nA <think> ball.") == Spoken("A <think> ball.", "It is", True)
+    assert spoken("<think>It is a") == Spoken("", "It is a", False)
+    assert spoken("A ball. <think>") == Spoken("A ball. <think>") and spoken("<thin") == Spoken("<thin")
 
 
 @pytest.mark.parametrize(

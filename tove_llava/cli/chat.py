@@ -55,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
                 for piece in reply:
                     print(piece, end="", flush=True)
             print()
+            if reply.reasoning is not None:
+                print(f"(a think block of {len(reply.reasoning)} characters; --json shows it)", file=sys.stderr)
             return 0
         return _converse(chat)
 
@@ -73,6 +75,7 @@ def _print_json(chat: "Conversation", question: str) -> int:
         "experts": list(chat.attached or ()),
         "question": question,
         "answer": text,
+        **({"reasoning": reply.reasoning} if reply.reasoning is not None else {}),
         "routing": [entry.means if entry else None for entry in routing],
         "tokens": timing.tokens if timing else 0,
         "tower_seconds": round(timing.tower, 4) if timing else 0.0,

@@ -112,6 +112,9 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
                 score, result = _score(evaluation, task, run, run_folder, condition, asker.template.name, origin)
                 columns[condition.title], results[task.name][condition.name] = score, result
         remarks = dict.fromkeys(line for score in columns.values() for line in notes(score))
+        for thought in (result["reasoning"] for result in results[task.name].values() if "reasoning" in result):
+            count, never = thought["answers"], thought["never_closed"]
+            remarks[f"{count} answers began with a think block, which is not scored; {never} never closed it."] = None
         tables.append("\n".join([score_table(columns, corner=f"{task.name} (%)"), *_origin_of_data(task), *remarks]))
     if ranks.rank != 0:
         return None
@@ -175,9 +178,16 @@ def _score(
         "limit": evaluation.limit,
         "template": template,
         "answers": os.fspath(folder / ANSWERS),
+        **_reasoning(run.rows),
     }
     result_files.save(folder, {**origin, "condition": dataclasses.asdict(condition), **result}, items)
     return score, result
+
+
+def _reasoning(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Count the answers that began with a think block, which is not scored."""
+    closed = [row["metadata"]["reasoning_closed"] for row in rows if "reasoning_closed" in row["metadata"]]
+    return {"reasoning": {"answers": len(closed), "never_closed": closed.count(False)}} if closed else {}
 
 
 def _local_device() -> str:

@@ -84,6 +84,11 @@ class Reply:
         return "".join(self).strip()
 
     @property
+    def reasoning(self) -> str | None:
+        """Return the think block that the answer began with, so far; None without one."""
+        return self._request.stream.reasoning
+
+    @property
     def position(self) -> int:
         """Return the position in the queue from 1; 0 after the start."""
         return self._engine.worker.position(self._request)

@@ -27,6 +27,7 @@ from tove_llava.data import (
 )
 from tove_llava.data.images import AspectRatio
 from tove_llava.data.tokenization import end_ids
+from tove_llava.inference.reasoning import Spoken, spoken
 from tove_llava.inference.sequences import as_images, pad_left
 from tove_llava.presets import QuantizationPreset
 from tove_llava.tower import ToveVisionModel
@@ -293,8 +294,12 @@ class Answerer:
         return ids[: ends[0]] if ends else ids
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return the text of generated tokens, without special tokens, stripped."""
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        """Return the text of generated tokens, stripped, without special tokens and think block."""
+        return self.spoken(tokens).answer
+
+    def spoken(self, tokens: Sequence[int]) -> Spoken:
+        """Return the text of generated tokens, and their think block by itself."""
+        return spoken(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def ends(self, token: int) -> bool:
         """Tell if an answer ends with this token."""

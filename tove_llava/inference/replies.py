@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tove_llava.inference.reasoning import ReasoningFilter, spoken
 from tove_llava.inference.rolling_batch import Row
 
 BROKEN = "\ufffd"  # what decoders write for bytes that are not (yet) a character
@@ -18,17 +19,27 @@ class TextStream:
     """Turns tokens into text as they come, only in whole characters.
 
     The text of a token depends on its neighbours, so each piece is the growth of the last few tokens' text. Joined, the
-    pieces are the text of all tokens without leading white space. (``tokenizers.decoders.DecodeStream`` raises where
-    LLaMA's byte tokens form no character, so it cannot serve drawn answers.)
+    pieces are the text of all tokens, without leading white space and without a think block.
+    (``tokenizers.decoders.DecodeStream`` raises where LLaMA's byte tokens form no character, so it cannot serve drawn
+    answers.)
     """
 
     tokenizer: Any
     _window: list[int] = field(default_factory=list)  # tokens whose text was returned, as context, and later ones
     _given: int = 0  # tokens of the window whose text was returned
     _started: bool = False
+    _reasoning: ReasoningFilter = field(default_factory=ReasoningFilter)
+
+    @property
+    def reasoning(self) -> str | None:
+        """Return the think block that the answer began with, so far; None without one."""
+        return spoken(self._reasoning.whole).reasoning
 
     def add(self, tokens: Sequence[int], final: bool = False) -> str:
-        """Return the text that is now certain; with ``final``, all text."""
+        """Return the answer's text that is now certain; with ``final``, all of it."""
+        return self._reasoning.pass_on(self._certain(tokens, final), final)
+
+    def _certain(self, tokens: Sequence[int], final: bool) -> str:
         self._window += tokens
         before, after = (
             str(self.tokenizer.decode(part, skip_special_tokens=True))

@@ -14,7 +14,9 @@ class Generate(Mode):
         return RollingBatch(self.answerer, self.images, self.share)
 
     def answer(self, row: Row) -> Answer:
-        return Answer(row.job.question, self.answerer.text(row.tokens))
+        found = self.answerer.spoken(row.tokens)
+        thought = {} if found.reasoning is None else {"reasoning": found.reasoning, "reasoning_closed": found.closed}
+        return Answer(row.job.question, found.answer, thought)
 
 
 @register_mode("batches")
