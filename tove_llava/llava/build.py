@@ -298,8 +298,23 @@ def build_on_meta(
         language = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(preset.language.dtype))
     vision = vision_config(preset.vision, offline=True) if vision is None else vision
     model = assemble(language, vision, preset.projector)
-    grow_vocabulary(model, config.vocab_size + 1)
+    grow_vocabulary(model, _planned_tokens(preset.language, config.vocab_size))
     return model
+
+
+def _planned_tokens(language: LanguagePreset, rows: int) -> int:
+    """Count tokens with the image token, of which the embeddings may have rows to spare.
+
+    Without the tokenizer's files every row counts as used, as LLaMA's are.
+    """
+    source = Source.parse(language.tokenizer or language.source)
+    if source.scheme == "hf" and source.path is None:  # the hub is not asked
+        return rows + 1
+    try:
+        tokenizer = read_tokenizer(language)
+    except CheckpointError:
+        return rows + 1
+    return len(tokenizer) + (language.image_token not in tokenizer.get_vocab())
 
 
 def parameter_names(model: nn.Module, *modules: nn.Module) -> set[str]:
