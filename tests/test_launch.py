@@ -15,6 +15,8 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.train import launcher
 from tove_llava.train.launcher import Launch, plan, run_ranks
 
+OUT = "outputs/quickstart"
+
 # A rank that takes half a second to save after SIGINT or SIGTERM.
 SAVES = r"""
 import os, signal, sys, time
@@ -97,7 +99,7 @@ def test_ranks_find_each_other_and_get_the_flags(monkeypatch, tmp_path):
 
 def test_one_rank_for_each_visible_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    assert plan(None, None, None, None).processes == 2
+    assert str(plan(None, None, None, None)) == "2 processes with a GPU each"
     assert plan(8, None, __file__, None).processes == 8  # of other nodes
     with pytest.raises(ConfigError, match="has 2"):
         plan(3, None, None, None)
@@ -113,7 +115,7 @@ def test_cores_are_shared_without_a_gpu(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     launch = plan(4, None, None, None)
     assert launch.processes == 4 and launch.environment["OMP_NUM_THREADS"] == "2"
-    assert plan(None, None, None, None).processes == 2
+    assert str(plan(None, "torchrun", None, None)) == "2 processes on the CPU by torchrun"
 
 
 @pytest.mark.parametrize(
@@ -178,9 +180,6 @@ def test_quickstart_runs_four_verbs_and_names_the_next(verbs, capsys, monkeypatc
     assert seen[0][seen[0].index("--train") + 1] == "8000" and seen[3][-1] == "7"
     out = capsys.readouterr().out
     assert f"demo --model {OUT}/model" in out and "val_000000.png" in out
-
-
-OUT = "outputs/quickstart"
 
 
 def test_quickstart_stops_at_a_failed_step(verbs, capsys):

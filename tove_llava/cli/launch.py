@@ -23,6 +23,7 @@ Environment variables give defaults, also for flags of the trainer:
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 HELP = "train one stage on several GPUs or nodes"
@@ -73,7 +74,9 @@ def run(args: argparse.Namespace) -> int:
     arguments = [*trainer_flags(args.preset, args.stage), *args.passed_on]
     if args.hostfile:  # other nodes do not inherit this environment
         arguments += plugin_flags()
-    return run_ranks(plan(gpus, args.launcher, args.hostfile, port), arguments)
+    launch = plan(gpus, args.launcher, args.hostfile, port)
+    print(f"launch: {launch}", file=sys.stderr, flush=True)
+    return run_ranks(launch, arguments)
 
 
 def trainer_flags(preset: str, stage_name: str) -> list[str]:

@@ -3,7 +3,7 @@
 usage: tove-llava merge --model DIR --data_path JSON --image_folder DIR --output_dir DIR [flags of 'tove-llava train']
 
 The settings are those of the model's preset, or of --preset. The model may be stage 2's (the merge follows it) or stage
-1's (the merge replaces stage 2). Under DeepSpeed: bash scripts/merge.sh.
+1's (the merge replaces stage 2). On several GPUs: tove-llava launch merge.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 import argparse
 import os
 
-HELP = "train one stage of a preset (scripts/pretrain.sh and its siblings start it under DeepSpeed)"
+HELP = "train one stage of a preset in this process ('launch' starts one for each GPU)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ _HINTS = {
     "--data_path": _SCENES,
     "--image_folder": _SCENES,
     "--feature_cache": ". Make it first: tove-llava features --help",
-    "--pretrained": ". Name the stage before: STAGE1_DIR for scripts/finetune_lora.sh, MODEL_DIR for scripts/merge.sh",
+    "--pretrained": ". Name the folder of the stage before (launch: STAGE1_DIR, or MODEL_DIR of a merge)",
 }
 
 

@@ -55,6 +55,13 @@ class Launch:
                 "Training without DeepSpeed: --deepspeed none"
             )
 
+    def __str__(self) -> str:
+        words = ["1 process" if self.processes == 1 else f"{self.processes} processes"]
+        words.append("on the CPU" if self.environment else "with a GPU each")
+        words += ["on each node of", self.hostfile] if self.hostfile else []
+        words += ["by", self.launcher] if self.launcher else []
+        return " ".join(words)
+
     def commands(self, arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
         """Return the command and the environment of each process to start."""
         inherited = {**os.environ, **(self.environment or {})}
