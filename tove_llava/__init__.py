@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from tove_llava.checkpoints.tower_loading import load_tower
     from tove_llava.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, ToveError
     from tove_llava.core.plugins import load_plugin
+    from tove_llava.data.templates import register_template
+    from tove_llava.eval.benchmarks import register_benchmark
     from tove_llava.experts import Expert, ExpertSpec, register_expert
     from tove_llava.llava import (
         ToveLlavaConfig,
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     )
     from tove_llava.presets import load_preset
     from tove_llava.tower import ToveVisionConfig, ToveVisionModel, ToveVisionOutput
+    from tove_llava.tower.fusion import register_fusion
+    from tove_llava.tower.gate import register_gate
 
 _HOMES = {
     "tove_llava.checkpoints.conversion": ("convert_checkpoint",),
@@ -30,10 +34,14 @@ _HOMES = {
     "tove_llava.checkpoints.tower_loading": ("load_tower",),
     "tove_llava.core.errors": ("CheckpointError", "ConfigError", "DataError", "NonFiniteError", "ToveError"),
     "tove_llava.core.plugins": ("load_plugin",),
+    "tove_llava.data.templates": ("register_template",),
+    "tove_llava.eval.benchmarks": ("register_benchmark",),
     "tove_llava.experts": ("Expert", "ExpertSpec", "register_expert"),
     "tove_llava.llava": ("ToveLlavaConfig", "ToveLlavaForConditionalGeneration", "build_model"),
     "tove_llava.presets": ("load_preset",),
     "tove_llava.tower": ("ToveVisionConfig", "ToveVisionModel", "ToveVisionOutput"),
+    "tove_llava.tower.fusion": ("register_fusion",),
+    "tove_llava.tower.gate": ("register_gate",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -58,7 +66,11 @@ __all__ = [
     "load_preset",
     "load_tower",
     "open_llava",
+    "register_benchmark",
     "register_expert",
+    "register_fusion",
+    "register_gate",
+    "register_template",
 ]
 
 

@@ -47,6 +47,11 @@ def convert_checkpoint(
     Raises:
         ConfigError: an unknown format or flag, a model that the format cannot hold, or a target that is in use.
         CheckpointError: the source is damaged, or the target cannot be written. An error leaves no files.
+
+    Example:
+        >>> remarks = tove_llava.convert_checkpoint(llava, "converted")  # a LLaVA-1.5 becomes a folder of this package
+        >>> tove_llava.load_model("converted")[0].tower.config.fusion
+        'none'
     """
     writer = FORMATS.get(to)()
     if overrides and preset is None:

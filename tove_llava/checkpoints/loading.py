@@ -88,6 +88,11 @@ def load_model(
     Raises:
         CheckpointError: the folder is incomplete, damaged, of another tower, or names a source that is not there.
         ConfigError: adapters are to be folded into quantised weights, or bitsandbytes is not installed.
+
+    Example:
+        >>> model, processor = tove_llava.load_model(run)  # the output folder of a training run
+        >>> model.get_routing(image).shape, processor.conversation_template  # [images, tokens, experts]
+        (torch.Size([1, 16, 2]), 'v1')
     """
     folder = checkpoint_folder(folder)
     if keep_stock and is_stock_llava(folder):
@@ -114,7 +119,23 @@ def load_model(
 def open_llava(
     folder: str | os.PathLike[str], **options: Any
 ) -> tuple[ToveLlavaForConditionalGeneration, LlavaProcessor]:
-    """Open a LLaVA-1.5 with :func:`load_model`; errors speak of formats."""
+    """Open a LLaVA-1.5 with :func:`load_model`; errors speak of formats.
+
+    Args:
+        folder: of any format.
+        options: those of :func:`load_model`.
+
+    Returns:
+        model and processor.
+
+    Raises:
+        CheckpointError: the folder has no known format, or is damaged.
+
+    Example:
+        >>> model, processor = tove_llava.open_llava(llava)
+        >>> model.tower.active_experts  # its tower is only CLIP
+        []
+    """
     find_format(Path(folder))
     return load_model(folder, **options)
 

@@ -39,7 +39,26 @@ E = TypeVar("E", bound="type[Expert]")
 
 
 def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
-    """Register a class as an expert for ``schemes`` (default: its source's)."""
+    """Return a class decorator that registers an :class:`Expert` under ``name``.
+
+    Args:
+        name: what ``expert`` or ``name`` says in a preset's ``vision.experts``.
+        schemes: kinds of source that the class reads, such as ``"hf"``; that of ``default_source`` by default.
+
+    Raises:
+        ConfigError: another class has the name and scheme.
+
+    Example:
+        >>> @tove_llava.register_expert("blur", "bundled")
+        ... class Blur(tove_llava.Expert):
+        ...     def build(self, pretrained):
+        ...         return torch.nn.AvgPool2d(16)
+        ...     def features(self, pixels):
+        ...         return self.network(pixels)  # [B,3,96,96] -> [B,3,6,6]
+        >>> experts = "vision.experts=[{name: blur, source: 'bundled:clip', image_size: 96}]"
+        >>> tove_llava.load_tower("tiny", overrides=[experts])(image, output_experts=True).experts["blur"].shape
+        torch.Size([1, 3, 6, 6])
+    """
 
     def add(cls: E) -> E:
         if name not in _families:
@@ -59,11 +78,24 @@ class Expert(nn.Module, ABC):
     """A frozen, pre-trained network that turns an image into a feature map.
 
     Until :meth:`load` there are no weights, but ``spec.width`` and ``spec.grid`` are known, from the spec or from the
-    source's configuration. Once loaded, the expert stays in eval mode, without gradients, and runs without autograd
-    (``no_grad``: the trainable parts' backward pass could not save tensors made in inference mode).
+    source's configuration. Once loaded, the expert stays in eval mode, and runs without autograd (``no_grad``: the
+    trainable parts' backward pass could not save tensors made in inference mode).
 
     Subclasses set the class attributes and write :meth:`build` and :meth:`features`, and :meth:`configure` if the
     source states the normalisation or the input size.
+
+    Args:
+        spec: name, source, mode and options.
+        base_dir: folder that a relative source lies in.
+
+    Raises:
+        ConfigError: an option, mode or source that the class does not know. CheckpointError: no such weights.
+
+    Example:
+        >>> expert = tove_llava.experts.build_expert({"name": "edge", "source": "bundled:edge", "mode": "map"})
+        >>> expert.load()
+        >>> expert(torch.rand(2, 3, 64, 80)).shape  # any size, values in 0..1 -> [B,width,*grid]
+        torch.Size([2, 1, 24, 24])
     """
 
     default_source: ClassVar[str] = ""
@@ -80,7 +112,6 @@ class Expert(nn.Module, ABC):
     interpolation: str = "bicubic"
 
     def __init__(self, spec: ExpertSpec, base_dir: str | PathLike[str] | None = None) -> None:
-        """Read the configuration; a relative source is inside ``base_dir``."""
         super().__init__()
         if not spec.source:
             spec = spec.replace(source=self.default_source)

@@ -24,6 +24,14 @@ class ExpertSpec:
         width, grid: channels and (rows, columns) of the expert's output, which
             :func:`tove_llava.experts.complete_specs` fills in, so that trainable parts need no source.
         options: keys that the registered expert understands; see its class.
+
+    Raises:
+        ConfigError: a value that no expert can have.
+
+    Example:
+        >>> spec = tove_llava.ExpertSpec("near", expert="depth", source="bundled:depth", mode="map")
+        >>> spec.replace(image_size=64).image_size, spec.is_complete
+        (64, False)
     """
 
     name: str

@@ -60,8 +60,16 @@ def build_model(
         load_backbones: False leaves out CLIP and the experts, for a model that is not run.
         seed: of the projector's and the tower's initial values.
 
+    Returns:
+        the model, untrained where the preset's parts are, and its processor.
+
     Raises:
         ConfigError: a wrong preset or key. CheckpointError: a source that is not there or does not fit.
+
+    Example:
+        >>> model, processor = tove_llava.build_model("tiny", overrides=["vision.top_k=2"])
+        >>> model.tower.config.top_k, processor.conversation_template
+        (2, 'v1')
     """
     if isinstance(preset, str):
         preset = load_preset(preset, overrides)

@@ -15,8 +15,16 @@ from tove_llava.tower import ToveVisionConfig
 class ToveLlavaConfig(LlavaConfig):
     """LLaVA's configuration, with a :class:`~tove_llava.tower.ToveVisionConfig` as ``vision_config``.
 
+    Args:
+        vision_config: the tower's, or its dict; the other keys are LLaVA's.
+
     Raises:
         ConfigError: another kind of vision configuration, or a layer or token selection that the tower does not have.
+
+    Example:
+        >>> config = tove_llava.ToveLlavaConfig.from_pretrained(folder)
+        >>> config.vision_config.expert_names, config.image_seq_length
+        (['depth', 'normal', 'edge', 'segmentation'], 36)
     """
 
     model_type = "tove_llava"

@@ -61,8 +61,16 @@ class ToveLlavaOutput(LlavaCausalLMOutputWithPast):
 class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """transformers' LLaVA with a :class:`~tove_llava.tower.ToveVisionModel` as its vision tower.
 
+    Args:
+        config: of tower, projector and language model; new weights are random. See :func:`tove_llava.build_model`.
+
     Attributes:
         origin: the checkpoint that the model was loaded from (:class:`~tove_llava.checkpoints.origin.Origin`), if any.
+
+    Example:
+        >>> model = tove_llava.ToveLlavaForConditionalGeneration.from_pretrained(folder)
+        >>> model.get_routing(image).shape  # [images, tokens, experts]
+        torch.Size([1, 36, 4])
     """
 
     config: ToveLlavaConfig
@@ -158,7 +166,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def get_routing(
-        self, pixel_values: torch.Tensor | None = None, *, vision_features: TowerFeatures | None = None
+        self, pixel_values: Any = None, *, vision_features: TowerFeatures | None = None
     ) -> torch.Tensor | None:
         """Return float32 gate weights ``[B,N,S]`` in the current mode, or None."""
         with torch.no_grad():

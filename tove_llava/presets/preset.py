@@ -214,6 +214,14 @@ def load_preset(name_or_path: str, overrides: Sequence[str] = ()) -> Preset:
 
     Raises:
         ConfigError: no such preset, an unknown key (near matches are named), or a value of the wrong type.
+
+    Returns:
+        the preset, as dataclasses.
+
+    Example:
+        >>> preset = tove_llava.load_preset("tiny", ["vision.experts.depth.mode=features"])
+        >>> preset.vision.experts[0]["mode"], preset.stages["finetune_lora"].template
+        ('features', 'v1')
     """
     data = _read(name_or_path, seen=())
     for override in overrides:

@@ -62,7 +62,7 @@ def check_fusion(name: str, options: dict[str, Any] | None = None) -> list[str]:
     Example:
         >>> from tove_llava.testing import check_fusion
         >>> check_fusion("tove")[0]
-        'returns tokens [images, num_tokens, output_width] in the dtype of CLIP\\'s'
+        "returns tokens [images, num_tokens, output_width] in the dtype of CLIP's"
     """
     cls = FUSIONS.get(name)
     return _contract.check(lambda: _subject(name, options), f"fusion {name!r}", cls)

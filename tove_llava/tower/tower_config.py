@@ -69,6 +69,12 @@ class ToveVisionConfig(PreTrainedConfig):
 
     Raises:
         ConfigError: an unknown key, or values that contradict each other.
+
+    Example:
+        >>> edge = {"name": "edge", "source": "bundled:edge"}
+        >>> config = tove_llava.ToveVisionConfig.from_sources("bundled:clip", [edge])
+        >>> config.num_patches, config.clip_width, config.expert_specs[0].grid
+        (36, 192, (3, 3))
     """
 
     model_type = "tove_vision"

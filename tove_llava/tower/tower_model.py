@@ -29,6 +29,15 @@ class ToveVisionModel(PreTrainedModel):
 
     CLIP-normalised [B,3,S,S] become [B,N,d]. ``fusion``, the only registered submodule, holds everything trainable and
     nothing else. ``frozen`` holds CLIP and the experts; until :meth:`load_backbones` the tower refuses to run.
+    ``processor`` is the image processor.
+
+    Args:
+        config: CLIP, experts and fusion. :func:`tove_llava.load_tower` also loads the weights.
+
+    Example:
+        >>> tower = tove_llava.ToveVisionModel.from_pretrained(folder)
+        >>> tower(pixel_values=tower.processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state.shape
+        torch.Size([1, 36, 192])
     """
 
     config: ToveVisionConfig

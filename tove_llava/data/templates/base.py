@@ -88,7 +88,25 @@ T = TypeVar("T", bound=type[Template])
 
 
 def register_template(name: str, *aliases: str) -> Callable[[T], T]:
-    """Return a decorator that registers a template's name and aliases."""
+    """Return a class decorator that registers a conversation template.
+
+    Args:
+        name: what ``template`` says in a stage of a preset.
+        aliases: further names.
+
+    Raises:
+        ConfigError: another template has one of the names.
+
+    Example:
+        >>> from tove_llava.data import Turn, get_template
+        >>> from tove_llava.data.templates import Segment, Template
+        >>> @tove_llava.register_template("bare_lines")
+        ... class BareLines(Template):
+        ...     def render(self, turns, tokenizer):
+        ...         return [Segment(f"{turn.text or ''}\\n", turn.role == "assistant") for turn in turns]
+        >>> get_template("bare_lines").prompt([Turn("user", "How many?"), Turn("assistant", "Two.")], None)
+        'How many?\\nTwo.\\n'
+    """
 
     def add(cls: T) -> T:
         cls.name = name

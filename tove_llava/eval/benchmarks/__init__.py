@@ -15,11 +15,11 @@ import binascii
 import io
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.registry import Registry
@@ -212,7 +212,30 @@ class Benchmark(ABC):
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "tove_llava.eval.benchmarks")
-register_benchmark = BENCHMARKS.register
+B = TypeVar("B", bound=type[Benchmark])
+
+
+def register_benchmark(name: str) -> Callable[[B], B]:
+    """Return a class decorator that registers a :class:`Benchmark` under ``name``.
+
+    Args:
+        name: what ``tove-llava eval --benchmark`` takes.
+
+    Raises:
+        ConfigError: another benchmark has that name.
+
+    Example:
+        >>> from tove_llava.eval.benchmarks import Benchmark, Score, get_benchmark
+        >>> @tove_llava.register_benchmark("never_empty")
+        ... class NeverEmpty(Benchmark):
+        ...     question_path, image_folder = "never_empty/questions.jsonl", "never_empty/images"
+        ...     def score(self, predictions, truth):
+        ...         marks = {row["question_id"]: float(bool(row["text"])) for row in predictions}
+        ...         return Score({"answered": sum(marks.values()) / len(marks)}, len(marks), {}, marks=marks)
+        >>> get_benchmark("never_empty").score([{"question_id": 0, "text": "Red."}], []).scores
+        {'answered': 1.0}
+    """
+    return cast("Callable[[B], B]", BENCHMARKS.register(name))
 
 
 def get_benchmark(name: str, rule: str | None = None) -> Benchmark:
