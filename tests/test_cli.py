@@ -72,6 +72,15 @@ def test_expected_ends_have_their_code_and_no_traceback(monkeypatch, capsys, err
     assert words in err and "Traceback" not in err
 
 
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "run", Mock(side_effect=ModuleNotFoundError("No module", name="peft.tuners")))
+    assert cli.main(["doctor"]) == 2
+    assert "pip install 'tove-llava[train]'" in capsys.readouterr().err
+    monkeypatch.setattr(doctor, "run", Mock(side_effect=ModuleNotFoundError("No module", name="users_own")))
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["doctor"])
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(doctor, "run", lambda args: 1 // 0)
     with pytest.raises(ZeroDivisionError):

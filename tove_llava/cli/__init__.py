@@ -29,6 +29,7 @@ from tove_llava.core.plugins import FLAG, take_plugin_flags
 from tove_llava.core.registry import closest
 from tove_llava.core.text import listed
 from tove_llava.core.version import __version__
+from tove_llava.doctor.packages import remedy_of
 
 PROGRAM = "tove-llava"
 
@@ -107,6 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(module.run(args) or 0)
     except ToveError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        remedy = remedy_of(error.name)
+        if remedy is None:
+            raise
+        if os.environ.get("RANK", "0") == "0":  # all ranks miss it
+            print(f"{PROGRAM} {name}: {error.name} is not installed; install it: {remedy}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:  # a training's has words and a code of its own
         print(f"\n{PROGRAM} {name}: {str(error) or 'interrupted'}", file=sys.stderr)

@@ -43,6 +43,12 @@ def installed_version(distribution: str) -> str | None:
         return None
 
 
+def remedy_of(module: str | None) -> str | None:
+    """Return the command that installs a module of a known package, or None."""
+    name = (module or "").partition(".")[0]
+    return next((remedy for package, _, _, remedy in (*_BASE, *_OPTIONAL) if package == name), None)
+
+
 def packages() -> list[Finding]:
     """Check that each package is installed and new enough."""
     findings = []
