@@ -139,6 +139,7 @@ def test_flag_that_is_meant_is_named(typed, meant, capsys):
 
 def test_what_people_type_is_no_flag_and_leads_to_one():
     known = Parser().flags()
+    assert set(flags.COMMON) - {"set", "plugin"} <= known
     assert not known & set(flags.MEANT)
     assert {flag[2:].split()[0] for flag in flags.MEANT.values() if flag.startswith("--")} <= known
     assert Parser().given(["--learning-rate", "1"]) == Parser().given(["--learning_rate=1"])

@@ -75,9 +75,10 @@ SWITCHES = {
     "help_all": "show the other flags of transformers.TrainingArguments too",
 }
 
-# --set, and transformers' flags that most runs need: the value's name and our own help.
+# --set, --plugin, and transformers' flags that most runs need: the value's name and our own help.
 COMMON = {
     "set": ("key.path=value", "override a key of the preset; may be repeated"),
+    "plugin": ("FILE.py", "load parts of your own; may be repeated"),
     "output_dir": ("DIR", "folder that the run writes; the same command resumes what is in it"),
     "num_train_epochs": ("X", "passes over the records"),
     "max_steps": ("N", "optimizer steps, instead of epochs"),
@@ -104,7 +105,7 @@ COMMON = {
 }
 
 GROUPS = {
-    "run": "preset stage set output_dir print_config meta help help_all",
+    "run": "preset stage set plugin output_dir print_config meta help help_all",
     "data": "data_path image_folder allow_image_links template image_aspect_ratio image_resize model_max_length "
     "group_by_modality_length dataloader_num_workers",
     "start and length": "pretrained num_train_epochs max_steps per_device_train_batch_size "

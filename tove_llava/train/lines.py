@@ -69,8 +69,12 @@ def describe(logs: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def ending(args: TrainingArguments, state: TrainerState) -> str:
-    """Write the last lines of a run: what it learned, where the model is, and what comes next."""
+def ending(args: TrainingArguments, state: TrainerState, next_stage: str) -> str:
+    """Write the last lines of a run: what it learned, where the model is, and what comes next.
+
+    Args:
+        next_stage: command of a stage that usually follows, or an empty string.
+    """
     folder = args.output_dir
     logged = [entry for entry in state.log_history if "lm_loss" in entry]
     losses = ""
@@ -80,7 +84,11 @@ def ending(args: TrainingArguments, state: TrainerState) -> str:
         losses += f", last lm_loss {last['lm_loss']:.6f}"
     lines = [f"saved {folder} after {state.global_step} steps{losses}"]
     if "tensorboard" in args.report_to:
-        lines.append(f"curves: tensorboard --logdir {os.environ.get('TENSORBOARD_LOGGING_DIR', Path(folder) / 'runs')}")
-    lines.append(f"next:   tove-llava chat --model {folder} --image FILE")
-    lines.append(f"        tove-llava eval --model {folder} --benchmark scenes")
-    return "\n".join(lines)
+        curves = os.environ.get("TENSORBOARD_LOGGING_DIR", Path(folder) / "runs")
+        lines.append(f"curves: tensorboard --logdir {curves}")
+    commands = [next_stage] if next_stage else []
+    commands += [
+        f"tove-llava chat --model {folder} --image FILE",
+        f"tove-llava eval --model {folder} --benchmark scenes",
+    ]
+    return "\n".join([*lines, "next:   " + "\n        ".join(commands)])

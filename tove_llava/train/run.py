@@ -40,7 +40,7 @@ from tove_llava.train.run_record import is_finished, run_record, stage_history, 
 from tove_llava.train.run_settings import Settings
 from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stage_data import make_dataset, make_further_images
-from tove_llava.train.stages import LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
+from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
 from tove_llava.train.trainer import ToveTrainer
 
@@ -108,7 +108,7 @@ def run(settings: Settings) -> None:
     if args.should_save:
         trainer.save_state()
         _save(settings, start, model, trainable, tensors, stages)
-        _say(ending(args, trainer.state))
+        _say(ending(args, trainer.state, _next_stage(settings, trainable)))
     if dist.is_initialized():
         dist.barrier()
 
@@ -120,6 +120,13 @@ def _end_if_interrupted(trainer: ToveTrainer) -> None:
         again = f"the same command goes on with step {step + 1} of {steps}"
         raise Interrupted(trainer.interrupted, f"saved {saved}; {again}")
     note("training is over; its model is being saved")
+
+
+def _next_stage(settings: Settings, trainable: Trainable) -> str:
+    """Return the command that fine-tunes a model whose language model has not been trained yet."""
+    if {LANGUAGE, LORA, ENCODER} & set(trainable.parts) or "finetune_lora" not in settings.preset.stages:
+        return ""
+    return f"tove-llava train --stage finetune_lora --pretrained {settings.output_dir} ..."
 
 
 def _set_checkpointing(model: ToveLlavaForConditionalGeneration, trainable: Trainable, stage: StagePreset) -> None:

@@ -66,8 +66,10 @@ class Settings:
             "dataloader_pin_memory": pinned,
             "accelerator_config": {"non_blocking": pinned},  # a batch is copied while the step before it runs
         }
-        # Checkpointing is set on the model itself (tove_llava.train.recomputation).
-        given = {key: value for key, value in self.training.items() if key not in ("deepspeed", *CHECKPOINTING_FLAGS)}
+        # Checkpointing is set on the model itself (tove_llava.train.recomputation). Signals are handled for all ranks
+        # (tove_llava.train.interrupts); transformers' checkpoint at SIGTERM would be of one rank.
+        elsewhere = ("deepspeed", "enable_jit_checkpoint", *CHECKPOINTING_FLAGS)
+        given = {key: value for key, value in self.training.items() if key not in elsewhere}
         try:
             return TrainingArguments(
                 **{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": self.deepspeed_file()}

@@ -311,6 +311,8 @@ class _Numbered(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        if get_worker_info() is not None:
+            interrupts.leave_to_parent()  # a signal for the process group must not end the workers before the run
         return index, self.dataset[index], None if self.further is None else self.further.of(index)
 
 
@@ -319,10 +321,8 @@ class _NumberedCollator:
         self.collator = collator
 
     def __call__(self, numbered: list[Any]) -> dict[str, Any] | PackedBatch:
-        if get_worker_info() is None:
-            return self._collate(numbered)
-        interrupts.leave_to_parent()  # a signal for the whole process group must not end the workers before the run
-        return PackedBatch(self._collate(numbered))  # it arrives as the batch
+        batch = self._collate(numbered)
+        return batch if get_worker_info() is None else PackedBatch(batch)  # it arrives as the batch
 
     def _collate(self, numbered: list[Any]) -> dict[str, Any]:
         indices, examples, further = zip(*numbered, strict=True)
