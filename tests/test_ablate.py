@@ -6,13 +6,15 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from threading import Timer
 
 import pytest
 import yaml
+from test_plugins import FUSION, forgotten
 from train_parts import write_parts
 
-from tove_llava.ablation import job_records
+from tove_llava.ablation import job_pool, job_records
 from tove_llava.cli import main
 from tove_llava.core.files import hold
 
@@ -66,9 +68,16 @@ def without_costs(out):
     return found
 
 
-def test_a_killed_ablation_ends_like_a_whole_one(root, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def whole(root):
+    """An ablation that ran without interruption."""
+    assert ablate(grid(root, root / "grid.yaml"), root / "whole") == 0
+    return root / "whole"
+
+
+def test_a_killed_ablation_ends_like_a_whole_one(root, whole, tmp_path, capsys):
     file = grid(root, tmp_path / "grid.yaml")
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    killed = tmp_path / "killed"
     process = multiprocessing.get_context("fork").Process(target=ablate, args=(file, killed))
     process.start()
     while len(done_jobs(killed)) < 3 and process.is_alive():
@@ -83,8 +92,10 @@ def test_a_killed_ablation_ends_like_a_whole_one(root, tmp_path, capsys):
     assert f"9 jobs, {len(before)} of them done before; 2 at a time" in printed
     after = done_jobs(killed)
     assert {name: after[name] for name in before} == before, "a finished job ran again"
-    assert ablate(file, whole) == 0
     assert without_costs(killed) == without_costs(whole)
+
+
+def test_results_of_a_whole_ablation(root, whole, capsys, monkeypatch):
     groups = without_costs(whole)[0]["groups"]
     assert [group["label"] for group in groups] == ["tove", "add", "rank2"]
     assert groups[2]["settings"] == {"vision.fusion": "tove", "settings.lora.r": 2}
@@ -93,9 +104,14 @@ def test_a_killed_ablation_ends_like_a_whole_one(root, tmp_path, capsys):
     assert table.startswith("| run | vision.fusion | settings.lora.r |") and "95 % interval" in table
     assert (whole / "results.csv").read_text().count("\n") == 4
     assert (whole / "plot.png").is_file()
-    capsys.readouterr()
-    assert ablate(file, whole) == 0
+    assert ablate(root / "grid.yaml", whole) == 0
     assert "9 jobs, 9 of them done before" in capsys.readouterr().out
+    assert main(["runs", str(whole), "--stage", "finetune_lora"]) == 0
+    assert f"{whole}/runs/rank2-seed0-finetune_lora-" in capsys.readouterr().out
+    monkeypatch.setattr(job_records, "__version__", "0.0.0")
+    assert ablate(root / "grid.yaml", whole) == 2
+    error = capsys.readouterr().err
+    assert f"{whole}/jobs/" in error and "version was" in error and "Give another --out" in error
 
 
 def done_jobs(out):
@@ -143,26 +159,51 @@ def test_a_failed_job_stops_only_those_that_need_it(root, tmp_path, capsys):
     assert ablate(file, tmp_path / "out") == 0
 
 
-def test_a_job_that_another_process_runs_is_waited_for(root, tmp_path, capsys):
-    only = {"pretrain": {"data_path": str(root / "scenes/train_captions.json")}}
-    file = grid(root, tmp_path / "grid.yaml", arms={}, axes={}, stages=only, feature_cache=None, evaluate=None)
-    command = listed(capsys, file, tmp_path / "out")["preset, seed 0: pretrain"][1]
-    name = command.partition("/runs/")[2].split()[0]
-    (tmp_path / "out/jobs").mkdir(parents=True)
-    lock = hold(tmp_path / f"out/jobs/{name}.lock")
-    Timer(1, lock.close).start()
-    assert ablate(file, tmp_path / "out") == 0
-    assert "waiting for jobs that another process runs: preset, seed 0: pretrain" in capsys.readouterr().out
+SHOWN = 'import os, sys\nprint("GPUs", os.environ.get("CUDA_VISIBLE_DEVICES"), file=sys.stderr)\n'
 
 
-def test_a_result_of_other_parts_is_refused(root, tmp_path, capsys, monkeypatch):
-    only = {"pretrain": {"data_path": str(root / "scenes/train_captions.json")}}
-    file = grid(root, tmp_path / "grid.yaml", arms={}, axes={}, stages=only, feature_cache=None, evaluate=None)
-    assert ablate(file, tmp_path / "out") == 0
-    monkeypatch.setattr(job_records, "__version__", "0.0.0")
-    assert ablate(file, tmp_path / "out") == 2
-    error = capsys.readouterr().err
-    assert "pretrain-" in error and "version was" in error and "Give another --out" in error
+def test_a_job_on_gpus_has_them_and_plugins_and_waits_for_other_commands(root, tmp_path, capsys, monkeypatch):
+    with forgotten():
+        only = {"pretrain": {"data_path": str(root / "scenes/train_captions.json")}}
+        (tmp_path / "mine.py").write_text(FUSION + SHOWN)
+        changes = {"axes": {"vision.fusion": ["own_add"]}, "arms": {}, "stages": only, "feature_cache": None}
+        changes["plugins"] = [str(tmp_path / "mine.py")]
+        file = grid(root, tmp_path / "grid.yaml", **changes, evaluate=None)
+        name = Path(folder_of(listed(capsys, file, tmp_path / "out")["own_add, seed 0: pretrain"])).name
+        launched = listed(capsys, file, tmp_path / "out", "--set", "gpus=2")["own_add, seed 0: pretrain"]
+        assert launched[1].startswith("  tove-llava launch pretrain --gpus 2 ") and name not in launched[1]
+        (tmp_path / "out/jobs").mkdir(parents=True)
+        lock = hold(tmp_path / f"out/jobs/{name}.lock")
+        Timer(1, lock.close).start()
+        monkeypatch.setattr(job_pool, "gpu_ids", lambda: ["5", "6"])
+        assert ablate(file, tmp_path / "out") == 0
+        assert "waiting for jobs that another process runs: own_add, seed 0: pretrain" in capsys.readouterr().out
+        assert "GPUs 5\n" in (tmp_path / f"out/jobs/{name}.log").read_text()
+        assert ablate(file, tmp_path / "out", "--set", "gpus=3") == 2
+        assert "grid.yaml: gpus: 3 are needed, and there are 2" in capsys.readouterr().err
+
+
+def test_sigterm_stops_the_jobs(root, tmp_path):
+    only = {"pretrain": {"data_path": str(root / "scenes/train_captions.json"), "flags": {"max_steps": 100000}}}
+    changes = {"axes": {}, "arms": {}, "stages": only, "feature_cache": None, "evaluate": None}
+    file = grid(root, tmp_path / "grid.yaml", **changes)
+    process = multiprocessing.get_context("fork").Process(target=lambda: os._exit(stopped(file, tmp_path / "out")))
+    process.start()
+    while not list((tmp_path / "out/runs").glob("*/run.json")) and process.is_alive():
+        time.sleep(0.05)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
+    lock = hold(next((tmp_path / "out/jobs").glob("*.lock")))
+    assert lock is not None, "the job still runs"
+    lock.close()
+
+
+def stopped(file, out):
+    try:
+        return ablate(file, out)
+    except SystemExit as error:
+        return error.code
 
 
 @pytest.mark.parametrize(

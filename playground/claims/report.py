@@ -111,7 +111,7 @@ def provenance(study: Study, name: str, typed: str) -> str:
     # A GPU's time is no processor's.
     minutes = "" if "GPU" in "".join(machines) else f", {whole.cpu_seconds / 120:.1f} minutes on two cores"
     resumed = (
-        f" {whole.resumed} of their jobs were interrupted and resumed; these seconds are of the last attempt."
+        f" Jobs that were interrupted and resumed: {whole.resumed}; their seconds are of the last attempt."
         if whole.resumed
         else ""
     )
@@ -238,7 +238,7 @@ Only the tower, batch of {speed["batch"]}, {speed["threads"]} thread(s), median 
 
 {markdown_table(["tower", "class", "GFLOP an image", "ms an image", "times CLIP"], speed["rows"])}
 
-{outcome} The study of the merge were chosen before, on another model and in four tries on seed 0 at the default sizes (at
+{outcome} The settings of the merge were chosen before, on another model and in four tries on seed 0 at the default sizes (at
 commits up to ab4f225): with these sizes, that seed's numbers are not independent of the choice.
 """
 

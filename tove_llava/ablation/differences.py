@@ -1,6 +1,7 @@
 """Find the settings in which runs differ; group the seeds of one setting."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,13 +47,14 @@ def _is_left_out(key: str, has_start: bool) -> bool:
 
 
 def _shared_label(labels: Sequence[str]) -> str:
-    """Write ``*`` where folders differ."""
+    """Write ``*`` from where the names of folders differ."""
     if len(labels) == 1 or len(set(labels)) == 1:
         return labels[0]
     parts = [Path(label).parts for label in labels]
     if len({len(names) for names in parts}) > 1:
         return f"{labels[0]}, ..."
-    return str(Path(*(names[0] if len(set(names)) == 1 else "*" for names in zip(*parts, strict=True))))
+    shared = [(set(names), os.path.commonprefix(names)) for names in zip(*parts, strict=True)]
+    return str(Path(*(start if len(names) == 1 else f"{start}*" for names, start in shared)))
 
 
 def differing_keys(runs: Sequence[TrainingRun]) -> list[str]:

@@ -64,10 +64,12 @@ class Grid:
     """All jobs, in an order that they can run in, and each arm's and seed's chain of them.
 
     Attributes:
+        gpus: of each training.
         wanted: keys of the jobs to run.
     """
 
     out: Path
+    gpus: int = 1
     wanted: set[str] = field(default_factory=set)
     jobs: dict[str, Job] = field(default_factory=dict)
     chains: list[Chain] = field(default_factory=list)
@@ -103,7 +105,7 @@ def make_grid(plan: Plan, out: Path) -> Grid:
     Raises:
         ConfigError: an arm's preset, stage, flag or data is unusable; the message names file and arm.
     """
-    grid = Grid(out)
+    grid = Grid(out, plan.gpus)
     checked = _checked_arms(plan)
     sizes = _question_sizes(plan)
     caches = _caches(plan, checked, grid) if plan.feature_cache is not None else {}
@@ -139,7 +141,7 @@ def _checked_arms(plan: Plan) -> dict[tuple[str, str], Settings]:
 
 def _settings(arm: Arm, stage: str) -> Settings:
     try:
-        settings = parse([*_words(arm, stage, 0), "--output_dir", "unused"])
+        settings = parse(["--stage", stage, *_words(arm, stage, 0), "--output_dir", "unused"])
         FUSIONS.get(vision_config(settings.preset.vision).fusion)
         return settings
     except ToveError as error:
@@ -148,7 +150,7 @@ def _settings(arm: Arm, stage: str) -> Settings:
 
 def _words(arm: Arm, stage: str, seed: int) -> list[str]:
     plan: StagePlan = arm.stages[stage]
-    words = [*_preset(arm), "--stage", stage, "--data_path", plan.data_path, "--image_folder", str(plan.image_folder)]
+    words = [*_preset(arm), "--data_path", plan.data_path, "--image_folder", str(plan.image_folder)]
     words += ["--seed", str(seed), "--disable_tqdm", "True"]
     for name, value in plan.flags.items():
         if value is not None:
@@ -162,13 +164,20 @@ def _preset(arm: Arm) -> list[str]:
 
 def _add_stage(grid: Grid, chain: Chain, arm: Arm, stage: str, settings: Settings, cache: Job | None) -> None:
     before = chain.jobs[-1] if chain.jobs else None
-    record = {**settings.record(), "arguments.seed": chain.seed, "data_path": settings.data_path.name}
+    ranks = None if grid.gpus == 1 else grid.gpus
+    record = {
+        **settings.record(),
+        "world_size": ranks,
+        "arguments.seed": chain.seed,
+        "data_path": settings.data_path.name,
+    }
     record |= {"image_folder": settings.image_folder.name, "preset": None}  # a folder may move, a preset be renamed
     if settings.stage.merge:
         record["merge_data_path"] = settings.merge_data_path.name
     key = _key([{name: value for name, value in record.items() if value is not None}, before and before.key])
     folder = grid.folder("runs", f"{arm.name}-seed{chain.seed}-{stage}", key)
-    words = ["train", *_words(arm, stage, chain.seed), "--output_dir", str(folder)]
+    start = ["train", "--stage", stage] if ranks is None else ["launch", stage, "--gpus", str(ranks)]
+    words = [*start, *_words(arm, stage, chain.seed), "--output_dir", str(folder)]
     if before is not None:
         words += ["--pretrained", str(before.output)]
     if cache is not None:

@@ -14,7 +14,7 @@ from tove_llava.ablation.job_records import JobRecord
 from tove_llava.doctor.machine import core_count
 
 _POLL = 0.2  # seconds
-_GRACE = 60.0  # seconds that a stopped job may take to save its checkpoint
+_GRACE = 600.0  # seconds that a stopped job may take to save its checkpoint
 
 Say = Callable[[str], None]
 
@@ -46,7 +46,7 @@ class JobPool:
     Args:
         size: jobs at a time.
         main: runs a command of this package; returns its exit code.
-        gpus: from :func:`gpu_ids`; a job gets one of them.
+        gpus: from :func:`gpu_ids`; a job gets as many of them as the grid's trainings need.
     """
 
     grid: Grid
@@ -121,7 +121,10 @@ class JobPool:
         threads = str(max(1, core_count() // self.size))
         share = {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         if self.gpus:
-            share["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+            first = slot * self.grid.gpus
+            share["CUDA_VISIBLE_DEVICES"] = ",".join(
+                self.gpus[number % len(self.gpus)] for number in range(first, first + self.grid.gpus)
+            )
         return {**os.environ, **share}
 
     def _collect(self) -> None:

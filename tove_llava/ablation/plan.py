@@ -65,6 +65,7 @@ class _File:
     evaluate: EvaluationPlan | None = None
     feature_cache: str | None = None  # how values are stored: float32, float16, int8; none by default
     plugins: list[str] = field(default_factory=list)
+    gpus: int = 1  # of each training; several are started by tove-llava launch
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Plan:
     seeds: Sequence[int]
     evaluation: EvaluationPlan | None
     feature_cache: str | None
+    gpus: int
 
 
 def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: Sequence[str] = ()) -> Plan:
@@ -124,8 +126,9 @@ def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: 
     if isinstance(named, dict):  # a list is short for only overrides
         data["arms"] = {str(name): {"set": arm} if isinstance(arm, list) else arm or {} for name, arm in named.items()}
     read = from_mapping(_File, data, where)
-    if not read.stages or not read.seeds:
-        raise ConfigError(f"{where}: {'seeds' if read.stages else 'stages'}: at least one is needed")
+    for key, value in {"stages": len(read.stages), "seeds": len(read.seeds), "gpus": read.gpus}.items():
+        if value < 1:
+            raise ConfigError(f"{where}: {key}: at least one is needed")
     add_plugins(read.plugins)
     found = _grid(read, where) + [_arm(read, where, name, arm) for name, arm in read.arms.items()]
     names = [arm.name for arm in found]
@@ -135,7 +138,7 @@ def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: 
     for name in arms:
         if name not in names:
             raise ConfigError(f"{where}: there is no arm {name!r}.{closest(name, names)} Known: {', '.join(names)}")
-    return Plan(where, found, arms or names, read.seeds, read.evaluate, read.feature_cache)
+    return Plan(where, found, arms or names, read.seeds, read.evaluate, read.feature_cache, read.gpus)
 
 
 def _with_out(value: Any, out: str) -> Any:

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     plan = read_plan(args.file, out, args.set, split_names(args.arms))
     check_scipy()
 
+    from tove_llava.core.errors import ConfigError
     from tove_llava.core.logs import quiet_transformers
 
     quiet_transformers()
@@ -58,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.doctor.machine import core_count
 
     gpus = gpu_ids()
-    size = args.jobs or len(gpus) or core_count()
+    if 0 < len(gpus) < plan.gpus:
+        raise ConfigError(f"{plan.where}: gpus: {plan.gpus} are needed, and there are {len(gpus)}")
+    size = args.jobs or (len(gpus) or core_count()) // plan.gpus or 1
     pool = JobPool(grid, min(size, len(grid.wanted)), main, gpus, say=lambda text: print(text, flush=True))
     pool.run()
     print(write_results(grid))

