@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from train_parts import environment
+from train_parts import ROOT, environment, flags, write_inputs
 
 from tove_llava import cli
 from tove_llava.cli.launch import trainer_flags
@@ -40,6 +40,38 @@ def started(program, tmp_path):
         process = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=file, start_new_session=True)
     waited(lambda: log.read_text().count("ready") == 2 or process.poll() is not None)
     return process, log
+
+
+def run_stage(root, *more):
+    """Launch stage 1 on two ranks under ZeRO-2."""
+    words = flags(root, "pretrain", root / "out", "--save_strategy", "no", *more)
+    words = [word for word in words if word not in ("--stage", "pretrain")]
+    command = [sys.executable, "-m", "tove_llava", "launch", "pretrain", "--gpus", "2", *words]
+    kept = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, **kept)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("launch"))
+
+
+def test_a_wrong_flag_of_the_trainer_is_one_message(root):
+    process = run_stage(root, "--max_stepz", "3")
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 2 and output.count("--max_steps") == 1 and "Traceback" not in output
+    assert len(output.splitlines()) == 2, "what is started, and what is wrong"
+
+
+def test_a_terminated_run_has_a_checkpoint(root):
+    process = run_stage(root, "--max_steps", "100000", "--num_train_epochs", "100000")
+    for line in process.stdout:
+        if line.startswith("step 2"):
+            process.terminate()
+            break
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 143, output
+    assert list((root / "out").glob("checkpoint-*"))
 
 
 def waited(condition):
