@@ -10,18 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+import transformers.utils.chat_template_utils as clock
 from data_helpers import byte_level_tokenizer, decode_spans
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
+from train_parts import flags, write_parts, write_records
 
+from tove_llava.cli import main as command
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn
 from tove_llava.data.templates import chat_format as formats
 from tove_llava.data.templates import get_template
 from tove_llava.data.templates.chat_format import chat_format
 from tove_llava.data.tokenization import encode_prompt, encode_turns
+from tove_llava.inference.generation import Answerer
 from tove_llava.testing.contract import ContractError
 from tove_llava.testing.template_contract import check_tokenizer
+from tove_llava.train.run import main
 
 OWN = Path(__file__).parent / "chat_templates"
 THEIRS = os.environ.get("CHAT_TEMPLATES")
@@ -51,6 +59,8 @@ IMITATED = [
     Family("today", "<|eot_id|>", HEADERS, "<|begin_of_text|>"),
     Family("no_system_turn", "<end_of_turn>", ("<start_of_turn>",), "<bos>", "<eos>", form="linear"),
     Family("system_in_the_last_question", "</s>", (), "<s>", form="linear"),
+    Family("separators", "<|im_end|>", (*CHATML, "<|im_sep|>"), "<|endoftext|>"),
+    Family("end_token_and_line_between_turns", "<|endoftext|>", PHI, "<|endoftext|>"),
     Family("wants_parts", "<|im_end|>", CHATML),
 ]
 SHIPPED = [
@@ -71,6 +81,9 @@ SHIPPED = [
 def tokenizer_of(family, folder):
     """A byte-level tokenizer with the family's special tokens and template."""
     tokenizer = byte_level_tokenizer()
+    # Line breaks are one token whatever follows, as in the tokenizers of Llama 3 and Qwen; GPT-2's splits them.
+    lines = pre_tokenizers.Split(Regex(r"\s*[\r\n]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s+"), "isolated")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([lines, pre_tokenizers.ByteLevel(False, False)])
     tokenizer.eos_token = family.eos or family.end
     tokenizer.bos_token = family.bos
     added = [token for token in (*family.tokens, family.end, family.bos, family.eos) if token]
@@ -176,20 +189,21 @@ def test_think_blocks_are_refused_dropped_or_kept_by_a_key():
     assert learned == {"drop": ["A ball.<|im_end|>"] * 2, "keep": [f"{THOUGHT}<|im_end|>"] * 2}
 
 
+class Tomorrow(datetime.datetime):
+    """A clock of another day."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls(2031, 2, 3)
+
+
 @pytest.mark.parametrize("name", ["channels", "today"])
 def test_a_template_that_asks_for_the_time_gives_the_same_ids_every_day(name, monkeypatch):
-    class Tomorrow(datetime.datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls(2031, 2, 3)
-
     [family] = [family for family in IMITATED if family.file == name]
     turns = [Turn("user", "What?"), Turn("assistant", "This.")]
     first = tokenizer_of(family, OWN)
     before = encode_turns(turns, first, "chat_template", images=False)
-    import transformers.utils.chat_template_utils as clock
-
-    monkeypatch.setattr(clock, "datetime", Tomorrow, raising=False)
+    monkeypatch.setattr(clock, "datetime", Tomorrow)
     assert "2031" in tokenizer_of(family, OWN).apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     assert encode_turns(turns, tokenizer_of(family, OWN), "chat_template", images=False) == before
     dated = tokenizer_of(family, OWN)
@@ -256,3 +270,51 @@ def test_the_contract_finds_a_template_without_the_properties():
     tokenizer.chat_template = formats._headed(formats.ChatFormat(raw, "<|im_end|>")).text
     with pytest.raises(ContractError, match="writes something else around this answer"):
         check_tokenizer(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    write_parts(folder)
+    write_records(folder, captions=4, count=4)
+    return folder
+
+
+TRAINED = ("think_block_of_the_last_answer", "channels", "today", "no_system_turn")
+
+
+@pytest.mark.parametrize("family", [family for family in IMITATED if family.file in TRAINED], ids=name_of)
+def test_both_stages_an_answer_that_stops_and_a_stock_export(family, root, tmp_path, monkeypatch):
+    """The model's own generation_config names another end token, as those of several families do."""
+    tokenizer = tokenizer_of(family, OWN)
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=0,
+    )  # fmt: skip
+    transformers.Qwen2ForCausalLM(config).save_pretrained(tmp_path / "llm")
+    tokenizer.save_pretrained(tmp_path / "llm")
+    keys = (f"language.source=hf:{tmp_path / 'llm'}", "vision.fusion=none", "vision.experts=[]")
+    chosen = [word for key in keys for word in ("--set", key)]
+    chosen += ["--max_steps", "1", "--image_aspect_ratio", "square"]
+    assert main(flags(root, "pretrain", tmp_path / "stage1", *chosen)) == 0
+    stage2 = ["--pretrained", str(tmp_path / "stage1"), "--template", "chat_template", *chosen]
+    assert main(flags(root, "finetune_lora", tmp_path / "model", *stage2)) == 0
+    answerer = Answerer.load(tmp_path / "model", "cpu", "float32")
+    end = answerer.tokenizer.convert_tokens_to_ids(family.end)
+    assert end in answerer.end_ids and 0 in answerer.end_ids
+    turns = [Turn("user", "<image>\nWhat is it?"), Turn("assistant", "This."), Turn("user", "Sure?")]
+    prompt = answerer.encode(turns, 1)
+    monkeypatch.setattr(clock, "datetime", Tomorrow)
+    assert Answerer.load(tmp_path / "model", "cpu", "float32").encode(turns, 1) == prompt
+    assert command(["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    stock = transformers.AutoProcessor.from_pretrained(tmp_path / "out")
+    told = [{"role": t.role, "content": [{"type": "text", "text": t.text.removeprefix("<image>\n")}]} for t in turns]
+    told[0]["content"].insert(0, {"type": "image"})
+    ids = stock.apply_chat_template(told, add_generation_prompt=True)
+    text = stock.tokenizer(ids, add_special_tokens=False).input_ids
+    image = stock.tokenizer.convert_tokens_to_ids("<image>")
+    kept = [token for index, token in enumerate(prompt) if token != image or prompt[index - 1] != image]
+    assert text == kept  # each image's tokens are one placeholder in the text
+    named = transformers.GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id
+    assert end in named and 0 in named

@@ -173,12 +173,16 @@ def _report(report: Any, show: int) -> str:
 
 def _check_own(args: argparse.Namespace) -> int:
     from tove_llava.data.check import CheckOptions, check_dataset
+    from tove_llava.data.templates import get_template
     from tove_llava.data.tokenizer import load_tokenizer
 
+    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
+    if tokenizer is not None:
+        get_template(args.template).check(tokenizer)
     options = CheckOptions(
         image_folder=args.image_folder,
         template=args.template,
-        tokenizer=load_tokenizer(args.tokenizer) if args.tokenizer else None,
+        tokenizer=tokenizer,
         num_image_tokens=args.num_image_tokens,
         model_max_length=args.model_max_length,
         decode=not args.no_decode,

@@ -40,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
     template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
+    if about := template.check(tokenizer):
+        print(f"chat template: {about}", file=sys.stderr)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     for index, raw in enumerate(read_records(args.records)[: args.limit]):
         row = _encode(raw, index, args, template, tokenizer)

@@ -9,6 +9,7 @@ from tove_llava.data import get_template
 from tove_llava.doctor.finding import Finding
 from tove_llava.doctor.machine import Machine
 from tove_llava.doctor.preset_sources import SourceState, preset_sources
+from tove_llava.llava.build import prepare_tokenizer
 from tove_llava.presets import Preset, load_preset
 from tove_llava.train.memory import (
     Memory,
@@ -74,10 +75,21 @@ def _stages(group: str, preset: Preset, machine: Machine, states: Sequence[Sourc
             findings.append(Finding(group, name, f"does not run here: {reason}", details={"runs": False}))
             continue
         download = download_size(preset, shape) if fetched else 0
-        findings.append(_finding(group, name, judge(preset, name, shape, machine, reasons, download)))
+        fault = () if missing or fetched else template_fault(preset, name)
+        findings.append(_finding(group, name, judge(preset, name, shape, machine, reasons + fault, download)))
     if shape is not None:
         findings.append(_finding(group, "chat", judge_answering(preset, shape, machine, reasons)))
     return findings
+
+
+def template_fault(preset: Preset, stage_name: str) -> tuple[str, ...]:
+    """Return why a stage's template cannot be used with the preset's tokenizer, if so."""
+    template = get_template(preset.stage(stage_name).template)
+    try:
+        template.check(prepare_tokenizer(preset.language, template.name))
+    except ToveError as error:
+        return (str(error),)
+    return ()
 
 
 def _finding(group: str, name: str, verdict: Verdict) -> Finding:

@@ -90,11 +90,8 @@ def prepare_processor(preset: Preset, vision: ToveVisionConfig, template: str | 
     last = list(preset.stages.values())[-1]
     if template is None:
         template = last.template
-    tokenizer = read_tokenizer(preset.language)
-    if template == "chat_template":
-        set_chat_format(tokenizer, preset.language)
     return build_processor(
-        tokenizer,
+        prepare_tokenizer(preset.language, template),
         vision,
         image_token=preset.language.image_token,
         template=template,
@@ -200,6 +197,14 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(name, **arguments)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # LLaVA pads with <unk>
+    return tokenizer
+
+
+def prepare_tokenizer(language: LanguagePreset, template: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; its chat template is in the form of training if the stage uses it."""
+    tokenizer = read_tokenizer(language)
+    if template == "chat_template":
+        set_chat_format(tokenizer, language)
     return tokenizer
 
 

@@ -67,6 +67,8 @@ def run(settings: Settings) -> None:
     set_seed(seed)
     start = make_start(settings.preset, settings.stage, settings.pretrained)
     processor = start.processor
+    if about := get_template(settings.stage.template).check(processor.tokenizer):
+        _say(f"chat template: {about}")
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
     stages = stage_history(settings, len(dataset))

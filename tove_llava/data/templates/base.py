@@ -56,6 +56,14 @@ class Template(ABC):
             DataError: the conversation does not suit the template.
         """
 
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Return a sentence about the template with this tokenizer, if there is something to say.
+
+        Raises:
+            ConfigError: conversations cannot be trained with the two.
+        """
+        return ""
+
     def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """List the tokens at which an answer ends."""
         return [tokenizer.eos_token] if tokenizer.eos_token else []

@@ -54,7 +54,7 @@ class ChatFormat:
         end: the token that ends every answer.
         reasoning: what becomes of a record's think blocks: refuse, drop or keep.
         date: the date that the template is given, ISO.
-        form: "shipped" or "linear".
+        form: "shipped", "linear", or "as trained" by an older version of this package.
     """
 
     text: str
@@ -83,7 +83,7 @@ def chat_format(tokenizer: PreTrainedTokenizerBase, reasoning: str = "refuse", d
     if made is not None:
         return _read_header(made.group(1), shipped, tokenizer)
     if _FLATTENED in shipped:  # an older checkpoint's, to be used as it was trained
-        return ChatFormat(shipped, tokenizer.eos_token)
+        return ChatFormat(shipped, tokenizer.eos_token, form="as trained")
     known = _formats.get(tokenizer)
     if known is not None and known[0] == shipped and (known[1].reasoning, known[1].date) == (reasoning, date):
         return known[1]

@@ -23,6 +23,13 @@ class ChatTemplate(Template):
 
     adds_bos = False  # the template writes its own
 
+    def check(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        form = chat_format(tokenizer)
+        if form.form == "as trained":
+            return ""
+        kind = "as shipped" if form.form == "shipped" else "in a linear form, the same in every turn"
+        return f"the tokenizer's own, {kind}; answers end with {form.end}; think blocks: {form.reasoning}"
+
     def end_tokens(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [chat_format(tokenizer).end, *super().end_tokens(tokenizer)]
 
