@@ -19,7 +19,7 @@ import report  # noqa: E402
 from numbers_of_runs import BOTH, Runs, Study  # noqa: E402
 
 from tove_llava.ablation import job_records  # noqa: E402
-from tove_llava.ablation.plan import read_plan  # noqa: E402
+from tove_llava.ablation.ablation_plan import read_plan  # noqa: E402
 from tove_llava.ablation.seed_means import SeedMean  # noqa: E402
 from tove_llava.presets import load_preset  # noqa: E402
 from tove_llava.scenes.language import CATEGORIES  # noqa: E402

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tove_llava.ablation.plan import Arm, EvaluationPlan, Plan, StagePlan
+from tove_llava.ablation.ablation_plan import Arm, EvaluationPlan, Plan, StagePlan
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.eval.conditions import parse_conditions
 from tove_llava.eval.tasks import find_data

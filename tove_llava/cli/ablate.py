@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     # This process only waits. Its jobs are forks, which hang after a computation on several threads.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-    from tove_llava.ablation.plan import read_plan
+    from tove_llava.ablation.ablation_plan import read_plan
     from tove_llava.ablation.seed_means import check_scipy
 
     check_least(args, "--jobs")
