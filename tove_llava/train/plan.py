@@ -68,6 +68,8 @@ def print_config(argv: Sequence[str]) -> str:
     given = {"preset": run.preset, "stage": run.stage, **changed, "output_dir": output}
     again = shlex.join(word for key, value in given.items() if value for word in (f"--{key}", str(value)))
     lines = [f"This is a preset. The same run: tove-llava train {again}", *_plan(run, preset, stage)]
+    if run.pretrained is not None and not Path(run.pretrained).is_dir():
+        lines.append(f"{run.pretrained} is not there yet; the run starts from it")
     if output is not None and complete(Path(output)):
         lines.append(f"{complete(Path(output))[-1]} is there: a run of these settings resumes from it")
     return dump_preset(preset) + "".join(f"# {line}\n" for line in lines)
@@ -81,15 +83,15 @@ def _plan(run: RunArguments, preset: Preset, stage: StagePreset) -> list[str]:
     windows = stage.arguments.get("gradient_accumulation_steps", 1)
     shape = stage_shape(preset, run.stage)
     lines = [
-        f"processes: {world} on {device.type}, {'DeepSpeed ' + Path(deepspeed).stem if deepspeed else 'no DeepSpeed'}",
-        f"global batch: {batch * windows * world} records ({batch} x {windows} micro-batches x {world} processes)",
-        _memory(preset, run.stage, shape, Run(world, deepspeed, batch, stage.model_max_length)),
+        f"processes: {world} on {device.type}, DeepSpeed: {Path(deepspeed or 'none').stem}",
+        f"global batch: {batch * windows * world} records ({batch}, accumulated {windows} times, on {world} processes)",
+        _memory(preset, run.stage, shape, Run(world, deepspeed, batch, stage.model_max_length), device),
     ]
     if run.data_path is None:
         return [*lines, "steps and time: give --data_path"]
     records = count_records(run, preset, stage, shape)
     epochs, steps = planned_steps(records.count, batch * world, stage.arguments)
-    lines.append(f"steps: {steps:,}, {epochs:.3g} epochs of {records.count:,} records")
+    lines.append(f"steps: {steps:,} (epochs: {epochs:.3g}, records: {records.count:,})")
     if not records.sampled:
         return [*lines, "tokens and time: the tokenizer is not on this machine"]
     trained = steps * batch * windows * world
@@ -100,10 +102,12 @@ def _plan(run: RunArguments, preset: Preset, stage: StagePreset) -> list[str]:
     return [*lines, _time(run, preset, stage, shape, records, trained / world, device)]
 
 
-def _memory(preset: Preset, stage: str, shape: Shape, run: Run) -> str:
+def _memory(preset: Preset, stage: str, shape: Shape, run: Run, device: torch.device) -> str:
     memory = training_memory(preset, stage, shape, run)
     parts = ("weights", "backbones", "gradients", "optimizer", "activations")
-    listed = ", ".join(f"{part} {getattr(memory, part) / GIB:.1f}" for part in parts)
+    listed = ", ".join(f"{part} {getattr(memory, part) / GIB:.2f}" for part in parts)
+    if device.type == "cuda":
+        listed += f"; free now: {torch.cuda.mem_get_info(device)[0] / GIB:.1f}"
     return f"memory: about {memory.total / GIB:.1f} GiB a process with records of {run.length} tokens ({listed})"
 
 
@@ -167,7 +171,7 @@ def count_records(run: RunArguments, preset: Preset, stage: StagePreset, shape: 
 
 def _tokenizer(run: RunArguments, preset: Preset) -> PreTrainedTokenizerBase | None:
     """Load the run's tokenizer if it is on this machine."""
-    if run.pretrained is not None:
+    if run.pretrained is not None and Path(run.pretrained).is_dir():
         return load_processor(Path(run.pretrained)).tokenizer
     source = Source.parse(preset.language.tokenizer or preset.language.source)
     cached = source.path is not None or source.scheme != "hf"
