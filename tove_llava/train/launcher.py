@@ -77,7 +77,7 @@ class Launch:
         if self.launcher == "torchrun":
             command = ["-m", "tove_llava.train.torchrun", "--standalone", f"--nproc_per_node={self.processes}"]
         elif self.hostfile:
-            command = ["-m", "deepspeed.launcher.runner", "--quiet", "--hostfile", self.hostfile]
+            command = ["-m", "deepspeed.launcher.runner", "--log_level=critical", "--hostfile", self.hostfile]
             command += ["--num_gpus", str(self.processes), "--no_local_rank", "--module"]
             command[3:3] = ["--master_port", port] if self.port else []
         else:  # what DeepSpeed's runner starts on one node; the runner itself does not pass signals on
