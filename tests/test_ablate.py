@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 from threading import Timer
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -15,8 +16,10 @@ from test_plugins import FUSION, forgotten
 from train_parts import write_parts
 
 from tove_llava.ablation import job_pool, job_records
+from tove_llava.ablation.ablation_plan import read_plan
 from tove_llava.cli import main
 from tove_llava.core.files import hold
+from tove_llava.presets import load_preset
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,9 @@ def test_a_killed_ablation_ends_like_a_whole_one(root, whole, tmp_path, capsys):
     process.start()
     while len(done_jobs(killed)) < 3 and process.is_alive():
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    jobs = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, jobs)):
+        os.kill(pid, signal.SIGKILL)
     process.join()
     before = done_jobs(killed)
     assert 3 <= len(before) < 9 and not (killed / "results.json").exists()
@@ -117,6 +122,17 @@ def test_results_of_a_whole_ablation(root, whole, capsys, monkeypatch):
 def done_jobs(out):
     records = {file.name: json.loads(file.read_text()) for file in (out / "jobs").glob("*.json")}
     return {name: record for name, record in records.items() if record["state"] == "done"}
+
+
+def test_axes_make_an_arm_of_each_combination(root, tmp_path):
+    axes = {"vision.fusion": ["tove", "add"], "vision.experts": [["normal"], ["normal", "segmentation"]]}
+    axes["vision.fusion_options"] = [{}, {"a/b": 1.0e-5}]
+    plan = read_plan(grid(root, tmp_path / "grid.yaml", axes=axes, arms={"x": ["a=1"]}, set=["b=2"]), tmp_path)
+    assert [arm.name for arm in plan.arms][-3:] == ["add,normal+segmentation,fusion_options=__", ANY, "x"]
+    assert len(plan.arms) == 9 and list(plan.arms[-1].overrides) == ["b=2", "a=1"]
+    preset = load_preset(plan.arms[7].preset, plan.arms[7].overrides[1:])
+    assert [expert["name"] for expert in preset.vision.experts] == ["normal", "segmentation"]
+    assert preset.vision.fusion_options == {"a/b": 1e-5}
 
 
 def test_what_arms_share_is_one_job(root, tmp_path, capsys):
