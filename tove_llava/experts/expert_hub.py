@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import ConfigError, NonFiniteError
 from tove_llava.core.licences import known, write_origin
-from tove_llava.experts.base import Expert, build_expert, check_names
+from tove_llava.experts.base import Expert
+from tove_llava.experts.from_spec import build_expert, check_names
 from tove_llava.experts.spec import ExpertSpec
 
 

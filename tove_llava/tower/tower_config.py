@@ -15,7 +15,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
-from tove_llava.experts.base import complete_specs
+from tove_llava.experts.from_spec import complete_specs
 from tove_llava.experts.spec import ExpertSpec
 
 #: subclasses of :class:`tove_llava.tower.fusion.Fusion` by name; it lives here because a configuration asks for sizes
