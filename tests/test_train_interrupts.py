@@ -3,15 +3,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
-from train_parts import ROOT, environment, flags, launch, launch_torch, losses, weights, write_inputs
+from train_parts import flags, launch, launch_torch, losses, weights, write_inputs
 from train_signalled import train_in_fork
 
-from tove_llava.train import run
+from tove_llava.train import interrupts, run
 from tove_llava.train.run import main
 from tove_llava.train.run_files import complete
 
@@ -64,11 +62,12 @@ def test_signal_in_the_last_step_lets_the_run_finish(root, whole, capfd):
     assert f"saved {output} after 8 steps, loss " in out and f"tove-llava chat --model {output}" in out
 
 
-def test_second_ctrl_c_kills_at_once_but_a_repeated_one_does_not(root):
+def test_second_ctrl_c_kills_at_once_but_a_repeated_one_does_not(root, monkeypatch):
     output = root / "twice"
     assert train_in_fork(lora(root, output), 1, signal.SIGINT, signal.SIGINT) == 130
     assert [path.name for path in complete(output)] == ["checkpoint-1"]
-    assert train_in_fork(lora(root, root / "killed"), 1, signal.SIGINT, signal.SIGINT, pause=1.5) == 130
+    monkeypatch.setattr(interrupts, "SAME", 0.1)
+    assert train_in_fork(lora(root, root / "killed"), 1, signal.SIGINT, signal.SIGINT, pause=1.0) == 130
     assert not complete(root / "killed")
 
 
@@ -81,20 +80,15 @@ def test_signal_before_training_ends_at_once(root, capfd):
     assert before == {number: signal.getsignal(number) for number in before}
 
 
-def test_ctrl_c_of_a_terminal_spares_the_workers_that_read_images(root):
+def test_ctrl_c_of_a_terminal_spares_the_workers_that_read_images(root, whole, capfd):
     output = root / "terminal"
-    command = ["train", *lora(root, output), "--num_train_epochs", "1000", "--dataloader_num_workers", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tove_llava", *command], env=environment(), cwd=ROOT, text=True, bufsize=1,
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("step 3 of"):
-            break
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert f"saved {complete(output)[-1]}; " in err and "Traceback" not in err
+    arguments = lora(root, output, "--dataloader_num_workers", "2")
+    assert train_in_fork(arguments, 3, signal.SIGINT, send=os.killpg) == 130
+    assert train_in_fork(arguments, 3, signal.SIGTERM, send=os.killpg) == 143  # in the sixth step, after a resumption
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in complete(output)] == ["checkpoint-6"]
+    assert main(arguments) == 0
+    assert_same_run(output, whole)
 
 
 def ranks(root, deepspeed):

@@ -14,18 +14,19 @@ import sys
 import time
 from pathlib import Path
 
+from tove_llava.cli import main as cli
 from tove_llava.train import run
 from tove_llava.train.trainer import ToveTrainer
 
 
-def signal_at(step, *signals, pause=0.0, owner=ToveTrainer, name="compute_loss"):
+def signal_at(step, *signals, pause=0.0, send=os.kill, owner=ToveTrainer, name="compute_loss"):
     """Send this process signals, in the first micro-batch of a step by default."""
     function, calls = getattr(owner, name), itertools.count(1)
 
     def counted(*args, **kwargs):
         if next(calls) == step:
             for number in signals:
-                os.kill(os.getpid(), number)
+                send(os.getpid(), number)
                 time.sleep(pause)
         return function(*args, **kwargs)
 
@@ -34,11 +35,12 @@ def signal_at(step, *signals, pause=0.0, owner=ToveTrainer, name="compute_loss")
 
 
 def train_in_fork(arguments, *at, **options):
-    """Train in a fork of this process, signalled as :func:`signal_at` says; return its exit code."""
+    """Run the verb in a fork of this process, signalled as :func:`signal_at` says; return its exit code."""
 
     def train():
+        os.setsid()  # a process group of its own, as a terminal's command has
         signal_at(*at, **options)
-        os._exit(run.main(arguments))
+        os._exit(cli(["train", *arguments]))
 
     process = multiprocessing.get_context("fork").Process(target=train)
     process.start()
