@@ -19,7 +19,7 @@ GOOD = [
     {"id": "m", "image": ["a.png", "grey.png"], "conversations": turns("<image> <image>", "Two.")},
 ]
 BAD = [
-    {"id": "roles", "conversations": [{"from": "user", "value": "x"}]},
+    {"id": "roles", "conversations": [{"from": "robot", "value": "x"}]},
     {"id": "count", "image": "a.png", "conversations": turns("What?", "A kite.")},
     {"id": "absent", "image": "absent.png", "conversations": turns("<image>\nWhat?", "A kite.")},
     {"id": "damaged", "image": "damaged.png", "conversations": turns("<image>\nWhat?", "A kite.")},
@@ -126,7 +126,7 @@ def test_json_lines(folder, capsys):
     assert decode_spans(tokenizer, rows[0]["labels"]) == [" A kite.</s>"]
     assert decode_spans(tokenizer, rows[2]["labels"]) == [" Hi.</s>", " Yes.</s>"]
     assert (rows[0]["error"], rows[0]["warning"]) == (None, None)
-    assert rows[4]["input_ids"] is None and "from 'user'" in rows[4]["error"]
+    assert rows[4]["input_ids"] is None and "from 'robot'" in rows[4]["error"]
     assert rows[5]["input_ids"] and "0 <image> placeholders for 1 image" in rows[5]["warning"]
     assert "nothing is supervised" in rows[9]["warning"]
 
@@ -187,6 +187,9 @@ def test_golden_rows_through_the_command(conformance, tmp_path, capsys, kind):
         printed = _through_the_command(tmp_path, records, tmp_path, capsys, "--template", template)
         for row, ours in zip(trained, printed, strict=True):
             assert ours["id"] == row["record"].get("id")
+            if row["id"] == "system-role":  # LLaVA stops at it
+                assert " Hi.</s>" in decode_spans(load_tokenizer(tmp_path), ours["labels"])
+                continue
             if row["error"] or row["id"] == "gpt-only":
                 assert row["id"] in ours["error"] and ours["input_ids"] is None
                 continue

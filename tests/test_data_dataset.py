@@ -67,7 +67,7 @@ def test_examples(make, tokenizer):
     assert two["pixel_values"][1, 0, 0, 0] > two["pixel_values"][1, 2, 0, 0]
     assert torch.equal(two["pixel_values"][1], one["pixel_values"][0])
     assert str(dataset.report) == "all 3 records are trained on"
-    assert dataset.modality_lengths == [3, -4, 4]
+    assert dataset.modality_lengths.tolist() == [3, -4, 4]
 
 
 def test_batches(make, tokenizer):

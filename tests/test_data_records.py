@@ -1,11 +1,13 @@
 """Reading LLaVA's format, and its messages about unusable records."""
 
 import json
+import pickle
 
 import pytest
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import Turn, get_template, load_records, parse_record, read_records
+from tove_llava.data.readers import json_array, jsonl, open_reader
 from tove_llava.data.records import prepare_turns
 
 V1, PLAIN, MMTAG = get_template("v1"), get_template("plain"), get_template("v1_mmtag")
@@ -39,7 +41,17 @@ def test_json_and_jsonl_are_the_same(tmp_path):
         (b"[]", "holds no records"),
         (b"[{]", "x.json, line 1: not valid JSON"),
         (b'{"id": 1}\n{"id": \n', "x.json, line 2: not valid JSON"),
-        (b"\xff\xfe[1]", "not UTF-8"),
+        (b"\xff\xfe[1]", "not UTF-8 text .it is UTF-16"),
+        (b'{"id": 1}{"id": 2}', "line 1: not valid JSON .Extra data"),
+        (b'[{"id": 1},\n{"id": "x}]', "line 2: not valid JSON .the list does not end"),
+        (b'[{"id": 1}]\n\n[{"id": 2}]', "line 3: not valid JSON .text after"),
+        (b'[{"id": 1},\n\n]', "line 1: not valid JSON .Expecting value"),
+        (
+            b'[{"id": 1}\n{"id": 2}]',
+            "line 2: not valid JSON .Extra data",
+        ),
+        (b"[" * 100_000 + b"]" * 100_000, "line 1: not valid JSON .nested too deeply"),
+        (b'{"id": 1}\n{"id": ' + b"9" * 5000 + b"}", "line 2: not valid JSON .Exceeds the limit"),
         (None, "no file .*x.json.*--data_path"),
     ],
 )
@@ -161,3 +173,32 @@ def test_plain_looks_at_no_roles():
 def test_records_that_do_not_suit_plain(raw, message):
     with pytest.raises(DataError, match=f"record 7 .id 'r1'.: .*{message}"):
         prepared(raw, PLAIN)
+
+
+RECORDS = [
+    record("a", "b"),
+    record('x "], [{" \\', "é\u2028🙂 \n}"),
+    {**record("c", "d"), "other": [[1, {"k": []}], {}]},
+]
+
+
+@pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
+@pytest.mark.parametrize("before", ["", "\ufeff", " \n"])
+def test_records_are_found_wherever_a_block_ends(block, before, tmp_path, monkeypatch):
+    for module in (json_array, jsonl):
+        monkeypatch.setattr(module, "BLOCK", block)
+    (tmp_path / "a.json").write_text(before + json.dumps(RECORDS, indent=1) + "\n", encoding="utf-8")
+    lines = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in RECORDS)
+    (tmp_path / "a.jsonl").write_bytes((before + lines).encode())
+    for name in ("a.json", "a.jsonl"):
+        reader = pickle.loads(pickle.dumps(open_reader(tmp_path / name)))
+        assert list(reader) == RECORDS and reader[-1] == RECORDS[2] and reader[:2] == RECORDS[:2]
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(RECORDS[0]) + "\n")
+    reader = open_reader(file)
+    file.write_text(json.dumps(RECORDS[1]) + "\n")
+    with pytest.raises(DataError, match="has changed"):
+        reader[0]

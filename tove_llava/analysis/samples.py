@@ -13,7 +13,8 @@ import torch
 
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import DataError
-from tove_llava.data import IMAGE_PLACEHOLDER, Record, encode_record, parse_record, read_records
+from tove_llava.data import IMAGE_PLACEHOLDER, Record, encode_record
+from tove_llava.data.data_files import DataFiles
 from tove_llava.data.dataset import Example, truncate
 from tove_llava.data.images import resolve_image
 from tove_llava.data.records import prepare_turns
@@ -92,16 +93,19 @@ def load_samples(
     Raises:
         DataError: a record or image path cannot be used, or nothing is left.
     """
-    raw = read_records(data)
-    records = [parse_record(_as_record(row, index, data), index, str(data)) for index, row in enumerate(raw)]
-    chosen = spread(list(zip(records, raw, strict=True)), limit)
+    files = DataFiles(data)
+    chosen = set(spread(range(len(files)), limit))
     folder = _image_folder(data, image_folder)
     longest = answerer.max_length
     if (Path(model) / MANIFEST).exists():
         longest = min(longest, Manifest.read(model).model_max_length)
     rows: list[Sample] = []
     left_out: Counter[str] = Counter()
-    for record, row in chosen:
+    for index in range(len(files)):
+        row = files.raw(index)
+        record = files.parse(_as_record(row, index, data), index)
+        if index not in chosen:
+            continue
         if not record.images:
             left_out["no image"] += 1  # the experts change nothing there
             continue
@@ -114,7 +118,7 @@ def load_samples(
         reasons = ", ".join(f"{count} with {reason}" for reason, count in left_out.items())
         raise DataError(f"{data}: no record is left to measure ({reasons}); give records with an image and an answer")
     first = {file: index for index, file in reversed(list(enumerate(row.files[0] for row in rows)))}
-    return Samples(sorted(rows, key=lambda row: first[row.files[0]]), len(raw), dict(left_out))
+    return Samples(sorted(rows, key=lambda row: first[row.files[0]]), len(files), dict(left_out))
 
 
 def _as_record(row: Any, index: int, data: str | Path) -> Any:
@@ -148,7 +152,7 @@ def _sample(record: Record, category: Any, folder: Path, answerer: Answerer, lon
     turns = prepare_turns(record, answerer.template)
     encoded = truncate(encode_record(record, answerer.tokenizer, answerer.template), longest, answerer.num_image_tokens)
     with record.errors():
-        files = [resolve_image(folder, name) for name in record.images]
+        files = [resolve_image(folder, name) for name in record.file_names()]
         answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
         reply = (turns[answers[0]].text or "").strip() if answers else ""
         prompt, prompt_files = None, 0

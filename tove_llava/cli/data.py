@@ -60,7 +60,7 @@ def _check_arguments(check: argparse.ArgumentParser) -> None:
     check.add_argument("--allow-image-links", action="store_true", help="accept links that lead out of the folder")
     check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (10; the JSON has all)")
     own = check.add_argument_group("a training set of your own")
-    own.add_argument("--data-path", metavar="FILE", help="LLaVA records, JSON or JSONL")
+    own.add_argument("--data-path", metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
     own.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
     own.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
     own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
@@ -212,6 +212,8 @@ def _table(report: Any, show: int) -> str:
         rows.append(("cut at the maximum", f"{tokens['truncated']:,}"))
     if report.duplicate_ids:
         rows.append(("repeated ids", f"{report.duplicate_ids:,} (harmless)"))
+    if report.unread_keys:
+        rows.append(("keys not read", ", ".join(f"{key} {count:,}" for key, count in report.unread_keys.items())))
     rows += [(f"problems: {kind}", f"{count:,}") for kind, count in report.counts.items()]
     lines = [report.file, *listed(rows), ""]
     lines += _first([problem.message for problem in report.problems], show)

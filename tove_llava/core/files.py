@@ -115,11 +115,19 @@ def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, 
         raise error(_message(f"{path} is a folder; a file is needed", hint)) from None
     except OSError as cause:
         raise error(_message(f"{path} cannot be read: {cause}", hint)) from cause
+    return decode_text(content, path, error, hint)
+
+
+def decode_text(
+    content: bytes, file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "", line: int = 1
+) -> str:
+    """Decode a file's UTF-8 content from ``line`` on; errors as in :func:`read_text`."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as cause:
-        line = content.count(b"\n", 0, cause.start) + 1
-        raise error(_message(f"{path}, line {line}: not UTF-8 text ({cause.reason})", hint)) from None
+        line += content.count(b"\n", 0, cause.start)
+        reason = "it is UTF-16; save it as UTF-8" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else cause.reason
+        raise error(_message(f"{file}, line {line}: not UTF-8 text ({reason})", hint)) from None
 
 
 def parse_json(

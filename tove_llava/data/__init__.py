@@ -1,9 +1,10 @@
 """LLaVA records, conversation templates, tokens and labels, images, batches, sampling."""
 
 from tove_llava.data.collator import LlavaCollator
+from tove_llava.data.data_files import load_records, read_records
 from tove_llava.data.dataset import LlavaDataset
 from tove_llava.data.images import ImageTransform, open_image, to_rgb
-from tove_llava.data.records import Record, load_records, parse_record, read_records
+from tove_llava.data.records import Record, parse_record
 from tove_llava.data.sampler import LengthGroupedSampler
 from tove_llava.data.templates import Turn, get_template, template_names
 from tove_llava.data.tokenization import (

@@ -2,19 +2,23 @@
 
 import os
 import statistics
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.data.data_files import DataFiles
 from tove_llava.data.dataset import truncate
+from tove_llava.data.dialects import printable, unread_keys
 from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
-from tove_llava.data.records import Record, parse_record, prepare_turns, read_records, record_name
+from tove_llava.data.records import Record, prepare_turns, record_name
 from tove_llava.data.templates import Template, Turn, get_template
 from tove_llava.data.tokenization import encode_turns
 
@@ -50,6 +54,7 @@ class CheckReport:
         turns: most turns of a record.
         folders: records by the first folder of their first image's path.
         duplicate_ids: ids that occur more than once (harmless).
+        unread_keys: records by key that nothing reads (harmless).
         tokens: with a tokenizer: mean and largest length (images expanded), mean of supervised tokens, and number of
             records that are cut at the maximum length.
     """
@@ -66,6 +71,7 @@ class CheckReport:
     turns: int = 0
     folders: dict[str, int] = field(default_factory=dict)
     duplicate_ids: int = 0
+    unread_keys: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +104,7 @@ class CheckOptions:
 
 
 _Length = tuple[int, int, bool]  # tokens, supervised tokens, cut at the maximum
+_ImageKey = str | tuple[int, int]  # a file's name; record and number of an image inside the data file
 _Show = Callable[[Iterable[Any], int, str], Iterable[Any]]
 
 
@@ -107,7 +114,7 @@ def check_dataset(
     """Check everything in a data set, without stopping at a problem.
 
     Args:
-        data_path: a JSON or JSONL file.
+        data_path: data files, see :class:`tove_llava.data.data_files.DataFiles`.
         options: what to check.
         workers: number of processes.
         progress: wraps an iterator, given the number of items and a label (a tqdm factory).
@@ -121,27 +128,33 @@ def check_dataset(
     if options.image_folder is not None and not os.path.isdir(options.image_folder):
         raise ConfigError(f"there is no image folder {options.image_folder}; check --image-folder")
     template = get_template(options.template)
-    raw = read_records(data_path)
+    files = DataFiles(data_path)
     show = progress or (lambda items, total, label: items)
-    report = CheckReport(str(data_path), records=len(raw), duplicate_ids=_duplicates(raw))
+    report = CheckReport(str(data_path), records=len(files))
 
     lengths: list[_Length] = []
-    images: dict[str, list[tuple[int, str]]] = {}  # name -> index and id of its records
-    results = parallel_map(_RecordCheck(str(data_path), options, template), list(enumerate(raw)), workers)
-    for record, problem, length in show(results, len(raw), "records"):
-        if problem is not None:
-            report.problems.append(problem)
-        if length is not None:
-            lengths.append(length)
-        if record is not None:
-            _count(record, report)
-            for name in record.images:
-                images.setdefault(name, []).append((record.index, record.id))
+    images: dict[_ImageKey, list[tuple[int, str]]] = {}  # index and id of its records
+    ids, unread = array("q"), Counter[str]()
+    results = parallel_map(_RecordCheck(files, options, template), range(len(files)), workers)
+    for index, checked in enumerate(show(results, len(files), "records")):
+        unread.update(checked.unread)
+        if checked.id is not None:
+            ids.append(hash(checked.id))
+        if checked.problem is not None:
+            report.problems.append(checked.problem)
+        if checked.length is not None:
+            lengths.append(checked.length)
+        if checked.turns:
+            _count(checked, report)
+        for key in checked.images:
+            images.setdefault(key, []).append((index, checked.id or ""))
+    report.duplicate_ids = int((np.unique(np.array(ids), return_counts=True)[1] > 1).sum())
+    report.unread_keys = dict(unread.most_common())
     report.images = len(images)
-    if options.image_folder is not None:
-        found = parallel_map(_ImageCheck(options), list(images), workers)
-        _add_images(show(found, len(images), "images"), images, report)
-    elif images:
+    if options.image_folder is not None or not any(isinstance(key, str) for key in images):
+        found = parallel_map(_ImageCheck(files, options), list(images), workers)
+        _add_images(show(found, len(images), "images"), images, files, report)
+    else:
         raise ConfigError(f"{data_path} has images; say where they are with --image-folder")
 
     report.problems.sort(key=lambda problem: (problem.index, KINDS.index(problem.kind)))
@@ -159,47 +172,71 @@ def check_dataset(
     return report
 
 
-def _count(record: Record, report: CheckReport) -> None:
-    report.text_only += not record.images
-    report.multi_image += len(record.images) > 1
-    report.turns = max(report.turns, len(record.turns))
-    folder, slash, _ = (record.images or ("",))[0].partition("/")
+@dataclass(frozen=True)
+class _Checked:
+    """The result of one record's check, without the record's content."""
+
+    id: str | None
+    images: tuple[_ImageKey, ...] = ()
+    turns: int = 0
+    problem: Problem | None = None
+    length: _Length | None = None
+    unread: tuple[str, ...] = ()
+
+
+def _count(checked: _Checked, report: CheckReport) -> None:
+    report.text_only += not checked.images
+    report.multi_image += len(checked.images) > 1
+    report.turns = max(report.turns, checked.turns)
+    first = (checked.images or ("",))[0]
+    folder, slash, _ = first.partition("/") if isinstance(first, str) else ("", "", "")
     if slash:
         report.folders[folder] = report.folders.get(folder, 0) + 1
 
 
 def _add_images(
-    found: Iterable[tuple[str, str, str]], images: dict[str, list[tuple[int, str]]], report: CheckReport
+    found: Iterable[tuple[_ImageKey, str, str]],
+    images: dict[_ImageKey, list[tuple[int, str]]],
+    files: DataFiles,
+    report: CheckReport,
 ) -> None:
     modes: Counter[str] = Counter()
-    for name, mode, message in found:
+    for key, mode, message in found:
         modes[mode] += bool(mode)
-        for index, record_id in images[name] if message else []:
-            where = record_name(report.file, index, record_id)
+        for index, record_id in images[key] if message else []:
+            file, number = files.place(index)
+            where = record_name(file, number, record_id)
+            name = key if isinstance(key, str) else ""
             report.problems.append(Problem(index, record_id, "image", f"{where}: {message}", name))
     report.image_modes = {mode: count for mode, count in sorted(modes.items()) if count}
 
 
 @dataclass(frozen=True)
 class _RecordCheck:
-    file: str
+    files: DataFiles
     options: CheckOptions
     template: Template
 
-    def __call__(self, item: tuple[int, Any]) -> tuple[Record | None, Problem | None, _Length | None]:
-        index, raw = item
-        kind, record = "structure", None
+    def __call__(self, index: int) -> _Checked:
+        kind, raw = "structure", None
+        checked = _Checked(None)
         try:
-            record = parse_record(raw, index, self.file)
+            raw = self.files.raw(index)
+            if isinstance(raw, dict):
+                known = str(printable(raw["id"])) if "id" in raw else None
+                checked = _Checked(known, unread=tuple(unread_keys(raw)))
+            record = self.files.parse(raw, index)
+            inside = record.contents or (None,) * len(record.images)
+            keys = (name if inside[k] is None else (index, k) for k, name in enumerate(record.images))
+            checked = replace(checked, images=tuple(keys), turns=len(record.turns))
             kind = "conversation"
             turns = prepare_turns(record, self.template)
             kind = "length"
             if not any(turn.role == "assistant" and turn.text for turn in turns):
                 raise DataError(f"{record.where}: no answer to learn from; add one or take the record out")
-            return record, None, self._length(record, turns)
+            return replace(checked, length=self._length(record, turns))
         except DataError as error:
-            record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
-            return record, Problem(index, record_id, kind, str(error)), None
+            return replace(checked, problem=Problem(index, checked.id or "", kind, str(error)))
 
     def _length(self, record: Record, turns: list[Turn]) -> _Length | None:
         options = self.options
@@ -220,22 +257,22 @@ class _RecordCheck:
 
 @dataclass(frozen=True)
 class _ImageCheck:
+    files: DataFiles
     options: CheckOptions
 
-    def __call__(self, name: str) -> tuple[str, str, str]:
-        """Return name, mode, and the problem (empty if there is none)."""
+    def __call__(self, key: _ImageKey) -> tuple[_ImageKey, str, str]:
+        """Return key, mode, and the problem (empty if there is none)."""
         options, mode = self.options, ""
         try:
-            file = resolve_image(options.image_folder or "", name, options.allow_image_links)
+            if isinstance(key, str):
+                file, name = resolve_image(options.image_folder or "", key, options.allow_image_links), None
+            else:
+                record = self.files[key[0]]
+                file, name = record.contents[key[1]], record.images[key[1]]
             if options.decode:
-                image = open_image(file, options.max_pixels)
+                image = open_image(file, options.max_pixels, name)
                 mode = image.mode
                 to_rgb(image)
         except DataError as error:
-            return name, mode, str(error)
-        return name, mode, ""
-
-
-def _duplicates(raw: Sequence[Any]) -> int:
-    ids = Counter(str(record["id"]) for record in raw if isinstance(record, dict) and "id" in record)
-    return sum(count > 1 for count in ids.values())
+            return key, mode, str(error)
+        return key, mode, ""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.data.images import ImageTransform, resolve_image
-from tove_llava.data.records import Record, load_records, prepare_turns
+from tove_llava.data.data_files import DataFiles
+from tove_llava.data.images import ImageBytes, ImageTransform
+from tove_llava.data.records import Record, find_image, prepare_turns
 from tove_llava.data.templates import Template, get_template
 from tove_llava.data.tokenization import IMAGE_TOKEN_INDEX, Encoded, encode_turns
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
@@ -68,6 +71,22 @@ class DataReport:
         return "\n".join(lines)
 
 
+class PreparedRecords(Sequence[Record]):
+    """Records of data files with their turns prepared; each is read when it is asked for."""
+
+    def __init__(self, files: DataFiles, kept: np.ndarray[Any, Any], template: Template) -> None:
+        self.files, self.kept, self.template = files, kept, template
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[each] for each in range(len(self))[index]]
+        record = self.files[int(self.kept[index])]
+        return replace(record, turns=tuple(prepare_turns(record, self.template)))
+
+
 class LlavaDataset(Dataset[Example]):
     """LLaVA records as token ids, labels and pixels.
 
@@ -91,8 +110,9 @@ class LlavaDataset(Dataset[Example]):
         read_pixels: decode the images; False where ``features`` suffice.
 
     Attributes:
-        records: the records that are trained on, their turns as :func:`prepare_turns` returns them.
-        modality_lengths: word counts, negative for text-only records: input of the grouped sampler.
+        records: the records that are trained on, their turns as :func:`prepare_turns` returns them. Each is read when
+            it is asked for.
+        modality_lengths: int32 [records], word counts, negative for text-only records: input of the grouped sampler.
         report: the records that are left out.
     """
 
@@ -125,10 +145,10 @@ class LlavaDataset(Dataset[Example]):
         self.features = features
         self.read_pixels = read_pixels
         self.report = DataReport()
-        self.records: list[Record] = []
-        self.modality_lengths: list[int] = []
-        for record in load_records(data_path):
-            self.report.total += 1
+        files = DataFiles(data_path)
+        self.report.total = len(files)
+        kept, lengths = array("q"), array("i")
+        for index, record in enumerate(files):
             prepared = replace(record, turns=tuple(prepare_turns(record, self.template)))
             reason = self._why_unsupervised(prepared)
             if reason is not None:
@@ -137,10 +157,14 @@ class LlavaDataset(Dataset[Example]):
                 self.report.left_out.setdefault(reason, []).append(record.id or f"record {record.index}")
                 continue
             if check_files:
-                self._image_files(record)
-            self.records.append(prepared)
-            self.modality_lengths.append(record.modality_length or (1 if record.images else -1))
-        if not self.records:
+                with record.errors():
+                    for number in range(len(record.images)):
+                        self._image_file(record, number)
+            kept.append(index)
+            lengths.append(record.modality_length or (1 if record.images else -1))
+        self.records = PreparedRecords(files, np.array(kept), self.template)
+        self.modality_lengths = np.array(lengths)
+        if not len(self.records):
             raise DataError(f"{data_path}: nothing is left to train on; {self.report}")
         self.encode(self.records[0])  # fails here if the tokenizer does not suit the template
 
@@ -161,11 +185,11 @@ class LlavaDataset(Dataset[Example]):
         }
         with record.errors():
             if num_images and self.read_pixels:
-                files = self._image_files(record)[:num_images]
-                pixels = [self.image_transform.open(file)[None] for file in files]  # [1,3,S,S] each
+                files = [self._image_file(record, number) for number in range(num_images)]
+                pixels = [self.image_transform.open(*file)[None] for file in files]  # [1,3,S,S] each
                 example["pixel_values"] = pixels[0] if num_images == 1 else torch.cat(pixels)  # one needs no copy
             if num_images and self.features is not None:
-                example["vision_features"] = self.features.read(record.images[:num_images])
+                example["vision_features"] = self.features.read(record.file_names()[:num_images])
         return example
 
     def encode(self, record: Record) -> Encoded:
@@ -175,11 +199,10 @@ class LlavaDataset(Dataset[Example]):
             encoded = encode_turns(record.turns, self.tokenizer, self.template, images)
         return truncate(encoded, self.model_max_length, self.num_image_tokens)
 
-    def _image_files(self, record: Record) -> list[Path]:
-        if record.images and self.image_folder is None:
+    def _image_file(self, record: Record, number: int) -> tuple[Path | ImageBytes, str]:
+        if self.image_folder is None and not record.contents:
             raise DataError(f"{record.where} has images; say where they are with --image_folder")
-        with record.errors():
-            return [resolve_image(self.image_folder or "", name, self.allow_image_links) for name in record.images]
+        return find_image(record, number, self.image_folder, self.allow_image_links)
 
     def _why_unsupervised(self, record: Record) -> str | None:
         """Return why no answer survives the cut; None if one does.

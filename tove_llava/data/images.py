@@ -1,5 +1,6 @@
 """Open images (untrusted files) and turn them into the vision tower's input."""
 
+import io
 import math
 import os
 import stat
@@ -7,7 +8,7 @@ import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 AspectRatio = Literal["square", "pad"]
 
+#: an image's content: an open file, bytes, or a buffer of a data file that is read when the image is opened
+ImageBytes = Any
+
 #: images with more pixels are refused; Pillow's own limit for its warning
 MAX_PIXELS = 89_478_485
 
@@ -29,7 +33,7 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
-def resolve_image(folder: str | Path, name: str, allow_links: bool = False) -> Path:
+def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool = False) -> Path:
     """Find an image's file inside the image folder.
 
     Args:
@@ -70,7 +74,7 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
+def open_image(file: str | Path | ImageBytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """Decode an image file, or an animation's first frame, keeping its mode.
 
     Args:
@@ -81,6 +85,8 @@ def open_image(file: str | Path | BinaryIO, max_pixels: int = MAX_PIXELS, name: 
         DataError: not an image, damaged, or too large to be decoded safely.
     """
     name = str(file) if name is None else name
+    if not isinstance(file, (str, Path)) and not hasattr(file, "read"):
+        file = io.BytesIO(file)
     try:
         with Image.open(file, formats=_available_formats()) as image:
             if image.width * image.height > max_pixels:
@@ -225,13 +231,13 @@ class ImageTransform:
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return image.crop((left, top, left + side, top + side))
 
-    def open(self, file: str | Path) -> torch.Tensor:
-        """Transform an image file; every :class:`DataError` names it."""
-        image = open_image(file, self.max_pixels)
+    def open(self, file: str | Path | ImageBytes, name: str | None = None) -> torch.Tensor:
+        """Transform an image file, or its content; every :class:`DataError` has its name."""
+        image = open_image(file, self.max_pixels, name)
         try:
             return self(image)
         except DataError as error:
-            raise DataError(f"{file}: {error}") from error
+            raise DataError(f"{file if name is None else name}: {error}") from error
 
     def _checked_rgb(self, image: Image.Image) -> Image.Image:
         long, short, side = max(image.size), min(image.size), self.image_size

@@ -1,17 +1,17 @@
-"""Read and check LLaVA's data format, with messages that name the record."""
+"""Check records, with messages that name them, and arrange their turns."""
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.core.files import parse_json, parse_json_lines, read_text
-from tove_llava.data.templates.base import Role, Template, Turn, split_system
+from tove_llava.data.dialects import printable, read_content
+from tove_llava.data.images import ImageBytes, resolve_image
+from tove_llava.data.templates.base import Template, Turn, split_system
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
-
-_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Record:
         turns: all turns as written, until :func:`prepare_turns`.
         index: position in the file, counted from 0.
         file: its file, for messages.
+        contents: bytes of each image that lies in the data file itself, None for the others; empty without any.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Record:
     turns: tuple[Turn, ...]
     index: int = 0
     file: str = ""
+    contents: tuple[Any, ...] = ()
 
     @property
     def where(self) -> str:
@@ -41,6 +43,12 @@ class Record:
         """Count all turns' words, negated without images, as LLaVA's grouped sampling does."""
         words = sum(len((turn.text or "").split()) for turn in self.turns)
         return words if self.images else -words
+
+    def file_names(self) -> tuple[str, ...]:
+        """Return the images' file names; raise DataError for an image inside the data file."""
+        if self.contents:
+            raise DataError(f"{self.where} holds its images itself; only training and 'data check' read such images")
+        return self.images
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
@@ -58,78 +66,41 @@ def record_name(file: str, index: int, record_id: str) -> str:
     return f"{file}: {name}" if file else name
 
 
-def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """Read raw records of JSON (one list) or JSONL (object per line).
-
-    Raises:
-        DataError: the file is missing, empty, or not JSON; the message names the line.
-    """
-    hint = "--data_path must be one JSON list, or one JSON object a line (.jsonl)"
-    text = read_text(path, hint=hint)
-    if text.lstrip().startswith("["):
-        records = parse_json(text, path, hint=hint)
-    else:
-        records = [record for _, record in parse_json_lines(text, path, hint=hint)]
-    if not records:
-        raise DataError(f"{path} holds no records")
-    return records
-
-
 def parse_record(raw: Any, index: int = 0, file: str = "") -> Record:
     """Check one raw record; raise DataError for a missing or wrong part.
 
     Args:
-        raw: ``{"id", "image" (a name, a list of names, or absent), "conversations": [{"from", "value"}]}``.
+        raw: an object with a conversation in one of :mod:`tove_llava.data.dialects`, such as ``{"id", "image" (a name,
+            a list of names, or absent), "conversations": [{"from", "value"}]}``.
         index, file: see :class:`Record`.
     """
-    record_id = str(raw.get("id", "")) if isinstance(raw, dict) else ""
+    record_id = str(printable(raw.get("id", ""))) if isinstance(raw, dict) else ""
     where = record_name(file, index, record_id)
     if not isinstance(raw, dict):
         raise DataError(f"{where} is a {type(raw).__name__}; a record must be an object with 'conversations'")
-    if "conversations" not in raw:
-        raise DataError(f"{where} has no 'conversations' (keys: {', '.join(map(str, raw)) or 'none'})")
-    conversations = raw["conversations"]
-    if not isinstance(conversations, list) or not conversations:
-        raise DataError(
-            f"{where}: 'conversations' must be a list of at least one turn; add the turns or delete the record"
-        )
-    turns = []
-    for number, message in enumerate(conversations, start=1):
-        if not isinstance(message, dict) or "from" not in message or "value" not in message:
-            raise DataError(f"{where}: turn {number} must be an object with 'from' and 'value', not {_short(message)}")
-        role = message["from"]
-        if not isinstance(role, str) or role not in _ROLES:
-            raise DataError(f"{where}: turn {number} is from {_short(role)}; 'from' must be 'human' or 'gpt'")
-        if not isinstance(message["value"], str):
-            raise DataError(f"{where}: the value of turn {number} must be a string, not {_short(message['value'])}")
-        if not _has_encoding(message["value"]):
-            raise DataError(f"{where}: the value of turn {number} holds half of a surrogate pair; repair its encoding")
-        turns.append(Turn(_ROLES[role], message["value"]))
-    images = raw.get("image")
-    if images is None:
-        images = []
-    elif isinstance(images, str):
-        images = [images]
-    if not isinstance(images, list) or not all(_is_file_name(name) for name in images):
-        raise DataError(f"{where}: 'image' must be a file name or a list of file names, not {_short(raw['image'])}")
-    return Record(record_id, tuple(images), tuple(turns), index, file)
-
-
-def _has_encoding(value: str) -> bool:
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        turns, images = read_content(raw)
+    except DataError as error:
+        joint = " has " if str(error).startswith("no ") else ": "
+        raise DataError(f"{where}{joint}{error}") from None
+    contents = tuple(image.content for image in images) if any(image.content is not None for image in images) else ()
+    names = tuple(image.name or f"record {index}, image {k}" for k, image in enumerate(images))
+    return Record(record_id, names, tuple(turns), index, file, contents)
 
 
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and "\0" not in value and _has_encoding(value)
+def find_image(
+    record: Record, number: int, folder: str | os.PathLike[str] | None, allow_links: bool = False
+) -> tuple[Path | ImageBytes, str]:
+    """Return an image's file or content, and its name for messages.
 
-
-def load_records(path: str | Path) -> list[Record]:
-    """Read and check a whole file; the first fault raises :class:`DataError`."""
-    return [parse_record(raw, index, str(path)) for index, raw in enumerate(read_records(path))]
+    Raises:
+        DataError: see :func:`tove_llava.data.images.resolve_image`.
+    """
+    name = record.images[number]
+    if record.contents and record.contents[number] is not None:
+        return record.contents[number], name
+    file = resolve_image(folder or "", name, allow_links)
+    return file, str(file)
 
 
 def prepare_turns(record: Record, template: Template, check_images: bool = True) -> list[Turn]:
@@ -153,6 +124,7 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
     with record.errors():
         turns = list(record.turns)
         if template.single_turn:
+            turns = turns[turns[0].role == "system" :]  # neither it nor the question is shown
             if len(turns) != 2:
                 raise DataError(
                     f"the {template.name} template takes one question and one answer, not {len(turns)} turns; "
@@ -164,7 +136,7 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
                     f"the {template.name} template needs {IMAGE_PLACEHOLDER} in the first turn; put it there, or use "
                     "an instruction template such as v1 for text"
                 )
-        elif turns[0].role != "user":
+        elif turns[0].role == "assistant":
             turns = turns[1:]
         if not turns:
             raise DataError("no human turn; the conversation must start with one")
@@ -205,8 +177,3 @@ def _looks_like_an_image(turn: Turn) -> int:
         return 0
     own_lines = sum(line.strip() == IMAGE_PLACEHOLDER for line in text.split("\n"))
     return max(own_lines, int(text.lstrip().startswith(IMAGE_PLACEHOLDER)))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -108,7 +109,7 @@ class LengthGroupedSampler(Sampler[int]):
     ) -> None:
         if batch_size < 1 or num_batches < 1:
             raise ConfigError(f"batch_size ({batch_size}) and num_batches ({num_batches}) must be positive")
-        self.lengths = list(lengths)
+        self.lengths = np.asarray(lengths, dtype=np.int32)
         self.batch_size = batch_size
         self.num_batches = num_batches
         self.by_modality = by_modality
@@ -128,4 +129,4 @@ class LengthGroupedSampler(Sampler[int]):
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
         draw = modality_grouped_indices if self.by_modality else length_grouped_indices
-        return iter(draw(self.lengths, self.batch_size, self.num_batches, generator))
+        return iter(draw(self.lengths.tolist(), self.batch_size, self.num_batches, generator))

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.data import ImageTransform, load_records
+from tove_llava.data import ImageTransform
+from tove_llava.data.data_files import image_names
 from tove_llava.data.dataset import FeatureSource
 from tove_llava.data.images import resolve_image
 from tove_llava.tower import TowerFeatures
@@ -30,7 +31,7 @@ class ImagePool:
     allow_links: bool = False
 
     def __post_init__(self) -> None:
-        self.names = list(dict.fromkeys(name for record in load_records(self.data_path) for name in record.images))
+        self.names = list(dict.fromkeys(image_names(self.data_path)))
         if not self.names:
             raise DataError(f"{self.data_path} names no image to merge on; set merge_images_per_record to 0")
 
