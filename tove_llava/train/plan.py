@@ -24,7 +24,7 @@ from tove_llava.core.errors import ToveError
 from tove_llava.core.sources import Source
 from tove_llava.core.text import GIB
 from tove_llava.data import ImageTransform, LlavaDataset
-from tove_llava.data.records import read_records
+from tove_llava.data.data_files import DataFiles
 from tove_llava.llava.build import read_tokenizer, torch_dtype
 from tove_llava.llava.sizes import TEXT_TOKENS, Size, preset_sizes
 from tove_llava.presets import Preset, StagePreset, dump_preset
@@ -150,7 +150,7 @@ def count_records(run: RunArguments, preset: Preset, stage: StagePreset, shape: 
     assert run.data_path is not None
     tokenizer = _tokenizer(run, preset)
     if tokenizer is None:
-        return Records(len(read_records(run.data_path)))
+        return Records(len(DataFiles(run.data_path)))
     dataset = LlavaDataset(
         run.data_path,
         run.image_folder,
