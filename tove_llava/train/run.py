@@ -301,7 +301,7 @@ def print_sizes(argv: Sequence[str]) -> None:
     from tove_llava.llava.sizes import format_sizes, preset_sizes
 
     given = Parser().given([word for word in argv if word != "--meta"])
-    print(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
+    _say(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
 
 
 def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
@@ -312,9 +312,9 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
         with watching():
             arguments = take_plugin_flags(arguments)
             if {"-h", "--help"} & set(arguments):
-                print(help_page())
+                _say(help_page())
             elif "--help-all" in arguments:
-                print(help_page(further_flags()))
+                _say(help_page(further_flags()))
             elif "--meta" in arguments:
                 print_sizes(arguments)
             elif {"--print-config", "--print_config"} & set(arguments):
