@@ -197,6 +197,10 @@ def test_a_job_on_gpus_has_them_and_plugins_and_waits_for_other_commands(root, t
         assert "GPUs 5\n" in (tmp_path / f"out/jobs/{name}.log").read_text()
         assert ablate(file, tmp_path / "out", "--set", "gpus=3") == 2
         assert "grid.yaml: gpus: 3 are needed, and there are 2" in capsys.readouterr().err
+        (tmp_path / "mine.py").write_text(FUSION + "# changed")
+    with forgotten():
+        changed = folder_of(listed(capsys, file, tmp_path / "out")["own_add, seed 0: pretrain"])
+        assert name not in changed, "another plugin is another run"
 
 
 def test_sigterm_stops_the_jobs(root, tmp_path):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tove_llava.ablation.ablation_plan import Arm, EvaluationPlan, Plan, StagePlan
+from tove_llava.checkpoints.plugin_records import plugin_versions
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.eval.conditions import parse_conditions
 from tove_llava.eval.tasks import find_data
@@ -165,13 +166,10 @@ def _preset(arm: Arm) -> list[str]:
 def _add_stage(grid: Grid, chain: Chain, arm: Arm, stage: str, settings: Settings, cache: Job | None) -> None:
     before = chain.jobs[-1] if chain.jobs else None
     ranks = None if grid.gpus == 1 else grid.gpus
-    record = {
-        **settings.record(),
-        "world_size": ranks,
-        "arguments.seed": chain.seed,
-        "data_path": settings.data_path.name,
-    }
-    record |= {"image_folder": settings.image_folder.name, "preset": None}  # a folder may move, a preset be renamed
+    plugins = plugin_versions(vision_config(settings.preset.vision), settings.stage.template) or None
+    record = {**settings.record(), "arguments.seed": chain.seed, "world_size": ranks, "plugins": plugins}
+    # A folder may move, and a preset be renamed.
+    record |= {"data_path": settings.data_path.name, "image_folder": settings.image_folder.name, "preset": None}
     if settings.stage.merge:
         record["merge_data_path"] = settings.merge_data_path.name
     key = _key([{name: value for name, value in record.items() if value is not None}, before and before.key])

@@ -40,6 +40,12 @@ def save_plugins(folder: Path, vision: ToveVisionConfig, template: str) -> list[
     return list(found.values())
 
 
+def plugin_versions(vision: ToveVisionConfig, template: str) -> dict[str, str]:
+    """Return the plugins that a model needs, with their versions."""
+    used = [plugin for _, _, component in _parts(vision, template) if (plugin := plugin_of(component))]
+    return {plugin.name: plugin.version for plugin in used}
+
+
 def check_plugins(folder: Path, manifest: Manifest) -> None:
     """Check that the plugins of a checkpoint are loaded and as they were in training.
 
