@@ -92,6 +92,9 @@ def parse(argv: Sequence[str]) -> Settings:
         merge_data_path=_existing(run.merge_data_path or run.data_path, "--merge_data_path"),
         merge_image_folder=_existing(run.merge_image_folder or run.image_folder, "--merge_image_folder"),
         merge_feature_cache=_existing(cache, "--merge_feature_cache") if cache else None,
+        eval_data_path=_existing(run.eval_data_path, "--eval_data_path") if run.eval_data_path else None,
+        eval_image_folder=_existing(run.eval_image_folder or run.image_folder, "--eval_image_folder"),
+        keep_best=run.keep_best,
         template_given=given.get("template") is not None,
         training=training,
     )
@@ -122,6 +125,11 @@ def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> d
     if training.get("use_liger_kernel"):
         raise ConfigError("--use_liger_kernel does not know this model; give --fused_kernels True")
     _check_reports(training.get("report_to"))
+    asked = next((key for key in ("eval_steps", "eval_image_folder", "keep_best") if given.get(key) is not None), None)
+    if run.eval_data_path is not None:
+        training["eval_strategy"] = "epoch" if training.get("eval_steps") is None else "steps"
+    elif asked is not None or training.get("eval_strategy", "no") != "no":
+        raise ConfigError(f"--{asked or 'eval_strategy'} needs held-out records: --eval_data_path FILE")
     return training
 
 

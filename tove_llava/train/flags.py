@@ -42,6 +42,9 @@ class RunArguments:
     )
     merge_lora_r: int | None = _flag(None, "merge into adapters of this rank; 0 merges into the encoder's own weights")
     feature_cache: str | None = _flag(None, "folder that 'tove-llava features' made; then no encoder runs")
+    eval_data_path: str | None = _flag(None, "held-out records, whose loss is measured while the run trains")
+    eval_image_folder: str | None = _flag(None, "folder of their images (default: --image_folder)")
+    keep_best: bool = _flag(True, "keep the model with the lowest such loss in OUTPUT_DIR/best")
     allow_image_links: bool = _flag(False, "follow links that lead out of the image folder")
     self_contained: bool = _flag(False, "save frozen parts by value instead of by reference")
 
@@ -97,6 +100,8 @@ COMMON = {
     "use_cpu": ("BOOL", "train on the CPU although there is a GPU"),
     "deepspeed": ("NAME", "zero2, zero3, zero3_offload, none, or a .json file; under a launcher only"),
     "dataloader_num_workers": ("N", "processes that read and prepare images"),
+    "eval_steps": ("N", "steps between two measurements (default: one after each epoch)"),
+    "per_device_eval_batch_size": ("N", "held-out records of a batch on each device"),
     "logging_steps": ("N", "steps between two lines of the log"),
     "report_to": ("NAME", "tensorboard, wandb, trackio, ..., or none"),
     "run_name": ("NAME", "the run's name in these"),
@@ -118,6 +123,7 @@ GROUPS = {
     "merge": "merge_loss merge_coefficient merge_layers merge_lora_r merge_optimizer merge_token_weights "
     "merge_images_per_record merge_data_path merge_image_folder merge_feature_cache",
     "memory and speed": "bf16 fp16 tf32 use_cpu deepspeed padding_free checkpointing checkpointing_gib fused_kernels",
+    "validation": "eval_data_path eval_image_folder eval_steps per_device_eval_batch_size keep_best",
     "logging and saving": "logging_steps report_to run_name save_steps save_total_limit self_contained",
 }
 

@@ -20,6 +20,9 @@ class TrainingLines(TrainerCallback):
         self._begin: tuple[int, float] | None = None  # the first logged step and its time: earlier steps warm up
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "eval_best" in logs:
+            best = ", the lowest so far" if logs["eval_best"] else ""
+            self.write(f"step {state.global_step} of {state.max_steps}: held-out loss {logs['eval_loss']:.4f}{best}")
         if not state.is_world_process_zero or not logs or "lm_loss" not in logs:
             return
         step, now = state.global_step, time.monotonic()

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -42,7 +42,8 @@ from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stage_data import make_dataset, make_further_images
 from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
-from tove_llava.train.trainer import ToveTrainer
+from tove_llava.train.trainer import Numbered, NumberedCollator, ToveTrainer
+from tove_llava.train.validation import Validation
 
 
 def run(settings: Settings) -> None:
@@ -71,6 +72,9 @@ def run(settings: Settings) -> None:
         _say(f"chat template: {about}")
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
+    held_out = None if settings.eval_data_path is None else make_dataset(settings, processor, start.vision, True)
+    if held_out is not None:
+        _say(f"held-out data: {held_out.report}")
     stages = stage_history(settings, len(dataset))
 
     model = start.model(seed, settings.device())
@@ -99,7 +103,8 @@ def run(settings: Settings) -> None:
     _keep_deepspeed_from_compiling()
     args = settings.training_arguments()
     _use_master_weights(args, trainable)
-    trainer = make_trainer(settings, args, model, processor, dataset, trainable)
+    keep = _keeper(settings, start, model, trainable, stages) if settings.keep_best else None
+    trainer = make_trainer(settings, args, model, processor, dataset, trainable, held_out, keep)
     if resume is not None:
         _say(f"resuming from {resume}")
     with _fast_paths(model, start.stage, autocast=args.deepspeed is None and (args.bf16 or args.fp16)):
@@ -157,22 +162,25 @@ def make_trainer(
     processor: LlavaProcessor,
     dataset: LlavaDataset,
     trainable: Trainable,
+    held_out: LlavaDataset | None = None,
+    keep: Callable[..., None] | None = None,
 ) -> ToveTrainer:
-    """Make the trainer of a stage."""
+    """Make the trainer of a stage; ``keep`` writes the best model, judged by the held-out records."""
     stage, muon = settings.stage, []
     if stage.merge is not None:
         muon = MERGE_OPTIMIZERS.get(stage.merge.optimizer)(cast(MergingTower, model.tower))
+    collator = LlavaCollator(
+        pad_token_id=processor.tokenizer.pad_token_id,
+        image_token_id=processor.image_token_id,
+        num_image_tokens=model.config.vision_config.num_image_tokens,
+        packed=stage.padding_free,
+    )
     return ToveTrainer(
         model,
         args,
         trainable=trainable,
         dataset=dataset,
-        collator=LlavaCollator(
-            pad_token_id=processor.tokenizer.pad_token_id,
-            image_token_id=processor.image_token_id,
-            num_image_tokens=model.config.vision_config.num_image_tokens,
-            packed=stage.padding_free,
-        ),
+        collator=collator,
         parameter_groups=parameter_groups(
             trainable,
             learning_rate=args.learning_rate,
@@ -184,6 +192,7 @@ def make_trainer(
         ),
         group_by_modality_length=stage.group_by_modality_length,
         further_images=make_further_images(settings, dataset, model.tower, args.seed),
+        validation=None if held_out is None else Validation(Numbered(held_out, None), NumberedCollator(collator), keep),
     )
 
 
@@ -202,6 +211,7 @@ def _save(
     trainable: Trainable,
     tensors: dict[str, torch.Tensor],
     stages: list[dict[str, Any]],
+    folder: Path | None = None,
 ) -> None:
     kinds = {LORA: "lora", LANGUAGE: "full"}
     processor = build_processor(
@@ -223,7 +233,19 @@ def _save(
         quantization=recorded(start.quantization),
         history=stages,
     )
-    save_checkpoint(settings.output_dir, model, processor, manifest, tensors, self_contained=settings.self_contained)
+    folder = folder or settings.output_dir
+    save_checkpoint(folder, model, processor, manifest, tensors, self_contained=settings.self_contained)
+
+
+def _keeper(
+    settings: Settings,
+    start: Start,
+    model: ToveLlavaForConditionalGeneration,
+    trainable: Trainable,
+    stages: list[dict[str, Any]],
+) -> Callable[[Path, dict[str, torch.Tensor]], None]:
+    """Return what writes the best model to a folder."""
+    return lambda folder, tensors: _save(settings, start, model, trainable, tensors, stages, folder)
 
 
 def _check_deepspeed(settings: Settings) -> None:

@@ -22,6 +22,7 @@ OPERATIONAL = frozenset(
         "output_dir", "logging_steps", "logging_dir", "logging_first_step", "logging_strategy", "save_steps",
         "report_to", "save_strategy", "save_total_limit", "disable_tqdm", "dataloader_num_workers",
         "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers", "run_name",
+        "eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size",
         "log_level", "log_level_replica", "ddp_timeout", "project", "include_num_input_tokens_seen",
     }
 )  # fmt: skip
@@ -44,6 +45,9 @@ class Settings:
     merge_data_path: Path
     merge_image_folder: Path
     merge_feature_cache: Path | None
+    eval_data_path: Path | None
+    eval_image_folder: Path
+    keep_best: bool
     template_given: bool  # by a flag, not by the preset
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 

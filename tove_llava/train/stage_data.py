@@ -15,8 +15,10 @@ from tove_llava.train.merging import FurtherImages, ImagePool
 from tove_llava.train.run_settings import Settings
 
 
-def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig) -> LlavaDataset:
-    """Open and check the stage's records."""
+def make_dataset(
+    settings: Settings, processor: LlavaProcessor, vision: ToveVisionConfig, held_out: bool = False
+) -> LlavaDataset:
+    """Open and check the stage's records, or the held-out ones."""
     transform = ImageTransform(
         vision.image_size,
         cast(AspectRatio, settings.stage.image_aspect_ratio),
@@ -24,12 +26,15 @@ def make_dataset(settings: Settings, processor: LlavaProcessor, vision: ToveVisi
         std=vision.image_std,
         image_resize=cast(ImageResize, settings.stage.image_resize),
     )
-    cache = None
-    if settings.feature_cache is not None:
+    cache, data, images = None, settings.data_path, settings.image_folder
+    if held_out:
+        assert settings.eval_data_path is not None
+        data, images = settings.eval_data_path, settings.eval_image_folder
+    elif settings.feature_cache is not None:
         cache = _open_cache(settings, settings.feature_cache, vision, settings.image_folder)
     return LlavaDataset(
-        settings.data_path,
-        settings.image_folder,
+        data,
+        images,
         processor.tokenizer,
         settings.stage.template,
         transform,

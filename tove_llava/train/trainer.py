@@ -38,6 +38,7 @@ from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter
 from tove_llava.train.run_files import STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
+from tove_llava.train.validation import Validation, keep_best, validation_loss
 from tove_llava.train.window import Window, draw_noise, open_window
 
 FURTHER = "further_images"  # batch key: number of images that only the merge loss sees
@@ -54,6 +55,7 @@ class ToveTrainer(Trainer):
         parameter_groups: of the optimizer.
         group_by_modality_length: LLaVA's grouped sampling, instead of a plain random order.
         further_images: images for the merge loss that come with each record.
+        validation: held-out records, whose loss is measured when ``args.eval_strategy`` says.
     """
 
     model: ToveLlavaForConditionalGeneration
@@ -69,6 +71,7 @@ class ToveTrainer(Trainer):
         parameter_groups: list[dict[str, Any]],
         group_by_modality_length: bool = False,
         further_images: FurtherImages | None = None,
+        validation: Validation | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._trainable = trainable
@@ -79,12 +82,14 @@ class ToveTrainer(Trainer):
             args.data_seed = args.seed  # accelerate seeds a SeedableRandomSampler with it
         self._sampler = self._make_sampler(dataset, args, group_by_modality_length)
         self._window: Window | None = None
+        self._validation = validation
         self._ends = Ends()
         super().__init__(
             model=model,
             args=args,
-            train_dataset=_Numbered(dataset, further_images),
-            data_collator=_NumberedCollator(collator),
+            train_dataset=Numbered(dataset, further_images),
+            eval_dataset=None if validation is None else validation.dataset,
+            data_collator=NumberedCollator(collator),
             callbacks=[SetEpoch(self._sampler), self._ends, *(callbacks or [])],
         )
         # Both: differentiate the result of compute_loss as it is, not divided by the accumulation steps.
@@ -126,7 +131,7 @@ class ToveTrainer(Trainer):
         if not batches:
             return [], None
         window = open_window(
-            batches, self.args.device, always_tower=self._always_runs_tower(), signal=interrupts.noted()
+            batches, self.args.device, always_tower=self.always_runs_tower(), signal=interrupts.noted()
         )
         if self._ends.now(window.signal, self.state, self.control):
             return [], None
@@ -142,7 +147,7 @@ class ToveTrainer(Trainer):
         """Return the signal that ended the run before its last step, or 0."""
         return self._ends.signal if self.state.global_step < self.state.max_steps else 0
 
-    def _always_runs_tower(self) -> bool:
+    def always_runs_tower(self) -> bool:
         """Return True if micro-batches without images must run the tower too.
 
         True when nothing but projector and tower trains. Also under ZeRO-3 and optimizer offload: both reset a gradient
@@ -168,19 +173,9 @@ class ToveTrainer(Trainer):
     ) -> Any:
         window = self._window
         assert window is not None and num_items_in_batch is not None
-        records = inputs.pop(RECORD)
-        vision = VisionInputs(features=inputs.pop("vision_features", None), further=inputs.pop(FURTHER, 0))
-        if window.runs_tower:
-            if vision.features is not None:
-                vision.features = vision.features.to(self.args.device, self.model.tower.dtype, non_blocking=True)
-            if "pixel_values" in inputs or vision.features is not None:
-                vision.gate_noise = window.local_noise()
-            else:
-                pixels, vision = self._dummy_image(inputs["input_ids"].device)
-                inputs |= pixels
+        records = inputs[RECORD]
         outputs = model(
-            **inputs,
-            vision=vision,
+            **self.model_inputs(inputs, window),
             num_items_in_batch=num_items_in_batch,
             add_aux_loss=False,
             output_routing=True,
@@ -208,6 +203,21 @@ class ToveTrainer(Trainer):
             self._refuse(loss, records)
         return (loss, outputs) if return_outputs else loss
 
+    def model_inputs(self, batch: dict[str, Any], window: Window) -> dict[str, Any]:
+        """Return the model's arguments for a batch; a rank without images may get a blank one."""
+        inputs = dict(batch)
+        del inputs[RECORD]
+        vision = VisionInputs(features=inputs.pop("vision_features", None), further=inputs.pop(FURTHER, 0))
+        if window.runs_tower:
+            if vision.features is not None:
+                vision.features = vision.features.to(self.args.device, self.model.tower.dtype, non_blocking=True)
+            if "pixel_values" in inputs or vision.features is not None:
+                vision.gate_noise = window.local_noise()
+            else:
+                pixels, vision = self._dummy_image(inputs["input_ids"].device)
+                inputs |= pixels
+        return {**inputs, "vision": vision}
+
     def _window_balance_loss(self, window: Window) -> torch.Tensor | None:
         """Return the balance loss of the window. Every rank calls this."""
         if not self._columns or not window.num_images:
@@ -233,6 +243,26 @@ class ToveTrainer(Trainer):
             f"nothing of this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or "
             "train in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Log the loss on the held-out records; keep the model if it is the lowest so far."""
+        assert self._validation is not None
+        loss = validation_loss(self, self._validation)
+        best = self.state.best_metric is None or loss < self.state.best_metric
+        if best:
+            self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
+        metrics = {"eval_loss": loss}
+        self.log(metrics | {"eval_best": float(best)})
+        if best and self._validation.keep is not None:
+            tensors = step_checkpoints.gather(self._trainable, self.args.should_save)  # every rank takes part
+            if self.args.should_save:
+                keep = self._validation.keep
+                keep_best(Path(self.args.output_dir), lambda folder: keep(folder, tensors))
+            self._barrier()
+        self._meter.start_clock()  # speed is that of training
+        handler: Any = self.callback_handler
+        self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # -- optimizer and logs -------------------------------------------------------------------------------------------
 
@@ -300,7 +330,7 @@ class ToveTrainer(Trainer):
             dist.barrier()
 
 
-class _Numbered(Dataset[Any]):
+class Numbered(Dataset[Any]):
     """Examples with the index of their record and their further images."""
 
     def __init__(self, dataset: LlavaDataset, further: FurtherImages | None) -> None:
@@ -316,7 +346,7 @@ class _Numbered(Dataset[Any]):
         return index, self.dataset[index], None if self.further is None else self.further.of(index)
 
 
-class _NumberedCollator:
+class NumberedCollator:
     def __init__(self, collator: LlavaCollator) -> None:
         self.collator = collator
 
