@@ -285,7 +285,10 @@ def test_missing_tensors_are_never_made_up(key, tmp_path):
         ({"name": "eva", "options": {"layer": 24}}, "layer=24 must be from -24 to 23"),
         ({"name": "eva", "image_size": 0}, "image_size 0 must be a positive"),
         ({"name": "a b"}, "must be one word"),
-        ({"name": "depth", "source": "timm:vit_large_patch14_dinov2.lvd142m"}, "only from sources that begin with hf:"),
+        (
+            {"name": "depth", "source": "timm:vit_large_patch14_dinov2.lvd142m"},
+            "begin with hf:.*'expert: timm' reads any",
+        ),
         ({"name": "dinov2", "source": "timm:vit_large_patch14_dinov2.nosuchtag"}, "nosuchtag"),
         ({"name": "dinov2", "source": "timm:nosuchmodel.tag"}, "no such model"),
         ({"name": "eva", "source": "open_clip:EVA02-L-14-336/nosuchtag"}, "no such model and tag"),

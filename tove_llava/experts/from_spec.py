@@ -19,9 +19,10 @@ def build_expert(spec: ExpertSpec | dict[str, Any], base_dir: str | PathLike[str
     if not spec.source:
         return next(iter(family.values()))(spec, base_dir)
     if scheme not in family:
+        hint = f"; 'expert: {scheme}' reads any model of {scheme}" if scheme in EXPERTS else ""
         raise ConfigError(
             f"expert {spec.name!r}: {spec.expert!r} cannot be read from {spec.source!r}, "
-            f"only from sources that begin with {', '.join(s + ':' for s in family)}"
+            f"only from sources that begin with {', '.join(s + ':' for s in family)}{hint}"
         )
     return family[scheme](spec, base_dir)
 
