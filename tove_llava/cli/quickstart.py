@@ -53,11 +53,11 @@ def run(args: argparse.Namespace) -> int:
     questions = ["--benchmark", "scenes", "--conditions", "blank,detached,full", "--limit", str(args.questions)]
     steps = {
         "1/4 scenes (1 minute)": ["scenes", "--out", str(scenes), *sizes],
-        "2/4 alignment: the projector and the tower's gate learn to describe scenes (3 minutes)": step_1,
-        "3/4 instruction tuning: LoRA on the language model (4 minutes)": [
+        "2/4 alignment: the projector and the tower's gate learn to describe scenes (2 minutes)": step_1,
+        "3/4 instruction tuning: LoRA on the language model (5 minutes)": [
             *step_2, "--pretrained", str(out / "pretrain"),
         ],
-        "4/4 evaluation on held-out scenes (1 minute)": [
+        "4/4 evaluation on held-out scenes (2 minutes)": [
             "eval", "--model", str(out / "model"), "--data-root", str(scenes), "--batch-size", "64", *questions,
         ],
     }  # fmt: skip
