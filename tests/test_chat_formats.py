@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 from train_parts import flags, write_parts, write_records
 
+from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as command
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn
@@ -300,6 +301,7 @@ def test_both_stages_an_answer_that_stops_and_a_stock_export(family, root, tmp_p
     assert main(flags(root, "pretrain", tmp_path / "stage1", *chosen)) == 0
     stage2 = ["--pretrained", str(tmp_path / "stage1"), "--template", "chat_template", *chosen]
     assert main(flags(root, "finetune_lora", tmp_path / "model", *stage2)) == 0
+    assert f"answers end with {family.end}" in Manifest.read(tmp_path / "model").history[-1]["chat template"]
     answerer = Answerer.load(tmp_path / "model", "cpu", "float32")
     end = answerer.tokenizer.convert_tokens_to_ids(family.end)
     assert end in answerer.end_ids and 0 in answerer.end_ids

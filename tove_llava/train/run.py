@@ -68,14 +68,15 @@ def run(settings: Settings) -> None:
     set_seed(seed)
     start = make_start(settings.preset, settings.stage, settings.pretrained)
     processor = start.processor
-    if about := get_template(settings.stage.template).check(processor.tokenizer):
+    about = get_template(settings.stage.template).check(processor.tokenizer)
+    if about:
         _say(f"chat template: {about}")
     dataset = make_dataset(settings, processor, start.vision)
     _say(f"data: {dataset.report}")
     held_out = None if settings.eval_data_path is None else make_dataset(settings, processor, start.vision, True)
     if held_out is not None:
         _say(f"held-out data: {held_out.report}")
-    stages = stage_history(settings, len(dataset))
+    stages = stage_history(settings, len(dataset), about)
 
     model = start.model(seed, settings.device())
     set_compute_dtype(model, settings.compute_dtype() or model.dtype)

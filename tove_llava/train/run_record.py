@@ -80,9 +80,14 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
     return finished
 
 
-def stage_history(settings: Settings, records: int) -> list[dict[str, Any]]:
-    """Return data and recipe of the stages so far, without local paths."""
+def stage_history(settings: Settings, records: int, chat_template: str = "") -> list[dict[str, Any]]:
+    """Return data and recipe of the stages so far, without local paths.
+
+    Args:
+        chat_template: the form in which the tokenizer's own template was used, if it was.
+    """
     record = run_record(settings)
     earlier = Manifest.read(settings.pretrained).history if settings.pretrained is not None else []
     lines = {name: record[key] for name, key in _CARD_LINES.items() if record.get(key) is not None}
+    lines |= {"chat template": chat_template} if chat_template else {}
     return [*earlier, {"stage": settings.stage_name, "data": settings.data_path.name, "records": records, **lines}]
