@@ -19,9 +19,9 @@ _COSTS = ("seconds", "cpu_seconds", "tries", "date", "commit", "machine")
 
 
 def write_results(grid: Grid) -> str:
-    """Write the results of all arms so far; return tables for the terminal, empty without a run.
+    """Write the results of all arms so far; return tables for the terminal.
 
-    A table has the last stage of each arm.
+    A table has the last stage of each arm. Without a run the text is empty.
     """
     arms = dict.fromkeys(chain.arm for chain in grid.chains)
     groups = [Group(arm, runs) for arm in arms if (runs := _runs(grid, arm))]

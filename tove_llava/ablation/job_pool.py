@@ -65,7 +65,7 @@ class JobPool:
         self._began, self._ended = time.monotonic(), 0
 
     def run(self) -> None:
-        """Run all jobs that are not done; the failed are in ``failures``, with those that needed them."""
+        """Run all jobs that are not done; ``failures`` gets the others."""
         total = len(self._records)
         self.say(f"{total} jobs, {len(self._done)} of them done before; {self.size} at a time")
         told = False

@@ -1,4 +1,4 @@
-"""Start a verb of this package in a process, with its output in a file.
+"""Start a verb in a process, with its output in a file.
 
 Both ways return the process's id. The process has a session of its own, so that an interrupt at the terminal does not
 reach it. It keeps the lock of its job: a spawned one by the descriptor ``lock``, a forked one has all of them.

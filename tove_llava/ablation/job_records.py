@@ -1,4 +1,4 @@
-"""Keep a job's state on disk: what it was made with, how it ended, and what it took."""
+"""Keep a job's state, ingredients and cost on disk."""
 
 import hashlib
 import json

@@ -10,7 +10,7 @@ from tove_llava.core.errors import DataError
 
 
 def plot_runs(found: Sequence[RunTable], file: str | Path) -> None:
-    """Draw a panel of loss curves for each stage, and one for each score, a marker a seed.
+    """Draw loss curves for each stage, and scores with a marker a seed.
 
     Raises:
         DataError: no run has a logged loss or a score.

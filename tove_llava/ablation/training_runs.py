@@ -58,7 +58,7 @@ class TrainingRun:
 
     @property
     def losses(self) -> dict[str, float]:
-        """Return the last logged losses; the mean over the run where no step was logged."""
+        """Return the last logged losses, or the run's mean where no step was logged."""
         found = {key: value for key in LOSSES if (value := self.last(key)) is not None}
         if "lm_loss" in found:
             found.pop("train_loss", None)
@@ -152,7 +152,7 @@ def read_training_run(folder: Path, label: str = "", evaluation: Path | None = N
 
 
 def _settings(folder: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], bool]:
-    """Read a run's record and those of the stages before; say if all of these are there."""
+    """Read the records of a run and its earlier stages; say if all are there."""
     file = folder / RUN_RECORD
     record = read_json_object(file, DataError, _GIVE)
     for key in ("stage", "preset"):
