@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,8 +13,9 @@ from data_helpers import train_sentencepiece
 from PIL import Image
 
 from tove_llava.cli import main
-from tove_llava.core.errors import DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import ImageTransform, LlavaDataset, load_tokenizer
+from tove_llava.data.data_paths import data_paths, described, size_of
 from tove_llava.data.readers import open_reader
 
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "grey": (90, 90, 90)}
@@ -129,3 +131,45 @@ def test_images_inside_a_file_are_checked(make, tmp_path, capsys):
     assert report["images"] == 3 and [(p["index"], p["kind"]) for p in report["problems"]] == [(1, "image")]
     command = ["features", "--data", str(tmp_path / "a.parquet"), "--image-folder", "x", "--out", str(tmp_path / "y")]
     assert main(command) == 2 and "holds its images itself" in capsys.readouterr().err
+
+
+# -- several files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_files_with_weights_is_one_data_set(make, tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    (tmp_path / "b.json").write_text(json.dumps(ROWS[:2]))
+    (tmp_path / "odd,name:0.5.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "mix.yaml").write_text("- a.jsonl\n- {path: b.json, weight: 0.5}\n")
+    monkeypatch.chdir(tmp_path)
+    for path in ("a.jsonl,b.json:0.5", "a.jsonl, ./b.json:.5", "mix.yaml"):
+        dataset = make(path)
+        assert (dataset.sizes, dataset.weights) == ([3, 2], [1, 0.5])
+        assert [record.where.split(": ")[1] for record in dataset.records[2:]] == [
+            "record 2 (id 'grey')", "record 0 (id 'red')", "record 1 (id 'blue')",
+        ]  # fmt: skip
+        assert described(path, whole=False) == "a.jsonl,b.json:0.5"
+        assert size_of(path) == sum((tmp_path / name).stat().st_size for name in ("a.jsonl", "b.json"))
+    assert data_paths("odd,name:0.5.jsonl") == [(Path("odd,name:0.5.jsonl"), 1)]
+    assert described("odd,name:0.5.jsonl") == str(tmp_path / "odd,name:0.5.jsonl")
+    assert len(make("odd,name:0.5.jsonl")) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((f"a.jsonl:{w}", f"positive number such as 0.5, not .{w}") for w in ("0", "-1", "nan", "inf", "x")),
+        ("a.jsonl,,b.jsonl", "an empty path"),
+        (":0.5", "an empty path"),
+        ("bad.yaml", "the weight must be a positive number such as 0.5, not True"),
+        ("text.yaml", "must be a list of data files"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_none(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS[0]))
+    (tmp_path / "bad.yaml").write_text("- {path: a.jsonl, weight: true}\n")
+    (tmp_path / "text.yaml").write_text("a.jsonl\n")
+    with pytest.raises(ConfigError, match=message):
+        data_paths(text)
+    assert main(["data", "check", "--data-path", "nowhere.jsonl:0.5"]) == 2

@@ -4,9 +4,11 @@ import json
 import pickle
 
 import pytest
+from data_helpers import byte_level_tokenizer
 
-from tove_llava.core.errors import DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, get_template, load_records, parse_record, read_records
+from tove_llava.data.data_files import DataFiles
 from tove_llava.data.readers import json_array, jsonl, open_reader
 from tove_llava.data.records import prepare_turns
 
@@ -202,3 +204,112 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path):
     file.write_text(json.dumps(RECORDS[1]) + "\n")
     with pytest.raises(DataError, match="has changed"):
         reader[0]
+
+
+# -- dialects ---------------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "<image>\nWhat?"}, {"role": "assistant", "content": "A kite."}]
+EXPECTED = [Turn("user", "<image>\nWhat?"), Turn("assistant", "A kite.")]
+
+
+def parts(*contents):
+    return [{"role": "user", "content": list(contents)}, CHAT[1]]
+
+
+TEXT, IMAGE = {"type": "text", "text": "What?"}, {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"messages": CHAT, "images": ["a.png"]},
+        {"messages": CHAT, "images": "a.png"},
+        {"messages": CHAT, "image_path": "a.png", "image": None, "videos": [], "tools": "x"},
+        {"messages": CHAT, "images": [{"path": "a.png", "bytes": None}]},
+        {"messages": parts(IMAGE, TEXT), "images": ["a.png"]},
+        {"messages": parts({**IMAGE, "image": "a.png", "text": None}, {**TEXT, "image": None})},
+        {"messages": parts({**IMAGE, "path": "a.png"}, TEXT)},
+        {"conversations": CHAT, "image": "a.png"},
+        {"conversations": [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "A kite."}],
+         "images": ["a.png"], "image_url": "https://example.org/a.png"},
+    ],
+)  # fmt: skip
+def test_records_of_other_tools_are_read(raw):
+    parsed = parse_record(raw)
+    assert parsed.images == ("a.png",) and prepare_turns(parsed, V1) == EXPECTED
+
+
+def test_several_images_in_typed_parts_keep_their_order():
+    raw = {"messages": parts(IMAGE, TEXT, {**TEXT, "text": " Or"}, IMAGE), "images": ["a.png", "b.png"]}
+    assert prepare_turns(parse_record(raw), V1)[0].text == "<image>\nWhat? Or\n<image>"
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "image": "a.png"},
+        {"conversations": CHAT, "image": "a.png", "system": "Be brief."},
+        {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "image": "a.png", "system": "Be brief."},
+    ],
+)
+def test_system_texts_are_used(raw):
+    parsed = parse_record(raw)
+    prompt = V1.prompt(prepare_turns(parsed, V1), byte_level_tokenizer())
+    assert prompt.startswith("Be brief. USER: <image>\nWhat? ASSISTANT: A kite.")
+    assert [turn.text for turn in prepare_turns(parsed, PLAIN)] == ["<image>\nWhat?", "A kite."]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"messages": CHAT, "video": "a.mp4"}, "'video' is not read"),
+        ({"messages": CHAT, "image": "a.png", "audios": ["a.wav"]}, "'audios' is not read"),
+        ({"messages": CHAT, "image_url": "https://example.org/a.png"}, "'image_url' is not read.*'image'"),
+        ({"messages": CHAT, "pixel_values": [1]}, "'pixel_values' is not read"),
+        ({"messages": CHAT, "image": "a.png", "images": ["b.png"]}, "'image' and 'images' name different images"),
+        ({"messages": parts({"type": "video", "video": "a.mp4"})}, "turn 1 has a part of type 'video'"),
+        ({"messages": parts({"type": "image_url", "image_url": {"url": "x"}})}, "a part of type 'image_url'"),
+        ({"messages": parts({**IMAGE, "url": "x"}, TEXT)}, "url"),
+        ({"messages": parts({**IMAGE, "image": "a.png"}, TEXT), "images": ["b.png"]}, "both in the messages and next"),
+        ({"messages": CHAT, "system": ["x"]}, "'system' must be text"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "turn 1 is from 'tool'"),
+        ({"conversations": [{"from": "\ud83d", "value": "x"}], "id": "\ud83d"}, r"turn 1 is from '\\ud83d'"),
+        ({"\ud83d": 1}, r"no 'conversations' or 'messages' .keys: '\\ud83d'"),
+        ({"messages": CHAT, "images": [3]}, "'images' must be a file name"),
+    ],
+)
+def test_parts_that_nothing_reads_are_refused_by_name(raw, message):
+    with pytest.raises(DataError, match=message) as caught:
+        parse_record(raw, 7, "data.json")
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<video>\nWhat?",
+        "What?\n<img>",
+        "<|image_1|>\nWhat?",
+        "Look: <img>a.png</img> What?",
+        "<image_placeholder> What?",
+    ],
+)
+def test_tags_of_other_tools_are_refused(text):
+    with pytest.raises(DataError, match="is not read, only <image> is"):
+        prepared(record(text, "b"))
+
+
+def test_html_is_text():
+    for text in ("<video>\n<source src='a'>\n</video>", 'Why does <img src="a.png"> fail?', "Explain the <audio> tag."):
+        assert prepared(record(text, "b")) == [text, "b"]
+
+
+def test_images_go_first_when_asked(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "What?"}], "images": ["a.png"]})
+    )
+    with pytest.raises(DataError, match="0 <image> placeholders for 1 image; .*--image_placeholder first"):
+        prepare_turns(DataFiles(tmp_path / "a.jsonl")[0], V1)
+    assert DataFiles(tmp_path / "a.jsonl", "first")[0].turns == (Turn("user", "<image>\nWhat?"),)
+    with pytest.raises(ConfigError, match="'last'; choose one of written, first"):
+        DataFiles(tmp_path / "a.jsonl", "last")

@@ -254,3 +254,21 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(folder):
             resolve_image(folder, name)
         assert resolve_image(folder, name, allow_links=True).exists()
     assert resolve_image(folder, "inner.png").exists()
+
+
+def test_names_of_other_systems_and_whole_paths_inside_the_folder_are_found(tmp_path):
+    (tmp_path / "set").mkdir()
+    for name in ("set/a.PNG", "odd\\name.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name, "PNG")
+    for name in ("set/a.PNG", "set\\a.PNG", str(tmp_path / "set" / "a.PNG")):
+        assert resolve_image(tmp_path, name) == tmp_path / "set" / "a.PNG"
+    assert resolve_image(tmp_path, "odd\\name.png") == tmp_path / "odd\\name.png"
+    for name, message in (
+        ("set/a.jpg", "there is no image 'set/a.jpg' .*; there is 'a.PNG'"),
+        ("C:\\set\\a.PNG", "absolute path"),
+        ("set\\..\\..\\a.PNG", "leads out of the image folder"),
+        (str(tmp_path.parent / "a.png"), "absolute path outside the image folder"),
+        (f"{tmp_path}/../a.png", "absolute path outside"),
+    ):
+        with pytest.raises(DataError, match=message):
+            resolve_image(tmp_path, name)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.data import LengthGroupedSampler
+from tove_llava.data import LengthGroupedSampler, WeightedSampler
 
 LENGTHS = st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=80)
 
@@ -93,3 +93,28 @@ def test_batches_side_by_side_cost_the_same() -> None:
 def test_sizes_must_be_positive(sizes: tuple[int, int]) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         LengthGroupedSampler([1, 2], *sizes)
+
+
+def test_weights_are_shares_of_an_epoch_and_all_records_get_their_turn():
+    sampler = WeightedSampler([10, 7, 0], [0.3, 2.5, 1], seed=5)
+    epochs = []
+    for epoch in range(10):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert list(sampler) == epochs[-1] and len(epochs[-1]) == len(sampler) == 3 + 18
+        assert len({i for i in epochs[-1] if i < 10}) == 3
+    assert len({tuple(epoch) for epoch in epochs}) == 10
+    seen = Counter(index for epoch in epochs for index in epoch)
+    assert [seen[index] for index in range(10)] == [3] * 10
+    assert {seen[index] for index in range(10, 17)} <= {25, 26} and max(seen) == 16
+    assert list(WeightedSampler([10, 7, 0], [0.3, 2.5, 1], seed=5)) == epochs[0]
+    assert list(WeightedSampler([10, 7, 0], [0.3, 2.5, 1], seed=6)) != epochs[0]
+
+
+def test_weighted_records_are_grouped_by_modality():
+    lengths = [length if length % 3 else -length for length in range(1, 41)]
+    sampler = WeightedSampler([20, 20], [2, 0.5], 1, LengthGroupedSampler(lengths, 2, 2))
+    order = list(sampler)
+    assert sorted(order) == sorted(sampler.draw().tolist()) and len(order) == 50
+    signs = [{lengths[index] > 0 for index in order[start : start + 4]} for start in range(0, 40, 4)]
+    assert all(len(sign) == 1 for sign in signs)

@@ -67,6 +67,18 @@ def test_killed_run_ends_where_the_whole_one_does(root, whole, moment, last, cap
     assert [path.name for path in checkpoints.complete(output)] == ["checkpoint-8"]  # save_total_limit is 1
 
 
+def test_killed_run_of_weighted_files_ends_where_the_whole_one_does(root, capsys):
+    mix = ["--data_path", f"{root / 'instruct.json'}:0.5,{root / 'captions.json'}"]
+    mix += ["--num_train_epochs", "3", "--per_device_train_batch_size", "4"]
+    assert main(lora(root, root / "mix", *mix)) == 0
+    train_until_killed("between", lora(root, root / "mix-killed", *mix))
+    assert main(lora(root, root / "mix-killed", *mix)) == 0
+    assert "resuming from" in capsys.readouterr().out
+    assert_same_run(root / "mix-killed", root / "mix")
+    with pytest.raises(CheckpointError, match="data_path: .*instruct.json:0.5,"):
+        run(parse(lora(root, root / "mix")))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_plain_order_is_resumed_within_a_later_epoch(ranks):
     # Earlier versions used this order too.

@@ -14,6 +14,7 @@ import torch
 from tove_llava.ablation.ablation_plan import Arm, EvaluationPlan, Plan, StagePlan
 from tove_llava.checkpoints.plugin_records import plugin_versions
 from tove_llava.core.errors import ConfigError, ToveError
+from tove_llava.data.data_paths import described
 from tove_llava.eval.conditions import parse_conditions
 from tove_llava.eval.tasks import find_data
 from tove_llava.llava.build import vision_config
@@ -169,9 +170,10 @@ def _add_stage(grid: Grid, chain: Chain, arm: Arm, stage: str, settings: Setting
     plugins = plugin_versions(vision_config(settings.preset.vision), settings.stage.template) or None
     record = {**settings.record(), "arguments.seed": chain.seed, "world_size": ranks, "plugins": plugins}
     # A folder may move, and a preset be renamed.
-    record |= {"data_path": settings.data_path.name, "image_folder": settings.image_folder.name, "preset": None}
+    data = described(settings.data_path, whole=False)
+    record |= {"data_path": data, "image_folder": settings.image_folder.name, "preset": None}
     if settings.stage.merge:
-        record["merge_data_path"] = settings.merge_data_path.name
+        record["merge_data_path"] = described(settings.merge_data_path, whole=False)
     key = _key([{name: value for name, value in record.items() if value is not None}, before and before.key])
     folder = grid.folder("runs", f"{arm.name}-seed{chain.seed}-{stage}", key)
     start = ["train", "--stage", stage] if ranks is None else ["launch", stage, "--gpus", str(ranks)]

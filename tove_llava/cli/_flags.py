@@ -93,3 +93,13 @@ def check_least(args: argparse.Namespace, *flags: str, least: int = 1) -> None:
 def split_names(text: str) -> list[str]:
     """Split names that commas separate."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_image_placeholder(parser: Any) -> None:
+    """Add the flag for records whose images have no placeholder."""
+    parser.add_argument(
+        "--image-placeholder",
+        default="written",
+        choices=("written", "first"),
+        help="records with images and no <image>: refused (written, the default), or the images go first",
+    )

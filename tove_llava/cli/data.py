@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tove_llava.cli._flags import check_least
+from tove_llava.cli._flags import add_image_placeholder, check_least
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.text import aligned, listed
 
@@ -61,6 +61,7 @@ def _check_arguments(check: argparse.ArgumentParser) -> None:
     check.add_argument("--show", type=int, default=10, metavar="N", help="problems to print (10; the JSON has all)")
     own = check.add_argument_group("a training set of your own")
     own.add_argument("--data-path", metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
+    add_image_placeholder(own)
     own.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
     own.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
     own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
@@ -186,6 +187,7 @@ def _check_own(args: argparse.Namespace) -> int:
         num_image_tokens=args.num_image_tokens,
         model_max_length=args.model_max_length,
         decode=not args.no_decode,
+        image_placeholder=args.image_placeholder,
         allow_image_links=args.allow_image_links,
     )
     report = check_dataset(args.data_path, options, args.workers, _progress)

@@ -12,6 +12,8 @@ import os
 import sys
 from typing import Any
 
+from tove_llava.cli._flags import add_image_placeholder
+
 HELP = "show a record's tokens and supervised spans"
 
 
@@ -21,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
     parser.add_argument("--records", required=True, metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
+    add_image_placeholder(parser)
     parser.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
     parser.add_argument("--num-image-tokens", type=int, metavar="N", help="tokens of an image, such as 576")
     parser.add_argument(
@@ -43,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if about := template.check(tokenizer):
         print(f"chat template: {about}", file=sys.stderr)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
-    files = DataFiles(args.records)
+    files = DataFiles(args.records, args.image_placeholder)
     for index in range(len(files))[: args.limit]:
         row = _encode(files, index, args, template, tokenizer)
         print(json.dumps(row, ensure_ascii=False) if args.json else _text(row, index, tokenizer, colour))

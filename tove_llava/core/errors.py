@@ -31,7 +31,7 @@ class DataError(ToveError, ValueError):
     """A record, image or annotation file cannot be used as it is.
 
     Example:
-        >>> from tove_llava.data.records import read_records
+        >>> from tove_llava.data import read_records
         >>> read_records("nowhere.json")
         Traceback (most recent call last):
         tove_llava.core.errors.DataError: ...nowhere.json...

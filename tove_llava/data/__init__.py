@@ -5,7 +5,7 @@ from tove_llava.data.data_files import load_records, read_records
 from tove_llava.data.dataset import LlavaDataset
 from tove_llava.data.images import ImageTransform, open_image, to_rgb
 from tove_llava.data.records import Record, parse_record
-from tove_llava.data.sampler import LengthGroupedSampler
+from tove_llava.data.sampler import LengthGroupedSampler, WeightedSampler
 from tove_llava.data.templates import Turn, get_template, template_names
 from tove_llava.data.tokenization import (
     IGNORE_INDEX,
@@ -28,6 +28,7 @@ __all__ = [
     "LlavaDataset",
     "Record",
     "Turn",
+    "WeightedSampler",
     "encode_prompt",
     "encode_record",
     "encode_turns",

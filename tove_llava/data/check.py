@@ -90,6 +90,7 @@ class CheckOptions:
         num_image_tokens: tokens of an image in the sequence.
         model_max_length: longest sequence.
         decode: decode each image; otherwise only check that it exists.
+        image_placeholder: see :func:`tove_llava.data.records.place_images`.
         allow_image_links, max_pixels: see :mod:`tove_llava.data.images`.
     """
 
@@ -99,6 +100,7 @@ class CheckOptions:
     num_image_tokens: int = 576
     model_max_length: int = 2048
     decode: bool = True
+    image_placeholder: str = "written"
     allow_image_links: bool = False
     max_pixels: int = MAX_PIXELS
 
@@ -128,7 +130,7 @@ def check_dataset(
     if options.image_folder is not None and not os.path.isdir(options.image_folder):
         raise ConfigError(f"there is no image folder {options.image_folder}; check --image-folder")
     template = get_template(options.template)
-    files = DataFiles(data_path)
+    files = DataFiles(data_path, options.image_placeholder)
     show = progress or (lambda items, total, label: items)
     report = CheckReport(str(data_path), records=len(files))
 

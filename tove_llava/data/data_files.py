@@ -4,25 +4,38 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
+from tove_llava.core.errors import ConfigError
+from tove_llava.data.data_paths import data_paths
 from tove_llava.data.readers import open_reader
-from tove_llava.data.records import Record, parse_record
+from tove_llava.data.records import IMAGE_PLACEHOLDERS, Record, parse_record, place_images
 
 
 class DataFiles:
     """The records of one or several data files, read when they are asked for.
 
     Args:
-        path: a data file.
+        path: see :func:`tove_llava.data.data_paths.data_paths`.
+        image_placeholder: see :func:`tove_llava.data.records.place_images`.
+
+    Attributes:
+        weights: how often an epoch goes through the records of each file.
 
     Raises:
         DataError: a file is missing, damaged, empty, or of a format that no reader knows.
+        ConfigError: a weight is not a positive number, or ``image_placeholder`` is unknown.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.files = [Path(path)]
+    def __init__(self, path: str | os.PathLike[str], image_placeholder: str = "written") -> None:
+        if image_placeholder not in IMAGE_PLACEHOLDERS:
+            raise ConfigError(
+                f"unknown image_placeholder {image_placeholder!r}; choose one of {', '.join(IMAGE_PLACEHOLDERS)}"
+            )
+        self.image_placeholder = image_placeholder
+        entries = data_paths(path)
+        self.files = [entry.path for entry in entries]
+        self.weights = [entry.weight for entry in entries]
         self.readers = [open_reader(file) for file in self.files]
         self.starts = [0, *accumulate(map(len, self.readers))]
 
@@ -46,7 +59,8 @@ class DataFiles:
     def parse(self, raw: Any, index: int) -> Record:
         """Check a record that was read."""
         file, number = self.place(index)
-        return parse_record(raw, number, file)
+        record = parse_record(raw, number, file)
+        return place_images(record) if self.image_placeholder == "first" else record
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))

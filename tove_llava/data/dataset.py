@@ -94,7 +94,7 @@ class LlavaDataset(Dataset[Example]):
     inside the image folder, and that part of an answer survives ``model_max_length``. ``__getitem__`` decodes images.
 
     Args:
-        data_path: a JSON or JSONL file.
+        data_path: data files and their weights, see :func:`tove_llava.data.data_paths.data_paths`.
         image_folder: folder that the records' file names are relative to.
         tokenizer: with a fast backend.
         template: conversation template, or its name.
@@ -108,12 +108,15 @@ class LlavaDataset(Dataset[Example]):
         allow_image_links: see :func:`tove_llava.data.images.resolve_image`.
         features: read the images' features from here.
         read_pixels: decode the images; False where ``features`` suffice.
+        image_placeholder: see :func:`tove_llava.data.records.place_images`.
 
     Attributes:
         records: the records that are trained on, their turns as :func:`prepare_turns` returns them. Each is read when
             it is asked for.
         modality_lengths: int32 [records], word counts, negative for text-only records: input of the grouped sampler.
         report: the records that are left out.
+        sizes: number of records that are trained on, of each data file.
+        weights: how often an epoch goes through them.
     """
 
     def __init__(
@@ -130,6 +133,7 @@ class LlavaDataset(Dataset[Example]):
         allow_image_links: bool = False,
         features: FeatureSource | None = None,
         read_pixels: bool = True,
+        image_placeholder: str = "written",
     ) -> None:
         if unsupervised not in ("drop", "error"):
             raise ConfigError(
@@ -145,7 +149,7 @@ class LlavaDataset(Dataset[Example]):
         self.features = features
         self.read_pixels = read_pixels
         self.report = DataReport()
-        files = DataFiles(data_path)
+        files = DataFiles(data_path, image_placeholder)
         self.report.total = len(files)
         kept, lengths = array("q"), array("i")
         for index, record in enumerate(files):
@@ -164,6 +168,8 @@ class LlavaDataset(Dataset[Example]):
             lengths.append(record.modality_length or (1 if record.images else -1))
         self.records = PreparedRecords(files, np.array(kept), self.template)
         self.modality_lengths = np.array(lengths)
+        self.sizes = np.diff(np.searchsorted(self.records.kept, files.starts)).tolist()
+        self.weights = files.weights
         if not len(self.records):
             raise DataError(f"{data_path}: nothing is left to train on; {self.report}")
         self.encode(self.records[0])  # fails here if the tokenizer does not suit the template

@@ -7,7 +7,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -33,6 +33,9 @@ MAX_PIXELS = 89_478_485
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
 def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool = False) -> Path:
     """Find an image's file inside the image folder.
 
@@ -41,11 +44,20 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
         name: the name in the record.
         allow_links: accept links inside the folder that lead out of it.
 
+    A name may be absolute if it is inside the folder, and have Windows' separators if no file has them in its name.
+
     Raises:
-        DataError: the name is absolute or leads out of the folder, or there is no such file.
+        DataError: the name leads out of the folder, or there is no such file.
     """
-    if os.path.isabs(name) or os.path.splitdrive(name)[0]:
-        raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
+    if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
+        if PureWindowsPath(name).drive:
+            raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
+        name = name.replace("\\", "/")
+    if os.path.isabs(name):
+        inside = os.path.relpath(os.path.normpath(name), os.path.abspath(folder))
+        if inside.split(os.sep)[0] == os.pardir:
+            raise DataError(f"image {name!r} is an absolute path outside the image folder {folder}; change one of them")
+        name = inside
     path = os.path.join(folder, name)
     lexical = os.path.normpath(name)
     if lexical == os.pardir or lexical.startswith(os.pardir + os.sep):
@@ -63,10 +75,18 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     try:
         mode = os.stat(path).st_mode
     except OSError:
-        raise DataError(f"there is no image {name!r} in the image folder {folder}") from None
+        raise DataError(f"there is no image {name!r} in the image folder {folder}{_similar(path)}") from None
     if not stat.S_ISREG(mode):
         raise DataError(f"image {name!r} in {folder} is not a file")
     return Path(path)
+
+
+def _similar(path: str) -> str:
+    """Name the files that differ from a missing one only in their extension."""
+    stem, own = os.path.splitext(path)
+    endings = (each for ending in _EXTENSIONS for each in (ending, ending.upper()) if each != own)
+    found = [os.path.basename(stem) + ending for ending in endings if os.path.isfile(stem + ending)]
+    return f"; there is {found[0]!r}, so correct the record or the file's name" if found else ""
 
 
 @lru_cache(maxsize=4096)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,14 @@ from tove_llava.data.dialects import printable, read_content
 from tove_llava.data.images import ImageBytes, resolve_image
 from tove_llava.data.templates.base import Template, Turn, split_system
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
+
+#: what becomes of a record with images and without a placeholder: it is refused, or the images go first
+IMAGE_PLACEHOLDERS = ("written", "first")
+
+# Tags of other libraries for an image, a video or a sound.
+_TAG = re.compile(
+    r"<\|?(image|img|picture|video|audio)(?:[ _-]?(?:placeholder|here|pad|token|\d+))*\|?>", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,18 @@ def find_image(
     return file, str(file)
 
 
+def place_images(record: Record) -> Record:
+    """Put placeholders before the first user turn of a record that has images and no placeholder."""
+    if not record.images or any(IMAGE_PLACEHOLDER in (turn.text or "") for turn in record.turns):
+        return record
+    turns = list(record.turns)
+    for number, turn in enumerate(turns):
+        if turn.role == "user":
+            turns[number] = replace(turn, text=f"{IMAGE_PLACEHOLDER}\n" * len(record.images) + (turn.text or ""))
+            break
+    return replace(record, turns=tuple(turns))
+
+
 def prepare_turns(record: Record, template: Template, check_images: bool = True) -> list[Turn]:
     """Arrange turns for the template, with one placeholder per image.
 
@@ -141,6 +162,8 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
         if not turns:
             raise DataError("no human turn; the conversation must start with one")
         split_system(turns, "")
+        for turn in turns if check_images else ():
+            _refuse_other_tags(turn)
         turns = [_with_placeholders(turn, len(record.images), template) for turn in turns]
         if check_images:
             _check_placeholders(turns, record, template)
@@ -168,7 +191,25 @@ def _check_placeholders(turns: Sequence[Turn], record: Record, template: Templat
             f"{found} {IMAGE_PLACEHOLDER} placeholder{'s' * (found != 1)} for {len(record.images)} "
             f"image{'s' * (len(record.images) != 1)}; give each image its own placeholder in 'conversations' and its "
             "own file name in 'image'"
+            + ("" if found or not record.images else ", or let --image_placeholder first put them in front")
         )
+
+
+def _refuse_other_tags(turn: Turn) -> None:
+    """Refuse tags that begin a user turn or have their own line, unless they are closed as in HTML."""
+    text = turn.text or ""
+    if turn.role != "user" or "<" not in text:
+        return
+    for match in _TAG.finditer(text):
+        tag, kind = match[0], match[1].lower()
+        if tag == IMAGE_PLACEHOLDER:
+            continue
+        before, after = text[: match.start()], text[match.end() :]
+        stands_apart = not before.strip() or not (before.rpartition("\n")[2] + after.partition("\n")[0]).strip()
+        closed = f"</{kind}>" in after.lower()
+        if (kind == "img" and closed) or (stands_apart and not closed):
+            remedy = "take the record out" if kind in ("video", "audio") else f"write {IMAGE_PLACEHOLDER}"
+            raise DataError(f"{tag} is not read, only {IMAGE_PLACEHOLDER} is; {remedy}")
 
 
 def _looks_like_an_image(turn: Turn) -> int:

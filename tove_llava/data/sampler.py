@@ -128,5 +128,62 @@ class LengthGroupedSampler(Sampler[int]):
         generator = self.generator
         if self.seed is not None:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(self.order(self.lengths, generator))
+
+    def order(self, lengths: Sequence[int], generator: torch.Generator | None) -> list[int]:
+        """Draw an order of records of these lengths."""
         draw = modality_grouped_indices if self.by_modality else length_grouped_indices
-        return iter(draw(self.lengths.tolist(), self.batch_size, self.num_batches, generator))
+        return draw(np.asarray(lengths).tolist(), self.batch_size, self.num_batches, generator)
+
+
+class WeightedSampler(Sampler[int]):
+    """Draws each file's share of an epoch, as its weight says.
+
+    An epoch has ``round(weight * size)`` records of a file, at least one: all of them as often as the weight has whole
+    parts, and a stretch of a fixed permutation for the rest. The next epoch goes on where the stretch ends, so records
+    are seen equally often in the long run. An epoch depends only on seed and epoch.
+
+    Args:
+        sizes: records of each file, one file after the other.
+        weights: of each file.
+        seed: of the permutations and orders.
+        grouped: groups the records of an epoch by length; a plain random order without it.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        grouped: LengthGroupedSampler | None = None,
+    ) -> None:
+        self.sizes, self.seed, self.grouped = sizes, seed, grouped
+        self.counts = [max(round(w * n), 1) if n else 0 for n, w in zip(sizes, weights, strict=True)]
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def draw(self) -> torch.Tensor:
+        """Return the records of the epoch, file by file."""
+        parts, start = [torch.empty(0, dtype=torch.long)], 0
+        for number, (size, count) in enumerate(zip(self.sizes, self.counts, strict=True)):
+            if size:
+                whole, rest = divmod(count, size)
+                generator = torch.Generator().manual_seed(self.seed + number)
+                stretch = (self.epoch * rest + torch.arange(rest)) % size
+                parts += [start + torch.arange(size)] * whole
+                parts.append(start + torch.randperm(size, generator=generator)[stretch])
+            start += size
+        return torch.cat(parts)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn, generator = self.draw(), torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.grouped is None:
+            return iter(drawn[torch.randperm(len(drawn), generator=generator)].tolist())
+        order = self.grouped.order(self.grouped.lengths[drawn.numpy()], generator)
+        return iter(drawn[order].tolist())

@@ -132,6 +132,9 @@ class StagePreset:
     train: str  # a registered freezing policy (tove_llava.train.stages)
     template: str = _flag(MISSING, "conversation template")
     image_aspect_ratio: str = _flag("pad", "'square' or 'pad'")
+    image_placeholder: str = _flag(
+        "written", "records with images and no <image>: 'written' refuses them, 'first' puts the images in front"
+    )
     image_resize: str = _flag("pillow", "'pillow', or 'torch': faster, within 2 of 255 levels")
     group_by_modality_length: bool = _flag(False, "LLaVA's grouped sampling")
     model_max_length: int = _flag(2048, "longest sequence, image tokens included")

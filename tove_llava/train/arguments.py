@@ -15,6 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import closest
+from tove_llava.data.data_paths import data_paths
 from tove_llava.presets import LoraPreset, MergePreset, Preset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.flags import COMMON, RunArguments, StageFlags, given_for, suggestion
@@ -82,17 +83,17 @@ def parse(argv: Sequence[str]) -> Settings:
         preset=preset,
         stage_name=run.stage,
         stage=stage,
-        data_path=_existing(run.data_path, "--data_path"),
+        data_path=_existing_data(run.data_path, "--data_path"),
         image_folder=_existing(run.image_folder, "--image_folder"),
         output_dir=Path(training.pop("output_dir")),
         pretrained=_existing(run.pretrained, "--pretrained") if run.pretrained else None,
         self_contained=run.self_contained,
         allow_image_links=run.allow_image_links,
         feature_cache=_existing(run.feature_cache, "--feature_cache") if run.feature_cache else None,
-        merge_data_path=_existing(run.merge_data_path or run.data_path, "--merge_data_path"),
+        merge_data_path=_existing_data(run.merge_data_path or run.data_path, "--merge_data_path"),
         merge_image_folder=_existing(run.merge_image_folder or run.image_folder, "--merge_image_folder"),
         merge_feature_cache=_existing(cache, "--merge_feature_cache") if cache else None,
-        eval_data_path=_existing(run.eval_data_path, "--eval_data_path") if run.eval_data_path else None,
+        eval_data_path=_existing_data(run.eval_data_path, "--eval_data_path") if run.eval_data_path else None,
         eval_image_folder=_existing(run.eval_image_folder or run.image_folder, "--eval_image_folder"),
         keep_best=run.keep_best,
         template_given=given.get("template") is not None,
@@ -196,3 +197,11 @@ def _existing(path: str, flag: str) -> Path:
     if not Path(path).exists():
         raise ConfigError(f"{flag} {path} does not exist{_HINTS.get(flag, '')}")
     return Path(path)
+
+
+def _existing_data(paths: str, flag: str) -> Path:
+    for entry in data_paths(paths):
+        _existing(str(entry.path), flag)
+        if entry.weight != 1 and flag == "--eval_data_path":
+            raise ConfigError(f"{flag} {paths}: held-out records have no weights; each counts once")
+    return Path(paths)

@@ -32,7 +32,9 @@ class RunArguments:
 
     preset: str = _flag("tiny", "name of a preset or path of a .yaml file (default: tiny)")
     stage: str = _flag("pretrain", "stage of the preset (default: pretrain)")
-    data_path: str | None = _flag(None, "LLaVA records, .json or .jsonl")
+    data_path: str | None = _flag(
+        None, "records: JSON, JSONL, Parquet, Arrow; a.jsonl,b.parquet:0.5 mixes two by weight"
+    )
     image_folder: str | None = _flag(None, "folder that image paths start from")
     pretrained: str | None = _flag(None, "folder of the stage that this one starts from")
     merge_data_path: str | None = _flag(None, "records that name the further images (default: --data_path)")

@@ -23,7 +23,7 @@ from tove_llava.checkpoints.loading import load_processor
 from tove_llava.core.errors import ToveError
 from tove_llava.core.sources import Source
 from tove_llava.core.text import GIB
-from tove_llava.data import ImageTransform, LlavaDataset
+from tove_llava.data import ImageTransform, LlavaDataset, WeightedSampler
 from tove_llava.data.data_files import DataFiles
 from tove_llava.llava.build import read_tokenizer, torch_dtype
 from tove_llava.llava.sizes import TEXT_TOKENS, Size, preset_sizes
@@ -160,13 +160,15 @@ def count_records(run: RunArguments, preset: Preset, stage: StagePreset, shape: 
         num_image_tokens=shape.image_tokens,
         model_max_length=stage.model_max_length,
         check_files=False,
+        image_placeholder=stage.image_placeholder,
     )
     stride = max(1, len(dataset) // SAMPLE)
     rows = [dataset.encode(record) for record in dataset.records[::stride]]
     images = sum(row.num_images for row in rows)
     tokens = sum(len(row.input_ids) for row in rows) + images * (shape.image_tokens - 1)
     supervised = sum(row.num_supervised for row in rows)
-    return Records(len(dataset), len(rows), images / len(rows), tokens / len(rows), supervised / len(rows))
+    count = len(WeightedSampler(dataset.sizes, dataset.weights, 0))
+    return Records(count, len(rows), images / len(rows), tokens / len(rows), supervised / len(rows))
 
 
 def _tokenizer(run: RunArguments, preset: Preset) -> PreTrainedTokenizerBase | None:

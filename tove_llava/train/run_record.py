@@ -9,6 +9,7 @@ from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import hold, read_json_object
 from tove_llava.core.plugins import file_plugins
+from tove_llava.data.data_paths import described
 from tove_llava.train.run_files import RUN_RECORD, complete
 from tove_llava.train.run_settings import Settings
 
@@ -90,4 +91,5 @@ def stage_history(settings: Settings, records: int, chat_template: str = "") -> 
     earlier = Manifest.read(settings.pretrained).history if settings.pretrained is not None else []
     lines = {name: record[key] for name, key in _CARD_LINES.items() if record.get(key) is not None}
     lines |= {"chat template": chat_template} if chat_template else {}
-    return [*earlier, {"stage": settings.stage_name, "data": settings.data_path.name, "records": records, **lines}]
+    data = described(settings.data_path, whole=False)
+    return [*earlier, {"stage": settings.stage_name, "data": data, "records": records, **lines}]

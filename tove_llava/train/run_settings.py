@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.data.data_paths import described, size_of
 from tove_llava.presets import Preset, StagePreset
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
@@ -108,6 +109,7 @@ class Settings:
             del stage[key]
         stage["fused_kernels"] = stage["fused_kernels"] or None
         stage["image_resize"] = None if stage["image_resize"] == "pillow" else stage["image_resize"]
+        stage["image_placeholder"] = None if stage["image_placeholder"] == "written" else stage["image_placeholder"]
         arguments = {**stage.pop("arguments"), **self.training}
         parts = {
             "preset": preset["name"],
@@ -117,11 +119,11 @@ class Settings:
             "projector": preset["projector"],
             "settings": stage,
             "arguments": {key: value for key, value in arguments.items() if key not in OPERATIONAL},
-            "data_path": str(self.data_path.resolve()),
-            "data_bytes": self.data_path.stat().st_size,
+            "data_path": described(self.data_path),
+            "data_bytes": size_of(self.data_path),
             "image_folder": str(self.image_folder.resolve()),
             "pretrained": str(self.pretrained.resolve()) if self.pretrained else None,
-            "merge_data_path": str(self.merge_data_path.resolve()) if self.stage.merge else None,
+            "merge_data_path": described(self.merge_data_path) if self.stage.merge else None,
         }
         return dict(_flatten(parts))
 

@@ -41,6 +41,7 @@ def make_dataset(
         num_image_tokens=vision.num_image_tokens,
         model_max_length=settings.stage.model_max_length,
         allow_image_links=settings.allow_image_links,
+        image_placeholder=settings.stage.image_placeholder,
         features=cache,
         read_pixels=cache is None or settings.stage.merge is not None,  # a student needs the images
     )

@@ -27,7 +27,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tove_llava.core.errors import NonFiniteError
 from tove_llava.core.files import read_json_object
-from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset
+from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset, WeightedSampler
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
@@ -108,12 +108,15 @@ class ToveTrainer(Trainer):
 
     @staticmethod
     def _make_sampler(dataset: LlavaDataset, args: TrainingArguments, grouped: bool) -> "Sampler[int]":
-        if not grouped:
-            return SeedableRandomSampler(dataset, data_seed=args.data_seed)
-        side_by_side = args.world_size * args.gradient_accumulation_steps
-        return LengthGroupedSampler(
-            dataset.modality_lengths, args.per_device_train_batch_size, side_by_side, seed=args.data_seed
-        )
+        by_length = None
+        if grouped:
+            side_by_side = args.world_size * args.gradient_accumulation_steps
+            by_length = LengthGroupedSampler(
+                dataset.modality_lengths, args.per_device_train_batch_size, side_by_side, seed=args.data_seed
+            )
+        if any(weight != 1 for weight in dataset.weights):
+            return WeightedSampler(dataset.sizes, dataset.weights, args.data_seed or 0, by_length)
+        return by_length or SeedableRandomSampler(dataset, data_seed=args.data_seed)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> "Sampler[int]":
         return self._sampler

@@ -112,6 +112,8 @@ def _joined(parts: list[Any], number: int, images: list[Image]) -> str:
                 own = {"path": given.get("path"), "bytes": given.get("bytes")}
             if own is not None:
                 images.append(_image(own))
+            elif given.keys() - {"text", "index"}:
+                raise DataError(f"turn {number}: {short(part)} is not read; name a file in the image folder in 'image'")
             text += ("\n" if text else "") + IMAGE_PLACEHOLDER
             after_image = True
         else:
