@@ -132,16 +132,12 @@ class StagePreset:
     train: str  # a registered freezing policy (tove_llava.train.stages)
     template: str = _flag(MISSING, "conversation template")
     image_aspect_ratio: str = _flag("pad", "'square' or 'pad'")
-    image_placeholder: str = _flag(
-        "written", "records with images and no <image>: 'written' refuses them, 'first' puts the images in front"
-    )
+    image_placeholder: str = _flag("written", "images without <image>: 'written' refuses, 'first' puts them first")
     image_resize: str = _flag("pillow", "'pillow', or 'torch': faster, within 2 of 255 levels")
     group_by_modality_length: bool = _flag(False, "LLaVA's grouped sampling")
     model_max_length: int = _flag(2048, "longest sequence, image tokens included")
     padding_free: bool = _flag(False, "put the sequences of a batch in one row, without padding")
-    tower_execution: str = _flag(
-        "eager", "how CLIP and the experts run: eager, concurrent (at the same time), or compiled as well"
-    )
+    tower_execution: str = _flag("eager", "how CLIP and the experts run: eager, concurrent, or compiled as well")
     fused_kernels: bool = _flag(False, "liger-kernel's norms, rotary positions and MLP in the language model (CUDA)")
     checkpointing: str | None = _flag(  # None: as the argument gradient_checkpointing says
         None, "what the layers compute again in the backward pass: none, full, selective"

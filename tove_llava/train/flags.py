@@ -32,9 +32,7 @@ class RunArguments:
 
     preset: str = _flag("tiny", "name of a preset or path of a .yaml file (default: tiny)")
     stage: str = _flag("pretrain", "stage of the preset (default: pretrain)")
-    data_path: str | None = _flag(
-        None, "records: JSON, JSONL, Parquet, Arrow; a.jsonl,b.parquet:0.5 mixes two by weight"
-    )
+    data_path: str | None = _flag(None, "records; a.jsonl,b.parquet:0.5 mixes two files by weight")
     image_folder: str | None = _flag(None, "folder that image paths start from")
     pretrained: str | None = _flag(None, "folder of the stage that this one starts from")
     merge_data_path: str | None = _flag(None, "records that name the further images (default: --data_path)")
@@ -74,7 +72,7 @@ StageFlags = dataclasses.make_dataclass(
 )
 
 SWITCHES = {
-    "print_config": "print the run's settings as a preset, its steps, and estimates of memory and time; train nothing",
+    "print_config": "print the run's settings as a preset, its steps, memory and time (estimates); train nothing",
     "meta": "print the preset's parameters and GFLOPs, train nothing",
     "help": "show this page",
     "help_all": "show the other flags of transformers.TrainingArguments too",
@@ -113,8 +111,8 @@ COMMON = {
 
 GROUPS = {
     "run": "preset stage set plugin output_dir print_config meta help help_all",
-    "data": "data_path image_folder allow_image_links template image_aspect_ratio image_resize model_max_length "
-    "group_by_modality_length dataloader_num_workers",
+    "data": "data_path image_folder allow_image_links template image_placeholder image_aspect_ratio image_resize "
+    "model_max_length group_by_modality_length dataloader_num_workers",
     "start and length": "pretrained num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed",
     "tower": "tower_execution feature_cache",
