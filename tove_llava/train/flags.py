@@ -72,7 +72,7 @@ StageFlags = dataclasses.make_dataclass(
 )
 
 SWITCHES = {
-    "print_config": "print the run's settings as a preset, its steps, memory and time (estimates); train nothing",
+    "print_config": "print the run's settings as a preset, and its steps, memory and time; train nothing",
     "meta": "print the preset's parameters and GFLOPs, train nothing",
     "help": "show this page",
     "help_all": "show the other flags of transformers.TrainingArguments too",
