@@ -78,17 +78,7 @@ def run(settings: Settings) -> None:
         _say(f"held-out data: {held_out.report}")
     stages = stage_history(settings, len(dataset), about)
 
-    model = start.model(seed, settings.device())
-    set_compute_dtype(model, settings.compute_dtype() or model.dtype)
-    if settings.pretrained is not None:
-        _say(f"starts from {settings.pretrained}")
-    if start.stage.quantization is not None:
-        _say(f"language model in {start.stage.quantization}")
-    model.tower.set_execution(settings.stage.tower_execution)
-    trainable = freeze(model, start.stage)
-    _say(trainable.report(model))
-    _set_checkpointing(model, trainable, start.stage)
-
+    model, trainable = _make_model(settings, start, seed)
     resume = last_checkpoint(settings.output_dir)
     _lock = write_record(settings.output_dir, record) if _is_main() else None  # held until this function returns
     if resume is not None and _is_last_step(resume):
@@ -119,6 +109,21 @@ def run(settings: Settings) -> None:
         _say(ending(args, trainer.state, _next_stage(settings, trainable)))
     if dist.is_initialized():
         dist.barrier()
+
+
+def _make_model(settings: Settings, start: Start, seed: int) -> tuple[ToveLlavaForConditionalGeneration, Trainable]:
+    """Make the model, and choose what of it trains."""
+    model = start.model(seed, settings.device())
+    set_compute_dtype(model, settings.compute_dtype() or model.dtype)
+    if settings.pretrained is not None:
+        _say(f"starts from {settings.pretrained}")
+    if start.stage.quantization is not None:
+        _say(f"language model in {start.stage.quantization}")
+    model.tower.set_execution(settings.stage.tower_execution)
+    trainable = freeze(model, start.stage)
+    _say(trainable.report(model))
+    _set_checkpointing(model, trainable, start.stage)
+    return model, trainable
 
 
 def _end_if_interrupted(trainer: ToveTrainer) -> None:
