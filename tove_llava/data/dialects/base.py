@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from tove_llava.core.errors import DataError
@@ -75,12 +76,12 @@ def chat_turns(messages: Any, key: str) -> Content:
         names = ("from", "value")
         if isinstance(message, dict) and message.get("from") is None and "role" in message:
             names = ("role", "content")
-        if not isinstance(message, dict) or not set(names) <= message.keys():
+        if not isinstance(message, dict) or names[0] not in message or names[1] not in message:
             raise DataError(
                 f"turn {number} must be an object with 'from' and 'value' (or 'role' and 'content'), "
                 f"not {short(message)}"
             )
-        role, value = (message[name] for name in names)
+        role, value = message[names[0]], message[names[1]]
         if not isinstance(role, str) or role not in _ROLES:
             raise DataError(
                 f"turn {number} is from {short(role)}; {names[0]!r} must be 'human' or 'gpt', 'user' or 'assistant', "
@@ -175,14 +176,22 @@ def _refuse_unread(raw: dict[Any, Any], has_images: bool) -> None:
     for key, value in raw.items():
         if key in IMAGE_KEYS or not isinstance(key, str) or value is None or value in ("", [], {}):
             continue
-        match = _MEDIA_KEY.fullmatch(key)
-        if match is None or (match[2] is not None and has_images):
+        kind = _media_kind(key)
+        if kind is None or (kind == "image" and has_images):
             continue
-        if match[2] is None:
+        if kind == "other":
             raise DataError(f"{key!r} is not read: only images are; take the record out")
         raise DataError(
             f"{key!r} is not read, so its image would be missing; name a file in the image folder in 'image'"
         )
+
+
+@lru_cache(maxsize=1024)
+def _media_kind(key: str) -> str | None:
+    match = _MEDIA_KEY.fullmatch(key)
+    if match is None:
+        return None
+    return "image" if match[2] is not None else "other"
 
 
 def has_encoding(value: str) -> bool:
