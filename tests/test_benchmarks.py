@@ -187,7 +187,7 @@ def test_data_wait_is_the_share_that_training_logs(tmp_path, monkeypatch):
     monkeypatch.setattr(program, "train", kept)
     flags = "--repeats 1 --warmup 5 --steps 5 --batch 2 --workers 0 --stages pretrain"
     record, _ = run(program, tmp_path, *flags.split())
-    assert list(logged[0]) == [5, 10] and logged[0][5] != logged[0][10]
+    assert list(logged[0]) == [1, 5, 10] and logged[0][5] != logged[0][10]
     assert record["stages"]["pretrain"]["data_wait"]["median"] == logged[0][10] == record["targets"][0]["value"]
 
 

@@ -12,6 +12,7 @@ from tove_llava.eval.answering import MODES, get_option_mode
 from tove_llava.eval.benchmarks import BENCHMARKS, Question, get_benchmark, lettered_options
 from tove_llava.eval.question_loader import QuestionLoader, portions, prompt_ids
 from tove_llava.eval.tasks import Decoding
+from tove_llava.inference.reasoning import Spoken
 
 OPTIONS = {"A": "red", "B": "a blue ball", "C": "green"}
 CHOICE = "\n".join(["Which colour?", *(f"{letter}. {words}" for letter, words in OPTIONS.items()), "Answer."])
@@ -70,7 +71,7 @@ def test_generated_answers_are_those_of_the_library(answerer, questions, many_le
 def test_rows_that_have_ended_leave_and_others_replace_them(answerer, questions, many_lengths, monkeypatch):
     rows = []
     before_forward(answerer, monkeypatch, lambda ids: rows.append(ids.shape))
-    monkeypatch.setattr(answerer, "text", lambda tokens: f"{len(tokens)} words")
+    monkeypatch.setattr(answerer, "spoken", lambda tokens: Spoken(f"{len(tokens)} words"))
     said = {key: int(text.split()[0]) for key, text in texts(answerer, questions, capacity=8).items()}
     steps = [shape[0] for shape in rows if shape[1] == 1]  # rows of each step that follows a first word
     assert max(steps) <= 8 and min(said.values()) <= 3 and max(said.values()) == 12

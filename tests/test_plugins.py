@@ -5,10 +5,9 @@ import json
 import os
 import re
 import shutil
-import sys
-from contextlib import contextmanager
 
 import pytest
+from plugin_parts import forgotten
 from stage_parts import train_stages
 from train_parts import flags
 
@@ -39,24 +38,6 @@ from tove_llava.tower.fusion.add import AddFusion
 class OwnAdd(AddFusion):
     pass
 """
-
-
-@contextmanager
-def forgotten():
-    """Start without plugins; forget afterwards what was loaded."""
-    given = os.environ.pop("TOVE_PLUGINS", None)
-    known = {registry: dict(registry._entries) for registry in (FUSIONS, TEMPLATES) if registry.names()}
-    before = dict(plugins._loaded)
-    yield
-    for registry, entries in known.items():
-        registry._entries = entries
-    for module in set(plugins._loaded) - set(before):
-        sys.modules.pop(module, None)
-    plugins._loaded.clear()
-    plugins._loaded.update(before)
-    plugins._last = None
-    os.environ.pop("TOVE_PLUGINS", None)
-    os.environ.update({} if given is None else {"TOVE_PLUGINS": given})
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 from answer_parts import picture
+from plugin_parts import forgotten
 
 import tove_llava
 from tove_llava import testing
@@ -52,11 +53,11 @@ def test_arguments_results_and_errors_are_documented(module, name):
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_runs(module, name, examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOVE_PLUGINS", "")
     text = textwrap.dedent(sections(inspect.getdoc(getattr(module, name)))["Example"])
     globs = {**examples, "__name__": f"examples_of_{name}"}
     test = doctest.DocTestParser().get_doctest(text, globs, name, None, None)
     assert test.examples
     report = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
+    with forgotten():
+        doctest.DocTestRunner(optionflags=FLAGS).run(test, out=report.append)
     assert not report, "".join(report)

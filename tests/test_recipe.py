@@ -17,6 +17,7 @@ from data_helpers import SAMPLE
 from torch import nn
 from train_parts import ROOT, flags, write_inputs
 
+from tove_llava.cli.launch import trainer_flags
 from tove_llava.data import LengthGroupedSampler
 from tove_llava.presets import load_preset
 from tove_llava.train.arguments import parse
@@ -66,6 +67,13 @@ class Run:
     stage: Any
     trainer: ToveTrainer
     script: str
+
+    @property
+    def starts_from_stage_1(self) -> bool:
+        """Tell if the script's verb, ``launch``, starts the stage from stage 1."""
+        stage = self.script.split("verb launch ")[1].split()[0]
+        words = [*trainer_flags(self.preset.name, stage), "--pretrained", ""]
+        return words[words.index("--pretrained") + 1] == str(Path("outputs", self.preset.name, "pretrain"))
 
     @property
     def given(self) -> dict[str, Any]:
@@ -190,7 +198,7 @@ CHECKS = {
     ),
     "Vision tower": equal(lambda cell: f"hf:{cell}", lambda run: run.preset.vision.clip),
     "Conversation version": equal(str, lambda run: run.stage.template),
-    "Starts from projector": equal(lambda cell: cell.startswith("stage-1"), lambda run: "--pretrained" in run.script),
+    "Starts from projector": equal(lambda cell: cell.startswith("stage-1"), lambda run: run.starts_from_stage_1),
     "What trains": equal(trained, lambda run: set(run.trainer._trainable.parts) - {"tower"}),
     "Projector": check_projector,
     "Vision feature layer": equal(number, lambda run: run.preset.vision.clip_layer),

@@ -91,8 +91,8 @@ def test_the_tail_that_an_early_stop_masks_is_supervised(rows, tokenizer):
 
 
 def test_rows_that_the_original_refuses_are_refused(rows, tokenizer):
-    refused = [row for row in rows if row["kind"] == "train" and row["error"]]
-    assert len(refused) == 6
+    refused = [row for row in rows if row["kind"] == "train" and row["error"] and row["id"] != "system-role"]
+    assert len(refused) == 5  # a system turn, at which LLaVA stops, is read here
     for row in (*refused, *(row for row in rows if row["id"] == "gpt-only")):
         with pytest.raises(DataError, match="no human turn" if row["id"] == "gpt-only" else row["id"]):
             _encode(row, tokenizer)
