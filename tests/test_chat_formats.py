@@ -177,7 +177,7 @@ THOUGHT = "<think>\nIt is round.\n</think>\n\nA ball."
 def test_think_blocks_are_refused_dropped_or_kept_by_a_key():
     family = IMITATED[2]
     turns = [Turn("user", "What?"), Turn("assistant", THOUGHT), Turn("user", "So?"), Turn("assistant", THOUGHT)]
-    with pytest.raises(DataError, match="turn 2: the answer begins with a think block.*reasoning=keep"):
+    with pytest.raises(DataError, match="turn 2: the answer begins with a think block.*reasoning: keep"):
         encode_turns(turns, tokenizer_of(family, OWN), "chat_template", images=False)
     learned = {}
     for reasoning in ("drop", "keep"):

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from plugin_parts import forgotten
@@ -100,6 +102,16 @@ def test_bad_plugins_are_named_and_the_others_load(arguments, expected, tmp_path
 
     assert re.search(expected, error) and "Traceback" not in error
     assert arguments == ["--plugin"] or "last" in template_names()
+
+
+def test_a_plugin_cannot_take_the_name_of_a_part_of_the_package(tmp_path):
+    """Also as the first thing that a process loads."""
+    template = TEMPLATE.format(name="v1", before="", after="")
+    for name, code in (("fusion", FUSION.replace("own_add", "add")), ("template", template)):
+        (tmp_path / f"{name}.py").write_text(code)
+        words = [sys.executable, "-m", "tove_llava", "check", str(tmp_path / f"{name}.py")]
+        ended = subprocess.run(words, capture_output=True, text=True)
+        assert ended.returncode == 2 and "is registered twice, in" in ended.stderr and f"{name}.py" in ended.stderr
 
 
 def test_a_failed_file_can_be_mended_and_loaded_again(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,16 @@ class Group:
 
 
 def group_seeds(runs: Sequence[TrainingRun], by_seed: bool = False) -> list[Group]:
-    """Put runs together that differ only in their seed."""
+    """Put runs together that differ only in their seed; a second run of a seed begins another group."""
     if by_seed:
         return [Group(run.label, [run]) for run in runs]
-    groups: dict[str, list[TrainingRun]] = {}
+    groups: dict[tuple[str, int], list[TrainingRun]] = {}
+    seen: Counter[tuple[str, Any]] = Counter()
     for run in runs:
         known = {key: value for key, value in run.settings.items() if not _is_left_out(key, run.has_start)}
-        groups.setdefault(json.dumps([run.has_start, known], sort_keys=True), []).append(run)
+        same = json.dumps([run.has_start, known], sort_keys=True)
+        groups.setdefault((same, seen[same, run.seed]), []).append(run)
+        seen[same, run.seed] += 1
     return [Group(_shared_label([run.label for run in group]), group) for group in groups.values()]
 
 

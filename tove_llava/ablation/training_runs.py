@@ -159,6 +159,9 @@ def _settings(folder: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], boo
         if not isinstance(record.get(key), str):
             raise DataError(f"{file} has no {key!r}; was it written by 'tove-llava train'?")
     settings = _with_experts_by_name({key: _plain(value) for key, value in record.items() if value is not None})
+    if isinstance(settings.get("plugins"), dict):  # short enough for a table
+        named = (f"{name} {str(version)[:8]}" for name, version in sorted(settings["plugins"].items()))
+        settings["plugins"] = ", ".join(named)
     before = settings.get("pretrained")
     if before is None:
         return settings, True

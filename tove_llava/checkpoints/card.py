@@ -26,10 +26,11 @@ _MARK = "Card written by tove_llava"
 _AUTO = """from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(FOLDER{})
-processor = AutoProcessor.from_pretrained(FOLDER, backend="pil")
+processor = AutoProcessor.from_pretrained(FOLDER, backend="pil"{})
 """
-STOCK_CODE = _AUTO.format("")  # code that opens a folder, by the owner of its classes
-REMOTE_CODE = _AUTO.format(", trust_remote_code=True")
+STOCK_CODE = _AUTO.format("", "")  # code that opens a folder, by the owner of its classes
+_TRUSTED = ", trust_remote_code=True"
+REMOTE_CODE = _AUTO.format(_TRUSTED, _TRUSTED)  # the processor's classes are stock, but transformers asks all the same
 OWN_CODE = f"import tove_llava  # registers the classes with transformers\n{STOCK_CODE}"
 ADAPTED_CODE = """import tove_llava
 
@@ -73,8 +74,8 @@ def write_card(
         images = [f"Conversation template `{manifest.template}`; images: `{manifest.image_aspect_ratio}`."]
     card = compose_card(
         f"{manifest.preset} ({manifest.stage})" if manifest is not None else "ToVE-LLaVA",
-        "A LLaVA whose vision tower is ToVE (arXiv 2504.00691): CLIP's tokens, to which a token-aware gate adds the "
-        f"knowledge of frozen vision experts. Experts attached: {attached}; fusion `{vision.fusion}`.",
+        f"A LLaVA whose vision tower is ToVE (arXiv 2504.00691): CLIP's tokens, with the knowledge of frozen vision "
+        f"experts by {described_fusion(vision)}. Experts attached: {attached}.",
         code,
         images,
         part_rows(vision, language),
@@ -83,6 +84,12 @@ def write_card(
         tags=tags,
     )
     card.save(file)
+
+
+def described_fusion(vision: ToveVisionConfig) -> str:
+    """Name the fusion, and its gate where it is the paper's."""
+    gate = "a token-aware gate (fusion `tove`)"
+    return gate if vision.fusion == "tove" else f"the fusion `{vision.fusion}`"
 
 
 def compose_card(

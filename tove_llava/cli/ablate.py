@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
     from tove_llava.core.errors import ConfigError
     from tove_llava.core.logs import quiet_transformers
+    from tove_llava.core.plugins import plugin_flags
 
     quiet_transformers()
 
@@ -48,9 +49,8 @@ def run(args: argparse.Namespace) -> int:
     grid = make_grid(plan, out)
     if args.dry_run:
         for job in grid.wanted_jobs:
-            print(
-                f"{JobRecord(out, job).read().get('state', 'to do')}: {job.title}\n  tove-llava {' '.join(job.words)}"
-            )
+            command = " ".join(["tove-llava", *job.words, *plugin_flags()])
+            print(f"{JobRecord(out, job).read().get('state', 'to do')}: {job.title}\n  {command}")
         return 0
 
     from tove_llava.ablation.grid_results import write_results

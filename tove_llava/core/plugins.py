@@ -154,7 +154,7 @@ def defining_file(component: Any) -> str:
 
 
 def _named() -> list[str]:
-    return [file for file in os.environ.get(VARIABLE, "").split(os.pathsep) if file]
+    return [os.path.abspath(file) for file in os.environ.get(VARIABLE, "").split(os.pathsep) if file]
 
 
 def _module_name(file: Path) -> str:

@@ -45,6 +45,7 @@ class Registry(Generic[T]):
         """
 
         def add(component: T) -> T:
+            self.complete(component)
             if name in self._entries and _definition(self._entries[name]) != _definition(component):
                 both = f"in {defining_file(self._entries[name])} and in {defining_file(component)}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice, {both}; rename one of them")
@@ -89,19 +90,27 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def _discover(self) -> None:
-        if self._package is None:
+    def complete(self, component: object) -> None:
+        """Import the package's own modules before a component from elsewhere takes a name.
+
+        So a plugin cannot take the place of a part of the package, whichever of them is loaded first.
+        """
+        module = getattr(component, "__module__", None) or type(component).__module__
+        if self._package is None or self._imported or module.startswith(self._package.partition(".")[0] + "."):
             return
-        if not self._imported:
-            self._imported = True  # set first: a module may look up the registry while it loads
-            root = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(root.__path__):
-                try:
-                    importlib.import_module(f"{self._package}.{module.name}")
-                except Exception as error:
-                    file = f"{root.__path__[0]}/{module.name}.py"
-                    report(file + fault(error, file))
-        load_plugins()
+        self._imported = True  # set first: a module may look up the registry while it loads
+        root = importlib.import_module(self._package)
+        for found in pkgutil.iter_modules(root.__path__):
+            try:
+                importlib.import_module(f"{self._package}.{found.name}")
+            except Exception as error:
+                file = f"{root.__path__[0]}/{found.name}.py"
+                report(file + fault(error, file))
+
+    def _discover(self) -> None:
+        if self._package is not None:
+            self.complete(object)
+            load_plugins()
 
 
 def _definition(component: object) -> tuple[str, str]:

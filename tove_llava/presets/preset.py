@@ -18,7 +18,7 @@ import yaml
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.mappings import from_mapping, merged, override_key
-from tove_llava.core.plugins import add_plugins
+from tove_llava.core.plugins import add_plugins, file_plugins
 from tove_llava.core.registry import closest
 
 FOLDER = Path(__file__).parent
@@ -194,7 +194,7 @@ class Preset:
 
 def dump_preset(preset: Preset) -> str:
     """Write a preset as YAML that :func:`load_preset` reads, every key included."""
-    data = preset.to_dict() | {"plugins": [str(Path(file).resolve()) for file in preset.plugins]}
+    data = preset.to_dict() | {"plugins": [str(plugin.path) for plugin in file_plugins()]}  # also those of --plugin
     first = {key: data.pop(key) for key in ("name", "description")}
     return yaml.safe_dump({**first, **data}, sort_keys=False, allow_unicode=True, width=120)
 

@@ -5,6 +5,7 @@ The flags are those of :mod:`tove_llava.train.flags` and of ``transformers.Train
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -126,12 +127,28 @@ def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> d
     if training.get("use_liger_kernel"):
         raise ConfigError("--use_liger_kernel does not know this model; give --fused_kernels True")
     _check_reports(training.get("report_to"))
+    _check_numbers(training)
     asked = next((key for key in ("eval_steps", "eval_image_folder", "keep_best") if given.get(key) is not None), None)
     if run.eval_data_path is not None:
         training["eval_strategy"] = "epoch" if training.get("eval_steps") is None else "steps"
     elif asked is not None or training.get("eval_strategy", "no") != "no":
         raise ConfigError(f"--{asked or 'eval_strategy'} needs held-out records: --eval_data_path FILE")
     return training
+
+
+def _check_numbers(training: dict[str, Any]) -> None:
+    """Refuse numbers with which torch or transformers fail later, or train nothing."""
+    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    for key in counts:
+        if training.get(key) is not None and training[key] < 1:
+            raise ConfigError(f"--{key} must be at least 1, not {training[key]}")
+    for key in ("learning_rate", "weight_decay", "max_grad_norm"):
+        if training.get(key) is not None and not 0 <= training[key] < math.inf:
+            raise ConfigError(f"--{key} must be a number from 0, not {training[key]}")
+    if training.get("max_steps") is not None and training["max_steps"] < 1 and training["max_steps"] != -1:
+        raise ConfigError(f"--max_steps must be at least 1 (or -1, for epochs), not {training['max_steps']}")
+    if training.get("num_train_epochs") is not None and not training["num_train_epochs"] > 0:
+        raise ConfigError(f"--num_train_epochs must be above 0, not {training['num_train_epochs']}")
 
 
 def _check_reports(report_to: str | Sequence[str] | None) -> None:

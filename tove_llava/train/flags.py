@@ -138,7 +138,8 @@ _TYPED = {
     "--weight_decay": "wd",
     "--optim": "optimizer",
     "--max_grad_norm": "grad_clip gradient_clipping clip_grad_norm",
-    "--per_device_train_batch_size": "bs batch batch_size train_batch_size micro_batch_size per_device_batch_size",
+    "--per_device_train_batch_size": "bs batch batchsize batch_size train_batch_size "
+    "micro_batch_size per_device_batch_size",
     "--gradient_accumulation_steps": "grad_accum grad_accumulation gradient_accumulation accumulation_steps accum",
     "--num_train_epochs": "epoch epochs num_epochs",
     "--max_steps": "steps num_steps train_steps max_iters",

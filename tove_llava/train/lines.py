@@ -10,6 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 
+from tove_llava.core.plugins import plugin_flags
+
 SLOW_DATA = 0.1  # share of the time spent waiting for data that is worth a word
 
 
@@ -83,15 +85,17 @@ def ending(args: TrainingArguments, state: TrainerState, next_stage: str) -> str
     losses = ""
     if logged:
         first, last = logged[0], logged[-1]
-        losses = f", loss {first['loss']:.4f} at step {first['step']}, {last['loss']:.4f} at step {last['step']}"
+        losses = f", loss {first['loss']:.4f} at step {first['step']}"
+        losses += f", {last['loss']:.4f} at step {last['step']}" if last is not first else ""
         losses += f", last lm_loss {last['lm_loss']:.6f}"
-    lines = [f"saved {folder} after {state.global_step} steps{losses}"]
+    count = "1 step" if state.global_step == 1 else f"{state.global_step} steps"
+    lines = [f"saved {folder} after {count}{losses}"]
     if "tensorboard" in args.report_to:
         curves = os.environ.get("TENSORBOARD_LOGGING_DIR", Path(folder) / "runs")
         lines.append(f"curves: tensorboard --logdir {curves}")
+    plugins = "".join(f" {word}" for word in plugin_flags())
     commands = [next_stage] if next_stage else []
-    commands += [
-        f"tove-llava chat --model {folder} --image FILE",
-        f"tove-llava eval --model {folder} --benchmark scenes",
-    ]
+    commands.append(f"tove-llava chat --model {folder} --image FILE{plugins}")
+    if not next_stage:
+        commands.append(f"tove-llava eval --model {folder} --benchmark scenes{plugins}")
     return "\n".join([*lines, "next:   " + "\n        ".join(commands)])

@@ -139,7 +139,7 @@ def _next_stage(settings: Settings, trainable: Trainable) -> str:
     """Return the command that fine-tunes a model whose language model has not been trained yet."""
     if {LANGUAGE, LORA, ENCODER} & set(trainable.parts) or "finetune_lora" not in settings.preset.stages:
         return ""
-    return f"tove-llava train --stage finetune_lora --pretrained {settings.output_dir} ..."
+    return f"this command with stage finetune_lora, --pretrained {settings.output_dir}, and its own records and folder"
 
 
 def _set_checkpointing(model: ToveLlavaForConditionalGeneration, trainable: Trainable, stage: StagePreset) -> None:

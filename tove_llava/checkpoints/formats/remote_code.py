@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tove_llava.checkpoints import exports
 from tove_llava.checkpoints.base import Request, register_format
-from tove_llava.checkpoints.card import REMOTE_CODE, part_rows
+from tove_llava.checkpoints.card import REMOTE_CODE, described_fusion, part_rows
 from tove_llava.checkpoints.flatten import flat_name, flatten_modules, third_party_imports
 from tove_llava.core.version import __version__
 from tove_llava.experts import ExpertHub
@@ -68,7 +68,7 @@ class RemoteCode(exports.ExportFormat):
         attached = ", ".join(vision.attached_experts) or "none"
         about = (
             f"A LLaVA whose vision tower is ToVE: CLIP's tokens with the knowledge of vision experts (attached: "
-            f"{attached}), added by a token-aware gate (arXiv 2504.00691). The modelling code is in this folder, so "
+            f"{attached}; arXiv 2504.00691), by {described_fusion(vision)}. The modelling code is in this folder, so "
             "transformers asks for `trust_remote_code=True`; the backbones are in `backbones/`. Download or copy the "
             "whole folder and load it from there."
         )

@@ -85,7 +85,7 @@ def _without_reasoning(turn: Turn, index: int, form: ChatFormat) -> str:
         return text
     if form.reasoning == "refuse":
         raise DataError(
-            f"turn {index + 1}: the answer begins with a think block. Learn it (--set language.reasoning=keep) or "
-            "leave it out (drop)"
+            f"turn {index + 1}: the answer begins with a think block. Learn it (language.reasoning: keep, in the "
+            "preset) or leave it out (drop)"
         )
     return _REASONING.sub("", text, count=1)
