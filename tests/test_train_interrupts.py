@@ -1,8 +1,10 @@
 """A signal ends a run at once while it loads, and with a checkpoint while it trains."""
 
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -112,3 +114,14 @@ def test_ranks_end_together_and_resume_under_deepspeed(root, deepspeed):
     file, uninterrupted, output = ranks(root, deepspeed)
     assert "resuming from" in launch([file], module="train_signalled")
     assert_same_run(output, uninterrupted)
+
+
+def test_watching_ends_while_a_forked_process_lives():
+    """A data worker that outlives the run holds copies of all its files."""
+    with interrupts.watching():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+    try:
+        assert child.is_alive() and interrupts.noted() == 0
+    finally:
+        child.kill()

@@ -51,8 +51,9 @@ class _Watch:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_fd)
-        self._writer.close()  # the thread reads the end
+        self._writer.shutdown(socket.SHUT_WR)  # the thread reads the end, though a data worker may hold a copy
         self._thread.join()
+        self._writer.close()
         self._reader.close()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
