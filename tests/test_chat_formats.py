@@ -28,6 +28,8 @@ from tove_llava.data.templates import get_template
 from tove_llava.data.templates.chat_format import chat_format
 from tove_llava.data.tokenization import encode_prompt, encode_turns
 from tove_llava.inference.generation import Answerer
+from tove_llava.llava.build import prepare_tokenizer
+from tove_llava.presets import LanguagePreset
 from tove_llava.testing.contract import ContractError
 from tove_llava.testing.template_contract import check_tokenizer
 from tove_llava.train.run import main
@@ -196,6 +198,14 @@ class Tomorrow(datetime.datetime):
     @classmethod
     def now(cls, tz=None):
         return cls(2031, 2, 3)
+
+
+def test_the_preset_s_keys_reach_the_template(tmp_path):
+    tokenizer_of(IMITATED[6], OWN).save_pretrained(tmp_path)
+    language = LanguagePreset(source=f"hf:{tmp_path}", reasoning="keep", date="2030-05-06")
+    form = chat_format(prepare_tokenizer(language, "chat_template"))
+    assert (form.reasoning, form.date) == ("keep", "2030-05-06")
+    assert "tove_llava" not in prepare_tokenizer(language, "v1").chat_template
 
 
 @pytest.mark.parametrize("name", ["channels", "today"])

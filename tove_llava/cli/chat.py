@@ -52,9 +52,12 @@ def run(args: argparse.Namespace) -> int:
             return _print_json(chat, args.question)
         if args.question is not None:
             with chat.ask(args.question) as reply:
-                said = [print(piece, end="", flush=True) for piece in reply]
+                empty = True
+                for piece in reply:
+                    print(piece, end="", flush=True)
+                    empty = False
             print()
-            if not said:
+            if empty:
                 print("(the answer is empty)", file=sys.stderr)
             if reply.reasoning is not None:
                 print(f"(a think block of {len(reply.reasoning)} characters; --json shows it)", file=sys.stderr)

@@ -45,7 +45,7 @@ class Registry(Generic[T]):
         """
 
         def add(component: T) -> T:
-            self.complete(component)
+            self.complete_before(component)
             if name in self._entries and _definition(self._entries[name]) != _definition(component):
                 both = f"in {defining_file(self._entries[name])} and in {defining_file(component)}"
                 raise ConfigError(f"{self.kind} {name!r} is registered twice, {both}; rename one of them")
@@ -90,27 +90,31 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
-    def complete(self, component: object) -> None:
+    def complete_before(self, component: object) -> None:
         """Import the package's own modules before a component from elsewhere takes a name.
 
         So a plugin cannot take the place of a part of the package, whichever of them is loaded first.
         """
         module = getattr(component, "__module__", None) or type(component).__module__
-        if self._package is None or self._imported or module.startswith(self._package.partition(".")[0] + "."):
-            return
-        self._imported = True  # set first: a module may look up the registry while it loads
-        root = importlib.import_module(self._package)
-        for found in pkgutil.iter_modules(root.__path__):
-            try:
-                importlib.import_module(f"{self._package}.{found.name}")
-            except Exception as error:
-                file = f"{root.__path__[0]}/{found.name}.py"
-                report(file + fault(error, file))
+        if self._package is not None and not module.startswith(self._package.partition(".")[0] + "."):
+            self._import_package()
 
     def _discover(self) -> None:
         if self._package is not None:
-            self.complete(object)
+            self._import_package()
             load_plugins()
+
+    def _import_package(self) -> None:
+        if self._package is None or self._imported:
+            return
+        self._imported = True  # set first: a module may look up the registry while it loads
+        root = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(root.__path__):
+            try:
+                importlib.import_module(f"{self._package}.{module.name}")
+            except Exception as error:
+                file = f"{root.__path__[0]}/{module.name}.py"
+                report(file + fault(error, file))
 
 
 def _definition(component: object) -> tuple[str, str]:

@@ -61,7 +61,7 @@ def register_expert(name: str, *schemes: str) -> Callable[[E], E]:
     """
 
     def add(cls: E) -> E:
-        EXPERTS.complete(cls)
+        EXPERTS.complete_before(cls)
         if name not in _families:
             _families[name] = EXPERTS.register(name)({})
         for scheme in schemes or (cls.default_source.partition(":")[0],):  # checked when the source is used

@@ -23,8 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
-from tove_llava.data import load_tokenizer
-from tove_llava.data.templates.chat_format import DATE, chat_format
+from tove_llava.data import get_template, load_tokenizer
 from tove_llava.experts import complete_specs
 from tove_llava.experts.random_weights import random_weights
 from tove_llava.llava.configuration import ToveLlavaConfig, forget_gguf
@@ -201,17 +200,10 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
 
 
 def prepare_tokenizer(language: LanguagePreset, template: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; its chat template is in the form of training if the stage uses it."""
+    """Load the tokenizer, and make it fit for a conversation template."""
     tokenizer = read_tokenizer(language)
-    if template == "chat_template":
-        set_chat_format(tokenizer, language)
+    get_template(template).prepare(tokenizer, language.reasoning, language.date)
     return tokenizer
-
-
-def set_chat_format(tokenizer: PreTrainedTokenizerBase, language: LanguagePreset) -> None:
-    """Put the training form of the chat template in its place, with the preset's options."""
-    form = chat_format(tokenizer, language.reasoning or "refuse", language.date or DATE)
-    tokenizer.chat_template = form.text
 
 
 def assemble(

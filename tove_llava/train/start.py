@@ -16,6 +16,7 @@ from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
+from tove_llava.data import get_template
 from tove_llava.llava.build import (
     assemble,
     fit_to_processor,
@@ -23,7 +24,6 @@ from tove_llava.llava.build import (
     prepare_processor,
     read_language_model,
     read_tokenizer,
-    set_chat_format,
     vision_config,
 )
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -109,8 +109,8 @@ class FromCheckpoint:
         tokenizer = load_processor(self.folder).tokenizer
         if manifest.template != self.stage.template:
             tokenizer.chat_template = self._own_chat_template()  # the folder's is that of the other template
-            if self.stage.template == "chat_template":
-                set_chat_format(tokenizer, LanguagePreset(**self.language))
+            language = LanguagePreset(**self.language)
+            get_template(self.stage.template).prepare(tokenizer, language.reasoning, language.date)
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_index)
         self.processor = build_processor(
             tokenizer,

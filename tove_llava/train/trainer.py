@@ -38,7 +38,7 @@ from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter
 from tove_llava.train.run_files import STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
-from tove_llava.train.validation import Validation, keep_best, validation_loss
+from tove_llava.train.validation import Validation, keep_best, mean_loss
 from tove_llava.train.window import Window, draw_noise, open_window
 
 FURTHER = "further_images"  # batch key: number of images that only the merge loss sees
@@ -134,7 +134,7 @@ class ToveTrainer(Trainer):
         if not batches:
             return [], None
         window = open_window(
-            batches, self.args.device, always_tower=self.always_runs_tower(), signal=interrupts.noted()
+            batches, self.args.device, always_tower=self._always_runs_tower(), signal=interrupts.noted()
         )
         if self._ends.now(window.signal, self.state, self.control):
             return [], None
@@ -150,7 +150,7 @@ class ToveTrainer(Trainer):
         """Return the signal that ended the run before its last step, or 0."""
         return self._ends.signal if self.state.global_step < self.state.max_steps else 0
 
-    def always_runs_tower(self) -> bool:
+    def _always_runs_tower(self) -> bool:
         """Return True if micro-batches without images must run the tower too.
 
         True when nothing but projector and tower trains. Also under ZeRO-3 and optimizer offload: both reset a gradient
@@ -178,7 +178,7 @@ class ToveTrainer(Trainer):
         assert window is not None and num_items_in_batch is not None
         records = inputs[RECORD]
         outputs = model(
-            **self.model_inputs(inputs, window),
+            **self._model_inputs(inputs, window),
             num_items_in_batch=num_items_in_batch,
             add_aux_loss=False,
             output_routing=True,
@@ -206,7 +206,7 @@ class ToveTrainer(Trainer):
             self._refuse(loss, records)
         return (loss, outputs) if return_outputs else loss
 
-    def model_inputs(self, batch: dict[str, Any], window: Window) -> dict[str, Any]:
+    def _model_inputs(self, batch: dict[str, Any], window: Window) -> dict[str, Any]:
         """Return the model's arguments for a batch; a rank without images may get a blank one."""
         inputs = dict(batch)
         del inputs[RECORD]
@@ -247,10 +247,14 @@ class ToveTrainer(Trainer):
             "train in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *_: Any, **options: Any) -> dict[str, float]:
         """Log the loss on the held-out records; keep the model if it is the lowest so far."""
         assert self._validation is not None
-        loss = validation_loss(self, self._validation)
+        args, model = self.args, self.model_wrapped
+        model.eval()
+        batches = self._validation.batches(args.per_device_eval_batch_size, args.dataloader_num_workers)
+        loss = mean_loss(batches, self._summed_loss, args.device)
+        model.train()
         best = self.state.best_metric is None or loss < self.state.best_metric
         if best:
             self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
@@ -266,6 +270,14 @@ class ToveTrainer(Trainer):
         handler: Any = self.callback_handler
         self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _summed_loss(self, batch: Any) -> tuple[torch.Tensor, int]:
+        """Return this rank's sum of cross-entropies, and the supervised tokens of all ranks."""
+        window = open_window([batch], self.args.device, always_tower=self._always_runs_tower())
+        inputs = self._model_inputs(self._prepare_inputs(batch), window)
+        with self.compute_loss_context_manager():
+            outputs = self.model_wrapped(**inputs, num_items_in_batch=1, add_aux_loss=False, use_cache=False)
+        return outputs.lm_loss, window.tokens
 
     # -- optimizer and logs -------------------------------------------------------------------------------------------
 

@@ -7,17 +7,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from tove_llava.core.errors import NonFiniteError
-from tove_llava.train.window import open_window
-
-if TYPE_CHECKING:
-    from tove_llava.train.trainer import ToveTrainer
+from tove_llava.data import IGNORE_INDEX
 
 BEST = "best"  # folder of the best model in a run's folder
 
@@ -62,31 +59,29 @@ class Validation:
 
 
 @torch.no_grad()
-def validation_loss(trainer: ToveTrainer, validation: Validation) -> float:
-    """Return the mean cross-entropy over all supervised tokens of the held-out records.
+def mean_loss(
+    batches: Iterator[tuple[Any, bool]], summed: Callable[[Any], tuple[torch.Tensor, int]], device: torch.device
+) -> float:
+    """Return the mean cross-entropy over all supervised tokens of the held-out records. Every rank calls this.
 
-    Every rank calls this. Nothing of training changes: no random number is drawn, and no state is kept.
+    Args:
+        batches: from :meth:`Validation.batches`.
+        summed: returns a batch's sum of cross-entropies on this rank, and the supervised tokens of all ranks.
     """
-    args, model = trainer.args, trainer.model_wrapped
-    model.eval()
-    total, tokens = torch.zeros((), dtype=torch.float64, device=args.device), 0
-    for batch, counts in validation.batches(args.per_device_eval_batch_size, args.dataloader_num_workers):
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for batch, counts in batches:
         if not counts:
-            batch["labels"] = torch.full_like(batch["labels"], -100)
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
             batch["supervised"] = batch["supervised"][:0]
-        window = open_window([batch], args.device, always_tower=trainer.always_runs_tower())
-        inputs = trainer.model_inputs(trainer._prepare_inputs(batch), window)
-        with trainer.compute_loss_context_manager():
-            outputs = model(**inputs, num_items_in_batch=1, add_aux_loss=False, use_cache=False)
-        total += outputs.lm_loss.double()
-        tokens += window.tokens
+        loss, count = summed(batch)
+        total += loss.double()
+        tokens += count
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(total)
-    model.train()
-    loss = total.item() / max(tokens, 1)
-    if not math.isfinite(loss):
-        raise NonFiniteError(f"the loss on the held-out records is {loss}; look at them, or lower the learning rate")
-    return loss
+    mean = total.item() / max(tokens, 1)
+    if not math.isfinite(mean):
+        raise NonFiniteError(f"the loss on the held-out records is {mean}; look at them, or lower the learning rate")
+    return mean
 
 
 def keep_best(run: Path, write: Callable[[Path], None]) -> None:

@@ -56,6 +56,9 @@ class Template(ABC):
             DataError: the conversation does not suit the template.
         """
 
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, reasoning: str | None, date: str | None) -> None:  # noqa: B027
+        """Make a language model's tokenizer fit for the template, with the preset's options for chat templates."""
+
     def check(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Return a sentence about the template with this tokenizer, if there is something to say.
 

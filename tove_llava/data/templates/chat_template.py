@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import DataError
 from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
-from tove_llava.data.templates.chat_format import ChatFormat, chat_format, render
+from tove_llava.data.templates.chat_format import DATE, ChatFormat, chat_format, render
 
 _REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
 _PLACEHOLDER = "<image>"
@@ -22,6 +22,9 @@ class ChatTemplate(Template):
     """
 
     adds_bos = False  # the template writes its own
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, reasoning: str | None, date: str | None) -> None:
+        tokenizer.chat_template = chat_format(tokenizer, reasoning or "refuse", date or DATE).text
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> str:
         form = chat_format(tokenizer)
