@@ -31,9 +31,9 @@ time.sleep(60)
 """
 
 
-def started(program, tmp_path):
+def started(program, tmp_path, grace=20.0):
     """Launch two ranks that run a program; return the launcher once both are ready."""
-    code = f"import sys; from tove_llava.train import launcher as l; l.RANK = ['-c', {program!r}]; "
+    code = f"import sys; from tove_llava.train import launcher as l; l.RANK = ['-c', {program!r}]; l.GRACE = {grace}; "
     code += "sys.exit(l.run_ranks(l.Launch(2), []))"
     log = tmp_path / "log"
     with log.open("w") as file:
@@ -118,6 +118,25 @@ def test_the_first_failed_rank_gives_the_code_and_ends_the_others(monkeypatch):
     start = time.monotonic()
     assert run_ranks(Launch(2), []) == 7
     assert time.monotonic() - start < 30
+
+
+SLOW = """
+import os, signal, sys, time
+def save(number, frame):
+    time.sleep(1.5 * int(os.environ["RANK"]))
+    sys.stdout.write(f"saved {os.environ['RANK']}\\n"); sys.stdout.flush()
+    os._exit(128 + number)
+signal.signal(signal.SIGTERM, save)
+sys.stdout.write("ready\\n"); sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_saved_first_does_not_end_the_others(tmp_path):
+    process, log = started(SLOW, tmp_path, grace=0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert sorted(line for line in log.read_text().splitlines() if "saved" in line) == ["saved 0", "saved 1"]
 
 
 def test_ranks_find_each_other_and_get_the_flags(monkeypatch, tmp_path):

@@ -69,6 +69,13 @@ def test_plan_is_what_the_run_does(root, tmp_path, capsys):
     assert "--pretrained" not in plan and f"--output_dir {tmp_path / 'out'}" in plan
 
 
+def test_plan_of_several_ranks(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = shown(flags(root, "finetune_lora", tmp_path / "out", "--per_device_train_batch_size", "2"), capsys)
+    assert "# global batch: 4 records" in plan and "# steps: 5 (epochs: 1, records: 19)" in plan
+    assert "tove-llava launch finetune_lora --gpus 2 --preset THIS.yaml" in plan and "--stage" not in plan
+
+
 def test_plan_needs_no_data_but_right_settings(root, capsys):
     preset = ["--preset", str(root / "preset.yaml")]
     plan = shown([*preset, "--pretrained", "nowhere"], capsys)

@@ -67,6 +67,14 @@ def test_seeds_share_a_line_and_only_differing_settings_are_shown(tmp_path, caps
     assert len(table(capsys, tmp_path, "--stage", "finetune_lora", "--by-seed")[1]) == 4
 
 
+def test_a_second_run_of_a_seed_is_no_further_seed(tmp_path, capsys):
+    for place in ("first", "copy"):
+        for seed in (0, 1):
+            write_run(tmp_path / place / str(seed), seed=seed, loss=1.0 + seed)
+    _, rows = table(capsys, tmp_path)
+    assert [row[1] for row in rows] == ["2", "2"]
+
+
 def test_each_stage_has_a_table_and_files_have_every_run(tmp_path, capsys):
     start = write_run(tmp_path / "a", "pretrain", experts=["depth"])
     write_run(tmp_path / "b", score=40, start=start)

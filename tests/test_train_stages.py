@@ -175,3 +175,16 @@ def test_line_of_a_step_shows_what_a_person_wants_to_see():
     more = {"lm_loss": 1.5, "merge_loss": 0.1, "grad_norm": 2.0, "samples_per_second": 1234.5, "data_wait": 0.25}
     line = describe(logs | more)
     assert line == "loss 1.5000 (merge 0.1000), grad 2, lr 1.00e-03, 1,234.5 samples/s, 25% waiting for data"
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("per_device_train_batch_size", "0"), ("gradient_accumulation_steps", "-1"), ("learning_rate", "-1"),
+        ("learning_rate", "nan"), ("weight_decay", "inf"), ("max_steps", "0"), ("max_steps", "-3"),
+        ("num_train_epochs", "0"),
+    ],
+)  # fmt: skip
+def test_numbers_that_train_nothing_or_fail_later_are_refused(root, tmp_path, flag, value, capsys):
+    assert main(flags(root, "pretrain", tmp_path / "out", f"--{flag}", value)) == 2
+    assert f"--{flag} must be" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -43,8 +43,7 @@ class ReasoningFilter:
             return piece
         text = self.whole.lstrip()
         if OPEN.startswith(text[: len(OPEN)]) and not (final and len(text) < len(OPEN)):
-            _, close, answer = text.partition(CLOSE)
-            answer = answer.lstrip() if close else ""
+            answer = text.partition(CLOSE)[2].lstrip()
         else:
             answer = text
         self._begun = bool(answer)

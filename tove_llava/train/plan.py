@@ -66,12 +66,15 @@ def print_config(argv: Sequence[str]) -> str:
     run = replace(run, preset=plain.preset)
     changed = {key: value for key, value in vars(run).items() if value != getattr(plain, key)}
     given = {"preset": run.preset, "stage": run.stage, **changed, "output_dir": output}
+    start, world = "train", int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        start = f"launch {given.pop('stage')} --gpus {world}"
     again = shlex.join(word for key, value in given.items() if value for word in (f"--{key}", str(value)))
-    lines = [f"This is a preset. The same run: tove-llava train {again}", *_plan(run, preset, stage)]
+    lines = [f"This is a preset. The same run: tove-llava {start} {again}", *_plan(run, preset, stage)]
     if run.pretrained is not None and not Path(run.pretrained).is_dir():
         lines.append(f"{run.pretrained} is not there yet; the run starts from it")
     if output is not None and complete(Path(output)):
-        lines.append(f"{complete(Path(output))[-1]} is there: a run of these settings resumes from it")
+        lines.append(f"{complete(Path(output))[-1]} is there: the run goes on from it, if its settings are these")
     return dump_preset(preset) + "".join(f"# {line}\n" for line in lines)
 
 
