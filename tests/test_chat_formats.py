@@ -175,6 +175,14 @@ def test_exactly_the_answers_and_their_ends_are_learned(pairs, system, images, d
 THOUGHT = "<think>\nIt is round.\n</think>\n\nA ball."
 
 
+def test_a_kept_think_block_is_opened_once():
+    """The shipped prompt of this kind opens it, and the record's answer does too."""
+    tokenizer = tokenizer_of(IMITATED[3], OWN)
+    tokenizer.chat_template = chat_format(tokenizer, "keep").text
+    turns = [Turn("user", "What?"), Turn("assistant", THOUGHT)]
+    assert get_template("chat_template").prompt(turns, tokenizer).count("<think>") == 1
+
+
 def test_think_blocks_are_refused_dropped_or_kept_by_a_key():
     family = IMITATED[2]
     turns = [Turn("user", "What?"), Turn("assistant", THOUGHT), Turn("user", "So?"), Turn("assistant", THOUGHT)]
