@@ -2,11 +2,13 @@
 
 import pytest
 from data_helpers import SAMPLE, byte_level_tokenizer, jsonl
+from jinja2 import TemplateError
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, get_template, parse_record, template_names
 from tove_llava.data.records import prepare_turns
-from tove_llava.data.templates import Template, register_template
+from tove_llava.data.templates import Template, conversation, register_template
+from tove_llava.llava.processing import jinja_template
 
 
 class Llama:
@@ -16,6 +18,7 @@ class Llama:
 
 
 TOKENIZER = Llama()
+BUILT_IN = {"v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "llama_2", "chat_template"}
 
 
 @pytest.mark.parametrize("row", jsonl(SAMPLE / "conversations.jsonl"), ids=lambda row: row["record"]["id"])
@@ -29,8 +32,7 @@ def test_own_sample(row):
 def test_aliases_are_one_template():
     assert get_template("vicuna_v1") is get_template("v1")
     assert get_template("vicuna_v1").name == "v1" and get_template(get_template("v1")) is get_template("v1")
-    expected = {"v1", "vicuna_v1", "plain", "llava_v1", "v1_mmtag", "llava_llama_2", "llama_2", "chat_template"}
-    assert expected <= set(template_names())
+    assert BUILT_IN | {"vicuna_v1"} <= set(template_names())
     with pytest.raises(ConfigError, match="unknown conversation template 'vicuna_v2'.*Did you mean 'vicuna_v1'"):
         get_template("vicuna_v2")
 
@@ -76,6 +78,74 @@ def test_a_system_turn_replaces_the_templates_own():
 def test_turns_that_do_not_suit_are_refused(name, turns, message):
     with pytest.raises(DataError, match=message):
         get_template(name).render(turns, TOKENIZER)
+
+
+# -- roles, also in the form that an export carries -------------------------------------------------------------------
+
+SAID = {"system": "S1.", "developer": "S2.", "user": "Q?", "assistant": "A."}
+
+
+def shown(name, roles):
+    """Render messages of these roles with the template, and with its jinja form."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.bos_token = "<s>"
+    messages = [(role, SAID.get(role, "x")) for role in roles]
+    try:
+        ours = get_template(name).prompt(conversation(messages), tokenizer)
+    except DataError as error:
+        ours = type(error)
+    told = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in messages]
+    try:
+        text = jinja_template(name, tokenizer)
+        exported = tokenizer.apply_chat_template(told, chat_template=text, tokenize=False)
+    except TemplateError as error:
+        exported = type(error)
+    return ours, exported
+
+
+@pytest.mark.parametrize("name", sorted({get_template(name).name for name in BUILT_IN} - {"plain"}))
+def test_roles_mean_the_same_in_training_and_in_exports(name):
+    ours, exported = shown(name, ["system", "developer", "user", "assistant", "user"])
+    assert ours == exported and "S1.\n\nS2." in ours
+    assert shown(name, ["developer", "user"])[1] == shown(name, ["developer", "user"])[0].replace("S1.", "S2.")
+    for roles in (
+        ["user", "tool"], ["user", "assistant", "tool"], ["User"], ["user", "user"], ["assistant", "user"],
+        ["user", "assistant", "assistant"], ["user", "system"], ["user", "function", "user"],
+    ):  # fmt: skip
+        ours, exported = shown(name, roles)
+        assert ours is DataError and issubclass(exported, TemplateError), roles
+
+
+@pytest.mark.parametrize("name", sorted(BUILT_IN))
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": {"text": "a"}},
+        {"role": "user", "content": [{"type": "video", "video": "a.mp4"}]},
+        {"role": "system", "content": [{"type": "image"}]},
+        {"role": "user", "content": "a", "tool_calls": [{}]},
+    ],
+)
+def test_exported_templates_drop_nothing_in_silence(name, message):
+    tokenizer = byte_level_tokenizer()
+    with pytest.raises(TemplateError, match="not read|needs text"):
+        tokenizer.apply_chat_template([message], chat_template=jinja_template(name, tokenizer), tokenize=False)
+
+
+def test_a_template_that_inherits_its_rendering_is_exported_with_its_own_system_text():
+    class Brief(type(get_template("v1"))):
+        system = 'Be "brief".'
+
+    class Other(type(get_template("v1"))):
+        def render(self, turns, tokenizer):
+            return []
+
+    tokenizer = byte_level_tokenizer()
+    asked = [{"role": "user", "content": "a"}]
+    text = jinja_template(Brief(), tokenizer)
+    assert tokenizer.apply_chat_template(asked, chat_template=text, tokenize=False) == 'Be "brief". USER: a '
+    Other.name = "other"
+    assert jinja_template(Other(), tokenizer) is None
 
 
 def test_chat_template_supervises_what_the_model_must_say():

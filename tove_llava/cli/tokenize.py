@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _encode(files: Any, index: int, args: argparse.Namespace, template: Any, tokenizer: Any) -> dict[str, Any]:
     from tove_llava.core.errors import DataError
-    from tove_llava.data.dialects import printable
+    from tove_llava.core.text import printable
 
     row: dict[str, Any] = dict.fromkeys(("id", "input_ids", "labels", "error", "warning"))
     try:

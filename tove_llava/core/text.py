@@ -1,6 +1,7 @@
-"""Tables, lists and numbers as text."""
+"""Tables, lists, numbers and other values as text."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 GIB = 2**30
 
@@ -42,3 +43,26 @@ def number(value: float | None, form: str) -> str:
 def percent(value: float | None, form: str) -> str:
     """Format a share as a percentage; None is a dash."""
     return number(None if value is None else 100 * value, form)
+
+
+def has_encoding(value: str) -> bool:
+    """Return False for text with half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def printable(value: Any) -> Any:
+    """Escape halves of surrogate pairs in a text; other values stay."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def short(value: Any) -> str:
+    """Write a value for a message, in at most 60 characters."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        return f"a {type(value).__name__} that is nested too deeply"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -13,9 +13,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.text import printable
 from tove_llava.data.data_files import DataFiles
 from tove_llava.data.dataset import truncate
-from tove_llava.data.dialects import printable, unread_keys
+from tove_llava.data.dialects import unread_keys
 from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.records import Record, prepare_turns, record_name

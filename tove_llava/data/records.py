@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.data.dialects import printable, read_content
+from tove_llava.core.text import printable
+from tove_llava.data.dialects import read_content
 from tove_llava.data.images import ImageBytes, resolve_image
-from tove_llava.data.templates.base import Template, Turn, split_system
+from tove_llava.data.templates.base import Template, Turn, alternating
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
 #: what becomes of a record with images and without a placeholder: it is refused, or the images go first
@@ -145,7 +146,7 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
     with record.errors():
         turns = list(record.turns)
         if template.single_turn:
-            turns = turns[turns[0].role == "system" :]  # neither it nor the question is shown
+            turns = [turn for turn in turns if turn.role != "system"]  # neither it nor the question is shown
             if len(turns) != 2:
                 raise DataError(
                     f"the {template.name} template takes one question and one answer, not {len(turns)} turns; "
@@ -161,7 +162,7 @@ def prepare_turns(record: Record, template: Template, check_images: bool = True)
             turns = turns[1:]
         if not turns:
             raise DataError("no human turn; the conversation must start with one")
-        split_system(turns, "")
+        turns = alternating(turns)
         for turn in turns if check_images else ():
             _refuse_other_tags(turn)
         turns = [_with_placeholders(turn, len(record.images), template) for turn in turns]

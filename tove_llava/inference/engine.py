@@ -12,6 +12,7 @@ from PIL import Image
 
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
+from tove_llava.data.templates.base import role_of
 from tove_llava.inference.generation import Answerer
 from tove_llava.inference.replies import Request, TextStream, Timing
 from tove_llava.inference.rolling_batch import RollingBatch, SequentialBatch
@@ -30,7 +31,7 @@ AnyImage: TypeAlias = Image.Image | str | Path | torch.Tensor  # a tensor is fro
 class Message:
     """A turn of a chat; images come before a text without placeholders."""
 
-    role: str  # "user" or "assistant"
+    role: str  # "user", "assistant" or "system"
     text: str
     images: Sequence[AnyImage] = ()
 
@@ -40,15 +41,14 @@ class Message:
         Raises:
             DataError: an unknown role, an empty question, or images that the message cannot have.
         """
-        if self.role not in ("user", "assistant"):
-            raise DataError(f"a message's role must be user or assistant, not {self.role!r}")
-        if self.images and self.role != "user":
+        role = role_of(self.role, "a message")
+        if self.images and role != "user":
             raise DataError("only the user's messages can have images")
-        if self.role == "user" and not self.text.strip():
+        if role == "user" and not self.text.strip():
             raise DataError("the question is empty; type one")
         placed = self.text.count(IMAGE_PLACEHOLDER)
         if placed == len(self.images):
-            return Turn("user" if self.role == "user" else "assistant", self.text)
+            return Turn(role, self.text)
         if placed:
             raise DataError(
                 f"the message says {IMAGE_PLACEHOLDER} {placed} times, but it has {len(self.images)} images; "
@@ -188,7 +188,7 @@ class Engine:
         if system is not None:
             if self.answerer.template.single_turn:
                 raise DataError(f"the model's template {self.answerer.template.name!r} has no system prompt")
-            turns.insert(0, Turn("system", system))
+            turns = [Turn("system", system), *turns]
         prompt = self.answerer.encode(turns, len(images), self._vision.image_tokens(chosen) if images else None)
         return Request(
             prompt=prompt,

@@ -1,5 +1,6 @@
 """The processor, a stock LlavaProcessor that saves an ordinary LLaVA folder."""
 
+import json
 from pathlib import Path
 
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
@@ -53,19 +54,26 @@ def build_processor(
 
 
 def jinja_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return a conversation template in jinja; None if it has none."""
+    """Return a conversation template in jinja; None if it has none.
+
+    It begins with ``messages.jinja``, which makes text of typed parts and refuses what training refuses: a tool's and
+    unknown roles, and those that do not take turns.
+    """
+    if template == "chat_template" and not tokenizer.chat_template:
+        return None
+    found = get_template(template)
     # In training the text after an image is encoded on its own, and LLaMA's tokenizer begins it with a space.
     # transformers encodes it as the continuation of a special token, so the space has to be written.
-    image = IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix
+    before, after = found.image_wrapper
+    image = before + IMAGE_PLACEHOLDER + text_encoder(tokenizer).text_prefix + after
+    messages = (_TEMPLATES / "messages.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)
     if template == "chat_template":
-        if not tokenizer.chat_template:
-            return None
         own = tokenizer.chat_template = chat_format(tokenizer).text
-        # Tokenizers of language models expect strings; LLaVA's messages are lists of parts. A checkpoint's own template
-        # already begins with this.
-        flatten = (_TEMPLATES / "flatten.jinja").read_text().replace(IMAGE_PLACEHOLDER, image)
-        return own if flatten in own else flatten + own
-    file = _TEMPLATES / f"{get_template(template).name}.jinja"
+        return own if messages in own else messages + own  # a checkpoint's own template begins with it
+    # A template that inherits how it renders differs only in its system text.
+    renders = next(cls for cls in type(found).__mro__ if "render" in vars(cls))
+    file = _TEMPLATES / f"{getattr(renders, 'name', '')}.jinja"
     if not file.is_file():
         return None
-    return file.read_text().rstrip("\n").replace(IMAGE_PLACEHOLDER, image).replace("</s>", tokenizer.eos_token)
+    body = file.read_text().rstrip("\n").replace(IMAGE_PLACEHOLDER, image).replace("</s>", tokenizer.eos_token)
+    return messages + body.replace("SYSTEM", json.dumps(getattr(found, "system", ""), ensure_ascii=False))

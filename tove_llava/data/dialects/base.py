@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 
 from tove_llava.core.errors import DataError
 from tove_llava.core.registry import Registry
-from tove_llava.data.templates.base import Role, Turn
+from tove_llava.core.text import has_encoding, short
+from tove_llava.data.templates.base import Turn, role_of
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 
 #: keys of a record's images, all read alike
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files", "img", "img_path")
 
-_ROLES: dict[str, Role] = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
-    "system": "system",
-}  # type: ignore[dict-item]
 _IMAGE_LIKE = r"(image|img|picture|pic|photo|pixel_?value)s?"
 _OTHER_MEDIA = r"(video|audio|movie|speech|sound)s?"
 _FORM = r"(path|file|filename|url|uri|link|byte|base64|b64|data)s?"
@@ -82,18 +78,14 @@ def chat_turns(messages: Any, key: str) -> Content:
                 f"not {short(message)}"
             )
         role, value = message[names[0]], message[names[1]]
-        if not isinstance(role, str) or role not in _ROLES:
-            raise DataError(
-                f"turn {number} is from {short(role)}; {names[0]!r} must be 'human' or 'gpt', 'user' or 'assistant', "
-                "or 'system'"
-            )
+        role = role_of(role, f"turn {number}")
         if isinstance(value, list):
             value = _joined(value, number, images)
         if not isinstance(value, str):
             raise DataError(f"the value of turn {number} must be a string, not {short(value)}")
         if not has_encoding(value):
             raise DataError(f"the value of turn {number} holds half of a surrogate pair; repair its encoding")
-        turns.append(Turn(_ROLES[role], value))
+        turns.append(Turn(role, value))
     return Content(turns, images)
 
 
@@ -192,26 +184,3 @@ def _media_kind(key: str) -> str | None:
     if match is None:
         return None
     return "image" if match[2] is not None else "other"
-
-
-def has_encoding(value: str) -> bool:
-    """Return False for text with half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def printable(value: Any) -> Any:
-    """Escape halves of surrogate pairs in a text; other values stay."""
-    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
-
-
-def short(value: Any) -> str:
-    """Write a value for a message, in at most 60 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        return f"a {type(value).__name__} that is nested too deeply"
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -4,6 +4,14 @@ Every module registers templates (and their aliases). A template knows its own s
 spans; nothing is searched for in the finished prompt.
 """
 
-from tove_llava.data.templates.base import Segment, Template, Turn, get_template, register_template, template_names
+from tove_llava.data.templates.base import (
+    Segment,
+    Template,
+    Turn,
+    conversation,
+    get_template,
+    register_template,
+    template_names,
+)
 
-__all__ = ["Segment", "Template", "Turn", "get_template", "register_template", "template_names"]
+__all__ = ["Segment", "Template", "Turn", "conversation", "get_template", "register_template", "template_names"]

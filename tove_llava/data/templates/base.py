@@ -1,16 +1,23 @@
 """The contract of a conversation template, and the registry of all."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import DataError
 from tove_llava.core.registry import Registry
+from tove_llava.core.text import short
 
 Role = Literal["system", "user", "assistant"]
+
+_ROLES: dict[str, Role] = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
+}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,22 +83,49 @@ class Template(ABC):
         return "".join(segment.text for segment in self.render(turns, tokenizer))
 
 
-def split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
-    """Return the system text, or ``default``, and the other turns.
+def conversation(messages: Iterable[tuple[Any, str | None]]) -> list[Turn]:
+    """Make turns of role names and texts, as records, chats and requests give them.
+
+    Raises:
+        DataError: an unknown role, or as :func:`alternating`.
+    """
+    return alternating([Turn(role_of(name, f"message {n}"), text) for n, (name, text) in enumerate(messages, start=1)])
+
+
+def role_of(name: Any, where: str) -> Role:
+    """Return the role that a name means; DataError for a tool's and unknown names."""
+    role = _ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(
+            f"{where} is from {short(name)}; a role is 'user' (or 'human'), 'assistant' (or 'gpt'), or 'system' (or "
+            "'developer')"
+        )
+    return role
+
+
+def alternating(turns: Sequence[Turn]) -> list[Turn]:
+    """Join system turns at the front by an empty line; check that user and assistant take turns.
 
     Raises:
         DataError: two turns of the same role follow one another, or the first is not the user's.
     """
-    system = default
-    if turns and turns[0].role == "system":
-        system, turns = turns[0].text or "", turns[1:]
-    for index, turn in enumerate(turns):
+    count = next((n for n, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    front = [replace(turns[0], text="\n\n".join(turn.text or "" for turn in turns[:count]))] if count else []
+    for index, turn in enumerate(turns[count:]):
         expected = "assistant" if index % 2 else "user"
         if turn.role != expected:
-            raise DataError(f"turn {index + 1} is the {turn.role}'s where the {expected}'s was expected")
-        if turn.text is None and index != len(turns) - 1:
-            raise DataError(f"turn {index + 1} has no text; only the last turn of a prompt may be open")
-    return system, turns
+            raise DataError(f"turn {count + index + 1} is the {turn.role}'s where the {expected}'s was expected")
+        if turn.text is None and index != len(turns) - count - 1:
+            raise DataError(f"turn {count + index + 1} has no text; only the last turn of a prompt may be open")
+    return [*front, *turns[count:]]
+
+
+def split_system(turns: Sequence[Turn], default: str) -> tuple[str, Sequence[Turn]]:
+    """Return the system text, or ``default``, and the other turns; DataError as :func:`alternating`."""
+    turns = alternating(turns)
+    if turns and turns[0].role == "system":
+        return turns[0].text or "", turns[1:]
+    return default, turns
 
 
 TEMPLATES: Registry[Template] = Registry("conversation template", "tove_llava.data.templates")

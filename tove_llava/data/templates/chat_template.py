@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import DataError
-from tove_llava.data.templates.base import Segment, Template, Turn, register_template, split_system
+from tove_llava.data.templates.base import Segment, Template, Turn, alternating, register_template
 from tove_llava.data.templates.chat_format import DATE, ChatFormat, chat_format, render
 
 _REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
@@ -38,7 +38,7 @@ class ChatTemplate(Template):
 
     def render(self, turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
         form = chat_format(tokenizer)
-        split_system(turns, "")
+        turns = alternating(turns)
         open_turn = bool(turns) and turns[-1].role == "assistant" and turns[-1].text is None
         messages = [
             {"role": turn.role, "content": _without_reasoning(turn, index, form)}

@@ -14,6 +14,7 @@ from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.core.plugins import load_plugin
 from tove_llava.data import Turn
+from tove_llava.data.templates.base import role_of
 from tove_llava.inference.generation import Answerer
 from tove_llava.integrations.lmms_eval.asking import Request, answer, loss, user_turn
 
@@ -125,7 +126,9 @@ def _conversation(messages: Sequence[Any], settings: dict[str, Any]) -> Request:
             else:
                 raise DataError(f"a message of the {message.role} has {part.type!r}, which this model does not take")
         text = "\n".join(texts)
-        turns.append(user_turn(text, len(mine)) if message.role == "user" else Turn(message.role, text))
+        turns.append(
+            user_turn(text, len(mine)) if message.role == "user" else Turn(role_of(message.role, "a message"), text)
+        )
         images += mine
     return Request(turns, images, settings)
 
