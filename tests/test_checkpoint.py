@@ -149,11 +149,24 @@ def test_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize("folder", ["stage1", "lora"])
 def test_truncated_weights_are_refused(root, tmp_path, folder):
     copy = shutil.copytree(root / folder, tmp_path / "copy")
-    for file in copy.glob("*.safetensors"):
+    files = sorted(copy.glob("*.safetensors"))
+    assert len(files) == {"stage1": 1, "lora": 2}[folder]
+    for file in files:
         file.write_bytes(file.read_bytes()[:-50])
         with pytest.raises(CheckpointError, match=file.name):
             load_model(copy)
         shutil.copy(root / folder / file.name, file)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+def test_an_adapter_without_one_of_its_tensors_is_refused(root, tmp_path, part):
+    folder = shutil.copytree(root / "lora", tmp_path / "copy")
+    whole = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in whole if f"q_proj.{part}" in name)
+    for changed in ({k: v for k, v in whole.items() if k != name}, {**whole, f"{name}.more": whole[name].clone()}):
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors.*q_proj"):
+            load_model(folder)
 
 
 def test_missing_and_foreign_tensors_are_refused(copy):

@@ -87,6 +87,40 @@ def test_no_process_and_no_file_is_left(capsys, monkeypatch, tmp_path):
     assert "java" not in children
 
 
+@needs_package
+def test_each_image_has_its_own_numbers(monkeypatch):
+    class Meteor:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def statistics(self, candidate, references):
+            return candidate
+
+        def evaluate(self, candidates):
+            return 0.5, [len(candidate) / 100 for candidate in candidates]
+
+    monkeypatch.setattr(java, "Meteor", Meteor)
+    candidates = {7: "a red bus parks near trees", 8: "two dogs run on hot sand", 9: "a boat"}
+    references = {7: ["a red bus parks near trees"], 8: ["two dogs run in the sea"], 9: ["nothing at all"]}
+    tokens = Tokens(candidates, references)
+    whole, part = caption_scores(tokens, [[7, 8, 9], [9, 7]])
+    assert list(whole.per_image) == [7, 8, 9] and list(part.per_image) == [9, 7]
+    exact, near, far = whole.per_image.values()
+    assert [exact[f"Bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx([1] * 4, abs=1e-6)
+    assert [near[f"Bleu_{n}"] for n in (1, 2, 3)] == pytest.approx(
+        [(3 / 6), (3 / 6 * 2 / 5) ** 0.5, (0.2 / 4) ** (1 / 3)]
+    )
+    assert (exact["ROUGE_L"], near["ROUGE_L"], far["ROUGE_L"]) == pytest.approx((1, 0.5, 0))
+    assert [scores["METEOR"] for scores in (exact, near, far)] == [0.26, 0.24, 0.06]
+    assert exact["CIDEr"] == pytest.approx(10) and 0 < near["CIDEr"] < 5 and far["CIDEr"] == 0
+    assert part.per_image[7]["METEOR"] == 0.26 and part.total["METEOR"] == 0.5
+    for name in ("ROUGE_L", "CIDEr"):
+        assert whole.total[name] == pytest.approx(sum(scores[name] for scores in (exact, near, far)) / 3)
+
+
 @needs_java
 @pytest.mark.slow
 def test_a_missing_caption_counts_as_an_empty_one(capsys, tmp_path):

@@ -79,12 +79,12 @@ class Together(Ranks):
             return self.shared[counter]
 
 
-def run_together(answerer, data, folder, world, batch_size):
+def run_together(answerer, data, folder, world, batch_size, kind=Together):
     barrier, counts, lock, results = threading.Barrier(world), {}, threading.Lock(), {}
 
     def work(rank):
         try:
-            results[rank] = run(answerer, data, folder, batch_size, Together(rank, world, barrier, counts, lock))
+            results[rank] = run(answerer, data, folder, batch_size, kind(rank, world, barrier, counts, lock))
         except BaseException as error:
             results[rank] = error
             barrier.abort()
@@ -111,6 +111,27 @@ def test_answers_and_scores_depend_on_neither_ranks_nor_batch(answerer, data, wh
     assert {result.answered for result in results.values()} == {3 * IMAGES}
     assert IMAGES <= results[0].images <= 3 * IMAGES
     assert not list(folder.glob("answers.part*"))
+
+
+class Late(Together):
+    """Processes of which the second is slow to read answers, and to give them."""
+
+    def wait(self):
+        super().wait()
+        time.sleep(0.1 * self.rank)
+
+    def add(self, counter, amount):
+        value = super().add(counter, amount)
+        if counter.endswith("claimed"):
+            time.sleep(0.3 * self.rank)
+        return value
+
+
+def test_no_rank_is_ahead_of_a_slow_one(answerer, data, whole, tmp_path):
+    results = run_together(answerer, data, tmp_path, 2, 2, Late)
+    assert {result.answered for result in results.values()} == {3 * IMAGES}
+    assert answers(tmp_path) == answers(whole)
+    assert not list(tmp_path.glob("answers.part*"))
 
 
 def test_every_question_is_taken_by_one_rank_and_both_have_some(answerer, data, tmp_path, monkeypatch):

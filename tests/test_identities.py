@@ -193,7 +193,7 @@ EXPERT_KEYS = {
     "name": "another", "expert": "another", "source": "hf:elsewhere", "revision": "v2", "mode": "map", "image_size": 16,
     "width": 99, "grid": [9, 9], "options": {"channels": 99},
 }  # fmt: skip
-PLACED_ELSEWHERE = {
+ELSEWHERE = {
     "clip_config",
     "experts",
     "detached_experts",
@@ -216,7 +216,7 @@ def cached_parts(config):
 
 def test_a_tower_is_told_from_another_by_every_key(tmp_path):
     config = tower_config(tmp_path)
-    assert set(type(config).__annotations__) - PLACED_ELSEWHERE == set(TOWER_KEYS), "a new key needs a line here"
+    assert set(type(config).__annotations__) - ELSEWHERE == set(TOWER_KEYS), "a new key needs a line here"
     assert tower_differences(whole(config), whole(config)) == []
     before = cached_parts(config)
     for key, (value, another, parts) in TOWER_KEYS.items():

@@ -195,7 +195,22 @@ def test_folders_without_a_fitting_tower_are_refused(llava, tmp_path):
 def test_options_that_the_tower_would_have_to_ignore_are_refused(llava, tmp_path, options, says):
     with pytest.raises(ConfigError, match=says):
         llava[0].build_vision_tower(model_args(write_preset(tmp_path), **options))
-    llava[0].build_vision_tower(model_args(write_preset(tmp_path), mm_vision_select_layer=2))  # of 3 layers
+
+
+def test_the_layer_is_the_towers_counted_from_either_end(llava, tmp_path):
+    def build(layer, **keys):
+        name = write_preset(tmp_path, **keys)
+        return llava[0].build_vision_tower(model_args(name, mm_vision_select_layer=layer))
+
+    by_layer = {}
+    for layer, same in ((-2, 2), (-1, 3), (-3, 1)):  # of 3 layers
+        towers = [build(number, clip_layer=layer) for number in (layer, same)]
+        assert [tower.select_layer for tower in towers] == [layer] * 2
+        by_layer[layer], again = (tower.eval()(pixels()) for tower in towers)
+        assert torch.equal(by_layer[layer], again)
+        with pytest.raises(ConfigError, match="mm_vision_select_layer"):
+            build(layer - 1, clip_layer=layer)
+    assert not any(torch.equal(by_layer[-2], by_layer[other]) for other in (-1, -3))
 
 
 @pytest.mark.parametrize("delay_load", [False, True])

@@ -21,13 +21,14 @@ import tove_llava
 from tove_llava.checkpoints.conversion import export_model
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
-from tove_llava.core.errors import ConfigError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.llava.build import assemble
 from tove_llava.presets import LoraPreset, MergePreset, ProjectorPreset
 from tove_llava.train import run
 from tove_llava.train.arguments import Parser, parse
 from tove_llava.train.merging import MERGE_LOSSES, FurtherImages, ImagePool, MergingTower, merge_loss, merged_encoder
 from tove_llava.train.run import main, make_dataset
+from tove_llava.train.stage_data import make_further_images
 from tove_llava.train.stages import MERGE_OPTIMIZERS, Trainable, make_optimizer, parameter_groups
 from tove_llava.train.start import STARTS
 
@@ -100,7 +101,9 @@ def disturb(tower):
 
 
 def test_student_starts_as_clip_and_the_teacher_is_nowhere_to_be_trained(tmp_path):
-    tower = merging(tmp_path).train()
+    teacher = make_tower(tmp_path, opened=True).train()  # as a training loop may have left it
+    tower = MergingTower(teacher, MergePreset()).train()
+    assert not teacher.training
     features = tower.teacher.encode(pixels(2))
     output = tower(pixels(2))
     assert torch.equal(output.last_hidden_state, features.base)
@@ -113,7 +116,7 @@ def test_student_starts_as_clip_and_the_teacher_is_nowhere_to_be_trained(tmp_pat
     assert names and all(name.startswith("student.") for name in names)
     for module, values in zip(fixed, before, strict=True):
         assert values and all(torch.equal(value, values[name]) for name, value in module.state_dict().items())
-    assert not tower.teacher.training
+    assert not teacher.training
     assert not torch.equal(tower(pixels(2)).last_hidden_state, features.base)
 
 
@@ -323,6 +326,26 @@ def test_options_of_the_command_line(root, tmp_path, options, learns):
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed and all(name.startswith(learns) for name in changed)
     assert any(name.startswith("embeddings.") for name in changed) == (not learns)
+
+
+def test_links_of_further_images_are_followed_only_if_allowed(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copy(root / "images" / "1.png", tmp_path / "elsewhere")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link.png").symlink_to(tmp_path / "elsewhere" / "1.png")
+    record = json.loads((root / "captions.json").read_text())[0] | {"image": "link.png"}
+    (tmp_path / "more.json").write_text(json.dumps([record]))
+    data = ["--merge_data_path", str(tmp_path / "more.json"), "--merge_image_folder", str(tmp_path / "images")]
+    for allowed in ("True", "False"):
+        words = [*data, "--merge_images_per_record", "1", "--allow_image_links", allowed]
+        settings = parse(merge(root, "lora", tmp_path / "x", *words))
+        start = STARTS.get("checkpoint")(settings.preset, settings.stage, settings.pretrained)
+        further = make_further_images(settings, make_dataset(settings, start.processor, start.vision), None, 0)
+        if allowed == "True":
+            assert len(further.of(0)[0]) == 1
+        else:
+            with pytest.raises(DataError, match="link.png.*--allow_image_links"):
+                further.of(0)
 
 
 def test_further_images_are_dealt_out_evenly_and_change_only_the_merge_loss(root, tmp_path):

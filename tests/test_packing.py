@@ -152,6 +152,15 @@ def test_no_sequence_sees_another(lengths, data):
     assert not torch.equal(before[:, start:end], after[:, start:end])
 
 
+@pytest.mark.parametrize("scale", [None, 0.1, 3.0])
+def test_attention_is_torchs_at_every_scale(scale):
+    states = [torch.randn(1, heads, 9, 4) for heads in (4, 2, 2)]
+    bounds = {"cu_seq_lens_q": torch.tensor([0, 9], dtype=torch.int32), "max_length_q": 9}
+    out, _ = varlen_attention(torch.nn.Identity(), *states, None, scaling=scale, **bounds)
+    plain = torch.nn.functional.scaled_dot_product_attention(*states, is_causal=True, scale=scale, enable_gqa=True)
+    torch.testing.assert_close(out, plain.transpose(1, 2))
+
+
 def test_attention_follows_autocast():
     states = [torch.randn(1, 2, 9, 4) for _ in range(3)]
     arguments = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
@@ -173,7 +182,7 @@ def test_torchs_kernel_is_used_where_it_can_be(monkeypatch, groups, has_groups):
     calls = []
 
     def kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        calls.append((key.shape, window_size))
+        calls.append((key.shape, window_size, scale))
         return torch.ones_like(query)
 
     def newer(*args, enable_gqa=False, scale=None, window_size=(-1, -1)):
@@ -184,10 +193,10 @@ def test_torchs_kernel_is_used_where_it_can_be(monkeypatch, groups, has_groups):
     monkeypatch.setattr(torch_varlen, "varlen_attn", newer if has_groups else kernel)
     states = [torch.randn(1, heads, 9, 4) for heads in (4, groups, groups)]
     bounds = {"cu_seq_lens_q": torch.tensor([0, 4, 9], dtype=torch.int32), "max_length_q": 5}
-    out, _ = varlen_attention(torch.nn.Identity(), *states, None, **bounds)
+    out, _ = varlen_attention(torch.nn.Identity(), *states, None, scaling=0.1, **bounds)
     assert out.shape == (1, 9, 4, 4)
     used = groups == 4 or has_groups
-    assert calls == [((9, groups, 4), (-1, 0))] * used and bool((out == 1).all()) == used
+    assert calls == [((9, groups, 4), (-1, 0), 0.1)] * used and bool((out == 1).all()) == used
 
 
 def test_a_packed_batch_holds_what_a_padded_one_does():

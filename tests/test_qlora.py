@@ -88,6 +88,19 @@ def test_the_language_model_s_linear_layers_are_quantised_and_nothing_else(root,
     assert linear(nn.ModuleList(frozen)) and not linear(nn.ModuleList(frozen), kind)
 
 
+def test_outliers_of_activations_are_multiplied_in_full(root):
+    """Else one large value would leave few of the 8 bits to the others of its token."""
+    rounded, model = build(root), build(root)
+    round_weights(rounded, QuantizationPreset(8))
+    quantize(model, QuantizationPreset(8), compute_dtype=torch.float32)
+    expected, found = (m.eval().model.language_model.layers[0].self_attn.q_proj for m in (rounded, model))
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    for outlier in (1, 1000):
+        x[:, 5] = outlier
+        with torch.no_grad():
+            close(found(x), expected(x), 0.02)
+
+
 @EVERY_KIND
 def test_rounded_weights_compute_what_quantised_layers_compute(root, settings):
     whole, model, rounded = build(root), build(root), build(root)

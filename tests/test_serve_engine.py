@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from answer_parts import ask, before_forward, make_answerer, picture
+from answer_parts import ask, before_forward, make_answerer, picture, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,8 +17,9 @@ from tove_llava.core.errors import AnswerError, BusyError, DataError
 from tove_llava.inference import engine as engines
 from tove_llava.inference import vision
 from tove_llava.inference.engine import Engine, Message, Sampling
-from tove_llava.inference.rolling_batch import RollingBatch
+from tove_llava.inference.rolling_batch import Batch, RollingBatch
 from tove_llava.inference.vision import Vision
+from tove_llava.inference.worker import Worker
 
 TOKENS = 10
 EXPERTS = ("depth", "edge", "normal")
@@ -192,6 +193,33 @@ def test_the_queue_is_bounded_and_says_whose_turn_it_is(answerer, answers, monke
         assert four.position == 0 and four.timing.waited > 0
 
 
+def test_the_bound_holds_for_questions_that_were_prepared_at_once(answerer, monkeypatch):
+    gate = Gate(answerer, monkeypatch)
+    with Engine(answerer, max_batch=1, max_waiting=2) as engine:
+        running, *prepared, late = [engine.prepare(ask("Hi"), Sampling(1)) for _ in range(4)]
+        engine.worker.submit(running)
+        assert gate.entered.wait(timeout=300)
+        for request in prepared:
+            engine.worker.submit(request)
+        with pytest.raises(BusyError, match="2 questions are waiting"):
+            engine.worker.submit(late)
+        gate.opened.set()
+
+
+def test_the_bounds_of_a_loaded_engine_are_the_given_ones(tmp_path, monkeypatch):
+    model = save_model(tmp_path)
+    with Engine.load(model, "cpu", max_batch=1, max_waiting=1) as engine:
+        gate = Gate(engine.answerer, monkeypatch)
+        running = [engine.ask(ask("Hi"), Sampling(1))]
+        assert gate.entered.wait(timeout=300)
+        running.append(engine.ask(ask("Hi"), Sampling(1)))
+        with pytest.raises(BusyError, match="1 questions are waiting"):
+            engine.ask(ask("Hi"))
+        gate.opened.set()
+        for reply in running:
+            reply.text()
+
+
 @pytest.mark.parametrize("leave", ["cancel", "close", "forget"])
 def test_a_client_that_leaves_frees_its_row(answerer, answers, leave):
     with Engine(answerer, max_batch=1) as engine:
@@ -310,6 +338,38 @@ def test_full_memory_makes_the_batch_smaller_and_loses_no_answer(answerer, answe
         assert [reply.text() for reply in ask_all(engine)] == answers
     # Three questions may have joined before the first pass; half of three is one.
     assert max(sizes) in (1, 2) and "memory is full" in caplog.text
+
+
+class OneAtATime(Batch):
+    """A batch whose memory holds one row; its first waits until ``begun`` is set."""
+
+    def __init__(self):
+        super().__init__(None, None)
+        self.begun, self.order = threading.Event(), []
+
+    def join(self, rows):
+        assert self.begun.wait(timeout=300)
+        if len(self.live) + len(rows) > 1:
+            raise MemoryError
+        self.rows = list(rows)
+        self.order += rows
+
+    def step(self):
+        for row in self.rows:
+            row.finish()
+
+
+def test_questions_that_did_not_fit_are_answered_in_their_order(answerer):
+    asked = [Engine(answerer).prepare(ask("Hi"), Sampling(1)) for _ in range(6)]
+    batch = OneAtATime()
+    worker = Worker(batch, 4, 8, lambda: None)
+    for request in asked:
+        worker.submit(request)
+    batch.begun.set()
+    for request in asked:
+        request.events.get(timeout=300)
+    worker.close(300)
+    assert batch.order == asked
 
 
 def test_a_question_too_large_for_the_memory_fails_and_the_next_is_answered(answerer, answers, monkeypatch):

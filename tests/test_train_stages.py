@@ -13,8 +13,8 @@ from train_parts import flags, losses, weights, write_inputs
 
 from tove_llava import build_model, load_preset
 from tove_llava.core.errors import ConfigError, DataError, NonFiniteError
+from tove_llava.llava import modeling
 from tove_llava.presets import StagePreset
-from tove_llava.tower.fusion.tove_gate import ToveFusion
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.lines import describe
@@ -96,15 +96,16 @@ def test_all_rates_follow_the_schedule(root):
     assert moved and all("vision_tower.fusion" in name for name in moved)
 
 
-def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch):
-    output = root / "nan"
-    honest, calls = ToveFusion.forward, []
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_non_finite_loss_stops_before_the_step(root, capsys, monkeypatch, value):
+    output = root / value
+    honest, calls = modeling.supervised_loss, []
 
-    def broken(self, base, *args, **kwargs):
+    def broken(*args):
         calls.append(1)
-        return honest(self, base * float("nan") if len(calls) == 2 else base, *args, **kwargs)
+        return honest(*args) * (float(value) if len(calls) == 2 else 1)
 
-    monkeypatch.setattr(ToveFusion, "forward", broken)
+    monkeypatch.setattr(modeling, "supervised_loss", broken)
     arguments = flags(root, "pretrain", output, "--save_strategy", "steps", "--save_steps", "1")
     with pytest.raises(NonFiniteError, match=r"step 2 on rank 0.*[Rr]ecord"):
         run(parse(arguments))
@@ -156,6 +157,8 @@ def test_meter_averages_over_steps_and_survives_a_checkpoint():
         assert (read["gate/a"], read["gate/b"]) == (0.25, 0.75)
         assert read["gate/entropy"] == pytest.approx(0.5623, abs=1e-4)
     assert meter.read(0.5)["lm_loss"] == 0.0
+    meter.add("lm_loss", float("inf"))  # JSON knows neither
+    assert math.isnan(meter.read(0.5)["lm_loss"])
 
 
 def test_meter_gives_the_share_of_time_spent_waiting_for_data(monkeypatch):
