@@ -128,13 +128,8 @@ def load_clip_of(clip: ClipPart, tower: ToveVisionModel) -> None:
 
 
 def _add_adapters(model: ToveLlavaForConditionalGeneration, parts: LlavaParts, *, merge: bool) -> None:
-    from peft import LoraConfig
-
     assert parts.adapter is not None
     path = LANGUAGE_PATH.replace(".", r"\.")
-    config = LoraConfig(
-        **{"task_type": "CAUSAL_LM", **parts.adapter.settings},
-        target_modules=rf"{path}(?:.*\.)?(?:{'|'.join(parts.adapter.layers)})",
-    )
+    layers = rf"{path}(?:.*\.)?(?:{'|'.join(parts.adapter.layers)})"
     tensors = {LANGUAGE_PATH + name.removeprefix("model."): x for name, x in parts.adapter.tensors.items()}
-    add_adapters(model, config, tensors, parts.folder, merge=merge)
+    add_adapters(model, parts.adapter.settings | {"target_modules": layers}, tensors, parts.folder, merge=merge)

@@ -26,7 +26,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from tove_llava.checkpoints.assemble import assemble_model, load_clip_of, load_language, tower_config
 from tove_llava.checkpoints.base import Request, find_format, foreign_format, read_parts
 from tove_llava.checkpoints.hub import checkpoint_folder
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_CONFIG, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import file_tensors
@@ -34,6 +34,7 @@ from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
+from tove_llava.llava.adapter_settings import read_adapter_settings
 from tove_llava.llava.adapters import add_adapters
 from tove_llava.llava.build import (
     assemble,
@@ -333,8 +334,6 @@ def _fill(
 
 
 def _load_adapter(folder: Path, model: ToveLlavaForConditionalGeneration, *, merge: bool) -> None:
-    from peft import LoraConfig
-
-    config = LoraConfig.from_pretrained(str(folder))
+    settings = read_adapter_settings(folder / ADAPTER_CONFIG, "merge the adapters with peft, and train from that")
     tensors = {name.removeprefix(ADAPTER_PREFIX): value for name, value in file_tensors(folder / ADAPTER).items()}
-    add_adapters(model, config, tensors, folder / ADAPTER, merge=merge)
+    add_adapters(model, settings | {"inference_mode": True}, tensors, folder / ADAPTER, merge=merge)

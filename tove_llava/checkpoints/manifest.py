@@ -14,7 +14,7 @@ from tove_llava.presets import QuantizationPreset
 
 MANIFEST = "tove_llava.json"
 TRAINED = "trained.safetensors"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ADAPTER_PREFIX = "base_model.model."  # peft's; PeftModel.from_pretrained then reads the adapter too
 KINDS = ("trained", "lora", "full")
 VERSION = 1

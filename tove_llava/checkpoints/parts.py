@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,11 @@ from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
+from tove_llava.llava.adapter_settings import read_adapter_settings
 from tove_llava.llava.build import language_config
 from tove_llava.presets import LanguagePreset
 
+_PLAIN_LORA = re.compile(r"model\.layers\.\d+(\.\w+)+\.lora_[AB]\.weight")
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -127,10 +130,19 @@ class AdapterPart:
     tensors: Tensors
 
     @classmethod
-    def of(cls, settings: dict[str, Any], tensors: Tensors) -> AdapterPart:
-        """Return the part with the settings it keeps of ``adapter_config.json``."""
-        keys = ("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "fan_in_fan_out", "task_type")
-        return cls({key: settings[key] for key in keys if key in settings}, tensors)
+    def read(cls, file: Path, tensors: Tensors, advice: str) -> AdapterPart:
+        """Read the settings of plain LoRA from ``adapter_config.json``.
+
+        Args:
+            advice: what to do about adapters that are more.
+        """
+        settings = read_adapter_settings(file, advice, plain=True)
+        odd = [name for name in tensors if not _PLAIN_LORA.fullmatch(name)]
+        if odd or not tensors:
+            raise CheckpointError(
+                f"{file.parent}: {odd[0] if odd else 'empty'!r} is no LoRA tensor of the language model's layers"
+            )
+        return cls(settings, tensors)
 
     @property
     def layers(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Low-rank adapters inside a model."""
 
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,21 +12,35 @@ from torch import nn
 
 from tove_llava.core.errors import CheckpointError
 
+_RANKED = re.compile(r"\.lora_(embedding_)?A\b")  # tensors with one row for each rank
+
 
 def add_adapters(
-    model: nn.Module, config: Any, tensors: Mapping[str, torch.Tensor], where: Path, *, merge: bool = False
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    where: Path,
+    *,
+    merge: bool = False,
 ) -> None:
     """Put trained adapters into a model.
 
     Args:
-        config: peft's ``LoraConfig``.
+        settings: fields of peft's ``LoraConfig``, as :func:`~.adapter_settings.read_adapter_settings` returns them.
         tensors: by the model's names, as peft saves them (without the adapter's name).
         where: the file or folder that they come from, for messages.
         merge: fold them into the weights.
     """
-    from peft import inject_adapter_in_model, set_peft_model_state_dict
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    inject_adapter_in_model(config, model)
+    # Compared before anything of that size is made.
+    asked = max(settings["r"], *settings.get("rank_pattern", {}).values(), 0)
+    stored = {len(x) for name, x in tensors.items() if _RANKED.search(name)}
+    if asked > max(stored, default=0):
+        raise CheckpointError(
+            f"{where} does not fit its settings, which ask for rank {asked}: it holds {sorted(stored)}"
+        )
+    inject_adapter_in_model(LoraConfig(**settings), model)
     try:
         outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name="default")
     except RuntimeError as error:  # tensors of another shape
@@ -36,7 +51,10 @@ def add_adapters(
             f"{where} does not fit the language model: missing {missing[:2]}, unexpected {outcome.unexpected_keys[:2]}"
         )
     if merge:
-        fold_adapters(model)
+        try:
+            fold_adapters(model)
+        except (ValueError, RuntimeError) as error:  # an infinite sum; a bias that the layer has no place for
+            raise CheckpointError(f"{where} cannot be merged: {error}") from error
 
 
 def adapter_layers(module: nn.Module) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from tove_llava.checkpoints.clip import (
     read_normalisation,
     save_clip,
 )
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_CONFIG
 from tove_llava.checkpoints.parts import (
     EMBEDDINGS,
     HEAD,
@@ -41,10 +42,9 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import Source
 
 PROJECTOR, NON_LORA = "mm_projector.bin", "non_lora_trainables.bin"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CLIP_FOLDER = "vision_tower"  # folder of a CLIP that has no public name
 
-_ADAPTER_REFUSED = ("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "use_dora")
+_MERGE_FIRST = "merge the adapters with the original's scripts/merge_lora_weights.py and convert the result"
 
 
 @register_format("original")
@@ -115,21 +115,11 @@ def _read_projector(folder: Path, config: dict[str, Any], request: Request) -> L
 
 
 def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> LlavaParts:
-    settings = read_json_object(folder / ADAPTER_CONFIG)
-    refused = [key for key in _ADAPTER_REFUSED if settings.get(key)]
-    if settings.get("peft_type") != "LORA" or refused or settings.get("bias", "none") != "none":
-        odd = ", ".join(refused) or f"peft_type {settings.get('peft_type')}, bias {settings.get('bias')}"
-        raise ConfigError(
-            f"{folder / ADAPTER_CONFIG}: only plain LoRA can be taken over, not {odd}; merge the adapters with the "
-            "original's scripts/merge_lora_weights.py and convert the result"
-        )
     language = _base(folder, config, request)
     files = [folder / name for name in (ADAPTER, "adapter_model.bin")]
     file = next((file for file in files if file.is_file()), files[0])
     tensors = {name.removeprefix(layout.PEFT_PREFIX): value for name, value in file_tensors(file).items()}
-    odd = next((name for name in tensors if not name.startswith("model.layers.") or ".lora_" not in name), "")
-    if odd or not tensors:
-        raise CheckpointError(f"{file}: {odd or 'empty'!r} is no LoRA tensor of the language model's layers")
+    adapter = AdapterPart.read(folder / ADAPTER_CONFIG, tensors, _MERGE_FIRST)
     found = _non_lora(folder)
     if found["language"]:
         raise ConfigError(
@@ -137,7 +127,7 @@ def _read_adapters(folder: Path, config: dict[str, Any], request: Request) -> Ll
             f"{sorted(found['language'])[0]!r}; merge with the original's scripts/merge_lora_weights.py first"
         )
     parts = _parts(folder, config, request, language, found, "v1")
-    parts.adapter = AdapterPart.of(settings, tensors)
+    parts.adapter = adapter
     return parts
 
 

@@ -14,7 +14,7 @@ from tove_llava.checkpoints.base import OWN, LlavaFormat, Request, register_form
 from tove_llava.checkpoints.clip import read_clip, save_clip
 from tove_llava.checkpoints.exports import ExportSource
 from tove_llava.checkpoints.loading import load_model, load_processor, read_config, trained_names
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_CONFIG, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.parts import (
     AdapterPart,
     ClipPart,
@@ -26,7 +26,6 @@ from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.files import read_json_object
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.presets import LanguagePreset, Preset
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
@@ -228,4 +227,4 @@ def _clip(vision: ToveVisionConfig, folder: Path) -> ClipPart:
 def _adapter(folder: Path) -> AdapterPart:
     stored = file_tensors(folder / ADAPTER).items()
     tensors = {"model." + name.removeprefix(ADAPTER_PREFIX + LANGUAGE_PATH): value for name, value in stored}
-    return AdapterPart.of(read_json_object(folder / "adapter_config.json"), tensors)
+    return AdapterPart.read(folder / ADAPTER_CONFIG, tensors, "merge them first (tove-llava merge-lora)")
