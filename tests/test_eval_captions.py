@@ -59,7 +59,7 @@ def test_ground_truths_are_told_apart(capsys, monkeypatch):
 def test_an_image_without_captions_is_told(tmp_path):
     file = tmp_path / "truth.jsonl"
     file.write_text('{"image_id": 1, "references": []}\n')
-    with pytest.raises(DataError, match="image 1: 'references' must be a list of captions"):
+    with pytest.raises(DataError, match="line 1: 'references' must be a list of at least 1"):
         get_benchmark("coco_caption").read_ground_truth(file)
 
 

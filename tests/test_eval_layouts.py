@@ -105,6 +105,20 @@ def sheet(root, folder, name):
     write(root / folder / name, f"{cells}1\tWhich?\tLook.\tN/A's\tno\t\tlast\tB\tx\t{png()}\tl\tdev\n")
 
 
+def test_an_image_cell_of_mmbench_may_name_another_row(tmp_path):
+    mmbench(tmp_path)
+    file = tmp_path / "mmbench" / "mmbench_dev_20230712.tsv"
+    first = file.read_text()
+    row = first.splitlines()[1].split("\t")
+    for cell, right in (("1", True), ("7", False), ("1000001", False), ("", False)):
+        write(file, first + "\t".join(["1000001", *row[1:9], cell, *row[10:]]) + "\n")
+        if right:
+            assert [q.image.open().size for q in get_benchmark("mmbench").questions(tmp_path)] == [(4, 3)] * 2
+        else:
+            with pytest.raises(DataError, match="row 1000001"):
+                [q.image.open() for q in get_benchmark("mmbench").questions(tmp_path)]
+
+
 def mmbench(root):
     sheet(root, "mmbench", "mmbench_dev_20230712.tsv")
     return None, "Look.\nWhich?\nA. N/A's\nB. no" + LETTER, "B"

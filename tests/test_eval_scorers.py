@@ -1,7 +1,10 @@
+import json
+import shutil
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from score_parts import read_rows, refuse, write_rows
+from score_parts import SAMPLES, read_rows, refuse, truth_file, write_rows
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import get_benchmark
@@ -63,6 +66,73 @@ def test_bad_files_are_named_with_their_line(tmp_path, capsys, predictions, trut
     p = write_rows(tmp_path / "predictions.jsonl", predictions or ['{"question_id": 1, "text": "yes"}'])
     t = write_rows(tmp_path / "truth.jsonl", truth or ['{"question_id": 1, "label": "yes", "category": "x"}'])
     assert words in refuse(capsys, "pope", p, t)
+
+
+def spoil(name, folder, change):
+    """Copy a benchmark's sample with ``change`` made to its first row of ground truth."""
+    shutil.copytree(SAMPLES / name, folder)
+    file = truth_file(folder)
+    rows = read_rows(file) if file.suffix == ".jsonl" else json.loads(file.read_text())
+    row = rows
+    for key in () if file.suffix == ".jsonl" else INSIDE[name]:
+        row = row[key]
+    row = row[0] if isinstance(row, list) else row
+    change(row)
+    if file.suffix == ".jsonl":
+        write_rows(file, rows)
+    else:
+        file.write_text(json.dumps(rows))
+    return file
+
+
+INSIDE = {
+    "okvqa": ["annotations"],
+    "textvqa": ["data"],
+    "seed": ["questions"],
+    "gqa": ["1"],
+    "scienceqa": ["problems", "5"],
+    "mmvet": ["v1_0"],
+}
+CONSENSUS = [{}, None, [], "red", [None], [{}] * 10]
+NONSENSE = [
+    *((name, "answers", value) for name in ("vqav2", "okvqa", "vizwiz", "textvqa") for value in CONSENSUS),
+    *((name, "answers", [{"answer": "red", "answer_id": 1}]) for name in ("vqav2", "okvqa", "vizwiz")),
+    ("textvqa", "answers", ["red"] * 9),
+    ("textvqa", "image_id", True),
+    ("vizwiz", "answerable", 2),
+    *(("pope", "label", value) for value in ("maybe", None, True, "")),
+    *(("vsr", "label", value) for value in (2, -1, None, True, "1")),
+    *(("mme", "answer", value) for value in ("maybe", None, "")),
+    ("mme", "category", "weather"),
+    ("gqa", "answer", None),
+    ("gqa", "semantic", [None]),
+    ("scenes", "answer", {}),
+    *(("scienceqa", "answer", value) for value in (2, -1, None, True)),
+    ("scienceqa", "choices", []),
+    ("scienceqa", "choices", [None, "x"]),
+    *(("seed", "answer", value) for value in ("E", "", None)),
+    ("seed", "choice_a", None),
+    ("seed", "question_type_id", 99),
+    *(("mmbench", "answer", value) for value in ("D", "E", None)),
+    ("mmbench", "B", None),
+    ("mmbench", "index", 1.5),
+    ("llava_bench", "category", "weather"),
+    ("mmvet", "answer", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), NONSENSE)
+def test_nonsense_in_the_ground_truth_is_named_with_its_row(tmp_path, capsys, name, key, value):
+    file = spoil(name, tmp_path / name, lambda row: row.update({key: value}))
+    message = refuse(capsys, name, SAMPLES / name / "predictions.jsonl", file)
+    assert file.name in message and any(word in message for word in ("line 1", "record", "row", "question", "problem"))
+
+
+def test_half_a_pair_of_mme_is_refused(tmp_path, capsys):
+    file = spoil("mme", tmp_path / "mme", lambda row: None)
+    rows = read_rows(file)
+    message = refuse(capsys, "mme", SAMPLES / "mme" / "predictions.jsonl", write_rows(file, rows[1:]))
+    assert f"{file}: image 'existence/1.jpg' has 1 question" in message
 
 
 def test_missing_file_and_unknown_benchmark(tmp_path, capsys):

@@ -97,8 +97,14 @@ def test_mmbench_sheet(tmp_path, capsys, openpyxl):
     assert body[1][6] == "=1+1" and len(body[2][6]) == 32767
     assert "cut to Excel's 32767 characters: 3" in capsys.readouterr().err
     assert book.active["G3"].data_type == "s", "a formula would lose the answer"
-    assert submit(tmp_path, "mmbench", [answer(1, "a\x00b")], sheet, out="bad.xlsx") == 2
-    assert "control character" in capsys.readouterr().err and not (tmp_path / "bad.xlsx").exists()
+    for character in ("\x00", "\uffff", "\ud83d"):  # no program opens a workbook with one of these
+        rows = [answer(1, "B"), answer(2, f"a{character}b")]
+        assert submit(tmp_path, "mmbench", rows, sheet, out="bad.xlsx") == 2
+        said = capsys.readouterr().err
+        assert "question 2" in said and "control character" in said and not (tmp_path / "bad.xlsx").exists()
+    lines = "a \r\n\tb\r\U0001f600 "
+    assert submit(tmp_path, "mmbench", [answer(1, lines)], sheet, out="lines.xlsx") == 0
+    assert cells(openpyxl.load_workbook(tmp_path / "lines.xlsx"))[1][6].split() == lines.split()
 
 
 @pytest.mark.parametrize("name", ["vqav2", "vizwiz", "mmvet"])

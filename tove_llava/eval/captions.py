@@ -9,12 +9,14 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval import java
 from tove_llava.eval.benchmarks import Benchmark
+from tove_llava.eval.fields import ID, Kinds, a_list, check_rows
 from tove_llava.eval.matching import Matched
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.rows import Row, read_truth
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr")
 UNAVAILABLE = {"SPICE": "its parser's models are not part of pycocoevalcap"}
+_RECORD: Kinds = {"image_id": ID, "references": a_list(str)}
 
 
 @dataclass(frozen=True)
@@ -91,12 +93,11 @@ class CaptionBenchmark(Benchmark):
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         """Read references from JSONL (``image_id``, ``references``) or COCO's format."""
-        rows = read_jsonl(file) if Path(file).suffix == ".jsonl" else coco_references(file)
-        checked = require(rows, file, {"image_id": (int, str), "references": list})
-        for row in checked:
-            if not row["references"] or not all(isinstance(text, str) for text in row["references"]):
-                raise DataError(f"{file}, image {row['image_id']!r}: 'references' must be a list of captions")
-        return [{"question_id": row["image_id"], **row} for row in checked]
+        if Path(file).suffix == ".jsonl":
+            rows = read_truth(file, _RECORD)
+        else:
+            rows = check_rows(coco_references(file), file, _RECORD)
+        return [{"question_id": row["image_id"], **row} for row in rows]
 
     @staticmethod
     def tokens(truth: Sequence[Mapping[str, Any]], matched: Matched) -> Tokens:
@@ -112,9 +113,9 @@ def coco_references(file: str | Path) -> list[Row]:
     if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("images", "annotations")):
         raise DataError(f"{file} has no 'images' and 'annotations'; give a caption file of the COCO format")
     captions: dict[Any, list[str]] = {}
-    for row in require(content["annotations"], file, {"image_id": (int, str), "caption": str}):
+    for row in check_rows(content["annotations"], file, {"image_id": ID, "caption": str}):
         captions.setdefault(row["image_id"], []).append(row["caption"])
-    images = require(content["images"], file, {"id": (int, str)})
+    images = check_rows(content["images"], file, {"id": ID})
     return [{**row, "image_id": row["id"], "references": captions.get(row["id"], [])} for row in images]
 
 

@@ -12,33 +12,43 @@ from typing import Any, TypeVar
 
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import parse_json_lines, read_text
+from tove_llava.eval.fields import ID, Kinds, Row, check_row
 
-Row = dict[str, Any]
 T = TypeVar("T")
 
 
-def read_jsonl(file: str | Path, required: Sequence[str] = (), broken: list[int] | None = None) -> list[Row]:
+def read_jsonl(file: str | Path, required: Sequence[str] | Kinds = (), broken: list[int] | None = None) -> list[Row]:
     """Read all rows of a JSONL file.
 
     Args:
         file: UTF-8 file, one JSON object a line; empty lines are skipped.
-        required: keys that every row must have.
+        required: keys that every row must have; a mapping also gives the kinds of their values.
         broken: gets the numbers of lines that are not JSON, which are then left out; without it they are an error.
 
     Raises:
-        DataError: the file is missing or not UTF-8, a line is not a JSON object or lacks a key. The line is named.
+        DataError: the file is missing or not UTF-8, a line is not a JSON object, lacks a key, or has another
+            kind of value there. The line is named.
     """
     rows = []
+    if isinstance(required, Mapping):
+        kinds = required
+    else:
+        kinds = {key: ID if key == "question_id" else object for key in required}
     hint = "mend the line, or delete it if it was cut off"
     for number, row in parse_json_lines(read_text(file), file, hint=hint, broken=broken):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, line {number}: a JSON object is needed, found {type(row).__name__}")
-        missing = [key for key in required if key not in row]
-        if missing:
-            raise DataError(f"{file}, line {number}: the key {missing[0]!r} is missing; it has {sorted(row)}")
-        if "question_id" in required and not isinstance(row["question_id"], int | str):
-            raise DataError(f"{file}, line {number}: question_id must be a number or a string: {row['question_id']!r}")
-        rows.append(row)
+        rows.append(check_row(row, f"{file}, line {number}", kinds))
+    return rows
+
+
+def read_truth(file: str | Path, kinds: Kinds) -> list[Row]:
+    """Read ground truth, one row a line.
+
+    Raises:
+        DataError: as :func:`read_jsonl`; also for a file without any row.
+    """
+    rows = read_jsonl(file, kinds)
+    if not rows:
+        raise DataError(f"{file}: the ground truth holds no questions")
     return rows
 
 
@@ -55,30 +65,6 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
         if not isinstance(row["text"], str):
             raise DataError(f"{file}: the answer to question {row['question_id']!r} is not a string: {row['text']!r}")
     return rows
-
-
-def require(rows: Iterable[Any], file: str | Path, keys: Mapping[str, Any]) -> list[Row]:
-    """Check that ground-truth rows have these keys, of these types.
-
-    Raises:
-        DataError: there is no row, or one is not an object, lacks a key, or has a value of another type there.
-    """
-    checked = []
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, record {number}: an object is needed, found {type(row).__name__}")
-        for key, kind in keys.items():
-            if key not in row:
-                raise DataError(
-                    f"{file}, record {number}: the key {key!r} is missing; it has {sorted(row)}. "
-                    "Is it another benchmark's ground truth?"
-                )
-            if not isinstance(row[key], kind):
-                raise DataError(f"{file}, record {number}: {key!r} has the wrong type: {row[key]!r:.80}")
-        checked.append(row)
-    if not checked:
-        raise DataError(f"{file}: the ground truth holds no questions")
-    return checked
 
 
 class AppendFile:

@@ -8,14 +8,16 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean, record_copies, rounded
 from tove_llava.eval.benchmarks import Benchmark, Score
+from tove_llava.eval.fields import ID, TEN_ANSWERS, Kinds, check_rows
 from tove_llava.eval.normalisation import flatten, normalise_evalai, normalise_vqa
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.rows import Row, read_truth
 
 OFFICIAL, LLAVA = "official", "llava"
 RULES = {
     OFFICIAL: "the official program on the raw answers",
     LLAVA: "the official program on answers that LLaVA's conversion has normalised, as its submissions are scored",
 }
+_RECORD: Kinds = {"question_id": ID, "answers": TEN_ANSWERS, "question_type": str, "answer_type": str}
 
 
 def vqa_accuracy(text: str, records: Sequence[Mapping[str, Any]]) -> float:
@@ -43,26 +45,13 @@ def read_annotations(file: str | Path) -> list[Row]:
     Raises:
         DataError: the file is malformed or not a VQA annotation file.
     """
-    rows: Any
     if Path(file).suffix == ".jsonl":
-        rows = read_jsonl(file, required=("question_id",))
-    else:
-        content = read_json(file)
-        rows = content.get("annotations") if isinstance(content, dict) else None
-        if not isinstance(rows, list):
-            raise DataError(f"{file} has no list of annotations; give the benchmark's annotation file")
-    keys = {"question_id": (int, str), "answers": list, "question_type": str, "answer_type": str}
-    checked = require(rows, file, keys)
-    for row in checked:
-        require_answers(row, f"{file}, question {row['question_id']!r}")
-    return checked
-
-
-def require_answers(row: Mapping[str, Any], name: str) -> None:
-    """Raise DataError unless ``answers`` are objects with an ``answer``."""
-    records = row["answers"]
-    if not records or not all(isinstance(each, dict) and isinstance(each.get("answer"), str) for each in records):
-        raise DataError(f"{name}: 'answers' must be a list of objects with an 'answer'")
+        return read_truth(file, _RECORD)
+    content = read_json(file)
+    rows = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(rows, list):
+        raise DataError(f"{file} has no list of annotations; give the benchmark's annotation file")
+    return check_rows(rows, file, _RECORD)
 
 
 class VqaBenchmark(Benchmark):

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.registry import Registry
+from tove_llava.eval.fields import ID, TEXT
 from tove_llava.eval.matching import Matched, match
-from tove_llava.eval.rows import Row, read_jsonl, spread
+from tove_llava.eval.rows import Row, read_jsonl, read_truth, spread
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -157,7 +158,7 @@ class Benchmark(ABC):
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         """Read ground truth from a single file, for scoring without a model."""
-        return read_jsonl(file, required=("question_id",))
+        return read_truth(file, {"question_id": ID})
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:
         """Return the key that pairs an answer with its question."""
@@ -256,7 +257,7 @@ def read_questions(file: Path, images: Path) -> list[Question]:
     Raises:
         DataError: the file is missing or malformed.
     """
-    rows = read_jsonl(file, required=("question_id", "image", "text"))
+    rows = read_jsonl(file, {"question_id": ID, "image": TEXT, "text": TEXT})
     return [
         Question(
             row["question_id"],

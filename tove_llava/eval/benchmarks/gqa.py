@@ -16,11 +16,20 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Score, first_of, register_benchmark
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.fields import TEXT, Kinds, a_list, an_object, check_rows
+from tove_llava.eval.rows import Row
 from tove_llava.eval.server_files import Submission, Submitting
 
 # Operations that put the final question and are no step of reasoning.
 _QUERIES = ("exist", "query: name", "choose name")
+_RECORD: Kinds = {
+    "question": TEXT,
+    "answer": TEXT,
+    "isBalanced": bool,
+    "types": an_object({"structural": str, "semantic": str}),
+    "semantic": a_list(an_object({"operation": str, "argument": str}), least=0),
+    "groups": dict,
+}
 _NO_CHOICES = "it needs GQA's choices file, which the release lacks"
 
 
@@ -59,11 +68,7 @@ class Gqa(Benchmark, Submitting):
         content = read_json(file)
         if not isinstance(content, dict):
             raise DataError(f"{file} is no dictionary of questions by id; give GQA's question file")
-        keys = {"question": str, "answer": str, "isBalanced": bool, "types": dict, "semantic": list, "groups": dict}
-        for row in require(content.values(), file, keys):
-            require([row["types"]], file, {"structural": str, "semantic": str})
-            if row["semantic"]:
-                require(row["semantic"], file, {"operation": str, "argument": str})
+        check_rows(content, file, _RECORD)
         return [{**row, "question_id": key} for key, row in content.items()]
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -13,8 +13,9 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Score, register_benchmark
+from tove_llava.eval.fields import ID, TEXT, one_of
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.scorer_data import scorer_data
 
 _TEMPERATURE = 0.2
@@ -62,23 +63,13 @@ class LlavaBench(JudgedBenchmark):
     image_folder = "llava-bench-in-the-wild/images"
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        keys = {"question_id": (int, str), "image": str, "text": str, "category": str}
-        rows = require(read_jsonl(file), file, keys)
-        for row in rows:
-            if row["category"] not in scorer_data("llava_bench")["prompts"]:
-                raise DataError(
-                    f"{file}, question {row['question_id']!r}: unknown category {row['category']!r}; is it another "
-                    "benchmark's file?"
-                )
+        category = one_of(*scorer_data("llava_bench")["prompts"])
+        rows = read_truth(file, {"question_id": ID, "image": TEXT, "text": TEXT, "category": category})
         contexts, references = Path(file).with_name("context.jsonl"), Path(file).with_name("answers_gpt4.jsonl")
-        captions = {
-            row["image"]: row["caption"]
-            for row in require(read_jsonl(contexts), contexts, {"image": str, "caption": (str, list)})
-        }
-        answers = {
-            row["question_id"]: row["text"]
-            for row in require(read_jsonl(references), references, {"question_id": (int, str), "text": str})
-        }
+        told = read_truth(contexts, {"image": TEXT, "caption": (str, list)})
+        captions = {row["image"]: row["caption"] for row in told}
+        given = read_truth(references, {"question_id": ID, "text": TEXT})
+        answers = {row["question_id"]: row["text"] for row in given}
         truth = []
         for row in rows:
             if row["image"] not in captions:

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, EmbeddedImage, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.fields import WHOLE, Kinds, check_rows, one_of
+from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.server_files import Submission, Submitting, known
 
 LETTERS = "ABCD"
@@ -44,6 +45,7 @@ _SENTENCE = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6  # after index, question and four options
 _CELL = 32767
+_NOT_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def parse_answer(text: str, options: Mapping[str, str]) -> str | bool:
@@ -108,8 +110,37 @@ def read_table(file: str | Path) -> Any:
     return sheet
 
 
+def image_cells(rows: Sequence[Mapping[str, Any]], file: Path) -> list[str]:
+    """Return each row's image in base64; a cell may hold another row's index.
+
+    Raises:
+        DataError: a cell is empty, or leads to no image.
+    """
+    cells = {str(row["index"]): row.get("image") for row in rows}
+    found = []
+    for row in rows:
+        cell = row.get("image")
+        if isinstance(cell, str) and cell.strip() in cells:
+            cell = cells[cell.strip()]
+        if not isinstance(cell, str) or cell.strip() in cells:
+            raise DataError(f"{file}, row {row['index']} has no image: {row.get('image')!r:.80}")
+        found.append(cell)
+    return found
+
+
+def filled_cells(file: str | Path, letters: Sequence[str]) -> list[set[str]]:
+    """Return for each row the letters of the options that have any text.
+
+    Pandas reads a text such as "N/A" as missing too. No answer can name that option, as in the official program.
+    """
+    import pandas
+
+    sheet = pandas.read_table(file, keep_default_na=False, dtype=str, usecols=list(letters))
+    return [{letter for letter in letters if row[letter].strip()} for row in sheet.to_dict("records")]
+
+
 def workbook(sheet: Any) -> bytes:
-    """Make an Excel workbook of a data frame, without formulas.
+    """Make an Excel workbook of a data frame, without formulas, and read it back.
 
     Raises:
         ConfigError: openpyxl is not installed.
@@ -117,20 +148,37 @@ def workbook(sheet: Any) -> bytes:
     """
     try:
         import pandas
-        from openpyxl.utils.exceptions import IllegalCharacterError
+        from openpyxl import load_workbook
     except ImportError as error:
         raise ConfigError("MMBench's submission needs openpyxl: pip install 'tove-llava[eval]'") from error
+    for row in sheet.to_dict("records"):
+        for name, value in row.items():
+            _check_characters(row["index"], name, value)
     buffer = io.BytesIO()
-    try:
-        with pandas.ExcelWriter(buffer, engine="openpyxl") as writer:
-            sheet.to_excel(writer, index=False)
-            for row in writer.book.active.iter_rows():
-                for cell in row:
-                    if cell.data_type == "f":  # an answer that starts with "=" is no formula
-                        cell.data_type = "s"
-    except IllegalCharacterError as error:
-        raise DataError(f"a text holds a control character, which Excel cannot take: {str(error)[:200]!r}") from error
+    with pandas.ExcelWriter(buffer, engine="openpyxl") as writer:
+        sheet.to_excel(writer, index=False)
+        for row in writer.book.active.iter_rows():
+            for cell in row:
+                if cell.data_type == "f":  # an answer that starts with "=" is no formula
+                    cell.data_type = "s"
+    _, *rows = load_workbook(buffer, read_only=True).active.iter_rows(values_only=True)
+    for row, cells in zip(sheet.to_dict("records"), rows, strict=True):
+        for (name, value), cell in zip(row.items(), cells, strict=True):
+            if isinstance(value, str) and _line_ends(value)[:_CELL] != _line_ends(str(cell or "")):
+                raise DataError(f"question {row['index']}: Excel's format changes {name!r} to {cell!r:.80}")
     return buffer.getvalue()
+
+
+def _check_characters(index: Any, name: str, value: Any) -> None:
+    if isinstance(value, str) and (found := _NOT_XML.search(value)):
+        raise DataError(
+            f"question {index}: {name!r} holds the control character or half character {ascii(found.group())}, which "
+            "Excel's format cannot hold; take it out of the file"
+        )
+
+
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class MmBenchmark(Benchmark, Submitting):
@@ -143,7 +191,8 @@ class MmBenchmark(Benchmark, Submitting):
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)
         questions = []
-        for row in read_table(file).to_dict("records"):
+        rows = check_rows(read_table(file).to_dict("records"), file, {"index": WHOLE})
+        for row, image in zip(rows, image_cells(rows, file), strict=True):
             lines = [] if is_missing(row.get("hint")) else [str(row["hint"])]
             lines.append(str(row["question"]))
             options = []
@@ -152,10 +201,8 @@ class MmBenchmark(Benchmark, Submitting):
                     break  # LLaVA's runner stops at the first missing option
                 options.append(f"{letter}. {row[letter]}")
             name = f"{file.name} row {row['index']}"
-            if not isinstance(row.get("image"), str):
-                raise DataError(f"{name} of {file} has no image")
             text = "\n".join([*lines, *options, self.request])
-            questions.append(Question(int(row["index"]), text, EmbeddedImage(name, row["image"])))
+            questions.append(Question(int(row["index"]), text, EmbeddedImage(name, image)))
         return questions
 
     def ground_truth(self, root: Path) -> list[Row] | None:
@@ -163,17 +210,19 @@ class MmBenchmark(Benchmark, Submitting):
         return self.read_ground_truth(file) if "answer" in read_table(file) else None
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
+        kinds: Kinds = {"index": WHOLE, "answer": one_of(*LETTERS), "A": object, "B": object}
         if Path(file).suffix == ".jsonl":
-            rows = read_jsonl(file)
+            rows = read_truth(file, kinds)
+            filled = [{letter for letter in LETTERS if row.get(letter) is not None} for row in rows]
         else:
             sheet = read_table(file)
-            rows = sheet.astype(object).where(sheet.notna(), None).to_dict("records")
+            rows = check_rows(sheet.astype(object).where(sheet.notna(), None).to_dict("records"), file, kinds)
+            filled = filled_cells(file, [letter for letter in LETTERS if letter in sheet])
         truth = []
-        for row in require(rows, file, {"index": int, "answer": str, "A": object, "B": object}):
+        for row, letters in zip(rows, filled, strict=True):
+            if not {"A", "B", row["answer"]} <= letters:
+                raise DataError(f"{file}, row {row['index']}: A, B and the answer {row['answer']} must be options")
             options = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
-            # An option such as "N/A" reads as missing, and no answer can name it: the official program agrees.
-            if row["answer"] not in tuple(LETTERS):
-                raise DataError(f"{file}, row {row['index']}: the answer must be A to D, not {row['answer']!r}")
             labels = {key: row.get(key) for key in ("category", "l2-category", "split")}
             truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
         return truth
@@ -221,6 +270,8 @@ class MmBenchmark(Benchmark, Submitting):
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         sheet = read_table(known(questions))
         matched = self.match(predictions, [{"question_id": int(index)} for index in sheet["index"]])
+        for row in predictions:
+            _check_characters(row["question_id"], "text", row["text"])
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
         sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)
         cut = [row["question_id"] for row in matched.answers if row is not None and len(row["text"]) > _CELL]

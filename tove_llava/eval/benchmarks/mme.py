@@ -8,6 +8,7 @@ Answers are paired by id and the question in their prompt. Where the prompts do 
 apart, lines are paired by position, as the reference does; the files must then run in parallel.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,14 +16,16 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_text
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
+from tove_llava.eval.fields import ID, TEXT, Field, one_of
 from tove_llava.eval.matching import Matched
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.rows import Row, read_jsonl, read_truth
 
 _PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR"
 _COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning"
 SUBTASKS = {"Perception": _PERCEPTION.split(), "Cognition": _COGNITION.split()}
 _TYPE = {name: kind for kind, names in SUBTASKS.items() for name in names}
 _YES_OR_NO = "Please answer yes or no."
+_ANSWER = Field("Yes or No", lambda value: isinstance(value, str) and value.lower() in ("yes", "no"))
 _PREFIX = 4  # characters of an answer that are looked at
 
 
@@ -49,9 +52,11 @@ class Mme(Benchmark):
         release = root / "MME" / "MME_Benchmark_release_version"
         known: dict[Path, dict[str, str]] = {}
         truth = []
-        for question in read_jsonl(self.question_file(root), required=("question_id", "text")):
+        for question in read_jsonl(self.question_file(root), {"question_id": ID, "text": TEXT}):
             key = PurePosixPath(str(question["question_id"]))
-            category, stem = key.parts[0], key.name.split(".")[0]
+            category, stem = str(key).split("/")[0], key.name.split(".")[0]
+            if category not in _TYPE:
+                raise DataError(f"{self.question_file(root)}: {str(key)!r} must begin with one of MME's subtasks")
             folder = release / category / "questions_answers_YN"
             file = (folder if folder.is_dir() else release / category) / f"{stem}.txt"
             if file not in known:
@@ -67,11 +72,11 @@ class Mme(Benchmark):
                     "answer": known[file][text],
                 }
             )
-        return truth
+        return _paired(truth, self.question_file(root))
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        rows = require(read_jsonl(file), file, {"category": str, "image": str, "question": str, "answer": str})
-        return [{"question_id": f"{row['category']}/{row['image']}", **row} for row in rows]
+        rows = read_truth(file, {"category": one_of(*_TYPE), "image": TEXT, "question": TEXT, "answer": _ANSWER})
+        return _paired([{"question_id": f"{row['category']}/{row['image']}", **row} for row in rows], file)
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:
         if not isinstance(row.get("prompt"), str):
@@ -101,11 +106,6 @@ class Mme(Benchmark):
         return len(asked) == len(predictions) and asked == {self.truth_key(row) for row in truth}
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        for row in truth:
-            if row["category"] not in _TYPE:
-                raise DataError(f"{row['question_id']!r}: MME has no subtask {row['category']!r}")
-            if row["answer"].lower() not in ("yes", "no"):
-                raise DataError(f"{row['question_id']!r}: the answer must be Yes or No, not {row['answer']!r}")
         matched = self.match(predictions, truth)
         items: dict[str, list[tuple[Any, str, str]]] = {}
         per_item, marks = [], {}
@@ -134,6 +134,14 @@ class Mme(Benchmark):
         return Score(scores, len(truth), rows, matched.notes(), {"per_item": per_item}, marks, unavailable)
 
 
+def _paired(truth: list[Row], file: str | Path) -> list[Row]:
+    """Refuse an image with half a pair of questions; its points would double."""
+    for image, count in Counter(row["question_id"] for row in truth).items():
+        if count % 2:
+            raise DataError(f"{file}: image {image!r} has {count} question(s), but MME asks two; is the file whole?")
+    return truth
+
+
 def _read_answers(file: Path) -> dict[str, str]:
     """Read one of MME's text files: question, tab, answer."""
     answers = {}
@@ -141,8 +149,10 @@ def _read_answers(file: Path) -> dict[str, str]:
         if not line.strip():
             continue
         parts = line.strip().split("\t")
-        if len(parts) != 2:
-            raise DataError(f"{file}, line {number}: a question and an answer with a tab between them are needed")
+        if len(parts) != 2 or not _ANSWER.accepts(parts[1]):
+            raise DataError(
+                f"{file}, line {number}: a question and an answer (Yes or No) with a tab between them are needed"
+            )
         answers[core(parts[0])] = parts[1]
     return answers
 

@@ -14,8 +14,9 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Score, register_benchmark
+from tove_llava.eval.fields import TEXT, a_list, check_rows
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.rows import Row
 from tove_llava.eval.scorer_data import scorer_data
 from tove_llava.eval.server_files import Submission, Submitting
 
@@ -64,7 +65,7 @@ class MmVet(JudgedBenchmark, Submitting):
         content = read_json(file)
         if not isinstance(content, dict):
             raise DataError(f"{file} is no dictionary of questions by id; give mm-vet.json")
-        rows = require(content.values(), file, {"question": str, "answer": str, "capability": list})
+        rows = check_rows(content, file, {"question": TEXT, "answer": TEXT, "capability": a_list(TEXT)})
         return [{**row, "question_id": key} for key, row in zip(content, rows, strict=True)]
 
     def answer_key(self, row: Mapping[str, Any]) -> Hashable:

@@ -11,7 +11,8 @@ from typing import Any
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Question, Score, register_benchmark
 from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, table_rows
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.fields import TEXT, check_rows
+from tove_llava.eval.rows import Row
 
 DOMAINS = ("in-domain", "near-domain", "out-domain")
 SUBSET, MEANS = "subset", "means"
@@ -30,14 +31,14 @@ class NoCaps(CaptionBenchmark):
 
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)
-        rows = require(self.read_ground_truth(file), file, {"file_name": str})
+        rows = check_rows(self.read_ground_truth(file), file, {"file_name": TEXT})
         images = root / "nocaps" / "images"
         return [
             Question(row["question_id"], PROMPT, images / row["file_name"], {"domain": row["domain"]}) for row in rows
         ]
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        return require(super().read_ground_truth(file), file, {"domain": str})
+        return check_rows(super().read_ground_truth(file), file, {"domain": TEXT})
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {"domain": [row["domain"]]}

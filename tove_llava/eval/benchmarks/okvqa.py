@@ -10,7 +10,8 @@ from pathlib import Path
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Question, register_benchmark
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.fields import TEXT, WHOLE, check_rows
+from tove_llava.eval.rows import Row
 from tove_llava.eval.vqa import VqaBenchmark
 
 
@@ -26,7 +27,7 @@ class OkVqa(VqaBenchmark):
         if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
             raise DataError(f"{file} has no list of questions; give OK-VQA's question file")
         images = root / "okvqa" / "val2014"
-        rows = require(content["questions"], file, {"question_id": int, "image_id": int, "question": str})
+        rows = check_rows(content["questions"], file, {"question_id": WHOLE, "image_id": WHOLE, "question": TEXT})
         return [
             Question(
                 row["question_id"],

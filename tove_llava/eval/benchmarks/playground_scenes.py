@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.fields import ID, TEXT
+from tove_llava.eval.rows import Row, read_truth
 
 
 def normalise(text: str) -> str:
@@ -25,8 +26,7 @@ class Scenes(Benchmark):
     max_new_tokens = 16
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        rows = read_jsonl(file, required=("question_id", "answer", "category"))
-        return require(rows, file, {"category": str})
+        return read_truth(file, {"question_id": ID, "answer": (str, int), "category": TEXT})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)

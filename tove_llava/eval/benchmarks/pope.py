@@ -11,9 +11,11 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.fields import ID, TEXT, one_of
+from tove_llava.eval.rows import Row, read_jsonl, read_truth
 
 CATEGORIES = ("random", "popular", "adversarial")
+_LABEL = one_of("yes", "no")
 
 
 def parse_answer(text: str) -> str:
@@ -58,11 +60,11 @@ class Pope(Benchmark):
 
     def ground_truth(self, root: Path) -> list[Row]:
         # Labels belong to questions by position within a category: the two files number them differently.
-        questions = read_jsonl(self.question_file(root), required=("question_id", "category"))
+        questions = read_jsonl(self.question_file(root), {"question_id": ID, "category": TEXT})
         truth: list[Row] = []
         for category in dict.fromkeys(row["category"] for row in questions):
             file = root / "pope" / "coco" / f"coco_pope_{category}.json"
-            labels = read_jsonl(file, required=("image", "label"))
+            labels = read_jsonl(file, {"image": TEXT, "label": _LABEL})
             asked = [row for row in questions if row["category"] == category]
             if len(labels) != len(asked):
                 raise DataError(
@@ -79,15 +81,9 @@ class Pope(Benchmark):
         return truth
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        rows = read_jsonl(file, required=("question_id", "label", "category"))
-        return require(rows, file, {"label": str, "category": str})
+        return read_truth(file, {"question_id": ID, "label": _LABEL, "category": TEXT})
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
-        for row in truth:
-            if row.get("label") not in ("yes", "no"):
-                raise DataError(
-                    f"question {row['question_id']!r}: the label must be yes or no, not {row.get('label')!r}"
-                )
         matched = self.match(predictions, truth)
         pairs: dict[str, list[tuple[str, str]]] = {}
         per_item: dict[Any, str | None] = {}

@@ -13,7 +13,8 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.fields import ID, TEXT, WHOLE, a_list, an_object, check_rows
+from tove_llava.eval.rows import Row
 
 LETTERS = "ABCDE"
 PLACEHOLDER = "<image>"  # as in tove_llava.data, whose import takes seconds
@@ -54,9 +55,8 @@ class ScienceQa(Benchmark):
             raise DataError(f"{file} is no list of records; give LLaVA's question file")
         images = root / "scienceqa" / "images" / "test"
         questions = []
-        for row in require(content, file, {"id": (str, int), "conversations": list}):
-            (turn, *_) = require(row["conversations"], file, {"value": str})
-            text = turn["value"].replace(PLACEHOLDER, "").strip() + f"\n{OPTION_LETTER}"
+        for row in check_rows(content, file, {"id": ID, "conversations": a_list(an_object({"value": str}))}):
+            text = row["conversations"][0]["value"].replace(PLACEHOLDER, "").strip() + f"\n{OPTION_LETTER}"
             image = images / row["image"] if "image" in row else None
             # The placeholder in the answer line's prompt is what image accuracy goes by.
             questions.append(Question(row["id"], f"{PLACEHOLDER}\n{text}" if image else text, image))
@@ -71,7 +71,7 @@ class ScienceQa(Benchmark):
         problems = content["problems"] if combined else content
         if not isinstance(problems, dict):
             raise DataError(f"{file} is no dictionary of problems by id; give ScienceQA's problems.json")
-        require(problems.values(), file, {"choices": list, "answer": int})
+        check_rows(problems, file, {"choices": a_list(TEXT), "answer": WHOLE})
         split_file = Path(file).with_name("pid_splits.json")
         splits = content.get("pid_splits") if combined else read_json(split_file)
         ids = splits.get("test") if isinstance(splits, dict) else None
@@ -82,8 +82,9 @@ class ScienceQa(Benchmark):
             raise DataError(f"{file}: problem {missing[0]!r} of the test split is missing")
         rows = [problems[key] for key in ids]
         for key, row in zip(ids, rows, strict=True):
-            if not 0 <= row["answer"] < len(LETTERS):
-                raise DataError(f"{file}, problem {key!r}: the answer must be 0 to {len(LETTERS) - 1}")
+            most = min(len(LETTERS), len(row["choices"])) - 1
+            if not 0 <= row["answer"] <= most:
+                raise DataError(f"{file}, problem {key!r}: the answer must be 0 to {most}, not {row['answer']}")
         return [
             {"question_id": key, "choices": row["choices"], "answer": row["answer"]}
             for key, row in zip(ids, rows, strict=True)

@@ -12,7 +12,8 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.fields import ID, WHOLE, Kinds, check_rows, one_of
+from tove_llava.eval.rows import Row
 from tove_llava.eval.server_files import Submission, Submitting, json_lines, known, require_all
 
 
@@ -41,16 +42,22 @@ class Seed(Benchmark, Submitting):
         types = content.get("question_type") if isinstance(content, dict) else None
         if (
             not isinstance(types, dict)
-            or not all(isinstance(number, int) for number in types.values())
+            or not all(map(WHOLE.accepts, types.values()))
             or not isinstance(content.get("questions"), list)
         ):
             raise DataError(f"{file} has no 'question_type' and 'questions'; give SEED-Bench.json")
         names = {number: name for name, number in types.items()}
-        keys = {"question_id": (str, int), "answer": str, "data_type": str, "question_type_id": int}
-        rows = require(content["questions"], file, keys)
+        keys: Kinds = {
+            "question_id": ID,
+            "answer": one_of(*"ABCD"),
+            "data_type": str,
+            "question_type_id": one_of(*names),
+        }
+        rows = check_rows(content["questions"], file, keys)
         for row in rows:
-            if row["question_type_id"] not in names:
-                raise DataError(f"{file}, question {row['question_id']!r}: unknown type {row['question_type_id']!r}")
+            choice = f"choice_{row['answer'].lower()}"
+            if row.get(choice, choice) in (None, ""):
+                raise DataError(f"{file}, question {row['question_id']!r}: the right answer's {choice!r} is empty")
         return [
             {
                 "question_id": answer_id(row["question_id"]),

@@ -14,8 +14,9 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
+from tove_llava.eval.fields import ID, TEN_TEXTS, TEXT, check_rows
 from tove_llava.eval.normalisation import normalise_evalai
-from tove_llava.eval.rows import Row, require
+from tove_llava.eval.rows import Row
 
 _OCR_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
 _SHOWN = 400  # characters of a normalised answer in the details
@@ -57,10 +58,7 @@ class TextVqa(Benchmark):
         content = read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("data"), list):
             raise DataError(f"{file} has no list 'data'; give TextVQA's annotation file")
-        rows = require(content["data"], file, {"image_id": (str, int), "question": str, "answers": list})
-        for row in rows:
-            if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
-                raise DataError(f"{file}, image {row['image_id']!r}: 'answers' must be a list of strings")
+        rows = check_rows(content["data"], file, {"image_id": ID, "question": TEXT, "answers": TEN_TEXTS})
         # Answers carry the image's id as their question_id.
         return [{**row, "record_id": row.get("question_id"), "question_id": row["image_id"]} for row in rows]
 

@@ -18,12 +18,13 @@ from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
+from tove_llava.eval.fields import TEN_ANSWERS, TEXT, Kinds, check_rows, one_of
 from tove_llava.eval.normalisation import normalise_evalai, normalise_vizwiz
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.server_files import Submission, Submitting, normalised_answers
-from tove_llava.eval.vqa import require_answers
 
 M4C, API = "m4c", "api"
+_RECORD: Kinds = {"image": TEXT, "answers": TEN_ANSWERS, "answer_type": str, "answerable": one_of(0, 1)}
 
 
 @register_benchmark("vizwiz")
@@ -42,14 +43,15 @@ class VizWiz(Benchmark, Submitting):
         return None
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        content = read_jsonl(file) if Path(file).suffix == ".jsonl" else read_json(file)
-        if not isinstance(content, list):
-            raise DataError(f"{file} is no list of records; give VizWiz's annotation file")
-        keys = {"image": str, "answers": list, "answer_type": str, "answerable": int}
-        rows = require(content, file, keys)
+        if Path(file).suffix == ".jsonl":
+            rows = read_truth(file, _RECORD)
+        else:
+            content = read_json(file)
+            if not isinstance(content, list):
+                raise DataError(f"{file} is no list of records; give VizWiz's annotation file")
+            rows = check_rows(content, file, _RECORD)
         for row in rows:
             row.setdefault("question_id", _number(row["image"], file))
-            require_answers(row, f"{file}, {row['image']}")
         return rows
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
-from tove_llava.eval.rows import Row, read_jsonl, require
+from tove_llava.eval.fields import TEXT, check_rows, one_of
+from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.scorer_data import scorer_data
 
 _WORD = re.compile(r"\b(?:(yes|true)|(no|false))\b", re.IGNORECASE)
@@ -41,11 +42,11 @@ class Vsr(Benchmark):
                 root / "vsr" / "images" / row["image"],
                 {"relation": row["relation"]},
             )
-            for row in require(self.read_ground_truth(file), file, {"caption": str, "image": str})
+            for row in check_rows(self.read_ground_truth(file), file, {"caption": TEXT, "image": TEXT})
         ]
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        rows = require(read_jsonl(file), file, {"label": int, "relation": str})
+        rows = read_truth(file, {"label": one_of(0, 1), "relation": TEXT})
         return [{"question_id": number, **row} for number, row in enumerate(rows)]
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
