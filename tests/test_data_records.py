@@ -52,8 +52,8 @@ def test_json_and_jsonl_are_the_same(tmp_path):
             b'[{"id": 1}\n{"id": 2}]',
             "line 2: not valid JSON .Extra data",
         ),
-        (b"[" * 100_000 + b"]" * 100_000, "line 1: not valid JSON .nested too deeply"),
-        (b'{"id": 1}\n{"id": ' + b"9" * 5000 + b"}", "line 2: not valid JSON .Exceeds the limit"),
+        (b"[" * 100_000 + b"]" * 100_000, "line 1: not valid JSON .nested more than 100 deep"),
+        (b'{"id": 1}\n{"id": ' + b"9" * 5000 + b"}", "line 2: not valid JSON .a number of 5,000 digits"),
         (None, "no file .*x.json.*--data_path"),
     ],
 )

@@ -98,13 +98,16 @@ def test_bad_files_are_refused(capsys, tmp_path, name):
     assert str(nothing) in refuse(capsys, name, answers, nothing)
 
 
-def test_texts_with_other_line_ends_and_half_surrogates(capsys, tmp_path):
+def test_texts_with_other_line_ends_are_read_and_half_surrogates_refused(capsys, tmp_path):
     answers, truth, _ = sample("textvqa")
     rows = read_rows(answers)
-    rows[0]["text"] = "a\u2028b\x85c \ud83d"
+    rows[0]["text"] = "a\u2028b\x85c \U0001f600"
     line = json.dumps(rows[0]).replace("\\u2028", "\u2028").replace("\\u0085", "\x85")
     got = score(capsys, "textvqa", write_rows(tmp_path / "predictions.jsonl", [line, rows[1]]), truth)
-    assert got["per_item"][0]["normalized_prediction"] == "b c \ud83d"  # the article went
+    assert got["per_item"][0]["normalized_prediction"] == "b c \U0001f600"  # the article went
+    rows[1]["text"] = "a \ud83d"
+    broken = write_rows(tmp_path / "half.jsonl", [line, json.dumps(rows[1])])
+    assert "half.jsonl, line 2: not valid JSON (half of a surrogate pair)" in refuse(capsys, "textvqa", broken, truth)
 
 
 @pytest.mark.parametrize(

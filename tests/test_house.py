@@ -56,3 +56,13 @@ def test_prose_has_no_banned_word(word):
             if prose and (at := re.search(rf"\b{word}\b", token.string)):
                 found.append(named(file, token.start[0] + token.string[: at.start()].count("\n")))
     assert found == []
+
+
+def test_json_is_read_in_one_place():
+    calls = [(file, node) for file, node in nodes(ast.Attribute) if file.name != "json_text.py"]
+    read = [
+        (file, node)
+        for file, node in calls
+        if node.attr in ("load", "loads") and getattr(node.value, "id", "") == "json"
+    ]
+    assert [named(file, node.lineno) for file, node in read if file.name != "guard.py"] == []

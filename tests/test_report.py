@@ -446,7 +446,7 @@ def with_result(**entries):
         (with_text("items.jsonl", '{"item": 1}\n'), "line 1: the key 'values' is missing"),
         (with_text("items.jsonl", f"{ITEM}\n{ITEM[:-5]}"), "line 2: not valid JSON"),
         (with_text("items.jsonl", ITEM.replace("1}", '"x"}')), "each a number"),
-        (with_text("items.jsonl", ITEM.replace("1}", "NaN}")), "each a number"),
+        (with_text("items.jsonl", ITEM.replace("1}", "NaN}")), "line 1: not valid JSON (NaN"),
         (with_text("items.jsonl", f"{ITEM}\n" * 2), "line 2: '1' occurs twice"),
         (with_text("items.jsonl", ITEM.replace("{}", '{"a": "b"}')), "lists of groups"),
     ],

@@ -14,7 +14,6 @@ CLIP and the experts are named by their sources in ``config.json``. In a self-co
 language model's, point into the folder. Only safetensors are read from it.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.json_text import plain
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.llava.adapter_settings import read_adapter_settings
@@ -230,7 +230,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
 def tower_differences(saved: ToveLlavaConfig, present: ToveLlavaConfig) -> list[str]:
     """List how a saved tower and projector differ from a model's."""
     # Compared as JSON, where lists and tuples are equal.
-    old, new = (json.loads(json.dumps(c.vision_config.to_dict(), default=str)) for c in (saved, present))
+    old, new = (plain(c.vision_config.to_dict()) for c in (saved, present))
     phrases = []
     if saved.vision_config.expert_names != present.vision_config.expert_names:
         names = [", ".join(c.vision_config.expert_names) or "none" for c in (saved, present)]

@@ -1,7 +1,6 @@
 """Files: written whole or not at all, read with precise errors."""
 
 import fcntl
-import json
 import os
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ from typing import IO, Any
 from safetensors import SafetensorError
 
 from tove_llava.core.errors import CheckpointError, DataError, ToveError
+from tove_llava.core.json_text import JsonError, loads
 
 
 @contextmanager
@@ -131,18 +131,23 @@ def decode_text(
 
 
 def parse_json(
-    text: str, file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "", line: int = 1
+    text: str,
+    file: str | os.PathLike[str],
+    error: type[ToveError] = DataError,
+    hint: str = "",
+    line: int = 1,
+    **options: bool,
 ) -> Any:
-    """Parse a file's text from ``line`` on; errors as in :func:`read_text`."""
+    """Parse a file's text from ``line`` on; errors as in :func:`read_text`.
+
+    Args:
+        options: see :func:`tove_llava.core.json_text.loads`.
+    """
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as cause:
-        where, reason = f"line {line + cause.lineno - 1}", cause.msg
-    except RecursionError:
-        where, reason = f"line {line}", "nested too deeply"
-    except ValueError as cause:  # a number of thousands of digits
-        where, reason = f"line {line}", str(cause)
-    raise error(_message(f"{file}, {where}: not valid JSON ({reason})", hint))
+        return loads(text, **options)
+    except JsonError as cause:
+        where = f"{file}, line {line + cause.line - 1}"
+        raise error(_message(f"{where}: not valid JSON ({cause})", hint)) from None
 
 
 def parse_json_lines(
@@ -173,16 +178,16 @@ def parse_json_lines(
         yield number, value
 
 
-def read_json(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> Any:
-    """Read a JSON file; errors as in :func:`read_text`."""
-    return parse_json(read_text(file, error, hint), file, error, hint)
+def read_json(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "", **options: bool) -> Any:
+    """Read a JSON file; options as in :func:`parse_json`, errors as in :func:`read_text`."""
+    return parse_json(read_text(file, error, hint), file, error, hint, **options)
 
 
 def read_json_object(
-    file: str | os.PathLike[str], error: type[ToveError] = CheckpointError, hint: str = ""
+    file: str | os.PathLike[str], error: type[ToveError] = CheckpointError, hint: str = "", **options: bool
 ) -> dict[str, Any]:
-    """Read a JSON file of one object; errors as in :func:`read_text`."""
-    value = read_json(file, error, hint)
+    """Read a JSON file of one object, as :func:`read_json` does."""
+    value = read_json(file, error, hint, **options)
     if not isinstance(value, dict):
         raise error(_message(f"{file}: a JSON object is needed, not a {type(value).__name__}", hint))
     return value

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.json_text import loads
 
 SPACE = "▁"  # SentencePiece's marker of a space
 
@@ -118,7 +119,7 @@ def corrected_llama(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBa
     pieces of several spaces all have the lowest score, and the others are in the order of their ids.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    description = json.loads(backend.to_str()) if backend is not None else {}
+    description = loads(backend.to_str()) if backend is not None else {}
     if not _is_llama_vocabulary(description.get("model", {})):
         return tokenizer
     description["model"]["merges"] = _spaces_last(description["model"]["merges"])

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast as _Generic
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.json_text import loads
 from tove_llava.core.sources import Source
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
 
@@ -86,7 +87,7 @@ class TextEncoder:
             )
         if tokenizer.eos_token is None:
             raise ConfigError("the tokenizer has no end-of-sequence token; set tokenizer.eos_token")
-        description = json.loads(backend.to_str())
+        description = loads(backend.to_str())
         _forget_placeholder(description)
         description["truncation"] = description["padding"] = None
         self._backend = Tokenizer.from_str(json.dumps(description))

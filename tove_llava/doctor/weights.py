@@ -1,8 +1,8 @@
 """The weights that ship inside the package."""
 
-import json
 from pathlib import Path
 
+from tove_llava.core.json_text import JsonError, loads
 from tove_llava.core.sources import BundledSource
 from tove_llava.doctor.finding import Finding
 
@@ -39,8 +39,8 @@ def _damage(file: Path) -> str:
         if length > size - 8:
             return "not a safetensors file, or cut off in its header"
         try:
-            header = json.loads(handle.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
+            header = loads(handle.read(length))
+        except JsonError:
             return "not a safetensors file"
     end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
     return "" if 8 + length + end == size else f"{size} bytes where its header says {8 + length + end}"

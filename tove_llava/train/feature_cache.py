@@ -23,6 +23,7 @@ import torch
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.files import read_json, read_json_object, write_atomically
+from tove_llava.core.json_text import plain
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, TowerFeatures
 from tove_llava.train.feature_stores import STORES, Shards
@@ -181,7 +182,7 @@ def describe_parts(config: ToveVisionConfig, dtype: torch.dtype) -> dict[str, di
     for spec in config.expert_specs:
         if spec.name in config.attached_experts:
             parts[spec.name] = {**common, **spec.to_dict()}
-    return json.loads(json.dumps(parts))
+    return plain(parts)
 
 
 def check_images(folder: Path, layout: Layout, shard: int, image_folder: Path) -> None:

@@ -292,7 +292,7 @@ def _check_template(settings: Settings) -> None:
 
 
 def _is_last_step(checkpoint: Path) -> bool:
-    state = read_json_object(checkpoint / STATE)
+    state = read_json_object(checkpoint / STATE, finite=False)  # transformers logs NaN too
     return state["global_step"] >= state["max_steps"]
 
 

@@ -8,6 +8,7 @@ from typing import IO, Any
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import hold, read_json_object
+from tove_llava.core.json_text import plain
 from tove_llava.core.plugins import file_plugins
 from tove_llava.data.data_paths import described
 from tove_llava.train.run_files import RUN_RECORD, complete
@@ -68,7 +69,7 @@ def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:
             raise CheckpointError(f"{output_dir} holds a model but no {RUN_RECORD}; choose another --output_dir")
         return False
     old = read_json_object(file)
-    new = json.loads(json.dumps(record))
+    new = plain(record)
     if finished or not begun:  # nothing to resume: the number of processes is free
         old, new = ({k: v for k, v in r.items() if k != "world_size"} for r in (old, new))
     keys = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))  # a new setting's None is no change

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from tove_llava.core.json_text import loads
 from tove_llava.experts import build_expert
 from tove_llava.llava.build import build_on_meta, language_config, torch_dtype, vision_config
 from tove_llava.presets import LoraPreset, Preset, StagePreset, VisionPreset
@@ -91,7 +92,7 @@ class _VisionShape:
 @lru_cache
 def _vision_shape(preset: str) -> _VisionShape:
     """Count a ``VisionPreset``, given as JSON for the cache."""
-    config = vision_config(VisionPreset(**json.loads(preset)), offline=True)
+    config = vision_config(VisionPreset(**loads(preset)), offline=True)
     backbones = [_empty_clip(config), *(build_expert(spec).meta_twin() for spec in config.expert_specs)]
     return _VisionShape(
         config=config,

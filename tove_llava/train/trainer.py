@@ -336,7 +336,7 @@ class ToveTrainer(Trainer):
             if self.is_deepspeed_enabled:
                 self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
-            meter = read_json_object(Path(resume_from_checkpoint) / step_checkpoints.METER)
+            meter = read_json_object(Path(resume_from_checkpoint) / step_checkpoints.METER, finite=False)
             self._meter.restore(meter, self.args.process_index)
         return prepared
 

@@ -44,11 +44,13 @@ class JsonSlices(Reader):
         start, stop = int(self.bounds[index]), int(self.bounds[index + 1])
         content = self._read(start, stop).removesuffix(self.separator).strip()
         try:
-            return parse_json(decode_text(content, self.path, DataError, HINT), self.path, DataError, HINT)
+            return self._parse(content, 1)
         except DataError:  # once more with the line's number, which takes a pass over the file
-            line = 1 + self._lines_before(start, content)
-            text = decode_text(content, self.path, DataError, HINT, line)
-            return parse_json(text, self.path, DataError, HINT, line)
+            return self._parse(content, 1 + self._lines_before(start, content))
+
+    def _parse(self, content: bytes, line: int) -> Any:
+        text = decode_text(content, self.path, DataError, HINT, line)
+        return parse_json(text, self.path, DataError, HINT, line, unique=False)
 
     def _read(self, start: int, stop: int) -> bytes:
         if self._descriptor is None:

@@ -26,6 +26,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.json_text import loads
 
 REASONING = ("refuse", "drop", "keep")
 DATE = "2024-07-26"  # what Llama 3's template takes where there is no clock
@@ -115,7 +116,7 @@ def _shipped(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _read_header(header: str, text: str, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
     try:
-        found = ChatFormat(text, **json.loads(header))
+        found = ChatFormat(text, **loads(header))
         if not all(isinstance(value, str) for value in asdict(found).values()):
             raise TypeError("a value is no text")
     except (TypeError, ValueError) as error:

@@ -3,13 +3,13 @@
 So a checkpoint is read as it was trained, also after a change of the preset that ``mm_vision_tower`` names.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.json_text import plain
 from tove_llava.tower import ToveVisionConfig
 
 RECORD = "tove_vision_config"  # key of LLaVA's config.json
@@ -37,13 +37,9 @@ def check_first_stage(adapter: str | None, config: ToveVisionConfig) -> None:
     if record is None:
         return
     saved, present = ToveVisionConfig.from_dict(record).to_dict(), config.to_dict()
-    differences = [key for key in _COMPARED if _plain(saved[key]) != _plain(present[key])]
+    differences = [key for key in _COMPARED if plain(saved[key]) != plain(present[key])]
     if differences:
         raise CheckpointError(
             f"{adapter} was trained with another tower than --vision_tower names: they differ in "
             f"{', '.join(differences)}. Name the tower that {file} records, or train stage 1 again"
         )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
