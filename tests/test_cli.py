@@ -47,6 +47,19 @@ def test_verbs_are_named_with_dashes_and_private_modules_are_none(tmp_path, monk
     assert list(cli.verbs()) == ["merge-lora"]
 
 
+@pytest.mark.parametrize("verb", ["data", "score", "chat", "doctor", "no-verb"])
+def test_arguments_that_are_no_utf8_are_named(verb):
+    done = subprocess.run([sys.executable, "-m", "tove_llava", verb, "--file", b"na\xefve.json"], capture_output=True)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert rb"'na\udcefve.json' is not UTF-8 text" in done.stderr
+
+
+def test_a_terminal_that_cannot_show_a_text_gets_its_escape(monkeypatch):
+    program = "import sys; from tove_llava import cli; cli.overview = lambda: 'caf\xe9'; sys.exit(cli.main(['help']))"
+    done = subprocess.run([sys.executable, "-c", program], env={"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, b"caf\\xe9\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "out", "err"),
     [

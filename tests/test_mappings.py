@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.mappings import from_mapping
+from tove_llava.core.mappings import from_mapping, parse_yaml
 
 
 @dataclass
@@ -48,8 +48,19 @@ def test_nested_values_are_built():
         ({"title": "t", "layers": "12"}, "file: layers: expected a list"),
         ({"title": "t", "layers": [True]}, r"file: layers\[0\]: expected int"),
         ({"title": "t", "open": 1}, "file: open: expected bool"),
+        ({"title": "t", "part": {"size": 1, "rate": float("nan")}}, r"file: part\.rate: expected a finite number"),
+        ({"title": "t", "part": {"size": 10**400}}, r"file: part\.size: expected a finite number"),
     ],
 )
 def test_mistakes_are_named_with_their_place(mapping, message):
     with pytest.raises(ConfigError, match=message):
         from_mapping(Whole, mapping, "file", name="n")
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "a: 2024-13-45", "a: " + "9" * 5000, "[" * 5000, "a: !!python/object:os.system x", "\0"]
+)
+def test_text_that_is_no_yaml_is_named(text):
+    with pytest.raises(ConfigError, match="x.yaml: not valid YAML: "):
+        parse_yaml(text, "x.yaml")
+    assert parse_yaml("a: [1, b]", "x.yaml") == {"a": [1, "b"]}

@@ -54,6 +54,11 @@ def test_one_answer_as_text_and_as_json(tmp_path, files, capsys, engine):
     assert capsys.readouterr().out.strip() == engine.answer(ask("What is it?", picture()), **options)
 
 
+def test_a_line_that_is_no_utf8_is_typed_again(monkeypatch, capsys, answerer):
+    _, err = talk(answerer, monkeypatch, capsys, "na\udcefve", "/help")
+    assert err == "that line is not UTF-8 text; type it again\n"
+
+
 def test_json_needs_a_question(capsys):
     assert cli.main(["chat", "--json", "--model", "x"]) == 2
     assert "--json needs --question" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import yaml
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import read_text
-from tove_llava.core.mappings import from_mapping, merged, override_key
+from tove_llava.core.mappings import from_mapping, merged, override_key, parse_yaml
 from tove_llava.core.plugins import add_plugins
 from tove_llava.core.registry import closest
 
@@ -113,10 +113,7 @@ def read_plan(file: str | Path, out: Path, overrides: Sequence[str] = (), arms: 
         ConfigError: an unknown key or arm, a value of another type, or no arm; the message names file and key.
     """
     where = f"ablation {file}"
-    try:
-        data = yaml.safe_load(read_text(file, ConfigError))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: not valid YAML: {error}") from error
+    data = parse_yaml(read_text(file, ConfigError), where)
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected a mapping of keys, got {type(data).__name__}")
     for override in overrides:

@@ -17,6 +17,7 @@ flag), 130 interrupted.
 import argparse
 import ast
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from tove_llava.core.errors import ToveError
 from tove_llava.core.logs import keep_stdout_clean
 from tove_llava.core.plugins import FLAG, take_plugin_flags
 from tove_llava.core.registry import closest
-from tove_llava.core.text import listed
+from tove_llava.core.text import has_encoding, listed
 from tove_llava.core.version import __version__
 from tove_llava.doctor.packages import remedy_of
 
@@ -82,6 +83,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; ``sys.argv[1:]`` by default.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stdin):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 is no reason for a traceback
+            stream.reconfigure(errors="backslashreplace" if stream is sys.stdout else "surrogateescape")
+    for argument in arguments:
+        if not has_encoding(argument):
+            print(f"{PROGRAM}: {argument!r} is not UTF-8 text; rename that file, or type it again", file=sys.stderr)
+            return 2
     if not arguments:
         print(overview(), file=sys.stderr)
         return 2

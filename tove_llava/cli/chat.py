@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tove_llava.cli._flags import add_loading, add_model, loading_options
 from tove_llava.core.errors import ConfigError, ToveError
+from tove_llava.core.text import has_encoding
 
 if TYPE_CHECKING:
     from tove_llava.serve.commands import Conversation
@@ -109,7 +110,10 @@ def _converse(chat: "Conversation") -> int:
 def _read_line() -> str:
     while True:
         try:
-            return input("> ").strip()
+            line = input("> ").strip()
+            if has_encoding(line):
+                return line
+            print("that line is not UTF-8 text; type it again", file=sys.stderr)
         except EOFError:
             return ""
         except KeyboardInterrupt:

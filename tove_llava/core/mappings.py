@@ -1,6 +1,7 @@
 """Merge, override and check the mappings of presets and other YAML files."""
 
 import dataclasses
+import sys
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,6 +13,18 @@ from tove_llava.core.registry import closest
 
 T = TypeVar("T")
 _SCALARS = (bool, int, float, str)
+_LARGEST = sys.float_info.max
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse YAML text; ConfigError, which begins with ``where``, if it is none."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        reason: Any = "nested too deeply"
+    except (yaml.YAMLError, ValueError) as error:  # the latter: a date or a number that cannot be
+        reason = error
+    raise ConfigError(f"{where}: not valid YAML: {reason}")
 
 
 def from_mapping(cls: type[T], value: Any, where: str, **given: Any) -> T:
@@ -71,6 +84,8 @@ def _convert(kind: Any, value: Any, where: str, path: str) -> Any:
 
 def _check_scalar(kind: type, value: Any, where: str) -> None:
     accepted = isinstance(value, int | float if kind is float else kind)
+    if kind in (int, float) and accepted and not abs(value) <= _LARGEST:
+        raise ConfigError(f"{where}: expected a finite number, got {value!r:.80}")
     if accepted and (kind is bool or not isinstance(value, bool)):
         return
     hint = " (YAML wants a dot in 1.0e-3)" if kind is float else ""  # without one it reads a string
@@ -108,10 +123,7 @@ def override_key(data: dict[str, Any], override: str) -> None:
             node = node[key]
     if not isinstance(node, dict):
         raise ConfigError(f"override {override!r}: {'.'.join(parents)} is not a mapping")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    value = parse_yaml(text, f"override {override!r}")
     old = node.get(last)
     if isinstance(old, list) and isinstance(value, list) and any(isinstance(entry, dict) for entry in old):
         value = [_named(old, entry, override) if isinstance(entry, str) else entry for entry in value]

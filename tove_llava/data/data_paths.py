@@ -5,10 +5,9 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import read_text
+from tove_llava.core.mappings import parse_yaml
 
 _YAML = (".yaml", ".yml")
 
@@ -49,10 +48,7 @@ def _entry(part: str, text: str) -> DataPath:
 
 
 def _listed(file: Path) -> list[DataPath]:
-    try:
-        entries = yaml.safe_load(read_text(file, ConfigError))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from None
+    entries = parse_yaml(read_text(file, ConfigError), str(file))
     if not isinstance(entries, list) or not entries:
         raise ConfigError(f"{file} must be a list of data files, each a path or {{path, weight}}")
     found = []

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import read_json_object
+from tove_llava.core.files import read_json_object, read_text
 from tove_llava.core.json_text import loads
 
 SPACE = "▁"  # SentencePiece's marker of a space
@@ -242,7 +242,7 @@ def _neighbouring_settings(folder: Path) -> dict[str, Any]:
         for token, index in read_json_object(folder / "added_tokens.json").items():
             added.setdefault(int(index), AddedToken(token, normalized=False, special=False))
     if (folder / "chat_template.jinja").is_file():
-        settings["chat_template"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        settings["chat_template"] = read_text(folder / "chat_template.jinja", CheckpointError)
     settings["added"] = added
     if settings.get("model_max_length", 0) > 10**9:  # transformers' number for "no limit"
         del settings["model_max_length"]

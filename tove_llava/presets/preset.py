@@ -17,7 +17,8 @@ from typing import Any
 import yaml
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.mappings import from_mapping, merged, override_key
+from tove_llava.core.files import read_text
+from tove_llava.core.mappings import from_mapping, merged, override_key, parse_yaml
 from tove_llava.core.plugins import add_plugins, file_plugins
 from tove_llava.core.registry import closest
 
@@ -241,10 +242,7 @@ def _read(name_or_path: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise ConfigError(f"preset file {name_or_path} does not exist")
     if str(path) in seen:
         raise ConfigError(f"preset {name_or_path}: extends itself, by way of {' -> '.join(seen)}")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"preset {path}: not valid YAML: {error}") from error
+    data = parse_yaml(read_text(path, ConfigError), f"preset {path}")
     if not isinstance(data, dict):
         raise ConfigError(f"preset {path}: expected a mapping of keys, got {type(data).__name__}")
     base = data.pop("extends", None)

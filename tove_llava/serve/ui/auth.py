@@ -1,8 +1,7 @@
 """Passwords of the page: ``user:password``, or ``@FILE`` with many."""
 
-from pathlib import Path
-
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import read_text
 
 
 def read_auth(given: str | None) -> list[tuple[str, str]] | None:
@@ -18,10 +17,7 @@ def read_auth(given: str | None) -> list[tuple[str, str]] | None:
         return None
     if not given.startswith("@"):
         return [_pair(given, "--auth")]
-    try:
-        lines = Path(given[1:]).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--auth {given}: the file cannot be read: {error}") from error
+    lines = read_text(given[1:], ConfigError, "check --auth").splitlines()
     pairs = [_pair(line, f"{given[1:]}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not pairs:
         raise ConfigError(f"--auth {given}: the file is empty; write one user:password a line")
