@@ -18,7 +18,7 @@ from train_parts import write_parts
 from tove_llava.ablation import job_pool, job_records
 from tove_llava.ablation.ablation_plan import read_plan
 from tove_llava.cli import main
-from tove_llava.core.files import hold
+from tove_llava.core.locks import hold
 from tove_llava.presets import load_preset
 
 

@@ -336,7 +336,7 @@ def test_interrupted_export_leaves_only_folders_in_use(detached, tmp_path, monke
         with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
             export_model(detached / "model", tmp_path / parent / "out")
         if isinstance(error, OSError):
-            assert "No space left" in str(caught.value) and "nothing was left behind" in str(caught.value)
+            assert "No space left" in str(caught.value)
     left = ["mine.txt", "new", "old"] if foreign else ["old"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == left
 
@@ -350,7 +350,7 @@ def test_full_disk_leaves_nothing(detached, tmp_path, kilobytes):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a small disk")
     try:
-        with pytest.raises(CheckpointError, match="nothing was left behind"):
+        with pytest.raises(CheckpointError, match="could not be written.*Make room"):
             export_model(detached / "model", disk / "out")
         assert list(disk.iterdir()) == []
     finally:

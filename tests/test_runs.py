@@ -9,7 +9,7 @@ from scipy.stats import t
 
 from tove_llava.ablation.seed_means import SeedMean
 from tove_llava.cli import main
-from tove_llava.core.files import hold
+from tove_llava.core.locks import locked
 
 
 def write_run(folder, stage="finetune_lora", seed=0, loss=1.0, score=None, finished=True, start=None, **settings):
@@ -105,10 +105,8 @@ def test_experts_differ_by_name_and_by_option(tmp_path, capsys):
 def test_state_of_a_run_that_is_not_finished(tmp_path, capsys):
     folder = write_run(tmp_path / "a", finished=False, loss=3.0)
     assert table(capsys, folder)[1][0][1:3] == ["interrupted at step 4 of 10", "3.0000"]
-    lock = hold(folder / "run.json")
-    assert hold(folder / "run.json") is None
-    assert table(capsys, folder)[1][0][1] == "running at step 4 of 10"
-    lock.close()
+    with locked(folder):
+        assert table(capsys, folder)[1][0][1] == "running at step 4 of 10"
     (folder / "checkpoint-4").rename(folder / "incomplete-checkpoint-4")
     assert table(capsys, folder)[1] == [[str(folder), "interrupted"]]
     assert main(["runs", str(folder), "--plot", str(tmp_path / "x.png")]) == 2

@@ -13,7 +13,8 @@ from typing import IO, Any
 
 from tove_llava.ablation.grid import Job
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import hold, read_json_object, write_atomically
+from tove_llava.core.files import read_json_object, write_atomically
+from tove_llava.core.locks import hold
 from tove_llava.core.sources import Source
 from tove_llava.core.version import __version__
 from tove_llava.doctor.machine import core_count

@@ -8,7 +8,8 @@ from typing import Any
 
 from tove_llava.checkpoints.manifest import MANIFEST
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import hold, read_json_object
+from tove_llava.core.files import read_json_object
+from tove_llava.core.locks import LOCK, is_locked
 from tove_llava.eval.report.runs import read_run
 from tove_llava.eval.result_files import RESULT
 from tove_llava.train.run_files import CHECKPOINT, RUN_RECORD, STAGING, STATE, complete
@@ -130,13 +131,9 @@ def read_training_run(folder: Path, label: str = "", evaluation: Path | None = N
         if (place / STATE).is_file():
             state = read_json_object(place / STATE, DataError)
             break
-    if finished:
-        condition = FINISHED
-    else:
-        lock = hold(folder / RUN_RECORD)
-        condition = RUNNING if lock is None else INTERRUPTED
-        if lock is not None:
-            lock.close()
+    condition = FINISHED if finished else INTERRUPTED
+    if not finished and is_locked(folder / LOCK):
+        condition = RUNNING
     return TrainingRun(
         folder=folder,
         label=label or os.fspath(folder),

@@ -28,6 +28,7 @@ from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
+from tove_llava.core.locks import locked_target
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -70,11 +71,16 @@ def detach_checkpoint(model: str | os.PathLike[str], out: str | os.PathLike[str]
     Raises:
         ConfigError: an unknown expert, a model without experts, a fusion that cannot be cut, or a ``top_k`` above the
             number of gate columns that are left.
-        CheckpointError: ``model`` is incomplete or damaged, or ``out`` exists.
+        CheckpointError: ``model`` is incomplete or damaged, or ``out`` exists or cannot be written.
+        BusyError: another process writes ``out``.
     """
-    folder, out = Path(model), Path(out)
-    manifest = Manifest.read(folder)
     check_out(out)
+    with locked_target(out):
+        return _detach(Path(model), Path(out), experts)
+
+
+def _detach(folder: Path, out: Path, experts: Iterable[str]) -> Detached:
+    manifest = Manifest.read(folder)
     config = read_config(folder)
     large = config.vision_config
     small = reduced_config(large, experts)

@@ -11,6 +11,7 @@ from tove_llava.checkpoints.formats.tove import MergedAdapters
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import staged
+from tove_llava.core.locks import locked_target
 from tove_llava.data import get_template
 from tove_llava.presets import Preset, load_preset
 
@@ -47,6 +48,7 @@ def convert_checkpoint(
     Raises:
         ConfigError: an unknown format or flag, a model that the format cannot hold, or a target that is in use.
         CheckpointError: the source is damaged, or the target cannot be written. An error leaves no files.
+        BusyError: another process writes the target.
 
     Example:
         >>> remarks = tove_llava.convert_checkpoint(llava, "converted")  # a LLaVA-1.5 becomes a folder of this package
@@ -128,8 +130,9 @@ def _write(
     check_request(writer, request)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{out} exists and is not empty; give --out a new folder, or remove that one")
-    source = writer.open(Path(model), request)
-    with staged(target) as folder:
-        writer.write(source, folder, request)
+    with locked_target(target):
+        source = writer.open(Path(model), request)
+        with staged(target) as folder:
+            writer.write(source, folder, request)
     remarks: list[str] = source.remarks
     return remarks

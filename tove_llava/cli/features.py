@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     check_least(args, "--shard-images", "--batch-size", "--workers")
     dtype = torch_dtype(args.dtype)
     tower = ToveVisionModel(vision_config(load_preset(args.preset, args.set).vision)).eval()
-    tower.to(choose_device(args.device), dtype).load_backbones()
+    tower.to(choose_device(args.device), dtype)
     names = dict.fromkeys(name for file in args.data for name in image_names(file))
     keys = ("store", "batch_size", "shard_images", "workers")
     options = {key: getattr(args, key) for key in keys} | {"aspect_ratio": args.image_aspect_ratio, "share": share}

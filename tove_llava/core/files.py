@@ -1,13 +1,14 @@
 """Files: written whole or not at all, read with precise errors."""
 
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -19,47 +20,170 @@ from tove_llava.core.json_text import JsonError, loads
 def staged(out: Path) -> Iterator[Path]:
     """Yield a folder that becomes ``out``, unless the block fails.
 
+    Those that killed processes left are removed.
+
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
-    made = [parent for parent in out.parents if not parent.exists()]  # the innermost first
+    made = make_folders(out.parent)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    except OSError as error:
-        _remove_empty(made)
-        raise CheckpointError(f"cannot write next to {out}: {error}") from error
-    try:
-        yield stage
-        mask = _umask()
-        for path in (*sorted(stage.rglob("*"), reverse=True), stage):
-            # mkdtemp and safetensors give rights only to the owner.
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-            sync(path)
-        os.replace(stage, out)
-        sync(out.parent)
-    except BaseException as error:
-        shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise CheckpointError(
-                f"{out} could not be written ({error}); nothing was left behind. Make room on that disk, or give --out "
-                "a folder on another one"
-            ) from error
+        with _stage(out) as stage:
+            try:
+                with writing(out):
+                    yield stage
+                    _settle(stage)
+                    if out.is_dir() and any(out.iterdir()):
+                        raise CheckpointError(
+                            f"{out} was written meanwhile by another process, and stays as it is; give --out a new "
+                            "folder, or remove that one"
+                        )
+                    os.replace(stage, out)
+                    sync(out.parent)
+            except BaseException:
+                shutil.rmtree(stage, ignore_errors=True)
+                raise
+    except BaseException:
+        remove_empty(made)
         raise
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+@contextmanager
+def adding(folder: Path, last: str) -> Iterator[Path]:
+    """Yield a folder whose entries move into ``folder`` unless the block fails, ``last`` at the end.
+
+    The caller has locked ``folder``: what a killed process left there is removed.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written.
+    """
+    stage = folder / ".partial"
+    shutil.rmtree(stage, ignore_errors=True)
+    try:
+        with writing(folder):
+            stage.mkdir()
+            yield stage
+            _settle(stage)
+            for entry in sorted(stage.iterdir(), key=lambda entry: entry.name == last):
+                target = folder / entry.name
+                if target.is_dir():
+                    shutil.rmtree(target)
+                os.replace(entry, target)
+            sync(folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextmanager
+def _stage(out: Path) -> Iterator[Path]:
+    """Make and lock a folder next to ``out``; remove those whose process has ended."""
+    prefix = f".{out.name}.partial-"
+    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+        with _opened(left) as descriptor:
+            if descriptor is not None and try_lock(descriptor):
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with writing(out):
+            stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        with _opened(stage) as descriptor:
+            if descriptor is not None and try_lock(descriptor) is not False:
+                yield stage
+                return
+        # Another process took it for a left one.
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    """Open a folder's descriptor; None if the folder is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield None
+        return
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file or folder; False if a process holds it, None on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn failed writes of the block into an error that names the path.
+
+    Raises:
+        CheckpointError: the disk is full or read-only, or a right is missing.
+    """
+    try:
+        yield
+    except ToveError:
+        raise
+    except Exception as error:
+        reason = _write_failure(error)
+        if reason is None:
+            raise
+        raise CheckpointError(
+            f"{path} could not be written ({reason}). Make room on that disk, or choose a place on another one"
+        ) from error
+
+
+def _write_failure(error: Exception) -> str | None:
+    """Return why a write failed, or None for another kind of error.
+
+    tokenizers raises plain exceptions, and torch.save a RuntimeError.
+    """
+    if isinstance(error, OSError | SafetensorError) or "(os error " in str(error):
+        return str(error)
+    return "the disk may be full" if "inline_container" in str(error) else None
+
+
+def check_writable(target: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError if no file can be made where ``target`` is to be."""
+    folder = next(place for place in (Path(target), *Path(target).absolute().parents) if place.is_dir())
+    with writing(target), tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def make_folders(folder: str | os.PathLike[str]) -> list[Path]:
+    """Make a folder and return the new ones, the innermost first.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    folder = Path(folder)
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        remove_empty(made)
+        raise CheckpointError(f"{folder} cannot be made ({error}); choose another place") from error
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
     """Remove the folders that are still empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
+def _settle(stage: Path) -> None:
+    """Flush a folder's files to the disk, with the usual rights."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in (*sorted(stage.rglob("*"), reverse=True), stage):
+        # mkdtemp and safetensors give rights only to the owner.
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        sync(path)
 
 
 def sync(path: Path) -> None:
@@ -75,28 +199,23 @@ def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None
     """Replace a file's content whole: readers see old or new content.
 
     The folder is made where it is missing. Several processes may write the same file.
+
+    Raises:
+        CheckpointError: the file cannot be written; it is as it was.
     """
     path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-def hold(file: str | os.PathLike[str]) -> IO[bytes] | None:
-    """Open and lock a file until it is closed, or its process and their children end; None if it is locked."""
-    handle = open(file, "ab")  # noqa: SIM115 (the caller closes it)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        handle.close()
-        return None
-    except OSError:
-        pass  # a file system without locks
-    return handle
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as handle:
+                handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> str:

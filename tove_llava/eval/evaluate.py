@@ -4,12 +4,15 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import write_atomically
+from tove_llava.core.locks import locked
 from tove_llava.eval import result_files
 from tove_llava.eval.benchmarks import Score
 from tove_llava.eval.conditions import Condition
@@ -18,7 +21,7 @@ from tove_llava.eval.score_table import notes, score_table
 from tove_llava.eval.tasks import Task, find_data
 
 if TYPE_CHECKING:
-    from tove_llava.eval.runner import Run
+    from tove_llava.eval.runner import Ranks, Run
 
 ANSWERS = "answers.jsonl"
 
@@ -69,17 +72,31 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
     Raises:
         ConfigError: an unknown benchmark, device, dtype or template, or a benchmark without options to score.
         DataError: data is missing or malformed, or the output folder holds answers of another run.
-        CheckpointError: the folder holds no model.
+        CheckpointError: the folder holds no model, or the output cannot be written.
+        BusyError: another process writes the same answers.
     """
     # Everything that can be wrong is checked before anything is written, and most of it before the model is loaded.
     folder, tasks = Path(evaluation.model), _read_tasks(evaluation)
 
+    from tove_llava.eval.runner import Ranks
+
+    ranks = Ranks.from_environment()
+    target = Path(evaluation.output) if evaluation.output is not None else folder / "eval"
+    with ExitStack() as locks:
+        for task, condition in product(tasks, evaluation.conditions) if ranks.rank == 0 else ():
+            locks.enter_context(locked(target / task.name / condition.name))
+        return _evaluate(evaluation, tasks, ranks, target)
+
+
+def _evaluate(
+    evaluation: Evaluation, tasks: Sequence[Task], ranks: "Ranks", target: Path
+) -> tuple[dict[str, Any], str] | None:
     from tove_llava.eval.provenance import provenance
-    from tove_llava.eval.runner import Ranks, Settings, forget, run_benchmark
+    from tove_llava.eval.runner import Settings, forget, run_benchmark
     from tove_llava.inference.generation import Answerer
     from tove_llava.llava.quantization import loaded_bits
 
-    ranks = Ranks.from_environment()
+    folder = Path(evaluation.model)
     loading = dict(evaluation.loading)
     if ranks.world > 1 and loading.get("device") is None:
         loading["device"] = _local_device()
@@ -94,7 +111,6 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
         "language_model_bits": str(loaded_bits(answerer.model)),
     }
     settings = Settings(folder.name, evaluation.score_options, evaluation.batch_size, evaluation.workers)
-    target = Path(evaluation.output) if evaluation.output is not None else folder / "eval"
     results: dict[str, dict[str, Any]] = {}
     tables = []
     for task in tasks:

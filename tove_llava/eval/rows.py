@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tove_llava.core.errors import DataError
-from tove_llava.core.files import parse_json_lines, read_text
+from tove_llava.core.files import parse_json_lines, read_text, writing
 from tove_llava.eval.fields import ID, Kinds, Row, check_row
 
 T = TypeVar("T")
@@ -75,19 +75,22 @@ class AppendFile:
 
     def __init__(self, file: str | Path) -> None:
         self.path = Path(file)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole != len(content):
-                os.truncate(self.path, whole)
-        self._handle = open(self.path, "ab")  # noqa: SIM115  (closed by __exit__)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                content = self.path.read_bytes()
+                whole = content.rfind(b"\n") + 1
+                if whole != len(content):
+                    os.truncate(self.path, whole)
+            self._handle = open(self.path, "ab", buffering=0)  # noqa: SIM115  (closed by __exit__)
 
     def append(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write the rows at once and wait until they are on disk."""
-        self._handle.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8"))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+        with writing(self.path):
+            while lines:
+                lines = lines[self._handle.write(lines) :]
+            os.fsync(self._handle.fileno())
 
     def __enter__(self) -> "AppendFile":
         return self

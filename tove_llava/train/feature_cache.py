@@ -226,7 +226,6 @@ def read_description(folder: Path, part: str) -> dict[str, Any]:
 def write_part(folder: Path, part: str, description: dict[str, Any]) -> None:
     """Record the origin of a part."""
     files = source_files(Source.parse(description["source"]).path)
-    (folder / part).mkdir(exist_ok=True)
     weights = {file: file_fingerprint(path) for file, path in files.items()}
     write_json(folder / part / "part.json", {**description, FILES: weights})
 

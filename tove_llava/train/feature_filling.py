@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from tove_llava.core.errors import ConfigError
+from tove_llava.core.errors import BusyError, ConfigError
+from tove_llava.core.locks import is_locked, locked
 from tove_llava.data.images import AspectRatio, ImageTransform, resolve_image
 from tove_llava.tower import ToveVisionModel
 from tove_llava.train.feature_cache import (
@@ -58,7 +60,7 @@ def fill_cache(
     shard_images: int = SHARD_IMAGES,
     workers: int = 4,
 ) -> Filled:
-    """Compute the shards that a cache lacks.
+    """Compute the shards that a cache lacks; load the backbones first.
 
     Args:
         images: names as in the records, relative to ``image_folder``, without duplicates.
@@ -70,6 +72,8 @@ def fill_cache(
         workers: threads that open images.
 
     Raises:
+        BusyError: another process computes these shards.
+        CheckpointError: the folder cannot be written.
         ConfigError: the folder is a cache of other images, with another store, or of a tower whose source or local
             weights have changed; or a value cannot be stored like this.
         DataError: an image cannot be read, or its file has changed.
@@ -77,8 +81,43 @@ def fill_cache(
     """
     folder, config = Path(folder), tower.config
     parts = describe_parts(config, tower.dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    layout = _layout(folder, Layout(aspect_ratio, store, shard_images, list(images)))
+    with _locked_share(folder, share):
+        layout = _layout(folder, Layout(aspect_ratio, store, shard_images, list(images)))
+        work = _lacking(folder, layout, parts, share, Path(image_folder))
+        tower.load_backbones()
+        transform = ImageTransform(
+            config.image_size, cast(AspectRatio, aspect_ratio), mean=config.image_mean, std=config.image_std
+        )
+
+        def opened(name: str) -> Opened:
+            file = resolve_image(image_folder, name)
+            return transform.open(file), file_fingerprint(file)
+
+        with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
+            decoded = _ahead(pool, opened, (name for shard in work for name in layout.of(shard)), 2 * batch_size)
+            with tqdm(desc="features", unit="image", total=sum(len(layout.of(shard)) for shard in work)) as progress:
+                for shard, lacking in work.items():
+                    _fill_shard(folder, tower, layout, shard, lacking, decoded, batch_size, progress)
+    files = [shard_file(folder, name, shard) for name in parts for shard in range(layout.shards)]
+    sizes = [file.stat().st_size for file in files if file.exists()]
+    return Filled(size=sum(sizes), missing=len(files) - len(sizes))
+
+
+@contextmanager
+def _locked_share(folder: Path, share: tuple[int, int]) -> Iterator[None]:
+    """Lock the shards of one process."""
+    number, count = share
+    with locked(folder, f".share-{number}-of-{count}.lock"):
+        for other in folder.glob(".share-*.lock"):
+            if not other.name.endswith(f"-of-{count}.lock") and is_locked(other):
+                raise BusyError(f"{folder} is being filled in other shares ({other.name}); wait for their end")
+        yield
+
+
+def _lacking(
+    folder: Path, layout: Layout, parts: Mapping[str, dict[str, Any]], share: tuple[int, int], image_folder: Path
+) -> dict[int, list[str]]:
+    """Check a cache, begin its new parts, and return what each shard lacks."""
     for name, description in parts.items():
         if (folder / name / "part.json").exists():
             check_part(folder, name, description)
@@ -86,30 +125,14 @@ def fill_cache(
             raise ConfigError(f"{folder / name} does not say what it was computed from; delete that folder")
         else:
             write_part(folder, name, description)
-    (folder / "pictures").mkdir(exist_ok=True)
     work = {}
     for shard in range(share[0], layout.shards, share[1]):
         known = prints_file(folder, shard).exists()
         if known:
-            check_images(folder, layout, shard, Path(image_folder))
+            check_images(folder, layout, shard, image_folder)
         if lacking := [name for name in parts if not (known and shard_file(folder, name, shard).exists())]:
             work[shard] = lacking
-    transform = ImageTransform(
-        config.image_size, cast(AspectRatio, aspect_ratio), mean=config.image_mean, std=config.image_std
-    )
-
-    def opened(name: str) -> Opened:
-        file = resolve_image(image_folder, name)
-        return transform.open(file), file_fingerprint(file)
-
-    with ThreadPoolExecutor(workers, thread_name_prefix="images") as pool:
-        decoded = _ahead(pool, opened, (name for shard in work for name in layout.of(shard)), 2 * batch_size)
-        with tqdm(desc="features", unit="image", total=sum(len(layout.of(shard)) for shard in work)) as progress:
-            for shard, lacking in work.items():
-                _fill_shard(folder, tower, layout, shard, lacking, decoded, batch_size, progress)
-    files = [shard_file(folder, name, shard) for name in parts for shard in range(layout.shards)]
-    sizes = [file.stat().st_size for file in files if file.exists()]
-    return Filled(size=sum(sizes), missing=len(files) - len(sizes))
+    return work
 
 
 def _layout(folder: Path, wanted: Layout) -> Layout:

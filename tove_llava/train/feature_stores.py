@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.files import writing
 
 BLOCK = 32  # most values that share a scale
 
@@ -89,12 +90,18 @@ def write_shard(file: Path, values: np.ndarray, store: str) -> None:
         store: key of :data:`STORES`.
 
     Raises:
+        CheckpointError: the disk is full or read-only.
         ConfigError: a value is too large to be stored like this.
     """
-    file.parent.mkdir(exist_ok=True)
     staged = file.with_name(file.name + ".part")
-    save_file(STORES[store].pack(values), staged)
-    os.replace(staged, file)
+    with writing(file):
+        file.parent.mkdir(exist_ok=True)
+        try:
+            save_file(STORES[store].pack(values), staged)
+            os.replace(staged, file)
+        except BaseException:
+            staged.unlink(missing_ok=True)
+            raise
 
 
 class Shards:

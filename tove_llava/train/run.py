@@ -2,9 +2,10 @@
 
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ import torch.distributed as dist
 from transformers import LlavaProcessor, TrainingArguments, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.checkpoints.card import CARD
+from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import ConfigError, ToveError
-from tove_llava.core.files import read_json_object
+from tove_llava.core.files import adding, read_json_object
+from tove_llava.core.locks import locked
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.core.plugins import take_plugin_flags
 from tove_llava.data import LlavaCollator, LlavaDataset, get_template
@@ -52,13 +55,19 @@ def run(settings: Settings) -> None:
     An interrupted run resumes from its last complete checkpoint. A finished run is left as it is.
 
     Raises:
-        ToveError: a setting, record, image or checkpoint is unusable, or the loss is not finite.
+        ToveError: a setting, record, image or checkpoint is unusable, the loss is not finite, or another process
+            writes the folder.
         Interrupted: a signal ended the run (:mod:`tove_llava.train.interrupts`).
     """
     record = run_record(settings)
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
+    with locked(settings.output_dir) if _is_main() else nullcontext():
+        _run(settings, record)
+
+
+def _run(settings: Settings, record: dict[str, Any]) -> None:
     _check_deepspeed(settings)
     _check_template(settings)
     if settings.stage.fused_kernels:
@@ -80,14 +89,16 @@ def run(settings: Settings) -> None:
 
     model, trainable = _make_model(settings, start, seed)
     resume = last_checkpoint(settings.output_dir)
-    _lock = write_record(settings.output_dir, record) if _is_main() else None  # held until this function returns
+    if _is_main():
+        write_record(settings.output_dir, record)
     if resume is not None and _is_last_step(resume):
         _say(f"{resume} is the last step of this run; only saving was left to do")
         step_checkpoints.load_weights(resume / step_checkpoints.WEIGHTS, trainable)
         if _is_main():
-            state = (resume / STATE).read_text()
-            _save(settings, start, model, trainable, step_checkpoints.gather(trainable, True), stages)
-            (settings.output_dir / STATE).write_text(state)
+            tensors = step_checkpoints.gather(trainable, True)
+            with _adding(settings.output_dir) as folder:
+                _save(settings, start, model, trainable, tensors, stages, folder)
+                shutil.copyfile(resume / STATE, folder / STATE)
         return
 
     # From here on DeepSpeed is configured: under ZeRO-3 it would partition a model while it is built.
@@ -104,8 +115,9 @@ def run(settings: Settings) -> None:
 
     tensors = step_checkpoints.gather(trainable, args.should_save)  # every rank takes part
     if args.should_save:
-        trainer.save_state()
-        _save(settings, start, model, trainable, tensors, stages)
+        with _adding(settings.output_dir) as folder:
+            _save(settings, start, model, trainable, tensors, stages, folder)
+            trainer.state.save_to_json(str(folder / STATE))
         _say(ending(args, trainer.state, _next_stage(settings, trainable)))
     if dist.is_initialized():
         dist.barrier()
@@ -210,6 +222,15 @@ def last_checkpoint(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+@contextmanager
+def _adding(run: Path) -> Iterator[Path]:
+    """Yield a folder for the finished model, which moves into the run's; a card that somebody wrote stays."""
+    with adding(run, last=MANIFEST) as folder:
+        if (run / CARD).is_file():
+            shutil.copyfile(run / CARD, folder / CARD)
+        yield folder
+
+
 def _save(
     settings: Settings,
     start: Start,
@@ -217,7 +238,7 @@ def _save(
     trainable: Trainable,
     tensors: dict[str, torch.Tensor],
     stages: list[dict[str, Any]],
-    folder: Path | None = None,
+    folder: Path,
 ) -> None:
     kinds = {LORA: "lora", LANGUAGE: "full"}
     processor = build_processor(
@@ -239,7 +260,6 @@ def _save(
         quantization=recorded(start.quantization),
         history=stages,
     )
-    folder = folder or settings.output_dir
     save_checkpoint(folder, model, processor, manifest, tensors, self_contained=settings.self_contained)
 
 

@@ -3,11 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.core.errors import CheckpointError
-from tove_llava.core.files import hold, read_json_object
+from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.core.json_text import plain
 from tove_llava.core.plugins import file_plugins
 from tove_llava.data.data_paths import described
@@ -49,11 +49,9 @@ def run_record(settings: Settings) -> dict[str, Any]:
     return record
 
 
-def write_record(output_dir: Path, record: dict[str, Any]) -> IO[bytes] | None:
-    """Write the record into a run's folder, and lock it while the result is open."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / RUN_RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    return hold(output_dir / RUN_RECORD)
+def write_record(output_dir: Path, record: dict[str, Any]) -> None:
+    """Write the record into a run's folder."""
+    write_atomically(output_dir / RUN_RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def is_finished(output_dir: Path, record: dict[str, Any]) -> bool:

@@ -25,8 +25,8 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tove_llava.core.errors import NonFiniteError
-from tove_llava.core.files import read_json_object
+from tove_llava.core.errors import CheckpointError, NonFiniteError
+from tove_llava.core.files import read_json_object, writing
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset, WeightedSampler
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
@@ -36,7 +36,7 @@ from tove_llava.train.callbacks import Ends, SetEpoch
 from tove_llava.train.lines import progress
 from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter
-from tove_llava.train.run_files import STAGING
+from tove_llava.train.run_files import CHECKPOINT, STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
 from tove_llava.train.validation import Validation, keep_best, mean_loss
 from tove_llava.train.window import Window, draw_noise, open_window
@@ -296,8 +296,16 @@ class ToveTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Write a checkpoint, then rename it: ``checkpoint-N`` is always whole."""
-        run = Path(self.args.output_dir)
-        staging = run / f"{STAGING}{self.state.global_step}"
+        final = Path(self.args.output_dir) / f"{CHECKPOINT}{self.state.global_step}"
+        staging = final.with_name(f"{STAGING}{self.state.global_step}")
+        try:
+            with writing(final):
+                self._write_checkpoint(staging, final)
+        except CheckpointError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+    def _write_checkpoint(self, staging: Path, final: Path) -> None:
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
@@ -313,7 +321,7 @@ class ToveTrainer(Trainer):
         if self.args.should_save:
             (staging / step_checkpoints.METER).write_text(json.dumps(meter))
             self.state.save_to_json(str(staging / "trainer_state.json"))
-            step_checkpoints.publish(staging, run / f"checkpoint-{self.state.global_step}", self._keep_checkpoints)
+            step_checkpoints.publish(staging, final, self._keep_checkpoints)
         self._barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

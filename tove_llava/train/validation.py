@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from tove_llava.core.errors import NonFiniteError
+from tove_llava.core.files import writing
 from tove_llava.data import IGNORE_INDEX
 
 BEST = "best"  # folder of the best model in a run's folder
@@ -89,8 +90,12 @@ def keep_best(run: Path, write: Callable[[Path], None]) -> None:
     target, staging, old = run / BEST, run / f"{BEST}.partial", run / f"{BEST}.old"
     for left in (staging, old):
         shutil.rmtree(left, ignore_errors=True)
-    write(staging)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(staging, target)
+    try:
+        with writing(target):
+            write(staging)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
