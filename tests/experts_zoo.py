@@ -1,4 +1,7 @@
-"""Small random models of each library's real architecture, in published formats."""
+"""Small random models of each library's real architecture, in published formats.
+
+Libraries that a GPU image may lack are imported where they are used: its tests import this file.
+"""
 
 import atexit
 import json
@@ -10,11 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import timm
 import torch
 import transformers as tf
-from kornia.models.dexined import DexiNed
 from safetensors.torch import save_file
 
 
@@ -56,6 +57,8 @@ def timm_folder(architecture: str, **kwargs: Any) -> Callable[[Path], str]:
 
 
 def open_clip_folder(folder: Path) -> str:
+    import open_clip
+
     timm_keys = {"model_name": "eva02_tiny_patch14_224", "model_pretrained": False, "pool": "token", "proj": None}
     vision = {"image_size": 56, **{f"timm_{key}": value for key, value in timm_keys.items()}}
     text = {"context_length": 8, "vocab_size": 64, "width": 16, "heads": 2, "layers": 1}
@@ -103,6 +106,8 @@ def save_large_experts(folder: Path) -> list[dict[str, Any]]:
 
     Those that have 24 layers get two.
     """
+    from kornia.models.dexined import DexiNed
+
     sizes = {"neck_hidden_sizes": [48, 96, 192, 384], "fusion_hidden_size": 64}
     backbone = {"num_attention_heads": 6, "patch_size": 14, "apply_layernorm": True}
     makers = {

@@ -334,6 +334,44 @@ def test_an_execution_that_cannot_be_used_says_so(tmp_path, monkeypatch):
         tower.encode(pixels())
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_lack_of_memory_stays_one(tmp_path, monkeypatch, wrapped):
+    """Evaluation and serving wait for it to take smaller batches."""
+
+    def exhausted(function, **_):
+        def run(x):
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            except torch.OutOfMemoryError as error:
+                raise (RuntimeError("backend failed") if wrapped else error) from error
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", exhausted)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_tower(tmp_path).set_execution("compiled").encode(pixels())
+
+
+def test_compiled_functions_of_one_class_do_not_exhaust_torchs_limit(monkeypatch):
+    """As with a torch.compile that cannot isolate functions, and a compiler that is quick."""
+
+    class Network:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def features(self, x):
+            return x * self.factor
+
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, *, dynamic: compile_(function, dynamic=dynamic, backend="eager")
+    )
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for factor in range(5):
+            assert execution._compiled(Network(factor).features)(torch.ones(2)).tolist() == [factor] * 2
+
+
 def test_training_takes_it_from_preset_and_flag(tmp_path):
     (tmp_path / "data.json").write_text("[]")
     data = ["--data_path", str(tmp_path / "data.json"), "--image_folder", str(tmp_path), "--output_dir", str(tmp_path)]

@@ -2,7 +2,6 @@
 
 import json
 
-import gguf
 import pytest
 import torch
 from train_parts import flags, write_parts, write_records
@@ -12,6 +11,8 @@ from tove_llava.checkpoints.conversion import export_model
 from tove_llava.llava.build import read_language_model
 from tove_llava.presets import LanguagePreset
 from tove_llava.train.run import main
+
+gguf = pytest.importorskip("gguf")
 
 MARK = {"_model_name_or_path": "A Title", "quantization_config": {"quant_method": "gguf", "gguf_file": "llm.gguf"}}
 BLOCK = {

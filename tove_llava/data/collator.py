@@ -52,7 +52,9 @@ class LlavaCollator:
         batch = _one_row(rows) if self.packed else self._padded(rows)
         # Each token predicts the next; nothing predicts a sequence's first.
         follows = batch["labels"][:, 1:] != IGNORE_INDEX
-        batch["supervised"] = torch.arange(batch["labels"].numel()).view_as(batch["labels"])[:, :-1][follows]
+        positions = torch.arange(batch["labels"].numel()).view_as(batch["labels"])
+        batch["supervised"] = positions[:, :-1][follows]
+        batch["image_positions"] = positions[batch["input_ids"] == self.image_token_id]
         pixels = [example["pixel_values"] for example in examples if example["pixel_values"] is not None]
         if pixels:
             batch["pixel_values"] = torch.cat(pixels)  # [sum of n_images, 3, S, S]

@@ -50,6 +50,8 @@ class ExpertHub(nn.Module):
         parsed = [ExpertSpec.from_dict(spec) for spec in specs]
         check_names(parsed)
         self.experts = nn.ModuleDict({spec.name: build_expert(spec, base_dir) for spec in parsed})
+        self.defers = False  # strict checks wait for check_deferred(): a trainer then waits for the device once a step
+        self._deferred: list[tuple[dict[str, Tensor], dict[str, torch.dtype]]] = []
 
     @property
     def names(self) -> list[str]:
@@ -109,30 +111,34 @@ class ExpertHub(nn.Module):
         return {name: self[name].condition(pixels, shared) for name in names}
 
     def check(self, features: dict[str, Tensor], strict: bool = False) -> HubOutput:
-        """Handle non-finite values as :meth:`run` says; wait for the device once."""
+        """Handle non-finite values as :meth:`run` says; wait for the device once, or in :meth:`check_deferred`."""
         valid = {}
         for name, x in features.items():
             low, high = x.flatten(1).aminmax(dim=1)  # NaN becomes both
             valid[name] = low.isfinite() & high.isfinite()  # [B]
         if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops silently, in training too
             return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
-        if valid and not bool(torch.stack(list(valid.values())).all()):
-            features = {
-                name: x if bool(valid[name].all()) else self._drop(name, x, valid[name], strict)
-                for name, x in features.items()
-            }
+        if strict and self.defers:
+            self._deferred.append((valid, {name: x.dtype for name, x in features.items()}))
+        elif valid and not bool(torch.stack(list(valid.values())).all()):
+            bad = {name: images for name, ok in valid.items() if (images := _failed(ok))}
+            if strict:
+                raise _error(*next(iter(bad.items())), features[next(iter(bad))].dtype)
+            for name, images in bad.items():
+                what = f"{_failure(name, images)}; it is left out for these images"
+                warnings.warn(what, RuntimeWarning, stacklevel=2)
+            features = {name: _without(x, valid[name]) if name in bad else x for name, x in features.items()}
         return HubOutput(features, valid)
 
-    def _drop(self, name: str, x: Tensor, ok: Tensor, strict: bool) -> Tensor:
-        images = (~ok).nonzero().flatten().tolist()
-        message = f"expert {name!r} returned non-finite values for image(s) {images} of the batch"
-        if strict:
-            raise NonFiniteError(
-                f"{message}; check that image and the expert's dtype ({x.dtype}; fp16 overflows where bf16 does not), "
-                "or detach the expert"
-            )
-        warnings.warn(f"{message}; it is left out for these images", RuntimeWarning, stacklevel=3)
-        return _without(x, ok)
+    def check_deferred(self) -> None:
+        """Raise NonFiniteError for what :meth:`check` deferred; wait for the device once."""
+        deferred, self._deferred = self._deferred, []
+        flags = [ok.all() for valid, _ in deferred for ok in valid.values()]
+        if flags and not bool(torch.stack(flags).all()):
+            for valid, dtypes in deferred:
+                for name, ok in valid.items():
+                    if images := _failed(ok):
+                        raise _error(name, images, dtypes[name])
 
     def save(self, folder: str | Path, prefix: str = "experts") -> list[ExpertSpec]:
         """Write each expert to ``folder/prefix/<name>``; return specs whose sources point there (``./...``)."""
@@ -147,6 +153,21 @@ class ExpertHub(nn.Module):
             path = source.require().relative_to(folder.absolute() if source.require().is_absolute() else folder)
             specs.append(expert.spec.replace(source=str(source.at(f"./{path.as_posix()}")), revision=None))
         return specs
+
+
+def _failed(ok: Tensor) -> list[int]:
+    return [index for index, fine in enumerate(ok.tolist()) if not fine]
+
+
+def _failure(name: str, images: list[int]) -> str:
+    return f"expert {name!r} returned non-finite values for image(s) {images} of the batch"
+
+
+def _error(name: str, images: list[int], dtype: torch.dtype) -> NonFiniteError:
+    return NonFiniteError(
+        f"{_failure(name, images)}; check that image and the expert's dtype ({dtype}; fp16 overflows where bf16 does "
+        "not), or detach the expert"
+    )
 
 
 def _without(x: Tensor, ok: Tensor) -> Tensor:

@@ -187,6 +187,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         add_aux_loss: bool = True,
         output_routing: bool = False,
         supervised: torch.LongTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> ToveLlavaOutput:
@@ -201,6 +202,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             output_routing: return the gate weights.
             supervised: int64 ``[n]``, the indices in the flattened batch whose next label is supervised, as the
                 collator gives them. Logits are computed only there, and none are returned.
+            image_positions: int64 ``[images * N]``, the indices of the placeholders in the flattened batch, as the
+                collator gives them; with ``supervised``. Nothing then waits for the device to count placeholders.
             num_items_in_batch: what the sum of cross-entropies is divided by, instead of their number.
 
         Raises:
@@ -222,6 +225,8 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             counted = {"num_items_in_batch": num_items_in_batch}
             output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **given, **counted)
         else:
+            if image_positions is not None:
+                given |= self._embedded(input_ids, image_positions, images)
             output = self._loss_only(labels, supervised, num_items_in_batch, given)
         loss, gate_inputs, routing, aux_loss, merge_loss = output.loss, None, None, None, None
         if images is not None:
@@ -272,6 +277,17 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if merge_loss is not None and len(merge_loss):
             loss = loss + self.tower.merge_coefficient * merge_loss.mean().to(loss)
         return loss, aux_loss
+
+    def _embedded(
+        self, input_ids: torch.Tensor | None, positions: torch.Tensor, images: ToveVisionOutput | None
+    ) -> dict[str, Any]:
+        """Return the text's embeddings with the images' tokens at their positions, as the model's arguments."""
+        embeds = self.get_input_embeddings()(input_ids)  # [B,L,D]
+        tokens = embeds[0, :0] if images is None else torch.cat(images.pooler_output).to(embeds)
+        if len(tokens) != len(positions):
+            raise ConfigError(f"the batch has {len(positions)} image placeholders and its images {len(tokens)} tokens")
+        filled = embeds.flatten(0, 1).index_copy(0, positions, tokens).view_as(embeds)
+        return {"input_ids": None, "inputs_embeds": filled, "mm_encoder_outputs": None}
 
     def _loss_only(
         self,

@@ -48,8 +48,8 @@ def varlen_attention(
     if torch.is_autocast_enabled(device):  # like torch's own attention; rotary positions may have made them float32
         query, key, value = (states.to(torch.get_autocast_dtype(device)) for states in (query, key, value))
     grouped = key.shape[1] != query.shape[1]
-    if _has_kernel(query, grouped) and dropout == 0:
-        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped), None
+    if _has_kernel(query) and dropout == 0:
+        return _kernel(query, key, value, cu_seq_lens_q, max_length_q, scaling), None
     dtype = query.dtype
     autocast: AbstractContextManager[Any] = nullcontext()
     if device == "cpu":  # torch's backward pass of attention is more than twice as fast in float32 there
@@ -72,16 +72,16 @@ def varlen_attention(
     return torch.cat(parts, dim=2).transpose(1, 2).to(dtype), None  # [1,T,H,d]
 
 
-def _has_kernel(query: Tensor, grouped: bool) -> bool:
-    if not _runs_on(query):
-        return False
+def _has_kernel(query: Tensor) -> bool:
+    return _runs_on(query) and {"window_size", "scale"} <= _kernel_parameters()
+
+
+def _kernel_parameters() -> frozenset[str]:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:  # before torch 2.10
-        return False
-    # Some supported versions' kernel takes no grouped heads; Vicuna has none.
-    wanted = {"window_size", "scale"} | ({"enable_gqa"} if grouped else set())
-    return wanted <= inspect.signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _runs_on(query: Tensor) -> bool:
@@ -89,15 +89,16 @@ def _runs_on(query: Tensor) -> bool:
     return query.device.type == "cuda" and query.dtype in (torch.float16, torch.bfloat16)
 
 
-def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None, grouped: bool
-) -> Tensor:
+def _kernel(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    rows = (states[0].transpose(0, 1) for states in (query, key, value))  # [T,H,d]
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
-    if grouped:
-        options["enable_gqa"] = True
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in _kernel_parameters():
+            options["enable_gqa"] = True
+        else:  # torch 2.11 and before
+            key, value = (states.repeat_interleave(group, dim=1) for states in (key, value))
+    rows = (states[0].transpose(0, 1) for states in (query, key, value))  # [T,H,d]
     return varlen_attn(*rows, bounds, bounds, longest, longest, **options)[None]  # [1,T,H,d]
 
 

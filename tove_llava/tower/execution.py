@@ -8,7 +8,7 @@ Python's lock, and waiting for it costs more than threads gain. Nothing here wai
 
 from __future__ import annotations
 
-import inspect
+import itertools
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -29,6 +29,8 @@ MAX_SIZES = 8  # batch sizes that something is compiled or recorded for
 MAX_GRAPHS = 16  # graphs, one for each batch size and set of attached experts
 MIN_SHARE = 4  # least images of a thread: smaller batches are much less efficient
 _WARM_UP = 3  # runs before a graph is recorded: libraries choose kernels and allocate memory
+
+_NUMBERS = itertools.count()
 
 Function = Callable[[Tensor], Tensor]
 
@@ -295,10 +297,13 @@ def _padded(pixel_values: Tensor, size: int) -> Tensor:
 
 def _compiled(function: Function) -> Function:
     """Compile at the first call, for the shape of that call."""
-    # A cache for each: experts share their class's code, and torch limits how often code is compiled.
-    known = inspect.signature(torch.compile).parameters
-    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in known else {}
-    return torch.compile(function, dynamic=False, **isolated)  # type: ignore[call-overload,no-any-return]
+
+    # Code of its own for each: experts share their class's, and torch runs code eagerly that it compiled too often.
+    def encode(x: Tensor) -> Tensor:
+        return function(x)
+
+    encode.__code__ = encode.__code__.replace(co_name=f"encode_{next(_NUMBERS)}")
+    return torch.compile(encode, dynamic=False)
 
 
 def _frozen(task: Callable[[], Tensor]) -> Tensor:
@@ -317,8 +322,17 @@ def _frozen(task: Callable[[], Tensor]) -> Tensor:
 def _explained(what: str) -> Iterator[None]:
     try:
         yield
-    except ToveError:
+    except (ToveError, torch.OutOfMemoryError):  # whoever chose the batch may choose a smaller one
         raise
     except Exception as error:
+        if (cause := _out_of_memory(error)) is not None:
+            raise cause from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(f"{what} ({reason}); use the execution 'eager'") from error
+
+
+def _out_of_memory(error: BaseException | None) -> BaseException | None:
+    """Find the lack of memory that a compiler wrapped in an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -180,8 +180,8 @@ class TokenGate(Gate):
         allowed = allowed[:, None, :].expand(-1, tokens.shape[1], -1)  # [B,N,S]
         normed = self.norm(tokens)
         logits = self.score(normed)
-        # The noise scale is computed even without noise: in training every step touches the same parameters.
-        std = F.softplus(self.noise(normed)) if self.noise is not None else None
+        # In training the noise scale is computed even without noise: every step touches the same parameters.
+        std = F.softplus(self.noise(normed)) if self.noise is not None and (self.training or eps is not None) else None
         noisy, load = logits, None
         if std is not None and eps is not None:
             noisy = logits + std * eps.to(logits.dtype)

@@ -30,7 +30,7 @@ from tove_llava.core.files import read_json_object, writing
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset, WeightedSampler
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
-from tove_llava.tower import TowerFeatures, all_reduce_statistics, balance_loss
+from tove_llava.tower import ToveVisionModel, TowerFeatures, all_reduce_statistics, balance_loss
 from tove_llava.train import interrupts, step_checkpoints
 from tove_llava.train.callbacks import Ends, SetEpoch
 from tove_llava.train.lines import progress
@@ -100,6 +100,11 @@ class ToveTrainer(Trainer):
         has_gate = model.tower.fusion.balance_statistics(None) is not None
         self._columns = [*vision.expert_names, *(["null"] if vision.null_slot else [])] if has_gate else []
         self._merge_coefficient = getattr(model.tower, "merge_coefficient", 0.0)
+        # While a tower is merged, its teacher's experts are in eval mode, where a bad one is left out.
+        self._encoders = model.tower.frozen if isinstance(model.tower, ToveVisionModel) else None
+        if self._encoders is not None:
+            self._encoders.hub.defers = True
+        self.args.logging_nan_inf_filter = False  # it waits for the device in every micro-batch; _check_finite() raises
         self._meter = Meter(self._columns, self.args.device)
         self.remove_callback(PrinterCallback)
         self.add_callback(progress(bar=self.pop_callback(ProgressCallback) is not None))
@@ -201,9 +206,10 @@ class ToveTrainer(Trainer):
                 self._meter.add("aux_loss", aux_loss / self.accelerator.num_processes)
             self._meter.add("steps", 1 / self.accelerator.num_processes)
             self._meter.add_samples(window.samples / self.accelerator.num_processes)
+        window.losses.append((loss.detach(), records))
+        if window.is_last:
+            self._check_finite(window)
         window.step += 1
-        if not torch.isfinite(loss):
-            self._refuse(loss, records)
         return (loss, outputs) if return_outputs else loss
 
     def _model_inputs(self, batch: dict[str, Any], window: Window) -> dict[str, Any]:
@@ -239,10 +245,16 @@ class ToveTrainer(Trainer):
         blank = self.model.tower.blank_inputs(device, dtype)
         return blank, VisionInputs(features=blank.pop("vision_features", None), gate_noise=noise, dummy=True)
 
-    def _refuse(self, loss: torch.Tensor, records: torch.Tensor) -> None:
-        names = [self._records.records[i].where for i in records.tolist()]
+    def _check_finite(self, window: Window) -> None:
+        """Wait for the device, once a step, and raise before anything of it is applied."""
+        if self._encoders is not None:
+            self._encoders.hub.check_deferred()
+        loss, records = window.first_non_finite()
+        if loss is None:
+            return
+        names = [self._records.records[i].where for i in records]
         raise NonFiniteError(
-            f"the loss is {loss.item()} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
+            f"the loss is {loss} at step {self.state.global_step + 1} on rank {self.args.process_index}; "
             f"nothing of this step was applied. Records: {', '.join(names)}. Look at them, lower the learning rate, or "
             "train in bf16 instead of fp16. The last checkpoint is intact: the same command resumes from it"
         )

@@ -4,6 +4,7 @@ Loss terms are defined over this global batch. Its numbers of supervised tokens 
 before the first micro-batch runs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tove_llava.data import IGNORE_INDEX
 from tove_llava.tower import GateInputs
 
 
@@ -28,6 +28,7 @@ class Window:
     always_tower: bool = False  # run the tower's trainable part even if no rank has an image
     step: int = 0
     gate_inputs: list[GateInputs] = field(default_factory=list)
+    losses: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)  # and the records' indices
 
     @property
     def num_images(self) -> int:
@@ -47,6 +48,14 @@ class Window:
         """
         return self.always_tower or sum(self.images[self.step]) > 0 or (self.is_last and self.num_images > 0)
 
+    def first_non_finite(self) -> tuple[float | None, list[int]]:
+        """Return the first loss that is not finite, and its records' indices; wait for the device."""
+        losses = torch.stack([loss for loss, _ in self.losses]).tolist()
+        for loss, (_, records) in zip(losses, self.losses, strict=True):
+            if not math.isfinite(loss):
+                return loss, records.tolist()
+        return None, []
+
     def local_noise(self) -> torch.Tensor | None:
         """Return the noise of this rank's micro-batch, ``[images,N,S]``.
 
@@ -62,14 +71,11 @@ class Window:
 def open_window(
     batches: Sequence[Mapping[str, Any]], device: torch.device, *, always_tower: bool = False, signal: int = 0
 ) -> Window:
-    """Exchange the counts of all micro-batches, and a signal. Every rank calls this.
-
-    The first label of a row is not counted: no token predicts it.
-    """
+    """Exchange the counts of all micro-batches, and a signal. Every rank calls this."""
     counts = torch.zeros(len(batches), 4, dtype=torch.long)
     counts[:, 3] = signal
     for row, batch in enumerate(batches):
-        counts[row, 0] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        counts[row, 0] = len(batch["supervised"])  # of the labels' shape, not values: they may be on a GPU by now
         images = batch.get("pixel_values") if batch.get("pixel_values") is not None else batch.get("vision_features")
         counts[row, 1] = 0 if images is None else len(images)
         bounds = batch.get("cu_seq_lens_q")
