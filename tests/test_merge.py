@@ -163,7 +163,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path):
         "another shape": {"keys": {"fusion": "channel_concat"}},
         "numbered 0 to 1": {"layers": [2]},
         "merge loss 'msee'": {"loss": "msee"},
-        "negative": {"coefficient": -1.0},
+        "coefficient must be a number from 0": {"coefficient": -1.0},
     }.items():
         with pytest.raises(ConfigError, match=message):
             merging(tmp_path / message, **settings)

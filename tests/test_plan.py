@@ -101,6 +101,6 @@ def test_operations_are_those_of_the_benchmark_of_a_step():
     ("name", "message"), [("wandb", "pip install wandb"), ("wandbb", "Did you mean 'wandb'"), ("tensorbord", "Known")]
 )
 def test_absent_or_unknown_report_is_refused_as_a_setting(root, tmp_path, monkeypatch, name, message):
-    monkeypatch.setattr("tove_llava.train.arguments.get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr("tove_llava.train.argument_rules.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(ConfigError, match=message):
         parse(flags(root, "pretrain", tmp_path, "--report_to", name))

@@ -9,6 +9,7 @@ folder; a preset that extends another loads the plugins of both.
 A field with a help text is also a flag of ``tove-llava train`` (:mod:`tove_llava.train.arguments`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class LanguagePreset:
     config: dict[str, Any] | None = None  # its architecture, where the weights are out of reach
 
 
+def _require(part: str, key: str, value: Any, right: bool, allowed: str) -> None:
+    if not right:
+        raise ConfigError(f"{part}: {key} must be {allowed}, not {value!r}")
+
+
 @dataclass
 class ProjectorPreset:
     """The MLP between tower and language model (LLaVA's ``mlp2x_gelu``)."""
@@ -79,6 +85,12 @@ class LoraPreset:
     alpha: int = _flag(256, "scale of the adapters")
     dropout: float = _flag(0.05, "dropout before the adapters")
     bias: str = "none"
+
+    def __post_init__(self) -> None:
+        _require("lora", "r", self.r, self.r >= 1, "at least 1")
+        _require("lora", "alpha", self.alpha, self.alpha > 0, "above 0")
+        _require("lora", "dropout", self.dropout, 0 <= self.dropout < 1, "from 0 to below 1")
+        _require("lora", "bias", self.bias, self.bias in ("none", "all", "lora_only"), "none, all or lora_only")
 
 
 @dataclass(frozen=True)
@@ -98,8 +110,7 @@ class QuantizationPreset:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ConfigError(f"quantization: bits must be 4 or 8, not {self.bits!r}; leave it out for full precision")
-        if self.quant_type not in ("nf4", "fp4"):
-            raise ConfigError(f"quantization: quant_type must be nf4 or fp4, not {self.quant_type!r}")
+        _require("quantization", "quant_type", self.quant_type, self.quant_type in ("nf4", "fp4"), "nf4 or fp4")
 
     def __str__(self) -> str:
         if self.bits == 8:
@@ -124,6 +135,11 @@ class MergePreset:
     layers: list[int] | None = _flag(None, "blocks of CLIP that learn, such as 8 9 10 (default: all)")
     optimizer: str = _flag("adamw", "optimizer of the encoder's matrices: adamw, or muon (not under DeepSpeed)")
     lora: LoraPreset | None = None  # adapters on these blocks instead of their own weights
+
+    def __post_init__(self) -> None:
+        _require("merge", "coefficient", self.coefficient, 0 <= self.coefficient < math.inf, "a number from 0")
+        images = self.images_per_record
+        _require("merge", "images_per_record", images, images >= 0, "a number from 0")
 
 
 @dataclass
@@ -155,6 +171,12 @@ class StagePreset:
     merge: MergePreset | None = None
     deepspeed: str | None = None  # name of a file in train/deepspeed, or a path
     arguments: dict[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments
+
+    def __post_init__(self) -> None:
+        for part in ("projector", "tower", "encoder"):
+            rate = getattr(self, f"{part}_learning_rate")
+            _require("stage", f"{part}_learning_rate", rate, rate is None or 0 <= rate < math.inf, "a number from 0")
+        _require("stage", "model_max_length", self.model_max_length, self.model_max_length >= 1, "at least 1")
 
     @property
     def kept(self) -> str:

@@ -5,20 +5,18 @@ The flags are those of :mod:`tove_llava.train.flags` and of ``transformers.Train
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import closest
 from tove_llava.data.data_paths import data_paths
 from tove_llava.presets import LoraPreset, MergePreset, Preset, QuantizationPreset, StagePreset, load_preset
 from tove_llava.tower.execution import execution_mode
+from tove_llava.train.argument_rules import HONOURED, argument_defaults, check_arguments
 from tove_llava.train.flags import COMMON, RunArguments, StageFlags, given_for, suggestion
 from tove_llava.train.recomputation import FULL, NONE, SELECTIVE, check_kind
 from tove_llava.train.run_settings import CHECKPOINTING_FLAGS, Settings
@@ -32,6 +30,17 @@ _HINTS = {
     "--feature_cache": ". Make it first: tove-llava features --help",
     "--pretrained": ". Name the folder of the stage before (launch: STAGE1_DIR, or MODEL_DIR of a merge)",
 }
+
+
+# Flags that need held-out records.
+_OF_EVALUATION = (
+    "eval_steps",
+    "eval_image_folder",
+    "keep_best",
+    "eval_delay",
+    "eval_on_start",
+    "per_device_eval_batch_size",
+)
 
 
 class Parser(HfArgumentParser):
@@ -63,8 +72,8 @@ class Parser(HfArgumentParser):
 
 
 def further_flags() -> dict[str, Any]:
-    """Return transformers' flags that the help page leaves out, with their fields."""
-    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in COMMON}
+    """Return transformers' flags that have an effect and are not on the help page, with their fields."""
+    return {f.name: f for f in dataclasses.fields(TrainingArguments) if f.name in HONOURED - COMMON.keys()}
 
 
 def parse(argv: Sequence[str]) -> Settings:
@@ -118,49 +127,47 @@ def resolve(given: dict[str, Any]) -> tuple[RunArguments, Preset, StagePreset, d
 
 def _training(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> dict[str, Any]:
     """Return the ``TrainingArguments`` that the stage or a flag gives."""
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    known = argument_defaults()
+    where = f"preset {run.preset}: stages.{run.stage}.arguments"
     for key in stage.arguments:
         if key not in known:
-            where = f"preset {run.preset}: stages.{run.stage}.arguments"
             raise ConfigError(f"{where}: unknown key {key!r}.{closest(key, known)}")
-    training = {**stage.arguments, **{key: value for key, value in given.items() if key in known}}
-    if training.get("use_liger_kernel"):
-        raise ConfigError("--use_liger_kernel does not know this model; give --fused_kernels True")
-    _check_reports(training.get("report_to"))
-    _check_numbers(training)
-    asked = next((key for key in ("eval_steps", "eval_image_folder", "keep_best") if given.get(key) is not None), None)
-    if run.eval_data_path is not None:
-        training["eval_strategy"] = "epoch" if training.get("eval_steps") is None else "steps"
-    elif asked is not None or training.get("eval_strategy", "no") != "no":
-        raise ConfigError(f"--{asked or 'eval_strategy'} needs held-out records: --eval_data_path FILE")
+    flags = {key: value for key, value in given.items() if key in known}
+    training = {**_as_flags(stage.arguments, where), **flags}
+    _evaluation(training, run, given)
+    check_arguments(training, flags)
     return training
 
 
-def _check_numbers(training: dict[str, Any]) -> None:
-    """Refuse numbers with which torch or transformers fail later, or train nothing."""
-    counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-    for key in counts:
-        if training.get(key) is not None and training[key] < 1:
-            raise ConfigError(f"--{key} must be at least 1, not {training[key]}")
-    for key in ("learning_rate", "weight_decay", "max_grad_norm"):
-        if training.get(key) is not None and not 0 <= training[key] < math.inf:
-            raise ConfigError(f"--{key} must be a number from 0, not {training[key]}")
-    if training.get("max_steps") is not None and training["max_steps"] < 1 and training["max_steps"] != -1:
-        raise ConfigError(f"--max_steps must be at least 1 (or -1, for epochs), not {training['max_steps']}")
-    if training.get("num_train_epochs") is not None and not training["num_train_epochs"] > 0:
-        raise ConfigError(f"--num_train_epochs must be above 0, not {training['num_train_epochs']}")
+def _as_flags(arguments: dict[str, Any], where: str) -> dict[str, Any]:
+    """Convert a preset's arguments to their types, as flags are converted."""
+    plain = {key: value for key, value in arguments.items() if isinstance(value, str | int | float)}
+    for key, value in arguments.items():
+        if value is None and argument_defaults()[key] is not None:
+            raise ConfigError(f"{where}: {key} is empty; give a value, or leave the key out")
+    try:
+        read = Parser().given([f"--{key}={value}" for key, value in plain.items()])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    return {key: read.get(key, value) for key, value in arguments.items()}
 
 
-def _check_reports(report_to: str | Sequence[str] | None) -> None:
-    available = [*get_available_reporting_integrations(), "flyte", "all", "none"]  # flyte checks itself
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name not in INTEGRATION_TO_CALLBACK and name not in available:
-            known = sorted(INTEGRATION_TO_CALLBACK)
-            raise ConfigError(
-                f"--report_to {name}: unknown.{closest(name, known)} Known: {', '.join(known)}, all, none"
-            )
-        if name not in available:
-            raise ConfigError(f"--report_to {name}: the package is not installed (pip install {name})")
+def _evaluation(training: dict[str, Any], run: RunArguments, given: dict[str, Any]) -> None:
+    """Decide when the loss on held-out records is measured; refuse flags that need such records."""
+    strategy = getattr(training.get("eval_strategy"), "value", training.get("eval_strategy"))
+    if run.eval_data_path is None:
+        asked = next((key for key in _OF_EVALUATION if given.get(key) is not None), None)
+        if asked is not None or strategy not in (None, "no"):
+            raise ConfigError(f"--{asked or 'eval_strategy'} needs held-out records: --eval_data_path FILE")
+        schedule = getattr(training.get("lr_scheduler_type"), "value", training.get("lr_scheduler_type"))
+        if schedule in ("reduce_lr_on_plateau", "greedy"):
+            raise ConfigError(f"--lr_scheduler_type {schedule} needs held-out records: --eval_data_path FILE")
+        return
+    if strategy == "no":
+        raise ConfigError("--eval_data_path has no effect with eval_strategy no; leave one of them out")
+    if strategy == "steps" and training.get("eval_steps") is None:
+        raise ConfigError("--eval_strategy steps needs --eval_steps N")
+    training["eval_strategy"] = strategy or ("epoch" if training.get("eval_steps") is None else "steps")
 
 
 def _overridden(stage: StagePreset, run: RunArguments, given: dict[str, Any]) -> StagePreset:
@@ -173,8 +180,8 @@ def _overridden(stage: StagePreset, run: RunArguments, given: dict[str, Any]) ->
     changes["quantization"] = _quantization(stage, run, given_for(QuantizationPreset, given))
     merge = given_for(MergePreset, given)
     if run.merge_lora_r is not None:
-        adapters = LoraPreset(r=run.merge_lora_r, alpha=2 * run.merge_lora_r, dropout=0.0)
-        merge["lora"] = adapters if run.merge_lora_r > 0 else None
+        rank = run.merge_lora_r
+        merge["lora"] = LoraPreset(r=rank, alpha=2 * rank, dropout=0.0) if rank else None
     if merge:
         if stage.merge is None:
             raise ConfigError(f"--merge_{next(iter(merge))}: stage {run.stage!r} merges nothing; use --stage merge")

@@ -20,7 +20,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedTokenizerBase
 
 from tove_llava.checkpoints.loading import load_processor
-from tove_llava.core.errors import ToveError
+from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.sources import Source
 from tove_llava.core.text import GIB
 from tove_llava.data import ImageTransform, LlavaDataset, WeightedSampler
@@ -139,9 +139,18 @@ def planned_steps(records: int, batch: int, arguments: dict[str, Any]) -> tuple[
 
     Args:
         batch: records of a micro-batch on all processes.
+
+    Raises:
+        ConfigError: the records fill no batch, and a smaller one is dropped.
     """
     windows = arguments.get("gradient_accumulation_steps", 1)
-    each = max(math.ceil(math.ceil(records / batch) / windows), 1)
+    dropped = arguments.get("dataloader_drop_last", False)
+    if dropped and records < batch:
+        raise ConfigError(
+            f"--dataloader_drop_last True leaves nothing to train on: {records} records do not fill a batch of {batch}"
+        )
+    batches = records // batch if dropped else math.ceil(records / batch)
+    each = max(math.ceil(batches / windows), 1)
     steps = arguments.get("max_steps", -1)
     if steps <= 0:
         steps = math.ceil(arguments.get("num_train_epochs", 3) * each)

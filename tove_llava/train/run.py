@@ -22,7 +22,7 @@ from tove_llava.core.files import adding, read_json_object
 from tove_llava.core.locks import locked
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.core.plugins import take_plugin_flags
-from tove_llava.data import LlavaCollator, LlavaDataset, get_template
+from tove_llava.data import LlavaCollator, LlavaDataset, WeightedSampler, get_template
 from tove_llava.llava.adapters import inputs_left_to_autocast
 from tove_llava.llava.kernels import check_kernels, fused_kernels
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -36,7 +36,7 @@ from tove_llava.train.flags import help_page
 from tove_llava.train.interrupts import Interrupted, note, watching
 from tove_llava.train.lines import ending
 from tove_llava.train.merging import MergingTower
-from tove_llava.train.plan import print_config
+from tove_llava.train.plan import planned_steps, print_config
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_files import CHECKPOINT, STATE, complete, incomplete
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
@@ -59,6 +59,7 @@ def run(settings: Settings) -> None:
             writes the folder.
         Interrupted: a signal ended the run (:mod:`tove_llava.train.interrupts`).
     """
+    settings.check()
     record = run_record(settings)
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
@@ -85,6 +86,8 @@ def _run(settings: Settings, record: dict[str, Any]) -> None:
     held_out = None if settings.eval_data_path is None else make_dataset(settings, processor, start.vision, True)
     if held_out is not None:
         _say(f"held-out data: {held_out.report}")
+    batch = settings.training.get("per_device_train_batch_size", 8) * int(os.environ.get("WORLD_SIZE", "1"))
+    planned_steps(len(WeightedSampler(dataset.sizes, dataset.weights, 0)), batch, settings.training)
     stages = stage_history(settings, len(dataset), about)
 
     model, trainable = _make_model(settings, start, seed)

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 from tove_llava.core.errors import ConfigError
 from tove_llava.data.data_paths import described, size_of
 from tove_llava.presets import Preset, StagePreset
+from tove_llava.train.argument_rules import FIXED, UnplacedArguments, check_parts
+from tove_llava.train.stages import MERGE_OPTIMIZERS, POLICIES
 
 DEEPSPEED_FOLDER = Path(__file__).parent / "deepspeed"
 CHECKPOINTING_FLAGS = ("gradient_checkpointing", "activation_checkpointing")  # older and newer transformers' name
@@ -52,7 +54,29 @@ class Settings:
     template_given: bool  # by a flag, not by the preset
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
-    def training_arguments(self) -> TrainingArguments:
+    def check(self) -> None:
+        """Refuse settings with which transformers, peft, torch or DeepSpeed would fail after the weights are loaded.
+
+        Raises:
+            ConfigError: a value is refused, or has no effect here.
+        """
+        POLICIES.get(self.stage.train)
+        chosen = self.training.get("deepspeed")
+        if self.stage.merge is not None:
+            optimizer, optim = self.stage.merge.optimizer, self.training.get("optim", "adamw_torch")
+            MERGE_OPTIMIZERS.get(optimizer)
+            if optimizer == "muon" and not optim.startswith("adamw"):
+                raise ConfigError(f"--optim {optim}: merge optimizer muon has AdamW for the other parameters")
+        if chosen not in (None, "none") and "WORLD_SIZE" not in os.environ:
+            raise ConfigError(
+                f"--deepspeed {chosen} has no effect in a process that no launcher started: tove-llava launch "
+                f"{self.stage_name} starts one; --deepspeed none trains without DeepSpeed"
+            )
+        if self.training.get("fp16") and self.device().type == "cpu":
+            raise ConfigError("--fp16 has no effect on a CPU; give --bf16 True, or leave it out")
+        check_parts(self.training_arguments(UnplacedArguments, deepspeed=None))
+
+    def training_arguments(self, kind: type[TrainingArguments] = TrainingArguments, **more: Any) -> TrainingArguments:
         """Build ``TrainingArguments``. Call it after the model exists.
 
         Building them starts DeepSpeed's configuration, and under ZeRO-3 with bf16 the model has to exist before that.
@@ -63,9 +87,8 @@ class Settings:
         on_cpu = bool(self.training.get("use_cpu")) or not _has_accelerator()
         pinned = self.training.get("dataloader_pin_memory", not on_cpu)
         fixed = {
-            "remove_unused_columns": False,
+            **{key: value for key, (value, _) in FIXED.items()},
             "logging_first_step": True,
-            "logging_nan_inf_filter": False,  # a loss that is not finite stops the run instead of being averaged away
             "ddp_find_unused_parameters": True,  # a text-only step leaves the tower unused
             "use_cpu": on_cpu,
             "dataloader_pin_memory": pinned,
@@ -76,8 +99,8 @@ class Settings:
         elsewhere = ("deepspeed", "enable_jit_checkpoint", *CHECKPOINTING_FLAGS)
         given = {key: value for key, value in self.training.items() if key not in elsewhere}
         try:
-            return TrainingArguments(
-                **{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": self.deepspeed_file()}
+            return kind(
+                **{**fixed, **given, "output_dir": str(self.output_dir), "deepspeed": self.deepspeed_file(), **more}
             )
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training arguments: {error}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.errors import DataError
 from tove_llava.data import ImageTransform
 from tove_llava.data.data_files import image_names
 from tove_llava.data.dataset import FeatureSource
@@ -55,14 +55,9 @@ class FurtherImages:
 
     A record's images follow from the seed and its index. Those of a global batch therefore do not depend on how it is
     split into micro-batches and ranks.
-
-    Raises:
-        ConfigError: ``per_record`` is not positive.
     """
 
     def __init__(self, pool: ImagePool, per_record: int, seed: int) -> None:
-        if per_record < 1:
-            raise ConfigError(f"merge_images_per_record={per_record} must not be negative")
         self.pool = pool
         self.per_record = per_record
         order = torch.randperm(len(pool.names), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -51,8 +51,6 @@ class MergingTower(PreTrainedModel):
         super().__init__(config)
         MERGE_LOSSES.get(settings.loss)
         TOKEN_WEIGHTS.get(settings.token_weights)
-        if settings.coefficient < 0:
-            raise ConfigError(f"merge coefficient {settings.coefficient} must not be negative")
         if settings.coefficient and not teacher.active_experts:
             raise ConfigError(
                 "this model has no experts to merge: its tower is CLIP already. To tune CLIP by the language model's "
