@@ -6,12 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from answer_parts import picture, save_model
-from score_parts import differences, refuse, sample, score
+from score_parts import differences, refuse, sample, score, write_rows
 from test_eval_layouts import LAYOUTS
 
 from tove_llava import cli
 from tove_llava.core.errors import ServiceError
-from tove_llava.eval.benchmarks import get_benchmark
+from tove_llava.eval.benchmarks import get_benchmark, mmvet
 from tove_llava.eval.benchmarks.llava_bench import parse_review
 from tove_llava.eval.benchmarks.mmvet import parse_grade
 from tove_llava.eval.judge import Judge, Request
@@ -25,6 +25,7 @@ class Endpoint:
 
     def __init__(self, reply):
         self.reply, self.requests, self.put_off, self.broken_after, self.lock = reply, [], 0, None, threading.Lock()
+        self.refused = set()
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -36,6 +37,9 @@ class Endpoint:
                         return self.send(429, {"error": {"message": "slow down"}}, {"retry-after-ms": "5"})
                     if endpoint.broken_after is not None and len(endpoint.requests) >= endpoint.broken_after:
                         return self.send(401, {"error": {"message": "who are you?"}})
+                    if found := sorted(endpoint.refused & set(body)):
+                        message = f"Unsupported parameter: '{found[0]}' is not supported with this model."
+                        return self.send(400, {"error": {"message": message, "param": found[0]}})
                     endpoint.requests.append({**body, "path": self.path, "key": self.headers["Authorization"]})
                 text = endpoint.reply(body["messages"][-1]["content"])
                 message = {"role": "assistant", "content": text}
@@ -78,7 +82,11 @@ def serve(monkeypatch):
 
 def review(text):
     """Reply as the sample's expected numbers assume."""
-    for answer, reply in (("Answer 0.", "8 6\ngood"), ("Answer 1.", "6,3\nfair"), ("Answer 2.", "no scores here")):
+    for answer, reply in (
+        ("Answer 0.", "8 6\ngood"),
+        ("Answer 1.", "6,3\nfair"),
+        ("Answer 2.", "<think>8 6</think>\n4 2"),
+    ):
         if f"[Assistant 2]\n{answer}\n" in text:
             return reply
     return "8 2"
@@ -89,7 +97,7 @@ def grade(text):
         return "0.9 is it"
     if "| second |" in text:
         return "0.5" if "(digit)" in text else "I think"
-    return "no"
+    return "**0.4**"
 
 
 REPLY = {"llava_bench": review, "mmvet": grade}
@@ -131,9 +139,11 @@ def test_mmvet_asks_again_at_higher_temperatures(capsys, serve, tmp_path):
     score(capsys, "mmvet", answers, truth, *flags_for(endpoint, tmp_path))
     texts = [row["messages"][0]["content"] for row in endpoint.requests]
     assert any(text.endswith("\nQuestion 0? | x <AND> y | first | ") for text in texts)
-    third = [row for row in endpoint.requests if "| third |" in row["messages"][0]["content"]]
-    assert [row["temperature"] for row in third] == [0.0, 0.0, 0.5, 1.0, 1.5]
-    assert all(row["max_tokens"] == 3 for row in third)
+    silent = serve(lambda text: None)
+    talk = mmvet.conversation({"question": "Q?", "answer": "x"}, "third")
+    assert Judge(silent.url, "m", tmp_path / "silent.jsonl", retries=0).hold([talk]) == [None]
+    assert [row["temperature"] for row in silent.requests] == [0.0, 0.0, 0.5, 1.0, 1.5]
+    assert [row["max_tokens"] for row in silent.requests] == [3] + [1024] * 4  # room for thoughts or reasons
 
 
 @pytest.mark.parametrize("name", REPLY)
@@ -187,9 +197,52 @@ def test_no_endpoint_and_no_chat_completion_are_errors(serve, tmp_path):
     dead = Judge("http://127.0.0.1:9/v1", "m", tmp_path / "a.jsonl", retries=0)
     with pytest.raises(ServiceError, match="127.0.0.1:9"):
         dead.hold([talk()])
-    silent = Judge(serve(lambda text: None).url, "m", tmp_path / "b.jsonl", retries=0)
-    with pytest.raises(ServiceError, match="empty reply"):
-        silent.hold([talk(), talk()])
+
+
+def exam(tmp_path, name, count):
+    """Write ``count`` questions of a judged benchmark with answers."""
+    keys = range(count)
+    answers = write_rows(
+        tmp_path / "a.jsonl", ({"question_id": k, "prompt": "?", "text": f"answer {k}."} for k in keys)
+    )
+    if name == "mmvet":
+        truth = tmp_path / "mm-vet.json"
+        rows = {f"v1_{k}": {"question": "?", "answer": "x", "capability": ["rec"]} for k in keys}
+        truth.write_text(json.dumps(rows))
+        return answers, truth
+    rows = [{"question_id": k, "image": "1.jpg", "category": "conv", "text": f"Question {k}?"} for k in keys]
+    truth = write_rows(tmp_path / "questions.jsonl", rows)
+    write_rows(tmp_path / "context.jsonl", [{"image": "1.jpg", "caption": "A cat."}])
+    write_rows(tmp_path / "answers_gpt4.jsonl", ({"question_id": k, "text": "A cat."} for k in keys))
+    return answers, truth
+
+
+@pytest.mark.parametrize(("name", "good", "first"), [("mmvet", "0.5", "v1_0"), ("llava_bench", "8 4", 0)])
+def test_unread_replies_are_counted_and_more_than_a_tenth_are_an_error(capsys, serve, tmp_path, name, good, first):
+    bad = ["answer 0."]
+    endpoint = serve(lambda text: "" if any(word in text for word in bad) else good)
+    flags, files = flags_for(endpoint, tmp_path), exam(tmp_path, name, 11)
+    got = score(capsys, name, *files, *flags)
+    assert got["unparsed_replies"] == [first] and got["count"] == 11
+    assert (
+        cli.main(["score", "--benchmark", name, "--predictions", str(files[0]), "--ground-truth", str(files[1])]) == 0
+    )
+    capsys.readouterr()
+    bad.append("answer 7.")
+    (tmp_path / "replies.jsonl").unlink()
+    message = refuse(capsys, name, *files, *flags)
+    assert "2 of 11 replies of the judge m could not be read" in message and "replies.jsonl" in message
+
+
+@pytest.mark.parametrize("refused", [{"temperature"}, {"max_tokens"}, {"temperature", "max_tokens"}])
+def test_a_judge_is_asked_without_what_it_refuses(capsys, serve, tmp_path, refused):
+    endpoint = serve(grade)
+    endpoint.refused = refused
+    answers, truth, expected = sample("mmvet")
+    got = score(capsys, "mmvet", answers, truth, *flags_for(endpoint, tmp_path))
+    assert not differences(got, expected, 1e-9) and got["judge"]["left_out"] == sorted(refused)
+    for request in endpoint.requests:
+        assert not refused & set(request) and ("max_completion_tokens" in request) == ("max_tokens" in refused)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +272,22 @@ def test_reviews_without_two_numbers(text):
 @pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("1.0 .", 1.0), ("1.1", None), ("nan", None), ("", None)])
 def test_grades(text, value):
     assert parse_grade(text) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["0.8\n\nbecause", "**0.8**", "Score: 0.8", "<think>1.0?</think>\n0.8", "0.8/1.0", "0.8."]
+)
+def test_grades_in_other_forms(text):
+    assert parse_grade(text) == 0.8
+
+
+@pytest.mark.parametrize("text", ["8/10", "I think 0.8", "<think>0.8", "0.8-0.9", "Score: 10"])
+def test_no_grades(text):
+    assert parse_grade(text) is None
+
+
+def test_a_grade_that_may_be_cut_is_none():
+    assert parse_grade("Score: 0", cut=True) is None and parse_grade("Score: 1") == 1.0 == parse_grade("1", cut=True)
 
 
 def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path):

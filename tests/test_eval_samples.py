@@ -131,6 +131,19 @@ def test_an_unknown_rule_is_refused(capsys):
     assert "it has only one" in refuse(capsys, "gqa", *files, "--rule", "mine")
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_answers_that_cannot_be_read_are_counted_apart_from_wrong_ones(capsys, tmp_path, name):
+    answers, truth, _ = sample(name)
+    rows = list({(row["question_id"], row["prompt"]): row for row in read_rows(answers)}.values())
+    known = [row for row in rows if row["question_id"] not in score(capsys, name, answers, truth)["unknown"]]
+    bad = write_rows(tmp_path / "predictions.jsonl", [{**row, "text": " "} for row in known[:1]] + known[1:])
+    got = score(capsys, name, bad, truth)
+    assert got["unparsed"] == len(got["unparsed_ids"]) >= 1 and not set(got["unparsed_ids"]) & set(got["unanswered"])
+    assert cli.main(["score", "--benchmark", name, "--predictions", str(bad), "--ground-truth", str(truth)]) == 0
+    table = capsys.readouterr().out
+    assert "answers not read" in table and f"{got['unparsed']} answers that the rule could not read" in table
+
+
 def test_vsr_missing_answers_are_not_unparsed_ones(capsys, tmp_path):
     answers, truth, _ = sample("vsr")
     got = score(capsys, "vsr", write_rows(tmp_path / "predictions.jsonl", read_rows(answers)[1:3]), truth)

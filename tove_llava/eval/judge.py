@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import threading
 from abc import abstractmethod
@@ -20,12 +21,17 @@ from typing import Any, TypeVar
 from tove_llava.core.errors import ConfigError, ServiceError, ToveError
 from tove_llava.eval.benchmarks import Benchmark, Score
 from tove_llava.eval.rows import AppendFile, read_jsonl
+from tove_llava.eval.score_table import first_ids
+from tove_llava.inference.reasoning import spoken
 
 T = TypeVar("T")
 
 URL, MODEL, KEY = "TOVE_JUDGE_URL", "TOVE_JUDGE_MODEL", "TOVE_JUDGE_KEY"
 HOW = f"give --judge-url and --judge-model, or set {URL} and {MODEL}"
 _TIMEOUT = 180.0  # seconds
+_ROOM = 4096  # tokens for the thoughts and the reply of a model that counts both
+_OPTIONAL = ("temperature", "max_completion_tokens", "max_tokens")
+_MOST_UNREAD = 0.1  # share of the replies; a score with more of them says nothing
 _CHARACTERS_PER_TOKEN = 4  # for the estimate
 
 
@@ -77,6 +83,7 @@ class Judge:
     retries: int = 6
     calls: int = field(default=0, init=False)
     cached: int = field(default=0, init=False)
+    refused: set[str] = field(default_factory=set, init=False)  # parameters that the endpoint does not take
 
     def hold(self, exchanges: Sequence[Exchange[T]]) -> list[T]:
         """Hold all exchanges, several at once, and return verdicts in order.
@@ -163,8 +170,7 @@ class Judge:
         from openai import OpenAIError
 
         try:
-            response = client.chat.completions.create(model=self.model, **asdict(request))
-            reply = response.choices[0].message.content
+            reply = self._complete(client, request).choices[0].message.content
         except OpenAIError as error:
             raise ServiceError(
                 f"the judge at {self.url} failed: {error}. Replies so far are in {self.cache}, and the same command "
@@ -172,9 +178,25 @@ class Judge:
             ) from error
         except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise ServiceError(f"the judge at {self.url} sent no chat completion; is the address right?") from error
-        if not isinstance(reply, str):
-            raise ServiceError(f"the judge at {self.url} sent an empty reply; try again, or choose another model")
-        return reply
+        return reply if isinstance(reply, str) else ""
+
+    def _complete(self, client: Any, request: Request) -> Any:
+        """Call the endpoint, without those of the request's parameters that it refuses."""
+        from openai import BadRequestError, UnprocessableEntityError
+
+        while True:
+            body = asdict(request)
+            if "max_tokens" in self.refused:
+                # Such models also count the tokens of their thoughts.
+                body["max_completion_tokens"] = max(body["max_tokens"], _ROOM)
+            body = {key: value for key, value in body.items() if key not in self.refused}
+            try:
+                return client.chat.completions.create(model=self.model, **body)
+            except (BadRequestError, UnprocessableEntityError) as error:
+                named = next((key for key in _OPTIONAL if key in body and key in f"{error.param} {error}"), None)
+                if named is None:
+                    raise
+                self.refused.add(named)
 
 
 def _digest(model: str, request: Request) -> str:
@@ -199,9 +221,21 @@ class JudgedBenchmark(Benchmark):
             score = self.verdicts(self.judge, truth, matched.texts)
         except OnlyEstimated as estimate:
             return unavailable(str(estimate))
+        self._check_read(score.extras["unparsed_replies"], len(truth))
         judge = {"model": self.judge.model, "calls": self.judge.calls, "cached": self.judge.cached}
+        if self.judge.refused:
+            judge["left_out"] = sorted(self.judge.refused)
         extras = {**score.extras, **matched.notes(), "judge": judge}
         return Score(score.scores, score.count, score.rows, extras, score.details, score.marks)
+
+    def _check_read(self, unread: Sequence[Any], count: int) -> None:
+        assert self.judge is not None
+        if len(unread) > _MOST_UNREAD * count:
+            raise ServiceError(
+                f"{len(unread)} of {count} replies of the judge {self.judge.model} could not be read, so the score "
+                f"would say nothing (questions {first_ids(unread)}). The replies are in {self.judge.cache}; choose "
+                "another judge, or delete the file to ask again"
+            )
 
     @abstractmethod
     def verdicts(self, judge: Judge, truth: Sequence[Mapping[str, Any]], texts: Sequence[str | None]) -> Score:
@@ -209,7 +243,19 @@ class JudgedBenchmark(Benchmark):
 
         Args:
             texts: the answers in the ground truth's order; None where one is missing.
+
+        Returns:
+            a score with ``unparsed_replies`` in its extras: ids of questions whose verdict could not be read.
         """
+
+
+_LABEL = re.compile(r"^(?:the\s+)?(?:final\s+)?(?:score|grade|rating|correctness)\s*(?:is|:|=)*\s*", re.IGNORECASE)
+
+
+def verdict_line(reply: str) -> str:
+    """Return the first line of a reply without think block, Markdown and a label such as "Score:"."""
+    lines = (re.sub(r"[*_`#]", "", line).strip() for line in spoken(reply).answer.split("\n"))
+    return _LABEL.sub("", next((line for line in lines if line), ""))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any
 
@@ -18,12 +18,14 @@ class Matched:
         unanswered: ids of questions without an answer.
         duplicated: ids with more than one answer, of which the last counts.
         unknown: ids in the predictions that the ground truth does not have.
+        unparsed: ids whose answer has no form that the benchmark's rule reads.
     """
 
     answers: list[Mapping[str, Any] | None]
     unanswered: list[Any]
     duplicated: list[Any]
     unknown: list[Any]
+    unparsed: list[Any] = field(default_factory=list)
 
     @property
     def texts(self) -> list[str | None]:
@@ -31,7 +33,11 @@ class Matched:
         return [None if row is None else row["text"] for row in self.answers]
 
     def notes(self) -> dict[str, Any]:
-        """Return a report's entries about the pairing."""
+        """Return a report's entries about the pairing, and the answers that could not be read."""
+        return {**self.ids(), "unparsed": len(self.unparsed), "unparsed_ids": self.unparsed}
+
+    def ids(self) -> dict[str, list[Any]]:
+        """Return the ids that need attention whatever the rule."""
         return {"unanswered": self.unanswered, "duplicated": self.duplicated, "unknown": self.unknown}
 
 

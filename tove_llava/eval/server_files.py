@@ -62,7 +62,7 @@ def normalised_answers(
         {name: row[name], "answer": "" if text is None else normalise_evalai(text)}
         for row, text in zip(rows, matched.texts, strict=True)
     ]
-    return Submission(json.dumps(answers).encode(), matched.notes())
+    return Submission(json.dumps(answers).encode(), matched.ids())
 
 
 def known(questions: Path | None) -> Path:

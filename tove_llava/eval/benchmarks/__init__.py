@@ -16,7 +16,7 @@ import io
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
@@ -194,7 +194,17 @@ class Benchmark(ABC):
 
     def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         """Pair answers with questions; see :func:`tove_llava.eval.matching.match`."""
+        found = self.pair(predictions, truth)
+        pairs = [(row, text) for row, text in zip(truth, found.texts, strict=True) if text is not None]
+        return replace(found, unparsed=[row["question_id"] for row, text in pairs if not self.is_readable(row, text)])
+
+    def pair(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
+        """Pair answers with questions by their keys."""
         return match(predictions, truth, self.answer_key, self.truth_key)
+
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        """Tell if an answer has a form that the rule reads, right or wrong; by default, any text has."""
+        return bool(text.strip())
 
     def options(self, question: Question) -> dict[str, str]:
         """Return a question's options, letter -> words; empty for open questions."""

@@ -9,6 +9,7 @@ and plausibility need a file of choices that the release lacks.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Gqa(Benchmark, Submitting):
         return first_of(data / name, data / "questions1.2" / name)
 
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
-        notes = self.match(predictions, self.read_ground_truth(questions)).notes() if questions else {}
+        notes = self.pair(predictions, self.read_ground_truth(questions)).ids() if questions else {}
         rows = [{"questionId": row["question_id"], "prediction": convert(row["text"])} for row in predictions]
         return Submission(json.dumps(rows).encode(), notes)
 
@@ -114,8 +115,8 @@ class Gqa(Benchmark, Submitting):
         rows = {"accuracy": (scores["accuracy"], len(balanced))}
         rows |= {kind: (100 * mean(values), len(values)) for kind, values in sorted(kinds.items())}
         rows |= {name: (100 * mean(v), len(v)) for name, v in sorted(groups["accuracyPerStructuralType"].items())}
-        asked = set(marks)
-        notes = matched.notes() | {"unanswered": [key for key in matched.unanswered if key in asked]}
+        left, unread = ([key for key in ids if key in marks] for ids in (matched.unanswered, matched.unparsed))
+        notes = replace(matched, unanswered=left, unparsed=unread).notes()
         extras = {"count_balanced": len(balanced), "count_all": len(truth), "detailed": detailed, **notes}
         return Score(scores, len(balanced), rows, extras, {"per_item": marks}, marks, unavailable)
 

@@ -17,6 +17,7 @@ from tove_llava.eval.fields import ID, TEXT, one_of
 from tove_llava.eval.judge import Exchange, Judge, JudgedBenchmark, Request
 from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.scorer_data import scorer_data
+from tove_llava.inference.reasoning import spoken
 
 _TEMPERATURE = 0.2
 _MAX_TOKENS = 1024
@@ -24,8 +25,8 @@ _UNREAD = (-1.0, -1.0)  # counts in the means, as in the reference
 
 
 def parse_review(review: str) -> tuple[float, float]:
-    """Read the reference's and the model's score from a review's first line."""
-    parts = review.split("\n")[0].replace(",", " ").split(" ")
+    """Read the reference's and the model's score from a review's first line, after a think block."""
+    parts = spoken(review).answer.split("\n")[0].replace(",", " ").split(" ")
     if len(parts) != 2:
         return _UNREAD
     try:
@@ -102,7 +103,8 @@ class LlavaBench(JudgedBenchmark):
         per_item = {
             key: {"scores": pair, "review": review} for key, pair, review in zip(ids, pairs, reviews, strict=True)
         }
-        return Score(scores, len(truth), rows, {"unread_reviews": unread}, {"per_item": per_item})
+        extras = {"unread_reviews": unread, "unparsed_replies": unread}
+        return Score(scores, len(truth), rows, extras, {"per_item": per_item})
 
 
 def _conversation(row: Mapping[str, Any], answer: str) -> Exchange[str]:

@@ -233,6 +233,9 @@ class MmBenchmark(Benchmark, Submitting):
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {level: [str(row[level])] for level in ("l2-category", "category") if row[level] is not None}
 
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return parse_answer(text, row["options"]) in row["options"]
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         parsed: dict[int, str | bool] = {}
@@ -269,13 +272,13 @@ class MmBenchmark(Benchmark, Submitting):
 
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         sheet = read_table(known(questions))
-        matched = self.match(predictions, [{"question_id": int(index)} for index in sheet["index"]])
+        matched = self.pair(predictions, [{"question_id": int(index)} for index in sheet["index"]])
         for row in predictions:
             _check_characters(row["question_id"], "text", row["text"])
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
         sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)
         cut = [row["question_id"] for row in matched.answers if row is not None and len(row["text"]) > _CELL]
-        return Submission(workbook(sheet), {**matched.notes(), f"cut to Excel's {_CELL} characters": cut})
+        return Submission(workbook(sheet), {**matched.ids(), f"cut to Excel's {_CELL} characters": cut})
 
 
 @register_benchmark("mmbench")

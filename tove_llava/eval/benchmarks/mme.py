@@ -92,11 +92,14 @@ class Mme(Benchmark):
     def mark_name(self, row: Mapping[str, Any]) -> str:
         return f"{row['question_id']}: {row['question']}"
 
-    def match(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
+    def pair(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
         parallel = [row["question_id"] for row in predictions] == [row["question_id"] for row in truth]
         if truth and parallel and not self._distinguished(predictions, truth):
             return Matched(list(predictions), [], [], [])
-        return super().match(predictions, truth)
+        return super().pair(predictions, truth)
+
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return parse_answer(text) != "other"
 
     def _distinguished(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> bool:
         """Tell whether each prompt names one question, and each question has one."""

@@ -5,6 +5,7 @@ JSON object a line, in the questions' order) and ``pope/val2014/`` (images). Par
 ``llava/eval/eval_pope.py``. The question file carries the whole prompt, with its request for a short answer.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tove_llava.eval.fields import ID, TEXT, one_of
 from tove_llava.eval.rows import Row, read_jsonl, read_truth
 
 CATEGORIES = ("random", "popular", "adversarial")
+# A text without any of these words is scored as "yes"; it counts as not read.
+_WORD = re.compile(r"\b(?:yes|no|not)\b", re.IGNORECASE)
 _LABEL = one_of("yes", "no")
 
 
@@ -82,6 +85,9 @@ class Pope(Benchmark):
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         return read_truth(file, {"question_id": ID, "label": _LABEL, "category": TEXT})
+
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return _WORD.search(text) is not None
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)

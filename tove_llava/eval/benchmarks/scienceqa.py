@@ -90,6 +90,9 @@ class ScienceQa(Benchmark):
             for key, row in zip(ids, rows, strict=True)
         ]
 
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return option_index(parse_answer(text), len(row["choices"])) >= 0
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         per_item: dict[Any, dict[str, Any]] = {}

@@ -76,6 +76,9 @@ class Seed(Benchmark, Submitting):
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {"data": [row["data_type"]], "type": [row["type"]]}
 
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return text in tuple("ABCD")
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks: dict[Any, float] = {}
@@ -107,10 +110,10 @@ class Seed(Benchmark, Submitting):
         return root / "seed_bench" / "SEED-Bench.json"
 
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
-        matched = self.match(predictions, truth := self.read_ground_truth(known(questions)))
+        matched = self.pair(predictions, truth := self.read_ground_truth(known(questions)))
         require_all(matched.unanswered)
         rows = [
             {"question_id": row["record_id"], "prediction": text}
             for row, text in zip(truth, matched.texts, strict=True)
         ]
-        return Submission(json_lines(rows), matched.notes())
+        return Submission(json_lines(rows), matched.ids())

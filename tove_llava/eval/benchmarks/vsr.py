@@ -53,6 +53,9 @@ class Vsr(Benchmark):
         category = scorer_data("vsr_relations").get(row["relation"])
         return {"category": [category] if category else [], "relation": [row["relation"]]}
 
+    def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
+        return parse_answer(text) is not None
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         categories_of = scorer_data("vsr_relations")
@@ -80,7 +83,6 @@ class Vsr(Benchmark):
         rows |= {name: (100 * mean(values), len(values)) for name, values in sorted(categories.items())}
         extras = {
             "rows_without_meta_category": len(marks) - sum(len(values) for values in categories.values()),
-            "unparsed": sum(answer is None for answer in per_item.values()) - len(matched.unanswered),
             **matched.notes(),
         }
         return Score(scores, len(marks), rows, extras, {"per_item": per_item}, marks)

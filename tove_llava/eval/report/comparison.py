@@ -8,6 +8,7 @@ from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Bootstrap, Difference, Interval, holm
 from tove_llava.eval.result_files import MARK
 from tove_llava.eval.rows import spread
+from tove_llava.eval.score_table import MEANINGS, first_ids
 
 # Keys of ``result.json`` whose values should be equal in all columns, except for what is compared.
 _SETTINGS = {
@@ -193,10 +194,10 @@ def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
             notes.append(f"{run.label}: this score is no mean over questions, so it has no interval and no test.")
         for name, reason in (run.result.get("unavailable") or {}).items():
             notes.append(f"{run.label}: {name} is unavailable ({reason}).")
-        for key in ("unanswered", "duplicated", "unknown"):
+        for key, meaning in MEANINGS.items():
             ids = run.result.get(key)
             if isinstance(ids, list) and ids:
-                notes.append(f"{run.label}: {len(ids)} {key} (first: {', '.join(map(str, ids[:5]))}).")
+                notes.append(f"{run.label}: {len(ids)} {meaning}: {first_ids(ids, 5)}.")
         if run.result.get("limit") is not None:
             notes.append(f"{run.label}: {run.result['count']} questions by --limit, not the whole benchmark.")
     for key, what in _SETTINGS.items():

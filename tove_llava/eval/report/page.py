@@ -15,6 +15,7 @@ from tove_llava.eval.report.runs import Item, Run
 from tove_llava.eval.report.statistics import Difference, Interval
 from tove_llava.eval.report.thumbnails import Thumbnails
 from tove_llava.eval.result_files import MARK
+from tove_llava.eval.score_table import UNPARSED
 
 TITLE = "Comparison of runs"
 SIGNIFICANT = 0.05
@@ -158,6 +159,9 @@ def _scores(runs: Sequence[Run]) -> Table:
         counts = sorted({cell[1] for cell in cells if cell is not None})
         shown = [_NONE if cell is None else f"{cell[0]:.1f}" for cell in cells]
         rows.append([label, *shown, "/".join(map(str, counts))])
+    unread = [run.result.get("unparsed") for run in runs]
+    counts = sorted({int(run.result["count"]) for run in runs})
+    rows.append([UNPARSED, *(_number(number, "d") for number in unread), "/".join(map(str, counts))])
     return Table(["score", *(run.label for run in runs), "questions"], rows)
 
 
