@@ -9,7 +9,7 @@ from stage_parts import close, edit_manifest, logits
 from train_parts import flags, weights, write_parts, write_records
 from transformers import AutoModelForCausalLM
 
-from tove_llava import build_model, load_model, load_preset
+from tove_llava import build_model, load_model, load_preset, load_tower
 from tove_llava.checkpoints.loading import load_processor, load_trained
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.core.errors import CheckpointError
@@ -189,3 +189,59 @@ def test_new_vocabulary_rows_are_the_same_in_every_load(root):
         assert a.shape[0] % 64 == 0 and torch.equal(a, b)
     old = AutoModelForCausalLM.from_pretrained(root / "llm").get_input_embeddings().weight
     assert torch.equal(first.get_input_embeddings().weight[: len(old)], old)
+
+
+# -- weights are what the manifest says -------------------------------------------------------------------------------
+
+
+def flipped(file, count=2000):
+    """Flip bits of a file's last values: small ones, so that every number stays finite."""
+    data = bytearray(file.read_bytes())
+    for place in range(len(data) - 4 * count, len(data), 4):
+        data[place] ^= 1  # the lowest bit of a float32
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [("stage1", "trained"), ("lora", "trained"), ("lora", "adapter_model"), ("full", "model")],
+)
+def test_changed_weights_are_noticed(root, tmp_path, monkeypatch, folder, file):
+    copy = shutil.copytree(root / folder, tmp_path / "copy")
+    flipped(copy / f"{file}.safetensors", 200)
+    for use in (load_model, load_tower, lambda copy: start(root) and load_trained(start(root), copy)):
+        if (use is load_tower and folder == "full") or (use not in (load_model, load_tower) and folder != "stage1"):
+            continue
+        with pytest.raises(CheckpointError, match=r"copy: .*not those that its tove_llava\.json names.*TOVE_ACCEPT"):
+            use(copy)
+    for name, value in (("LOCAL_RANK", "1"), ("TOVE_ACCEPT_CHANGED_WEIGHTS", "1")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            load_model(copy)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    ("folder", "file"),
+    [("stage1", "trained"), ("lora", "adapter_model"), ("full", "model"), ("tower", "model")],
+)
+def test_nan_and_infinity_are_said_with_tensor_and_file(root, tmp_path, monkeypatch, folder, file, value):
+    monkeypatch.setenv("TOVE_ACCEPT_CHANGED_WEIGHTS", "1")
+    if folder == "tower":
+        load_tower(root / "stage1").save_pretrained(tmp_path / "tower")
+    else:
+        shutil.copytree(root / folder, tmp_path / folder)
+    place = tmp_path / folder / f"{file}.safetensors"
+    if "/" in file:  # a part that the folder names by its source
+        shutil.copytree(root, tmp_path / "all", ignore=shutil.ignore_patterns("full", "lora"))
+        place = tmp_path / "all" / f"{file}.safetensors"
+        for record in (tmp_path / folder / "config.json", tmp_path / folder / "tove_llava.json"):
+            record.write_text(record.read_text().replace(str(root), str(tmp_path / "all")))
+        edit_manifest(tmp_path / folder, language_fingerprint="")
+    stored = load_file(place)
+    name = sorted(name for name in stored if "weight" in name and "post_layernorm" not in name)[0]
+    stored[name].view(-1)[-1] = value
+    save_file(stored, place, metadata={"format": "pt"})
+    last = name.rpartition(".")[0].rpartition(".")[2]
+    with pytest.raises(CheckpointError, match=rf"{place.parent}.*{last}.*NaN or infinity"):
+        (load_tower if folder == "tower" else load_model)(tmp_path / folder)

@@ -22,10 +22,10 @@ from torch import Tensor
 from tove_llava.analysis.measure import check_fusion
 from tove_llava.checkpoints.card import write_card
 from tove_llava.checkpoints.loading import load_processor, read_config
-from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, TRAINED, Manifest, write_manifest
+from tove_llava.checkpoints.manifest import ADAPTER, TRAINED, Manifest, write_manifest
 from tove_llava.checkpoints.plugin_records import save_plugins
 from tove_llava.checkpoints.tensors import file_tensors
-from tove_llava.checkpoints.weight_fingerprints import exact_fingerprint
+from tove_llava.checkpoints.weight_fingerprints import by_model_names, check_stored, exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
 from tove_llava.core.locks import locked_target
@@ -89,6 +89,7 @@ def _detach(folder: Path, out: Path, experts: Iterable[str]) -> Detached:
     for file in files:
         state |= {name: value for name, value in file_tensors(file).items() if name.startswith(FUSION)}
     cut = cut_state(large, small, {name.removeprefix(FUSION): value for name, value in state.items()}, folder)
+    check_stored(folder, manifest)
     kept = {FUSION + name: value for name, value in cut.items()}
 
     with staged(out) as staging:
@@ -97,7 +98,7 @@ def _detach(folder: Path, out: Path, experts: Iterable[str]) -> Detached:
         config.vision_config = small
         config.save_pretrained(staging)
         load_processor(folder).save_pretrained(staging)
-        fingerprint = exact_fingerprint(_by_model_names(folder, manifest, tensors))
+        fingerprint = exact_fingerprint(by_model_names(folder, manifest, tensors))
         plugins = save_plugins(staging, small, manifest.template)
         final = dataclasses.replace(manifest, fingerprint=fingerprint, plugins=plugins)
         write_card(staging, small, final)
@@ -253,13 +254,3 @@ def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:
 
 def _ignoring(paths: set[Path]) -> Callable[[str, list[str]], set[str]]:
     return lambda where, names: {name for name in names if (Path(where) / name).resolve() in paths}
-
-
-def _by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the trained tensors as the model does, for the manifest's fingerprint."""
-    named = dict(tensors)
-    if manifest.kind == "lora":
-        for name, value in file_tensors(folder / ADAPTER).items():
-            stem, _, last = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
-            named[f"{stem}.default.{last}"] = value
-    return named

@@ -18,8 +18,10 @@ from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.saving import save_adapted, save_whole
 from tove_llava.checkpoints.tensors import write_json
+from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.finite import check_finite
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
@@ -60,6 +62,9 @@ def open_folder(
     else:
         loaded = _read_parts(folder, {k: v for k, v in options.items() if k not in (*_WHERE, *_UNUSED)})
     model = loaded[0] if isinstance(loaded, tuple) else loaded
+    check_finite(model.named_parameters(), folder)
+    if manifest is not None and manifest.kind == "full":
+        check_stored(folder, manifest, {name for name, _ in model.named_parameters()})
     if manifest is not None and model.origin is None:
         model.origin = Origin.of(model, folder, manifest)
     return loaded, model.config.name_or_path or folder  # for a folder of only adapters, their base model's folder

@@ -29,8 +29,9 @@ from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_CONFIG, ADAPTER_PRE
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import file_tensors
-from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
+from tove_llava.checkpoints.weight_fingerprints import check_stored, sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.finite import check_finite
 from tove_llava.core.json_text import plain
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
@@ -188,6 +189,8 @@ def read_model(
         _fill(model, file_tensors(folder / TRAINED), trained_names(model), folder)
     if manifest.kind == "lora":
         _load_adapter(folder, model, merge=merge_lora)
+    if manifest.kind != "full":
+        check_stored(folder, manifest)
     _cast(model, wanted)
     if load_backbones:
         model.tower.load_backbones(base_dir=folder)
@@ -224,6 +227,7 @@ def load_trained(model: ToveLlavaForConditionalGeneration, folder: str | os.Path
             "overrides that it was trained with, or train stage 1 again"
         )
     _fill(model, file_tensors(folder / TRAINED), trained_names(model), folder)
+    check_stored(folder, manifest)
     return manifest
 
 
@@ -328,6 +332,7 @@ def _fill(
             f"{where} is a checkpoint of another tower: missing {sorted(missing)[:2]}, "
             f"unexpected {sorted(unexpected)[:2]}, other shapes {example}"
         )
+    check_finite(tensors.items(), where)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.finite import check_finite
 
 Tensors = dict[str, Tensor]
 
@@ -115,6 +116,7 @@ def check_tensors(found: Tensors, expected: nn.Module, what: str, where: Path, o
         if not value.is_floating_point():
             raise CheckpointError(f"{where}: {what}: {name!r} is {value.dtype}: quantised weights cannot be converted; "
                                   "take the checkpoint in 16 bits")  # fmt: skip
+    check_finite(found.items(), where)
 
 
 def write_json(file: Path, data: dict[str, Any]) -> None:

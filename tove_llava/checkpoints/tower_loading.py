@@ -19,11 +19,13 @@ from transformers import LlavaImageProcessorPil
 from tove_llava.checkpoints.assemble import load_clip_of, tower_config
 from tove_llava.checkpoints.base import Request, find_format, foreign_format
 from tove_llava.checkpoints.hub import download
-from tove_llava.checkpoints.manifest import MANIFEST, TRAINED, Manifest
+from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
+from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.finite import check_finite
 from tove_llava.core.registry import closest
 from tove_llava.llava.build import torch_dtype, vision_config
 from tove_llava.presets import Preset, load_preset, preset_names
@@ -143,6 +145,7 @@ def open_tower(
         loaded = _from_clip(read, folder, options, load_backbones)
     else:
         raise _no_tower(folder, config)
+    check_finite(_model(loaded).named_parameters(), folder)
     if load_backbones:
         _model(loaded).load_backbones(base_dir=folder)
     return loaded
@@ -179,7 +182,10 @@ def _from_llava(read: Callable[..., Any], folder: Path, config: dict[str, Any], 
     if manifest is not None and not {"dtype", "torch_dtype"} & options.keys():
         options["dtype"] = torch_dtype(manifest.language["dtype"])
     aspect = manifest.image_aspect_ratio if manifest is not None else config.get("image_aspect_ratio") or "square"
-    return _filled(read, folder, vision, _tower_tensors(folder), options, aspect)
+    loaded = _filled(read, folder, vision, _tower_tensors(folder), options, aspect)
+    if manifest is not None and manifest.kind != "full" and (manifest.kind != "lora" or (folder / ADAPTER).is_file()):
+        check_stored(folder, manifest)  # of a whole model, the language model is not read; of a repository, no adapter
+    return loaded
 
 
 def _vision(config: dict[str, Any], options: dict[str, Any]) -> ToveVisionConfig:

@@ -1,9 +1,80 @@
 """Digests that tell one model's weights from another's."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Set
+from pathlib import Path
 
 import torch
+
+from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, TRAINED, Manifest
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors
+from tove_llava.core.errors import CheckpointError
+
+ACCEPT = "TOVE_ACCEPT_CHANGED_WEIGHTS"
+
+# transformers' save_pretrained writes names of an older layout.
+_OLDER = (
+    ("model.language_model.model.", "model.language_model."),
+    ("language_model.model.", "model.language_model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+)
+
+
+def check_fingerprint(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise CheckpointError unless weights are those that the manifest names.
+
+    It takes about a second for 2 GB. So of several ranks only the first of each node does it.
+
+    Args:
+        tensors: the trained ones as stored, by the model's names.
+    """
+    if os.environ.get(ACCEPT) == "1" or os.environ.get("LOCAL_RANK", "0") != "0" or not manifest.fingerprint:
+        return
+    if exact_fingerprint(tensors) != manifest.fingerprint:
+        raise CheckpointError(
+            f"{folder}: the weights are not those that its tove_llava.json names by their SHA-256: a file was damaged "
+            f"or exchanged. Copy the folder again. If you changed the weights, set {ACCEPT}=1"
+        )
+
+
+def check_stored(folder: Path, manifest: Manifest, names: Set[str] | None = None) -> None:
+    """Check the fingerprint of the weights in a folder's files.
+
+    Args:
+        names: the model's parameters, of a folder with the whole model.
+    """
+    if manifest.kind != "full":
+        check_fingerprint(folder, manifest, by_model_names(folder, manifest, file_tensors(folder / TRAINED)))
+        return
+    stored = by_model_names(folder, manifest, folder_tensors(folder))
+    names = stored.keys() if names is None else names
+    if names <= stored.keys():  # else transformers reports what is missing, or has names of its own
+        check_fingerprint(folder, manifest, {name: stored[name] for name in names})
+
+
+def by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """Name trained tensors as the model does, adapters included.
+
+    Args:
+        tensors: of ``trained.safetensors``, or the whole model's.
+    """
+    if manifest.kind == "full":
+        return {_newer(name): value for name, value in tensors.items()}
+    named = dict(tensors)
+    if manifest.kind == "lora":
+        for name, value in file_tensors(folder / ADAPTER).items():
+            stem, _, last = name.removeprefix(ADAPTER_PREFIX).rpartition(".")
+            if last == "lora_magnitude_vector":  # DoRA's, which peft saves without its last name
+                stem, last = f"{stem}.{last}", "weight"
+            named[f"{stem}.default.{last}" if ".lora_" in stem else f"{stem}.{last}"] = value
+    return named
+
+
+def _newer(name: str) -> str:
+    return next((new + name.removeprefix(old) for old, new in _OLDER if name.startswith(old)), name)
 
 
 def exact_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -11,7 +82,7 @@ def exact_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensors[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

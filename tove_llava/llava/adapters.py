@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.finite import check_finite
 
 _RANKED = re.compile(r"\.lora_(embedding_)?A\b")  # tensors with one row for each rank
 
@@ -40,6 +41,7 @@ def add_adapters(
         raise CheckpointError(
             f"{where} does not fit its settings, which ask for rank {asked}: it holds {sorted(stored)}"
         )
+    check_finite(tensors.items(), where)
     inject_adapter_in_model(LoraConfig(**settings), model)
     try:
         outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name="default")

@@ -24,7 +24,7 @@ from tove_llava.checkpoints.parts import (
 from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, split_by_prefix, write_json
 from tove_llava.checkpoints.tokenizer_files import read_tokenizer, write_tokenizer
-from tove_llava.checkpoints.weight_fingerprints import sampled_fingerprint
+from tove_llava.checkpoints.weight_fingerprints import check_stored, sampled_fingerprint
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.presets import LanguagePreset, Preset
@@ -69,6 +69,7 @@ class Tove(LlavaFormat):
                 tokenizer = read_tokenizer(language, language.tokenizer_folders[0])  # its own, image token or not
             stored = file_tensors(folder / TRAINED)
             projector = split_by_prefix(stored, [(PROJECTOR_PATH, "projector", "")], folder)["projector"]
+        check_stored(folder, manifest)
         return LlavaParts(
             folder=folder,
             language=language,
