@@ -7,7 +7,8 @@ from jinja2 import TemplateError
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data import Turn, get_template, parse_record, template_names
 from tove_llava.data.records import prepare_turns
-from tove_llava.data.templates import Template, conversation, register_template
+from tove_llava.data.templates import Segment, Template, conversation, register_template
+from tove_llava.data.tokenization import encode_turns
 from tove_llava.llava.processing import jinja_template
 
 
@@ -130,6 +131,27 @@ def test_exported_templates_drop_nothing_in_silence(name, message):
     tokenizer = byte_level_tokenizer()
     with pytest.raises(TemplateError, match="not read|needs text"):
         tokenizer.apply_chat_template([message], chat_template=jinja_template(name, tokenizer), tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (lambda text, reply: Segment(text.replace("<image>", ""), reply), "makes 0 image placeholders of 1"),
+        (lambda text, reply: Segment(text + "<image>" * (not reply), reply), "makes 2 image placeholders of 1"),
+        (lambda text, reply: Segment(text.upper(), reply), "turn 1: .*changes the text|image placeholders"),
+        (lambda text, reply: Segment(text[: 5 if reply else None], reply), "turn 2: .*changes the text 'Red, mo"),
+        (lambda text, reply: Segment(text if reply else "<image>", reply), "turn 1: .*or leaves it out"),
+        (lambda text, reply: Segment(text, False), "turn 2: .*or leaves it out"),  # never learned
+    ],
+)  # fmt: skip
+def test_what_a_template_of_anybody_s_loses_is_refused(changed, words):
+    class Mine(Template):
+        def render(self, turns, tokenizer):
+            return [changed(turn.text or "", turn.role == "assistant") for turn in turns]
+
+    turns = [Turn("user", "<image>\nWhich?"), Turn("assistant", "Red, mostly")]
+    with pytest.raises(DataError, match=words):
+        encode_turns(turns, byte_level_tokenizer(), Mine(), images=True)
 
 
 def test_a_template_that_inherits_its_rendering_is_exported_with_its_own_system_text():

@@ -86,7 +86,7 @@ def test_chunks_and_special_tokens_follow_llavas_rules(model_file, parts, images
 
     prompt = "".join(parts).replace("\0", "")
     processor, tokenizer = _both(model_file)
-    encoded = encode_turns([], tokenizer, Raw(), images)
+    encoded = encode_turns([Turn("user", prompt)], tokenizer, Raw(), images)
     assert encoded.input_ids == sentencepiece_oracle(processor, prompt, images)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tove_llava.core.errors import DataError
 from tove_llava.data.records import Record, prepare_turns
-from tove_llava.data.templates import Template, Turn, get_template
+from tove_llava.data.templates import Segment, Template, Turn, get_template
+from tove_llava.data.templates.chat_template import without_reasoning
 from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER, text_encoder
 
 IMAGE_TOKEN_INDEX = -200  # stands for one image until the collator expands it; LLaVA's number
@@ -74,12 +76,17 @@ def encode_turns(
 
     The text between two images is encoded as a text of its own (LLaVA's rule). Within it, each change between
     supervised and unsupervised text is a token boundary, as it is when the model generates.
+
+    Raises:
+        DataError: the template refuses the turns, or renders something else than they say.
     """
     template, encoder = get_template(template), text_encoder(tokenizer)
+    rendered = template.render(turns, tokenizer)
+    _compare(turns, rendered, template, images)
     ids: list[int] = list(encoder.prefix_ids) if template.adds_bos else []
     labels: list[int] = [IGNORE_INDEX] * len(ids)
     starts_text = True
-    for supervised, segments in groupby(template.render(turns, tokenizer), key=lambda segment: segment.supervised):
+    for supervised, segments in groupby(rendered, key=lambda segment: segment.supervised):
         joined = "".join(segment.text for segment in segments)
         for index, text in enumerate(joined.split(IMAGE_PLACEHOLDER) if images else [joined]):
             if index:
@@ -93,6 +100,33 @@ def encode_turns(
             ids += new
             labels += new if supervised else [IGNORE_INDEX] * len(new)
     return Encoded(ids, labels)
+
+
+def _compare(turns: Sequence[Turn], rendered: Sequence[Segment], template: Template, images: bool) -> None:
+    """Refuse a rendering that lacks an image or a turn's text, or does not learn a reply."""
+    whole = "".join(segment.text for segment in rendered)
+    learned = "".join(segment.text for segment in rendered if segment.supervised)
+    meant = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns)
+    if images and whole.count(IMAGE_PLACEHOLDER) != meant:
+        raise DataError(f"the template makes {whole.count(IMAGE_PLACEHOLDER)} image placeholders of {meant}")
+    read = read_learned = 0
+    for number, turn in enumerate(turns, start=1):
+        words = (turn.text or "").strip()
+        if turn.role != "assistant":
+            read = read if template.single_turn else _end_of(words, whole, read, number)
+        else:
+            words = words if words in learned else without_reasoning(words).strip()
+            read_learned = _end_of(words, learned, read_learned, number)
+
+
+def _end_of(words: str, text: str, start: int, number: int) -> int:
+    found = text.find(words, start)
+    if found < 0:
+        raise DataError(
+            f"turn {number}: the template changes the text {words[:60]!r}, or leaves it out; choose another "
+            "conversation template"
+        )
+    return found + len(words)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase, template: Template | str, generation_config: Any = None) -> list[int]:

@@ -10,7 +10,6 @@ from tove_llava.data.templates.base import Segment, Template, Turn, alternating,
 from tove_llava.data.templates.chat_format import DATE, ChatFormat, chat_format, render
 
 _REASONING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
-_PLACEHOLDER = "<image>"
 
 
 @register_template("chat_template")
@@ -18,7 +17,7 @@ class ChatTemplate(Template):
     """The tokenizer's own template in the form that :func:`chat_format` makes of it.
 
     The prompt at which an answer is generated, an empty think block included, is not learned. The answer is, and the
-    token that ends it. After rendering, the texts and images of a conversation are compared with what was rendered.
+    token that ends it.
     """
 
     adds_bos = False  # the template writes its own
@@ -65,9 +64,6 @@ class ChatTemplate(Template):
             segments += [Segment(whole[written : len(before)]), Segment(whole[len(before) : done], supervised=True)]
             written = done
         segments.append(Segment(whole[written:]))
-        images = sum(message["content"].count(_PLACEHOLDER) for message in messages)
-        if whole.count(_PLACEHOLDER) != images:
-            raise DataError(f"the chat template makes {whole.count(_PLACEHOLDER)} image placeholders of {images}")
         return [segment for segment in segments if segment.text]
 
 
@@ -91,4 +87,9 @@ def _without_reasoning(turn: Turn, index: int, form: ChatFormat) -> str:
             f"turn {index + 1}: the answer begins with a think block. Learn it (language.reasoning: keep, in the "
             "preset) or leave it out (drop)"
         )
+    return without_reasoning(text)
+
+
+def without_reasoning(text: str) -> str:
+    """Return an answer's text without the think block that it begins with."""
     return _REASONING.sub("", text, count=1)
