@@ -1,5 +1,6 @@
 """The command line: its overview, its exit codes, and what it imports."""
 
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -104,6 +105,16 @@ def test_flags_must_be_written_out():
     with pytest.raises(SystemExit) as exit_:
         cli.main(["score", "--bench", "pope", "--predictions", "a", "--ground-truth", "b"])
     assert exit_.value.code == 2
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
+@pytest.mark.parametrize("words", [["--version"], ["presets", "show", "tiny"]])
+def test_a_full_disk_under_the_output_is_one_line(words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "tove_llava", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "could not be written: No space left on device" in done.stderr
 
 
 def test_reader_that_leaves_early_is_no_error():

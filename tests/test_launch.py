@@ -1,5 +1,6 @@
 """Ranks are started, get signals, and leave no orphan; environment variables become flags."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,11 +8,12 @@ import sys
 import time
 
 import pytest
-from train_parts import ROOT, environment, flags, write_inputs
+from train_parts import ROOT, environment, flags, free_port, write_inputs
 
 from tove_llava import cli
 from tove_llava.cli.launch import trainer_flags
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.locks import LOCK, is_locked
 from tove_llava.train import launcher
 from tove_llava.train.launcher import Launch, plan, run_ranks
 
@@ -109,6 +111,52 @@ def test_ranks_end_with_a_killed_launcher(tmp_path):
     waited(lambda: log.read_text().count("saved") == 2)
     pids = [int(line.split()[1]) for line in log.read_text().splitlines() if "ready" in line]
     waited(lambda: not any(map(is_alive, pids)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl and /proc are Linux's")
+@pytest.mark.parametrize("killed", ["runner", "launcher"])
+def test_a_rank_ends_with_deepspeeds_processes(tmp_path, killed):
+    """DeepSpeed's command runs its launcher, which runs the ranks and outlives the command."""
+    rank = "import time; from tove_llava.train.launcher import end_with_launcher as e; e(); print('ready', flush=True)"
+    rank, waits = f"{rank}; time.sleep(60)", "print(p.pid, flush=True); p.wait()"
+    starts = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {!r}]); {}".format
+    runner = tmp_path / "deepspeed"
+    runner.write_text(starts(starts(rank, waits), waits))
+    command = [sys.executable, str(runner)]
+    kept = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, env=environment(LOCAL_RANK="0"), **kept)
+    pids = [int(process.stdout.readline()) for _ in range(2)]
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid if killed == "runner" else pids[0], signal.SIGTERM)
+    waited(lambda: not is_alive(pids[1]))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("module", ["deepspeed.launcher.runner", "torch.distributed.run"])
+def test_ranks_of_other_launchers_save_and_end(root, tmp_path, module, sent):
+    output = tmp_path / "out"
+    words = flags(root, "pretrain", output, "--max_steps", "100000", "--num_train_epochs", "100000")
+    options = ["--nproc_per_node=2", f"--master_port={free_port()}", "-m"]
+    if "deepspeed" in module:
+        options = ["--num_gpus=2", *options[1:2], "--no_local_rank", "--module"]
+    command = [sys.executable, "-m", module, *options, "tove_llava", "train", *words]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        kept = {"stdout": file, "stderr": file, "start_new_session": True, "cwd": ROOT}
+        process = subprocess.Popen(command, env=environment(), **kept)
+    try:
+        waited(lambda: "step 2 of" in log.read_text() or process.poll() is not None)
+        os.kill(process.pid, sent)
+        process.wait(60)
+        if module.startswith("deepspeed") or sent == signal.SIGKILL:  # torchrun itself ends ranks that save
+            waited(lambda: list(output.glob("checkpoint-*")))
+        waited(lambda: not is_locked(output / LOCK))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_the_first_failed_rank_gives_the_code_and_ends_the_others(monkeypatch):

@@ -16,6 +16,8 @@ flag), 130 interrupted.
 
 import argparse
 import ast
+import contextlib
+import errno
 import importlib
 import io
 import os
@@ -31,6 +33,7 @@ from tove_llava.core.registry import closest
 from tove_llava.core.text import has_encoding, listed
 from tove_llava.core.version import __version__
 from tove_llava.doctor.packages import remedy_of
+from tove_llava.train.launcher import end_with_launcher
 
 PROGRAM = "tove-llava"
 
@@ -82,6 +85,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; ``sys.argv[1:]`` by default.
     """
+    try:
+        try:
+            return _main(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # the reader (head, less) has gone
+        _drop_output()
+        return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            raise
+        _drop_output()
+        print(f"{PROGRAM}: {error.filename or 'the output'} could not be written: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _drop_output() -> None:
+    """Drop what standard output still holds: Python would try to write it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stdin):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or file that is not UTF-8 is no reason for a traceback
@@ -105,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: unknown verb {name!r}.{closest(name, known)} Verbs: {', '.join(known)}", file=sys.stderr)
         return 2
     keep_stdout_clean()
+    end_with_launcher()
     try:
         module = importlib.import_module(f"tove_llava.cli.{known[name].stem}")
         parser, rest = build_parser(name, module), take_plugin_flags(rest)
@@ -127,7 +154,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:  # a training's has words and a code of its own
         print(f"\n{PROGRAM} {name}: {str(error) or 'interrupted'}", file=sys.stderr)
         return getattr(error, "code", 130)
-    except BrokenPipeError:
-        # The reader (head, less) has gone. Python flushes stdout at exit and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141

@@ -1,7 +1,6 @@
 """Train one stage of a preset."""
 
 import argparse
-import os
 
 HELP = "train one stage of a preset in this process ('launch' starts one for each GPU)"
 
@@ -20,10 +19,6 @@ def run(args: argparse.Namespace) -> int:
         print(flags.help_page())
         return 0
     flags.refuse_mistyped(args.arguments)
-    if "LOCAL_RANK" in os.environ:
-        from tove_llava.train.launcher import end_with_parent
-
-        end_with_parent()
     with watching():  # importing takes a while
         from tove_llava.train.run import run_as_process
 

@@ -14,10 +14,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError
@@ -126,6 +128,31 @@ def end_with_parent() -> None:
     """Receive SIGTERM when the process that started this one dies (on Linux)."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def end_with_launcher() -> None:
+    """Receive SIGTERM when the launcher of this rank dies (on Linux)."""
+    if sys.platform != "linux" or "LOCAL_RANK" not in os.environ:
+        return
+    end_with_parent()
+    with contextlib.suppress(OSError, ValueError):  # a parent in another container cannot be seen
+        parent = os.getppid()
+        runner = _parent_of(parent)
+        words = Path(f"/proc/{runner}/cmdline").read_text().split("\0")
+        if {"deepspeed", "deepspeed.launcher.runner"} & {os.path.basename(word) for word in words}:
+            # DeepSpeed's runner starts DeepSpeed's launcher, which lives on without it.
+            threading.Thread(target=_end_with, args=(parent, runner), daemon=True).start()
+
+
+def _end_with(parent: int, runner: int) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        while _parent_of(parent) == runner:
+            time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 _LIBC = ctypes.CDLL(None)

@@ -34,6 +34,7 @@ from tove_llava.train import step_checkpoints
 from tove_llava.train.arguments import Parser, further_flags, parse
 from tove_llava.train.flags import help_page
 from tove_llava.train.interrupts import Interrupted, note, watching
+from tove_llava.train.launcher import end_with_launcher
 from tove_llava.train.lines import ending
 from tove_llava.train.merging import MergingTower
 from tove_llava.train.plan import planned_steps, print_config
@@ -397,4 +398,5 @@ def run_as_process(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     sys.exit(run_as_process())
