@@ -66,3 +66,42 @@ def test_json_is_read_in_one_place():
         if node.attr in ("load", "loads") and getattr(node.value, "id", "") == "json"
     ]
     assert [named(file, node.lineno) for file, node in read if file.name != "guard.py"] == []
+
+
+# Files whose plain writes go into a folder that only then gets its name or its manifest, or into memory.
+STAGED = {
+    "ablation/job_processes.py", "analysis/detach.py", "analysis/plots.py", "checkpoints/clip.py",
+    "checkpoints/formats/original.py", "checkpoints/formats/remote_code.py", "checkpoints/plugin_records.py",
+    "checkpoints/saving.py", "checkpoints/tensors.py", "checkpoints/tokenizer_files.py", "core/files.py",
+    "core/licences.py", "data/readers/parquet.py", "eval/report/write.py", "experts/dense_expert.py",
+    "experts/edge.py", "scenes/writer.py", "train/feature_stores.py", "train/run.py", "train/run_record.py",
+    "train/step_checkpoints.py", "train/trainer.py",
+}  # fmt: skip
+WRITERS = {"write_text", "write_bytes", "save_file", "copyfile", "copy2", "copytree", "savefig"}
+
+
+def is_plain_write(call: ast.Call) -> bool:
+    name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    values = [getattr(node, "value", None) for node in [*call.args[:2], *(key.value for key in call.keywords)]]
+    modes = [value for value in values if isinstance(value, str) and re.fullmatch(r"[rwx]?b?\+?[wx]?b?t?\+?", value)]
+    opens = name in ("open", "fdopen") and any(set(mode) & set("wx+") for mode in modes)
+    return name in WRITERS or opens
+
+
+def test_files_are_replaced_whole():
+    """Anything else is written by core/files.py, so that a kill leaves the old content or the new."""
+    plain = {file.relative_to(PACKAGE).as_posix() for file, node in nodes(ast.Call) if is_plain_write(node)}
+    assert sorted(plain - STAGED) == []
+
+
+def test_asserts_are_only_for_the_type_checker():
+    """PYTHONOPTIMIZE takes them out, so none of them may be a check."""
+
+    def narrows(test: ast.expr) -> bool:
+        if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And):
+            return all(map(narrows, test.values))
+        called = isinstance(test, ast.Call) and getattr(test.func, "id", "") == "isinstance"
+        compared = isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot)
+        return called or (compared and getattr(test.comparators[0], "value", 0) is None)
+
+    assert [named(file, node.lineno) for file, node in nodes(ast.Assert) if not narrows(node.test)] == []
