@@ -201,9 +201,11 @@ def test_the_bound_holds_for_questions_that_were_prepared_at_once(answerer, monk
         assert gate.entered.wait(timeout=300)
         for request in prepared:
             engine.worker.submit(request)
-        with pytest.raises(BusyError, match="2 questions are waiting"):
-            engine.worker.submit(late)
-        gate.opened.set()
+        try:
+            with pytest.raises(BusyError, match="2 questions are waiting"):
+                engine.worker.submit(late)
+        finally:
+            gate.opened.set()
 
 
 def test_the_bounds_of_a_loaded_engine_are_the_given_ones(tmp_path, monkeypatch):
@@ -213,9 +215,11 @@ def test_the_bounds_of_a_loaded_engine_are_the_given_ones(tmp_path, monkeypatch)
         running = [engine.ask(ask("Hi"), Sampling(1))]
         assert gate.entered.wait(timeout=300)
         running.append(engine.ask(ask("Hi"), Sampling(1)))
-        with pytest.raises(BusyError, match="1 questions are waiting"):
-            engine.ask(ask("Hi"))
-        gate.opened.set()
+        try:
+            with pytest.raises(BusyError, match="1 questions are waiting"):
+                engine.ask(ask("Hi"))
+        finally:
+            gate.opened.set()
         for reply in running:
             reply.text()
 

@@ -130,6 +130,11 @@ def _main(argv: Sequence[str] | None) -> int:
     if name not in known:
         print(f"{PROGRAM}: unknown verb {name!r}.{closest(name, known)} Verbs: {', '.join(known)}", file=sys.stderr)
         return 2
+    if sys.flags.optimize > 1:
+        print(
+            f"{PROGRAM}: transformers reads docstrings, which PYTHONOPTIMIZE=2 (-OO) removes; unset it", file=sys.stderr
+        )
+        return 2
     keep_stdout_clean()
     end_with_launcher()
     try:

@@ -86,8 +86,11 @@ def described(text: str | os.PathLike[str], whole: bool = True) -> str:
 
 
 def size_of(text: str | os.PathLike[str]) -> int:
-    """Sum the bytes of the files that a text names."""
+    """Sum the bytes of the files that a text names; ConfigError if one cannot be read."""
     files: list[Path] = []
-    for entry in data_paths(text):
-        files += filter(Path.is_file, entry.path.rglob("*")) if entry.path.is_dir() else [entry.path]
-    return sum(file.stat().st_size for file in files)
+    try:
+        for entry in data_paths(text):
+            files += filter(Path.is_file, entry.path.rglob("*")) if entry.path.is_dir() else [entry.path]
+        return sum(file.stat().st_size for file in files)
+    except OSError as error:
+        raise ConfigError(f"the data {text} cannot be read: {error}") from error

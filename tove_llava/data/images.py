@@ -49,19 +49,8 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     Raises:
         DataError: the name leads out of the folder, or there is no such file.
     """
-    if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
-        if PureWindowsPath(name).drive:
-            raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
-        name = name.replace("\\", "/")
-    if os.path.isabs(name):
-        inside = os.path.relpath(os.path.normpath(name), os.path.abspath(folder))
-        if inside.split(os.sep)[0] == os.pardir:
-            raise DataError(f"image {name!r} is an absolute path outside the image folder {folder}; change one of them")
-        name = inside
+    name = name_inside(folder, name)
     path = os.path.join(folder, name)
-    lexical = os.path.normpath(name)
-    if lexical == os.pardir or lexical.startswith(os.pardir + os.sep):
-        raise DataError(f"image {name!r} leads out of the image folder {folder}; move the file into it")
     if not allow_links:
         root = _real(str(folder))
         real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
@@ -79,6 +68,23 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     if not stat.S_ISREG(mode):
         raise DataError(f"image {name!r} in {folder} is not a file")
     return Path(path)
+
+
+def name_inside(folder: str | os.PathLike[str], name: str) -> str:
+    """Return an image's name relative to its folder; DataError if it leads out of it. Links are not looked at."""
+    if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
+        if PureWindowsPath(name).drive:
+            raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
+        name = name.replace("\\", "/")
+    if os.path.isabs(name):
+        inside = os.path.relpath(os.path.normpath(name), os.path.abspath(folder))
+        if inside.split(os.sep)[0] == os.pardir:
+            raise DataError(f"image {name!r} is an absolute path outside the image folder {folder}; change one of them")
+        name = inside
+    lexical = os.path.normpath(name)
+    if lexical == os.pardir or lexical.startswith(os.pardir + os.sep):
+        raise DataError(f"image {name!r} leads out of the image folder {folder}; move the file into it")
+    return name
 
 
 def _similar(path: str) -> str:

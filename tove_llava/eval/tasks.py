@@ -98,11 +98,14 @@ class Task:
 
         Raises:
             ConfigError: a program is missing.
-            DataError: there are no questions, or images are missing; the first questions are named.
+            DataError: there are no questions, the ground truth is not theirs, or images are missing; they are named.
         """
         self.benchmark.check_requirements()
         if not self.asked:
             raise DataError(f"benchmark {self.name!r} has no questions in {self.benchmark.question_file(self.root)}")
+        if self.truth is not None:  # what the scorer would refuse afterwards
+            blank = [{"question_id": each.question_id, "prompt": each.text, "text": ""} for each in self.asked]
+            self.benchmark.match(blank, self.truth)
         _check_images(self.asked)
 
     def check_options(self) -> None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.registry import Registry
+from tove_llava.data.images import name_inside
 from tove_llava.eval.fields import ID, TEXT
 from tove_llava.eval.matching import Matched, match
 from tove_llava.eval.rows import Row, read_jsonl, read_truth, spread
@@ -265,14 +266,14 @@ def read_questions(file: Path, images: Path) -> list[Question]:
         images: folder that the image names are relative to.
 
     Raises:
-        DataError: the file is missing or malformed.
+        DataError: the file is missing or malformed, or an image's name leads out of its folder.
     """
     rows = read_jsonl(file, {"question_id": ID, "image": TEXT, "text": TEXT})
     return [
         Question(
             row["question_id"],
             row["text"],
-            images / row["image"],
+            images / name_inside(images, row["image"]),
             {"category": row["category"]} if "category" in row else {},
         )
         for row in rows
