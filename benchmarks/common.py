@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from transformers.utils import logging as transformers_logging
 import tove_llava
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.text import markdown_table
+from tove_llava.experts.from_spec import complete_specs
+from tove_llava.experts.spec import ExpertSpec
 from tove_llava.llava.build import torch_dtype
 from tove_llava.presets import Preset, load_preset
 
@@ -94,6 +96,7 @@ class Bench:
     preset: Preset = field(init=False)
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
+    left_out: dict[str, str] = field(init=False)  # experts, and why
     load: float = field(init=False)  # cores that others kept busy while this process waited
 
     def __post_init__(self) -> None:
@@ -105,7 +108,9 @@ class Bench:
             raise ConfigError("--device cuda: torch finds no GPU here; use --device cpu")
         self.device = torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.dtype = torch_dtype(self.args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
-        self.preset = load_preset(self.args.preset, self.args.set)
+        self.preset, self.left_out = without_missing_libraries(load_preset(self.args.preset, self.args.set))
+        for name, reason in self.left_out.items():
+            print(f"benchmark: without the expert {name}: {reason}", file=sys.stderr)
 
     def weights(self, sources: Sequence[str]) -> str:
         """Choose and print ``"source"`` or ``"random"``."""
@@ -125,6 +130,7 @@ class Bench:
             "commit": commit(),
             "preset": self.preset.name,
             "overrides": list(self.args.set),
+            "experts_left_out": self.left_out,
             "weights": weights,
             "device": {"type": self.device.type, "description": describe_device(self.device)},
             "dtype": dtype_name(self.dtype),
@@ -168,6 +174,22 @@ class Bench:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def without_missing_libraries(preset: Preset) -> tuple[Preset, dict[str, str]]:
+    """Leave out the experts whose library is not installed; return them with the reasons."""
+    missing, kept = {}, []
+    for entry in preset.vision.experts:
+        try:
+            complete_specs([entry])
+            kept.append(entry)
+        except ConfigError as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            missing[ExpertSpec.from_dict(entry).name] = str(error)
+    if not missing:
+        return preset, {}
+    return replace(preset, vision=replace(preset.vision, experts=kept)), missing
 
 
 def seconds_since_start() -> float:
@@ -263,7 +285,9 @@ def circumstances(record: dict[str, Any]) -> str:
     """Describe what was measured, where, and with what."""
     settings = ", ".join(f"{key} {value}" for key, value in record["settings"].items())
     libraries = ", ".join(f"{key} {value}" for key, value in record["versions"].items() if value != "none")
+    left_out = record.get("experts_left_out") or {}
     lines = [
+        *(f"- **without the expert {name}**: {reason}" for name, reason in left_out.items()),
         f"- preset `{record['preset']}`, {record['weights']} weights, {record['dtype']}"
         + (f", with {', '.join(record['overrides'])}" if record["overrides"] else ""),
         f"- {record['device']['description']}; {settings}",

@@ -26,9 +26,9 @@ trap finish EXIT
 say() { echo "== $SECONDS s: $*"; }
 has() { python3 -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 
-if [ -z "${LAUNCHER:-}" ] && ! { has deepspeed && command -v deepspeed >/dev/null; }; then
-    say "deepspeed is not installed here: LAUNCHER=torchrun DEEPSPEED_CONFIG=none"
-    export LAUNCHER=torchrun DEEPSPEED_CONFIG=none
+if [ -z "${DEEPSPEED_CONFIG:-}" ] && ! has deepspeed; then
+    say "deepspeed is not installed here: DEEPSPEED_CONFIG=none"
+    export DEEPSPEED_CONFIG=none
 fi
 python3 -c "import torch; print('device:', torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU, CPU')"
 

@@ -5,7 +5,8 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,19 +141,40 @@ def matrix_product(device: torch.device, dtype: torch.dtype) -> tuple[Callable[[
     return lambda: torch.matmul(a, b, out=out), 2.0 * side**3
 
 
+def held_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process cannot give back."""
+    torch.cuda.synchronize(device)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Compute float32 in float32: convolutions use TF32 by default, whose error is 1e-3."""
+    backends = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
+
+
 def peak_memory(run: Callable[[], Any], device: torch.device) -> int:
     """Measure the most bytes of tensors that ``run`` adds.
 
-    On a GPU by the caching allocator's count; on the CPU by torch's own record of allocations, which does not see the
-    scratch memory of the kernels' libraries.
+    On a GPU by what the caching allocator reserves, as CUDA graphs' pools and fragments are of no use to others; on the
+    CPU by torch's own record of allocations, which does not see the scratch memory of the kernels' libraries.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        before = held_memory(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_reserved(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorder:
         run()
     events = [e for e in recorder.profiler.kineto_results.events() if e.name() == "[memory]"]

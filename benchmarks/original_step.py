@@ -46,13 +46,14 @@ def main() -> None:
     for _ in sys.stdin:
         if device.type == "cuda":
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         wall, cpu = time.perf_counter(), time.process_time()
         for batch in batches:
             step(batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        peak = torch.cuda.max_memory_reserved() if device.type == "cuda" else None
         _tell(say, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "peak_bytes": peak})
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from common import Bench, target
 from llava_mix import write_mix
-from measuring import GB, Samples, measure, peak_memory, ratio
+from measuring import GB, Samples, held_memory, measure, peak_memory, ratio
 from mix_lengths import DrawnMix, Length, read_lengths
 from step_flops import RecordFlops, record_flops
 from step_llava import LlavaStep, is_there
@@ -291,7 +291,7 @@ def _row(bench: Bench, both: Contenders, name: str, samples: Samples, needed: fl
 
 def _resident(bench: Bench, step: TrainingStep) -> int:
     if bench.device.type == "cuda":
-        return torch.cuda.memory_allocated(bench.device)
+        return held_memory(bench.device)
     return step.resident_bytes()
 
 

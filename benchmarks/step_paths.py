@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from common import Bench
-from measuring import GB, reason_of
+from measuring import GB, held_memory, reason_of
 from step_parts import TrainingStep
 
 from tove_llava.core.errors import ConfigError
@@ -68,7 +68,7 @@ class FastPath:
             tower.set_execution(self.execution)
             for pixels in {len(x): x for x in pictures}.values() if self.execution != EAGER else ():
                 self.step.encode(pixels)
-        except ConfigError as error:
+        except (ConfigError, torch.OutOfMemoryError) as error:
             if self.bench.args.execution:
                 raise
             self.execution, self.fallback = EAGER, reason_of(error)
@@ -81,10 +81,9 @@ class FastPath:
         with original_recipe(self.step):
             self.step(padded)
         self._set_tower(pictures)  # a CUDA graph keeps its memory
-        self.bench.free()
         total = torch.cuda.get_device_properties(self.bench.device).total_memory
         goal = min(total, int(MEMORY_GB * GB))
-        self.budget = round(max(0, goal - torch.cuda.memory_allocated(self.bench.device) - MARGIN) / 2**30, 1)
+        self.budget = round(max(0, goal - held_memory(self.bench.device) - MARGIN) / 2**30, 1)
 
 
 @contextmanager

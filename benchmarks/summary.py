@@ -30,7 +30,7 @@ from tove_llava.core.text import markdown_table
 TARGETS = Path(__file__).with_name("targets.yaml")
 ALL = {"cuda": "bash benchmarks/run.sh gpu", "cpu": "bash benchmarks/run.sh cpu", "any": "bash benchmarks/run.sh cpu"}
 ENTRY = {"name", "value", "target", "at_least"}  # and "reason", where a value is missing that was to be measured
-RUN, MINUTES, PRESETS = "run", 9.0, {"cpu": "tiny", "cuda": "vicuna-7b"}
+RUN, MINUTES, PRESETS = "run", {"cpu": 9.0, "gpu": 16.0}, {"cpu": "tiny", "cuda": "vicuna-7b"}
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,12 @@ class Target:
         return record["benchmark"] == self.benchmark and re.fullmatch(self.named, entry["name"]) is not None
 
     def is_for(self, record: dict[str, Any]) -> bool:
-        """Tell if the record is of the target's device and preset."""
-        return self.device in ("any", record["device"]["type"]) and self.preset in (None, record["preset"])
+        """Tell if the record is of the target's device and whole preset."""
+        return (
+            not record.get("experts_left_out")
+            and self.device in ("any", record["device"]["type"])
+            and self.preset in (None, record["preset"])
+        )
 
     def state(self, value: float) -> str:
         if self.wanted is None:
@@ -111,7 +115,7 @@ def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
             another number there, or no result at all.
     """
     found: dict[str, list[Row]] = {target.key: [] for target in targets}
-    files = sorted(folder.glob("*-*.json"))
+    files = _results(folder)
     if not files:
         raise ConfigError(f"{folder} holds no results; run '{ALL['cpu']}' first")
     for file in files:
@@ -120,15 +124,23 @@ def collect(folder: Path, targets: Sequence[Target]) -> list[Row]:
             for target in _listed(file, record, entry, targets):
                 if entry["value"] is not None:
                     state = target.state(entry["value"]) if target.is_for(record) else "elsewhere"
-                    found[target.key].append(_row(target, state, file, record, entry))
+                    found[target.key].append(_row(target, state, _page(folder, file), record, entry))
                 elif "reason" in entry and target.is_for(record):
-                    found[target.key].append(_row(target, "unmeasured", file, record, entry))
+                    found[target.key].append(_row(target, "unmeasured", _page(folder, file), record, entry))
     rows = []
     for target in targets:
         if not any(row.state != "elsewhere" for row in found[target.key]):
             rows.append(Row(target, "unmeasured"))
         rows += found[target.key]
     return rows
+
+
+def _results(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*-*.json"))  # the parts of gpu.sh have folders of their own
+
+
+def _page(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).with_suffix(".md").as_posix()
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -161,13 +173,13 @@ def _listed(file: Path, record: dict[str, Any], entry: dict[str, Any], targets: 
     return meant or named
 
 
-def _row(target: Target, state: str, file: Path, record: dict[str, Any], entry: dict[str, Any]) -> Row:
+def _row(target: Target, state: str, page: str, record: dict[str, Any], entry: dict[str, Any]) -> Row:
     return Row(
         target,
         state,
         name=entry["name"],
         value=entry["value"],
-        file=file.with_suffix(".md").name,
+        file=page,
         preset=record["preset"],
         device=record["device"]["description"],
         reason=entry.get("reason"),
@@ -188,9 +200,9 @@ class Taken:
 def taken_by(folder: Path) -> list[Taken]:
     """List them for every result in a folder."""
     found = []
-    for file in sorted(folder.glob("*-*.json")):
+    for file in _results(folder):
         record = _read(file)
-        found.append(Taken(file.with_suffix(".md").name, record.get("seconds"), record.get("not_measured", {})))
+        found.append(Taken(_page(folder, file), record.get("seconds"), record.get("not_measured", {})))
     return found
 
 
@@ -278,7 +290,7 @@ def write_run(output: Path, kind: str, seconds: float, codes: Sequence[str]) -> 
     record["not_measured"] = {
         f"{name}.py": f"exit code {code}: {meaning.get(code, 'it broke off')}" for name, code in ended.items() if code
     }
-    record["targets"] = [measured(f"minutes of benchmarks/run.sh {kind}", seconds / 60, MINUTES, at_least=False)]
+    record["targets"] = [measured(f"minutes of benchmarks/run.sh {kind}", seconds / 60, MINUTES[kind], at_least=False)]
     page = [f"# A whole run: {', '.join(ended)}", circumstances(record), *lost_table(record)]
     write_results(output, record, "\n\n".join([*page, targets_table(record["targets"])]), show=False)
 

@@ -34,7 +34,7 @@ from common import (
     targets_table,
     write_results,
 )
-from measuring import MB, Samples, count_flops, matrix_product, measure, peak_memory, ratio, synchronize
+from measuring import MB, Samples, count_flops, matrix_product, measure, peak_memory, ratio, synchronize, without_tf32
 from models import build_tower, count_parameters, fill_randomly, vision_sources, weight_bytes, whole_clip
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -141,7 +141,8 @@ def exact_features(tower: ToveVisionModel, pixel_values: torch.Tensor) -> Encode
     """Return the plain tower's float32 output; None if it has that."""
     if tower.dtype == torch.float32:
         return None
-    return encoded(copy.deepcopy(tower).float().encode(pixel_values.float()))
+    with without_tf32():
+        return encoded(copy.deepcopy(tower).float().encode(pixel_values.float()))
 
 
 def compare(actual: TowerFeatures, plain: TowerFeatures, exact: Encoded | None) -> dict[str, Any]:
@@ -442,7 +443,7 @@ def render(record: dict[str, Any]) -> str:
             f"{found['achieved_tflops']:.3g} TFLOP/s, {found['share_of_matrix_product']:.0%} of the matrix product's "
             f"{found['matrix_product_tflops']:.3g}; gate, projections and transfer take "
             f"{found['fusion_share_of_time']:.1%} of its time. Executions are those of docs/guides/train.md. "
-            "What they compile and record was made before; a CUDA graph's own memory is not in the table.",
+            "What they compile and record was made before; the memory of a CUDA graph is reserved then, and not in the table.",
             *_equality(record["equality"]),
             targets_table(record["targets"]),
             markdown_table(

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from common import (
     Bench,
     argument_parser,
@@ -36,7 +35,7 @@ from common import (
     targets_table,
     write_results,
 )
-from measuring import GB, matrix_product, measure, peak_memory, ratio
+from measuring import GB, held_memory, matrix_product, measure, peak_memory, ratio
 from models import count_parameters, vision_sources
 from step_clip import (
     STAGES,
@@ -54,6 +53,8 @@ from tove_llava.core.errors import ConfigError
 from tove_llava.core.text import markdown_table
 from tove_llava.tower.execution import execution_mode
 from tove_llava.train.recomputation import KINDS, NONE, set_checkpointing
+
+PARTS = ("stages", "mix", "clip", "qlora")
 
 
 def measure_stage(bench: Bench, shared: SharedModel, name: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def _stage_row(bench: Bench, step: TrainingStep, checkpointing: str, name: str) 
     flops = step.needed_flops({key: value[:1] for key, value in batch.items()})  # of one sample
     set_checkpointing(model, checkpointing)
     step(batch)  # makes the optimiser's state
-    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else step.resident_bytes()
+    resident = held_memory(device) if device.type == "cuda" else step.resident_bytes()
     peak = peak_memory(lambda: step(batch), device)
     ready = with_features(batch, step.encode(batch["pixel_values"]))
     product, product_flops = matrix_product(device, bench.dtype)
@@ -118,20 +119,24 @@ def benchmark(bench: Bench) -> dict[str, Any]:
             )
         write_results(bench.args.output, record, render(record), show=show)
 
-    for name in names:
+    parts = bench.args.parts
+    for name in names if "stages" in parts else ():
         if row := bench.attempt(record, f"stage {name}", partial(measure_stage, bench, shared, name)):
             record["stages"][name] = row
         save()
-    if not bench.args.no_mix:
+    if parts != ["stages"]:
         record |= {"mix": None, "qlora": None, "beside_clip": {}}
-        record["mix"] = bench.attempt(record, MIX, partial(measure_mix, bench, shared, record))
-        save()
-        for name in (name for name in STAGES if name in bench.preset.stages):
+        if "mix" in parts:
+            record["mix"] = bench.attempt(record, MIX, partial(measure_mix, bench, shared, record))
+            save()
+        for name in (name for name in STAGES if name in bench.preset.stages and "clip" in parts):
             row = record["beside_clip"][name] = {"time": None, "flops": None}
             row["flops"] = bench.attempt(record, flops_part(name), partial(flops_beside_clip, name))
             row["time"] = bench.attempt(record, time_part(name), partial(measure_beside_clip, bench, shared, name))
             save()
-        if bench.device.type == "cuda" and QUANTISED in bench.preset.stages:  # a CPU has no such limit
+        if (
+            "qlora" in parts and bench.device.type == "cuda" and QUANTISED in bench.preset.stages
+        ):  # a CPU has no such limit
             record["qlora"] = bench.attempt(record, QLORA_MEMORY, partial(measure_qlora, bench, shared))
     save(show=True)
     return record
@@ -151,7 +156,10 @@ def _check(bench: Bench) -> list[str]:
         bench.preset.stage(name)
     if args.execution is not None:
         execution_mode(args.execution)
-    if not args.no_mix:
+    args.parts = ["stages"] if args.no_mix else args.parts.split(",")
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        raise ConfigError(f"--parts {unknown[0]}: no such part; known: {', '.join(PARTS)}")
+    if "mix" in args.parts:
         check_mix(bench)
     return names
 
@@ -230,7 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--checkpointing-gib", type=float, metavar="X", help="of selective checkpointing (default: what is free)"
     )
-    parser.add_argument("--no-mix", action="store_true", help="only the stages' table")
+    parser.add_argument("--no-mix", action="store_true", help="--parts stages")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--peak-tflops", type=float, metavar="X", help="published peak of the device in this dtype")
     args = parser.parse_args(argv)
     return run_command(lambda: benchmark(Bench(args)))

@@ -329,11 +329,13 @@ def test_wrong_flags_are_explained(tmp_path, capsys, name, flags, message):
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_the_smoke_script_names_existing_files():
-    script = BENCHMARKS / "gpu_smoke.sh"
+@pytest.mark.parametrize("name", ["gpu_smoke", "gpu"])
+def test_scripts_for_a_gpu_name_existing_files(name):
+    script = BENCHMARKS / f"{name}.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
-    named = set(re.findall(r"\b(?:scripts|eval|benchmarks)/\w+\.(?:sh|py)\b", script.read_text()))
-    assert {"scripts/pretrain.sh", "scripts/finetune_lora.sh", "eval/scenes.sh", "eval/pope.sh"} <= named
+    named = set(re.findall(r"\b(?:scripts|eval|benchmarks|tests)/\w+\.(?:sh|py)\b", script.read_text()))
+    smoke = {"scripts/pretrain.sh", "scripts/finetune_lora.sh", "eval/scenes.sh", "eval/pope.sh"}
+    assert named >= (smoke if name == "gpu_smoke" else {"benchmarks/gpu_smoke.sh", "tests/test_tower_gpu.py"})
     assert os.access(script, os.X_OK) and all((ROOT / name).is_file() for name in named), named
 
 

@@ -1,5 +1,6 @@
 """What a GPU would show at once, shown without one."""
 
+import importlib
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from tower_parts import make_tower, pixels
 from train_parts import ROOT, flags, write_inputs
 
 from tove_llava.core.errors import NonFiniteError
+from tove_llava.presets import load_preset
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import run
 from tove_llava.train.trainer import ToveTrainer
@@ -99,3 +101,24 @@ def test_tests_for_a_gpu_need_no_library_that_its_image_lacks():
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     )
     assert done.returncode == 0 and "test_tower_gpu.py::" in done.stdout, done.stdout[-2000:]
+
+
+def test_an_expert_without_its_library_is_left_out_of_a_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setitem(sys.modules, "kornia.models.dexined", None)
+    common, measuring = importlib.import_module("common"), importlib.import_module("measuring")
+    preset, left_out = common.without_missing_libraries(load_preset("vicuna-7b"))
+    assert [entry["name"] for entry in preset.vision.experts] == ["eva", "dinov2", "depth"]
+    assert list(left_out) == ["edge"] and "pip install kornia" in left_out["edge"]
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    with measuring.without_tf32():
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_gate_draws_no_noise_in_eval_mode(tmp_path, monkeypatch):
+    tower = make_tower(tmp_path, noisy_gating=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tower.fusion.gate.noise, "forward", None)  # it must not be called
+        expected = tower.eval()(pixels()).routing
+    assert torch.equal(tower(pixels()).routing, expected)

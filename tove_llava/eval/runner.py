@@ -316,9 +316,9 @@ def forget(folder: str | Path) -> None:
 
 
 def peak_memory(device: torch.device, start: bool = False) -> int | None:
-    """Return the most bytes on a GPU since the last ``start``."""
+    """Return the most bytes that torch reserved on a GPU since the last ``start``."""
     if device.type != "cuda":
         return None
     if start:
         torch.cuda.reset_peak_memory_stats(device)
-    return int(torch.cuda.max_memory_allocated(device))
+    return int(torch.cuda.max_memory_reserved(device))
