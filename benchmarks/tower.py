@@ -52,6 +52,7 @@ from tove_llava.tower.execution import EXECUTIONS, execution_mode
 # The project's targets: images/s over the loop's; the rest for the published models, of which the first needs no GPU.
 OVER_LOOP = {"cpu": 1.3, "cuda": 2.0}
 TRUE_SIZE, TFLOP_PER_IMAGE = "vicuna-7b", 1.3
+TRUE_SIZE_WORK = f"TFLOP per image, {TRUE_SIZE}"
 SHARE_OF_MATRIX_PRODUCT, FUSION_SHARE = 0.55, 0.08
 # Relative to the features' size. In 16 bits the plain tower rounds too (EVA-02-L by itself is 1.6e-2 off float32): an
 # execution may be FARTHER times as far from float32 as the plain tower, plus SLACK.
@@ -255,7 +256,8 @@ def benchmark(bench: Bench) -> dict[str, Any]:
     )
     record["not_measured"] |= {TITLES.get(name, name): reason for name, reason in lost.items()}
     towers.keep(samples)
-    _fill(record, bench, towers, samples)
+    whole_tflop = bench.attempt(record, TRUE_SIZE_WORK, partial(counted_tflop, TRUE_SIZE))
+    _fill(record, bench, towers, samples, whole_tflop)
     if args.profile:
         runs = {name: towers.contenders[name] for name in ("tove", "loop") if name in towers.contenders}
         record["profile"] = bench.attempt(
@@ -266,7 +268,9 @@ def benchmark(bench: Bench) -> dict[str, Any]:
     return record
 
 
-def _fill(record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[str, Samples]) -> None:
+def _fill(
+    record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[str, Samples], whole_tflop: float | None
+) -> None:
     """Add contenders, parts, ratios and figures to a record."""
     tower, batch, copies = towers.tower, bench.args.batch, towers.copies
     memory = {name: peak_memory(run, bench.device) for name, run in towers.contenders.items()}
@@ -308,6 +312,7 @@ def _fill(record: dict[str, Any], bench: Bench, towers: Towers, samples: dict[st
     }
     equal = [name for name in copies if towers.equality.get(name, {}).get("equal")]
     record["figures"] = figures(samples, equal, flops["tove"] * batch, towers.product_flops)
+    record["figures"]["tflop_per_image_at_true_size"] = whole_tflop
 
 
 def whole_loop(tower: ToveVisionModel, features: TowerFeatures, pixel_values: torch.Tensor) -> WholeEncoders:
@@ -336,7 +341,6 @@ def figures(samples: dict[str, Samples], towers: list[str], flops: float, produc
         "matrix_product_tflops": ceiling,
         "share_of_matrix_product": achieved / ceiling,
         "fusion_share_of_time": fusion.median / samples[best].median,
-        "tflop_per_image_at_true_size": counted_tflop(TRUE_SIZE),
     }
 
 
@@ -355,7 +359,13 @@ def targets(record: dict[str, Any], device: str) -> list[dict[str, Any]]:
             OVER_LOOP[device],
             reason=lost.get(TITLES["loop"]),
         ),
-        target(f"TFLOP per image, {TRUE_SIZE}", found["tflop_per_image_at_true_size"], TFLOP_PER_IMAGE, at_least=False),
+        target(
+            TRUE_SIZE_WORK,
+            found["tflop_per_image_at_true_size"],
+            TFLOP_PER_IMAGE,
+            at_least=False,
+            reason=lost.get(TRUE_SIZE_WORK),
+        ),
         target("share of the matrix-product ceiling, GPU", on_gpu("share_of_matrix_product"), SHARE_OF_MATRIX_PRODUCT),
         target(fusion, on_gpu("fusion_share_of_time"), FUSION_SHARE, at_least=False),
     ]
@@ -443,7 +453,7 @@ def render(record: dict[str, Any]) -> str:
             f"{found['achieved_tflops']:.3g} TFLOP/s, {found['share_of_matrix_product']:.0%} of the matrix product's "
             f"{found['matrix_product_tflops']:.3g}; gate, projections and transfer take "
             f"{found['fusion_share_of_time']:.1%} of its time. Executions are those of docs/guides/train.md. "
-            "What they compile and record was made before; the memory of a CUDA graph is reserved then, and not in the table.",
+            "What they compile and record was made before; the memory of a CUDA graph is not in the table.",
             *_equality(record["equality"]),
             targets_table(record["targets"]),
             markdown_table(

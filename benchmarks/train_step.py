@@ -134,9 +134,8 @@ def benchmark(bench: Bench) -> dict[str, Any]:
             row["flops"] = bench.attempt(record, flops_part(name), partial(flops_beside_clip, name))
             row["time"] = bench.attempt(record, time_part(name), partial(measure_beside_clip, bench, shared, name))
             save()
-        if (
-            "qlora" in parts and bench.device.type == "cuda" and QUANTISED in bench.preset.stages
-        ):  # a CPU has no such limit
+        on_gpu = bench.device.type == "cuda"  # a CPU has no such limit
+        if "qlora" in parts and on_gpu and QUANTISED in bench.preset.stages:
             record["qlora"] = bench.attempt(record, QLORA_MEMORY, partial(measure_qlora, bench, shared))
     save(show=True)
     return record

@@ -159,8 +159,8 @@ def on_gpu(bench, monkeypatch):
         raise ConfigError("no kernels here")
 
     monkeypatch.setattr(bench, "device", PretendedGpu("cpu"))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10 * GB)
+    for module in (step_mix, step_paths):
+        monkeypatch.setattr(module, "held_memory", lambda device: 10 * GB)
     monkeypatch.setattr(step_paths, "check_kernels", refuse)
     monkeypatch.setattr(step_mix, "peak_memory", lambda run, device: peak_memory(run, torch.device("cpu")))
     return bench

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import tarfile
 
 import pytest
 import summary
@@ -147,27 +148,44 @@ def test_a_whole_run_is_a_row_with_its_minutes_and_failures(tmp_path):
     assert "| scaling.py | exit code 1: some parts were not measured |" in page
 
 
-def test_the_script_goes_on_after_a_failure_and_ends_with_its_code(tmp_path):
-    """Replace Python by a stand-in that fails on two benchmarks."""
-    fake, said, script = tmp_path / "bin" / "python3", tmp_path / "said", tmp_path / "root" / "benchmarks" / "run.sh"
+def fake_python(folder, fails):
+    """Write a python3 that says its arguments and fails on some."""
+    fake, said = folder / "bin" / "python3", folder / "said"
     fake.parent.mkdir()
-    script.parent.mkdir(parents=True)
-    fails = "case $1 in *train_step*) exit 3;; *scaling*) exit 1;; esac"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\n{fails}\n')
+    fake.write_text(f'#!/bin/sh\necho "$@" >> {said}\ncase "$*" in {fails} esac\n')
     fake.chmod(0o755)
-    script.write_text((BENCHMARKS / "run.sh").read_text())
-    env = {"PATH": f"{fake.parent}:/usr/bin:/bin", "OUTPUT": "out"}
-    for kind, count in (("cpu", 10), ("gpu", 3)):
-        said.unlink(missing_ok=True)
-        done = subprocess.run(["bash", script, kind], env=env, capture_output=True, text=True)
-        lines = said.read_text().splitlines()
-        assert done.returncode == 3 and len(lines) == count + 1 and "done" in done.stdout
-        assert lines[-1].startswith(f"benchmarks/summary.py --output out --run {kind} --seconds ")
-        assert "tower=0" in lines[-1] and "train_step=3" in lines[-1] and ("scaling=1" in lines[-1]) == (kind == "cpu")
-    assert subprocess.run(["bash", script], env=env, capture_output=True).returncode == 2
+    scripts = folder / "root" / "benchmarks"
+    scripts.mkdir(parents=True)
+    for name in ("run.sh", "gpu.sh"):
+        (scripts / name).write_text((BENCHMARKS / name).read_text())
+    (scripts / "gpu_smoke.sh").write_text("exit 0\n")
+    return scripts, said, {"PATH": f"{fake.parent}:/usr/bin:/bin", "OUTPUT": "out"}
 
 
-def test_the_limits_of_the_gpus_run_are_below_nine_minutes():
-    script = (BENCHMARKS / "run.sh").read_text().partition("gpu)")[2]
-    limits = [int(number) for number in re.findall(r"--limit (\d+)", script)]
-    assert script.count("    bench ") == len(limits) == 3 and sum(limits) <= 60 * summary.MINUTES - 30
+def test_the_script_goes_on_after_a_failure_and_ends_with_its_code(tmp_path):
+    scripts, said, env = fake_python(tmp_path, "*train_step*) exit 3;; *scaling*) exit 1;;")
+    done = subprocess.run(["bash", scripts / "run.sh", "cpu"], env=env, capture_output=True, text=True)
+    lines = said.read_text().splitlines()
+    assert done.returncode == 3 and len(lines) == 11 and "done" in done.stdout
+    assert lines[-1].startswith("benchmarks/summary.py --output out --run cpu --seconds ")
+    assert "tower=0" in lines[-1] and "train_step=3" in lines[-1] and "scaling=1" in lines[-1]
+    done = subprocess.run(["bash", scripts / "run.sh", "gpu"], env=env, capture_output=True, text=True)
+    last = said.read_text().splitlines()[-1]
+    assert done.returncode == 2 and "--run gpu --seconds" in last and last.endswith("--codes gpu-a=0 gpu-b=2")
+    assert subprocess.run(["bash", scripts / "run.sh"], env=env, capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize(("group", "parts"), [("a", ["tests", "tower", "tower-compiled"]), ("b", None)])
+def test_a_gpus_parts_have_limits_and_are_packed_as_they_come(tmp_path, group, parts):
+    scripts, said, env = fake_python(tmp_path, "*concurrent*) exit 1;; *qlora*) sleep 30;;")
+    text = (scripts / "gpu.sh").read_text().replace("bench qlora 60", "bench qlora 1")  # hangs in the driver, say
+    (scripts / "gpu.sh").write_text(text)
+    done = subprocess.run(["bash", scripts / "gpu.sh", group], env=env, capture_output=True, text=True, timeout=60)
+    rows = [line.split("\t") for line in (tmp_path / "root" / "out" / f"parts-{group}.tsv").read_text().splitlines()]
+    names, codes = [row[0] for row in rows], [int(row[1]) for row in rows]
+    assert done.returncode == 1 and names == (parts or ["step", "qlora", "answers-5", "answers-64", "smoke"])
+    assert codes == ([0, 1, 0] if group == "a" else [0, 124, 0, 0, 0])
+    with tarfile.open(tmp_path / "root" / "out" / f"gpu-{group}.tar.gz") as packed:
+        assert {f"./{name}/log.txt" for name in names} <= set(packed.getnames())
+    limits = re.findall(r"^    (?:bench|part) \S+ (\d+)", (BENCHMARKS / "gpu.sh").read_text(), re.MULTILINE)
+    assert len(limits) == 8 and sum(map(int, limits[:3])) <= 480 and sum(map(int, limits[3:])) <= 480
