@@ -52,6 +52,7 @@ class Family:
 
 CHATML, HEADERS = ("<|im_start|>",), ("<|start_header_id|>", "<|end_header_id|>")
 PHI, HARMONY = ("<|user|>", "<|assistant|>", "<|system|>"), ("<|start|>", "<|message|>", "<|channel|>", "<|end|>")
+COHERE = tuple(f"<|{name}_TOKEN|>" for name in ("START_OF_TURN", "END_OF_TURN", "USER", "CHATBOT", "SYSTEM"))
 IMITATED = [
     Family("chatml", "<|im_end|>", CHATML),
     Family("default_system", "<|im_end|>", CHATML),
@@ -65,9 +66,23 @@ IMITATED = [
     Family("separators", "<|im_end|>", (*CHATML, "<|im_sep|>"), "<|endoftext|>"),
     Family("end_token_and_line_between_turns", "<|endoftext|>", PHI, "<|endoftext|>"),
     Family("wants_parts", "<|im_end|>", CHATML),
+    Family("mode_in_the_system_text", "<|im_end|>", (*CHATML, "<think>", "</think>")),
 ]
 SHIPPED = [
-    *(Family(name, "<|im_end|>", CHATML) for name in ("qwen2_5", "qwen3_instruct_2507", "lfm2", "nemotron_3_nano")),
+    *(
+        Family(name, "<|im_end|>", CHATML)
+        for name in (
+            "qwen2_5",
+            "qwen2_5_vl",
+            "qwen3_instruct_2507",
+            "qwen3_vl",
+            "lfm2",
+            "lfm2_2_5",
+            "nemotron_3_nano",
+            "nemotron_3_super",
+            "nemotron_3_ultra",
+        )
+    ),
     *(
         Family(name, "<|im_end|>", CHATML, form="linear")
         for name in ("qwen3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6")
@@ -77,6 +92,9 @@ SHIPPED = [
     Family("gemma", "<end_of_turn>", ("<start_of_turn>",), "<bos>", "<eos>", form="linear"),
     Family("gemma3", "<end_of_turn>", ("<start_of_turn>",), "<bos>", "<eos>"),
     Family("gptoss", "<|return|>", HARMONY, "<|startoftext|>", form="linear"),
+    Family("diffusion_gemma", "<turn|>", ("<|turn>",), "<bos>"),
+    Family("cohere", "<|END_OF_TURN_TOKEN|>", COHERE, "<BOS_TOKEN>"),
+    Family("cohere2", "<|END_RESPONSE|>", (*COHERE, "<|START_RESPONSE|>"), "<BOS_TOKEN>"),
     Family("deepseekv3", "<｜end▁of▁sentence｜>", (), "<｜begin▁of▁sentence｜>", form="linear"),
 ]
 
@@ -121,6 +139,12 @@ def test_shipped_templates_keep_the_contract(family):
     assert len(check_tokenizer(tokenizer)) == 5
 
 
+@pytest.mark.skipif(not THEIRS, reason="CHAT_TEMPLATES names no folder of shipped templates")
+def test_a_shipped_template_that_ends_no_answer_is_refused():
+    with pytest.raises(ConfigError, match="ends an answer with '', .*; v1 works with every model"):
+        chat_format(tokenizer_of(Family("glm4moe", "<|endoftext|>", PHI), THEIRS))
+
+
 def test_imitated_templates_keep_the_contract(family, tokenizer):
     form = chat_format(tokenizer)
     assert (form.form, form.end) == (family.form, family.end)
@@ -134,7 +158,7 @@ def test_one_question_and_answer_are_as_the_model_s_own_template_has_them(family
         own = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in own]
     shown = tokenizer.apply_chat_template(own, tokenize=False, enable_thinking=False)
     today, fixed = datetime.datetime.now(), datetime.date.fromisoformat(formats.DATE)
-    for form in ("%Y-%m-%d", "%d %b %Y"):
+    for form in ("%Y-%m-%d", "%d %b %Y", "%d %B %Y"):
         shown = shown.replace(today.strftime(form), fixed.strftime(form))
     text = chat_format(tokenizer).text
     assert formats.render(tokenizer, text, [{**turn, "content": _words(turn)} for turn in own], False) == shown
@@ -215,7 +239,7 @@ def test_the_preset_s_keys_reach_the_template(tmp_path):
     assert "tove_llava" not in prepare_tokenizer(language, "v1").chat_template
 
 
-@pytest.mark.parametrize("name", ["channels", "today"])
+@pytest.mark.parametrize("name", ["channels", "today", "mode_in_the_system_text"])
 def test_a_template_that_asks_for_the_time_gives_the_same_ids_every_day(name, monkeypatch):
     [family] = [family for family in IMITATED if family.file == name]
     turns = [Turn("user", "What?"), Turn("assistant", "This.")]

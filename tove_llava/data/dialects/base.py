@@ -14,6 +14,7 @@ from tove_llava.data.tokenizer import IMAGE_PLACEHOLDER
 #: keys of a record's images, all read alike
 IMAGE_KEYS = ("image", "images", "image_path", "image_paths", "image_file", "image_files", "img", "img_path")
 
+_MESSAGE = ("from", "value", "role", "content")
 _IMAGE_LIKE = r"(image|img|picture|pic|photo|pixel_?value)s?"
 _OTHER_MEDIA = r"(video|audio|movie|speech|sound)s?"
 _FORM = r"(path|file|filename|url|uri|link|byte|base64|b64|data)s?"
@@ -58,9 +59,16 @@ def read_content(raw: dict[Any, Any]) -> Content:
 
 
 def unread_keys(raw: dict[Any, Any]) -> list[str]:
-    """List a record's keys that nothing reads and that are harmless."""
+    """List a record's and its messages' keys that nothing reads and that are harmless."""
     read = {"id", "system", *DIALECTS, *IMAGE_KEYS}
-    return [str(key) for key in raw if key not in read]
+    found = [str(key) for key in raw if key not in read]
+    for name in DIALECTS:
+        messages = raw[name] if isinstance(raw.get(name), list) else []
+        keys = {
+            key: None for message in messages if isinstance(message, dict) for key in message if key not in _MESSAGE
+        }
+        found += [f"{name}.{key}" for key in keys]
+    return found
 
 
 def chat_turns(messages: Any, key: str) -> Content:
@@ -77,6 +85,11 @@ def chat_turns(messages: Any, key: str) -> Content:
                 f"turn {number} must be an object with 'from' and 'value' (or 'role' and 'content'), "
                 f"not {short(message)}"
             )
+        if len(message) > 2:
+            images += (named := _named_images(message))
+            _refuse_unread({key: each for key, each in message.items() if key not in _MESSAGE}, bool(named))
+            if message.get("tool_calls") or message.get("function_call"):
+                raise DataError(f"turn {number} calls a tool, which is not read; take the record out")
         role, value = message[names[0]], message[names[1]]
         role = role_of(role, f"turn {number}")
         if isinstance(value, list):

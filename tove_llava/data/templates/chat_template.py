@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from tove_llava.core.errors import DataError
+from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.data.templates.base import Segment, Template, Turn, alternating, register_template
 from tove_llava.data.templates.chat_format import DATE, ChatFormat, chat_format, render
 
@@ -23,7 +23,16 @@ class ChatTemplate(Template):
     adds_bos = False  # the template writes its own
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, reasoning: str | None, date: str | None) -> None:
-        tokenizer.chat_template = chat_format(tokenizer, reasoning or "refuse", date or DATE).text
+        form = chat_format(tokenizer, reasoning or "refuse", date or DATE)
+        if form.form != "as trained" and (form.reasoning, form.date) != (
+            reasoning or form.reasoning,
+            date or form.date,
+        ):
+            raise ConfigError(
+                f"this tokenizer's chat template is a trained one, with reasoning {form.reasoning} and the date "
+                f"{form.date}; leave these options out, or take the language model's own tokenizer"
+            )
+        tokenizer.chat_template = form.text
 
     def check(self, tokenizer: PreTrainedTokenizerBase) -> str:
         form = chat_format(tokenizer)
