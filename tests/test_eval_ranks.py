@@ -116,9 +116,13 @@ def test_answers_and_scores_depend_on_neither_ranks_nor_batch(answerer, data, wh
 class Late(Together):
     """Processes of which the second is slow to read answers, and to give them."""
 
+    waits = 0
+
     def wait(self):
         super().wait()
-        time.sleep(0.1 * self.rank)
+        self.waits += 1
+        if self.waits == 1:  # before it reads the answers that are there
+            time.sleep(0.5 * self.rank)
 
     def add(self, counter, amount):
         value = super().add(counter, amount)
