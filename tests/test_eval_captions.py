@@ -1,6 +1,7 @@
 """The caption metrics' Java programs: missing ones, odd ones, and cleaning up."""
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -131,6 +132,20 @@ def test_a_missing_caption_counts_as_an_empty_one(capsys, tmp_path):
     assert got["count"] == 2 and got["unanswered"] == [8]
     assert got["scores"]["ROUGE_L"] == pytest.approx(0.5) and got["scores"]["CIDEr"] == pytest.approx(5)
     assert got["domains"]["out-domain"]["METEOR"] == 0
+
+
+@needs_java
+@pytest.mark.slow
+def test_one_odd_caption_spoils_no_other(capsys, tmp_path):
+    references = {1: ["a cat on a mat"], 2: ["a dog runs", "a ||| dog"], 3: ["the\nred car", ""], 4: [".", ""]}
+    file, truth = tmp_path / "predictions.jsonl", tmp_path / "truth.jsonl"
+    lines = [json.dumps({"image_id": key, "references": texts}) for key, texts in references.items()]
+    truth.write_text("\n".join(lines))
+    answers = {1: "a cat ||| on\u2028a mat", 2: "a dog\nruns", 3: "the red car", 4: ""}
+    file.write_text("\n".join(json.dumps({"question_id": key, "text": text}) for key, text in answers.items()))
+    got = score(capsys, "coco_caption", file, truth)
+    assert got["unparsed_ids"] == [4] == got["wordless_references"] and got["count"] == 4
+    assert [got["per_item"][key]["METEOR"] for key in "23"] == [1, 1] and 0.3 < got["per_item"]["1"]["METEOR"] < 1
 
 
 @needs_java

@@ -131,6 +131,27 @@ def test_an_unknown_rule_is_refused(capsys):
     assert "it has only one" in refuse(capsys, "gqa", *files, "--rule", "mine")
 
 
+SHORT = "Answer the question using a single word or phrase."
+
+
+def test_one_odd_prompt_of_textvqa_spoils_no_other(capsys, tmp_path):
+    asked = {"i1": "What does\nit say?", "i2": "Who\nis it?", "i3": "Where?", "i4": "Why?", "i5": "When\n?"}
+    records = [{"image_id": key, "question": text, "answers": ["stop"] * 10} for key, text in asked.items()]
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"data": records}))
+    prompts = {
+        "i1": f"{asked['i1']}\nReference OCR token: ST\nOP, A\n{SHORT}",
+        "i2": f"{asked['i2']}\n{SHORT}",
+        "i3": f"Reference OCR token: ST\nOP\nWhere?\n{SHORT}",
+        "i4": "Why?",
+        "i5": "OCR tokens: ST\nOP. Question: When\n? Short answer:",
+    }
+    rows = [{"question_id": key, "prompt": text, "text": "stop"} for key, text in prompts.items()]
+    got = score(capsys, "textvqa", write_rows(tmp_path / "p.jsonl", rows), truth)
+    assert got["scores"]["accuracy"] == 4 / 5 and got["unanswered"] == got["unknown"] == ["i4"]
+    assert "read back from the prompt" in refuse(capsys, "textvqa", write_rows(tmp_path / "p.jsonl", rows[3:4]), truth)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_answers_that_cannot_be_read_are_counted_apart_from_wrong_ones(capsys, tmp_path, name):
     answers, truth, _ = sample(name)

@@ -35,6 +35,7 @@ def test_vqav2_fills_gaps_and_names_what_it_left_out(tmp_path, capsys):
     expected = {5: "2 dogs 2", 6: "", 7: ""}
     assert written(tmp_path) == [{"question_id": key, "answer": text} for key, text in expected.items()]
     said = capsys.readouterr().err
+    assert "answers 2 of the 447,793 questions of the test set" in said
     assert "answers.jsonl, line 2: not valid JSON; left out" in said
     assert "1 unanswered: 6" in said and "1 duplicated: 7" in said and "1 unknown: 99" in said
 

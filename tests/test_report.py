@@ -86,6 +86,53 @@ def test_under_the_null_p_is_small_as_often_as_it_says():
     assert 0.06 < np.mean(small) < 0.15
 
 
+@pytest.mark.parametrize("kind", ["few", "many"])
+def test_questions_about_one_image_are_resampled_together(kind):
+    generator = np.random.default_rng(2)
+    one = (generator.random(200) < 0.6) * 1.0 if kind == "few" else generator.normal(size=200)
+    values, images = np.repeat(one, 4), np.repeat(np.arange(200), 4)  # four questions, all right or all wrong
+    alone, naive, found = (Bootstrap().interval(*args) for args in ((one,), (values,), (values, images)))
+    assert (found.low, found.high) == pytest.approx((alone.low, alone.high), abs=0.02) and found.count == 800
+    assert naive.high - naive.low < 0.6 * (found.high - found.low)
+    order = generator.permutation(800)
+    assert Bootstrap().interval(values[order], images[order]) == found
+    assert Bootstrap().interval(one, np.arange(200)) == alone
+
+
+def test_a_difference_over_images_is_no_exact_test():
+    first, second = np.zeros(40), np.repeat([1.0] * 3 + [0.0] * 7, 4)  # better on 12 questions, but on 3 images
+    separate, grouped = (
+        Bootstrap().difference(first, second, groups) for groups in (None, np.repeat(np.arange(10), 4))
+    )
+    assert separate.test == "McNemar" and separate.p < 0.001
+    assert grouped.test == "bootstrap" and grouped.p > 0.02 and grouped.better == 12
+
+
+def test_a_detectable_difference_is_found_four_times_in_five():
+    generator, bootstrap = np.random.default_rng(3), Bootstrap(1000)
+    noise = [generator.normal(size=100) for _ in range(200)]
+    least = bootstrap.difference(np.zeros(100), noise[0]).detectable
+    found = [bootstrap.difference(np.zeros(100), each + least).p < 0.05 for each in noise]
+    assert 0.7 < np.mean(found) < 0.9
+    same = bootstrap.difference([1.0] * 50, [1.0] * 50)
+    assert same.detectable == 6 / 50 and mcnemar(6, 0) < 0.05 < mcnemar(5, 0)
+    assert bootstrap.difference([1.0] * 2, [0.0] * 2, ["a", "a"]).detectable is None
+
+
+def test_pages_say_what_they_could_show(tmp_path):
+    marks = [float(index % 2) for index in range(8)]
+    lone = write_run(tmp_path / "lone", marks, unparsed=2, unparsed_ids=[1, 3])
+    items = read_rows(lone / "items.jsonl")
+    write_rows(lone / "items.jsonl", [{**row, "image": f"images/{index // 2}.png"} for index, row in enumerate(items)])
+    code, found = report(tmp_path / "one", f"x={lone}")
+    assert code == 0
+    notes = " ".join(found["benchmarks"]["scenes"]["notes"])
+    assert "8 questions are about 4 images" in notes and "2 answers that the rule could not read" in notes
+    assert "Another model is told apart from x" in notes
+    page = (tmp_path / "one" / "report.md").read_text()
+    assert "answers not read | 2 | 8" in page
+
+
 def test_holm():
     values, adjusted = (0.01, 0.04, 0.03, 0.005), (0.03, 0.06, 0.06, 0.02)
     assert holm(dict(zip("abcd", values, strict=True))) == pytest.approx(dict(zip("abcd", adjusted, strict=True)))

@@ -55,5 +55,11 @@ def run(args: argparse.Namespace) -> int:
     for name, ids in submission.notes.items():
         if ids:
             print(f"{len(ids)} {name}: {first_ids(ids)}", file=sys.stderr)
+    if (whole := benchmark.submission_size) and submission.count < whole:
+        print(
+            f"warning: {out} answers {submission.count:,} of the {whole:,} questions of the test set of {args.benchmark}; "
+            "its server refuses such a file, or takes the others as wrong",
+            file=sys.stderr,
+        )
     print(f"wrote {out}")
     return 0

@@ -107,6 +107,12 @@ class CaptionBenchmark(Benchmark):
         return Tokens.of(candidates, {row["question_id"]: row["references"] for row in truth})
 
 
+def remarks(tokens: Tokens, matched: Matched) -> dict[str, Any]:
+    """Return a report's entries: ids that need attention."""
+    wordless = [key for key, texts in tokens.references.items() if not any(texts)]
+    return {**matched.notes(), "wordless_references": wordless}
+
+
 def coco_references(file: str | Path) -> list[Row]:
     """Read a COCO caption file, ``images`` with all their keys."""
     content = read_json(file)

@@ -11,6 +11,7 @@ MEANINGS = {
     "duplicated": "questions answered more than once (the last answer counts)",
     "unknown": "answers to other questions (left out)",
     "unparsed_ids": "answers that the rule could not read (failures of form, scored as the rule says)",
+    "wordless_references": "images whose reference captions hold no word",
     "unparsed_replies": "replies of the judge that could not be read (scored as the rule says)",
 }
 

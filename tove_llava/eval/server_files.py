@@ -16,9 +16,10 @@ from tove_llava.eval.score_table import first_ids
 
 @dataclass(frozen=True)
 class Submission:
-    """A file to send, and notes: ids that need attention."""
+    """A file to send, the number of questions that it answers, and notes: ids that need attention."""
 
     content: bytes
+    count: int
     notes: Mapping[str, list[Any]] = field(default_factory=dict)
 
 
@@ -27,6 +28,8 @@ class Submitting(ABC):
 
     #: how the file's name ends
     submission_suffix: ClassVar[str] = ".json"
+    #: questions of the whole test set; None where any number is welcome
+    submission_size: ClassVar[int | None] = None
 
     @abstractmethod
     def submission_questions(self, root: Path) -> Path:
@@ -62,7 +65,7 @@ def normalised_answers(
         {name: row[name], "answer": "" if text is None else normalise_evalai(text)}
         for row, text in zip(rows, matched.texts, strict=True)
     ]
-    return Submission(json.dumps(answers).encode(), matched.ids())
+    return Submission(json.dumps(answers).encode(), len(rows) - len(matched.unanswered), matched.ids())
 
 
 def known(questions: Path | None) -> Path:

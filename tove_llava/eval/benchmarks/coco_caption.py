@@ -13,7 +13,7 @@ from typing import Any
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import read_json
 from tove_llava.eval.benchmarks import Question, Score, register_benchmark
-from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, table_rows
+from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, remarks, table_rows
 from tove_llava.eval.fields import TEXT, a_list, check_rows
 from tove_llava.eval.rows import Row
 
@@ -47,7 +47,7 @@ class CocoCaption(CaptionBenchmark):
         (result,) = caption_scores(tokens, [list(tokens.candidates)])
         details = {"per_item": result.per_image, "tokenized": vars(tokens)}
         rows = table_rows(result.total, len(truth))
-        return Score(result.total, len(truth), rows, matched.notes(), details, unavailable=UNAVAILABLE)
+        return Score(result.total, len(truth), rows, remarks(tokens, matched), details, unavailable=UNAVAILABLE)
 
 
 def karpathy_references(file: str | Path) -> list[Row]:

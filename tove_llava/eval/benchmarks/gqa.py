@@ -52,6 +52,7 @@ class Gqa(Benchmark, Submitting):
     question_path = "gqa/llava_gqa_testdev_balanced.jsonl"
     image_folder = "gqa/data/images"
     max_new_tokens = 128
+    submission_size = 12_578
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(self.submission_questions(root))
@@ -63,7 +64,7 @@ class Gqa(Benchmark, Submitting):
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         notes = self.pair(predictions, self.read_ground_truth(questions)).ids() if questions else {}
         rows = [{"questionId": row["question_id"], "prediction": convert(row["text"])} for row in predictions]
-        return Submission(json.dumps(rows).encode(), notes)
+        return Submission(json.dumps(rows).encode(), len(rows), notes)
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
         content = read_json(file)

@@ -278,7 +278,8 @@ class MmBenchmark(Benchmark, Submitting):
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
         sheet.insert(min(_PREDICTION_COLUMN, len(sheet.columns)), "prediction", matched.texts)
         cut = [row["question_id"] for row in matched.answers if row is not None and len(row["text"]) > _CELL]
-        return Submission(workbook(sheet), {**matched.ids(), f"cut to Excel's {_CELL} characters": cut})
+        notes = {**matched.ids(), f"cut to Excel's {_CELL} characters": cut}
+        return Submission(workbook(sheet), len(sheet) - len(matched.unanswered), notes)
 
 
 @register_benchmark("mmbench")

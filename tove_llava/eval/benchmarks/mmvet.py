@@ -67,6 +67,7 @@ class MmVet(JudgedBenchmark, Submitting):
 
     question_path = "mm-vet/llava-mm-vet.jsonl"
     image_folder = "mm-vet/images"
+    submission_size = 218
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(root / "mm-vet" / "mm-vet.json")
@@ -116,7 +117,7 @@ class MmVet(JudgedBenchmark, Submitting):
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         notes = self.pair(predictions, self.read_ground_truth(questions)).ids() if questions else {}
         answers = {f"{_PREFIX}{self.answer_key(row)}": row["text"] for row in predictions}
-        return Submission(json.dumps(answers, indent=2).encode(), notes)
+        return Submission(json.dumps(answers, indent=2).encode(), len(answers), notes)
 
 
 def _percent(values: Sequence[float]) -> float:

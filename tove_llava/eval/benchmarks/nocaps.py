@@ -10,7 +10,7 @@ from typing import Any
 
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import Question, Score, register_benchmark
-from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, table_rows
+from tove_llava.eval.captions import PROMPT, UNAVAILABLE, CaptionBenchmark, caption_scores, remarks, table_rows
 from tove_llava.eval.fields import TEXT, check_rows
 from tove_llava.eval.rows import Row
 
@@ -61,7 +61,7 @@ class NoCaps(CaptionBenchmark):
             rows |= table_rows(scores, len(members[name]), f"{name} ")
         extras = {
             "domains": {name: {**scores, "count": len(members[name])} for name, scores in domains.items()},
-            **matched.notes(),
+            **remarks(tokens, matched),
         }
         details = {"per_item": whole.per_image, "tokenized": vars(tokens)}
         return Score(whole.total, len(truth), rows, extras, details, {}, UNAVAILABLE, self.rule)

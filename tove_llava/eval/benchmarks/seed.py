@@ -33,6 +33,7 @@ class Seed(Benchmark, Submitting):
     image_folder = "seed_bench"
     max_new_tokens = 128
     submission_suffix = ".jsonl"
+    submission_size = 19_242
 
     def ground_truth(self, root: Path) -> list[Row]:
         return self.read_ground_truth(root / "seed_bench" / "SEED-Bench.json")
@@ -116,4 +117,4 @@ class Seed(Benchmark, Submitting):
             {"question_id": row["record_id"], "prediction": text}
             for row, text in zip(truth, matched.texts, strict=True)
         ]
-        return Submission(json_lines(rows), matched.ids())
+        return Submission(json_lines(rows), len(rows), matched.ids())

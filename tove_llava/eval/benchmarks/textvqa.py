@@ -15,32 +15,29 @@ from tove_llava.core.files import read_json
 from tove_llava.eval.agreement import agreement, mean
 from tove_llava.eval.benchmarks import Benchmark, Score, register_benchmark
 from tove_llava.eval.fields import ID, TEN_TEXTS, TEXT, check_rows
+from tove_llava.eval.matching import Matched
 from tove_llava.eval.normalisation import normalise_evalai
 from tove_llava.eval.rows import Row
 
 _OCR_FIRST = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
+_OCR_LINE = "Reference OCR token:"
 _SHOWN = 400  # characters of a normalised answer in the details
 
 
-def question_of(prompt: str) -> str:
-    """Read the question from one of LLaVA's four forms of prompt.
+def question_of(prompt: str) -> str | None:
+    """Read the question from one of LLaVA's four forms of prompt; None for another form.
 
-    Raises:
-        DataError: the prompt has another form.
+    LLaVA's program stops at a question or an OCR token with a line break. Here such a prompt is read as well.
     """
-    lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
         found = _OCR_FIRST.search(prompt)
-        if found:
-            return found.group(1)
-    elif "Reference OCR token: " in prompt and len(lines) == 3:
-        return lines[1] if prompt.startswith("Reference OCR token:") else lines[0]
-    elif len(lines) == 2:
-        return lines[0]
-    raise DataError(
-        f"the question cannot be read back from the prompt {prompt!r:.200}; answers to TextVQA need LLaVA's prompts: "
-        "the question, optionally a line of OCR tokens, and the request for a short answer"
-    )
+        return found.group(1) if found else None
+    head, _, request = prompt.rpartition("\n")
+    if not head or not request:
+        return None
+    if head.startswith(_OCR_LINE):
+        return head.rpartition("\n")[2] if "\n" in head else None
+    return head.partition(f"\n{_OCR_LINE}")[0]
 
 
 @register_benchmark("textvqa")
@@ -62,10 +59,19 @@ class TextVqa(Benchmark):
         # Answers carry the image's id as their question_id.
         return [{**row, "record_id": row.get("question_id"), "question_id": row["image_id"]} for row in rows]
 
-    def answer_key(self, row: Mapping[str, Any]) -> Hashable:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError(f"the answer for image {row['question_id']!r} has no prompt, which names the question")
-        return row["question_id"], question_of(row["prompt"]).lower()
+    def answer_key(self, row: Mapping[str, Any]) -> tuple[Any, str | None]:
+        prompt = row.get("prompt")
+        question = question_of(prompt) if isinstance(prompt, str) else None
+        return row["question_id"], None if question is None else question.lower()
+
+    def pair(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Matched:
+        if all(self.answer_key(row)[1] is None for row in predictions):
+            raise DataError(
+                f"the question cannot be read back from the prompt {predictions[0].get('prompt')!r:.200}; answers to "
+                "TextVQA need LLaVA's prompts: the question, optionally a line of OCR tokens, and the request for a "
+                "short answer"
+            )
+        return super().pair(predictions, truth)
 
     def truth_key(self, row: Mapping[str, Any]) -> Hashable:
         return row["question_id"], row["question"].lower()

@@ -34,6 +34,7 @@ class VizWiz(Benchmark, Submitting):
     question_path = "vizwiz/llava_test.jsonl"
     image_folder = "vizwiz/test"
     max_new_tokens = 128
+    submission_size = 8_000
     rules = {
         M4C: "LLaVA's text evaluator: answers and references normalised",
         API: "the VizWiz challenge API: only answers normalised; with average precision and F1 of 'unanswerable'",

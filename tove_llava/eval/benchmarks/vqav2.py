@@ -21,6 +21,7 @@ class Vqav2(VqaBenchmark, Submitting):
 
     question_path = "vqav2/llava_vqav2_mscoco_test-dev2015.jsonl"
     image_folder = "vqav2/test2015"
+    submission_size = 447_793
 
     def ground_truth(self, root: Path) -> list[Row] | None:
         return None

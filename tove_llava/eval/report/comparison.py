@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import sqrt
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.eval.report.runs import Item, Run
@@ -115,19 +116,21 @@ def _section(benchmark: str, runs: Sequence[Run], baseline: str, bootstrap: Boot
     for level, group, metric in _groups(runs):
         intervals = {}
         for run in runs:
-            values = [item.values[metric] for item in _members(run, level, group) if metric in item.values]
-            if values:
-                intervals[run.label] = bootstrap.interval(values)
+            valued = [item for item in _members(run, level, group) if metric in item.values]
+            if valued:
+                values = [item.values[metric] for item in valued]
+                intervals[run.label] = bootstrap.interval(values, [item.group for item in valued])
         differences = {}
         for run in others:
             assert base is not None
             members = [i for i in _members(base, level, group) if i.name in common[run.label]]
             if metric in base.metrics and metric in run.metrics and members:
                 second = [run.items[item.name].values[metric] for item in members]
-                differences[run.label] = bootstrap.difference([i.values[metric] for i in members], second)
+                first = [item.values[metric] for item in members]
+                differences[run.label] = bootstrap.difference(first, second, [item.group for item in members])
         lines.append(Line(level, group, metric, intervals, differences))
     pairs = [_pair(base, run, common[run.label], shown) for run in others if base is not None]
-    return Section(benchmark, runs, lines, pairs, _notes(runs, base))
+    return Section(benchmark, runs, lines, pairs, [*_notes(runs, base), *_limits(runs, bootstrap)])
 
 
 def shared_names(first: Run, second: Run) -> set[str]:
@@ -208,6 +211,26 @@ def _notes(runs: Sequence[Run], base: Run | None) -> list[str]:
         if base is not None and run.result["data"] != base.result["data"]:
             notes.append(f"{run.label} and {base.label} were asked different questions; see the shared ones below.")
     return notes
+
+
+def _limits(runs: Sequence[Run], bootstrap: Bootstrap) -> Iterable[str]:
+    """Say what the benchmark could show at all."""
+    for run in runs:
+        items = list(run.items.values())
+        images = len({item.group for item in items})
+        if images < len(items):
+            yield (
+                f"{run.label}: {len(items)} questions are about {images} images; intervals and tests resample images."
+            )
+        metric = MARK if MARK in run.metrics else None
+        if len(runs) > 1 or metric is None:
+            continue
+        found = bootstrap.detectable([item.values[metric] for item in items], [item.group for item in items])
+        if found:
+            yield (
+                f"Another model is told apart from {run.label} four times in five if it differs by about "
+                f"{100 * sqrt(2) * found:.1f} points. Models that err on the same questions need less."
+            )
 
 
 def _corrected(sections: Sequence[Section]) -> list[Section]:

@@ -161,7 +161,7 @@ def _scores(runs: Sequence[Run]) -> Table:
         rows.append([label, *shown, "/".join(map(str, counts))])
     unread = [run.result.get("unparsed") for run in runs]
     counts = sorted({int(run.result["count"]) for run in runs})
-    rows.append([UNPARSED, *(_number(number, "d") for number in unread), "/".join(map(str, counts))])
+    rows.append([UNPARSED, *(_number(number, ".0f") for number in unread), "/".join(map(str, counts))])
     return Table(["score", *(run.label for run in runs), "questions"], rows)
 
 
@@ -183,7 +183,7 @@ def _lines(lines: Sequence[Line], section: Section, baseline: str) -> Table:
     others = [label for label in runs if any(label in line.differences for line in lines)]
     header = ["questions", "n", *runs]
     for label in others:
-        header += [f"{label} less {baseline}", "p", "p (Holm)"]
+        header += [f"{label} less {baseline}", "could show", "p", "p (Holm)"]
     several = len({line.metric for line in lines}) > 1
     rows: list[list[Cell]] = []
     for line in lines:
@@ -246,10 +246,11 @@ def _interval(interval: Interval | None) -> str:
 
 def _difference(difference: Difference | None, corrected: float | None) -> list[str]:
     if difference is None or corrected is None:
-        return [_NONE] * 3
+        return [_NONE] * 4
     i = difference.interval
     shown = f"{100 * i.mean:+.1f} [{100 * i.low:+.1f}, {100 * i.high:+.1f}] (+{difference.better} −{difference.worse})"
-    return [shown, _p(difference.p), _p(corrected) + (" *" if corrected < SIGNIFICANT else "")]
+    least = _NONE if difference.detectable is None else f"{100 * difference.detectable:.1f}"
+    return [shown, least, _p(difference.p), _p(corrected) + (" *" if corrected < SIGNIFICANT else "")]
 
 
 def _p(value: float) -> str:

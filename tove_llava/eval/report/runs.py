@@ -30,6 +30,11 @@ class Item:
         """Identify the question across runs."""
         return self.prompt, self.image, self.expected
 
+    @property
+    def group(self) -> tuple[str, str]:
+        """Identify the image, about which there may be other questions; without one, the question."""
+        return ("image", self.image) if self.image is not None else ("item", self.name)
+
 
 @dataclass(frozen=True)
 class Run:
