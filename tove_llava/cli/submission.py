@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
             print(f"{len(ids)} {name}: {first_ids(ids)}", file=sys.stderr)
     if (whole := benchmark.submission_size) and submission.count < whole:
         print(
-            f"warning: {out} answers {submission.count:,} of the {whole:,} questions of the test set of {args.benchmark}; "
-            "its server refuses such a file, or takes the others as wrong",
+            f"warning: {out} answers {submission.count:,} of the {whole:,} questions of the test set; the server of "
+            f"{args.benchmark} refuses such a file, or takes the others as wrong",
             file=sys.stderr,
         )
     print(f"wrote {out}")
