@@ -8,8 +8,8 @@ from score_parts import SAMPLES, read_rows, refuse, truth_file, write_rows
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import get_benchmark
-from tove_llava.eval.benchmarks.playground_scenes import normalise
 from tove_llava.eval.benchmarks.pope import parse_answer
+from tove_llava.eval.rules.exact_match import normalise
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from tove_llava.ablation.grid_results import RESULTS
 from tove_llava.ablation.seed_means import SeedMean
 from tove_llava.core.text import markdown_table
-from tove_llava.eval.benchmarks.playground_scenes import normalise
+from tove_llava.eval.rules.exact_match import normalise
 from tove_llava.scenes.language import CATEGORIES
 
 ROOT = Path(__file__).resolve().parents[2]

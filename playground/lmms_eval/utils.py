@@ -4,7 +4,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from tove_llava.eval.benchmarks.playground_scenes import normalise
+from tove_llava.eval.rules.exact_match import normalise
 
 IMAGES = Path("playground/data/scenes/images")
 

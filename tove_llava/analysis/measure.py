@@ -21,7 +21,7 @@ from tqdm import tqdm
 from tove_llava.analysis.samples import Sample
 from tove_llava.core.errors import ConfigError
 from tove_llava.data import LlavaCollator
-from tove_llava.eval.benchmarks.playground_scenes import normalise
+from tove_llava.eval.rules.exact_match import normalise
 from tove_llava.inference.generation import Answerer
 from tove_llava.tower import FUSIONS, ToveVisionConfig, ToveVisionModel, ToveVisionOutput, TowerFeatures
 from tove_llava.tower.fusion.base import Fusion

@@ -5,8 +5,13 @@ torchrun --nproc-per-node 8 -m tove_llava eval ...
 """
 
 import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from tove_llava.cli._flags import add_loading, add_model, check_least, loading_options, split_names
+
+if TYPE_CHECKING:
+    from tove_llava.eval.own_questions import Found
 
 HELP = "answer benchmarks with a model and score the answers"
 
@@ -15,14 +20,19 @@ DATA_ROOTS = ("playground/data/eval", "playground/data/scenes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tove_llava.eval import judge
+    from tove_llava.eval import judge, own_questions
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.conditions import CONDITIONS
+    from tove_llava.eval.rules import RULES
 
     add_model(parser)
     parser.add_argument(
-        "--benchmark", required=True, metavar="A,B", help=f"one or several of: {', '.join(BENCHMARKS)}; or all"
+        "--benchmark",
+        metavar="A,B",
+        default="",
+        help=f"one or several of: {', '.join(BENCHMARKS)}; a folder with a benchmark.yaml in the data root; or all",
     )
+    own_questions.add_arguments(parser, f"how answers are scored: {', '.join(RULES)}, caption or judge")
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -78,15 +88,24 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.eval.conditions import parse_conditions
     from tove_llava.eval.evaluate import Evaluation, evaluate
     from tove_llava.eval.judge import judge_from
+    from tove_llava.eval.own_questions import from_file
 
     check_least(args, "--batch-size", "--limit", "--workers")
-    if (args.judge_url or args.judge_model) and not _judged(args.benchmark):
+    if not args.benchmark and not args.questions:
+        raise ConfigError("give --benchmark a name, or --questions a file of your own")
+    if args.questions is None and (args.rule or args.prompt):
+        raise ConfigError(
+            "--rule and --prompt belong to --questions; 'tove-llava score --rule' scores a benchmark again"
+        )
+    own = [from_file(args.questions, args.image_folder, args.rule, args.prompt)] if args.questions else []
+    roots = [args.data_root] if args.data_root else DATA_ROOTS
+    if (args.judge_url or args.judge_model) and not _judged(args.benchmark, own, roots):
         raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
     quiet_transformers()
     evaluation = Evaluation(
         model=args.model,
         benchmarks=args.benchmark,
-        data_roots=[args.data_root] if args.data_root else DATA_ROOTS,
+        data_roots=roots,
         conditions=parse_conditions(args.conditions, args.blank_image, args.detach),
         output=args.output,
         batch_size=args.batch_size,
@@ -98,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         workers=args.workers,
         judge=partial(judge_from, args),
         loading=loading_options(args),
+        own=own,
     )
     found = evaluate(evaluation)
     if found is not None:
@@ -106,10 +126,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _judged(benchmarks: str) -> bool:
+def _judged(benchmarks: str, own: "Sequence[Found]", roots: Sequence[str]) -> bool:
     """Return True when any of the benchmarks needs a judge."""
-    from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.judge import JudgedBenchmark
+    from tove_llava.eval.own_questions import any_benchmark
 
     names = split_names(benchmarks)
-    return names == ["all"] or any(issubclass(BENCHMARKS.get(name), JudgedBenchmark) for name in names)
+    if names == ["all"]:
+        return True
+    asked = [*(any_benchmark(name, roots) for name in names), *(benchmark for _, benchmark, _ in own)]
+    return any(isinstance(benchmark, JudgedBenchmark) for benchmark in asked)

@@ -11,13 +11,15 @@ HELP = "score a predictions file without a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tove_llava.eval import judge
+    from tove_llava.eval import judge, own_questions
     from tove_llava.eval.benchmarks import BENCHMARKS
+    from tove_llava.eval.rules import RULES
 
-    parser.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}")
+    parser.add_argument("--benchmark", metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}; or one of your own")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="answers, JSONL")
-    parser.add_argument("--ground-truth", required=True, metavar="FILE", help="the benchmark's ground truth")
-    parser.add_argument("--rule", metavar="NAME", help="another published reading of the scoring rule")
+    parser.add_argument("--ground-truth", metavar="FILE", help="the benchmark's ground truth")
+    rule = f"another published reading of the benchmark's rule; with --questions: {', '.join(RULES)}, caption or judge"
+    own_questions.add_arguments(parser, rule)
     parser.add_argument("--json", action="store_true", help="print one JSON object with benchmark, scores and count")
     parser.add_argument("--per-item", action="store_true", help="with --json: also each answer as it was read")
     judge.add_arguments(parser)
@@ -28,12 +30,20 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tove_llava.core.errors import ConfigError, DataError
-    from tove_llava.eval.benchmarks import get_benchmark
     from tove_llava.eval.judge import JudgedBenchmark, judge_from
+    from tove_llava.eval.own_questions import any_benchmark, from_file
     from tove_llava.eval.rows import read_answers
     from tove_llava.eval.score_table import notes, score_table
 
-    benchmark = get_benchmark(args.benchmark, args.rule)
+    if args.questions:
+        if args.benchmark or args.ground_truth:
+            raise ConfigError("--questions holds the right answers too; leave out --benchmark and --ground-truth")
+        args.benchmark, benchmark, _ = from_file(args.questions, args.image_folder, args.rule, args.prompt)
+        args.ground_truth = args.questions
+    elif not args.benchmark or not args.ground_truth:
+        raise ConfigError("give --benchmark and --ground-truth, or --questions and --rule")
+    else:
+        benchmark = any_benchmark(args.benchmark, [args.ground_truth], args.rule)
     benchmark.check_requirements()
     if isinstance(benchmark, JudgedBenchmark):
         benchmark.judge = judge_from(args, Path(args.predictions))

@@ -21,6 +21,7 @@ from tove_llava.eval.score_table import notes, score_table
 from tove_llava.eval.tasks import Task, find_data
 
 if TYPE_CHECKING:
+    from tove_llava.eval.own_questions import Found
     from tove_llava.eval.runner import Ranks, Run
 
 ANSWERS = "answers.jsonl"
@@ -32,7 +33,8 @@ class Evaluation:
 
     Attributes:
         model: folder that training wrote.
-        benchmarks: comma-separated names, or ``all`` for those whose data is there.
+        benchmarks: comma-separated names, or ``all`` for those whose data is there; empty for only ``own``.
+        own: further benchmarks, from :func:`tove_llava.eval.own_questions.from_file`.
         data_roots: folders to look for a benchmark's data in; the first that has it is used.
         output: ``MODEL/eval`` by default.
         limit: ask about this many questions of each benchmark; see :meth:`Benchmark.limited`.
@@ -61,6 +63,7 @@ class Evaluation:
     workers: int = 4
     judge: Callable[[Path], Judge | None] | None = None
     loading: Mapping[str, Any] = field(default_factory=dict)
+    own: Sequence["Found"] = ()
 
 
 def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
@@ -151,7 +154,9 @@ def _origin_of_data(task: Task) -> list[str]:
 def _read_tasks(evaluation: Evaluation) -> list[Task]:
     if not Path(evaluation.model).is_dir():
         raise CheckpointError(f"there is no model folder {evaluation.model}; give the folder that training wrote")
-    found = find_data(evaluation.benchmarks, evaluation.data_roots)
+    found = list(evaluation.own)
+    if evaluation.benchmarks or not found:
+        found += find_data(evaluation.benchmarks, evaluation.data_roots)
     tasks = [Task.read(name, benchmark, root, evaluation.limit, evaluation.decoding) for name, benchmark, root in found]
     for task in tasks:
         task.check()

@@ -102,29 +102,27 @@ class QuestionLoader:
             jobs.append(Job(question, prompt, self.options(question) if self.options else {}))
         return jobs
 
-    def features(self, jobs: Sequence[Job]) -> list[Tensor | None]:
-        """Return [N, D] of each question's image, None for questions without.
+    def features(self, jobs: Sequence[Job]) -> list[list[Tensor]]:
+        """Return [N, D] of each image of each question.
 
         Raises:
             DataError: an image cannot be read; the question is named.
         """
         new = {}
         for job in jobs:
-            image = job.question.image
-            if image is not None and image not in self._known and image not in new:
-                with _named(job.question):
-                    new[image] = self._open(image).result()
+            for image in job.question.images:
+                if image not in self._known and image not in new:
+                    with _named(job.question):
+                        new[image] = self._open(image).result()
         if new:
             stack = torch.stack(list(new.values()))
             features = self.answerer.features(torch.zeros_like(stack) if self.blank else stack)
             self._known.update(zip(new, features, strict=True))
             self.encoded += len(new)
-        images = [job.question.image for job in jobs]
-        result = [None if image is None else self._known[image] for image in images]
-        for image in images:
-            if image is not None:
-                self._known.move_to_end(image)
-                self._opening.pop(image, None)
+        result = [[self._known[image] for image in job.question.images] for job in jobs]
+        for image in (image for job in jobs for image in job.question.images):
+            self._known.move_to_end(image)
+            self._opening.pop(image, None)
         while len(self._known) > self.capacity:
             self._known.popitem(last=False)
         return result
@@ -135,8 +133,9 @@ class QuestionLoader:
         if portion is None:
             return False
         for question in portion:
-            if question.image is not None and question.image not in self._known:
-                self._open(question.image)
+            for image in question.images:
+                if image not in self._known:
+                    self._open(image)
         self._queue += portion
         return True
 
@@ -158,7 +157,7 @@ def _named(question: Question) -> Iterator[None]:
 
 
 def prompt_ids(answerer: Answerer, question: Question, image_tokens: int | None = None) -> list[int]:
-    """Encode a question as LLaVA does: image, line break, words.
+    """Encode a question as LLaVA does: each image with a line break, then the words.
 
     Args:
         image_tokens: as :meth:`Answerer.encode` takes it.
@@ -166,7 +165,9 @@ def prompt_ids(answerer: Answerer, question: Question, image_tokens: int | None 
     Raises:
         DataError: it leaves the model no room for an answer.
     """
-    if question.image is None:
+    count = len(question.images)
+    if not count:
         return answerer.encode([Turn("user", question.text)], num_images=0)
     text = question.text.replace(IMAGE_PLACEHOLDER, "").strip()
-    return answerer.encode([Turn("user", f"{IMAGE_PLACEHOLDER}\n{text}")], num_images=1, image_tokens=image_tokens)
+    turn = Turn("user", f"{IMAGE_PLACEHOLDER}\n" * count + text)
+    return answerer.encode([turn], num_images=count, image_tokens=image_tokens)

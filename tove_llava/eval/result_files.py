@@ -102,7 +102,7 @@ def breakdown(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, float]]]:
 
 def data_fingerprint(questions: Sequence[Question], truth: Sequence[Row] | None) -> dict[str, Any]:
     """Digest questions (with image names) and right answers, in any order."""
-    asked = [[str(q.question_id), q.text, q.image.name if q.image else None] for q in questions]
+    asked = [[str(q.question_id), q.text, q.image_names] for q in questions]
     return {
         "questions": _digest(asked),
         "ground_truth": None if truth is None else _digest(truth),

@@ -276,8 +276,7 @@ def _identity(answerer: Answerer, task: Task, condition: Condition, model_id: st
     """Describe a run; answers are only reused under the same description."""
     digest = hashlib.sha256()
     for question in sorted(task.questions, key=lambda question: str(question.key)):
-        image = question.image.name if question.image else None
-        digest.update(json.dumps([question.question_id, question.text, image]).encode())
+        digest.update(json.dumps([question.question_id, question.text, question.image_names]).encode())
     return {
         "benchmark": type(task.benchmark).__name__,
         "questions": digest.hexdigest(),

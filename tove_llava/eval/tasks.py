@@ -8,6 +8,7 @@ from typing import Any
 
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
+from tove_llava.eval.own_questions import SPEC, find_own
 from tove_llava.eval.rows import Row
 
 MAKE_SCENES = "tove-llava scenes --out playground/data/scenes --train 8000 --val 300 --seed 0"
@@ -129,14 +130,14 @@ def _check_images(questions: Sequence[Question], shown: int = 5) -> None:
     """Raise DataError with the first questions whose image files are missing."""
     there: dict[Path, set[str]] = {}
     lost = []
-    for question in questions:
-        if not isinstance(question.image, Path):
+    for question, image in ((each, image) for each in questions for image in each.images):
+        if not isinstance(image, Path):
             continue
-        folder = question.image.parent
+        folder = image.parent
         if folder not in there:  # listing a folder is much faster than asking for 100,000 files
             there[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        if question.image.name not in there[folder]:
-            lost.append(f"question {question.question_id!r}: there is no image {question.image}")
+        if image.name not in there[folder]:
+            lost.append(f"question {question.question_id!r}: there is no image {image}")
     if lost:
         more = f"\nand {len(lost) - shown} more" if len(lost) > shown else ""
         raise DataError(f"{len(lost)} of {len(questions)} images are missing:\n" + "\n".join(lost[:shown]) + more)
@@ -150,11 +151,15 @@ def find_data(benchmarks: str, data_roots: Sequence[str | Path]) -> list[tuple[s
         DataError: no root has the data of a benchmark that was asked for by name, or of any when all were.
     """
     every = benchmarks.strip() == "all"
-    names = list(BENCHMARKS) if every else [name.strip() for name in benchmarks.split(",") if name.strip()]
+    own = {file.parent.name for root in data_roots for file in Path(root).glob(f"*/{SPEC}")}
+    names = [*BENCHMARKS, *sorted(own)] if every else [name.strip() for name in benchmarks.split(",") if name.strip()]
     if not names:
         raise DataError("no benchmark is named; give --benchmark a name")
     tasks = []
     for name in dict.fromkeys(names):
+        if name not in BENCHMARKS and (mine := find_own(name, data_roots)):
+            tasks.append(mine)
+            continue
         benchmark = get_benchmark(name)
         files = [benchmark.question_file(Path(root)) for root in data_roots]
         found = [Path(root) for root, file in zip(data_roots, files, strict=True) if file.is_file()]

@@ -49,7 +49,7 @@ class Answer:
 
 
 Take = Callable[[int], list[Job]]
-Features = Callable[[Sequence[Job]], "list[Tensor | None]"]
+Features = Callable[[Sequence[Job]], "list[list[Tensor]]"]
 
 
 class Mode(ABC):
@@ -58,7 +58,7 @@ class Mode(ABC):
     When the GPU's memory is full, the batch is halved and goes on; questions that were in it are asked again.
 
     Args:
-        features: returns [N, D] of each question's image, None for those without.
+        features: returns [N, D] of each image of each question.
         capacity: questions in the model at a time.
         share: compute what prompts have in common once, where the mode can.
     """
@@ -88,7 +88,7 @@ class Mode(ABC):
 
     def images(self, rows: "Sequence[Row]") -> "list[list[Tensor]]":
         """Return the features of each row's images."""
-        return [[] if found is None else [found] for found in self.features([row.job for row in rows])]
+        return self.features([row.job for row in rows])
 
     def run(self, take: Take) -> Iterator[list[Answer]]:
         """Yield answers to ``take(n)``'s questions: at most ``n``, at last none.
@@ -138,7 +138,7 @@ class Mode(ABC):
             prompt=job.prompt,
             decoding=self.decoding,
             longest=min(self.decoding.max_new_tokens, self.answerer.max_length - len(job.prompt)),
-            image=job.question.image,
+            image=job.question.images or None,
             # Its own random numbers, so that no answer depends on the batch, the process or a restart.
             draw=random.Random(str(job.question.key)).random,
             job=job,

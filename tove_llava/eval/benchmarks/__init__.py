@@ -62,12 +62,24 @@ class EmbeddedImage:
 
 @dataclass(frozen=True)
 class Question:
-    """A question: an image (or none) and words, without a placeholder."""
+    """A question: an image (or none, or several) and words, without a placeholder."""
 
     question_id: int | str
     text: str
     image: Path | EmbeddedImage | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    more_images: tuple[Path | EmbeddedImage, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path | EmbeddedImage, ...]:
+        """Return all images, in the order in which the model sees them."""
+        return () if self.image is None else (self.image, *self.more_images)
+
+    @property
+    def image_names(self) -> Any:
+        """Return the image's name, None without one, and a list of several."""
+        names = [image.name for image in self.images]
+        return names if self.more_images else next(iter(names), None)
 
     @property
     def key(self) -> tuple[int | str, str]:

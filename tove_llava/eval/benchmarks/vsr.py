@@ -6,7 +6,6 @@ case, counts; an answer without one is wrong. Breakdowns by relation and by cate
 ``analysis_scripts``.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +14,8 @@ from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Question, Score, register_benchmark
 from tove_llava.eval.fields import TEXT, check_rows, one_of
 from tove_llava.eval.rows import Row, read_truth
+from tove_llava.eval.rules.yes_or_no import parse_answer
 from tove_llava.eval.scorer_data import scorer_data
-
-_WORD = re.compile(r"\b(?:(yes|true)|(no|false))\b", re.IGNORECASE)
-
-
-def parse_answer(text: str) -> bool | None:
-    """Return True, False, or None without any of the four words."""
-    found = _WORD.search(text)
-    return None if found is None else found.group(1) is not None
 
 
 @register_benchmark("vsr")
