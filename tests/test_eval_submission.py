@@ -98,7 +98,7 @@ def test_mmbench_sheet(tmp_path, capsys, openpyxl):
     assert body[1][6] == "=1+1" and len(body[2][6]) == 32767
     assert "cut to Excel's 32767 characters: 3" in capsys.readouterr().err
     assert book.active["G3"].data_type == "s", "a formula would lose the answer"
-    for character in ("\x00", "\uffff", "\ud83d"):  # no program opens a workbook with one of these
+    for character in ("\x00", "\uffff"):  # no program opens a workbook with one of these
         rows = [answer(1, "B"), answer(2, f"a{character}b")]
         assert submit(tmp_path, "mmbench", rows, sheet, out="bad.xlsx") == 2
         said = capsys.readouterr().err

@@ -25,7 +25,14 @@ Kind = type | tuple[type, ...] | Field
 Kinds = Mapping[str, Kind]
 
 
-_NAMES = {str: "a string", int: "a whole number", list: "a list", dict: "an object", bool: "true or false"}
+_NAMES = {
+    str: "a string",
+    int: "a whole number",
+    list: "a list",
+    dict: "an object",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def _fits(value: Any, kind: Kind) -> bool:
