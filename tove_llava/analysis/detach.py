@@ -29,6 +29,7 @@ from tove_llava.checkpoints.weight_fingerprints import by_model_names, check_sto
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
 from tove_llava.core.locks import locked_target
+from tove_llava.core.paths import copy_inside
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -240,10 +241,10 @@ def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: Tov
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
     if (folder / "language").is_dir():
-        shutil.copytree(folder / "language", staging / "language")
+        copy_inside(folder, "language", staging)
     if (folder / "backbones").is_dir():
         used, every = _own_folders(folder, small), _own_folders(folder, large)
-        shutil.copytree(folder / "backbones", staging / "backbones", ignore=_ignoring(every - used))
+        copy_inside(folder, "backbones", staging, _ignoring(every - used))
 
 
 def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from tove_llava.checkpoints.parts import ClipPart, LanguagePart, LlavaParts
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.llava.adapters import add_adapters
 from tove_llava.llava.build import assemble, fit_to_processor, read_language_model, torch_dtype, tower_keys
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -102,8 +103,10 @@ def load_language(part: LanguagePart, dtype: str | torch.dtype, attention: str |
         preset = LanguagePreset(part.source, part.revision, dtype=part.dtype, attention=attention)
         return read_language_model(preset, dtype)
     config = copy.deepcopy(part.config)
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model, info = from_pretrained(
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(config)],
         None,
+        "the language model",
         config=config,
         state_dict=dict(part.tensors),
         dtype=torch_dtype(dtype),

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 from tove_llava.checkpoints.parts import LlavaParts, TowerPart
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.paths import check_folder
 from tove_llava.core.registry import Registry
 
 FORMATS: Registry[type[LlavaFormat]] = Registry("checkpoint format", "tove_llava.checkpoints.formats")
@@ -152,6 +153,8 @@ def check_request(writer: LlavaFormat, request: Request) -> None:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
+    if folder.is_dir():
+        check_folder(folder)
     return read_json_object(file) if file.is_file() else {}
 
 

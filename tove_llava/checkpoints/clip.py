@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
@@ -13,6 +12,7 @@ from tove_llava.checkpoints.parts import ClipPart
 from tove_llava.checkpoints.tensors import Tensors, folder_tensors, write_json
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
 
@@ -32,9 +32,9 @@ def clip_config(source: str, advice: str) -> CLIPVisionConfig:
         if vision.clip == source and vision.clip_config is not None:
             return CLIPVisionConfig(**vision.clip_config)
     try:
-        return CLIPVisionConfig.from_pretrained(**Source.parse(source).pretrained())
-    except (OSError, ValueError, StrictDataclassError, CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"CLIP's configuration cannot be read from {source}: {error}. {advice}") from error
+        return from_pretrained(CLIPVisionConfig, Source.parse(source), "CLIP's configuration")
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{error}. {advice}") from error
 
 
 def read_normalisation(folder: Path | None) -> dict[str, list[float]]:
@@ -83,12 +83,10 @@ def fetch_clip(part: ClipPart) -> ClipPart:
     source = Source.parse(part.source)
     if source.path is not None:
         return read_clip(source.require(), part.depth)
-    try:
-        clip, info = CLIPVisionModel.from_pretrained(
-            **source.pretrained(), revision=part.revision or "main", dtype="auto", output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
+    revision = part.revision or "main"
+    clip, info = from_pretrained(
+        CLIPVisionModel, source, "CLIP", revision=revision, dtype="auto", output_loading_info=True
+    )
     if info["missing_keys"]:
         raise CheckpointError(f"{source} lacks CLIP's {sorted(info['missing_keys'])[0]!r}")
     return replace(part, tensors=dict(clip.state_dict()))

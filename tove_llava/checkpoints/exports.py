@@ -25,6 +25,7 @@ from tove_llava.checkpoints.tensors import write_json
 from tove_llava.checkpoints.tokenizer_files import PROBES
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.data import IMAGE_PLACEHOLDER, IMAGE_TOKEN_INDEX, Turn, encode_prompt, get_template
 from tove_llava.data.tokenization import end_ids
 from tove_llava.data.tokenizer import text_encoder
@@ -159,11 +160,11 @@ def generation_config(source: ExportSource) -> GenerationConfig:
 
 def _check_prompts(source: ExportSource, folder: Path, num_image_tokens: int) -> None:
     own = source.processor.tokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = from_pretrained(AutoTokenizer, folder, "the exported tokenizer")
     for text in PROBES:
         if tokenizer(text).input_ids != own(text).input_ids:
             raise CheckpointError(f"the exported tokenizer gives other ids than training for {text!r}")
-    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    processor = from_pretrained(AutoProcessor, folder, "the exported processor", backend="pil")
     image_id = source.model.config.image_token_id
     for turns, messages in _conversations(source.manifest.template):
         expected: list[int] = []

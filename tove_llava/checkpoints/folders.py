@@ -22,6 +22,7 @@ from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
+from tove_llava.core.paths import check_folder
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
@@ -54,6 +55,9 @@ def open_folder(
     )
     if folder is None:
         return read(place, **options), place  # which explains why there is no such folder
+    if folder.is_dir():
+        check_folder(folder)
+    options.setdefault("trust_remote_code", False)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     if manifest is not None:
         check_plugins(folder, manifest)

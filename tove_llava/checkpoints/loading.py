@@ -33,6 +33,7 @@ from tove_llava.checkpoints.weight_fingerprints import check_stored, sampled_fin
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.finite import check_finite
 from tove_llava.core.json_text import plain
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.data import load_tokenizer
 from tove_llava.llava.adapter_settings import read_adapter_settings
@@ -154,12 +155,9 @@ def _load_stock(
     quantization: QuantizationPreset | None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     wanted = "auto" if dtype is None else torch_dtype(dtype)
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=wanted, use_safetensors=True)
-        processor = LlavaProcessor.from_pretrained(folder)
-        processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: the LLaVA model cannot be loaded: {error}") from error
+    model = from_pretrained(LlavaForConditionalGeneration, folder, "the model", dtype=wanted, use_safetensors=True)
+    processor = from_pretrained(LlavaProcessor, folder, "the processor")
+    processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
     processor.conversation_template = getattr(model.config, "conversation_template", None)
     tower = model.model.vision_tower
     if isinstance(tower, ToveVisionModel):
@@ -201,12 +199,9 @@ def read_model(
 def load_processor(folder: str | os.PathLike[str]) -> LlavaProcessor:
     """Load a checkpoint's processor; ``processor.conversation_template`` is the template's registered name."""
     manifest = Manifest.read(folder)
-    try:
-        processor = LlavaProcessor.from_pretrained(folder, backend="pil")  # Pillow resizes, as in training
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} has no processor next to the model; save it there (processor.save_pretrained): {error}"
-        ) from error
+    advice = "Save it next to the model (processor.save_pretrained)"
+    # Pillow resizes, as in training.
+    processor = from_pretrained(LlavaProcessor, folder, "the processor", advice, backend="pil")
     processor.conversation_template = manifest.template
     return processor
 
@@ -260,10 +255,7 @@ def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
 def read_config(folder: Path) -> ToveLlavaConfig:
     """Read a checkpoint's configuration; CheckpointError also for a missing plugin."""
     check_plugins(folder, Manifest.read(folder))
-    try:
-        return ToveLlavaConfig.from_pretrained(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
+    return from_pretrained(ToveLlavaConfig, folder, "config.json")
 
 
 def _quantize(

@@ -10,6 +10,7 @@ from typing import Any
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.core.mappings import from_mapping
+from tove_llava.core.paths import check_folder, refuse_pickles
 from tove_llava.presets import QuantizationPreset
 
 MANIFEST = "tove_llava.json"
@@ -58,6 +59,7 @@ class Manifest:
         path = Path(folder)
         if not path.is_dir():
             raise CheckpointError(f"{path} is not a folder; give the output folder of a training run")
+        check_folder(path)
         file = path / MANIFEST
         if not file.is_file():
             from tove_llava.checkpoints.base import foreign_format
@@ -68,11 +70,7 @@ class Manifest:
                     f"{path} is a LLaVA checkpoint of the format {foreign}; make one of this package's of it: "
                     f"tove-llava convert --model {path} --out NEW_FOLDER"
                 )
-            pickles = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-            if pickles:
-                raise CheckpointError(
-                    f"{path} holds pickled weights ({pickles[0]}), which are not read; convert to safetensors"
-                )
+            refuse_pickles(path)
             if any(path.glob("*checkpoint-*")):
                 raise CheckpointError(f"{path} holds an unfinished run; run its command again, which resumes it")
             raise CheckpointError(

@@ -185,7 +185,9 @@ class LlavaParts:
         language, clip = self.language, self.clip
         if language.tensors is not None:
             settle_tying(language, self.folder)
-            model = self._on_meta("language model", lambda: AutoModelForCausalLM.from_config(language.config))
+            model = self._on_meta(
+                "language model", lambda: AutoModelForCausalLM.from_config(language.config, trust_remote_code=False)
+            )
             tied = (HEAD,) if language.config.tie_word_embeddings else ()
             check_tensors(language.tensors, model, "language model", self.folder, tied)
         if clip.tensors is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tove_llava.checkpoints.manifest import Manifest, PluginEntry
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.paths import inside
 from tove_llava.core.plugins import FLAG, VARIABLE, plugin_of
 from tove_llava.core.registry import Registry
 from tove_llava.core.sources import Source
@@ -93,5 +94,5 @@ def _described(entry: PluginEntry) -> str:
 def _remedy(folder: Path, entry: PluginEntry) -> str:
     if not entry.file:
         return f"pip install {entry.name}=={entry.version}"
-    copy = folder / FOLDER / entry.name
+    copy = inside(folder / FOLDER, entry.name)
     return f"{FLAG} {copy} (in Python {VARIABLE}={copy}). It is code: read it before you run it"

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
+from tove_llava.core.paths import inside
 
 Tensors = dict[str, Tensor]
 
@@ -124,14 +125,19 @@ def write_json(file: Path, data: dict[str, Any]) -> None:
     file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _shards(index: Path) -> Tensors:
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+def weight_map(index: Path) -> dict[str, str]:
+    """Read which file of an index's folder holds which tensor."""
+    found = read_json_object(index).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
         raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")
-    files = sorted(set(weight_map.values()))
-    for name in files:
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} names the file {name!r}, which is not in its folder")
+    for name in set(found.values()):
+        inside(index.parent, name, index.name)
+    return found
+
+
+def _shards(index: Path) -> Tensors:
+    placed = weight_map(index)
+    files = sorted(set(placed.values()))
     absent = [name for name in files if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(f"{index.parent}: {len(absent)} of {len(files)} shards are missing, such as {absent[0]}; "
@@ -139,7 +145,7 @@ def _shards(index: Path) -> Tensors:
     found: Tensors = {}
     for file in files:
         held = file_tensors(index.parent / file)
-        lost = sorted(name for name, place in weight_map.items() if place == file and name not in held)
+        lost = sorted(name for name, place in placed.items() if place == file and name not in held)
         if lost:
             raise CheckpointError(
                 f"{index.parent / file} lacks the tensor {lost[0]!r}, which {index.name} places there"

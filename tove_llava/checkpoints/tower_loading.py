@@ -21,12 +21,14 @@ from tove_llava.checkpoints.base import Request, find_format, foreign_format
 from tove_llava.checkpoints.hub import download
 from tove_llava.checkpoints.manifest import ADAPTER, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.plugin_records import check_plugins
-from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights
+from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, weight_map
 from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
+from tove_llava.core.paths import check_folder
 from tove_llava.core.registry import closest
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.llava.build import torch_dtype, vision_config
 from tove_llava.presets import Preset, load_preset, preset_names
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
@@ -88,7 +90,7 @@ def load_tower(
         if not os.path.isdir(name) and download(name, {}, _SMALL) is None:
             raise CheckpointError(f"{name} cannot be fetched: there is no such model on the hub, or no way to it")
         options = {} if dtype is None else {"dtype": torch_dtype(dtype)}
-        tower = ToveVisionModel.from_pretrained(name, load_backbones=load_backbones, **options)
+        tower = from_pretrained(ToveVisionModel, name, "the tower", load_backbones=load_backbones, **options)
     return tower.to(device or "cpu").eval()
 
 
@@ -131,6 +133,8 @@ def open_tower(
     if folder is None:
         return read(place, **options)  # which explains why there is no such folder
     options = {key: value for key, value in options.items() if key not in _WHERE}
+    if folder.is_dir():
+        check_folder(folder)
     config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if config.get("model_type") == "tove_vision":
         if has_weights(folder):
@@ -138,7 +142,7 @@ def open_tower(
         else:  # complete, if nothing of the tower trains
             loaded = _filled(read, folder, _vision(config, options), {}, options, "square")
         if any((folder / name).is_file() for name in _FILES):
-            _model(loaded).processor = LlavaImageProcessorPil.from_pretrained(folder)
+            _model(loaded).processor = from_pretrained(LlavaImageProcessorPil, folder, "the image processor")
     elif _holds_tower(config):
         loaded = _from_llava(read, folder, config, options)
     elif foreign_format(folder) is not None:
@@ -244,13 +248,7 @@ def _tower_tensors(folder: Path) -> Tensors:
 
 def _shards(index: Path) -> list[str]:
     """List the files that hold the tower's tensors, by the index of a folder's weights."""
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} is damaged: it has no 'weight_map' of file names")
-    own = {str(file) for name, file in weight_map.items() if name.startswith((*_PREFIXES, "fusion."))}
-    if any(Path(file).name != file for file in own):
-        raise CheckpointError(f"{index} names a file that is not in its folder")
-    return sorted(own)
+    return sorted({file for name, file in weight_map(index).items() if name.startswith((*_PREFIXES, "fusion."))})
 
 
 def _model(loaded: Any) -> ToveVisionModel:

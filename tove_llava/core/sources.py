@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.paths import inside
 from tove_llava.core.registry import Registry
 
 SCHEMES: Registry[type["Source"]] = Registry("source scheme")
@@ -60,16 +61,15 @@ class Source(ABC):
         return self
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
-        """Anchor a path relative to a checkpoint (``./...``) at the folder ``base_dir``."""
-        path = self.path
-        if base_dir is None or path is None or not _is_relative(str(path)):
+        """Anchor a path relative to a checkpoint (``./...``) at its folder; CheckpointError if it leads out."""
+        if base_dir is None or not self.is_relative:
             return self
-        return self.at((Path(base_dir) / path).resolve())
+        return self.at(inside(base_dir, str(self.path)).absolute())
 
     @property
     def is_relative(self) -> bool:
         """Tell if the source lies in the checkpoint that names it."""
-        return self.resolve(os.sep) != self
+        return self.path is not None and _is_relative(str(self.path))
 
     @property
     def is_portable(self) -> bool:
@@ -155,10 +155,9 @@ class HubSource(Source):
         folder = Path(self.target)
         return folder if folder.is_dir() else None
 
-    def resolve(self, base_dir: str | os.PathLike[str] | None) -> "Source":
-        if base_dir is None or not _is_path(self.target):
-            return self  # owner/name is a repository, even where the checkpoint has such a folder
-        return super().resolve(base_dir)
+    @property
+    def is_relative(self) -> bool:
+        return _is_path(self.target) and super().is_relative  # owner/name is a repository, whatever folders there are
 
     def pretrained(self) -> dict[str, Any]:
         if self.path is None:
@@ -364,6 +363,10 @@ class RandomSource(Source):
     @property
     def is_portable(self) -> bool:
         return self.architecture.is_portable
+
+    @property
+    def is_relative(self) -> bool:
+        return self.architecture.is_relative
 
     def resolve(self, base_dir: str | os.PathLike[str] | None) -> Source:
         return RandomSource(str(self.architecture.resolve(base_dir)))

@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast as _Generic
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.json_text import loads
+from tove_llava.core.paths import check_folder
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
 
@@ -38,6 +40,8 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if isinstance(folder, str) and ":" in folder and not path.exists():
         kwargs = {**Source.parse(folder).pretrained(), **kwargs}
         path = Path(folder := kwargs.pop("pretrained_model_name_or_path"))
+    if path.is_dir():
+        check_folder(path)
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
     model_file = path / "tokenizer.model"
@@ -46,11 +50,8 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         return tokenizer_from_sentencepiece(model_file)
     if path.is_absolute() and not path.exists():
         raise CheckpointError(f"there is no tokenizer folder {path}")
-    try:
-        tokenizer = (_Generic if _is_generic(path) else AutoTokenizer).from_pretrained(str(folder), **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"no tokenizer can be loaded from {folder}: {error}") from error
-    tokenizer = corrected_llama(tokenizer)
+    kind = _Generic if _is_generic(path) else AutoTokenizer
+    tokenizer = corrected_llama(from_pretrained(kind, str(folder), "the tokenizer", **kwargs))
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -4,7 +4,6 @@ An expert owns its source, input size and normalisation. A new one is one file: 
 library's base, such as ``TimmExpert``) under ``@register_expert``. The base resizes, normalises, freezes and checks.
 """
 
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -14,13 +13,13 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.licences import NOT_STATED
 from tove_llava.core.plugins import defining_file
 from tove_llava.core.registry import Registry
+from tove_llava.core.safe_loading import loading
 from tove_llava.core.sources import Source
 from tove_llava.experts.preparation import normalise, resize
 from tove_llava.experts.random_weights import random_weights
@@ -229,34 +228,15 @@ class Expert(nn.Module, ABC):
             return
         if self.source.path is not None:
             self.source.require()
-        try:
+        with loading(f"expert {self.name!r}: the weights", self.source):
             actual = self.describe()  # of the source itself; a checkpoint may have recorded other sizes in the spec
             self._check_shape((actual.width, *actual.grid))
             with random_weights(self.spec.source) if self.is_random else nullcontext():
                 backbone = self.build(pretrained=not self.is_random)
-        except ToveError:
-            raise
-        except (OSError, RuntimeError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-            raise self._loading_error(error) from error
         left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
         if left:
             raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
         self.backbone = backbone.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
-
-    def _loading_error(self, error: BaseException) -> CheckpointError:
-        what = f"expert {self.name!r}: the weights of {self.source} cannot be loaded"
-        chain: BaseException | None = error
-        while chain is not None:  # a library may wrap torch's refusal
-            if isinstance(chain, pickle.UnpicklingError):
-                return CheckpointError(
-                    f"{what}: they are a damaged file or a pickle of more than plain tensors, which is not opened: "
-                    "it could run code. Convert them to safetensors"
-                )
-            chain = chain.__cause__ or chain.__context__
-        remedy = "Fetch them where there is a network, or name a local folder as the source"
-        if self.source.path is not None:
-            remedy = "The files are damaged, incomplete or of another architecture"
-        return CheckpointError(f"{what} ({summary(error)}). {remedy}")
 
     def unload(self) -> None:
         """Free the weights; :meth:`load` restores them."""
@@ -340,12 +320,6 @@ class Expert(nn.Module, ABC):
     def option(self, key: str, default: Any = None) -> Any:
         """Return the value of one of ``option_names`` in the spec."""
         return self.spec.options.get(key, default)
-
-
-def summary(error: BaseException) -> str:
-    """Return the first lines of an error's message."""
-    lines = str(error).split("\n")[:3]  # torch names the first missing tensors on lines two and three
-    return " ".join(line.strip() for line in lines).strip() or type(error).__name__
 
 
 def choose(index: Any, count: int, option: str) -> int:

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.safe_loading import from_pretrained, loading
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.experts.base import Expert
 from tove_llava.experts.dense import DENSE, DenseArchitecture
@@ -72,8 +73,10 @@ class DenseExpert(Expert):
         reader = self.architecture
         if not pretrained:
             return reader.model_class(reader.config, **reader.model_kwargs)
-        model, info = reader.model_class.from_pretrained(
-            **self.source.pretrained(),
+        model, info = from_pretrained(
+            reader.model_class,
+            self.source,
+            f"expert {self.name!r}",
             config=reader.config,
             revision=self.spec.revision or "main",
             dtype=torch.float32,
@@ -128,18 +131,9 @@ def read_configuration(
     known = _architectures().get(str(source)) if use_table else None
     if known is not None:
         return AutoConfig.for_model(**known["config"]), dict(known["preprocessor"])
+    config = from_pretrained(AutoConfig, source, "an expert's configuration", revision=revision or "main")
     name = source.pretrained()["pretrained_model_name_or_path"]
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"source {source}: its configuration cannot be read ({error})") from error
-    return config, _read_preprocessor(source, name, revision)
-
-
-def _read_preprocessor(source: Source, name: str, revision: str | None) -> dict[str, Any]:
     hint = "save the image processor next to the weights (image_mean, image_std, size)"
-    try:
+    with loading("preprocessor_config.json", source, hint):
         file = cached_file(name, "preprocessor_config.json", revision=revision or "main")
-    except OSError as error:
-        raise ConfigError(f"source {source}: preprocessor_config.json cannot be read ({error}); {hint}") from error
-    return read_json_object(str(file), ConfigError, hint)
+    return config, read_json_object(str(file), ConfigError, hint)

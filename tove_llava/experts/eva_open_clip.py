@@ -6,9 +6,10 @@ from torch import nn
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.paths import check_folder, refuse_pickles
 from tove_llava.core.sources import OpenClipSource, Source
 from tove_llava.experts.base import Expert, library, register_expert
-from tove_llava.experts.timm_expert import TimmExpert
+from tove_llava.experts.timm_expert import TimmExpert, check_timm_name
 
 
 @register_expert("eva", "open_clip")
@@ -67,12 +68,19 @@ def _read_config(source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
     assert isinstance(source, OpenClipSource)
     name, tag = source.model_and_tag
     if tag is None:
+        check_folder(source.require())
+        refuse_pickles(source.require())
         file = source.require() / "open_clip_config.json"
         content = read_json_object(file, ConfigError)
         try:
             model, preprocess = content["model_cfg"], content["preprocess_cfg"]
-        except KeyError as error:
+            other = [key for key in model["text_cfg"] if key.startswith("hf_model")]
+            name = model["vision_cfg"].get("timm_model_name", "none")
+        except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"source {source}: {file} lacks a readable model_cfg and preprocess_cfg") from error
+        check_timm_name(name, source)
+        if other:
+            raise ConfigError(f"source {source}: {file} names a text encoder elsewhere ({other[0]}); save it by value")
     else:
         open_clip = _open_clip(source)
         model, preprocess = open_clip.get_model_config(name), open_clip.get_pretrained_cfg(name, tag)

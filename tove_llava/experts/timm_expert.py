@@ -1,5 +1,6 @@
 """Token encoders from timm: one base for every model with ``forward_intermediates``."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,15 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.paths import check_folder, refuse_pickles
 from tove_llava.core.registry import closest
+from tove_llava.core.safe_loading import summary
 from tove_llava.core.sources import Source, TimmSource
-from tove_llava.experts.base import Expert, choose, library, summary
+from tove_llava.experts.base import Expert, choose, library
 
+# Keys of a folder's configuration with which timm would read weights from elsewhere, and arguments of create_model.
+_ELSEWHERE = ("url", "file", "state_dict", "source", "hf_hub_id", "hf_hub_filename", "custom_load")
+_CREATE = {"model_name", "checkpoint_path", "cache_dir", "scriptable", "exportable", "no_jit"}
 _SPDX = {"mit": "MIT", "apache-2.0": "Apache-2.0"}
 
 
@@ -124,12 +130,10 @@ def _timm(source: Source) -> Any:
 
 def _weights(source: Source) -> Path:
     """Return the folder's safetensors file; older timm would prefer a pickle."""
+    refuse_pickles(source.require())
     file = source.require() / "model.safetensors"
     if not file.is_file():
-        raise CheckpointError(
-            f"source {source}: no model.safetensors in the folder. A pickle (.bin, .pth) is not opened: it could "
-            "run code. Convert them to safetensors: timm's save_for_hf(..., safe_serialization=True)"
-        )
+        raise CheckpointError(f"source {source}: no model.safetensors in the folder")
     return file
 
 
@@ -137,13 +141,25 @@ def _read_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Read timm's architecture, preprocessing configuration and model arguments of a source."""
     if source.path is None:
         return _named_config(source)
+    check_folder(source.require())
     file = source.require() / "config.json"
     content = read_json_object(file, ConfigError)
     try:
-        config = {**content["pretrained_cfg"], "num_classes": content.get("num_classes", 0)}
-        return content["architecture"], config, content.get("model_args") or {}
-    except (KeyError, TypeError) as error:
+        config = {key: value for key, value in content["pretrained_cfg"].items() if key not in _ELSEWHERE}
+        name, args = content["architecture"], dict(content.get("model_args") or {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"source {source}: {file} is not what timm's save_for_hf writes ({error!r})") from error
+    check_timm_name(name, source)
+    odd = sorted(args.keys() & _CREATE | {key for key in args if key.startswith("pretrained")})
+    if odd:
+        raise ConfigError(f"source {source}: {file}: model_args name {odd[0]!r}, which is no part of an architecture")
+    return name, {**config, "num_classes": content.get("num_classes", 0)}, args
+
+
+def check_timm_name(name: Any, source: Source) -> None:
+    """Raise ConfigError unless a folder's architecture is timm's own: timm also takes paths and repositories here."""
+    if not isinstance(name, str) or not re.fullmatch(r"\w+(\.[\w-]+)?", name, re.ASCII):
+        raise ConfigError(f"source {source}: its configuration names {name!r}, which is no model of timm")
 
 
 def _named_config(source: Source) -> tuple[str, dict[str, Any], dict[str, Any]]:

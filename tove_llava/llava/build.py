@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +20,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.data import get_template, load_tokenizer
 from tove_llava.experts import complete_specs
@@ -132,18 +131,19 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
         attention = {"attn_implementation": language.attention} if language.attention else {}
         own = torch_dtype(language.dtype)  # always drawn in this dtype, so that they are the same in each
         with random_weights(source):
-            return AutoModelForCausalLM.from_config(language_config(language), dtype=own, **attention).to(wanted)
+            return AutoModelForCausalLM.from_config(
+                language_config(language), dtype=own, **attention, trust_remote_code=False
+            ).to(wanted)
     if source.path is not None and is_whole_model(source.path):
         return language_model_of(load_whole(source.path, wanted))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            **source.pretrained(),
-            revision=language.revision or "main",
-            dtype=wanted,
-            **({"attn_implementation": language.attention} if language.attention else {}),
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot load the language model from {source}: {error}") from error
+    model = from_pretrained(
+        AutoModelForCausalLM,
+        source,
+        "the language model",
+        revision=language.revision or "main",
+        dtype=wanted,
+        **({"attn_implementation": language.attention} if language.attention else {}),
+    )
     if source.scheme == "gguf":  # becomes ordinary weights, but stays marked as quantised
         forget_gguf(model.config)
         model.hf_quantizer = None
@@ -152,12 +152,8 @@ def read_language_model(language: LanguagePreset, dtype: str | torch.dtype | Non
 
 def load_whole(folder: Path, dtype: torch.dtype) -> ToveLlavaForConditionalGeneration:
     """Load everything but the frozen backbones."""
-    try:
-        model, info = ToveLlavaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, load_backbones=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: the weights cannot be loaded: {error}") from error
+    options: dict[str, Any] = {"use_safetensors": True, "load_backbones": False, "output_loading_info": True}
+    model, info = from_pretrained(ToveLlavaForConditionalGeneration, folder, "the weights", dtype=dtype, **options)
     if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
         raise CheckpointError(
             f"{folder}: weights and config.json do not belong together: missing {sorted(info['missing_keys'])[:3]}, "
@@ -177,7 +173,7 @@ def is_whole_model(folder: Path) -> bool:
 def language_model_of(model: ToveLlavaForConditionalGeneration) -> PreTrainedModel:
     """Return a LLaVA's language model as a model that shares the weights."""
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(model.config.text_config)
+        language = AutoModelForCausalLM.from_config(model.config.text_config, trust_remote_code=False)
     setattr(language, language.base_model_prefix, model.model.language_model)
     language.set_output_embeddings(model.lm_head)
     language.generation_config = model.generation_config
@@ -277,10 +273,8 @@ def language_config(language: LanguagePreset) -> Any:
     source = Source.parse(language.source)
     if language.config is not None and source.path is None:
         return AutoConfig.for_model(**language.config)
-    try:
-        return AutoConfig.from_pretrained(**source.pretrained(), revision=language.revision or "main")
-    except (OSError, ValueError, StrictDataclassError) as error:
-        raise CheckpointError(f"cannot read the language model's configuration from {source}: {error}") from error
+    revision = language.revision or "main"
+    return from_pretrained(AutoConfig, source, "the language model's configuration", revision=revision)
 
 
 def build_on_meta(
@@ -300,7 +294,9 @@ def build_on_meta(
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(preset.language.dtype))
+        language = AutoModelForCausalLM.from_config(
+            config, dtype=torch_dtype(preset.language.dtype), trust_remote_code=False
+        )
     vision = vision_config(preset.vision, offline=True) if vision is None else vision
     model = assemble(language, vision, preset.projector)
     grow_vocabulary(model, _planned_tokens(preset.language, config.vocab_size))

@@ -22,6 +22,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import logging
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.experts.expert_hub import ExpertHub
 from tove_llava.experts.preparation import unnormalise
@@ -215,8 +216,8 @@ def load_clip(
         ConfigError: the configuration names no source.
         CheckpointError: the source is missing, or is not the CLIP that the configuration describes.
     """
-    where: dict[str, Any] = {"pretrained_model_name_or_path": None, "state_dict": dict(tensors or {})}
-    source: Source | str = "the given tensors"
+    given: dict[str, Any] = {} if tensors is None else {"state_dict": dict(tensors)}
+    source: Source | None = None
     clip_config = CLIPVisionConfig(**{**config.clip_config.to_dict(), "num_hidden_layers": config.num_clip_layers})
     clip_config._attn_implementation = config._attn_implementation
     if tensors is None:
@@ -230,24 +231,23 @@ def load_clip(
                 clip = CLIPVisionModel(clip_config)
             clip.post_layernorm = nn.Identity()
             return clip.eval().requires_grad_(False)
-        where = source.pretrained()
-    try:
-        with _quiet():
-            clip, info = CLIPVisionModel.from_pretrained(
-                **where,
-                revision=config.clip_revision or "main",
-                config=clip_config,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load CLIP from {source}: {error}") from error
+    with _quiet():
+        clip, info = from_pretrained(
+            CLIPVisionModel,
+            source,
+            "CLIP",
+            revision=config.clip_revision or "main",
+            config=clip_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **given,
+        )
     # The norm after the last block only reads the class token, which LLaVA does not use; it may be missing.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("post_layernorm."))
     clip.post_layernorm = nn.Identity()
     if missing or info["mismatched_keys"]:
         raise CheckpointError(
-            f"{source} is not the CLIP that this tower was built on: missing {missing[:5]}, "
+            f"{source or 'this'} is not the CLIP that this tower was built on: missing {missing[:5]}, "
             f"other shapes {list(info['mismatched_keys'])[:5]}. Give the right clip_source."
         )
     return clip.eval().requires_grad_(False)

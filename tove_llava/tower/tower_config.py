@@ -12,8 +12,9 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import Registry
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.experts.from_spec import complete_specs
 from tove_llava.experts.spec import ExpertSpec
@@ -139,10 +140,8 @@ class ToveVisionConfig(PreTrainedConfig):
             ConfigError: a wrong source, expert or key. CheckpointError: a missing source.
         """
         source = Source.parse(clip_source).resolve(base_dir)
-        try:
-            clip_config = CLIPVisionConfig.from_pretrained(**source.pretrained(), revision=clip_revision or "main")
-        except OSError as error:
-            raise CheckpointError(f"cannot read CLIP's configuration from {source}: {error}") from error
+        revision = clip_revision or "main"
+        clip_config = from_pretrained(CLIPVisionConfig, source, "CLIP's configuration", revision=revision)
         return cls(
             clip_config=clip_config,
             clip_source=clip_source,

@@ -23,6 +23,7 @@ from tove_llava.checkpoints.tensors import Tensors, folder_tensors, split_by_pre
 from tove_llava.checkpoints.tokenizer_files import add_sentencepiece, read_tokenizer
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.safe_loading import from_pretrained
 
 _TABLE = (
     ("model.language_model.", "language", "model."),
@@ -92,8 +93,8 @@ class LlavaHf(LlavaFormat):
         stock = stock_model(source)
         assert clip.tensors is not None
         # All of CLIP, with the blocks and the norm that LLaVA does not use.
-        stock.model.vision_tower = CLIPVisionModel.from_pretrained(
-            None, config=clip.config, state_dict=dict(clip.tensors), dtype=model.dtype
+        stock.model.vision_tower = from_pretrained(
+            CLIPVisionModel, None, "CLIP", config=clip.config, state_dict=dict(clip.tensors), dtype=model.dtype
         )
         stock.config.vision_config, stock.config.vision_feature_layer = clip.config, clip.layer
         stored = {f"model.vision_tower.{name}": value for name, value in clip.tensors.items()}

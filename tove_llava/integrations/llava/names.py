@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 import tove_llava.llava  # noqa: F401 - its configuration must be known to AutoConfig
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel
@@ -80,10 +81,7 @@ class TowerName:
 def _folder_config(folder: Path) -> ToveVisionConfig:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"--vision_tower {PREFIX}{folder}: there is no {folder}/config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from error
+    config = from_pretrained(AutoConfig, folder, "config.json")
     config = getattr(config, "vision_config", config)
     if not isinstance(config, ToveVisionConfig):
         raise CheckpointError(
