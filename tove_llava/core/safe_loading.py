@@ -37,10 +37,11 @@ def from_pretrained(
     if isinstance(place, Source):
         where = place.pretrained()
     name = where["pretrained_model_name_or_path"]
+    ours = kind.__module__.startswith("tove_llava")  # reads its folder in its own way
     if name is not None and os.path.isdir(name):
         check_folder(Path(name))
-        if "gguf_file" not in where and issubclass(kind, (PreTrainedModel, _BaseAutoModelClass)):
-            _check_weights(Path(name), kind)
+        if "gguf_file" not in where and issubclass(kind, (PreTrainedModel, _BaseAutoModelClass)) and not ours:
+            _check_weights(Path(name))
             options["use_safetensors"] = True
     with loading(what, place, advice):
         loaded = kind.from_pretrained(**where, trust_remote_code=False, **options)
@@ -63,10 +64,9 @@ def loading(what: str, place: object, advice: str = "") -> Iterator[None]:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
 
 
-def _check_weights(folder: Path, kind: Any) -> None:
+def _check_weights(folder: Path) -> None:
     refuse_pickles(folder)
-    is_ours = kind.__module__.startswith("tove_llava")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file() and not is_ours:
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} holds adapters and not their model; merge them into it, and name the result")
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.paths import way_out
 from tove_llava.data.resize import ImageResize, pad_and_resize, pad_to_square, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -49,18 +50,8 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     Raises:
         DataError: the name leads out of the folder, or there is no such file.
     """
-    name = name_inside(folder, name)
+    name = name_inside(folder, name, allow_links)
     path = os.path.join(folder, name)
-    if not allow_links:
-        root = _real(str(folder))
-        real = os.path.join(_real(os.path.dirname(path)), os.path.basename(path))
-        if os.path.islink(real):
-            real = os.path.realpath(real)
-        if os.path.commonpath([root, real]) != root:
-            raise DataError(
-                f"image {name!r} leads out of the image folder {folder} through a link (to {real}); choose the image "
-                "folder so that the files are inside, or follow such links with --allow_image_links"
-            )
     try:
         mode = os.stat(path).st_mode
     except OSError:
@@ -70,21 +61,19 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     return Path(path)
 
 
-def name_inside(folder: str | os.PathLike[str], name: str) -> str:
-    """Return an image's name relative to its folder; DataError if it leads out of it. Links are not looked at."""
+def name_inside(folder: str | os.PathLike[str], name: str, allow_links: bool = True) -> str:
+    """Return an image's name relative to its folder; DataError if it leads out (:func:`core.paths.way_out`)."""
     if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
         if PureWindowsPath(name).drive:
             raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
         name = name.replace("\\", "/")
-    if os.path.isabs(name):
-        inside = os.path.relpath(os.path.normpath(name), os.path.abspath(folder))
-        if inside.split(os.sep)[0] == os.pardir:
-            raise DataError(f"image {name!r} is an absolute path outside the image folder {folder}; change one of them")
-        name = inside
-    lexical = os.path.normpath(name)
-    if lexical == os.pardir or lexical.startswith(os.pardir + os.sep):
-        raise DataError(f"image {name!r} leads out of the image folder {folder}; move the file into it")
-    return name
+    reason = way_out(folder, name, allow_links)
+    if reason:
+        raise DataError(
+            f"image {name!r} {reason} the image folder {folder}; choose the image folder so that the file is inside"
+            + (", or follow such links with --allow_image_links" if "through a link" in reason else "")
+        )
+    return os.path.relpath(os.path.normpath(name), os.path.abspath(folder)) if os.path.isabs(name) else name
 
 
 def _similar(path: str) -> str:
@@ -93,11 +82,6 @@ def _similar(path: str) -> str:
     endings = (each for ending in _EXTENSIONS for each in (ending, ending.upper()) if each != own)
     found = [os.path.basename(stem) + ending for ending in endings if os.path.isfile(stem + ending)]
     return f"; there is {found[0]!r}, so correct the record or the file's name" if found else ""
-
-
-@lru_cache(maxsize=4096)
-def _real(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def open_image(file: str | Path | ImageBytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
