@@ -5,7 +5,8 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, get_args
@@ -94,6 +95,19 @@ def open_image(file: str | Path | ImageBytes, max_pixels: int = MAX_PIXELS, name
     Raises:
         DataError: not an image, damaged, or too large to be decoded safely.
     """
+    with _opened(file, max_pixels, name) as image:
+        image.load()
+        return image.copy() if getattr(image, "is_animated", False) else image
+
+
+def count_pixels(file: str | Path | ImageBytes, max_pixels: int = MAX_PIXELS, name: str | None = None) -> int:
+    """Read an image's size without decoding it; arguments and errors as in :func:`open_image`."""
+    with _opened(file, max_pixels, name) as image:
+        return image.width * image.height
+
+
+@contextmanager
+def _opened(file: str | Path | ImageBytes, max_pixels: int, name: str | None) -> Iterator[Image.Image]:
     name = str(file) if name is None else name
     if not isinstance(file, (str, Path)) and not hasattr(file, "read"):
         file = io.BytesIO(file)
@@ -104,8 +118,7 @@ def open_image(file: str | Path | ImageBytes, max_pixels: int = MAX_PIXELS, name
                     f"{name} has {image.width} x {image.height} pixels, more than the limit of {max_pixels}; "
                     "shrink it, or raise max_pixels"
                 )
-            image.load()
-            return image.copy() if getattr(image, "is_animated", False) else image
+            yield image
     except FileNotFoundError:
         raise DataError(f"there is no image file {name}") from None
     except UnidentifiedImageError:

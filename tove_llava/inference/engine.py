@@ -1,5 +1,6 @@
 """The engine of the chat: one model answers many conversations at once."""
 
+import random
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.data.templates.base import role_of
 from tove_llava.inference.generation import Answerer
-from tove_llava.inference.replies import Request, TextStream, Timing
+from tove_llava.inference.replies import Request, StopFilter, TextStream, Timing
 from tove_llava.inference.rolling_batch import RollingBatch, SequentialBatch
 from tove_llava.inference.routing_map import RoutingMap
 from tove_llava.inference.sampling import Sampling
@@ -24,7 +25,8 @@ from tove_llava.inference.worker import Worker
 
 __all__ = ["AnyImage", "Engine", "Message", "Reply", "RoutingMap", "Sampling", "Timing"]
 
-AnyImage: TypeAlias = Image.Image | str | Path | torch.Tensor  # a tensor is from :meth:`Engine.pixels`
+#: an image, its file, the file's content, or a tensor from :meth:`Engine.pixels`
+AnyImage: TypeAlias = Image.Image | str | Path | bytes | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -186,15 +188,16 @@ class Engine:
         images = [image for message in messages for image in message.images]
         turns = [message.turn() for message in messages]
         if system is not None:
-            if self.answerer.template.single_turn:
-                raise DataError(f"the model's template {self.answerer.template.name!r} has no system prompt")
             turns = [Turn("system", system), *turns]
+        if turns[0].role == "system" and self.answerer.template.single_turn:
+            raise DataError(f"the model's template {self.answerer.template.name!r} has no system prompt")
         prompt = self.answerer.encode(turns, len(images), self._vision.image_tokens(chosen) if images else None)
         return Request(
             prompt=prompt,
             decoding=sampling,
             longest=min(sampling.max_new_tokens, self.answerer.max_length - len(prompt)),
-            stream=TextStream(self.answerer.tokenizer),
+            draw=random.random if sampling.seed is None else random.Random(sampling.seed).random,
+            stream=TextStream(self.answerer.tokenizer, stop=StopFilter(sampling.stop)),
             pixels=[self.pixels(image) for image in images],
             experts=chosen,
         )

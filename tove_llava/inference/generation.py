@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ class Answerer:
         found = sum((turn.text or "").count(IMAGE_PLACEHOLDER) for turn in turns) if num_images else 0
         if found != num_images:
             raise DataError(f"{found} {IMAGE_PLACEHOLDER} placeholders for {num_images} images; they must be as many")
+        characters, most = sum(len(turn.text or "") for turn in turns), self.max_length * self._longest_token
+        if characters > most:  # encoding such a text takes long, and it cannot fit
+            raise DataError(
+                f"the conversation is {characters} characters long, and the model takes {self.max_length} tokens, at "
+                f"most {most} characters; shorten it, or start a new one"
+            )
         ids = encode_prompt(turns, self.tokenizer, self.template, images=num_images > 0)
         if self.image_token_id in ids:
             raise DataError("the text contains the image token itself; take it out")
@@ -209,8 +216,12 @@ class Answerer:
             )
         return expanded
 
-    def pixels(self, image: Image.Image | str | Path, upright: bool = False) -> Tensor:
-        """Return float32 [3, S, S] of an image or an image file.
+    @cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    def pixels(self, image: Image.Image | str | Path | bytes, upright: bool = False) -> Tensor:
+        """Return float32 [3, S, S] of an image, an image file or its content.
 
         Args:
             upright: turn the image as its EXIF orientation says. A chat does; benchmarks and LLaVA do not.
@@ -219,7 +230,9 @@ class Answerer:
             DataError: the file is missing, damaged, not an image, or too large.
         """
         transform = self.upright_transform if upright else self.transform
-        return transform(image) if isinstance(image, Image.Image) else transform.open(image)
+        if isinstance(image, Image.Image):
+            return transform(image)
+        return transform.open(image, "the image" if isinstance(image, bytes) else None)
 
     @torch.inference_mode()
     def features(self, pixels: Tensor) -> list[Tensor]:

@@ -15,11 +15,34 @@ BROKEN = "\ufffd"  # what decoders write for bytes that are not (yet) a characte
 
 
 @dataclass
+class StopFilter:
+    """Ends a text before the first of some texts; ``found`` tells if one was there."""
+
+    texts: Sequence[str] = ()
+    found: bool = False
+    _held: str = ""  # may be the beginning of a stop text
+
+    def pass_on(self, piece: str, final: bool = False) -> str:
+        """Return the text that certainly comes before a stop text."""
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [start for stop in self.texts if (start := text.find(stop)) >= 0]
+        if starts:
+            self.found = True
+            return text[: min(starts)]
+        beginnings = (stop[:length] for stop in self.texts for length in range(1, len(stop)))
+        held = 0 if final else max((len(each) for each in beginnings if text.endswith(each)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+@dataclass
 class TextStream:
     """Turns tokens into text as they come, only in whole characters.
 
     The text of a token depends on its neighbours, so each piece is the growth of the last few tokens' text. Joined, the
-    pieces are the text of all tokens, without leading white space and without a think block.
+    pieces are the text of all tokens, without leading white space, without a think block, and up to a stop text.
     (``tokenizers.decoders.DecodeStream`` raises where LLaMA's byte tokens form no character, so it cannot serve drawn
     answers.)
     """
@@ -29,6 +52,7 @@ class TextStream:
     _given: int = 0  # tokens of the window whose text was returned
     _started: bool = False
     _reasoning: ReasoningFilter = field(default_factory=ReasoningFilter)
+    stop: StopFilter = field(default_factory=StopFilter)
 
     @property
     def reasoning(self) -> str | None:
@@ -37,7 +61,7 @@ class TextStream:
 
     def add(self, tokens: Sequence[int], final: bool = False) -> str:
         """Return the answer's text that is now certain; with ``final``, all of it."""
-        return self._reasoning.pass_on(self._certain(tokens, final), final)
+        return self.stop.pass_on(self._reasoning.pass_on(self._certain(tokens, final), final), final)
 
     def _certain(self, tokens: Sequence[int], final: bool) -> str:
         self._window += tokens
@@ -84,6 +108,7 @@ class Request(Row):
         events: pieces of text, then an error or None, the end.
         tower: seconds that the vision tower took.
         began: time at which work started.
+        cut: the answer ended only because it was the longest allowed.
     """
 
     stream: TextStream
@@ -92,6 +117,7 @@ class Request(Row):
     cancelled: bool = False
     tower: float = 0.0
     began: float = 0.0
+    cut: bool = False
     events: "SimpleQueue[str | BaseException | None]" = field(default_factory=SimpleQueue)
 
     def __post_init__(self) -> None:
@@ -110,7 +136,9 @@ class Request(Row):
         self.tokens.append(token)
         if piece := self.stream.add([token]):
             self.events.put(piece)
-        if len(self.tokens) >= self.longest or ends(token):
+        ended = self.stream.stop.found or ends(token)
+        if ended or len(self.tokens) >= self.longest:
+            self.cut = not ended
             self.finish()
 
     def finish(self, error: BaseException | None = None) -> None:

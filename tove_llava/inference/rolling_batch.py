@@ -187,6 +187,8 @@ class SequentialBatch(Batch):
     def join(self, rows: Sequence[Any]) -> None:
         self.rows = list(rows)
         decoding = rows[0].decoding
+        if (seed := getattr(decoding, "seed", None)) is not None:  # ``generate`` draws by torch's generator
+            torch.manual_seed(seed % 2**63)
         try:
             found = self.answerer.generate_ids(
                 [row.prompt for row in rows],

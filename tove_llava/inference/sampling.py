@@ -21,12 +21,16 @@ class Sampling:
         temperature: 0 takes the most likely token each time.
         top_p: draw from the fewest tokens whose probabilities sum to this; 1 draws from all. Ignored at temperature 0.
         min_new_tokens: no answer ends before it has this many tokens.
+        seed: draws the same answer each time; None draws another.
+        stop: texts at which the answer ends, without them.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     min_new_tokens: int = 0
+    seed: int | None = None
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
