@@ -31,6 +31,7 @@ from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import check_stored, sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
 from tove_llava.core.json_text import plain
 from tove_llava.core.safe_loading import from_pretrained
@@ -83,7 +84,8 @@ def load_model(
         quantization: hold the language model's linear layers in 4 or 8 bits, next to the adapters. The same number of
             bits as in training gives the weights of training.
         base, clip, template: for other formats; see :func:`tove_llava.convert_checkpoint`.
-        keep_stock: leave transformers' own LLaVA as it is, a ``LlavaForConditionalGeneration``.
+        keep_stock: leave transformers' own LLaVA as it is, a ``LlavaForConditionalGeneration``; also open an export
+            with experts. Its code is not run.
 
     Returns:
         the model, and its processor, whose ``conversation_template`` is the registered name of the template.
@@ -98,7 +100,7 @@ def load_model(
         (torch.Size([1, 16, 2]), 'v1')
     """
     folder = checkpoint_folder(folder)
-    if keep_stock and is_stock_llava(folder):
+    if keep_stock and (is_stock_llava(folder) or _is_export(folder)):
         return _load_stock(folder, dtype, device, quantization)
     if not (folder / MANIFEST).is_file() and foreign_format(folder) is not None:
         parts = read_parts(folder, Request(base=base, clip=clip, template=template))
@@ -148,6 +150,14 @@ def is_stock_llava(folder: str | os.PathLike[str]) -> bool:
     return not (Path(folder) / MANIFEST).exists() and foreign_format(Path(folder)) == STOCK
 
 
+def _is_export(folder: Path) -> bool:
+    """Return whether a folder is an export of the format remote-code."""
+    file = folder / "config.json"
+    if (folder / MANIFEST).exists() or not file.is_file():
+        return False
+    return read_json_object(file).get("model_type") == ToveLlavaConfig.model_type
+
+
 def _load_stock(
     folder: Path,
     dtype: str | torch.dtype | None,
@@ -155,7 +165,8 @@ def _load_stock(
     quantization: QuantizationPreset | None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     wanted = "auto" if dtype is None else torch_dtype(dtype)
-    model = from_pretrained(LlavaForConditionalGeneration, folder, "the model", dtype=wanted, use_safetensors=True)
+    kind = ToveLlavaForConditionalGeneration if _is_export(folder) else LlavaForConditionalGeneration
+    model = from_pretrained(kind, folder, "the model", dtype=wanted, use_safetensors=True)
     processor = from_pretrained(LlavaProcessor, folder, "the processor")
     processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
     processor.conversation_template = getattr(model.config, "conversation_template", None)
