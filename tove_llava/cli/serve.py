@@ -1,13 +1,14 @@
 """Serve a model to programs through OpenAI's chat API, with images.
 
-`transformers serve` runs the model, experts included, and answers POST /v1/chat/completions. It needs the format of
-`tove-llava export --format remote-code`; a folder of training is first written in that format to a temporary folder
-(TMPDIR). `tove-llava demo` is the page for people.
+The engine of `tove-llava chat` answers POST /v1/chat/completions, experts included, many requests at a time.
+`tove-llava demo` is the page for people.
 """
 
 import argparse
+import os
+import sys
 
-from tove_llava.cli._flags import add_device, add_host, add_model
+from tove_llava.cli._flags import add_host, add_loading, add_model, loading_options
 
 HELP = "serve a model to programs, as OpenAI's chat API does"
 
@@ -16,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser, required=False)
     add_host(parser)
     parser.add_argument("--port", type=int, help="port (default: 8000)")
-    add_device(parser)
-    parser.add_argument("--dtype", help="float32, bfloat16 or float16")
+    add_loading(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,5 +28,9 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.serve.openai_api import serve_openai
 
     quiet_transformers()
-    serve_openai(folder, args.host, args.port, args.device, args.dtype)
+    try:
+        serve_openai(folder, args.host, args.port, **loading_options(args))
+    except KeyboardInterrupt:
+        print("\ntove-llava serve: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # all is closed, and with torch the interpreter's own end takes seconds
     return 0

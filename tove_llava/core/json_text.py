@@ -120,7 +120,7 @@ def _fault(text: str) -> JsonError:
         if token[1]:
             name = json.loads(token[1])
             if not has_encoding(name):
-                reason = "half of a surrogate pair"
+                reason = f"half of a surrogate pair in {name[:60]!r}"
             elif token[2] and keys:
                 reason = f"the key {name[:60]!r} occurs twice" if name in keys[-1] else ""
                 keys[-1].add(name)

@@ -25,6 +25,8 @@ _OPTIONAL = [
     ("bitsandbytes", None, "QLoRA, and language models in 4 or 8 bits", "pip install 'tove-llava[train]'"),
     ("tensorboard", None, "training curves", "pip install 'tove-llava[train]'"),
     ("gradio", None, "the demo in the browser", "pip install 'tove-llava[demo]'"),
+    ("fastapi", None, "the endpoint for programs", "pip install 'tove-llava[demo]'"),
+    ("uvicorn", None, "the endpoint for programs", "pip install 'tove-llava[demo]'"),
     ("pycocoevalcap", None, "caption metrics (with Java)", "pip install 'tove-llava[eval]'"),
     ("pandas", None, "MMBench's sheets", "pip install 'tove-llava[eval]'"),
     ("openpyxl", None, "MMBench's submissions", "pip install 'tove-llava[eval]'"),
