@@ -60,7 +60,8 @@ def read_answers(file: str | Path, broken: list[int] | None = None) -> list[Row]
     """
     rows = read_jsonl(file, required=("question_id", "text"), broken=broken)
     if not rows:
-        raise DataError(f"{file} holds no answers")
+        reason = f"; line {broken[0]} is not valid JSON" if broken else ""
+        raise DataError(f"{file} holds no answers{reason}")
     for row in rows:
         if not isinstance(row["text"], str):
             raise DataError(f"{file}: the answer to question {row['question_id']!r} is not a string: {row['text']!r}")
