@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from score_parts import SAMPLES, refuse, score, truth_file
 
+from tove_llava import cli
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval import java
 from tove_llava.eval.benchmarks import get_benchmark
@@ -146,6 +147,18 @@ def test_one_odd_caption_spoils_no_other(capsys, tmp_path):
     got = score(capsys, "coco_caption", file, truth)
     assert got["unparsed_ids"] == [4] == got["wordless_references"] and got["count"] == 4
     assert [got["per_item"][key]["METEOR"] for key in "23"] == [1, 1] and 0.3 < got["per_item"]["1"]["METEOR"] < 1
+
+
+@needs_java
+@pytest.mark.slow
+def test_captions_of_ones_own(capsys, tmp_path):
+    questions, answers = tmp_path / "mine.jsonl", tmp_path / "answers.jsonl"
+    questions.write_text('{"question": "Describe.", "image": "0.png", "answers": ["a cat on a mat", "the cat"]}\n')
+    answers.write_text('{"question_id": 0, "text": "A cat on a mat."}\n')
+    command = ["score", "--questions", str(questions), "--rule", "caption", "--predictions", str(answers), "--json"]
+    assert cli.main(command) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["scores"]["ROUGE_L"] == got["scores"]["METEOR"] == 1 and got["rule"] == "caption"
 
 
 @needs_java

@@ -290,6 +290,19 @@ def test_a_grade_that_may_be_cut_is_none():
     assert parse_grade("Score: 0", cut=True) is None and parse_grade("Score: 1") == 1.0 == parse_grade("1", cut=True)
 
 
+def test_questions_of_ones_own_are_judged(capsys, serve, tmp_path):
+    endpoint = serve(lambda text: "**1.0**" if text.endswith("| A cat. | ") else "Score: 0.5")
+    rows = [{"question": "What is it?", "answer": ["a cat", "cat"]}, {"question": "What is it?", "answer": "a dog"}]
+    questions = write_rows(tmp_path / "mine.jsonl", rows)
+    answers = [{"question_id": key, "text": text} for key, text in enumerate(("A cat.", "A dog?"))]
+    files = ["--questions", questions, "--predictions", write_rows(tmp_path / "answers.jsonl", answers)]
+    command = ["score", "--rule", "judge", "--json", *files, *flags_for(endpoint, tmp_path)]
+    assert cli.main([str(argument) for argument in command]) == 0
+    got = json.loads(capsys.readouterr().out)
+    assert got["scores"] == {"grade": 0.75} and got["rule"] == "judge" and got["judge"]["calls"] == 2
+    assert endpoint.requests[0]["messages"][0]["content"].endswith("What is it? | a cat <OR> cat | A cat. | ")
+
+
 def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path):
     model, out = save_model(tmp_path), tmp_path / "out"
     LAYOUTS["llava_bench"](tmp_path / "data")

@@ -226,7 +226,7 @@ class JudgedBenchmark(Benchmark):
         if self.judge.refused:
             judge["left_out"] = sorted(self.judge.refused)
         extras = {**score.extras, **matched.notes(), "judge": judge}
-        return Score(score.scores, score.count, score.rows, extras, score.details, score.marks)
+        return Score(score.scores, score.count, score.rows, extras, score.details, score.marks, rule=score.rule)
 
     def _check_read(self, unread: Sequence[Any], count: int) -> None:
         assert self.judge is not None

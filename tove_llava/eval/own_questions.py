@@ -210,16 +210,16 @@ def add_arguments(parser: argparse.ArgumentParser, rule: str) -> None:
 
 
 def find_own(name: str, roots: Sequence[str | Path]) -> Found | None:
-    """Find the folder ``name`` with a ``benchmark.yaml`` under a root, or None.
+    """Find the folder ``name`` with a ``benchmark.yaml``, which is a root or under one, or None.
 
     Raises:
         ConfigError: the file is malformed.
     """
-    for folder in (Path(root) / name for root in roots):
+    for folder in (place for root in roots for place in (Path(root) / name, Path(root))):
         file = folder / SPEC
-        if file.is_file():
+        if folder.resolve().name == name and file.is_file():
             spec = from_mapping(OwnSpec, parse_yaml(read_text(file, ConfigError), str(file)), str(file))
-            return folder.resolve().name, own_benchmark(spec, folder), folder / spec.images
+            return name, own_benchmark(spec, folder), folder / spec.images
     return None
 
 
@@ -229,7 +229,7 @@ def any_benchmark(name: str, roots: Sequence[str | Path], rule: str | None = Non
     Raises:
         ConfigError: there is none of that name, or it has no such rule.
     """
-    own = None if name in BENCHMARKS else find_own(name, roots) or find_own(".", roots)
+    own = None if name in BENCHMARKS else find_own(name, roots)
     return get_benchmark(name, rule) if own is None else own[1]
 
 
