@@ -31,7 +31,7 @@ Found = tuple[str, Benchmark, Path]
 
 @dataclass(frozen=True)
 class OwnSpec:
-    """What a ``benchmark.yaml`` holds.
+    """The content of a ``benchmark.yaml``.
 
     Attributes:
         questions: the file, relative to the folder.
