@@ -271,8 +271,10 @@ class MmBenchmark(Benchmark, Submitting):
         return self.question_file(root)
 
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
-        sheet = read_table(known(questions))
-        matched = self.pair(predictions, [{"question_id": int(index)} for index in sheet["index"]])
+        file = known(questions)
+        sheet = read_table(file)
+        rows = check_rows(sheet[["index"]].to_dict("records"), file, {"index": WHOLE})
+        matched = self.pair(predictions, [{"question_id": row["index"]} for row in rows])
         for row in predictions:
             _check_characters(row["question_id"], "text", row["text"])
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
