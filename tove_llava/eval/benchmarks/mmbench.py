@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from tove_llava.core.errors import ConfigError, DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import OPTION_LETTER, Benchmark, EmbeddedImage, Question, Score, register_benchmark
-from tove_llava.eval.fields import WHOLE, Kinds, check_rows, one_of
+from tove_llava.eval.fields import Field, Kinds, check_rows, one_of
 from tove_llava.eval.rows import Row, read_truth
 from tove_llava.eval.server_files import Submission, Submitting, known
 
@@ -42,6 +42,8 @@ _LAST_TOKENS = 4
 # There is no word boundary after the letter: "answer is between" reads as B. So does the reference.
 _SENTENCE = re.compile(r"answer\s+is\s+\**([ABCD])", re.IGNORECASE)
 
+# Pandas reads a column with an empty cell as floats.
+_INDEX = Field("a whole number", lambda value: type(value) in (int, float) and float(value).is_integer())
 _NOT_SUBMITTED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6  # after index, question and four options
 _CELL = 32767
@@ -191,7 +193,7 @@ class MmBenchmark(Benchmark, Submitting):
     def questions(self, root: Path) -> list[Question]:
         file = self.question_file(root)
         questions = []
-        rows = check_rows(read_table(file).to_dict("records"), file, {"index": WHOLE})
+        rows = check_rows(read_table(file).to_dict("records"), file, {"index": _INDEX})
         for row, image in zip(rows, image_cells(rows, file), strict=True):
             lines = [] if is_missing(row.get("hint")) else [str(row["hint"])]
             lines.append(str(row["question"]))
@@ -210,7 +212,7 @@ class MmBenchmark(Benchmark, Submitting):
         return self.read_ground_truth(file) if "answer" in read_table(file) else None
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        kinds: Kinds = {"index": WHOLE, "answer": one_of(*LETTERS), "A": object, "B": object}
+        kinds: Kinds = {"index": _INDEX, "answer": one_of(*LETTERS), "A": object, "B": object}
         if Path(file).suffix == ".jsonl":
             rows = read_truth(file, kinds)
             filled = [{letter for letter in LETTERS if row.get(letter) is not None} for row in rows]
@@ -224,7 +226,7 @@ class MmBenchmark(Benchmark, Submitting):
                 raise DataError(f"{file}, row {row['index']}: A, B and the answer {row['answer']} must be options")
             options = {letter: str(row[letter]) for letter in LETTERS if row.get(letter) is not None}
             labels = {key: row.get(key) for key in ("category", "l2-category", "split")}
-            truth.append({"question_id": row["index"], "answer": row["answer"], "options": options, **labels})
+            truth.append({"question_id": int(row["index"]), "answer": row["answer"], "options": options, **labels})
         return truth
 
     def unit(self, question: Question) -> int:
@@ -273,8 +275,8 @@ class MmBenchmark(Benchmark, Submitting):
     def submission(self, predictions: Sequence[Mapping[str, Any]], questions: Path | None) -> Submission:
         file = known(questions)
         sheet = read_table(file)
-        rows = check_rows(sheet[["index"]].to_dict("records"), file, {"index": WHOLE})
-        matched = self.pair(predictions, [{"question_id": row["index"]} for row in rows])
+        rows = check_rows(sheet[["index"]].to_dict("records"), file, {"index": _INDEX})
+        matched = self.pair(predictions, [{"question_id": int(row["index"])} for row in rows])
         for row in predictions:
             _check_characters(row["question_id"], "text", row["text"])
         sheet = sheet.drop(columns=[name for name in _NOT_SUBMITTED if name in sheet])
