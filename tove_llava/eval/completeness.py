@@ -100,8 +100,8 @@ class _Check:
         self.result.groups = dict(Counter(named))
         askers: dict[Image, list[Question]] = {}
         for question in questions:
-            if question.image is not None:
-                askers.setdefault(question.image, []).append(question)
+            for image in question.images:
+                askers.setdefault(image, []).append(question)
         self.result.images = len(askers)
         wanted = [image for image in askers if not _below(image, self.lost)]
         other_lost = [path for path in self.lost if not any(_below(image, [path]) for image in askers)]

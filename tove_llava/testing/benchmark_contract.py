@@ -75,10 +75,8 @@ def _questions(subject: _Subject) -> None:
     for question in subject.questions[:50]:
         require(bool(question.text.strip()), f"question {question.question_id!r} has no text")
         require(question.text.count("<image>") <= 1, f"question {question.question_id!r} holds several placeholders")
-        if isinstance(question.image, EmbeddedImage):
-            question.image.open()
-        elif question.image is not None:
-            open_image(question.image)
+        for image in question.images:
+            _ = image.open() if isinstance(image, EmbeddedImage) else open_image(image)
 
 
 @_contract.rule("has a key of its own for each question, and a ground truth for each key")
