@@ -76,7 +76,7 @@ def test_an_argument_in_no_table_is_refused(monkeypatch):
         ("--project mine", "--report_to trackio"),
         ("--eval_strategy steps", "--eval_data_path"),
         ("--eval_data_path {root}/captions.json --eval_strategy steps", "--eval_steps N"),
-        ("--eval_data_path {root}/captions.json --eval_strategy no", "no effect"),
+        ("--eval_data_path {root}/captions.json --eval_strategy no", "nothing is evaluated"),
         ("--per_device_eval_batch_size 3", "--eval_data_path"),
         ("--lr_scheduler_type reduce_lr_on_plateau", "--eval_data_path"),
         ("--lr_scheduler_type cosine_with_min_lr", "min_lr"),

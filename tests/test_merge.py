@@ -428,7 +428,7 @@ def test_muon_steps_of_matrices_are_orthogonal_and_others_are_adamws(tmp_path):
 )
 def test_verb_takes_flags_in_either_form(root, monkeypatch, words):
     seen = []
-    monkeypatch.setattr(run, "main", lambda words, command: seen.append(Parser().given(words)) or 0)
+    monkeypatch.setattr(run, "main", lambda words, **_: seen.append(Parser().given(words)) or 0)
     manifest = dataclasses.replace(Manifest.read(root / "lora"), preset="small")
     monkeypatch.setattr(Manifest, "read", lambda folder: manifest)
     assert cli(["merge", *words.split(), "--max_steps", "1"]) == 0

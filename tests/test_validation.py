@@ -1,12 +1,14 @@
-"""The loss on held-out records while a run trains, and the best model."""
+"""The loss on held-out records and scores of benchmarks while a run trains, and the best model."""
 
 import json
 
 import pytest
 import torch
+from answer_parts import make_scenes
+from test_data_sets import place
 from train_parts import flags, launch, losses, weights, write_inputs
 
-from tove_llava import load_model
+from tove_llava import cli, load_model
 from tove_llava.data import ImageTransform, LlavaCollator, LlavaDataset
 from tove_llava.train.run import main
 
@@ -123,6 +125,86 @@ def test_two_ranks_measure_what_one_does(root, tmp_path, deepspeed):
     found = measurements(tmp_path / "two")
     assert found[3] == pytest.approx(mean_loss(root, tmp_path / "two"), rel=1e-4)
     assert found[3] == pytest.approx(mean_loss(root, tmp_path / "two" / "best"), rel=1e-4)
+
+
+def answering(data, *more):
+    words = ["--eval_benchmarks", "scenes,pope", "--eval_data_root", str(data), "--eval_benchmarks_limit", "5"]
+    return [*words, "--per_device_eval_batch_size", "2", *more]
+
+
+@pytest.fixture(scope="module")
+def data(root):
+    make_scenes(root / "data")
+    return place("pope", root / "data")
+
+
+def texts(folder):
+    return {
+        name: {row["question_id"]: row["text"] for row in map(json.loads, (folder / name / answers).open())}
+        for name, answers in (("scenes", "answers.jsonl"), ("pope", "answers.jsonl"))
+    }
+
+
+def evaluated(model, data, output):
+    """Answer the same questions with a trained model's folder; return its answers, and its scores."""
+    words = ["--benchmark", "scenes,pope", "--data-root", str(data), "--limit", "5", "--output", str(output)]
+    assert cli.main(["eval", "--model", str(model), *words, "--dtype", "float32"]) == 0
+    found = json.loads((output / "results.json").read_text())["benchmarks"]
+    for name in found:
+        (output / name / "full" / "answers.jsonl").rename(output / name / "answers.jsonl")
+    return texts(output), {name: result["full"]["rows"] for name, result in found.items()}
+
+
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.slow), ["--padding_free", "True", "--checkpointing", "full"]]
+)
+def test_benchmarks_are_answered_as_by_eval_and_training_stays_the_same(root, data, tmp_path, capsys, more):
+    assert main(lora(root, tmp_path / "plain", *more)) == 0
+    words = answering(data, "--eval_steps", "1", "--eval_on_start", "True", *more)
+    assert cli.main(["train", *lora(root, tmp_path / "run", *words)]) == 0
+    assert "step 2 of 3: scenes 0.0; pope 100.0" in capsys.readouterr().out
+    assert losses(tmp_path / "plain", "loss", "lm_loss") == losses(tmp_path / "run", "loss", "lm_loss")
+    plain, run = weights(tmp_path / "plain"), weights(tmp_path / "run")
+    assert all(torch.equal(plain[name], run[name]) for name in plain)
+
+    found, scores = evaluated(tmp_path / "run", data, tmp_path / "eval")
+    assert texts(tmp_path / "run" / "benchmarks" / "step-3") == found and len(found["scenes"]) == 5
+    assert texts(tmp_path / "run" / "benchmarks" / "step-0") != found
+    log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in log if "eval_pope" in entry]
+    assert [entry["step"] for entry in logged] == [0, 1, 2, 3] and not (tmp_path / "run" / "best").exists()
+    assert logged[-1]["eval_scenes"] == scores["scenes"]["overall"][0]
+    assert logged[-1]["eval_scenes/left_of"] == scores["scenes"]["left_of"][0] and logged[-1]["eval_pope"] == 100
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_questions(root, data, tmp_path):
+    more = ["--eval_steps", "3", "--lora_dropout", "0", "--deepspeed", "zero2"]
+    launch(["train", *lora(root, tmp_path / "two", *held_out(root), *answering(data), *more)], module="tove_llava")
+    assert texts(tmp_path / "two" / "benchmarks" / "step-3") == evaluated(tmp_path / "two", data, tmp_path / "eval")[0]
+    assert measurements(tmp_path / "two")[3] == pytest.approx(mean_loss(root, tmp_path / "two"), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--eval_benchmarks", "scenes,popo"], "Did you mean 'pope'"),
+        (["--eval_benchmarks", "gqa"], "the data of benchmark 'gqa' is not there"),
+        (["--eval_benchmarks", "mmvet"], "needs a judge"),
+        (["--eval_benchmarks", "scenes", "--eval_benchmarks_limit", "0"], "--eval_benchmarks_limit must be at least 1"),
+        (["--eval_benchmarks", "scenes", "--deepspeed", "zero3"], "does not run under ZeRO-3"),
+        (["--eval_benchmarks", "scenes", "--keep_best", "True"], "--keep_best needs held-out records"),
+        (["--eval_benchmarks_limit", "5"], "--eval_benchmarks_limit needs benchmarks: --eval_benchmarks"),
+    ],
+)
+def test_benchmarks_are_refused_before_weights_are_loaded(root, data, tmp_path, capsys, monkeypatch, words, message):
+    place("mmvet", root / "data")
+    monkeypatch.setattr("tove_llava.train.run._make_model", lambda *_: pytest.fail("loads weights"))
+    if "zero3" in words:
+        monkeypatch.setenv("WORLD_SIZE", "1")
+    where = ["--eval_data_root", str(data)] if "--eval_benchmarks" in words else []
+    assert cli.main(["train", *lora(root, tmp_path / "run", *words, *where)]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
         print(__doc__)
         return 0
     from tove_llava.checkpoints.manifest import Manifest
+    from tove_llava.cli.train import read_benchmarks
     from tove_llava.core.errors import ConfigError
     from tove_llava.presets import preset_names
     from tove_llava.train.run import main
@@ -39,4 +40,5 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"{folder} was trained with the preset {preset!r}, which is a file; name it with --preset"
             )
-    return main(["--pretrained", folder, "--preset", preset, *words, "--stage", "merge"], command="merge")
+    words = ["--pretrained", folder, "--preset", preset, *words, "--stage", "merge"]
+    return main(words, command="merge", make_benchmarks=read_benchmarks)

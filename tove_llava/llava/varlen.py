@@ -114,8 +114,26 @@ def packed_rows(language_model: PreTrainedModel) -> Iterator[None]:
         return
     if before not in ("sdpa", "eager"):
         raise ConfigError(f"attention {before!r} does not take packed rows; use sdpa or flash_attention_2")
-    language_model.set_attn_implementation(NAME)
+    with _attention(language_model, NAME):
+        language_model.padded_attention = before
+        yield
+
+
+@contextmanager
+def padded_rows(language_model: PreTrainedModel) -> Iterator[None]:
+    """Let a language model take padded rows again, within :func:`packed_rows`."""
+    now = language_model.config._attn_implementation
+    with _attention(language_model, language_model.padded_attention if now == NAME else now):
+        yield
+
+
+@contextmanager
+def _attention(language_model: PreTrainedModel, name: str) -> Iterator[None]:
+    before = language_model.config._attn_implementation
+    if name != before:
+        language_model.set_attn_implementation(name)
     try:
         yield
     finally:
-        language_model.set_attn_implementation(before)
+        if name != before:
+            language_model.set_attn_implementation(before)

@@ -191,10 +191,10 @@ def _check_reports(report_to: str | Sequence[str] | None) -> None:
 def _check_others(arguments: Mapping[str, Any], flags: Collection[str]) -> None:
     """Refuse flags whose effect another argument takes away."""
     for key, strategy in _STRATEGIES.items():
-        chosen = getattr(arguments.get(strategy), "value", arguments.get(strategy))
+        chosen = arguments.get(strategy)
         if key in flags and chosen not in (None, "steps"):
             raise ConfigError(f"--{key} has no effect with {strategy} {chosen}; give --{strategy} steps")
-    if getattr(arguments.get("save_strategy"), "value", arguments.get("save_strategy")) == "best":
+    if arguments.get("save_strategy") == "best":
         raise ConfigError(f"--save_strategy best: {_BEST}; checkpoints to resume from are saved by steps or epoch")
     reports = arguments.get("report_to") or []
     for key in _TRACKIO:

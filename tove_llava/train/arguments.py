@@ -32,15 +32,10 @@ _HINTS = {
 }
 
 
-# Flags that need held-out records.
-_OF_EVALUATION = (
-    "eval_steps",
-    "eval_image_folder",
-    "keep_best",
-    "eval_delay",
-    "eval_on_start",
-    "per_device_eval_batch_size",
-)
+# Flags that need held-out records, or benchmarks, or either.
+_OF_RECORDS = ("eval_image_folder", "keep_best")
+_OF_BENCHMARKS = ("eval_benchmarks_limit", "eval_data_root")
+_OF_EITHER = ("eval_steps", "eval_delay", "eval_on_start", "per_device_eval_batch_size", "eval_strategy")
 
 
 class Parser(HfArgumentParser):
@@ -106,6 +101,9 @@ def parse(argv: Sequence[str]) -> Settings:
         eval_data_path=_existing_data(run.eval_data_path, "--eval_data_path") if run.eval_data_path else None,
         eval_image_folder=_existing(run.eval_image_folder or run.image_folder, "--eval_image_folder"),
         keep_best=run.keep_best,
+        eval_benchmarks=run.eval_benchmarks,
+        eval_benchmarks_limit=run.eval_benchmarks_limit,
+        eval_data_root=run.eval_data_root,
         template_given=given.get("template") is not None,
         training=training,
     )
@@ -153,18 +151,28 @@ def _as_flags(arguments: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _evaluation(training: dict[str, Any], run: RunArguments, given: dict[str, Any]) -> None:
-    """Decide when the loss on held-out records is measured; refuse flags that need such records."""
-    strategy = getattr(training.get("eval_strategy"), "value", training.get("eval_strategy"))
-    if run.eval_data_path is None:
-        asked = next((key for key in _OF_EVALUATION if given.get(key) is not None), None)
-        if asked is not None or strategy not in (None, "no"):
-            raise ConfigError(f"--{asked or 'eval_strategy'} needs held-out records: --eval_data_path FILE")
-        schedule = getattr(training.get("lr_scheduler_type"), "value", training.get("lr_scheduler_type"))
-        if schedule in ("reduce_lr_on_plateau", "greedy"):
-            raise ConfigError(f"--lr_scheduler_type {schedule} needs held-out records: --eval_data_path FILE")
+    """Decide when the model is evaluated; refuse flags that need an evaluation."""
+    records, benchmarks = run.eval_data_path is not None, run.eval_benchmarks is not None
+    strategy = training.get("eval_strategy")
+    asked = {key for key, value in given.items() if value is not None} | ({"eval_strategy"} if strategy else set())
+    asked -= {"eval_strategy"} if strategy == "no" else set()
+    for there, keys, remedy in (
+        (records, _OF_RECORDS, "held-out records: --eval_data_path FILE"),
+        (benchmarks, _OF_BENCHMARKS, "benchmarks: --eval_benchmarks A,B"),
+        (records or benchmarks, _OF_EITHER, "held-out records: --eval_data_path FILE (or --eval_benchmarks A,B)"),
+    ):
+        for key in keys:
+            if key in asked and not there:
+                raise ConfigError(f"--{key} needs {remedy}")
+    schedule = training.get("lr_scheduler_type")
+    if schedule in ("reduce_lr_on_plateau", "greedy") and not records:
+        raise ConfigError(f"--lr_scheduler_type {schedule} needs held-out records: --eval_data_path FILE")
+    if run.eval_benchmarks_limit < 1:
+        raise ConfigError(f"--eval_benchmarks_limit must be at least 1, not {run.eval_benchmarks_limit}")
+    if not records and not benchmarks:
         return
     if strategy == "no":
-        raise ConfigError("--eval_data_path has no effect with eval_strategy no; leave one of them out")
+        raise ConfigError("nothing is evaluated with eval_strategy no; leave it out, or the data to evaluate on")
     if strategy == "steps" and training.get("eval_steps") is None:
         raise ConfigError("--eval_strategy steps needs --eval_steps N")
     training["eval_strategy"] = strategy or ("epoch" if training.get("eval_steps") is None else "steps")

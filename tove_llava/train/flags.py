@@ -44,6 +44,9 @@ class RunArguments:
     feature_cache: str | None = _flag(None, "folder that 'tove-llava features' made; then no encoder runs")
     eval_data_path: str | None = _flag(None, "held-out records, whose loss is measured while the run trains")
     eval_image_folder: str | None = _flag(None, "folder of their images (default: --image_folder)")
+    eval_benchmarks: str | None = _flag(None, "benchmarks that the model answers while it trains: scenes,pope")
+    eval_benchmarks_limit: int = _flag(100, "questions of each, evenly spread (default: 100)")
+    eval_data_root: str | None = _flag(None, "folder of their data (default: as tove-llava eval finds it)")
     keep_best: bool = _flag(True, "keep the model with the lowest such loss in OUTPUT_DIR/best")
     allow_image_links: bool = _flag(False, "follow links that lead out of the image folder")
     self_contained: bool = _flag(False, "save frozen parts by value instead of by reference")
@@ -101,7 +104,7 @@ COMMON = {
     "deepspeed": ("NAME", "zero2, zero3, zero3_offload, none, or a .json file; under a launcher only"),
     "dataloader_num_workers": ("N", "processes that read and prepare images"),
     "eval_steps": ("N", "steps between two measurements (default: one after each epoch)"),
-    "per_device_eval_batch_size": ("N", "held-out records of a batch on each device"),
+    "per_device_eval_batch_size": ("N", "held-out records, or questions, of a batch on each device"),
     "logging_steps": ("N", "steps between two lines of the log"),
     "report_to": ("NAME", "tensorboard, wandb, trackio, ..., or none"),
     "run_name": ("NAME", "the run's name in these"),
@@ -115,15 +118,15 @@ GROUPS = {
     "model_max_length group_by_modality_length dataloader_num_workers",
     "start and length": "pretrained num_train_epochs max_steps per_device_train_batch_size "
     "gradient_accumulation_steps seed",
-    "tower": "tower_execution feature_cache",
     "learning rates": "learning_rate projector_learning_rate tower_learning_rate encoder_learning_rate "
     "lr_scheduler_type warmup_steps weight_decay max_grad_norm optim",
-    "LoRA": "lora_r lora_alpha lora_dropout",
-    "quantisation": "bits quant_type double_quant",
+    "LoRA and quantisation": "lora_r lora_alpha lora_dropout bits quant_type double_quant",
     "merge": "merge_loss merge_coefficient merge_layers merge_lora_r merge_optimizer merge_token_weights "
     "merge_images_per_record merge_data_path merge_image_folder merge_feature_cache",
-    "memory and speed": "bf16 fp16 tf32 use_cpu deepspeed padding_free checkpointing checkpointing_gib fused_kernels",
-    "validation": "eval_data_path eval_image_folder eval_steps per_device_eval_batch_size keep_best",
+    "memory and speed": "bf16 fp16 tf32 use_cpu deepspeed padding_free checkpointing checkpointing_gib fused_kernels "
+    "tower_execution feature_cache",
+    "validation": "eval_data_path eval_image_folder keep_best eval_benchmarks eval_benchmarks_limit "
+    "eval_data_root eval_steps per_device_eval_batch_size",
     "logging and saving": "logging_steps report_to run_name save_steps save_total_limit self_contained",
 }
 
@@ -243,6 +246,6 @@ def _metavar(name: str, hint: Any) -> str:
             return shown
     if any(get_args(kind) for kind in kinds):
         return "N..."
-    if name.endswith(("folder", "cache", "pretrained")):
+    if name.endswith(("folder", "cache", "pretrained", "root")):
         return "DIR"
     return "FILE" if name.endswith("data_path") else "NAME"

@@ -22,9 +22,8 @@ class TrainingLines(TrainerCallback):
         self._begin: tuple[int, float] | None = None  # the first logged step and its time: earlier steps warm up
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "eval_best" in logs:
-            best = ", the lowest so far" if logs["eval_best"] else ""
-            self.write(f"step {state.global_step} of {state.max_steps}: held-out loss {logs['eval_loss']:.4f}{best}")
+        if state.is_world_process_zero and logs and (measured := evaluation(logs)):
+            self.write(f"step {state.global_step} of {state.max_steps}: {measured}")
         if not state.is_world_process_zero or not logs or "lm_loss" not in logs:
             return
         step, now = state.global_step, time.monotonic()
@@ -72,6 +71,16 @@ def describe(logs: dict[str, Any]) -> str:
     if logs.get("data_wait", 0.0) >= SLOW_DATA:
         words.append(f"{logs['data_wait']:.0%} waiting for data")
     return ", ".join(words)
+
+
+def evaluation(logs: dict[str, Any]) -> str:
+    """Return the held-out loss and the benchmarks' scores of a log, or an empty string."""
+    words = []
+    if "eval_loss" in logs:
+        words.append(f"held-out loss {logs['eval_loss']:.4f}" + (", the lowest so far" if logs["eval_best"] else ""))
+    scores = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+    words += [f"{name} {scores[name]:.1f}" for name in scores if name not in ("loss", "best") and "/" not in name]
+    return "; ".join(words)
 
 
 def ending(args: TrainingArguments, state: TrainerState, next_stage: str) -> str:

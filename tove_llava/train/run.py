@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -32,11 +32,13 @@ from tove_llava.llava.varlen import packed_rows
 from tove_llava.presets import StagePreset, load_preset
 from tove_llava.train import step_checkpoints
 from tove_llava.train.arguments import Parser, further_flags, parse
+from tove_llava.train.benchmark_scores import MakeBenchmarks, read_benchmarks, scores_of
 from tove_llava.train.flags import help_page
 from tove_llava.train.interrupts import Interrupted, note, watching
 from tove_llava.train.launcher import end_with_launcher
 from tove_llava.train.lines import ending
 from tove_llava.train.merging import MergingTower
+from tove_llava.train.numbered_records import Numbered, NumberedCollator
 from tove_llava.train.plan import planned_steps, print_config
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_files import CHECKPOINT, STATE, complete, incomplete
@@ -46,14 +48,17 @@ from tove_llava.train.shapes import kept_by_layer
 from tove_llava.train.stage_data import make_dataset, make_further_images
 from tove_llava.train.stages import ENCODER, LANGUAGE, LORA, MERGE_OPTIMIZERS, Trainable, freeze, parameter_groups
 from tove_llava.train.start import Start, make_start
-from tove_llava.train.trainer import Numbered, NumberedCollator, ToveTrainer
+from tove_llava.train.trainer import ToveTrainer
 from tove_llava.train.validation import Validation
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, make_benchmarks: MakeBenchmarks | None = None) -> None:
     """Train one stage and save its checkpoint into ``settings.output_dir``.
 
     An interrupted run resumes from its last complete checkpoint. A finished run is left as it is.
+
+    Args:
+        make_benchmarks: reads the benchmarks that the model answers while it trains.
 
     Raises:
         ToveError: a setting, record, image or checkpoint is unusable, the loss is not finite, or another process
@@ -66,14 +71,14 @@ def run(settings: Settings) -> None:
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
         return
     with locked(settings.output_dir) if _is_main() else nullcontext():
-        _run(settings, record)
+        _run(settings, record, make_benchmarks)
 
 
-def _run(settings: Settings, record: dict[str, Any]) -> None:
-    _check_deepspeed(settings)
+def _run(settings: Settings, record: dict[str, Any], make_benchmarks: MakeBenchmarks | None) -> None:
     _check_template(settings)
     if settings.stage.fused_kernels:
         check_kernels(settings.device())
+    benchmarks = read_benchmarks(settings, make_benchmarks)
     unset_hf_deepspeed_config()  # left by an earlier run in this process; the model is built without DeepSpeed
     seed = settings.training.get("seed", 42)
     set_seed(seed)
@@ -110,7 +115,8 @@ def _run(settings: Settings, record: dict[str, Any]) -> None:
     args = settings.training_arguments()
     _use_master_weights(args, trainable)
     keep = _keeper(settings, start, model, trainable, stages) if settings.keep_best else None
-    trainer = make_trainer(settings, args, model, processor, dataset, trainable, held_out, keep)
+    scores = scores_of(benchmarks, settings, model, processor)
+    trainer = make_trainer(settings, args, model, processor, dataset, trainable, held_out, keep, scores)
     if resume is not None:
         _say(f"resuming from {resume}")
     with _fast_paths(model, start.stage, autocast=args.deepspeed is None and (args.bf16 or args.fp16)):
@@ -186,6 +192,7 @@ def make_trainer(
     trainable: Trainable,
     held_out: LlavaDataset | None = None,
     keep: Callable[..., None] | None = None,
+    benchmarks: Callable[[Path], Mapping[str, float]] | None = None,
 ) -> ToveTrainer:
     """Make the trainer of a stage; ``keep`` writes the best model, judged by the held-out records."""
     stage, muon = settings.stage, []
@@ -215,6 +222,7 @@ def make_trainer(
         group_by_modality_length=stage.group_by_modality_length,
         further_images=make_further_images(settings, dataset, model.tower, args.seed),
         validation=None if held_out is None else Validation(Numbered(held_out, None), NumberedCollator(collator), keep),
+        benchmarks=benchmarks,
     )
 
 
@@ -278,25 +286,6 @@ def _keeper(
     return lambda folder, tensors: _save(settings, start, model, trainable, tensors, stages, folder)
 
 
-def _check_deepspeed(settings: Settings) -> None:
-    """Refuse Muon under DeepSpeed, and quantised weights under ZeRO-3."""
-    file = settings.deepspeed_file()
-    stage = settings.stage
-    if file is None:
-        return
-    if stage.merge is not None and stage.merge.optimizer != "adamw":
-        raise ConfigError(
-            f"merge optimizer {stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
-            "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
-        )
-    zero = read_json_object(file, ConfigError, "check --deepspeed").get("zero_optimization", {})
-    if stage.quantization is not None and zero.get("stage") == 3:
-        raise ConfigError(
-            f"a language model in {stage.quantization} does not run under ZeRO-3; give --deepspeed zero2 "
-            "(DEEPSPEED_CONFIG=zero2)"
-        )
-
-
 def _check_template(settings: Settings) -> None:
     """Refuse a merge that would change a model's conversation template by accident."""
     if settings.stage.merge is None or settings.pretrained is None:
@@ -356,7 +345,9 @@ def print_sizes(argv: Sequence[str]) -> None:
     _say(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
 
 
-def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
+def main(
+    argv: Sequence[str] | None = None, command: str = "train", make_benchmarks: MakeBenchmarks | None = None
+) -> int:
     """Run the command line; return 0, 2 for bad input, or 128 and a signal's number."""
     quiet_transformers()
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -374,7 +365,7 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
             else:
                 settings = parse(arguments)
                 command = "merge" if settings.stage.merge is not None else command
-                run(settings)
+                run(settings, make_benchmarks)
         return 0
     except ToveError as error:
         # Before communication starts, all ranks meet the same error. Later one rank may fail by itself.
@@ -388,9 +379,9 @@ def main(argv: Sequence[str] | None = None, command: str = "train") -> int:
         return end.code
 
 
-def run_as_process(argv: Sequence[str] | None = None) -> int:
+def run_as_process(argv: Sequence[str] | None = None, make_benchmarks: MakeBenchmarks | None = None) -> int:
     """Run :func:`main`; after success wait for all ranks and disconnect."""
-    code = main(argv)
+    code = main(argv, make_benchmarks=make_benchmarks)
     if code == 0 and dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

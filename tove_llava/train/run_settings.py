@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import read_json_object
 from tove_llava.data.data_paths import described, size_of
 from tove_llava.presets import Preset, StagePreset
 from tove_llava.train.argument_rules import FIXED, UnplacedArguments, check_parts
@@ -51,6 +52,9 @@ class Settings:
     eval_data_path: Path | None
     eval_image_folder: Path
     keep_best: bool
+    eval_benchmarks: str | None
+    eval_benchmarks_limit: int
+    eval_data_root: str | None
     template_given: bool  # by a flag, not by the preset
     training: dict[str, Any]  # TrainingArguments that the preset or a flag gives
 
@@ -75,6 +79,25 @@ class Settings:
         if self.training.get("fp16") and self.device().type == "cpu":
             raise ConfigError("--fp16 has no effect on a CPU; give --bf16 True, or leave it out")
         check_parts(self.training_arguments(UnplacedArguments, deepspeed=None))
+        self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        """Refuse what a DeepSpeed configuration cannot do."""
+        file, stage = self.deepspeed_file(), self.stage
+        if file is None:
+            return
+        if stage.merge is not None and stage.merge.optimizer != "adamw":
+            raise ConfigError(
+                f"merge optimizer {stage.merge.optimizer!r} needs whole matrices, which DeepSpeed cuts up; give "
+                "--deepspeed none (DEEPSPEED_CONFIG=none), or --merge_optimizer adamw"
+            )
+        if read_json_object(file, ConfigError, "check --deepspeed").get("zero_optimization", {}).get("stage") != 3:
+            return
+        other = "does not run under ZeRO-3; give --deepspeed zero2 (DEEPSPEED_CONFIG=zero2)"
+        if stage.quantization is not None:
+            raise ConfigError(f"a language model in {stage.quantization} {other}")
+        if self.eval_benchmarks is not None:
+            raise ConfigError(f"--eval_benchmarks {other}, or evaluate the trained model: tove-llava eval")
 
     def training_arguments(self, kind: type[TrainingArguments] = TrainingArguments, **more: Any) -> TrainingArguments:
         """Build ``TrainingArguments``. Call it after the model exists.

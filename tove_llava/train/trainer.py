@@ -11,9 +11,10 @@ by the number of ranks. The second term is added unchanged on every rank: its st
 """
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,26 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tove_llava.core.errors import CheckpointError, NonFiniteError
 from tove_llava.core.files import read_json_object, writing
 from tove_llava.data import LengthGroupedSampler, LlavaCollator, LlavaDataset, WeightedSampler
-from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.llava import ToveLlavaForConditionalGeneration, VisionInputs
-from tove_llava.tower import ToveVisionModel, TowerFeatures, all_reduce_statistics, balance_loss
+from tove_llava.tower import ToveVisionModel, all_reduce_statistics, balance_loss
 from tove_llava.train import interrupts, step_checkpoints
+from tove_llava.train.benchmark_scores import FOLDER
 from tove_llava.train.callbacks import Ends, SetEpoch
 from tove_llava.train.lines import progress
 from tove_llava.train.merging import FurtherImages
 from tove_llava.train.meter import Meter
+from tove_llava.train.numbered_records import FURTHER, RECORD, Numbered, NumberedCollator
 from tove_llava.train.run_files import CHECKPOINT, STAGING
 from tove_llava.train.stages import ENCODER, PROJECTOR, TOWER, Trainable, make_optimizer
 from tove_llava.train.validation import Validation, keep_best, mean_loss
 from tove_llava.train.window import Window, draw_noise, open_window
-
-FURTHER = "further_images"  # batch key: number of images that only the merge loss sees
-RECORD = "record_index"  # batch key: indices of a micro-batch's records, for error messages
 
 
 class ToveTrainer(Trainer):
@@ -56,6 +55,7 @@ class ToveTrainer(Trainer):
         group_by_modality_length: LLaVA's grouped sampling, instead of a plain random order.
         further_images: images for the merge loss that come with each record.
         validation: held-out records, whose loss is measured when ``args.eval_strategy`` says.
+        benchmarks: answers benchmarks then too, and returns their scores; given the folder for the answers.
     """
 
     model: ToveLlavaForConditionalGeneration
@@ -72,6 +72,7 @@ class ToveTrainer(Trainer):
         group_by_modality_length: bool = False,
         further_images: FurtherImages | None = None,
         validation: Validation | None = None,
+        benchmarks: Callable[[Path], Mapping[str, float]] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self._trainable = trainable
@@ -82,13 +83,13 @@ class ToveTrainer(Trainer):
             args.data_seed = args.seed  # accelerate seeds a SeedableRandomSampler with it
         self._sampler = self._make_sampler(dataset, args, group_by_modality_length)
         self._window: Window | None = None
-        self._validation = validation
+        self._validation, self._benchmarks = validation, benchmarks
         self._ends = Ends()
         super().__init__(
             model=model,
             args=args,
             train_dataset=Numbered(dataset, further_images),
-            eval_dataset=None if validation is None else validation.dataset,
+            eval_dataset=[],  # evaluate() has its own data
             data_collator=NumberedCollator(collator),
             callbacks=[SetEpoch(self._sampler), self._ends, *(callbacks or [])],
         )
@@ -260,22 +261,26 @@ class ToveTrainer(Trainer):
         )
 
     def evaluate(self, *_: Any, **options: Any) -> dict[str, float]:
-        """Log the loss on the held-out records; keep the model if it is the lowest so far."""
-        assert self._validation is not None
-        args, model = self.args, self.model_wrapped
+        """Log the loss on the held-out records, and scores of benchmarks; keep the model of the lowest loss so far."""
+        args, model, validation = self.args, self.model_wrapped, self._validation
+        metrics: dict[str, float] = {}
         model.eval()
-        batches = self._validation.batches(args.per_device_eval_batch_size, args.dataloader_num_workers)
-        loss = mean_loss(batches, self._summed_loss, args.device)
+        if validation is not None:
+            batches = validation.batches(args.per_device_eval_batch_size, args.dataloader_num_workers)
+            metrics["eval_loss"] = mean_loss(batches, self._summed_loss, args.device)
+        if self._benchmarks is not None:
+            with self.compute_loss_context_manager():
+                metrics |= self._benchmarks(Path(args.output_dir) / FOLDER / f"step-{self.state.global_step}")
         model.train()
-        best = self.state.best_metric is None or loss < self.state.best_metric
+        loss, lowest = metrics.get("eval_loss", math.inf), self.state.best_metric
+        best = validation is not None and (lowest is None or loss < lowest)
         if best:
             self.state.best_metric, self.state.best_global_step = loss, self.state.global_step
-        metrics = {"eval_loss": loss}
-        self.log(metrics | {"eval_best": float(best)})
-        if best and self._validation.keep is not None:
+        self.log(metrics | ({} if validation is None else {"eval_best": float(best)}))
+        if best and validation is not None and validation.keep is not None:
             tensors = step_checkpoints.gather(self._trainable, self.args.should_save)  # every rank takes part
             if self.args.should_save:
-                keep = self._validation.keep
+                keep = validation.keep
                 keep_best(Path(self.args.output_dir), lambda folder: keep(folder, tensors))
             self._barrier()
         self._meter.start_clock()  # speed is that of training
@@ -363,45 +368,3 @@ class ToveTrainer(Trainer):
     def _barrier(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()
-
-
-class Numbered(Dataset[Any]):
-    """Examples with the index of their record and their further images."""
-
-    def __init__(self, dataset: LlavaDataset, further: FurtherImages | None) -> None:
-        self.dataset = dataset
-        self.further = further
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        if get_worker_info() is not None:
-            interrupts.leave_to_parent()  # a signal for the process group must not end the workers before the run
-        return index, self.dataset[index], None if self.further is None else self.further.of(index)
-
-
-class NumberedCollator:
-    def __init__(self, collator: LlavaCollator) -> None:
-        self.collator = collator
-
-    def __call__(self, numbered: list[Any]) -> dict[str, Any] | PackedBatch:
-        batch = self._collate(numbered)
-        return batch if get_worker_info() is None else PackedBatch(batch)  # it arrives as the batch
-
-    def _collate(self, numbered: list[Any]) -> dict[str, Any]:
-        indices, examples, further = zip(*numbered, strict=True)
-        batch = {**self.collator(examples), RECORD: torch.tensor(indices)}
-        more = [entry for entry in further if entry is not None]
-        if more:  # after the images that have placeholders
-            pixels = [pixels for pixels, _ in more]
-            features = [features for _, features in more if features is not None]
-            batch[FURTHER] = sum(map(len, pixels))
-            if batch.get("pixel_values") is not None:
-                pixels.insert(0, batch["pixel_values"])
-            batch["pixel_values"] = torch.cat(pixels)
-            if features:
-                if batch.get("vision_features") is not None:
-                    features.insert(0, batch["vision_features"])
-                batch["vision_features"] = TowerFeatures.cat(features)
-        return batch
