@@ -220,11 +220,12 @@ def test_changed_weights_are_noticed(root, tmp_path, monkeypatch, folder, file):
             load_model(copy)
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
 @pytest.mark.parametrize(
     ("folder", "file"),
-    [("stage1", "trained"), ("lora", "adapter_model"), ("full", "model"), ("tower", "model")],
-)
+    [("stage1", "trained"), ("lora", "adapter_model"), ("full", "model"), ("tower", "model"), ("stage1", "llm/model"),
+     ("stage1", "clip/model"), ("stage1", "segmentation/model")],
+)  # fmt: skip
 def test_nan_and_infinity_are_said_with_tensor_and_file(root, tmp_path, monkeypatch, folder, file, value):
     monkeypatch.setenv("TOVE_ACCEPT_CHANGED_WEIGHTS", "1")
     if folder == "tower":
@@ -239,7 +240,7 @@ def test_nan_and_infinity_are_said_with_tensor_and_file(root, tmp_path, monkeypa
             record.write_text(record.read_text().replace(str(root), str(tmp_path / "all")))
         edit_manifest(tmp_path / folder, language_fingerprint="")
     stored = load_file(place)
-    name = sorted(name for name in stored if "weight" in name and "post_layernorm" not in name)[0]
+    name = sorted(n for n in stored if "weight" in n and "head" not in n and "post_layernorm" not in n)[0]
     stored[name].view(-1)[-1] = value
     save_file(stored, place, metadata={"format": "pt"})
     last = name.rpartition(".")[0].rpartition(".")[2]

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from tove_llava.checkpoints.parts import LlavaParts, TowerPart
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import read_json_object
-from tove_llava.core.paths import check_folder
+from tove_llava.core.model_sizes import read_model_config
 from tove_llava.core.registry import Registry
 
 FORMATS: Registry[type[LlavaFormat]] = Registry("checkpoint format", "tove_llava.checkpoints.formats")
@@ -109,7 +108,7 @@ def find_format(folder: Path) -> LlavaFormat:
             f"{folder} is not a folder; a repository of the hub has to be downloaded first: hf download NAME "
             "--local-dir FOLDER"
         )
-    config = _config_of(folder)
+    config = read_model_config(folder)
     found = _detected(folder, config)
     if found is not None:
         return found
@@ -135,7 +134,7 @@ def foreign_format(folder: Path) -> str | None:
     Raises:
         CheckpointError: its config.json is damaged.
     """
-    found = _detected(folder, _config_of(folder))
+    found = _detected(folder, read_model_config(folder))
     return None if found is None or found.name == OWN else found.name
 
 
@@ -149,13 +148,6 @@ def check_request(writer: LlavaFormat, request: Request) -> None:
                 f"--{field.name} does not apply to the format {writer.name}, but to {' and '.join(fitting)} "
                 f"(--to {fitting[0]})"
             )
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
-    if folder.is_dir():
-        check_folder(folder)
-    return read_json_object(file) if file.is_file() else {}
 
 
 def _detected(folder: Path, config: dict[str, Any]) -> LlavaFormat | None:

@@ -18,11 +18,11 @@ from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.saving import save_adapted, save_whole
 from tove_llava.checkpoints.tensors import write_json
-from tove_llava.checkpoints.weight_fingerprints import check_stored
+from tove_llava.checkpoints.weight_fingerprints import start_check
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
-from tove_llava.core.paths import check_folder
+from tove_llava.core.model_sizes import read_model_config
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
@@ -55,20 +55,21 @@ def open_folder(
     )
     if folder is None:
         return read(place, **options), place  # which explains why there is no such folder
-    if folder.is_dir():
-        check_folder(folder)
+    read_model_config(folder)
     options.setdefault("trust_remote_code", False)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None
     if manifest is not None:
         check_plugins(folder, manifest)
+    finish = None
     if manifest is None or manifest.kind == "full":
+        finish = start_check(folder, manifest) if manifest is not None else None
         loaded = read(str(folder), **{k: v for k, v in options.items() if k not in _WHERE})
     else:
         loaded = _read_parts(folder, {k: v for k, v in options.items() if k not in (*_WHERE, *_UNUSED)})
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     check_finite(model.named_parameters(), folder)
-    if manifest is not None and manifest.kind == "full":
-        check_stored(folder, manifest, {name for name, _ in model.named_parameters()})
+    if finish is not None:
+        finish({name for name, _ in model.named_parameters()})
     if manifest is not None and model.origin is None:
         model.origin = Origin.of(model, folder, manifest)
     return loaded, model.config.name_or_path or folder  # for a folder of only adapters, their base model's folder

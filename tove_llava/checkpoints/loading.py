@@ -28,6 +28,7 @@ from tove_llava.checkpoints.hub import checkpoint_folder
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_CONFIG, ADAPTER_PREFIX, MANIFEST, TRAINED, Manifest
 from tove_llava.checkpoints.origin import Origin
 from tove_llava.checkpoints.plugin_records import check_plugins
+from tove_llava.checkpoints.processor_checks import check_processor
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import check_stored, sampled_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -118,7 +119,9 @@ def load_model(
             f"{folder} names its own language model, CLIP and template; leave base, clip and template out"
         )
     model = read_model(folder, dtype, device, merge_lora, load_backbones, quantization)
-    return model, load_processor(folder)
+    processor = load_processor(folder)
+    check_processor(folder, model, processor)
+    return model, processor
 
 
 def open_llava(
@@ -169,6 +172,7 @@ def _load_stock(
     model = from_pretrained(kind, folder, "the model", dtype=wanted, use_safetensors=True)
     processor = from_pretrained(LlavaProcessor, folder, "the processor")
     processor.tokenizer = load_tokenizer(folder)  # with SentencePiece's ids, as in training
+    check_processor(folder, model, processor)
     processor.conversation_template = getattr(model.config, "conversation_template", None)
     tower = model.model.vision_tower
     if isinstance(tower, ToveVisionModel):

@@ -11,7 +11,8 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, write_atomically
 from tove_llava.core.mappings import from_mapping
 from tove_llava.core.paths import check_folder, refuse_pickles
-from tove_llava.presets import QuantizationPreset
+from tove_llava.core.sources import Source
+from tove_llava.presets import LanguagePreset, QuantizationPreset
 
 MANIFEST = "tove_llava.json"
 TRAINED = "trained.safetensors"
@@ -77,20 +78,25 @@ class Manifest:
                 f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
             )
         try:
-            content = read_json_object(file)
-            entries = [from_mapping(PluginEntry, entry, "plugins") for entry in content.pop("plugins", [])]
-            manifest = cls(**content, plugins=entries)
+            manifest = from_mapping(cls, read_json_object(file), str(file))
+            manifest.language.setdefault("dtype", "float32")
+            from_mapping(LanguagePreset, manifest.language, f"{file}: language")
+            Source.parse(manifest.language["source"])
             _ = manifest.trained_quantization
-        except (TypeError, ConfigError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
+        except ConfigError as error:
+            raise CheckpointError(f"{error}; the file is damaged") from error
         if manifest.format_version > VERSION or manifest.kind not in KINDS:
             raise CheckpointError(f"{file} comes from a newer version of tove_llava; update the package")
+        if manifest.image_aspect_ratio not in ("pad", "square") or manifest.model_max_length < 1:
+            raise CheckpointError(f"{file}: image_aspect_ratio or model_max_length is impossible; the file is damaged")
         return manifest
 
     @property
     def trained_quantization(self) -> QuantizationPreset | None:
         """Return the quantisation under which this checkpoint's parts were trained."""
-        return None if self.quantization is None else QuantizationPreset(**self.quantization)
+        return (
+            None if self.quantization is None else from_mapping(QuantizationPreset, self.quantization, "quantization")
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -23,6 +23,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.model_sizes import check_sizes
 from tove_llava.core.sources import Source
 from tove_llava.llava.adapter_settings import read_adapter_settings
 from tove_llava.llava.build import language_config
@@ -185,18 +186,24 @@ class LlavaParts:
         language, clip = self.language, self.clip
         if language.tensors is not None:
             settle_tying(language, self.folder)
+            self._check_sizes(language.config, language.tensors)
             model = self._on_meta(
                 "language model", lambda: AutoModelForCausalLM.from_config(language.config, trust_remote_code=False)
             )
             tied = (HEAD,) if language.config.tie_word_embeddings else ()
             check_tensors(language.tensors, model, "language model", self.folder, tied)
         if clip.tensors is not None:
+            self._check_sizes(clip.config, clip.tensors)
             encoder = self._on_meta("CLIP", lambda: CLIPVisionModel(clip.config))
             check_tensors(clip.tensors, encoder, "CLIP", self.folder)
         keys = {"projector_hidden_act": self.projector_act, "multimodal_projector_bias": self.has_bias}
         parts = {"vision_config": clip.config, "text_config": language.config}
         projector = self._on_meta("projector", lambda: LlavaMultiModalProjector(LlavaConfig(**parts, **keys)))
         check_tensors(self.projector, projector, "projector", self.folder)
+
+    def _check_sizes(self, config: PreTrainedConfig, tensors: Tensors) -> None:
+        shapes = {name: value.shape for name, value in tensors.items()}
+        check_sizes(config.to_dict(), shapes, f"{self.folder}/config.json")
 
     def _on_meta(self, what: str, build: Callable[[], nn.Module]) -> nn.Module:
         try:

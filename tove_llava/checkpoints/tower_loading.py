@@ -24,9 +24,8 @@ from tove_llava.checkpoints.plugin_records import check_plugins
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors, has_weights, weight_map
 from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
-from tove_llava.core.paths import check_folder
+from tove_llava.core.model_sizes import read_model_config
 from tove_llava.core.registry import closest
 from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.llava.build import torch_dtype, vision_config
@@ -133,9 +132,7 @@ def open_tower(
     if folder is None:
         return read(place, **options)  # which explains why there is no such folder
     options = {key: value for key, value in options.items() if key not in _WHERE}
-    if folder.is_dir():
-        check_folder(folder)
-    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_model_config(folder)
     if config.get("model_type") == "tove_vision":
         if has_weights(folder):
             loaded = read(str(folder), **options)
@@ -162,7 +159,7 @@ def _folder(place: str, options: dict[str, Any]) -> Path | None:
     folder = download(place, options, _SMALL)
     if folder is None or (folder / TRAINED).is_file():
         return folder
-    config = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_model_config(folder)
     files = ["*.safetensors", "*.model", "*.json"]
     if config.get("model_type") == "tove_vision" or _holds_tower(config):
         index = folder / _INDEX

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,36 +24,41 @@ _OLDER = (
 )
 
 
-def check_fingerprint(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise CheckpointError unless weights are those that the manifest names.
+def check_stored(folder: Path, manifest: Manifest) -> None:
+    """Raise CheckpointError unless the weights in a folder's files are those that its manifest names.
 
     It takes about a second for 2 GB. So of several ranks only the first of each node does it.
+    """
+    start_check(folder, manifest)(None)
 
-    Args:
-        tensors: the trained ones as stored, by the model's names.
+
+def start_check(folder: Path, manifest: Manifest) -> Callable[[Set[str] | None], None]:
+    """Start to hash a folder's weights in a thread, for :func:`check_stored` while they are loaded.
+
+    Returns:
+        the function that waits and compares, given the names of the model's parameters, if they are known: a whole
+        model's files may hold more.
     """
     if os.environ.get(ACCEPT) == "1" or os.environ.get("LOCAL_RANK", "0") != "0" or not manifest.fingerprint:
-        return
-    if exact_fingerprint(tensors) != manifest.fingerprint:
-        raise CheckpointError(
-            f"{folder}: the weights are not those that its tove_llava.json names by their SHA-256: a file was damaged "
-            f"or exchanged. Copy the folder again. If you changed the weights, set {ACCEPT}=1"
-        )
+        return lambda names: None
+    tensors = folder_tensors(folder) if manifest.kind == "full" else file_tensors(folder / TRAINED)
+    stored = by_model_names(folder, manifest, tensors)
+    pool = ThreadPoolExecutor(1)
+    hashed = pool.submit(exact_fingerprint, stored)
+    pool.shutdown(wait=False)
 
+    def finish(names: Set[str] | None) -> None:
+        if hashed.result() == manifest.fingerprint:
+            return
+        if names is not None and not names <= stored.keys():
+            return  # transformers reports what is missing, or has names of its own
+        if names is None or exact_fingerprint({name: stored[name] for name in names}) != manifest.fingerprint:
+            raise CheckpointError(
+                f"{folder}: the weights are not those that its tove_llava.json names by their SHA-256: a file was "
+                f"damaged or exchanged. Copy the folder again. If you changed the weights, set {ACCEPT}=1"
+            )
 
-def check_stored(folder: Path, manifest: Manifest, names: Set[str] | None = None) -> None:
-    """Check the fingerprint of the weights in a folder's files.
-
-    Args:
-        names: the model's parameters, of a folder with the whole model.
-    """
-    if manifest.kind != "full":
-        check_fingerprint(folder, manifest, by_model_names(folder, manifest, file_tensors(folder / TRAINED)))
-        return
-    stored = by_model_names(folder, manifest, folder_tensors(folder))
-    names = stored.keys() if names is None else names
-    if names <= stored.keys():  # else transformers reports what is missing, or has names of its own
-        check_fingerprint(folder, manifest, {name: stored[name] for name in names})
+    return finish
 
 
 def by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Tensors:

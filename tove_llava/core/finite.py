@@ -20,9 +20,9 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str | os.PathLike
     """
     for name, tensor in tensors:
         if not _is_finite(tensor):
+            file, name = _in_folder(Path(where)) or (where, name)
             raise CheckpointError(
-                f"{_file_of(Path(where)) or where}: the tensor {name!r} holds NaN or infinity; copy the file again, or "
-                "take an earlier checkpoint"
+                f"{file}: the tensor {name!r} holds NaN or infinity; copy the file again, or take an earlier checkpoint"
             )
 
 
@@ -35,13 +35,14 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
-def _file_of(folder: Path) -> Path | None:
-    """Return the file in a folder that holds such a tensor."""
+def _in_folder(folder: Path) -> tuple[Path, str] | None:
+    """Return the file in a folder that holds such a tensor, and its name there."""
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
         try:
             with safe_open(file, "pt") as handle:
-                if not all(_is_finite(handle.get_tensor(name)) for name in handle.keys()):  # noqa: SIM118
-                    return file
+                for name in handle.keys():  # noqa: SIM118 - no mapping
+                    if not _is_finite(handle.get_tensor(name)):
+                        return file, name
         except (SafetensorError, OSError):
             continue
     return None

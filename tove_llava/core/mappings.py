@@ -1,6 +1,7 @@
 """Merge, override and check the mappings of presets and other YAML files."""
 
 import dataclasses
+import inspect
 import sys
 import types
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,17 @@ def from_mapping(cls: type[T], value: Any, where: str, **given: Any) -> T:
         ConfigError: a key is unknown or missing (the known keys are listed), or a value has another type.
     """
     return _build(cls, value, f"{where}: ", "", given)
+
+
+def check_types(cls: type, values: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for a value that is not of the type that its class annotates.
+
+    Args:
+        values: by field; those of the class's parents are not checked.
+    """
+    for key, kind in inspect.get_annotations(cls, eval_str=True).items():
+        if key in values:
+            _convert(kind, values[key], f"{where}: ", key)
 
 
 def _build(cls: Any, value: Any, where: str, path: str, given: Mapping[str, Any]) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
-from tove_llava.core.errors import CheckpointError, ToveError
-from tove_llava.core.paths import check_folder, refuse_pickles
+from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
+from tove_llava.core.finite import check_finite
+from tove_llava.core.model_sizes import check_sizes, read_model_config, stored_shapes
+from tove_llava.core.paths import refuse_pickles
 from tove_llava.core.sources import Source
 
 _CODE = re.compile("trust_remote_code|requires you to execute")  # transformers' refusals of a repository's code
@@ -39,13 +41,18 @@ def from_pretrained(
     name = where["pretrained_model_name_or_path"]
     ours = kind.__module__.startswith("tove_llava")  # reads its folder in its own way
     if name is not None and os.path.isdir(name):
-        check_folder(Path(name))
+        read_model_config(Path(name))
+        if isinstance(options.get("config"), PreTrainedConfig):
+            check_sizes(options["config"].to_dict(), stored_shapes(Path(name)), name)
         if "gguf_file" not in where and issubclass(kind, (PreTrainedModel, _BaseAutoModelClass)) and not ours:
             _check_weights(Path(name))
             options["use_safetensors"] = True
     with loading(what, place, advice):
         loaded = kind.from_pretrained(**where, trust_remote_code=False, **options)
-    _forget_code(loaded[0] if isinstance(loaded, tuple) else loaded)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    _forget_code(model)
+    if isinstance(model, PreTrainedModel) and not ours:
+        check_finite(model.named_parameters(), name or what)
     return loaded
 
 
@@ -56,6 +63,10 @@ def loading(what: str, place: object, advice: str = "") -> Iterator[None]:
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # refuse where it would ask on the terminal
     try:
         yield
+    except ConfigError as error:
+        if place is None or str(place) in str(error):
+            raise
+        raise ConfigError(f"{place}: {error}") from error
     except ToveError:
         raise
     except Exception as error:  # damaged files raise errors of many kinds

@@ -13,7 +13,7 @@ from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.json_text import loads
 from tove_llava.core.paths import check_folder
-from tove_llava.core.safe_loading import from_pretrained
+from tove_llava.core.safe_loading import from_pretrained, loading
 from tove_llava.core.sources import Source
 from tove_llava.data.sentencepiece_bpe import SPACE, corrected_llama, is_convertible, tokenizer_from_sentencepiece
 
@@ -42,6 +42,13 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
         path = Path(folder := kwargs.pop("pretrained_model_name_or_path"))
     if path.is_dir():
         check_folder(path)
+    with loading("the tokenizer", folder):
+        tokenizer = _read(path, str(folder), kwargs)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _read(path: Path, folder: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     if path.is_file() and path.suffix == ".model":
         return tokenizer_from_sentencepiece(path)
     model_file = path / "tokenizer.model"
@@ -51,9 +58,7 @@ def load_tokenizer(folder: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase
     if path.is_absolute() and not path.exists():
         raise CheckpointError(f"there is no tokenizer folder {path}")
     kind = _Generic if _is_generic(path) else AutoTokenizer
-    tokenizer = corrected_llama(from_pretrained(kind, str(folder), "the tokenizer", **kwargs))
-    tokenizer.padding_side = "right"
-    return tokenizer
+    return corrected_llama(from_pretrained(kind, folder, "the tokenizer", **options))
 
 
 def _is_generic(folder: Path) -> bool:

@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.finite import check_finite
 from tove_llava.core.licences import NOT_STATED
 from tove_llava.core.plugins import defining_file
 from tove_llava.core.registry import Registry
@@ -236,6 +237,7 @@ class Expert(nn.Module, ABC):
         left = [n for n, t in (*backbone.named_parameters(), *backbone.named_buffers()) if t.is_meta]
         if left:
             raise CheckpointError(f"expert {self.name!r}: {self.source} has no weights for {', '.join(left[:5])}")
+        check_finite(backbone.named_parameters(), self.source.path or str(self.source))
         self.backbone = backbone.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
 
     def unload(self) -> None:

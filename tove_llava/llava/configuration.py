@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
+from transformers.activations import ACT2FN
 
 from tove_llava.core.errors import ConfigError
 from tove_llava.tower import ToveVisionConfig
@@ -56,6 +57,8 @@ class ToveLlavaConfig(LlavaConfig):
                 "a ToVE tower returns one hidden state without a class token: set vision_feature_layer=-1 and "
                 "vision_feature_select_strategy='full' (CLIP's layer is the tower's clip_layer)"
             )
+        if str(self.projector_hidden_act) not in ACT2FN:
+            raise ConfigError(f"projector_hidden_act {self.projector_hidden_act!r} is no activation of transformers")
         self.image_seq_length = self.vision_config.num_image_tokens
         forget_gguf(self)
         forget_gguf(self.text_config)

@@ -13,6 +13,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.mappings import check_types
 from tove_llava.core.registry import Registry
 from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
@@ -106,9 +107,13 @@ class ToveVisionConfig(PreTrainedConfig):
                 f"unknown key(s) in the vision tower's configuration: {', '.join(sorted(unknown))}. "
                 f"Known keys: {', '.join(sorted(f.name for f in dataclasses.fields(ToveVisionConfig)))}"
             )
+        check_types(ToveVisionConfig, vars(self), "the vision tower's configuration")
         super().__post_init__(**kwargs)
         if not isinstance(self.clip_config, CLIPVisionConfig):
-            self.clip_config = CLIPVisionConfig(**(self.clip_config or {}))
+            try:
+                self.clip_config = CLIPVisionConfig(**(self.clip_config or {}))
+            except Exception as error:  # impossible values raise errors of many kinds
+                raise ConfigError(f"the vision tower's configuration: clip_config is no CLIP's: {error!r}") from error
         self.experts = [_as_dict(entry) for entry in self.experts]
         self.detached_experts = list(self.detached_experts)
         self.fusion_options = dict(self.fusion_options or {})
@@ -166,9 +171,10 @@ class ToveVisionConfig(PreTrainedConfig):
 
     def _check(self) -> None:
         clip = self.clip_config
-        if not isinstance(clip.image_size, int) or not isinstance(clip.patch_size, int):
+        sizes = (clip.image_size, clip.patch_size, clip.hidden_size)
+        if not all(isinstance(size, int) and size > 0 for size in sizes) or clip.patch_size > clip.image_size:
             raise ConfigError(
-                "the tower needs a CLIP with square images and patches: image_size and patch_size integers"
+                "the tower needs a CLIP with square images and patches: image_size and patch_size integers above 0"
             )
         for key in ("image_size", "projection_dim"):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
