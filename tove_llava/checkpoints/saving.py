@@ -65,11 +65,11 @@ def save_checkpoint(
     config.conversation_template = manifest.template
     config.image_aspect_ratio = manifest.image_aspect_ratio
     language = dict(manifest.language)
-    fingerprint = exact_fingerprint(trained)
     if in_place:
         config.vision_config = model.tower.config
     else:
         config.vision_config, trained = model.tower.save_parts(folder, trained, _tower_prefix(model), self_contained)
+    fingerprint = exact_fingerprint(trained)  # of what is stored here; a merged encoder is stored as CLIP
     if self_contained and manifest.kind != "full":
         read_language_model(LanguagePreset(**language)).save_pretrained(folder / "language")
         write_origin(folder / "language", language["source"], known(licence_of(language["source"])))

@@ -11,8 +11,11 @@ import torch
 from tove_llava.checkpoints.manifest import ADAPTER, ADAPTER_PREFIX, TRAINED, Manifest
 from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import read_json_object
 
 ACCEPT = "TOVE_ACCEPT_CHANGED_WEIGHTS"
+
+_MERGED_CLIP = "hf:./clip"
 
 # transformers' save_pretrained writes names of an older layout.
 _OLDER = (
@@ -52,6 +55,8 @@ def start_check(folder: Path, manifest: Manifest) -> Callable[[Set[str] | None],
             return
         if names is not None and not names <= stored.keys():
             return  # transformers reports what is missing, or has names of its own
+        if _is_merged(folder):
+            return
         if names is None or exact_fingerprint({name: stored[name] for name in names}) != manifest.fingerprint:
             raise CheckpointError(
                 f"{folder}: the weights are not those that its tove_llava.json names by their SHA-256: a file was "
@@ -59,6 +64,12 @@ def start_check(folder: Path, manifest: Manifest) -> Callable[[Set[str] | None],
             )
 
     return finish
+
+
+def _is_merged(folder: Path) -> bool:
+    """Tell if a merge wrote the folder; earlier versions hashed the encoder too, which it stores in another form."""
+    vision = read_json_object(folder / "config.json").get("vision_config")
+    return isinstance(vision, dict) and (vision.get("fusion"), vision.get("clip_source")) == ("none", _MERGED_CLIP)
 
 
 def by_model_names(folder: Path, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> Tensors:
