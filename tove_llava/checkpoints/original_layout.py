@@ -46,7 +46,7 @@ _SETTINGS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 def check_supported(config: dict[str, Any], folder: Path) -> None:
     """Raise ConfigError unless it is LLaVA-1.5, CheckpointError if damaged."""
     kind = config.get("model_type")
-    if kind not in _LANGUAGES:
+    if not isinstance(kind, str) or kind not in _LANGUAGES:
         raise ConfigError(
             f"{folder}: a LLaVA of model_type {kind!r} cannot be taken over; known: {', '.join(_LANGUAGES)}"
         )

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GenerationConfig,
     LlavaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
@@ -24,6 +25,7 @@ from tove_llava.checkpoints.tensors import Tensors, check_tensors
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.model_sizes import check_sizes
+from tove_llava.core.safe_loading import loading
 from tove_llava.core.sources import Source
 from tove_llava.llava.adapter_settings import read_adapter_settings
 from tove_llava.llava.build import language_config
@@ -65,13 +67,17 @@ class LanguagePart:
             raise CheckpointError(
                 f"{folder}: the language model's {EMBEDDINGS!r} is missing; the checkpoint is incomplete"
             )
-        generation = folder / "generation_config.json"
+        file = folder / "generation_config.json"
+        generation = read_json_object(file) if file.is_file() else None
+        if generation is not None:
+            with loading("the settings", file):
+                GenerationConfig.from_dict(generation)
         return cls(
             config=config,
             dtype=str(tensors[EMBEDDINGS].dtype).removeprefix("torch."),
             tensors=tensors,
             tokenizer_folders=[folder],
-            generation=read_json_object(generation) if generation.is_file() else None,
+            generation=generation,
         )
 
     @classmethod
