@@ -17,7 +17,7 @@ for glibc in 39 35 34 31 28 27 24 17; do platforms+=(--platform "manylinux_2_${g
 mkdir -p "$folder"
 for name in $packages; do
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --implementation cp \
-        "${platforms[@]}" --platform manylinux2014_x86_64 --platform any -d "$folder" "$name"
+        "${platforms[@]}" --platform manylinux2014_x86_64 --platform any -c constraints.txt -d "$folder" "$name"
 done
 python3 - "$folder" "$cuda" <<'PYTHON'
 import re, sys, zipfile

@@ -5,7 +5,14 @@ import torch
 from experts_zoo import save_large_experts
 from safetensors.torch import load_file
 from tower_parts import GRID, DummyExpert, expert_entries, open_output, pixels, save_clip, text_config, tower_config
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
@@ -352,3 +359,14 @@ def test_detached_experts_are_saved_with_the_whole_model(tmp_path, cls):
     loaded.model.vision_tower.load_backbones(["edge"]).attach_experts("edge")
     loaded.save_pretrained(tmp_path / "again")
     assert AutoConfig.from_pretrained(tmp_path / "again").vision_config.detached_experts == []
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_is_taken_under_both_names(tmp_path, name):
+    """transformers 5.24 renamed it."""
+    model, ids = make_llava(tmp_path), text_batch(1)["input_ids"]
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=ids[:, :4], use_cache=True, **{name: cache})
+        assert cache.get_seq_length() == 4
+        assert torch.allclose(model(input_ids=ids[:, 4:], **{name: cache}).logits, model(input_ids=ids).logits[:, 4:])

@@ -32,7 +32,9 @@ class ToveLlavaConfig(LlavaConfig):
     # transformers' Trainer then collects only logits when it evaluates.
     keys_to_ignore_at_inference = [
         "past_key_values",
+        "cache",
         "image_hidden_states",
+        "image_outputs",
         "lm_loss",
         "aux_loss",
         "routing",

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +19,9 @@ from tove_llava.llava.configuration import ToveLlavaConfig
 from tove_llava.llava.loss import supervised_loss
 from tove_llava.tower import GateInputs, ToveVisionModel, ToveVisionOutput, TowerFeatures
 from tove_llava.tower.tower_model import clip_follows, local_folder
+
+# The name of a language model's argument: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in signature(LlavaForConditionalGeneration.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -179,6 +183,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -200,6 +205,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 gradients or has several ranks passes False and adds the global batch's terms itself, from
                 ``gate_inputs`` and ``merge_loss``.
             output_routing: return the gate weights.
+            cache: transformers' name of ``past_key_values`` since 5.24.
             supervised: int64 ``[n]``, the indices in the flattened batch whose next label is supervised, as the
                 collator gives them. Logits are computed only there, and none are returned.
             image_positions: int64 ``[images * N]``, the indices of the placeholders in the flattened batch, as the
@@ -215,12 +221,13 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             "inputs_embeds": inputs_embeds,
             "mm_encoder_outputs": None if images is None else {"image": images},
             **kwargs,
             "return_dict": True,
         }
+        if cache is not None or past_key_values is not None:
+            given[CACHE] = past_key_values if cache is None else cache
         if supervised is None:
             counted = {"num_items_in_batch": num_items_in_batch}
             output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **given, **counted)
@@ -300,7 +307,7 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             raise ConfigError("supervised positions need labels")
         output = self.model(**given)
         loss = supervised_loss(output.last_hidden_state, labels, supervised, self.lm_head, num_items)
-        return LlavaCausalLMOutputWithPast(loss=loss, image_hidden_states=output.image_hidden_states)
+        return LlavaCausalLMOutputWithPast(loss=loss)
 
 
 def _read(from_pretrained: Callable[..., Any], args: tuple[Any, ...], place: Any, **kwargs: Any) -> Any:
