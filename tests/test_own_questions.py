@@ -184,6 +184,8 @@ def test_from_a_file_to_a_report(tmp_path, capsys):
     scoring = ["score", "--benchmark", "birds", "--predictions", given, "--json"]
     for place in (folder, tmp_path / "data"):
         assert json.loads(run(*scoring, "--ground-truth", place)[1].out)["scores"]["overall"]["accuracy"] == 0.75
+    code, said = run(*scoring, "--ground-truth", folder, "--rule", "contains")
+    assert json.loads(said.out)["rule"] == "contains"
     assert run("report", f"a={out}", f"b={tmp_path / 'single'}", "--out", tmp_path / "page")[0] == 0
     page = (tmp_path / "page" / "report.md").read_text()
     assert "## mine" in page and "## birds" in page
@@ -193,6 +195,8 @@ def test_from_a_file_to_a_report(tmp_path, capsys):
         (own, "needs --rule"),
         ([*own, "--rule", "exactly"], f"rules: {', '.join(RULES)}"),
         (["--benchmark", "scenes", "--rule", "exact"], "belong to --questions"),
+        (["--benchmark", "scenes", "--image-folder", "."], "belong to --questions"),
+        ([*own, "--rule", "exact", "--judge-url", "u", "--judge-model", "m"], "mine.jsonl is scored without a judge"),
         ([*own[:2], "--rule", "exact"], "images are missing"),
         (["--benchmark", "bird", "--data-root", tmp_path / "data"], "unknown benchmark 'bird'"),
     ):

@@ -20,7 +20,7 @@ DATA_ROOTS = ("playground/data/eval", "playground/data/scenes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tove_llava.eval import judge, own_questions
+    from tove_llava.eval import judge
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.conditions import CONDITIONS
     from tove_llava.eval.rules import RULES
@@ -32,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help=f"one or several of: {', '.join(BENCHMARKS)}; a folder with a benchmark.yaml in the data root; or all",
     )
-    own_questions.add_arguments(parser, f"how answers are scored: {', '.join(RULES)}, caption or judge")
+    own = parser.add_argument_group("questions of your own")
+    own.add_argument("--questions", metavar="FILE", help="JSONL or JSON with question, image and answer of each")
+    own.add_argument("--rule", metavar="NAME", help=f"how answers are scored: {', '.join(RULES)}, caption or judge")
+    own.add_argument("--image-folder", metavar="DIR", help="what image names are relative to (default: this folder)")
+    own.add_argument("--prompt", metavar="TEXT", help="ends each question (default: the rule's request)")
     parser.add_argument(
         "--data-root",
         metavar="DIR",
@@ -93,14 +97,16 @@ def run(args: argparse.Namespace) -> int:
     check_least(args, "--batch-size", "--limit", "--workers")
     if not args.benchmark and not args.questions:
         raise ConfigError("give --benchmark a name, or --questions a file of your own")
-    if args.questions is None and (args.rule or args.prompt):
+    if args.questions is None and any(value is not None for value in (args.rule, args.image_folder, args.prompt)):
         raise ConfigError(
-            "--rule and --prompt belong to --questions; 'tove-llava score --rule' scores a benchmark again"
+            "--rule, --image-folder and --prompt belong to --questions; 'tove-llava score --rule' scores answers again"
         )
     own = [from_file(args.questions, args.image_folder, args.rule, args.prompt)] if args.questions else []
     roots = [args.data_root] if args.data_root else DATA_ROOTS
     if (args.judge_url or args.judge_model) and not _judged(args.benchmark, own, roots):
-        raise ConfigError(f"{args.benchmark} is scored without a judge; leave out --judge-url and --judge-model")
+        raise ConfigError(
+            f"{args.benchmark or args.questions} is scored without a judge; leave out --judge-url and --judge-model"
+        )
     quiet_transformers()
     evaluation = Evaluation(
         model=args.model,

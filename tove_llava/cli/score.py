@@ -11,15 +11,16 @@ HELP = "score a predictions file without a model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from tove_llava.eval import judge, own_questions
+    from tove_llava.eval import judge
     from tove_llava.eval.benchmarks import BENCHMARKS
     from tove_llava.eval.rules import RULES
 
     parser.add_argument("--benchmark", metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}; or one of your own")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="answers, JSONL")
     parser.add_argument("--ground-truth", metavar="FILE", help="the benchmark's ground truth")
-    rule = f"another published reading of the benchmark's rule; with --questions: {', '.join(RULES)}, caption or judge"
-    own_questions.add_arguments(parser, rule)
+    parser.add_argument("--questions", metavar="FILE", help="your own file of questions with right answers, instead")
+    rule = f"another published reading of the benchmark's rule; for your own: {', '.join(RULES)}, caption or judge"
+    parser.add_argument("--rule", metavar="NAME", help=rule)
     parser.add_argument("--json", action="store_true", help="print one JSON object with benchmark, scores and count")
     parser.add_argument("--per-item", action="store_true", help="with --json: also each answer as it was read")
     judge.add_arguments(parser)
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if args.questions:
         if args.benchmark or args.ground_truth:
             raise ConfigError("--questions holds the right answers too; leave out --benchmark and --ground-truth")
-        args.benchmark, benchmark, _ = from_file(args.questions, args.image_folder, args.rule, args.prompt)
+        args.benchmark, benchmark, _ = from_file(args.questions, None, args.rule)
         args.ground_truth = args.questions
     elif not args.benchmark or not args.ground_truth:
         raise ConfigError("give --benchmark and --ground-truth, or --questions and --rule")

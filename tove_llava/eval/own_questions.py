@@ -5,9 +5,8 @@ optional are ``options``, ``category`` and ``question_id`` (else the record's nu
 with a list. A folder with such a file and a ``benchmark.yaml`` (fields of :class:`OwnSpec`) is a benchmark by its name.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
@@ -179,13 +178,16 @@ def own_benchmark(spec: OwnSpec, folder: Path) -> OwnBenchmark:
     return kinds.get(spec.rule, OwnMarked)(spec, folder)
 
 
-def from_file(file: str | Path, images: str | Path, rule: str | None, prompt: str | None = None) -> Found:
+def from_file(file: str | Path, images: str | Path | None, rule: str | None, prompt: str | None = None) -> Found:
     """Return name, benchmark and image folder of a file of questions; the name is the file's.
+
+    Args:
+        images: what the file's image names are relative to; by default, the working folder.
 
     Raises:
         ConfigError: no rule is given, or a public benchmark has that name.
     """
-    file, images = Path(file).absolute(), Path(images).absolute()
+    file, images = Path(file).absolute(), Path(images or ".").absolute()
     if rule is None:
         raise ConfigError(
             "--questions needs --rule: exact, choice, vqa, contains, relaxed, anls, yes_no, caption or judge"
@@ -196,29 +198,20 @@ def from_file(file: str | Path, images: str | Path, rule: str | None, prompt: st
     return file.stem, own_benchmark(spec, Path()), images
 
 
-def add_arguments(parser: argparse.ArgumentParser, rule: str) -> None:
-    """Add the flags of a file of questions.
-
-    Args:
-        rule: help text of ``--rule``.
-    """
-    group = parser.add_argument_group("questions of your own")
-    group.add_argument("--questions", metavar="FILE", help="JSONL or JSON with question, image and answer of each")
-    group.add_argument("--rule", metavar="NAME", help=rule)
-    group.add_argument("--image-folder", metavar="DIR", default=".", help="what their image names are relative to")
-    group.add_argument("--prompt", metavar="TEXT", help="ends each question (default: the rule's request)")
-
-
-def find_own(name: str, roots: Sequence[str | Path]) -> Found | None:
+def find_own(name: str, roots: Sequence[str | Path], rule: str | None = None) -> Found | None:
     """Find the folder ``name`` with a ``benchmark.yaml``, which is a root or under one, or None.
 
+    Args:
+        rule: replaces the file's.
+
     Raises:
-        ConfigError: the file is malformed.
+        ConfigError: the file is malformed, or there is no such rule.
     """
     for folder in (place for root in roots for place in (Path(root) / name, Path(root))):
         file = folder / SPEC
         if folder.resolve().name == name and file.is_file():
             spec = from_mapping(OwnSpec, parse_yaml(read_text(file, ConfigError), str(file)), str(file))
+            spec = spec if rule is None else replace(spec, rule=rule)
             return name, own_benchmark(spec, folder), folder / spec.images
     return None
 
@@ -229,7 +222,7 @@ def any_benchmark(name: str, roots: Sequence[str | Path], rule: str | None = Non
     Raises:
         ConfigError: there is none of that name, or it has no such rule.
     """
-    own = None if name in BENCHMARKS else find_own(name, roots)
+    own = None if name in BENCHMARKS else find_own(name, roots, rule)
     return get_benchmark(name, rule) if own is None else own[1]
 
 
