@@ -22,6 +22,7 @@ from tove_llava.checkpoints.weight_fingerprints import start_check
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
+from tove_llava.core.hub_access import asking
 from tove_llava.core.model_sizes import read_model_config
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
@@ -54,7 +55,8 @@ def open_folder(
         Path(place, options.get("subfolder") or "") if os.path.isdir(place) else download(os.fspath(place), options)
     )
     if folder is None:
-        return read(place, **options), place  # which explains why there is no such folder
+        with asking(os.fspath(place)):
+            return read(place, **options), place  # which explains why there is no such folder
     read_model_config(folder)
     options.setdefault("trust_remote_code", False)
     manifest = Manifest.read(folder) if (folder / MANIFEST).is_file() else None

@@ -12,6 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from tove_llava.checkpoints.card import CARD, is_ours
 from tove_llava.core.errors import CheckpointError
+from tove_llava.core.hub_access import asking, silence
 
 _DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Pickles, code, evaluations and interrupted runs are not downloaded.
@@ -23,7 +24,8 @@ def download(repository: str, options: Mapping[str, Any], only: list[str] | None
     """Download a repository, or ``only`` some files, with ``from_pretrained``'s options; None if that fails."""
     wanted = {key: options[key] for key in _DOWNLOAD if options.get(key) is not None}
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=only, ignore_patterns=_LEFT_THERE, **wanted))
+        with asking(repository):
+            folder = Path(snapshot_download(repository, allow_patterns=only, ignore_patterns=_LEFT_THERE, **wanted))
     except (HFValidationError, HfHubHTTPError, OSError):
         return None
     return folder / (options.get("subfolder") or "")
@@ -36,8 +38,17 @@ def checkpoint_folder(place: str | os.PathLike[str]) -> Path:
         return Path(place)
     folder = download(text.removeprefix(_PREFIX), {})
     if folder is None:
-        raise CheckpointError(f"{text} cannot be fetched: there is no such model on the hub, or no way to it from here")
+        why = silence() or "there is no such model on the hub, or no way to it from here"
+        raise CheckpointError(f"{text} cannot be fetched: {why}")
     return folder
+
+
+def shown_name(folder: str | os.PathLike[str]) -> str:
+    """Return a folder's path, or ``hf:owner/name`` for a repository's copy in the hub's cache."""
+    parts = Path(folder).parts[-3:]
+    if len(parts) < 3 or parts[1] != "snapshots" or not parts[0].startswith("models--"):
+        return str(folder)
+    return _PREFIX + parts[0].removeprefix("models--").replace("--", "/", 1)
 
 
 def upload(

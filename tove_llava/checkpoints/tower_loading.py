@@ -25,6 +25,7 @@ from tove_llava.checkpoints.tensors import Tensors, file_tensors, folder_tensors
 from tove_llava.checkpoints.weight_fingerprints import check_stored
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.finite import check_finite
+from tove_llava.core.hub_access import asking
 from tove_llava.core.model_sizes import read_model_config
 from tove_llava.core.registry import closest
 from tove_llava.core.safe_loading import from_pretrained
@@ -130,7 +131,8 @@ def open_tower(
     """
     folder = _folder(os.fspath(place), options)
     if folder is None:
-        return read(place, **options)  # which explains why there is no such folder
+        with asking(os.fspath(place)):
+            return read(place, **options)  # which explains why there is no such folder
     options = {key: value for key, value in options.items() if key not in _WHERE}
     config = read_model_config(folder)
     if config.get("model_type") == "tove_vision":

@@ -145,6 +145,11 @@ def _main(argv: Sequence[str] | None) -> int:
             args.passed_on = passed_on
         else:
             args = parser.parse_args(rest)
+        for flag in ("model", "compare"):
+            if str(getattr(args, flag, "")).startswith("hf:"):
+                from tove_llava.checkpoints.hub import checkpoint_folder
+
+                setattr(args, flag, str(checkpoint_folder(getattr(args, flag))))
         return int(module.run(args) or 0)
     except ToveError as error:
         print(f"{PROGRAM} {name}: {error}", file=sys.stderr)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add --model; where it is not required, the newest model is taken."""
-    default = "" if required else " (default: the newest in outputs/)"
-    parser.add_argument("--model", required=required, metavar="DIR", help=f"folder that training wrote{default}")
+    text = "folder that training wrote, or hf:owner/name" + ("" if required else " (default: the newest in outputs/)")
+    parser.add_argument("--model", required=required, metavar="DIR", help=text)
 
 
 def add_template(parser: argparse._ActionsContainer, about: str = "") -> None:

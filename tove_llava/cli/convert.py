@@ -15,7 +15,7 @@ HELP = "convert checkpoints of LLaVA and llava-hf to this package's, and back"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder to convert")
+    parser.add_argument("--model", metavar="DIR", required=True, help="folder to convert, or hf:owner/name")
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write")
     parser.add_argument("--to", default="tove", metavar="NAME", help="tove (default), original or llava-hf")
     parser.add_argument("--preset", metavar="NAME", help="give the tower this preset's experts and fusion, untrained")

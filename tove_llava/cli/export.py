@@ -13,7 +13,9 @@ HELP = "write a trained model as a folder that loads without this package"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder that training, merge or detach wrote")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="folder that training, merge or detach wrote, or hf:owner/name"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write")
     parser.add_argument("--format", default="hf-llava", metavar="NAME", help="hf-llava (default) or remote-code")
     parser.add_argument(

@@ -11,7 +11,9 @@ HELP = "write a model's LoRA adapters into its language model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="DIR", required=True, help="folder that LoRA or QLoRA training wrote")
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="folder that LoRA or QLoRA training wrote, or hf:owner/name"
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="new folder to write")
     parser.add_argument("--dtype", help="float32, bfloat16, float16 (default: the language model's in training)")
     parser.add_argument("--self-contained", action="store_true", help="write CLIP and the experts as well")

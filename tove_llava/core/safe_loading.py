@@ -13,6 +13,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from tove_llava.core.errors import CheckpointError, ConfigError, ToveError
 from tove_llava.core.finite import check_finite
+from tove_llava.core.hub_access import asking, silence
 from tove_llava.core.model_sizes import check_sizes, read_model_config, stored_shapes
 from tove_llava.core.paths import refuse_pickles
 from tove_llava.core.sources import Source
@@ -47,7 +48,7 @@ def from_pretrained(
         if "gguf_file" not in where and issubclass(kind, (PreTrainedModel, _BaseAutoModelClass)) and not ours:
             _check_weights(Path(name))
             options["use_safetensors"] = True
-    with loading(what, place, advice):
+    with loading(what, place, advice), asking(None if name is None or os.path.exists(name) else os.fspath(name)):
         loaded = kind.from_pretrained(**where, trust_remote_code=False, **options)
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     _forget_code(model)
@@ -106,9 +107,10 @@ def _reason(error: BaseException, place: object, advice: str) -> str:
             )
         chain = chain.__cause__ or chain.__context__
     path = place.path if isinstance(place, Source) else Path(str(place))
-    if not advice and path is not None and path.exists():
-        advice = "Its files are damaged, incomplete or of another architecture"
-    return f"{summary(error)}. {advice or 'Fetch it where there is a network, or name a local folder'}"
+    if path is not None and path.exists():
+        return f"{summary(error)}. {advice or 'Its files are damaged, incomplete or of another architecture'}"
+    why = silence() or summary(error)
+    return f"{why}. {advice or 'Fetch it where there is a network, or name a local folder'}"
 
 
 def summary(error: BaseException) -> str:

@@ -10,7 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tove_llava.core.errors import CheckpointError
+from tove_llava.checkpoints.hub import shown_name
+from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import write_atomically
 from tove_llava.core.locks import locked
 from tove_llava.eval import result_files
@@ -84,6 +85,8 @@ def evaluate(evaluation: Evaluation) -> tuple[dict[str, Any], str] | None:
     from tove_llava.eval.runner import Ranks
 
     ranks = Ranks.from_environment()
+    if evaluation.output is None and shown_name(folder) != str(folder):
+        raise ConfigError(f"{shown_name(folder)} lies in the hub's cache; give --output, a folder for the answers")
     target = Path(evaluation.output) if evaluation.output is not None else folder / "eval"
     with ExitStack() as locks:
         for task, condition in product(tasks, evaluation.conditions) if ranks.rank == 0 else ():

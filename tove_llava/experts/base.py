@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.finite import check_finite
+from tove_llava.core.hub_access import asking
 from tove_llava.core.licences import NOT_STATED
 from tove_llava.core.plugins import defining_file
 from tove_llava.core.registry import Registry
@@ -229,7 +230,8 @@ class Expert(nn.Module, ABC):
             return
         if self.source.path is not None:
             self.source.require()
-        with loading(f"expert {self.name!r}: the weights", self.source):
+        file = None if self.is_random else self.hub_file()
+        with loading(f"expert {self.name!r}: the weights", self.source), asking(file[0] if file else None):
             actual = self.describe()  # of the source itself; a checkpoint may have recorded other sizes in the spec
             self._check_shape((actual.width, *actual.grid))
             with random_weights(self.spec.source) if self.is_random else nullcontext():

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
+from tove_llava.core.hub_access import asking
 from tove_llava.core.safe_loading import from_pretrained, loading
 from tove_llava.core.sources import BundledSource, Source
 from tove_llava.experts.base import Expert
@@ -134,6 +135,6 @@ def read_configuration(
     config = from_pretrained(AutoConfig, source, "an expert's configuration", revision=revision or "main")
     name = source.pretrained()["pretrained_model_name_or_path"]
     hint = "save the image processor next to the weights (image_mean, image_std, size)"
-    with loading("preprocessor_config.json", source, hint):
+    with loading("preprocessor_config.json", source, hint), asking(None if source.path else name):
         file = cached_file(name, "preprocessor_config.json", revision=revision or "main")
     return config, read_json_object(str(file), ConfigError, hint)

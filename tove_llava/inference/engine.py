@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from PIL import Image
 
+from tove_llava.checkpoints.hub import shown_name
 from tove_llava.core.errors import DataError
 from tove_llava.data import IMAGE_PLACEHOLDER, Turn
 from tove_llava.data.templates.base import role_of
@@ -148,7 +149,7 @@ class Engine:
     ) -> "Engine":
         """Load a model folder; :meth:`Answerer.load` has the other arguments (``device``, ``dtype``, ...)."""
         answerer = Answerer.load(folder, *args, **options)
-        return cls(answerer, name=str(folder), max_batch=max_batch, max_waiting=max_waiting)
+        return cls(answerer, name=shown_name(folder), max_batch=max_batch, max_waiting=max_waiting)
 
     def ask(
         self,

@@ -20,7 +20,8 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object
-from tove_llava.core.safe_loading import from_pretrained
+from tove_llava.core.hub_access import asking
+from tove_llava.core.safe_loading import from_pretrained, loading
 from tove_llava.core.sources import Source
 from tove_llava.data import get_template, load_tokenizer
 from tove_llava.experts import complete_specs
@@ -188,7 +189,8 @@ def read_tokenizer(language: LanguagePreset) -> PreTrainedTokenizerBase:
     if source.path is None and source.scheme == "hf":
         # The folder, so that a SentencePiece model in it is converted exactly.
         wanted = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "config.json"]
-        name = snapshot_download(name, revision=language.revision, allow_patterns=wanted)
+        with loading("the tokenizer", source), asking(name):
+            name = snapshot_download(name, revision=language.revision, allow_patterns=wanted)
     tokenizer = load_tokenizer(name, **arguments)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token  # LLaVA pads with <unk>
