@@ -125,6 +125,19 @@ def answers_yes(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("strange", [False, True], ids=["known", "strange"])
+@pytest.mark.parametrize("route", ["llava-hf", "llava-hf as it is", "original"])
+def test_no_code_of_another_format_runs(route, strange, world, tmp_path, answers_yes):
+    marker, folder = tmp_path / "ran", copied(world.hf if "hf" in route else world.whole, tmp_path / "model")
+    plant(folder, marker, strange)
+    for opened in (tove_llava.load_model, tove_llava.load_tower):
+        try:
+            opened(folder, **({"keep_stock": True} if "is" in route and opened is tove_llava.load_model else {}))
+        except ToveError as error:
+            assert strange and str(tmp_path) in str(error), error
+    assert not marker.exists() and answers_yes == []
+
+
+@pytest.mark.parametrize("strange", [False, True], ids=["known", "strange"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_no_code_of_a_folder_runs(route, strange, kinds, tmp_path, answers_yes):
     make, opened = ROUTES[route]
@@ -162,8 +175,7 @@ def test_every_call_of_transformers_refuses_code():
         for node in ast.walk(ast.parse(file.read_text())):
             called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
             on_auto = called == "from_config" and getattr(node.func.value, "id", "").startswith("Auto")
-            of_peft = called and getattr(node.func.value, "id", "") == "LoraConfig"  # it only reads JSON
-            if (called == "from_pretrained" and not of_peft) or on_auto:
+            if called == "from_pretrained" or on_auto:
                 given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
                 if given.get("trust_remote_code", True) is not False:
                     loose.append(f"{file.relative_to(PACKAGE)}:{node.lineno}")

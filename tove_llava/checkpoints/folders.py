@@ -24,6 +24,7 @@ from tove_llava.core.files import read_json_object
 from tove_llava.core.finite import check_finite
 from tove_llava.core.hub_access import asking
 from tove_llava.core.model_sizes import read_model_config
+from tove_llava.core.safe_loading import no_questions
 from tove_llava.core.sources import Source
 from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 
@@ -65,7 +66,8 @@ def open_folder(
     finish = None
     if manifest is None or manifest.kind == "full":
         finish = start_check(folder, manifest) if manifest is not None else None
-        loaded = read(str(folder), **{k: v for k, v in options.items() if k not in _WHERE})
+        with no_questions():
+            loaded = read(str(folder), **{k: v for k, v in options.items() if k not in _WHERE})
     else:
         loaded = _read_parts(folder, {k: v for k, v in options.items() if k not in (*_WHERE, *_UNUSED)})
     model = loaded[0] if isinstance(loaded, tuple) else loaded

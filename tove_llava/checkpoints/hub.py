@@ -40,6 +40,11 @@ def checkpoint_folder(place: str | os.PathLike[str]) -> Path:
     if folder is None:
         why = silence() or "there is no such model on the hub, or no way to it from here"
         raise CheckpointError(f"{text} cannot be fetched: {why}")
+    if any(folder.glob("*.bin.index.json")) and not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{text} holds pickled weights, which are not fetched; take a repository with safetensors, or download it "
+            f"(hf download {text.removeprefix(_PREFIX)} --local-dir FOLDER) and convert it (tove-llava convert)"
+        )
     return folder
 
 

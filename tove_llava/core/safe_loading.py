@@ -59,11 +59,10 @@ def from_pretrained(
 
 @contextmanager
 def loading(what: str, place: object, advice: str = "") -> Iterator[None]:
-    """Turn every error of a library that reads a place into a CheckpointError; transformers asks nothing."""
-    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # refuse where it would ask on the terminal
+    """Turn every error of a library that reads a place into a CheckpointError."""
     try:
-        yield
+        with no_questions():
+            yield
     except ConfigError as error:
         if place is None or str(place) in str(error):
             raise
@@ -72,6 +71,15 @@ def loading(what: str, place: object, advice: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # damaged files raise errors of many kinds
         raise CheckpointError(f"{what} cannot be loaded from {place}: {_reason(error, place, advice)}") from error
+
+
+@contextmanager
+def no_questions() -> Iterator[None]:
+    """Let transformers refuse code where it would ask on the terminal."""
+    patience = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
 
