@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from stage_parts import edit_manifest
 
 import tove_llava
+from tove_llava.analysis.detach import detach_checkpoint
 from tove_llava.checkpoints.base import Request, read_parts
 from tove_llava.core.errors import CheckpointError, ToveError
 from tove_llava.core.paths import check_folder, way_out
@@ -273,6 +274,15 @@ def test_links_of_files_stay_in_their_folder(kind, name, kinds, tmp_path):
     for opened in (tove_llava.load_model, tove_llava.load_tower, lambda folder: read_parts(folder, Request())):
         with pytest.raises(CheckpointError, match=f"{name}' leads through a link"):
             opened(folder)
+
+
+def test_a_copied_part_holds_no_link_out(kinds, tmp_path):
+    part = with_language(kinds, tmp_path / "model")
+    (part / "notes").mkdir()
+    (part / "notes" / "secret.json").symlink_to(kinds / "preset.yaml")
+    with pytest.raises(CheckpointError, match="secret.json' leads through a link"):
+        detach_checkpoint(tmp_path / "model", tmp_path / "out", ["normal"])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", ["../elsewhere", "./sub/../../elsewhere", "./linked"])

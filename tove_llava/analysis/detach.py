@@ -29,7 +29,7 @@ from tove_llava.checkpoints.weight_fingerprints import by_model_names, check_sto
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.core.files import read_json_object, staged, write_atomically
 from tove_llava.core.locks import locked_target
-from tove_llava.core.paths import copy_inside
+from tove_llava.core.paths import check_tree
 from tove_llava.core.sources import Source
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, TowerFeatures
 
@@ -241,10 +241,10 @@ def _copy_parts(folder: Path, staging: Path, large: ToveVisionConfig, small: Tov
         if (folder / name).is_file():
             shutil.copyfile(folder / name, staging / name)
     if (folder / "language").is_dir():
-        copy_inside(folder, "language", staging)
+        shutil.copytree(check_tree(folder, "language"), staging / "language")
     if (folder / "backbones").is_dir():
         used, every = _own_folders(folder, small), _own_folders(folder, large)
-        copy_inside(folder, "backbones", staging, _ignoring(every - used))
+        shutil.copytree(check_tree(folder, "backbones"), staging / "backbones", ignore=_ignoring(every - used))
 
 
 def _own_folders(folder: Path, config: ToveVisionConfig) -> set[Path]:
