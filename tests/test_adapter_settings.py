@@ -99,7 +99,8 @@ DAMAGED = [
     ("rank_pattern", {"(a+)+$": 4}), ("rank_pattern", {"q_proj": 60_000}), ("alpha_pattern", {"a": math.nan}),
     ("target_modules", "(.*)*(.*)*(.*)*(.*)*x"), ("target_modules", ["(a+)+$"]), ("target_modules", "all-linear"),
     ("target_modules", None), ("target_modules", 5), ("target_modules", ["v_proj"]),
-    ("layers_to_transform", "0"), ("layers_pattern", "(a+)+"), ("exclude_modules", "(a+)+"),
+    ("layers_to_transform", "0"), ("layers_to_transform", []), ("layers_pattern", "(a+)+"),
+    ("exclude_modules", "(a+)+"),
 ]  # fmt: skip
 
 

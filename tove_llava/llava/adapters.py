@@ -12,6 +12,7 @@ from torch import nn
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.finite import check_finite
+from tove_llava.core.safe_loading import loading
 
 _RANKED = re.compile(r"\.lora_(embedding_)?A\b")  # tensors with one row for each rank
 
@@ -36,13 +37,12 @@ def add_adapters(
 
     # Compared before anything of that size is made.
     asked = max(settings["r"], *settings.get("rank_pattern", {}).values(), 0)
-    stored = {len(x) for name, x in tensors.items() if _RANKED.search(name)}
-    if asked > max(stored, default=0):
-        raise CheckpointError(
-            f"{where} does not fit its settings, which ask for rank {asked}: it holds {sorted(stored)}"
-        )
+    stored = max((x.shape[0] for name, x in tensors.items() if _RANKED.search(name) and x.ndim), default=0)
+    if asked > stored:
+        raise CheckpointError(f"{where} does not fit its settings: they ask for rank {asked}, it holds {stored}")
     check_finite(tensors.items(), where)
-    inject_adapter_in_model(LoraConfig(**settings), model)
+    with loading("the adapters", where):  # settings that contradict each other, or name no layer
+        inject_adapter_in_model(LoraConfig(**settings), model)
     try:
         outcome = set_peft_model_state_dict(model, dict(tensors), adapter_name="default")
     except RuntimeError as error:  # tensors of another shape
