@@ -6,6 +6,7 @@ A finished run is not touched.
 import pytest
 import torch
 from accelerate.data_loader import SeedableRandomSampler, prepare_data_loader, skip_first_batches
+from safetensors.torch import save_file
 from train_killed import train_until_killed
 from train_parts import flags, launch, losses, weights, write_inputs
 
@@ -13,6 +14,7 @@ from tove_llava.core.errors import CheckpointError
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
+from tove_llava.train.stages import Trainable
 
 # Dropout, noise, two epochs, and logs that span checkpoints: all that a resumed run could get wrong.
 SCHEDULE = ["--num_train_epochs", "2", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "3"]
@@ -138,3 +140,15 @@ def test_killed_ranks_resume_under_deepspeed(root, deepspeed, stage):
     assert [path.name for path in checkpoints.complete(output)][-1] == "checkpoint-4"
     assert "resuming from" in launch(stage(root, output, *arguments))
     assert_same_run(output, uninterrupted)
+
+
+@pytest.mark.parametrize(("damage", "word"), [("half", "cannot be loaded"), ("nan", "NaN or infinity")])
+def test_damaged_parameters_of_a_step_are_named(tmp_path, damage, word):
+    layer, file = torch.nn.Linear(4, 4), tmp_path / "trainable.safetensors"
+    if damage == "nan":
+        layer.weight.data[1, 2] = torch.nan
+    save_file(layer.state_dict(), file)
+    if damage == "half":
+        file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(CheckpointError, match=rf"trainable\.safetensors.*{word}|{word}.*trainable\.safetensors"):
+        checkpoints.load_weights(file, Trainable({"projector": dict(layer.named_parameters())}))

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from tove_llava.core.errors import CheckpointError
 from tove_llava.core.files import sync
+from tove_llava.core.finite import check_finite
+from tove_llava.core.safe_loading import loading
 from tove_llava.train.run_files import complete, incomplete
 from tove_llava.train.stages import Trainable
 
@@ -48,13 +50,15 @@ def load_weights(file: Path, trainable: Trainable) -> None:
     """Load saved parameters.
 
     Raises:
-        CheckpointError: the file is missing, or its names or shapes are those of another stage or tower.
+        CheckpointError: the file is missing or damaged, or its names or shapes are those of another stage or tower.
     """
     if not file.is_file():
         raise CheckpointError(
             f"{file} does not exist; the checkpoint is incomplete. Remove its folder to start without it"
         )
-    tensors = load_file(file)
+    with loading("the parameters", file):
+        tensors = load_file(file)
+    check_finite(tensors.items(), file)
     parameters = {name: p for part in trainable.parts.values() for name, p in part.items()}
     if tensors.keys() != parameters.keys():
         odd = sorted(tensors.keys() ^ parameters.keys())

@@ -9,6 +9,7 @@ from transformers import AutoConfig
 
 import tove_llava.llava  # noqa: F401 - its configuration must be known to AutoConfig
 from tove_llava.core.errors import CheckpointError, ConfigError
+from tove_llava.core.finite import check_finite
 from tove_llava.core.safe_loading import from_pretrained
 from tove_llava.core.sources import Source
 from tove_llava.presets import load_preset, preset_names
@@ -106,4 +107,5 @@ def _trained_parts(folder: Path) -> dict[str, torch.Tensor]:
                         found[rest if inside else key] = weights.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
+    check_finite(found.items(), folder)
     return found
