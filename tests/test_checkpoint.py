@@ -1,6 +1,8 @@
 """The folders that training saves, loading them, and refusals."""
 
+import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from tove_llava import build_model, load_model, load_preset, load_tower
 from tove_llava.checkpoints.loading import load_processor, load_trained
 from tove_llava.checkpoints.manifest import Manifest
-from tove_llava.core.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError, ToveError
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import main, run
 from tove_llava.train.stages import freeze
@@ -246,3 +248,60 @@ def test_nan_and_infinity_are_said_with_tensor_and_file(root, tmp_path, monkeypa
     last = name.rpartition(".")[0].rpartition(".")[2]
     with pytest.raises(CheckpointError, match=rf"{place.parent}.*{last}.*NaN or infinity"):
         (load_tower if folder == "tower" else load_model)(tmp_path / folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("text_config.num_hidden_layers", 10**9),
+        ("text_config.num_hidden_layers", 100),
+        ("text_config.vocab_size", 10**7),
+        ("text_config.hidden_size", -1),
+        ("image_seq_length", 10**12),
+        ("vision_config.clip_config.num_hidden_layers", 900),  # of a CLIP that is elsewhere
+        ("vision_config.projection_dim", 10**6),
+        ("vision_config.null_slot", [[]]),
+        ("vision_config.experts", -1),
+        ("projector_hidden_act", "no_such"),
+    ],
+)
+def test_sizes_and_types_are_checked_before_anything_is_made(root, tmp_path, path, value):
+    folder = shutil.copytree(root / "full", tmp_path / "copy")
+    record = json.loads((folder / "config.json").read_text())
+    *parents, key = path.split(".")
+    node = record
+    for parent in parents:
+        node = node[parent]
+    node[key] = value
+    (folder / "config.json").write_text(json.dumps(record))
+    start_of_load = time.monotonic()
+    with pytest.raises(ToveError, match=key):
+        load_model(folder)
+    assert time.monotonic() - start_of_load < 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": 5}, {"model_max_length": "long"}, {"model_max_length": -1}, {"image_aspect_ratio": "round"},
+        {"history": {}}, {"plugins": [5]}, {"quantization": "4"}, {"quantization": {"bits": "4"}}, {"template": None},
+        {"language": {"source": 5}}, {"language": {"source": "nowhere"}}, {"language": {"revision": 7}},
+        {"unheard_of": 1}, {"format_version": "1"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_damaged_manifest_is_named(root, tmp_path, change):
+    folder = shutil.copytree(root / "stage1", tmp_path / "copy")
+    language = change.get("language")
+    edit_manifest(folder, language, **({} if language else change))
+    with pytest.raises(CheckpointError, match=r"copy/tove_llava\.json"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_additional_image_tokens", 10**12), ("patch_size", 1)])
+def test_a_processor_of_another_model_is_refused(root, tmp_path, key, value):
+    folder = shutil.copytree(root / "stage1", tmp_path / "copy")
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(CheckpointError, match=rf"copy: the processor's {key} is {value}"):
+        load_model(folder)

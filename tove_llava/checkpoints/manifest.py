@@ -78,13 +78,13 @@ class Manifest:
                 f"{path} is not a complete ToVE-LLaVA checkpoint: it has no {MANIFEST}, which is written last"
             )
         try:
-            manifest = from_mapping(cls, read_json_object(file), str(file))
+            manifest = from_mapping(cls, read_json_object(file), "the manifest")
             manifest.language.setdefault("dtype", "float32")
-            from_mapping(LanguagePreset, manifest.language, f"{file}: language")
+            from_mapping(LanguagePreset, manifest.language, "language")
             Source.parse(manifest.language["source"])
             _ = manifest.trained_quantization
         except ConfigError as error:
-            raise CheckpointError(f"{error}; the file is damaged") from error
+            raise CheckpointError(f"{file} is damaged: {error}") from error
         if manifest.format_version > VERSION or manifest.kind not in KINDS:
             raise CheckpointError(f"{file} comes from a newer version of tove_llava; update the package")
         if manifest.image_aspect_ratio not in ("pad", "square") or manifest.model_max_length < 1:
