@@ -113,9 +113,8 @@ def test_refused_or_damaged_settings_are_named(native, tmp_path, key, value, err
     for run in (load_model, lambda folder: merge_lora(folder, tmp_path / "merged")):
         with pytest.raises(error) as failure:
             run(folder)
-        shape = {"target_modules": "lora_", "r": "rank", "rank_pattern": "rank"}.get(key, key)  # against the tensors
         assert str(folder) in str(failure.value)
-        assert any(word in str(failure.value) for word in (key, shape, "not valid JSON"))
+        assert any(word in str(failure.value) for word in (key, "lora_", "rank", "not valid JSON"))
     assert not (tmp_path / "merged").exists()
     assert time.monotonic() - start < 10
 
