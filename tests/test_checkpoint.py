@@ -160,6 +160,15 @@ def test_truncated_weights_are_refused(root, tmp_path, folder):
         shutil.copy(root / folder / file.name, file)
 
 
+@pytest.mark.parametrize("kind", ["stage1", "lora"])
+def test_the_recorded_configuration_comes_back(root, kind):
+    saved = json.loads((root / kind / "config.json").read_text())
+    loaded = load_model(root / kind, load_backbones=False)[0].config
+    for key in ("image_token_index", "conversation_template", "image_aspect_ratio"):
+        assert saved[key] is not None and getattr(loaded, key) == saved[key], key
+    assert loaded.text_config.pad_token_id == loaded.pad_token_id == saved["pad_token_id"] is not None
+
+
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 def test_an_adapter_without_one_of_its_tensors_is_refused(root, tmp_path, part):
     folder = shutil.copytree(root / "lora", tmp_path / "copy")

@@ -18,7 +18,7 @@ from tove_llava.checkpoints.conversion import merge_lora
 from tove_llava.checkpoints.manifest import Manifest
 from tove_llava.cli import main as cli
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.llava.quantization import loaded_bits, parameter_count, quantize, round_weights
+from tove_llava.llava.quantization import loaded_bits, parameter_count, quantize, round_weights, set_compute_dtype
 from tove_llava.presets import QuantizationPreset
 from tove_llava.train import step_checkpoints as checkpoints
 from tove_llava.train.arguments import parse
@@ -86,6 +86,14 @@ def test_the_language_model_s_linear_layers_are_quantised_and_nothing_else(root,
             assert now[name].nbytes * (8 // settings.bits) * 4 == value.nbytes and not now[name].requires_grad
     frozen = [model.tower.frozen.clip, model.tower.frozen.hub]
     assert linear(nn.ModuleList(frozen)) and not linear(nn.ModuleList(frozen), kind)
+
+
+def test_the_dtype_of_the_products_can_be_changed_later(root):
+    model = build(root)
+    quantize(model, KINDS[0], compute_dtype=torch.float32)
+    set_compute_dtype(model, torch.bfloat16)
+    layers = [layer for layer in model.modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    assert layers and {layer.compute_dtype for layer in layers} == {torch.bfloat16}
 
 
 def test_outliers_of_activations_are_multiplied_in_full(root):
