@@ -12,6 +12,8 @@ from tove_llava.core.files import staged, write_atomically
 from tove_llava.train import feature_stores
 from tove_llava.train.feature_cache import write_json
 from tove_llava.train.feature_stores import write_shard
+from tove_llava.train.run_files import STAGING, complete
+from tove_llava.train.step_checkpoints import publish
 
 OLD, NEW = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), np.float32)
 WRITERS = {
@@ -65,3 +67,13 @@ def test_a_folder_is_there_only_when_its_last_file_is(tmp_path, monkeypatch):
     with staged(out) as stage:
         (stage / "first").write_text("1")
     assert (out / "first").read_text() == "1" and [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [4, 5]), (None, [1, 2, 3, 4, 5])])
+def test_as_many_checkpoints_stay_as_are_kept(tmp_path, keep, left):
+    for step in range(1, 6):
+        (staging := tmp_path / f"{STAGING}{step}").mkdir()
+        (staging / "weights").write_text(str(step))
+        publish(staging, tmp_path / f"checkpoint-{step}", keep)
+    assert [int(path.name.rpartition("-")[2]) for path in complete(tmp_path)] == left
+    assert len(list(tmp_path.iterdir())) == len(left)

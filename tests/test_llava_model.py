@@ -2,11 +2,13 @@ import shutil
 
 import pytest
 import torch
+from answer_parts import make_model
 from experts_zoo import save_large_experts
 from safetensors.torch import load_file
 from tower_parts import GRID, DummyExpert, expert_entries, open_output, pixels, save_clip, text_config, tower_config
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     DynamicCache,
@@ -14,6 +16,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from tove_llava.checkpoints.clip import read_clip
 from tove_llava.core.errors import CheckpointError, ConfigError
 from tove_llava.llava import ToveLlavaConfig, ToveLlavaForConditionalGeneration, VisionInputs
 from tove_llava.tower import ToveVisionConfig, ToveVisionModel, all_reduce_statistics, balance_loss
@@ -371,3 +374,24 @@ def test_a_cache_is_taken_under_both_names(tmp_path, name):
         assert cache.get_seq_length() == 4
         logits = model(input_ids=ids[:, 4:], **{name: cache}).logits
         torch.testing.assert_close(logits, model(input_ids=ids).logits[:, 4:])
+
+        assert torch.allclose(model(input_ids=ids[:, 4:], **{name: cache}).logits, model(input_ids=ids).logits[:, 4:])
+
+
+def test_images_are_given_once(tmp_path):
+    model = make_llava(tmp_path).eval()
+    encoded = {"image": model.encode_images(pixels(1))}
+    with pytest.raises(ConfigError, match="give images once"):
+        model(input_ids=torch.tensor([[1, 5]]), pixel_values=pixels(1), mm_encoder_outputs=encoded)
+
+
+def test_a_saved_processor_still_pads_on_the_left(tmp_path):
+    _, processor = make_model(tmp_path / "parts")
+    processor.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").padding_side == "left"
+
+
+@pytest.mark.parametrize(("blocks", "layer"), [(2, -1), (3, -2), (4, -3)])
+def test_the_layer_of_a_folders_clip_counts_from_its_last_block(tmp_path, blocks, layer):
+    save_clip(tmp_path / "clip", layers=blocks)
+    assert read_clip(tmp_path / "clip", 2).layer == layer

@@ -86,6 +86,9 @@ def test_parts_with_their_own_rate_get_their_own_groups(root):
     assert {(g["lr"], g["weight_decay"]) for g in groups} == rates
     ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted(id(p) for p in trainable.parameters())
+    decaying = [p.ndim > 1 for group in groups for p in group["params"] if group["weight_decay"]]
+    named = [pair for part in trainable.parts.values() for pair in part.items()]
+    assert all(decaying) and any(p.ndim == 1 and not name.endswith("bias") for name, p in named)
 
 
 def test_all_rates_follow_the_schedule(root):

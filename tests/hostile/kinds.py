@@ -37,12 +37,14 @@ class World:
     Attributes:
         images: folder with ``a.png``, ``b.jpg`` and ``c.png``.
         tokenizer: of ``bundled:llm``.
-        templates: tokenizer folder and the texts of good chat templates.
+        templates: a tokenizer's folder.
+        engine: of a small random model, for requests.
     """
 
     images: Path
     tokenizer: Any
     templates: Path
+    engine: Any = None
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (20, 14), mode: str = "RGB") -> Image.Image:

@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hostile.chat_requests import requests
 from hostile.invariant import attempt, describe
-from hostile.kinds import KINDS, make_world
+from hostile.kinds import KINDS as COMMANDS
+from hostile.kinds import make_world
 
+from tove_llava.inference.engine import Engine
 from tove_llava.inference.generation import Answerer
 from tove_llava.train import run as training
 from tove_llava.train.arguments import parse
 
 FEW, MANY = 50, 1000
+KINDS = {**COMMANDS, "requests": requests}
 PLAIN = ("images", "records", "answers", "templates")  # kinds that need no stand-in
 
 _CODES = """
@@ -34,8 +38,10 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("hostile") / "world")
+def world(tmp_path_factory, answerer):
+    world = make_world(tmp_path_factory.mktemp("hostile") / "world")
+    with Engine(answerer, "model") as world.engine:
+        yield world
 
 
 @pytest.fixture
