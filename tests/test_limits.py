@@ -3,10 +3,14 @@
 import pytest
 import torch
 from answer_parts import ask, picture
+from tower_parts import tower_config
 
-from tove_llava.core.errors import BusyError, ConfigError, DataError
+from tove_llava.analysis.detach import reduced_config
+from tove_llava.checkpoints.tensors import split_by_prefix
+from tove_llava.core.errors import BusyError, CheckpointError, ConfigError, DataError
 from tove_llava.data.images import open_image
 from tove_llava.inference.engine import Engine, Message, Sampling
+from tove_llava.inference.rolling_batch import Room
 from tove_llava.inference.sampling import drawn
 from tove_llava.serve.ui.conversation import MAX_TEXT, checked_text
 from tove_llava.serve.ui.session import MAX_IMAGES, Session
@@ -73,3 +77,27 @@ def test_a_token_is_drawn_where_the_sum_passes_the_draw():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     for draw, token in ((0.0, 1), (0.4999, 1), (0.5, 3), (0.9999, 3)):
         assert drawn(logits, [draw]).tolist() == [token]
+
+
+def test_room_grows_to_what_it_was_and_no_further():
+    room = Room(3)
+    assert room.halve(2) and room.size == 1
+    for _ in range(10):
+        room.grow(100)
+    assert room.size == 3
+
+
+def test_a_null_slot_counts_among_the_columns_that_are_left(tmp_path):
+    config = tower_config(tmp_path, top_k=2, null_slot=True)
+    assert reduced_config(config, ["depth", "edge"]).top_k == 2
+    config.top_k = 3
+    with pytest.raises(ConfigError, match="top_k=3, but 2"):
+        reduced_config(config, ["depth", "edge"])
+
+
+def test_a_tensor_under_two_names_is_refused(tmp_path):
+    table = [("a.", "part", ""), ("b.", "part", "")]
+    found = split_by_prefix({"a.x": torch.ones(1), "b.y": torch.ones(1)}, table, tmp_path)
+    assert set(found["part"]) == {"x", "y"}
+    with pytest.raises(CheckpointError, match="'b.x' is there twice"):
+        split_by_prefix({"a.x": torch.ones(1), "b.x": torch.ones(1)}, table, tmp_path)

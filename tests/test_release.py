@@ -5,16 +5,20 @@ import threading
 
 import pytest
 import torch
-from answer_parts import ask, make_scenes, picture
+from answer_parts import ask, make_scenes, picture, save_model
 
 from tove_llava.analysis.measure import without
-from tove_llava.core.errors import BusyError
+from tove_llava.checkpoints import saving
+from tove_llava.checkpoints.loading import load_model
+from tove_llava.checkpoints.manifest import Manifest
+from tove_llava.core.errors import BusyError, CheckpointError
 from tove_llava.core.locks import locked
 from tove_llava.eval.conditions import DETACHED
 from tove_llava.eval.question_loader import QuestionLoader
 from tove_llava.experts.random_weights import random_weights
 from tove_llava.inference.engine import Engine, Sampling
 from tove_llava.llava.varlen import packed_rows
+from tove_llava.serve.commands import Conversation, run_command
 from tove_llava.tower.tower_model import clip_follows
 from tove_llava.train.interrupts import watching
 
@@ -111,3 +115,30 @@ def test_scenes_that_are_asked_about_are_let_go(answerer, tmp_path):
         while jobs := loading.take(1):
             loading.features(jobs)
             assert len(loading._known) <= 1 and len(loading._opening) <= 1
+
+
+def test_a_new_conversation_has_no_images(answerer, tmp_path):
+    picture().save(tmp_path / "x.png")
+    with Engine(answerer) as engine:
+        chat = Conversation(engine)
+        run_command(chat, f"/image {tmp_path / 'x.png'}")
+        chat.keep("What?", "It.")
+        run_command(chat, f"/image {tmp_path / 'x.png'}")
+        assert chat.images and chat.history
+        run_command(chat, "/reset")
+        assert not chat.images and not chat.history
+
+
+def test_a_checkpoint_is_none_while_it_is_written_over(tmp_path, monkeypatch):
+    model = save_model(tmp_path)
+    loaded, processor = load_model(model)
+    manifest = Manifest.read(model)
+
+    def fail(folder, *_):
+        raise Broken
+
+    monkeypatch.setattr(saving, "write_manifest", fail)
+    with pytest.raises(Broken):
+        saving.save_checkpoint(model, loaded, processor, manifest, dict(loaded.state_dict()))
+    with pytest.raises(CheckpointError, match="not a complete"):
+        load_model(model)
