@@ -131,16 +131,6 @@ def test_weights_have_the_names_that_servers_read(detached):
     assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
 
 
-@pytest.mark.parametrize("begins", [True, False])
-def test_bos_is_written_once_by_the_chat_template_or_the_tokenizer(detached, tmp_path, begins):
-    export_model(detached / "model", tmp_path / "out", chat_begins=begins)
-    processor = AutoProcessor.from_pretrained(tmp_path / "out")
-    chat = processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hi"}]}])
-    assert chat.startswith("<s>") == begins
-    ids = processor.tokenizer(chat, add_special_tokens=not begins).input_ids
-    assert ids.count(processor.tokenizer.bos_token_id) == 1 and ids[0] == processor.tokenizer.bos_token_id
-
-
 def test_dtype(detached, tmp_path):
     export_model(detached / "model", tmp_path / "half", dtype="bfloat16")
     assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}

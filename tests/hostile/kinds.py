@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from dataclasses import dataclass
@@ -331,7 +332,7 @@ def templates(seed: int, folder: Path, world: World) -> Case:
     tokenizer.mkdir()
     for file in world.templates.iterdir():
         if file.name != "chat_template.jinja":
-            (tokenizer / file.name).symlink_to(file)
+            shutil.copy(file, tokenizer)
     (tokenizer / "chat_template.jinja").write_text(text)
     data = folder / "records.json"
     data.write_text(json.dumps(good_records()))
