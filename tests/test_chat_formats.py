@@ -95,6 +95,8 @@ SHIPPED = [
     Family("diffusion_gemma", "<turn|>", ("<|turn>",), "<bos>"),
     Family("cohere", "<|END_OF_TURN_TOKEN|>", COHERE, "<BOS_TOKEN>"),
     Family("cohere2", "<|END_RESPONSE|>", (*COHERE, "<|START_RESPONSE|>"), "<BOS_TOKEN>"),
+    Family("idefics3", "<end_of_utterance>", (), "<|im_start|>", form="linear"),
+    Family("llava_next", "</s>", (), "<s>", form="linear"),
     Family("deepseekv3", "<｜end▁of▁sentence｜>", (), "<｜begin▁of▁sentence｜>", form="linear"),
 ]
 
