@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from queue import SimpleQueue
 
 import pytest
 import torch
@@ -27,8 +28,9 @@ for _library in ("fastapi", "uvicorn"):
 
 from endpoint_parts import PICTURE, body, data_url, post, serving, user, wait_for  # noqa: E402
 
+from tove_llava.serve import openai_api  # noqa: E402
 from tove_llava.serve.chat_request import MAX_IMAGES  # noqa: E402
-from tove_llava.serve.openai_api import CHAT, Endpoint, serve_openai  # noqa: E402
+from tove_llava.serve.openai_api import CHAT, Endpoint, Server, bind, serve_openai  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ MESSAGES = [
     ([user("Look at <image>")], "stands for an image"),
     ([user("half of \ud800")], r"half of a surrogate pair in 'half of"),
     ([user("   ")], "question is empty"),
-    ([{"role": "user", "content": None}], r"messages\[0\].content: is missing"),
+    ([{"role": "user", "content": None}], r"messages\[0\].content is missing"),
     ([{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "x"}}]}], "video_url"),
     ([{"role": "user", "content": {"a": 1}}], r"messages\[0\].content"),
     (["hi"], r"messages\[0\]"),
@@ -165,6 +167,11 @@ def test_bodies_that_are_no_request_are_refused(request_):
         (b'{"model": "my-model", "model": "x"}', "occurs twice"),
     ]:
         refused(request_("POST", CHAT, content=content), 400, words)
+
+
+def test_requests_that_wait_to_be_read_are_bounded(chat, monkeypatch):
+    monkeypatch.setattr(openai_api, "WAITING", 0)
+    refused(chat(body()), 503, "waiting already")
 
 
 def test_routes_and_models(request_, chat):
@@ -329,6 +336,16 @@ def test_an_export_with_experts_opens_as_its_model(tmp_path):
     with Engine.load(model, "cpu") as engine, Engine.load(tmp_path / "export", "cpu") as exported:
         assert exported.answer(question, max_new_tokens=8) == engine.answer(question, max_new_tokens=8)
         assert exported.experts == engine.experts
+
+
+def test_a_step_that_hangs_does_not_hold_up_a_signal(engine, monkeypatch):
+    codes = SimpleQueue()
+    monkeypatch.setattr(openai_api.os, "_exit", codes.put)
+    monkeypatch.setattr(openai_api, "ENDING", 0.01)
+    with bind("127.0.0.1", 0) as bound:
+        server = Server(engine, bound)
+        server.handle_exit(signal.SIGTERM, None)
+        assert codes.get(timeout=30) == 143 and server.should_exit
 
 
 def test_the_command_serves_a_folder_and_ends_in_time(tmp_path):

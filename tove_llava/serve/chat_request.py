@@ -15,7 +15,7 @@ from tove_llava.inference.engine import Message, Sampling
 
 MAX_IMAGES = 16
 MAX_PIXELS = 40_000_000  # of an image; decoded, it takes 120 MB
-MAX_ALL_PIXELS = 200_000_000  # of a request: some seconds of decoding
+MAX_ALL_PIXELS = 100_000_000  # of a request: two or three seconds of decoding
 MAX_STOPS = 16
 SEEDS = 2**63
 
@@ -154,7 +154,7 @@ class ChatRequest(Unsupported):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             param = _path(first["loc"]) or None
-            raise RequestError(f"{param or 'the request'}: {_reason(first)}", param) from None
+            raise RequestError(f"{param or 'the request'}{_reason(first)}", param) from None
         both = {request.max_tokens, request.max_completion_tokens} - {None}
         if len(both) > 1:
             raise RequestError("max_tokens and max_completion_tokens differ; give one of them", "max_tokens")
@@ -229,10 +229,10 @@ def _path(keys: Sequence[int | str]) -> str:
 
 def _reason(error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
-        return "is not a key that is taken here; leave it out"
+        return " is not a key that is taken here; leave it out"
     if error["type"] == "missing":
-        return "is missing"
+        return " is missing"
     if error["loc"] and error["loc"][0] in Unsupported.model_fields:
-        return "is not supported here; leave it out"
+        return " is not supported here; leave it out"
     reason = str(error["msg"]).removeprefix("Value error, ")
-    return reason[:1].lower() + reason[1:]
+    return f": {reason[:1].lower()}{reason[1:]}"
