@@ -132,6 +132,8 @@ def test_killed_command_ends_as_the_whole_one_does(root, tmp_path, kind, request
     length, kills, finished = time.monotonic() - begin, 0, 0
     while True:
         codes = ended(run(command(kind, root, out), log, ranks), moments.uniform(0, length) if kills < KILLS else 300)
+        if codes == [2] and "out exists and is not empty" in log.read_text().splitlines()[-1]:
+            codes = [0]  # killed when the folder had its name already
         if codes != [0] * ranks:
             assert kills < KILLS and -signal.SIGKILL in codes, log.read_text()[-3000:]
             kills += 1

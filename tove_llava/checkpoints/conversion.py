@@ -128,9 +128,9 @@ def _write(
     target = Path(os.path.abspath(out))
     request = Request(**settings, out=target)  # type: ignore[arg-type]
     check_request(writer, request)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{out} exists and is not empty; give --out a new folder, or remove that one")
     with locked_target(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{out} exists and is not empty; give --out a new folder, or remove that one")
         source = writer.open(Path(model), request)
         with staged(target) as folder:
             writer.write(source, folder, request)

@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from tove_llava.core.errors import CheckpointError, DataError, ToveError
 from tove_llava.core.json_text import JsonError, loads
 
+PARTIAL = ".partial"  # a folder of what is being added to a folder
+
 
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
@@ -56,7 +58,7 @@ def adding(folder: Path, last: str) -> Iterator[Path]:
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
-    stage = folder / ".partial"
+    stage = folder / PARTIAL
     shutil.rmtree(stage, ignore_errors=True)
     try:
         with writing(folder):

@@ -5,6 +5,7 @@ The kernel releases a lock when its process ends. The file of the lock says who 
 
 import json
 import os
+import shutil
 import socket
 import sys
 import time
@@ -14,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
-from tove_llava.core.errors import BusyError, CheckpointError
-from tove_llava.core.files import make_folders, remove_empty, try_lock
+from tove_llava.core.errors import BusyError, CheckpointError, ToveError
+from tove_llava.core.files import PARTIAL, make_folders, remove_empty, try_lock
 
 LOCK = ".tove_llava.lock"  # in a folder that grows; a folder that appears whole has one next to it
 _PATIENCE = 1.0  # seconds: who only looks (is_locked) holds a lock too, for a moment
@@ -56,6 +57,13 @@ def locked_target(out: str | os.PathLike[str]) -> AbstractContextManager[None]:
     """Lock a folder that will appear whole, by a file next to it; as :func:`locked`."""
     target = Path(os.path.abspath(out))
     return locked(target.parent, f".{target.name}.lock")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left in a folder that it had just finished."""
+    if (folder / LOCK).exists():
+        with suppress(ToveError), locked(folder):
+            shutil.rmtree(folder / PARTIAL, ignore_errors=True)
 
 
 def is_locked(file: Path) -> bool:

@@ -19,7 +19,7 @@ from tove_llava.checkpoints.manifest import MANIFEST, Manifest
 from tove_llava.checkpoints.saving import save_checkpoint
 from tove_llava.core.errors import ConfigError, ToveError
 from tove_llava.core.files import adding, read_json_object
-from tove_llava.core.locks import locked
+from tove_llava.core.locks import locked, sweep
 from tove_llava.core.logs import quiet_transformers
 from tove_llava.core.plugins import take_plugin_flags
 from tove_llava.data import LlavaCollator, LlavaDataset, WeightedSampler, get_template
@@ -69,6 +69,8 @@ def run(settings: Settings, make_benchmarks: MakeBenchmarks | None = None) -> No
     record = run_record(settings)
     if is_finished(settings.output_dir, record):
         _say(f"{settings.output_dir} holds this run already, finished; nothing to do. Remove the folder to train again")
+        if _is_main():
+            sweep(settings.output_dir)
         return
     with locked(settings.output_dir) if _is_main() else nullcontext():
         _run(settings, record, make_benchmarks)
