@@ -6,6 +6,7 @@ import pytest
 from data_helpers import byte_level_tokenizer, decode_spans, jsonl, train_sentencepiece, turns
 from PIL import Image
 from tower_parts import tower_config
+from train_parts import write_parts
 from transformers import AutoTokenizer
 
 from tove_llava.cli import main
@@ -290,3 +291,24 @@ def test_another_tokenizer_with_its_chat_template(folder, capsys):
     byte_level_tokenizer().save_pretrained(folder / "bytes")
     assert tokenize(folder, GOOD, "--tokenizer", str(folder / "bytes"), "--template", "chat_template") == 0
     assert "assistant\n⟦A kite.<|im_end|>⟧" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("stage", "shape"), [("pretrain", (200_000, 1)), ("finetune", (14_000, 4))])
+def test_check_and_training_refuse_the_same_image_in_the_same_words(tmp_path, capsys, stage, shape):
+    """Also where a data worker meets it: its error comes without the loader's traceback."""
+    preset = write_parts(tmp_path)
+    Image.new("L", shape).save(tmp_path / "long.png")
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps([{"image": "long.png", "conversations": turns("<image>\nWhat?", "A line.")}] * 8))
+    template = "plain" if stage == "pretrain" else "v1"
+    own = ["--data-path", str(file), "--image-folder", str(tmp_path), "--image-size", "32"]
+    assert main(["data", "check", *own, "--template", template]) == 2
+    said = f"long.png: {shape[0]} x {shape[1]} pixels: too long and thin to be brought to a square"
+    assert said in capsys.readouterr().out
+    where = ["--preset", str(preset), "--stage", stage, "--data_path", str(file), "--image_folder", str(tmp_path)]
+    where += ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", "1", "--deepspeed", "none"]
+    assert main(["train", *where]) == 2
+    trained = capsys.readouterr().err
+    assert said in trained and not {"Traceback", "Caught"} & set(trained.split())
+    other = {"plain": "v1", "v1": "plain"}[template]  # its stages shape images in the other way
+    assert main(["data", "check", *own, "--template", other]) == (2 if stage == "pretrain" else 0)

@@ -66,6 +66,10 @@ def _check_arguments(check: argparse.ArgumentParser) -> None:
     add_template(own, "; stage 1 uses plain")
     own.add_argument("--tokenizer", metavar="DIR", help="folder or source of a tokenizer, to measure lengths")
     own.add_argument("--model-max-length", type=int, default=2048, metavar="N", help="longest sequence (2048)")
+    own.add_argument("--image-size", type=int, default=336, metavar="N", help="pixels a side that training uses (336)")
+    own.add_argument(
+        "--image-aspect-ratio", choices=("square", "pad"), help="as in training (default: square for plain, else pad)"
+    )
     own.add_argument("--num-image-tokens", type=int, default=576, metavar="N", help="tokens of an image (576)")
 
 
@@ -173,6 +177,7 @@ def _report(report: Any, show: int) -> str:
 
 
 def _check_own(args: argparse.Namespace) -> int:
+    check_least(args, "--image-size")
     from tove_llava.data.check import CheckOptions, check_dataset
     from tove_llava.data.tokenizer import load_tokenizer
 
@@ -186,6 +191,8 @@ def _check_own(args: argparse.Namespace) -> int:
         num_image_tokens=args.num_image_tokens,
         model_max_length=args.model_max_length,
         decode=not args.no_decode,
+        image_size=args.image_size,
+        image_aspect_ratio=args.image_aspect_ratio,
         image_placeholder=args.image_placeholder,
         allow_image_links=args.allow_image_links,
     )

@@ -5,7 +5,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,17 @@ def staged(out: Path) -> Iterator[Path]:
     """
     made = make_folders(out.parent)
     try:
-        with _stage(out) as stage:
+        with writing(out), _locked_new(out, tempfile.mkdtemp) as stage:
             try:
-                with writing(out):
-                    yield stage
-                    _settle(stage)
-                    if out.is_dir() and any(out.iterdir()):
-                        raise CheckpointError(
-                            f"{out} was written meanwhile by another process, and stays as it is; give --out a new "
-                            "folder, or remove that one"
-                        )
-                    os.replace(stage, out)
-                    sync(out.parent)
+                yield stage
+                _settle(stage)
+                if out.is_dir() and any(out.iterdir()):
+                    raise CheckpointError(
+                        f"{out} was written meanwhile by another process, and stays as it is; give --out a new folder, "
+                        "or remove that one"
+                    )
+                os.replace(stage, out)
+                sync(out.parent)
             except BaseException:
                 shutil.rmtree(stage, ignore_errors=True)
                 raise
@@ -76,28 +75,34 @@ def adding(folder: Path, last: str) -> Iterator[Path]:
 
 
 @contextmanager
-def _stage(out: Path) -> Iterator[Path]:
-    """Make and lock a folder next to ``out``; remove those whose process has ended."""
-    prefix = f".{out.name}.partial-"
-    for left in out.parent.glob(f"{glob.escape(prefix)}*"):
+def _locked_new(final: Path, make: Callable[..., str]) -> Iterator[Path]:
+    """Make and lock a file or folder next to ``final``; remove those whose process has ended."""
+    prefix = f".{final.name}.partial-"
+    for left in final.parent.glob(f"{glob.escape(prefix)}*"):
         with _opened(left) as descriptor:
             if descriptor is not None and try_lock(descriptor):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove(left)
     while True:
-        with writing(out):
-            stage = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        with _opened(stage) as descriptor:
-            if descriptor is not None and try_lock(descriptor) is not False:
-                yield stage
+        new = Path(make(prefix=prefix, dir=final.parent))
+        with _opened(new) as descriptor:
+            if descriptor is not None and try_lock(descriptor) is not False and new.exists():
+                yield new
                 return
         # Another process took it for a left one.
 
 
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
-def _opened(folder: Path) -> Iterator[int | None]:
-    """Open a folder's descriptor; None if the folder is gone."""
+def _opened(path: Path) -> Iterator[int | None]:
+    """Open a file or folder; None if it is gone."""
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         yield None
         return
@@ -178,10 +183,15 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def _settle(stage: Path) -> None:
     """Flush a folder's files to the disk, with the usual rights."""
-    mask = os.umask(0)
-    os.umask(mask)
+    mask = _umask()
     for path in (*sorted(stage.rglob("*"), reverse=True), stage):
         # mkdtemp and safetensors give rights only to the owner.
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
@@ -200,24 +210,31 @@ def sync(path: Path) -> None:
 def write_atomically(file: str | os.PathLike[str], content: str | bytes) -> None:
     """Replace a file's content whole: readers see old or new content.
 
-    The folder is made where it is missing. Several processes may write the same file.
+    The folder is made where it is missing. Several processes may write the same file. What killed ones left is removed.
 
     Raises:
         CheckpointError: the file cannot be written; it is as it was.
     """
     path = Path(file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as handle:
-                handle.write(content.encode("utf-8") if isinstance(content, str) else content)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with _locked_new(path, _new_file) as temporary:
+            try:
+                with open(temporary, "wb") as handle:
+                    handle.write(content.encode("utf-8") if isinstance(content, str) else content)
+                    handle.flush()
+                    os.fsync(handle.fileno())
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+
+def _new_file(prefix: str, dir: Path) -> str:
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=dir)
+    os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp gives rights only to the owner
+    os.close(descriptor)
+    return name
 
 
 def read_text(file: str | os.PathLike[str], error: type[ToveError] = DataError, hint: str = "") -> str:

@@ -17,7 +17,7 @@ from tove_llava.core.text import printable
 from tove_llava.data.data_files import DataFiles
 from tove_llava.data.dataset import truncate
 from tove_llava.data.dialects import unread_keys
-from tove_llava.data.images import MAX_PIXELS, open_image, resolve_image, to_rgb
+from tove_llava.data.images import MAX_PIXELS, check_shape, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.records import Record, prepare_turns, record_name
 from tove_llava.data.templates import Template, Turn, get_template
@@ -91,6 +91,8 @@ class CheckOptions:
         num_image_tokens: tokens of an image in the sequence.
         model_max_length: longest sequence.
         decode: decode each image; otherwise only check that it exists.
+        image_size, image_aspect_ratio: how training brings images to a square; by default ``square`` for the template
+            of stage 1, ``pad`` for others.
         image_placeholder: see :func:`tove_llava.data.records.place_images`.
         allow_image_links, max_pixels: see :mod:`tove_llava.data.images`.
     """
@@ -101,6 +103,8 @@ class CheckOptions:
     num_image_tokens: int = 576
     model_max_length: int = 2048
     decode: bool = True
+    image_size: int = 336
+    image_aspect_ratio: str | None = None
     image_placeholder: str = "written"
     allow_image_links: bool = False
     max_pixels: int = MAX_PIXELS
@@ -155,7 +159,8 @@ def check_dataset(
     report.unread_keys = dict(unread.most_common())
     report.images = len(images)
     if options.image_folder is not None or not any(isinstance(key, str) for key in images):
-        found = parallel_map(_ImageCheck(files, options), list(images), workers)
+        ratio = options.image_aspect_ratio or ("square" if template.single_turn else "pad")
+        found = parallel_map(_ImageCheck(files, options, ratio), list(images), workers)
         _add_images(show(found, len(images), "images"), images, files, report)
     else:
         raise ConfigError(f"{data_path} has images; say where they are with --image-folder")
@@ -262,6 +267,7 @@ class _RecordCheck:
 class _ImageCheck:
     files: DataFiles
     options: CheckOptions
+    aspect_ratio: str
 
     def __call__(self, key: _ImageKey) -> tuple[_ImageKey, str, str]:
         """Return key, mode, and the problem (empty if there is none)."""
@@ -275,7 +281,11 @@ class _ImageCheck:
             if options.decode:
                 image = open_image(file, options.max_pixels, name)
                 mode = image.mode
-                to_rgb(image)
+                try:
+                    check_shape(image, options.image_size, self.aspect_ratio, options.max_pixels)
+                    to_rgb(image)
+                except DataError as error:
+                    raise DataError(f"{file if name is None else name}: {error}") from error
         except DataError as error:
             return key, mode, str(error)
         return key, mode, ""

@@ -171,6 +171,18 @@ def to_rgb(
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def check_shape(image: Image.Image, side: int, aspect_ratio: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Raise DataError for an image that is too long and thin for a square of ``side`` pixels."""
+    long, short = max(image.size), min(image.size)
+    if short == 0:
+        raise DataError("an empty image")
+    work = long * long if aspect_ratio == "pad" else side * math.ceil(long / short * side)
+    if work > 2 * max_pixels:
+        raise DataError(
+            f"{image.width} x {image.height} pixels: too long and thin to be brought to a square; crop or shrink it"
+        )
+
+
 class ImageTransform:
     """Turns an image into the tower's ``pixel_values``, exactly as LLaVA-1.5 does.
 
@@ -263,12 +275,5 @@ class ImageTransform:
             raise DataError(f"{file if name is None else name}: {error}") from error
 
     def _checked_rgb(self, image: Image.Image) -> Image.Image:
-        long, short, side = max(image.size), min(image.size), self.image_size
-        if short == 0:
-            raise DataError("an empty image")
-        work = long * long if self.aspect_ratio == "pad" else side * math.ceil(long / short * side)
-        if work > 2 * self.max_pixels:
-            raise DataError(
-                f"{image.width} x {image.height} pixels: too long and thin to be brought to a square; crop or shrink it"
-            )
+        check_shape(image, self.image_size, self.aspect_ratio, self.max_pixels)
         return to_rgb(image, self.exif_transpose, self.background)

@@ -1,10 +1,13 @@
 """Give a batch the indices of its records, and the images that only the merge loss sees."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from tove_llava.core.errors import DataError, ToveError
 from tove_llava.data import LlavaCollator, LlavaDataset
 from tove_llava.data.packed_batch import PackedBatch
 from tove_llava.tower import TowerFeatures
@@ -13,6 +16,25 @@ from tove_llava.train.merging import FurtherImages
 
 FURTHER = "further_images"  # batch key: number of images that only the merge loss sees
 RECORD = "record_index"  # batch key: indices of a micro-batch's records, for error messages
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Raise an error of a data worker as it was raised there, without the loader's traceback."""
+    try:
+        yield
+    except ToveError as error:
+        kind = type(error)
+        before, _, message = str(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")
+        if not before.startswith(f"Caught {kind.__name__} in "):
+            raise
+        raise kind(message.rstrip()) from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            f"a process that reads images has ended ({error}); memory may be full: lower --dataloader_num_workers"
+        ) from error
 
 
 class Numbered(Dataset[Any]):

@@ -26,8 +26,8 @@ from tove_llava.core.text import GIB
 from tove_llava.data import ImageTransform, LlavaDataset, WeightedSampler
 from tove_llava.data.data_files import DataFiles
 from tove_llava.llava.build import read_tokenizer, torch_dtype
-from tove_llava.llava.sizes import TEXT_TOKENS, Size, preset_sizes
-from tove_llava.presets import Preset, StagePreset, dump_preset
+from tove_llava.llava.sizes import TEXT_TOKENS, Size, format_sizes, preset_sizes
+from tove_llava.presets import Preset, StagePreset, dump_preset, load_preset
 from tove_llava.train.arguments import Parser, resolve
 from tove_llava.train.flags import RunArguments
 from tove_llava.train.memory import Run, training_memory
@@ -76,6 +76,12 @@ def print_config(argv: Sequence[str]) -> str:
     if output is not None and complete(Path(output)):
         lines.append(f"{complete(Path(output))[-1]} is there: the run goes on from it, if its settings are these")
     return dump_preset(preset) + "".join(f"# {line}\n" for line in lines)
+
+
+def print_sizes(argv: Sequence[str]) -> str:
+    """Return a preset's parameters and GFLOPs, without loading weights."""
+    given = Parser().given([word for word in argv if word != "--meta"])
+    return format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"])))
 
 
 def _plan(run: RunArguments, preset: Preset, stage: StagePreset) -> list[str]:

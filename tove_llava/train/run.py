@@ -29,17 +29,17 @@ from tove_llava.llava.modeling import ToveLlavaForConditionalGeneration
 from tove_llava.llava.processing import build_processor
 from tove_llava.llava.quantization import recorded, set_compute_dtype
 from tove_llava.llava.varlen import packed_rows
-from tove_llava.presets import StagePreset, load_preset
+from tove_llava.presets import StagePreset
 from tove_llava.train import step_checkpoints
-from tove_llava.train.arguments import Parser, further_flags, parse
+from tove_llava.train.arguments import further_flags, parse
 from tove_llava.train.benchmark_scores import MakeBenchmarks, read_benchmarks, scores_of
 from tove_llava.train.flags import help_page
 from tove_llava.train.interrupts import Interrupted, note, watching
 from tove_llava.train.launcher import end_with_launcher
 from tove_llava.train.lines import ending
 from tove_llava.train.merging import MergingTower
-from tove_llava.train.numbered_records import Numbered, NumberedCollator
-from tove_llava.train.plan import planned_steps, print_config
+from tove_llava.train.numbered_records import Numbered, NumberedCollator, worker_errors
+from tove_llava.train.plan import planned_steps, print_config, print_sizes
 from tove_llava.train.recomputation import set_checkpointing
 from tove_llava.train.run_files import CHECKPOINT, STATE, complete, incomplete
 from tove_llava.train.run_record import is_finished, run_record, stage_history, write_record
@@ -72,7 +72,7 @@ def run(settings: Settings, make_benchmarks: MakeBenchmarks | None = None) -> No
         if _is_main():
             sweep(settings.output_dir)
         return
-    with locked(settings.output_dir) if _is_main() else nullcontext():
+    with locked(settings.output_dir) if _is_main() else nullcontext(), worker_errors():
         _run(settings, record, make_benchmarks)
 
 
@@ -106,6 +106,7 @@ def _run(settings: Settings, record: dict[str, Any], make_benchmarks: MakeBenchm
         _say(f"{resume} is the last step of this run; only saving was left to do")
         step_checkpoints.load_weights(resume / step_checkpoints.WEIGHTS, trainable)
         if _is_main():
+            step_checkpoints.prune(settings.output_dir, settings.training.get("save_total_limit"))
             tensors = step_checkpoints.gather(trainable, True)
             with _adding(settings.output_dir) as folder:
                 _save(settings, start, model, trainable, tensors, stages, folder)
@@ -339,14 +340,6 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def print_sizes(argv: Sequence[str]) -> None:
-    """Print a preset's parameters and GFLOPs without loading weights."""
-    from tove_llava.llava.sizes import format_sizes, preset_sizes
-
-    given = Parser().given([word for word in argv if word != "--meta"])
-    _say(format_sizes(preset_sizes(load_preset(given.get("preset", "tiny"), given["set"]))))
-
-
 def main(
     argv: Sequence[str] | None = None, command: str = "train", make_benchmarks: MakeBenchmarks | None = None
 ) -> int:
@@ -361,7 +354,7 @@ def main(
             elif "--help-all" in arguments:
                 _say(help_page(further_flags()))
             elif "--meta" in arguments:
-                print_sizes(arguments)
+                _say(print_sizes(arguments))
             elif {"--print-config", "--print_config"} & set(arguments):
                 _say(print_config(arguments).rstrip())
             else:

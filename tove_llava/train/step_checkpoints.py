@@ -83,8 +83,10 @@ def publish(staging: Path, final: Path, keep: int | None) -> None:
         shutil.rmtree(final)
     os.rename(staging, final)
     sync(final.parent)
-    older = complete(final.parent)[:-1]
-    for path in older[: len(older) - (keep - 1)] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in incomplete(final.parent):
+    prune(final.parent, keep)
+
+
+def prune(run: Path, keep: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints (None: no complete one)."""
+    for path in [*(complete(run)[:-keep] if keep else []), *incomplete(run)]:
         shutil.rmtree(path, ignore_errors=True)
