@@ -27,7 +27,7 @@ from tove_llava.checkpoints.plugin_records import save_plugins
 from tove_llava.checkpoints.tensors import file_tensors
 from tove_llava.checkpoints.weight_fingerprints import by_model_names, check_stored, exact_fingerprint
 from tove_llava.core.errors import CheckpointError, ConfigError
-from tove_llava.core.files import read_json_object, staged, write_atomically
+from tove_llava.core.files import check_writable, read_json_object, staged, write_atomically
 from tove_llava.core.locks import locked_target
 from tove_llava.core.paths import check_tree
 from tove_llava.core.sources import Source
@@ -113,9 +113,10 @@ def _detach(folder: Path, out: Path, experts: Iterable[str]) -> Detached:
 
 
 def check_out(out: str | os.PathLike[str]) -> None:
-    """Raise CheckpointError when the folder to be written exists."""
+    """Raise CheckpointError when the folder to be written exists, or cannot be written."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already; choose another --out, or move it away")
+    check_writable(out)
 
 
 def reduced_config(config: ToveVisionConfig, experts: Iterable[str]) -> ToveVisionConfig:

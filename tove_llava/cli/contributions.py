@@ -32,8 +32,10 @@ def run(args: argparse.Namespace) -> int:
     from tove_llava.analysis.contributions import measure_contributions, save_contributions
     from tove_llava.analysis.measure import tower_with_experts
     from tove_llava.analysis.plots import figure
+    from tove_llava.core.files import check_writable
 
     check_least(args, "--batch-size", "--limit")
+    check_writable(args.out)
     figure(1, 1)  # fails now, not at the end, where matplotlib is missing
     answerer = load_answerer(args)
     tower_with_experts(answerer)

@@ -19,6 +19,7 @@ from tove_llava.cli._flags import (
     split_names,
 )
 from tove_llava.core.errors import ConfigError
+from tove_llava.core.files import check_writable
 
 if TYPE_CHECKING:
     from tove_llava.analysis.speed import Fit
@@ -97,6 +98,7 @@ def _curve(args: argparse.Namespace) -> int:
     from tove_llava.analysis.curve import curve_table, detach_curve, save_curve
     from tove_llava.analysis.plots import figure
 
+    check_writable(args.out)
     figure(1, 1)  # fails now, not at the end, where matplotlib is missing
     answerer, samples, ranking = _ranked(args)
     steps = detach_curve(answerer, samples, ranking, args.batch_size)

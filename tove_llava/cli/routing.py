@@ -23,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from tove_llava.analysis.routing_maps import routing_table, show_routing
+    from tove_llava.core.files import check_writable
 
+    check_writable(args.out)
     answerer = load_answerer(args)
     shown = show_routing(answerer, args.image, args.out)
     if args.json:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tove_llava.core.errors import ConfigError, DataError
-    from tove_llava.core.files import write_atomically
+    from tove_llava.core.files import check_writable, write_atomically
     from tove_llava.eval.benchmarks import get_benchmark
     from tove_llava.eval.rows import read_answers
     from tove_llava.eval.score_table import first_ids
@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--out must end in {benchmark.submission_suffix} for {args.benchmark}, not {out.name!r}")
     if out.exists() and not args.overwrite:
         raise DataError(f"{out} exists; give --overwrite to replace it, or another --out")
+    check_writable(out)
     broken: list[int] = []
     answers = read_answers(args.predictions, broken)
     if questions is not None and questions.is_dir():

@@ -5,6 +5,7 @@ step, write a checkpoint together, and exit with 128 plus the signal's number. A
 Ctrl-C on, so a second SIGINT within :data:`SAME` seconds is the same Ctrl-C. A later one kills at once.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import Finalize
 from types import FrameType
 from typing import Any
 
@@ -106,3 +108,15 @@ def leave_to_parent() -> None:
     """Ignore the signals in a process that the run ends itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """End the data workers: they ignore the SIGTERM by which multiprocessing would end them."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
+        for worker in workers:
+            worker.kill()
+
+
+Finalize(None, _end_workers, exitpriority=0)  # before multiprocessing waits for them

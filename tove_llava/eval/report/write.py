@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tove_llava.core.errors import ConfigError
-from tove_llava.core.files import staged
+from tove_llava.core.files import check_writable, staged
 from tove_llava.eval.report.comparison import compare
 from tove_llava.eval.report.page import IMAGES, build, images, render, to_json
 from tove_llava.eval.report.published import choose_published
@@ -46,6 +46,7 @@ def write_report(sources: Sequence[str], out: Path, options: Options | None = No
     options = options or Options()
     if os.path.lexists(out):
         raise ConfigError(f"{out} exists already; choose another --out, or move it away")
+    check_writable(out)
     runs = read_runs(sources, options.benchmarks, options.conditions)
     published = choose_published(options.published, [run.benchmark for run in runs])
     bootstrap = Bootstrap(options.resamples, options.seed)
