@@ -50,6 +50,7 @@ HTML = b"<html><script>document.title='broken'</script></html>"
 
 #: file name, content, and what the message says; None: it is read, and an answer comes
 FILES = {
+    "thin": ("thin.png", lambda: png(200_000, 1, zeros(1 + 25_000)), "thin.png: 200000 x 1 pixels: too long and thin"),
     "huge": ("huge.png", huge_png, "too large to be decoded safely"),
     "gif": ("bomb.gif", bomb_gif, "too large to be decoded safely"),
     "text-bomb": ("comment.png", text_bomb_png, "is damaged"),

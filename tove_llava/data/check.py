@@ -17,7 +17,7 @@ from tove_llava.core.text import printable
 from tove_llava.data.data_files import DataFiles
 from tove_llava.data.dataset import truncate
 from tove_llava.data.dialects import unread_keys
-from tove_llava.data.images import MAX_PIXELS, check_shape, open_image, resolve_image, to_rgb
+from tove_llava.data.images import MAX_PIXELS, check_shape, naming, open_image, resolve_image, to_rgb
 from tove_llava.data.parallel import parallel_map
 from tove_llava.data.records import Record, prepare_turns, record_name
 from tove_llava.data.templates import Template, Turn, get_template
@@ -281,11 +281,9 @@ class _ImageCheck:
             if options.decode:
                 image = open_image(file, options.max_pixels, name)
                 mode = image.mode
-                try:
+                with naming(file if name is None else name):
                     check_shape(image, options.image_size, self.aspect_ratio, options.max_pixels)
                     to_rgb(image)
-                except DataError as error:
-                    raise DataError(f"{file if name is None else name}: {error}") from error
         except DataError as error:
             return key, mode, str(error)
         return key, mode, ""

@@ -171,6 +171,15 @@ def to_rgb(
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+@contextmanager
+def naming(name: str | Path | ImageBytes) -> Iterator[None]:
+    """Put an image's name before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
 def check_shape(image: Image.Image, side: int, aspect_ratio: str, max_pixels: int = MAX_PIXELS) -> None:
     """Raise DataError for an image that is too long and thin for a square of ``side`` pixels."""
     long, short = max(image.size), min(image.size)
@@ -269,10 +278,8 @@ class ImageTransform:
     def open(self, file: str | Path | ImageBytes, name: str | None = None) -> torch.Tensor:
         """Transform an image file, or its content; every :class:`DataError` has its name."""
         image = open_image(file, self.max_pixels, name)
-        try:
+        with naming(file if name is None else name):
             return self(image)
-        except DataError as error:
-            raise DataError(f"{file if name is None else name}: {error}") from error
 
     def _checked_rgb(self, image: Image.Image) -> Image.Image:
         check_shape(image, self.image_size, self.aspect_ratio, self.max_pixels)

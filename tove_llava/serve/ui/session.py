@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tove_llava.core.errors import DataError
-from tove_llava.data.images import open_image
+from tove_llava.data.images import naming, open_image
 from tove_llava.inference.engine import Engine, Reply, Sampling, Timing
 from tove_llava.serve.ui.conversation import Message, checked_text
 
@@ -160,8 +160,9 @@ class Session:
 
 def _read(engine: Engine, file: str) -> SeenImage:
     image = open_image(file, max_pixels=MAX_PIXELS, name=Path(file).name)
-    framed = engine.answerer.upright_transform.framed(image)
-    return SeenImage(engine.pixels(image), framed.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+    with naming(Path(file).name):
+        framed = engine.answerer.upright_transform.framed(image)
+        return SeenImage(engine.pixels(image), framed.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
 
 
 def timing_line(timing: Timing, experts: int | None) -> str:
