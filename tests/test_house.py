@@ -74,7 +74,7 @@ STAGED = {
     "checkpoints/formats/original.py", "checkpoints/formats/remote_code.py", "checkpoints/plugin_records.py",
     "checkpoints/saving.py", "checkpoints/tensors.py", "checkpoints/tokenizer_files.py", "core/files.py",
     "core/licences.py", "data/readers/parquet.py", "eval/report/write.py", "experts/dense_expert.py",
-    "experts/edge.py", "scenes/writer.py", "train/feature_stores.py", "train/run.py", "train/run_record.py",
+    "experts/edge.py", "scenes/writer.py", "train/feature_stores.py", "train/run.py",
     "train/step_checkpoints.py", "train/trainer.py",
 }  # fmt: skip
 WRITERS = {"write_text", "write_bytes", "save_file", "copyfile", "copy2", "copytree", "savefig"}

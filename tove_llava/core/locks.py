@@ -17,6 +17,7 @@ from typing import IO
 
 from tove_llava.core.errors import BusyError, CheckpointError, ToveError
 from tove_llava.core.files import PARTIAL, make_folders, remove_empty, try_lock
+from tove_llava.core.json_text import loads
 
 LOCK = ".tove_llava.lock"  # in a folder that grows; a folder that appears whole has one next to it
 _PATIENCE = 1.0  # seconds: who only looks (is_locked) holds a lock too, for a moment
@@ -123,7 +124,7 @@ def _is_same(descriptor: int, file: Path) -> bool:
 
 def _holder(descriptor: int) -> str:
     try:
-        holder = json.loads(os.pread(descriptor, 1000, 0))
+        holder = loads(os.pread(descriptor, 1000, 0))
         return "process {pid} on {host} since {since}".format(**holder)
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
