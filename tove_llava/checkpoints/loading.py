@@ -270,6 +270,8 @@ def trained_names(model: ToveLlavaForConditionalGeneration) -> set[str]:
 def read_config(folder: Path) -> ToveLlavaConfig:
     """Read a checkpoint's configuration; CheckpointError also for a missing plugin."""
     check_plugins(folder, Manifest.read(folder))
+    if not (folder / "config.json").is_file():  # transformers would go on with its defaults
+        raise CheckpointError(f"{folder} lacks config.json; the checkpoint is incomplete, copy it again")
     return from_pretrained(ToveLlavaConfig, folder, "config.json")
 
 
