@@ -43,7 +43,7 @@ def loads(text: str | bytes, unique: bool = True, finite: bool = True) -> Any:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as cause:
-            raise JsonError("not UTF-8 text", 1 + text.count(b"\n", 0, cause.start)) from None
+            raise JsonError("not UTF-8 text", 1 + cause.object.count(b"\n", 0, cause.start)) from None
     text = text.removeprefix("\ufeff")
     try:
         value = _DECODERS[unique, finite].decode(text)
