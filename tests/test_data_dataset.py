@@ -96,7 +96,7 @@ def test_a_text_batch(make, multiple):
     """LLaVA removes a genuine <unk> (id 0, its padding) from the text."""
     example = make([{"id": "unk", "conversations": turns("Say it", "It is <unk> here.")}])[0]
     batch = LlavaCollator(pad_token_id=0, image_token_id=999, num_image_tokens=1, multiple_of=multiple)([example])
-    assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised"}  # no pixels
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "supervised", "image_positions"}  # no pixels
     length, width = len(example["input_ids"]), batch["input_ids"].shape[1]
     assert width % multiple == 0 and 0 <= width - length < multiple
     assert (example["input_ids"] == 0).any()

@@ -375,8 +375,6 @@ def test_a_cache_is_taken_under_both_names(tmp_path, name):
         logits = model(input_ids=ids[:, 4:], **{name: cache}).logits
         torch.testing.assert_close(logits, model(input_ids=ids).logits[:, 4:])
 
-        assert torch.allclose(model(input_ids=ids[:, 4:], **{name: cache}).logits, model(input_ids=ids).logits[:, 4:])
-
 
 def test_images_are_given_once(tmp_path):
     model = make_llava(tmp_path).eval()

@@ -222,12 +222,11 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "inputs_embeds": inputs_embeds,
+            CACHE: past_key_values if cache is None else cache,
             "mm_encoder_outputs": None if images is None else {"image": images},
             **kwargs,
             "return_dict": True,
         }
-        if cache is not None or past_key_values is not None:
-            given[CACHE] = past_key_values if cache is None else cache
         if supervised is None:
             counted = {"num_items_in_batch": num_items_in_batch}
             output = super().forward(labels=labels, logits_to_keep=logits_to_keep, **given, **counted)
@@ -235,25 +234,22 @@ class ToveLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             if image_positions is not None:
                 given |= self._embedded(input_ids, image_positions, images)
             output = self._loss_only(labels, supervised, num_items_in_batch, given)
-        loss, gate_inputs, routing, aux_loss, merge_loss = output.loss, None, None, None, None
-        if images is not None:
-            merge_loss = images.merge_loss
-            if not vision.dummy:
-                gate_inputs = images.gate_inputs if self.training else None
-                routing = images.routing if output_routing else None
-            elif merge_loss is not None:
-                merge_loss = merge_loss[:0]  # still with a graph: ZeRO-3 counts backward passes by outputs
+        loss, aux_loss = output.loss, None
+        seen = self._vision_outputs(images, vision.dummy, output_routing)
         if add_aux_loss and labels is not None:
-            loss, aux_loss = self._with_losses(loss, gate_inputs, merge_loss)
-        result = ToveLlavaOutput(
-            **{**output, "loss": loss},
-            lm_loss=output.loss,
-            aux_loss=aux_loss,
-            routing=routing,
-            gate_inputs=gate_inputs,
-            merge_loss=merge_loss,
-        )
+            loss, aux_loss = self._with_losses(loss, seen["gate_inputs"], seen["merge_loss"])
+        result = ToveLlavaOutput(**{**output, "loss": loss}, lm_loss=output.loss, aux_loss=aux_loss, **seen)
         return result if kwargs.get("return_dict") is not False else result.to_tuple()
+
+    def _vision_outputs(self, images: ToveVisionOutput | None, dummy: bool, routing: bool) -> dict[str, Any]:
+        """Return the tower's gate inputs, routing and merge loss."""
+        merge_loss = None if images is None else images.merge_loss
+        if images is None or dummy:
+            if merge_loss is not None:
+                merge_loss = merge_loss[:0]  # still with a graph: ZeRO-3 counts backward passes by outputs
+            return {"gate_inputs": None, "routing": None, "merge_loss": merge_loss}
+        gate_inputs = images.gate_inputs if self.training else None
+        return {"gate_inputs": gate_inputs, "routing": images.routing if routing else None, "merge_loss": merge_loss}
 
     def _encoded(
         self, pixel_values: torch.Tensor | None, vision: VisionInputs, images: ToveVisionOutput | None
