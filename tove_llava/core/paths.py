@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from tove_llava.core.errors import CheckpointError
+from tove_llava.core.errors import CheckpointError, DataError
 from tove_llava.core.files import read_json
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -43,6 +43,21 @@ def way_out(folder: str | os.PathLike[str], name: str, links: bool = False) -> s
     if links or any(os.path.commonpath([each, real]) == each for each in roots):
         return ""
     return f"leads through a link (to {real}) out of"
+
+
+def name_inside(folder: str | os.PathLike[str], name: str, allow_links: bool = True) -> str:
+    """Return an image's name relative to its folder; DataError if it leads out (:func:`way_out`)."""
+    if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
+        if PureWindowsPath(name).drive:
+            raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
+        name = name.replace("\\", "/")
+    reason = way_out(folder, name, allow_links)
+    if reason:
+        raise DataError(
+            f"image {name!r} {reason} the image folder {folder}; choose the image folder so that the file is inside"
+            + (", or follow such links with --allow_image_links" if "through a link" in reason else "")
+        )
+    return os.path.relpath(os.path.normpath(name), os.path.abspath(folder)) if os.path.isabs(name) else name
 
 
 def inside(folder: str | os.PathLike[str], name: str, named_by: str = "") -> Path:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import CLIPImageProcessorPil
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.paths import way_out
+from tove_llava.core.paths import name_inside
 from tove_llava.data.resize import ImageResize, pad_and_resize, pad_to_square, resize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -60,21 +60,6 @@ def resolve_image(folder: str | os.PathLike[str], name: str, allow_links: bool =
     if not stat.S_ISREG(mode):
         raise DataError(f"image {name!r} in {folder} is not a file")
     return Path(path)
-
-
-def name_inside(folder: str | os.PathLike[str], name: str, allow_links: bool = True) -> str:
-    """Return an image's name relative to its folder; DataError if it leads out (:func:`core.paths.way_out`)."""
-    if "\\" in name and not os.path.lexists(os.path.join(folder, name)):
-        if PureWindowsPath(name).drive:
-            raise DataError(f"image {name!r} is an absolute path; give it relative to the image folder {folder}")
-        name = name.replace("\\", "/")
-    reason = way_out(folder, name, allow_links)
-    if reason:
-        raise DataError(
-            f"image {name!r} {reason} the image folder {folder}; choose the image folder so that the file is inside"
-            + (", or follow such links with --allow_image_links" if "through a link" in reason else "")
-        )
-    return os.path.relpath(os.path.normpath(name), os.path.abspath(folder)) if os.path.isabs(name) else name
 
 
 def _similar(path: str) -> str:

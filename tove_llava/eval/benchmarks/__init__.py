@@ -22,8 +22,8 @@ from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.core.paths import name_inside
 from tove_llava.core.registry import Registry
-from tove_llava.data.images import name_inside
 from tove_llava.eval.fields import ID, TEXT
 from tove_llava.eval.matching import Matched, match
 from tove_llava.eval.rows import Row, read_jsonl, read_truth, spread
