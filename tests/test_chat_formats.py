@@ -275,6 +275,7 @@ PARTS = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor
         ("{% for m in messages %}{{ m.content }};{% endfor %}", "begins with no token of this tokenizer"),
         ("{% for m in messages %}", "refuses the conversation"),
         ("{{ messages.__class__.__mro__ }}", "refuses the conversation|renders a turn's text"),
+        ("{{ 'a' * 10**9 }}", "takes all memory"),
         ("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}", "does not come to an end"),
         ("{{ raise_exception('not today') }}", "not today"),
         ("{#- tove_llava chat format: {\"end\": 3} -#}" + PARTS, "first line is damaged"),

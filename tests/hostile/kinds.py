@@ -314,7 +314,8 @@ def questions(seed: int, folder: Path, world: World) -> Case:
 
 PIECES = [
     "{{ ", " }}", "{% ", " %}", "| upper", "| trim", "| replace('e', '')", "content", "message['content']", "role",
-    "{% endfor %}", "{% if false %}", "{% for i in range(10**9) %}x{% endfor %}", "{{ raise_exception('no') }}",
+    "{% endfor %}", "{% if false %}", "{% for i in range(10**9) %}x{% endfor %}", "{{ 'a' * 10**9 }}",
+    "{{ raise_exception('no') }}",
     "{{ ''.__class__.__mro__ }}", "{% set x = namespace() %}", "bos_token", "eos_token", "{{ messages | tojson }}",
     "{% include '/etc/passwd' %}", "{{ 'a' * 10**6 }}", "{{ cycler.__init__.__globals__ }}", "<image>", "\x00", "{#",
 ]  # fmt: skip

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ REASONING = ("refuse", "drop", "keep")
 DATE = "2024-07-26"  # what Llama 3's template takes where there is no clock
 _HEADER = re.compile(r"\{#- tove_llava chat format: (\{.*?\}) -#\}")
 _FLATTENED = "set content.text = content.text + part['text']"  # in the templates of checkpoints without such a header
+_MEMORY = 2**29  # bytes that one template may take
 _STEPS = 3_000_000  # lines of Python that one template may take; the largest shipped one takes 1.2 million to compile
 
 _WRAP = """\
@@ -101,6 +103,8 @@ def render(tokenizer: PreTrainedTokenizerBase, text: str, messages: list[dict[st
         return tokenizer.apply_chat_template(
             messages, chat_template=text, tokenize=False, add_generation_prompt=generation
         )
+    except MemoryError as error:
+        raise DataError("the tokenizer's chat template builds a text that takes all memory") from error
     except Exception as error:  # a template of anybody's raises anything
         raise DataError(f"the tokenizer's chat template refuses the conversation: {error}") from error
 
@@ -130,7 +134,7 @@ def _read_header(header: str, text: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 def _make(tokenizer: PreTrainedTokenizerBase, shipped: str, reasoning: str, date: str) -> ChatFormat:
     try:
-        with _limited_steps():
+        with _limited_steps(), _limited_memory():
             return _first_fit(tokenizer, shipped, reasoning, date)
     except _EndlessError:
         fault = "it does not come to an end"
@@ -347,3 +351,23 @@ def _limited_steps() -> Iterator[None]:
         yield
     finally:
         sys.settrace(before)
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    """Give a template little memory: jinja computes ``'a' * 10**9`` when it compiles it. Linux only."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        yield
+        return
+    import resource  # not on Windows
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(statm.read_text().split()[0]) * resource.getpagesize() + _MEMORY
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
