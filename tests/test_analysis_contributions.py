@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tower_parts import tower_config
 
 from tove_llava import cli
+from tove_llava.analysis import measure
 from tove_llava.analysis.contributions import measure_contributions
 from tove_llava.analysis.measure import image_statistics
 from tove_llava.analysis.results import Contributions, ExpertContribution, Group
@@ -98,6 +99,18 @@ def test_same_as_running_the_whole_model_for_each_subset(answerer, data, batch_s
     assert found.overall.answers == 7, "the long reply is not counted"
     assert any(abs(e.loss_change) > 1e-3 for e in found.overall.experts.values()), "the experts matter here"
     assert any(e.accuracy_change for group, _ in groups for e in group.experts.values())
+
+
+def test_features_are_kept_until_their_last_use_only(answerer, data, monkeypatch):
+    kept, honest = [], measure._Store.release
+
+    def release(self, batch):
+        honest(self, batch)
+        kept.append(len(self.known))
+
+    monkeypatch.setattr(measure._Store, "release", release)
+    measure_contributions(answerer, load_samples(data, None, answerer, "nowhere"), 2)
+    assert max(kept) < 4 and kept[-1] == 0
 
 
 def test_gate_weight_and_norm_share_by_hand(answerer, data):

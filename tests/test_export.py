@@ -17,6 +17,7 @@ from train_parts import flags, write_parts, write_records
 from transformers import AutoConfig, AutoProcessor, AutoTokenizer, LlavaForConditionalGeneration
 
 from tove_llava import load_model
+from tove_llava.checkpoints import conversion, exports
 from tove_llava.checkpoints.conversion import export_model
 from tove_llava.cli import main
 from tove_llava.core.errors import CheckpointError, ConfigError
@@ -135,6 +136,24 @@ def test_dtype(detached, tmp_path):
     export_model(detached / "model", tmp_path / "half", dtype="bfloat16")
     assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_who_writes_the_beginning_of_a_chat(begins):
+    tokenizer = load_tokenizer("bundled:llm")
+    template = exports.chat_template("v1", tokenizer, begins=begins)
+    talk = [{"role": "user", "content": QUESTION}]
+    text = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=not begins)["input_ids"]
+    assert text.startswith("<s>") == begins and ids == encode_prompt([Turn("user", QUESTION)], tokenizer, "v1")
+
+
+@pytest.mark.parametrize(("words", "begins"), [((), True), (("--bos", "tokenizer"), False)])
+def test_the_flag_says_who_writes_it(monkeypatch, words, begins):
+    asked = []
+    monkeypatch.setattr(conversion, "export_model", lambda *args, **keys: asked.append(keys["chat_begins"]) or [])
+    assert main(["export", "--model", "in", "--out", "out", *words]) == 0
+    assert asked == [begins]
 
 
 def test_higher_resolution_is_said_to_differ(tmp_path):
