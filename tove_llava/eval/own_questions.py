@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from tove_llava.core.errors import ConfigError, DataError
-from tove_llava.core.files import read_json, read_text
+from tove_llava.core.files import read_text
 from tove_llava.core.mappings import from_mapping, parse_yaml
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import BENCHMARKS, Benchmark, Question, Score, get_benchmark
@@ -20,7 +20,7 @@ from tove_llava.eval.benchmarks.mmvet import conversation
 from tove_llava.eval.captions import UNAVAILABLE, CaptionBenchmark, caption_scores, remarks, table_rows
 from tove_llava.eval.fields import ID, TEXT, Kinds, Row, check_row
 from tove_llava.eval.judge import Judge, JudgedBenchmark
-from tove_llava.eval.rows import read_jsonl
+from tove_llava.eval.public_files import read_records, refuse_twins
 from tove_llava.eval.rules import MarkedBenchmark, get_rule
 
 SPEC = "benchmark.yaml"
@@ -87,21 +87,9 @@ class OwnBenchmark(Benchmark):
         return "" if self.marking is None else self.marking.request
 
     def read_ground_truth(self, file: str | Path) -> list[Row]:
-        if Path(file).suffix == ".json":
-            content = read_json(file)
-            if not isinstance(content, list):
-                raise DataError(f"{file} is no list of questions")
-            records = [(f"{file}, record {number}", row) for number, row in enumerate(content, start=1)]
-        else:
-            records = [(f"{file}, record {number}", row) for number, row in enumerate(read_jsonl(file), start=1)]
-        rows = [self._row(check_row(row, place, {}), number, place) for number, (place, row) in enumerate(records)]
-        if not rows:
-            raise DataError(f"{file} holds no questions")
-        seen: dict[Any, str] = {}
-        for row, (place, _) in zip(rows, records, strict=True):
-            if row["question_id"] in seen:
-                raise DataError(f"{place}: question_id {row['question_id']!r} is taken by {seen[row['question_id']]}")
-            seen[row["question_id"]] = place
+        records = read_records(file)
+        rows = [self._row(row, number, place) for number, (place, row) in enumerate(records)]
+        refuse_twins((row["question_id"], place) for row, (place, _) in zip(rows, records, strict=True))
         return rows
 
     def _row(self, row: Row, number: int, place: str) -> Row:

@@ -40,10 +40,10 @@ _INLINE_OPTION = re.compile(r"\(([A-Z])\) (.*?)(?= \([A-Z]\) |\n|$)")  # "(A) bl
 
 @dataclass(frozen=True)
 class EmbeddedImage:
-    """An image in base64 text; ``name`` identifies it in messages and fingerprints."""
+    """An image in base64 text, or in bytes or a buffer; ``name`` identifies it in messages and fingerprints."""
 
     name: str
-    data: str = field(repr=False, compare=False)
+    data: Any = field(repr=False, compare=False)
 
     def open(self) -> "Image.Image":
         """Decode the image.
@@ -53,6 +53,8 @@ class EmbeddedImage:
         """
         from tove_llava.data.images import open_image
 
+        if not isinstance(self.data, str):
+            return open_image(self.data, name=f"image {self.name}")
         try:
             content = base64.b64decode(self.data, validate=True)
         except (binascii.Error, ValueError) as error:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from tove_llava.core.errors import ConfigError
 from tove_llava.core.registry import Registry
 from tove_llava.eval.benchmarks import SHORT_ANSWER, Benchmark, Score
+from tove_llava.eval.matching import Matched
 from tove_llava.inference.reasoning import spoken
 
 
@@ -52,12 +53,20 @@ class MarkedBenchmark(Benchmark):
     def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
         return self.marking.is_readable(self.known(row), spoken(text).answer)
 
+    def mark(self, row: Mapping[str, Any], text: str) -> float:
+        """Return an answer's mark, 0 to 1."""
+        return self.marking.mark(self.known(row), spoken(text).answer)
+
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
         marks = {
-            row["question_id"]: 0.0 if text is None else self.marking.mark(self.known(row), spoken(text).answer)
+            row["question_id"]: 0.0 if text is None else self.mark(row, text)
             for row, text in zip(truth, matched.texts, strict=True)
         }
+        return self.summary(marks, truth, matched)
+
+    def summary(self, marks: Mapping[Any, float], truth: Sequence[Mapping[str, Any]], matched: Matched) -> Score:
+        """Return the score of marks, by question id in the order of ``truth``."""
         groups: dict[str, list[float]] = {}
         for row in truth:
             if row.get("category"):
@@ -68,7 +77,7 @@ class MarkedBenchmark(Benchmark):
         }
         scores["overall"] = {"accuracy": sum(marks.values()) / len(marks), "samples": len(marks)}
         rows = {name: (100 * entry["accuracy"], entry["samples"]) for name, entry in scores.items()}
-        return Score(scores, len(marks), rows, matched.notes(), {"per_item": marks}, marks, rule=self.rule)
+        return Score(scores, len(marks), rows, matched.notes(), {"per_item": dict(marks)}, marks, rule=self.rule)
 
 
 def get_rule(name: str) -> Rule:
