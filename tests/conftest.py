@@ -99,3 +99,11 @@ def answerer(tmp_path_factory):
     from answer_parts import make_answerer
 
     return make_answerer(tmp_path_factory.mktemp("answerer"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory):
+    """Keep what is decoded out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -16,11 +16,6 @@ from tove_llava.eval.public_files import read_records, row_images
 QUESTION = 'Which "one"?\nThis,\tor that\u2028?'
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def png(width=4):
     buffer = io.BytesIO()
     Image.new("RGB", (width, 3)).save(buffer, "PNG")

@@ -117,11 +117,6 @@ def _is_bytes(value: Any) -> bool:
         return False
 
 
-def lettered(options: Sequence[str]) -> dict[str, str]:
-    """Return options by their letters, A first."""
-    return {chr(ord("A") + number): words for number, words in enumerate(options)}
-
-
 class PublicBenchmark(MarkedBenchmark):
     """A benchmark in the files of its release.
 

@@ -1,0 +1,69 @@
+"""Small data of the benchmarks whose releases are read as they are: one function each, as in test_eval_layouts.py."""
+
+import io
+
+import pyarrow
+import pyarrow.parquet
+from PIL import Image
+
+from tove_llava.eval.benchmarks import OPTION_LETTER
+
+#: longest answers other than 128
+LENGTHS = {"cv_bench": 512, "mmvp": 512, "realworldqa": 16, "blink": 1024, "mmstar": 32, "ai2d": 16}
+
+
+def embedded():
+    """Return an image as Hugging Face's data sets hold it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": "1.png"}
+
+
+def parquet(file, *rows):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file)
+
+
+def cv_bench(root):
+    prompt = "How many? Select from the following choices.\n(A) 3\n(B) 4"
+    row = {"idx": 0, "task": "Count", "image": embedded(), "choices": ["3", "4"], "answer": "(B)", "prompt": prompt}
+    twin = {**row, "idx": 1, "source": "COCO"}
+    parquet(root / "cv_bench" / "test_2d.parquet", {**row, "source": "ADE20K"}, twin)
+    parquet(root / "cv_bench" / "test_3d.parquet", {**row, "idx": 2, "task": "Depth", "source": "Omni3D"})
+    return None, f"{prompt}\n{OPTION_LETTER}", "B"
+
+
+def mmvp(root):
+    file = root / "mmvp" / "Questions.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f'{index},"Is it open, or not?",(a) None (b) Some (a few),(b)\n' for index in (1, 2)]
+    file.write_text("lndex,Question,Options,Correct Answer\n" + "".join(rows))
+    return "mmvp/MMVP Images/1.jpg", f"Is it open, or not? Options:\nA. None\nB. Some\n{OPTION_LETTER}", "some."
+
+
+def realworldqa(root):
+    rows = [{"image": embedded(), "question": f"Which?\nA. x\nB. y\nThe {n}.", "answer": "B"} for n in (1, 2)]
+    for number, row in enumerate(rows):
+        parquet(root / "realworldqa" / "data" / f"test-0000{number}-of-00002.parquet", row)
+    return None, "Which?\nA. x\nB. y\nThe 1.", "The answer is (B)."
+
+
+def blink(root):
+    prompt = "Which?\nSelect from the following choices.\n(A) x\n(B) y\n"
+    row = {"choices": ["x", "y"], "answer": "(B)", "prompt": prompt, "image_1": embedded(), "image_2": None}
+    for task in ("Counting", "Multi-view_Reasoning"):
+        file = root / "blink" / task / "val-00000-of-00001.parquet"
+        parquet(file, {**row, "idx": f"val_{task}_1"}, {**row, "idx": f"val_{task}_2", "image_2": embedded()})
+    return None, prompt, "I say (B)"
+
+
+def mmstar(root):
+    row = {"index": 0, "question": "Which?\nOptions: A: x, B: y", "image": embedded()["bytes"], "answer": "B"}
+    parquet(root / "mmstar" / "mmstar.parquet", {**row, "category": "math", "l2_category": "geometry"})
+    return None, f"Which?\nOptions: A: x, B: y\n{OPTION_LETTER[:-1]}", "Option B"
+
+
+def ai2d(root):
+    row = {"question": "Which?", "options": ["None", "B"], "answer": "0", "image": embedded()}
+    parquet(root / "ai2d" / "data" / "test-00000-of-00001.parquet", row)
+    return None, f"Which?\nA. None\nB. B\n{OPTION_LETTER}", "A. None"
