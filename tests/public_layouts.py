@@ -1,15 +1,18 @@
 """Small data of the benchmarks whose releases are read as they are: one function each, as in test_eval_layouts.py."""
 
 import io
+import json
 
 import pyarrow
 import pyarrow.parquet
 from PIL import Image
+from score_parts import SAMPLES
 
-from tove_llava.eval.benchmarks import OPTION_LETTER
+from tove_llava.eval.benchmarks import OPTION_LETTER, SHORT_ANSWER
 
 #: longest answers other than 128
 LENGTHS = {"cv_bench": 512, "mmvp": 512, "realworldqa": 16, "blink": 1024, "mmstar": 32, "ai2d": 16}
+LENGTHS |= {"chartqa": 16, "docvqa": 32, "infovqa": 32}
 
 
 def embedded():
@@ -67,3 +70,35 @@ def ai2d(root):
     row = {"question": "Which?", "options": ["None", "B"], "answer": "0", "image": embedded()}
     parquet(root / "ai2d" / "data" / "test-00000-of-00001.parquet", row)
     return None, f"Which?\nA. None\nB. B\n{OPTION_LETTER}", "A. None"
+
+
+def chartqa(root):
+    row = {"type": "human_test", "question": "How many?", "answer": "7", "image": embedded()}
+    parquet(root / "chartqa" / "test-00000-of-00001.parquet", row)
+    return None, "How many?\nAnswer the question with a single word.", "7"
+
+
+def docvqa(root, folder="docvqa/DocVQA"):
+    row = {"questionId": "5", "question": "What?", "answers": ["red", "a red"], "data_split": "val"}
+    parquet(root / folder / "validation-00000-of-00001.parquet", {**row, "image": embedded()})
+    return None, f"What?\n{SHORT_ANSWER}", "Red"
+
+
+def infovqa(root):
+    return docvqa(root, "infovqa/InfographicVQA")
+
+
+def first_record(name, file):
+    """Write the first record of a benchmark's sample."""
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(json.loads((SAMPLES / name / "ground_truth.json").read_text())[:1]))
+
+
+def ocrbench(root):
+    first_record("ocrbench", root / "ocrbench" / "OCRBench.json")
+    return "ocrbench/OCRBench_Images/IIIT5K/1.jpg", f"What is written?\n{SHORT_ANSWER}", "stop"
+
+
+def hallusionbench(root):
+    first_record("hallusionbench", root / "hallusionbench" / "HallusionBench.json")
+    return "hallusionbench/hallusion_bench/VD/ocr/0_0.png", "Is it longer?", "yes"

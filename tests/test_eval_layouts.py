@@ -185,6 +185,20 @@ LENGTHS = {"mmbench": 1024, "mmbench_cn": 1024, "scienceqa": 1024, "llava_bench"
 LENGTHS |= public_layouts.LENGTHS
 
 
+def test_chartqa_reads_the_authors_files_in_the_order_of_the_hub_s(tmp_path):
+    for half, label in (("human", "7"), ("augmented", "Ann")):
+        write(tmp_path / "chartqa" / f"test_{half}.json", [{"imgname": "1.png", "query": "Which?", "label": label}])
+    benchmark = get_benchmark("chartqa")
+    rows = benchmark.ground_truth(tmp_path)
+    assert rows == benchmark.read_ground_truth(tmp_path / "chartqa" / "test_augmented.json")
+    assert [(row["question_id"], row["type"]) for row in rows] == [(0, "human"), (1, "augmented")]
+    asked = benchmark.questions(tmp_path)
+    assert asked[1].image == tmp_path / "chartqa" / "png" / "1.png" and asked[1].text.startswith("Which?\nAnswer")
+    (tmp_path / "chartqa" / "test_augmented.json").unlink()
+    with pytest.raises(DataError, match=r"test_augmented\.json"):
+        benchmark.questions(tmp_path)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_prompts_images_and_lengths(tmp_path, name):
     image, text, _ = LAYOUTS[name](tmp_path)

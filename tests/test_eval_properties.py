@@ -125,6 +125,7 @@ def test_ground_truth_with_a_question_twice_is_refused():
 
 
 SCORED = ("gqa", "mmbench", "okvqa", "pope", "scenes", "scienceqa", "seed", "textvqa", "vizwiz", "vqav2", "vsr", "mme")
+SCORED += ("chartqa", "docvqa", "ocrbench", "hallusionbench")
 
 
 @pytest.mark.parametrize("name", SCORED)

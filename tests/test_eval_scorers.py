@@ -74,7 +74,7 @@ def spoil(name, folder, change):
     file = truth_file(folder)
     rows = read_rows(file) if file.suffix == ".jsonl" else json.loads(file.read_text())
     row = rows
-    for key in () if file.suffix == ".jsonl" else INSIDE[name]:
+    for key in () if file.suffix == ".jsonl" else INSIDE.get(name, ()):
         row = row[key]
     row = row[0] if isinstance(row, list) else row
     change(row)
@@ -92,6 +92,7 @@ INSIDE = {
     "gqa": ["1"],
     "scienceqa": ["problems", "5"],
     "mmvet": ["v1_0"],
+    "docvqa": ["data"],
 }
 CONSENSUS = [{}, None, [], "red", [None], [{}] * 10]
 NONSENSE = [
@@ -118,6 +119,11 @@ NONSENSE = [
     ("mmbench", "index", 1.5),
     ("llava_bench", "category", "weather"),
     ("mmvet", "answer", {}),
+    *(("chartqa", key, value) for key, value in (("type", "test"), ("answer", 7), ("question", " "))),
+    *(("docvqa", "answers", value) for value in ([], "red", None, [7])),
+    *(("docvqa", "questionId", value) for value in ("x1", None, True)),
+    *(("ocrbench", key, value) for key, value in (("type", "Weather"), ("answers", []), ("answers", ["a", 7]))),
+    *(("hallusionbench", key, value) for key, value in (("gt_answer", "2"), ("gt_answer", 1), ("filename", 7))),
 ]
 
 

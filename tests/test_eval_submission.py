@@ -6,6 +6,7 @@ import pytest
 from score_parts import read_rows, write_rows
 
 from tove_llava import cli
+from tove_llava.eval.benchmarks import get_benchmark
 
 
 def submit(tmp_path, benchmark, answers, questions=None, *flags, out="out.json"):
@@ -46,6 +47,24 @@ def test_vizwiz_wants_every_answer(tmp_path, capsys):
     assert "1 questions have no answer" in capsys.readouterr().err and not (tmp_path / "out.json").exists()
     assert submit(tmp_path, "vizwiz", [answer(1, "Unanswerable"), answer(0, "it's")], questions) == 0
     assert written(tmp_path) == [{"image": "0.jpg", "answer": "it 's"}, {"image": "1.jpg", "answer": "unanswerable"}]
+
+
+def test_docvqa_answers_its_test_file_which_is_not_scored(tmp_path, capsys):
+    records = [{"questionId": key, "question": "?", "image": "a.png", "data_split": "test"} for key in (5, 6)]
+    file = tmp_path / "docvqa" / "test_v1.0.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps({"data": records}))
+    rows = [answer(6, "Red Kite"), answer(5, "7")]
+    assert get_benchmark("docvqa").ground_truth(tmp_path) is None
+    assert (
+        submit(tmp_path, "docvqa", rows[:1], tmp_path) == 2 and "1 questions have no answer" in capsys.readouterr().err
+    )
+    assert submit(tmp_path, "docvqa", rows, tmp_path) == 0
+    assert written(tmp_path) == [{"questionId": 5, "answer": "7"}, {"questionId": 6, "answer": "Red Kite"}]
+    assert "answers 2 of the 5,188 questions" in capsys.readouterr().err
+    files = ["--predictions", str(tmp_path / "answers.jsonl"), "--ground-truth", str(file)]
+    assert cli.main(["score", "--benchmark", "docvqa", *files]) == 2
+    assert "test_v1.0.json has no answers" in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten_or_misnamed(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """The multiple-choice questions of public benchmarks: options, keys, and what their rules share."""
 
-import re
 from collections.abc import Mapping, Sequence
 from string import punctuation
 from typing import Any
@@ -15,7 +14,6 @@ CHOICES = Field(
     "a list of 2 to 26 texts",
     lambda value: isinstance(value, list) and 2 <= len(value) <= 26 and all(isinstance(each, str) for each in value),
 )
-_TAGS = ("think", "analysis")
 _CAMBRIAN_MARKS = ("answer is", "answer is:", "answer:")
 
 
@@ -52,14 +50,6 @@ def key_letter(answer: Any, options: Mapping[str, str], place: str) -> str:
     if letter not in options:
         raise DataError(f"{place}: the answer {answer!r:.80} is no option; its letters: {', '.join(options) or 'none'}")
     return letter
-
-
-def without_reasoning(text: str) -> str:
-    """Cut think and analysis blocks as lmms-eval does; a block that is never closed stays."""
-    for tag in _TAGS:
-        text = re.sub(f"<{tag}>.*?</{tag}>", "", text, flags=re.DOTALL)
-        text = text.rpartition(f"</{tag}>")[2]
-    return text.strip()
 
 
 def without_punctuation(text: str) -> str:

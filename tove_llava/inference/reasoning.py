@@ -1,8 +1,10 @@
 """Take the think block off an answer; scorers and readers see the rest."""
 
+import re
 from dataclasses import dataclass
 
 OPEN, CLOSE = "<think>", "</think>"
+_BLOCKS = [(re.compile(f"<{tag}>.*?</{tag}>", re.DOTALL), f"</{tag}>") for tag in ("think", "analysis")]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,16 @@ def spoken(text: str) -> Spoken:
         return Spoken(text)
     reasoning, close, answer = text.removeprefix(OPEN).partition(CLOSE)
     return Spoken(answer.strip(), reasoning.strip(), bool(close))
+
+
+def cut_reasoning(text: str) -> str:
+    """Cut every think and analysis block off an answer, as lmms-eval does.
+
+    A block that is never opened begins with the text; one that is never closed stays.
+    """
+    for block, close in _BLOCKS:
+        text = block.sub("", text).rpartition(close)[2]
+    return text.strip()
 
 
 @dataclass

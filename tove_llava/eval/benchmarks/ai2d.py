@@ -16,10 +16,10 @@ from tove_llava.eval.choices import (
     lettered,
     option_lines,
     without_punctuation,
-    without_reasoning,
 )
 from tove_llava.eval.fields import TEXT
 from tove_llava.eval.rows import Row
+from tove_llava.inference.reasoning import cut_reasoning
 
 _FIRST_LETTER = re.compile(r"\s*([A-Z])\.")
 
@@ -45,4 +45,4 @@ class Ai2d(ChoiceBenchmark):
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
         if begin := _FIRST_LETTER.match(text):
             text = begin.group(1)
-        return without_punctuation(without_reasoning(text)).upper() or None
+        return without_punctuation(cut_reasoning(text)).upper() or None

@@ -9,11 +9,11 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.benchmarks import register_benchmark
-from tove_llava.eval.choices import without_reasoning
 from tove_llava.eval.fields import TEXT
 from tove_llava.eval.public_files import PublicBenchmark
 from tove_llava.eval.rows import Row
 from tove_llava.eval.rules.choice_letter import letter_of
+from tove_llava.inference.reasoning import cut_reasoning
 
 LETTERS = "ABCD"
 
@@ -37,7 +37,7 @@ class RealWorldQa(PublicBenchmark):
         return str(record["question"])
 
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
-        text = without_reasoning(text)
+        text = cut_reasoning(text)
         return letter_of(text, LETTERS) if row["kind"] == "letter" else text.lower().strip().rstrip(".")
 
     def mark(self, row: Mapping[str, Any], text: str) -> float:

@@ -50,12 +50,16 @@ class MarkedBenchmark(Benchmark):
         """Return a row with its right ``answers``."""
         return row
 
+    def heard(self, text: str) -> str:
+        """Return the part of an answer that the rule reads."""
+        return spoken(text).answer
+
     def is_readable(self, row: Mapping[str, Any], text: str) -> bool:
-        return self.marking.is_readable(self.known(row), spoken(text).answer)
+        return self.marking.is_readable(self.known(row), self.heard(text))
 
     def mark(self, row: Mapping[str, Any], text: str) -> float:
         """Return an answer's mark, 0 to 1."""
-        return self.marking.mark(self.known(row), spoken(text).answer)
+        return self.marking.mark(self.known(row), self.heard(text))
 
     def score(self, predictions: Sequence[Mapping[str, Any]], truth: Sequence[Mapping[str, Any]]) -> Score:
         matched = self.match(predictions, truth)
