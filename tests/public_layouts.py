@@ -41,7 +41,7 @@ def mmvp(root):
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [f'{index},"Is it open, or not?",(a) None (b) Some (a few),(b)\n' for index in (1, 2)]
     file.write_text("lndex,Question,Options,Correct Answer\n" + "".join(rows))
-    return "mmvp/MMVP Images/1.jpg", f"Is it open, or not? Options:\nA. None\nB. Some\n{OPTION_LETTER}", "some."
+    return "mmvp/MMVP Images/1.jpg", f"Is it open, or not? Options:\nA. None\nB. Some (a few)\n{OPTION_LETTER}", "some."
 
 
 def realworldqa(root):
@@ -57,7 +57,8 @@ def blink(root):
     for task in ("Counting", "Multi-view_Reasoning"):
         file = root / "blink" / task / "val-00000-of-00001.parquet"
         parquet(file, {**row, "idx": f"val_{task}_1"}, {**row, "idx": f"val_{task}_2", "image_2": embedded()})
-    return None, prompt, "I say (B)"
+    request = "Please answer directly with only the letter of the correct option and nothing else."
+    return None, f"{prompt}\n{request}", "I say (B)"
 
 
 def mmstar(root):

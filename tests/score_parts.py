@@ -45,7 +45,7 @@ def sample(name):
 
 
 def truth_file(folder):
-    names = ("ground_truth.jsonl", "ground_truth.json", "questions.jsonl")
+    names = ("ground_truth.jsonl", "ground_truth.json", "questions.jsonl", "ground_truth.csv")
     return next(folder / name for name in names if (folder / name).exists())
 
 

@@ -16,6 +16,9 @@ from tove_llava.eval.fields import TEXT
 from tove_llava.eval.matching import Matched
 from tove_llava.eval.rows import Row
 
+#: Cambrian's; the authors add none
+REQUEST = "Please answer directly with only the letter of the correct option and nothing else."
+
 
 @register_benchmark("blink")
 class Blink(ChoiceBenchmark):
@@ -36,7 +39,7 @@ class Blink(ChoiceBenchmark):
         return {"question_id": record["idx"], "answer": answer, "options": options, "task": name.rpartition("_")[0]}
 
     def prompt(self, record: Row) -> str:
-        return str(record["prompt"])
+        return f"{record['prompt']}\n{REQUEST}"
 
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
         if text in tuple("ABCDE"):

@@ -4,16 +4,18 @@
 ``MMStar_eval``: the first character counts.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tove_llava.eval.benchmarks import OPTION_LETTER, Score, register_benchmark
+from tove_llava.eval.benchmarks import OPTION_LETTER, Question, Score, register_benchmark
 from tove_llava.eval.choices import INDEX, ChoiceBenchmark
 from tove_llava.eval.fields import TEXT, one_of
 from tove_llava.eval.matching import Matched
 from tove_llava.eval.rows import Row
 
+_OPTION = re.compile(r"([A-D]): (.*?)(?=, [B-D]: |$)")
 _LEADS = ("(", "option ", "the answer is ")
 
 
@@ -39,6 +41,9 @@ class MmStar(ChoiceBenchmark):
 
     def prompt(self, record: Row) -> str:
         return f"{record['question']}\n{OPTION_LETTER.removesuffix('.')}"
+
+    def options(self, question: Question) -> dict[str, str]:
+        return dict(_OPTION.findall(question.text.rpartition("Options: ")[2].partition("\n")[0]))
 
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
         text = text.lower().strip().replace("\n", " ")

@@ -19,7 +19,7 @@ from tove_llava.eval.public_files import Image
 from tove_llava.eval.rows import Row
 
 FAULTY_KEYS = (99, 100, 279, 280)
-_OPTION = re.compile(r"\([a-z]\)\s*([^(]+)")  # words in brackets belong to no option, as in Cambrian's program
+_LETTER = re.compile(r"\([a-z]\)")
 
 
 @register_benchmark("mmvp")
@@ -47,10 +47,10 @@ class Mmvp(ChoiceBenchmark):
 
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
         found = cambrian_answer(text, ".:,")
-        if found == row["options"][row["answer"]].lower():
-            return str(row["answer"])
-        words = {option.lower(): letter for letter, option in row["options"].items()}
-        return words.get(found, found.upper() if found.upper() in row["options"] else None)
+        # Words in brackets belong to no option, as in Cambrian's program.
+        words = {letter: option.partition("(")[0].strip().lower() for letter, option in row["options"].items()}
+        named = [letter for letter in words if found in (letter.lower(), words[letter])]
+        return row["answer"] if row["answer"] in named else next(iter(named), None)
 
     def groups(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
         return {}
@@ -78,4 +78,4 @@ def _index(record: Row) -> Any:
 
 
 def _options(record: Row) -> dict[str, str]:
-    return lettered([words.strip() for words in _OPTION.findall(record["Options"])])
+    return lettered([words.strip() for words in _LETTER.split(record["Options"])[1:]])

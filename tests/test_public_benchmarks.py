@@ -1,0 +1,102 @@
+"""Benchmarks in their released files: golden sets, several images, pairs, and bad records named."""
+
+import json
+
+import public_layouts
+import pytest
+from score_parts import differences, read_rows, refuse, sample, score, truth_file, write_rows
+
+from tove_llava.core.errors import DataError
+from tove_llava.eval.benchmarks import get_benchmark
+
+CHOICES = ("cv_bench", "mmvp", "realworldqa", "blink", "mmstar", "ai2d")
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_golden(capsys, conformance, name):
+    place = conformance / "eval" / name
+    expected = json.loads((place / "expected.json").read_text())
+    got = score(capsys, name, place / "predictions.jsonl", truth_file(place))
+    assert not differences(got["scores"], expected["scores"], 1e-9) and got["count"] == expected["count"]
+    assert {key: bool(mark) for key, mark in got["per_item"].items()} == {
+        key: item["correct"] for key, item in expected["per_item"].items()
+    }
+    if name == "blink":
+        assert set(got["unparsed_ids"]) == set(expected["needs_judge"])
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_record_that_lacks_a_column_is_named(capsys, tmp_path, name):
+    answers, truth, _ = sample(name)
+    first, second, *_ = read_rows(truth)
+    for column in get_benchmark(name).columns:
+        broken = {key: value for key, value in second.items() if key != column}
+        message = refuse(capsys, name, answers, write_rows(tmp_path / "truth.jsonl", [first, broken]))
+        assert f"truth.jsonl, record 2: the key '{column}' is missing" in message
+
+
+OUTSIDE = "the answer '(F)' is no option; its letters: A, B"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("cv_bench", {"answer": "(F)"}, OUTSIDE),
+        ("cv_bench", {"choices": ["3"]}, "'choices' must be a list of 2 to 26 texts"),
+        ("cv_bench", {"idx": "x"}, "'idx' must be a whole number"),
+        ("cv_bench", {"source": "Flickr"}, "'source' must be ADE20K, COCO or Omni3D"),
+        ("mmvp", {"Correct Answer": "(F)"}, OUTSIDE),
+        ("mmvp", {"Options": "Open Closed"}, "no option; its letters: none"),
+        ("mmvp", {"Index": None}, "'Index' must be a whole number"),
+        ("realworldqa", {"options": []}, "RealWorldQA has no column 'options'"),
+        ("blink", {"answer": "(F)"}, OUTSIDE),
+        ("blink", {"idx": "test_Counting_1"}, "'idx' must be like 'val_Counting_1'"),
+        ("mmstar", {"answer": "F"}, "'answer' must be A, B, C or D"),
+        ("ai2d", {"answer": "4"}, "the answer '4' is no index of an option; there are 4"),
+        ("ai2d", {"options": "A, B"}, "'options' must be a list of 2 to 26 texts"),
+        *((name, {}, "is taken by") for name in ("cv_bench", "mmvp", "blink", "mmstar")),
+    ],
+)
+def test_a_wrong_record_is_named(capsys, tmp_path, name, change, words):
+    answers, truth, _ = sample(name)
+    first, second, *_ = read_rows(truth)
+    rows = [first, {**second, **change} if change else first]
+    message = refuse(capsys, name, answers, write_rows(tmp_path / "truth.jsonl", rows))
+    assert "truth.jsonl, record 2: " in message and words in message
+
+
+def test_all_images_of_a_question_are_asked_in_order_and_a_bad_one_is_named(tmp_path):
+    public_layouts.blink(tmp_path)
+    first, second, *_ = get_benchmark("blink").questions(tmp_path)
+    assert (len(first.images), len(second.images)) == (1, 2)
+    file = tmp_path / "blink" / "Counting" / "val-00000-of-00001.parquet"
+    row = {"idx": "val_Counting_1", "prompt": "Which?", "choices": ["x", "y"], "answer": "(A)"}
+    public_layouts.parquet(file, {**row, "image_1": public_layouts.embedded(), "image_2": {"bytes": b"no", "path": ""}})
+    question = get_benchmark("blink").questions(tmp_path)[0]
+    with pytest.raises(DataError, match="Counting/val-00000-of-00001.parquet, record 1, image_2 is not an image"):
+        [image.open() for image in question.images]
+
+
+def test_other_files_of_a_release_hold_the_same_questions(tmp_path):
+    row = {"Question": "Open?", "Options": "(a) None (b) Some", "Correct Answer": "(a)"}
+    public_layouts.parquet(tmp_path / "mmvp" / "data" / "train-0.parquet", {**row, "Index": 1}, {**row, "Index": 2})
+    mmvp = get_benchmark("mmvp")
+    assert [question.text for question in mmvp.questions(tmp_path)][0].startswith("Open? Options:\nA. None\nB. Some\n")
+    public_layouts.mmvp(tmp_path)
+    assert len(mmvp.limited(mmvp.questions(tmp_path), 1)) == 2, "a limit keeps pairs"
+    public_layouts.mmstar(tmp_path)
+    (whole,) = get_benchmark("mmstar").questions(tmp_path)
+    (tmp_path / "mmstar" / "mmstar.parquet").unlink()
+    cells = {"index": "0", "question": '"Which?\nOptions: A: x, B: y"', "answer": "B", "image": "x", "bench": "MMStar"}
+    cells |= {"category": "math", "l2_category": "geometry"}
+    (tmp_path / "mmstar" / "MMStar.tsv").write_text("\t".join(cells) + "\n" + "\t".join(cells.values()) + "\n")
+    (sheet,) = get_benchmark("mmstar").questions(tmp_path)
+    assert (sheet.question_id, sheet.text, dict(sheet.metadata)) == (0, whole.text, dict(whole.metadata))
+    assert get_benchmark("mmstar").options(sheet) == {"A": "x", "B": "y"}
+
+
+def test_one_of_cv_benchs_files_has_no_combined_score(capsys, tmp_path):
+    answers, truth, _ = sample("cv_bench")
+    rows = [row for row in read_rows(truth) if row["source"] != "Omni3D"]
+    got = score(capsys, "cv_bench", answers, write_rows(tmp_path / "truth.jsonl", rows))
+    assert got["scores"]["accuracy_2d"] == 0.5 and got["unavailable"].keys() == {"accuracy", "accuracy_3d"}
