@@ -29,7 +29,6 @@ class EvaOpenClip(TimmExpert):
         if self.spec.revision:
             raise ConfigError(f"expert {self.name!r}: open_clip sources take no revision; the tag says which weights")
         self.configuration = repr((self._vision, self._model_args))
-        self._hub = preprocess.get("hf_hub", "").strip("/")
         self.mean, self.std = tuple(preprocess["mean"]), tuple(preprocess["std"])
         self.interpolation = preprocess.get("interpolation", "bicubic")
         return self._vision["image_size"]
@@ -51,7 +50,10 @@ class EvaOpenClip(TimmExpert):
         return trunk
 
     def hub_file(self) -> tuple[str, str] | None:
-        return (self._hub, "open_clip_model.safetensors") if self.source.path is None and self._hub else None
+        if self.source.path is not None:
+            return None
+        repository = _read_config(self.source)[1].get("hf_hub", "").strip("/")
+        return (repository, "open_clip_model.safetensors") if repository else None
 
     def licence(self) -> str:
         return "MIT" if self.source.path is None else Expert.licence(self)  # the licence of EVA-CLIP's weights

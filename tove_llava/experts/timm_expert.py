@@ -100,8 +100,10 @@ class TimmExpert(Expert):
         return tokens
 
     def hub_file(self) -> tuple[str, str] | None:
-        repository = self._pretrained_cfg.get("hf_hub_id")
-        return (repository, "model.safetensors") if self.source.path is None and repository else None
+        if self.source.path is not None:
+            return None
+        repository = _read_config(self.source)[1].get("hf_hub_id")  # asked before the configuration is read
+        return (repository, "model.safetensors") if repository else None
 
     def licence(self) -> str:
         licence = self._pretrained_cfg.get("license") or super().licence()
