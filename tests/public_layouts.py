@@ -12,7 +12,7 @@ from tove_llava.eval.benchmarks import OPTION_LETTER, SHORT_ANSWER
 
 #: longest answers other than 128
 LENGTHS = {"cv_bench": 512, "mmvp": 512, "realworldqa": 16, "blink": 1024, "mmstar": 32, "ai2d": 16}
-LENGTHS |= {"chartqa": 16, "docvqa": 32, "infovqa": 32}
+LENGTHS |= {"chartqa": 16, "docvqa": 32, "infovqa": 32, "mmmu_pro": 256}
 
 
 def embedded():
@@ -103,3 +103,18 @@ def ocrbench(root):
 def hallusionbench(root):
     first_record("hallusionbench", root / "hallusionbench" / "HallusionBench.json")
     return "hallusionbench/hallusion_bench/VD/ocr/0_0.png", "Is it longer?", "yes"
+
+
+def mmmu(root):
+    row = {"id": "validation_Art_Theory_1", "question": "<image 1> or <image 2>?", "options": "['None', 'B']"}
+    row |= {"answer": "A", "question_type": "multiple-choice", "image_1": embedded(), "image_2": embedded()}
+    parquet(root / "mmmu" / "data" / "validation-00000-of-00001.parquet", row)
+    return None, f"<image 1> or <image 2>?\n\n(A) None\n(B) B\n\n{OPTION_LETTER}", "(A)"
+
+
+def mmmu_pro(root):
+    row = {"id": "test_History_1", "question": "<image 1>?", "options": "['x', 'y']", "answer": "B"}
+    file = root / "mmmu_pro" / "standard (10 options)" / "test-00000-of-00002.parquet"
+    parquet(file, {**row, "subject": "History", "image_1": embedded()})
+    request = "Answer with the option letter from the given choices directly."
+    return None, f"<image 1>?\nA. x\nB. y\n\n{request}", "Answer: B"

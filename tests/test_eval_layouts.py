@@ -199,6 +199,16 @@ def test_chartqa_reads_the_authors_files_in_the_order_of_the_hub_s(tmp_path):
         benchmark.questions(tmp_path)
 
 
+def test_mmmu_shows_all_images_of_a_question_and_names_one_without(tmp_path):
+    LAYOUTS["mmmu"](tmp_path)
+    (question,) = get_benchmark("mmmu").questions(tmp_path)
+    assert [image.name.rpartition(", ")[2] for image in question.images] == ["image_1", "image_2"]
+    row = {"id": "validation_Math_7", "question": "?", "options": "[]", "answer": "7", "question_type": "open"}
+    public_layouts.parquet(tmp_path / "mmmu" / "Math" / "validation-00000-of-00001.parquet", row)
+    with pytest.raises(DataError, match="record 1: the question 'validation_Math_7' has no image"):
+        get_benchmark("mmmu").questions(tmp_path)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_prompts_images_and_lengths(tmp_path, name):
     image, text, _ = LAYOUTS[name](tmp_path)

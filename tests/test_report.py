@@ -148,7 +148,9 @@ def test_without_scipy_the_extra_is_named(tmp_path, capsys, monkeypatch):
 
 
 MARKED = dict.fromkeys(("mmbench", "mmbench_cn", "okvqa", "scenes", "vqav2"), "overall") | {"seed": "total"}
-MARKED |= dict.fromkeys(("gqa", "scienceqa", "textvqa", "vizwiz", "vsr", "chartqa", "ocrbench"), "accuracy")
+MARKED |= dict.fromkeys(
+    ("gqa", "scienceqa", "textvqa", "vizwiz", "vsr", "chartqa", "ocrbench", "mmmu", "mmmu_pro"), "accuracy"
+)
 MARKED |= {"docvqa": "anls", "hallusionbench": "aAcc"}
 
 
