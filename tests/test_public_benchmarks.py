@@ -21,6 +21,9 @@ def test_golden(capsys, conformance, name):
     assert {key: bool(mark) for key, mark in got["per_item"].items()} == {
         key: item["correct"] for key, item in expected["per_item"].items()
     }
+    if name == "ai2d":  # the images without masks
+        files = (place / "predictions_no_mask.jsonl", place / "ground_truth_no_mask.jsonl")
+        assert not differences(score(capsys, name, *files)["scores"], expected["no_mask"]["scores"], 1e-9)
     if name == "blink":
         assert set(got["unparsed_ids"]) == set(expected["needs_judge"])
 
