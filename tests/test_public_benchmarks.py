@@ -56,6 +56,7 @@ OUTSIDE = "the answer '(F)' is no option; its letters: A, B"
         ("blink", {"idx": "test_Counting_1"}, "'idx' must be like 'val_Counting_1'"),
         ("mmstar", {"answer": "F"}, "'answer' must be A, B, C or D"),
         ("ai2d", {"answer": "4"}, "the answer '4' is no index of an option; there are 4"),
+        ("ai2d", {"answer": "B"}, "'answer' must be a whole number"),
         ("ai2d", {"options": "A, B"}, "'options' must be a list of 2 to 26 texts"),
         *((name, {}, "is taken by") for name in ("cv_bench", "mmvp", "blink", "mmstar")),
     ],
@@ -96,6 +97,12 @@ def test_other_files_of_a_release_hold_the_same_questions(tmp_path):
     (sheet,) = get_benchmark("mmstar").questions(tmp_path)
     assert (sheet.question_id, sheet.text, dict(sheet.metadata)) == (0, whole.text, dict(whole.metadata))
     assert get_benchmark("mmstar").options(sheet) == {"A": "x", "B": "y"}
+
+
+def test_a_half_pair_of_mmvp_is_named(capsys, tmp_path):
+    answers, truth, _ = sample("mmvp")
+    message = refuse(capsys, "mmvp", answers, write_rows(tmp_path / "truth.jsonl", read_rows(truth)[:3]))
+    assert "question 99 has no other of its pair" in message
 
 
 def test_one_of_cv_benchs_files_has_no_combined_score(capsys, tmp_path):

@@ -12,6 +12,7 @@ from tove_llava.core.errors import DataError
 from tove_llava.eval.benchmarks import OPTION_LETTER, register_benchmark
 from tove_llava.eval.choices import (
     CHOICES,
+    INDEX,
     ChoiceBenchmark,
     lettered,
     option_lines,
@@ -29,13 +30,13 @@ class Ai2d(ChoiceBenchmark):
     """Accuracy."""
 
     files = ("ai2d/data/test-*.parquet", "ai2d/*.parquet")
-    columns = {"question": TEXT, "options": CHOICES, "answer": TEXT}
+    columns = {"question": TEXT, "options": CHOICES, "answer": INDEX}
     max_new_tokens = 16
 
     def row(self, record: Row, number: int, place: str) -> Row:
         options = lettered(record["options"])
         letters = {str(number): letter for number, letter in enumerate(options)}
-        if (index := record["answer"].strip()) not in letters:
+        if (index := str(record["answer"])) not in letters:
             raise DataError(f"{place}: the answer {index!r:.80} is no index of an option; there are {len(options)}")
         return {"question_id": number, "answer": letters[index], "options": options}
 

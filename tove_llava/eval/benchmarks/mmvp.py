@@ -10,6 +10,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tove_llava.core.errors import DataError
 from tove_llava.eval.agreement import mean
 from tove_llava.eval.benchmarks import OPTION_LETTER, Question, Score, register_benchmark
 from tove_llava.eval.choices import INDEX, ChoiceBenchmark, cambrian_answer, key_letter, lettered, option_lines
@@ -59,10 +60,11 @@ class Mmvp(ChoiceBenchmark):
         return question.metadata["pair"]  # both have to be right
 
     def summary(self, marks: Mapping[Any, float], truth: Sequence[Mapping[str, Any]], matched: Matched) -> Score:
-        first: dict[str, Any] = {}
-        for row in truth:
-            first.setdefault(str(row["pair"]), row["question_id"])
-        pairs = {first[pair]: float(all(both)) for pair, both in self.grouped(marks, truth, "pair").items()}
+        first = {str(row["pair"]): row["question_id"] for row in reversed(truth)}
+        both = self.grouped(marks, truth, "pair")
+        if lonely := [first[pair] for pair, found in both.items() if len(found) != 2]:
+            raise DataError(f"question {lonely[0]} has no other of its pair; give the whole file, in its order")
+        pairs = {first[pair]: float(all(found)) for pair, found in both.items()}
         scores = {"accuracy": mean(list(pairs.values())), "question_accuracy": mean(list(marks.values()))}
         rows = {
             "pairs": (100 * scores["accuracy"], len(pairs)),
