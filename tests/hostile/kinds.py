@@ -218,6 +218,7 @@ def records(seed: int, folder: Path, world: World) -> Case:
 
 SCORED = [
     "scenes", "pope", "vqav2", "gqa", "mme", "okvqa", "scienceqa", "seed", "textvqa", "vizwiz", "vsr", "mmbench",
+    "chartqa", "docvqa", "ocrbench", "hallusionbench", "mmmu", "mmmu_pro",
 ]  # fmt: skip
 
 

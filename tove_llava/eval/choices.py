@@ -1,11 +1,12 @@
 """The multiple-choice questions of public benchmarks: options, keys, and what their rules share."""
 
+import ast
 from collections.abc import Mapping, Sequence
 from string import punctuation
 from typing import Any
 
 from tove_llava.core.errors import DataError
-from tove_llava.eval.fields import Field
+from tove_llava.eval.fields import Field, Row, check_row
 from tove_llava.eval.public_files import PublicBenchmark
 
 #: an index of a table, also where it is written as text
@@ -34,6 +35,20 @@ class ChoiceBenchmark(PublicBenchmark):
 def lettered(options: Sequence[str]) -> dict[str, str]:
     """Return options by their letters, A first."""
     return {chr(ord("A") + number): words for number, words in enumerate(options)}
+
+
+def written_list(text: Any) -> Any:
+    """Return the list that a text writes in Python, else the value as it is."""
+    try:
+        found = ast.literal_eval(text) if isinstance(text, str) and text.startswith("[") else text
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+    return found if isinstance(found, list) else text
+
+
+def written_options(record: Row, place: str) -> dict[str, str]:
+    """Return a record's options by letters, from a list or one written in Python."""
+    return lettered(check_row({"options": written_list(record["options"])}, place, {"options": CHOICES})["options"])
 
 
 def option_lines(options: Mapping[str, str]) -> str:

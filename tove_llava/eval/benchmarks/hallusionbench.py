@@ -85,6 +85,8 @@ class HallusionBench(PublicBenchmark):
             "hard_aAcc": whole([row for row in truth if row["visual_input"] == EDITED], "question"),
         }
         shares = {"aAcc": list(marks.values())} | {name: values for name, values in shares.items() if values}
-        scores = {name: mean(values) for name, values in shares.items()}
+        scores: dict[str, Any] = {name: mean(values) for name, values in shares.items()}
         rows = {name: (100 * scores[name], len(values)) for name, values in shares.items()}
-        return replace(found, scores={**found.scores, **scores}, rows={**rows, **found.rows})
+        parts = {label: row for label, row in found.rows.items() if label != "accuracy"}  # is aAcc
+        scores |= {name: value for name, value in found.scores.items() if name != "accuracy"}
+        return replace(found, scores=scores, rows={**rows, **parts})

@@ -5,7 +5,6 @@ Files: ``mmmu/data/validation-*.parquet`` of ``lmms-lab/MMMU``, or ``mmmu/SUBJEC
 it finds none; here such an answer is wrong and unparsed, unless the rule is "random".
 """
 
-import ast
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from tove_llava.core.errors import DataError
 from tove_llava.eval.benchmarks import OPTION_LETTER, SHORT_ANSWER, Score, register_benchmark
-from tove_llava.eval.choices import CHOICES, key_letter, lettered
+from tove_llava.eval.choices import key_letter, lettered, written_list, written_options
 from tove_llava.eval.fields import TEXT, Row, a_list, check_row, one_of
 from tove_llava.eval.mmmu_rule import choice_of, is_right
 from tove_llava.eval.public_files import Image, PublicBenchmark
@@ -23,20 +22,6 @@ RANDOM = "random"
 _SEED = 42
 _CHOICE = "multiple-choice"
 IMAGES = tuple(f"image_{number}" for number in range(1, 8))
-
-
-def written_list(text: Any) -> Any:
-    """Return the list that a text writes in Python, else the value as it is."""
-    try:
-        found = ast.literal_eval(text) if isinstance(text, str) and text.startswith("[") else text
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-    return found if isinstance(found, list) else text
-
-
-def options_of(record: Row, place: str) -> dict[str, str]:
-    """Return a record's options by letters; DataError if they are no list of texts."""
-    return lettered(check_row({"options": written_list(record["options"])}, place, {"options": CHOICES})["options"])
 
 
 class WithImages(PublicBenchmark):
@@ -78,7 +63,7 @@ class Mmmu(WithImages):
             raise DataError(f"{place}: the id {name!r} has none of MMMU's {len(domains)} subjects")
         row = {"question_id": name, "domain": domains[subject], "subject": subject}
         if record["question_type"] == _CHOICE:
-            options = options_of(record, place)
+            options = written_options(record, place)
             return {**row, "options": options, "answer": key_letter(record["answer"], options, place)}
         answers = written_list(record["answer"])
         answers = answers if isinstance(answers, list) else [answers]

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tove_llava.eval.benchmarks import register_benchmark
-from tove_llava.eval.benchmarks.mmmu import WithImages, options_of, written_list
-from tove_llava.eval.choices import ChoiceBenchmark, key_letter, lettered, option_lines
+from tove_llava.eval.benchmarks.mmmu import WithImages
+from tove_llava.eval.choices import ChoiceBenchmark, key_letter, lettered, option_lines, written_list, written_options
 from tove_llava.eval.fields import TEXT, Row
 from tove_llava.eval.mmmu_rule import choice_of_pro
 
@@ -26,7 +26,7 @@ class MmmuPro(WithImages, ChoiceBenchmark):
     max_new_tokens = 256
 
     def row(self, record: Row, number: int, place: str) -> Row:
-        options = options_of(record, place)
+        options = written_options(record, place)
         answer = key_letter(record["answer"], options, place)
         return {"question_id": record["id"], "subject": record["subject"], "options": options, "answer": answer}
 
