@@ -125,6 +125,7 @@ NONSENSE = [
     *(("ocrbench", key, value) for key, value in (("type", "Weather"), ("answers", []), ("answers", ["a", 7]))),
     *(("mmmu", "options", value) for value in ("['a']", "A, B", None, "['a', 7]", "[" * 9999)),
     *(("mmmu", key, value) for key, value in (("answer", "D"), ("id", "validation_Weather_1"), ("question_type", "x"))),
+    ("mmmu", "options", "[1, 2]"),
     *(("mmmu_pro", key, value) for key, value in (("answer", "1"), ("options", "[]"), ("subject", None))),
     *(("hallusionbench", key, value) for key, value in (("gt_answer", "2"), ("gt_answer", 1), ("filename", 7))),
 ]

@@ -38,12 +38,12 @@ def lettered(options: Sequence[str]) -> dict[str, str]:
 
 
 def written_list(text: Any) -> Any:
-    """Return the list that a text writes in Python, else the value as it is."""
+    """Return the list of texts that a text writes in Python, else the value as it is; "[0, 1]" is an interval."""
     try:
         found = ast.literal_eval(text) if isinstance(text, str) and text.startswith("[") else text
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-    return found if isinstance(found, list) else text
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else text
 
 
 def written_options(record: Row, place: str) -> dict[str, str]:

@@ -67,8 +67,8 @@ class Mmmu(WithImages):
             return {**row, "options": options, "answer": key_letter(record["answer"], options, place)}
         answers = written_list(record["answer"])
         answers = answers if isinstance(answers, list) else [answers]
-        check_row({**record, "answer": answers}, place, {"answer": a_list((str, int, float))})
-        return {**row, "options": {}, "answers": list(map(str, answers))}
+        check_row({**record, "answer": answers}, place, {"answer": a_list(str)})
+        return {**row, "options": {}, "answers": answers}
 
     def prompt(self, record: Row) -> str:
         if record["question_type"] != _CHOICE:
