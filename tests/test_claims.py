@@ -37,7 +37,12 @@ def write_run(study, name, seed, accuracy, answers=(), **keys):
     place = folder / "eval" / "scenes" / "full"
     place.mkdir(parents=True)
     manifest = {"kind": "lora", "stage": "s", "preset": "p", "template": "v1", "image_aspect_ratio": "square"}
-    manifest |= {"model_max_length": 9, "language": {}, "fingerprint": "f" * 64, "format_version": 1}
+    manifest |= {
+        "model_max_length": 9,
+        "language": {"source": "bundled:llm"},
+        "fingerprint": "f" * 64,
+        "format_version": 1,
+    }
     (folder / "tove_llava.json").write_text(json.dumps(manifest))
     scores = {row: [100 * accuracy.get(row, 0.5), 4] for row in (*CATEGORIES, "overall")}
     lines = [json.dumps({"question_id": key, "text": text}) for key, text in answers]

@@ -274,6 +274,7 @@ def test_weights_are_told_apart_by_name_shape_and_value(digest):
 FREE_SETTINGS = {
     "output_dir", "self_contained", "allow_image_links", "feature_cache", "merge_image_folder", "merge_feature_cache",
     "eval_data_path", "eval_image_folder", "keep_best", "template_given",
+    "eval_benchmarks", "eval_benchmarks_limit", "eval_data_root",
 }  # fmt: skip
 FREE_STAGE = {"checkpointing", "checkpointing_gib", "tower_execution"}
 

@@ -196,13 +196,16 @@ def test_adapters_on_a_merged_folder_can_be_merged_again(root, tmp_path):
         load_model(tmp_path / "named")
 
 
-def test_a_changed_base_is_noticed(root, tmp_path):
+def test_a_changed_base_is_noticed(root, tmp_path, monkeypatch):
     copy = shutil.copytree(root / "plain", tmp_path / "base")
     assert main(flags(root, "finetune_lora", tmp_path / "more", "--pretrained", str(copy), "--max_steps", "1")) == 0
     load_model(tmp_path / "more")
     stored = load_file(copy / "model.safetensors")
     stored["model.language_model.layers.0.mlp.up_proj.weight"] *= 1.01
     save_file(stored, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="not those that its tove_llava.json names by their SHA-256"):
+        load_model(tmp_path / "more")
+    monkeypatch.setenv("TOVE_ACCEPT_CHANGED_WEIGHTS", "1")  # of the base; adapters still belong to the old one
     with pytest.raises(CheckpointError, match="changed since"):
         load_model(tmp_path / "more")
 

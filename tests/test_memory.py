@@ -190,9 +190,14 @@ def test_a_local_language_model_is_read_and_not_the_presets_copy(tmp_path):
     preset = load_preset("vicuna-7b", [f"language.source=hf:{tmp_path}"])
     assert language_config(preset.language).hidden_size == 64
     assert language_config(load_preset("vicuna-7b").language).hidden_size == 4096
-    for damage in ("not JSON", '{"model_type": "llama", "hidden_size": 63}', '{"model_type": "no such thing"}'):
+    unread = "the language model's configuration cannot be loaded"
+    for damage, words in (
+        ("not JSON", "config.json, line 1: not valid JSON"),
+        ('{"model_type": "llama", "hidden_size": 63}', unread),
+        ('{"model_type": "no such thing"}', unread),
+    ):
         (tmp_path / "config.json").write_text(damage)
-        with pytest.raises(CheckpointError, match="cannot read the language model's configuration"):
+        with pytest.raises(CheckpointError, match=words):
             language_config(preset.language)
 
 

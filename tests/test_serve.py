@@ -62,7 +62,7 @@ def test_placeholders_go_in_front_unless_the_text_has_them(engine):
         ([], "last message must be the user's"),
         ([Message("assistant", "hm")], "last message must be the user's"),
         ([Message("user", "  ")], "question is empty"),
-        ([Message("robot", "x"), Message("user", "x")], "role must be"),
+        ([Message("robot", "x"), Message("user", "x")], "a role is"),
         ([Message("user", "x"), Message("user", "x")], "turn 2"),
         ([Message("user", "word " * 500)], "start a new one"),
         (ask("x", "no_such_file.png"), "no image file no_such_file.png"),
