@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tove_llava.core.errors import DataError, ToveError
@@ -20,6 +20,7 @@ values = st.recursive(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
 @given(values, st.booleans(), st.sampled_from([None, 1]))
 def test_what_json_writes_is_read_as_it_was(value, ascii_only, indent):
     written = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
