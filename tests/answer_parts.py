@@ -49,9 +49,9 @@ def make_model(folder, seed=0, **vision):
     return model, processor
 
 
-def save_model(folder, seed=0):
+def save_model(folder, seed=0, **vision):
     """Save a checkpoint folder like one of full fine-tuning."""
-    model, processor = make_model(folder / "parts", seed)
+    model, processor = make_model(folder / "parts", seed, **vision)
     manifest = Manifest("full", "finetune", "tiny", "v1", "pad", 512, {"source": "bundled:llm", "dtype": "float32"})
     save_checkpoint(folder / "model", model, processor, manifest, dict(model.state_dict()))
     return folder / "model"

@@ -97,6 +97,20 @@ def plot_curve(steps: Sequence[Step], file: str | Path) -> None:
     save(drawn, file)
 
 
+def plot_redundancy(benchmarks: Mapping[str, Mapping[str, Any]], file: str | Path) -> None:
+    """Draw the CUR of each encoder: a panel a benchmark, a group a row."""
+    longest = max(len(rows) for rows in benchmarks.values())
+    drawn = figure(max(6.0, 2.0 + 0.8 * longest), 3.0 * len(benchmarks))
+    for axes, (name, rows) in zip(
+        drawn.subplots(len(benchmarks), squeeze=False)[:, 0], benchmarks.items(), strict=True
+    ):
+        encoders = next(iter(rows.values()))["cur"]
+        bars = {encoder: [_points(row["cur"][encoder]) or 0.0 for row in rows.values()] for encoder in encoders}
+        _grouped(axes, list(rows), bars, f"{name}: CUR (%)")
+        axes.legend(fontsize=8)
+    save(drawn, file)
+
+
 def _grouped(axes: Any, groups: Sequence[str], bars: Mapping[str, Sequence[float]], title: str) -> None:
     width = 0.8 / len(bars)
     for index, (name, values) in enumerate(bars.items()):

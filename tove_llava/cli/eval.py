@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "mean per token (likelihood_text), are most likely",
     )
     parser.add_argument("--blank-image", action="store_true", help="replace every image by the mean colour")
-    parser.add_argument("--detach", metavar="A,B", help="detach these experts, or all")
+    parser.add_argument("--detach", metavar="A,B", help="detach these experts, or all; clip zeroes CLIP's tokens")
     parser.add_argument(
         "--conditions", metavar="A,B", help=f"answer once under each of: {', '.join(CONDITIONS)}; one table"
     )

@@ -8,6 +8,7 @@ from typing import Any
 from tove_llava.core.errors import ConfigError
 
 ALL = "all"
+CLIP = "clip"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Condition:
         name: a folder's name.
         title: the column's heading.
         blank_image: replace every image by the mean colour (zeros after normalisation).
-        detach: experts to detach from the tower; ``("all",)`` for every one.
+        detach: experts to detach from the tower; ``("all",)`` for every one; ``clip`` zeroes CLIP's tokens, also for
+            the gate.
     """
 
     name: str
@@ -45,12 +47,22 @@ class Condition:
         if not hasattr(tower, "detach_experts"):
             raise ConfigError("this model's vision tower has no experts to detach; leave out --detach")
         attached = list(tower.config.attached_experts)
-        names = attached if self.detach == (ALL,) else list(self.detach)
+        without_clip = CLIP in self.detach and CLIP not in tower.config.expert_names
+        named = [name for name in self.detach if not (without_clip and name == CLIP)]
+        names = attached if self.detach == (ALL,) else named
         tower.detach_experts(names)
+        hook = tower.fusion.register_forward_pre_hook(_zero_clip) if without_clip else None
         try:
             yield
         finally:
+            if hook is not None:
+                hook.remove()
             tower.attach_experts([name for name in names if name in attached])
+
+
+def _zero_clip(fusion: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    base, *others = inputs
+    return (base.new_zeros(base.shape), *others)
 
 
 BLANK = Condition("blank", "image blanked", blank_image=True)
