@@ -71,6 +71,9 @@ def test_every_encoder_of_every_fusion_can_be_masked(tmp_path, fusion):
             assert masked.shape[1] < whole.shape[1]
         assert masked.shape != whole.shape or not torch.equal(masked, whole)
         assert torch.equal(tower(images).last_hidden_state, whole), "it comes back"
+    with parse_conditions(None, detach="all,clip")[0].applied(Model(tower)):
+        nothing = tower(images).last_hidden_state
+    assert torch.equal(nothing[0], nothing[1]), "no encoder is left that tells the images apart"
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ TWO_DETACHED = Condition("blank+without-depth-edge", "image blanked, without dep
         ((None, True, None), [Condition("blank", "image blanked", True)]),
         ((None, True, "edge,depth"), [TWO_DETACHED]),
         ((None, False, "all"), [Condition("without-all", "without all", False, (ALL,))]),
+        ((None, False, "clip,all"), [Condition("without-all-clip", "without all, clip", False, (ALL, "clip"))]),
         (("fool", False, None), None),
         (("", False, None), None),
         (("full", True, None), None),

@@ -49,7 +49,7 @@ class Condition:
         attached = list(tower.config.attached_experts)
         without_clip = CLIP in self.detach and CLIP not in tower.config.expert_names
         named = [name for name in self.detach if not (without_clip and name == CLIP)]
-        names = attached if self.detach == (ALL,) else named
+        names = attached if ALL in self.detach else named
         tower.detach_experts(names)
         hook = tower.fusion.register_forward_pre_hook(_zero_clip) if without_clip else None
         try:
@@ -89,7 +89,7 @@ def parse_conditions(names: str | None, blank_image: bool = False, detach: str |
         return [FULL]
     experts = tuple(sorted({name.strip() for name in (detach or "").split(",") if name.strip()}))
     if ALL in experts:
-        experts = (ALL,)
+        experts = (ALL, *(name for name in experts if name == CLIP))
     parts = (["blank"] if blank_image else []) + ([f"without-{'-'.join(experts)}"] if experts else [])
     titles = (["image blanked"] if blank_image else []) + ([f"without {', '.join(experts)}"] if experts else [])
     return [Condition("+".join(parts), ", ".join(titles), blank_image, experts)]
