@@ -322,7 +322,7 @@ def _frozen(task: Callable[[], Tensor]) -> Tensor:
 def _explained(what: str) -> Iterator[None]:
     try:
         yield
-    except (ToveError, torch.OutOfMemoryError):  # whoever chose the batch may choose a smaller one
+    except (ToveError, torch.OutOfMemoryError):  # the caller may choose a smaller batch
         raise
     except Exception as error:
         if (cause := _out_of_memory(error)) is not None:
