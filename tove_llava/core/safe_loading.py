@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedModel, dynamic_module_utils
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -67,7 +68,7 @@ def loading(what: str, place: object, advice: str = "") -> Iterator[None]:
         if place is None or str(place) in str(error):
             raise
         raise ConfigError(f"{place}: {error}") from error
-    except ToveError:
+    except (ToveError, torch.OutOfMemoryError):  # a full GPU is no damaged file
         raise
     except Exception as error:  # damaged files raise errors of many kinds
         raise CheckpointError(f"{what} cannot be loaded from {place}: {_reason(error, place, advice)}") from error
