@@ -300,7 +300,8 @@ def test_questions_of_ones_own_are_judged(capsys, serve, tmp_path):
     assert cli.main([str(argument) for argument in command]) == 0
     got = json.loads(capsys.readouterr().out)
     assert got["scores"] == {"grade": 0.75} and got["rule"] == "judge" and got["judge"]["calls"] == 2
-    assert endpoint.requests[0]["messages"][0]["content"].endswith("What is it? | a cat <OR> cat | A cat. | ")
+    asked = [request["messages"][0]["content"] for request in endpoint.requests]  # in any order
+    assert any(text.endswith("What is it? | a cat <OR> cat | A cat. | ") for text in asked)
 
 
 def test_a_run_hands_its_answers_to_the_judge(capsys, serve, tmp_path):
