@@ -370,7 +370,7 @@ def flags(seed: int, folder: Path, world: World) -> Case:
 
     dice = dice_of("flags", seed)
     known = [name for action in Parser()._actions for name in action.option_strings if name.startswith("--")]
-    known = [name for name in known if name not in ("--help", "--help_all", "--help-all", "--plugin")]
+    known = [name for name in known if name not in ("--help", "--help_all", "--help-all", "--plugin", "--meta")]
     data = folder / "records.json"
     data.write_text(json.dumps(good_records()))
     words = ["train", "--preset", "tiny", "--stage", dice.choice(["pretrain", "finetune_lora", "finetune"])]
