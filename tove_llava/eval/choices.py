@@ -1,6 +1,7 @@
 """The multiple-choice questions of public benchmarks: options, keys, and what their rules share."""
 
 import ast
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from string import punctuation
 from typing import Any
@@ -21,9 +22,9 @@ _CAMBRIAN_MARKS = ("answer is", "answer is:", "answer:")
 class ChoiceBenchmark(PublicBenchmark):
     """Rows with ``options`` (letter -> words) and ``answer``, a letter of these."""
 
+    @abstractmethod
     def read(self, row: Mapping[str, Any], text: str) -> str | None:
         """Return what the benchmark's rule reads in an answer: a letter, or None."""
-        raise NotImplementedError
 
     def mark(self, row: Mapping[str, Any], text: str) -> float:
         return float(self.read(row, text) == row["answer"])
