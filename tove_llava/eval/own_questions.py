@@ -21,7 +21,7 @@ from tove_llava.eval.captions import UNAVAILABLE, CaptionBenchmark, caption_scor
 from tove_llava.eval.fields import ID, TEXT, Kinds, Row, check_row
 from tove_llava.eval.judge import Judge, JudgedBenchmark
 from tove_llava.eval.public_files import read_records, refuse_twins
-from tove_llava.eval.rules import MarkedBenchmark, get_rule
+from tove_llava.eval.rules import RULES, MarkedBenchmark, get_rule
 
 SPEC = "benchmark.yaml"
 CAPTION, JUDGE = "caption", "judge"  # rules over a whole set
@@ -177,9 +177,7 @@ def from_file(file: str | Path, images: str | Path | None, rule: str | None, pro
     """
     file, images = Path(file).absolute(), Path(images or ".").absolute()
     if rule is None:
-        raise ConfigError(
-            "--questions needs --rule: exact, choice, vqa, contains, relaxed, anls, yes_no, caption or judge"
-        )
+        raise ConfigError(f"--questions needs --rule: {', '.join(RULES)}, {CAPTION} or {JUDGE}")
     if file.stem in BENCHMARKS:
         raise ConfigError(f"{file.stem!r} is the name of a public benchmark; rename {file}")
     spec = OwnSpec(str(file), rule, str(images), prompt)
