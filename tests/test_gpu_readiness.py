@@ -80,16 +80,14 @@ def test_counts_come_from_shapes():
 def test_deferred_checks_name_the_expert(tmp_path):
     tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": 0.5}}).train()
     hub = tower.frozen.hub
-    hub.defers = True
     bright = torch.cat([-pixels(1).abs(), torch.full((1, 3, 32, 32), 3.0)])
-    with Waits() as waits:
+    with hub.deferring(), Waits() as waits:
         for images in (bright[:1], bright):
             tower.encode(images)
     assert not waits.found
     with pytest.raises(NonFiniteError, match=r"'edge' returned non-finite values for image\(s\) \[1\]"):
         hub.check_deferred()
     hub.check_deferred()  # said once
-    hub.defers = False
     with pytest.raises(NonFiniteError, match="'edge'"):
         tower.encode(bright)
 

@@ -2,7 +2,8 @@
 
 import shutil
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -50,7 +51,7 @@ class ExpertHub(nn.Module):
         parsed = [ExpertSpec.from_dict(spec) for spec in specs]
         check_names(parsed)
         self.experts = nn.ModuleDict({spec.name: build_expert(spec, base_dir) for spec in parsed})
-        self.defers = False  # strict checks wait for check_deferred(): a trainer then waits for the device once a step
+        self._defers = False
         self._deferred: list[tuple[dict[str, Tensor], dict[str, torch.dtype]]] = []
 
     @property
@@ -118,7 +119,7 @@ class ExpertHub(nn.Module):
             valid[name] = low.isfinite() & high.isfinite()  # [B]
         if torch.compiler.is_compiling():  # a graph cannot branch on values: it drops silently, in training too
             return HubOutput({name: _without(x, valid[name]) for name, x in features.items()}, valid)
-        if strict and self.defers:
+        if strict and self._defers:
             self._deferred.append((valid, {name: x.dtype for name, x in features.items()}))
         elif valid and not bool(torch.stack(list(valid.values())).all()):
             bad = {name: images for name, ok in valid.items() if (images := _failed(ok))}
@@ -129,6 +130,15 @@ class ExpertHub(nn.Module):
                 warnings.warn(what, RuntimeWarning, stacklevel=2)
             features = {name: _without(x, valid[name]) if name in bad else x for name, x in features.items()}
         return HubOutput(features, valid)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Leave strict checks in a ``with`` block to :meth:`check_deferred`: it waits for the device once for all."""
+        self._defers = True
+        try:
+            yield
+        finally:
+            self._defers = False
 
     def check_deferred(self) -> None:
         """Raise NonFiniteError for what :meth:`check` deferred; wait for the device once."""

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,6 @@ class ToveTrainer(Trainer):
         self._merge_coefficient = getattr(model.tower, "merge_coefficient", 0.0)
         # While a tower is merged, its teacher's experts are in eval mode, where a bad one is left out.
         self._encoders = model.tower.frozen if isinstance(model.tower, ToveVisionModel) else None
-        if self._encoders is not None:
-            self._encoders.hub.defers = True
         self.args.logging_nan_inf_filter = False  # it waits for the device in every micro-batch; _check_finite() raises
         self._meter = Meter(self._columns, self.args.device)
         self.remove_callback(PrinterCallback)
@@ -183,13 +182,14 @@ class ToveTrainer(Trainer):
         window = self._window
         assert window is not None and num_items_in_batch is not None
         records = inputs[RECORD]
-        outputs = model(
-            **self._model_inputs(inputs, window),
-            num_items_in_batch=num_items_in_batch,
-            add_aux_loss=False,
-            output_routing=True,
-            use_cache=False,
-        )
+        with nullcontext() if self._encoders is None else self._encoders.hub.deferring():
+            outputs = model(
+                **self._model_inputs(inputs, window),
+                num_items_in_batch=num_items_in_batch,
+                add_aux_loss=False,
+                output_routing=True,
+                use_cache=False,
+            )
         lm_loss = outputs.lm_loss
         loss = lm_loss * self.accelerator.num_processes
         self._meter.add("lm_loss", lm_loss)
