@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tove_llava.core.errors import DataError
 from tove_llava.core.files import parse_json_lines, read_json
-from tove_llava.core.json_text import DEPTH, JsonError, loads
+from tove_llava.core.json_text import DEPTH, DIGITS, JsonError, loads
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -29,14 +29,17 @@ def test_every_sound_value_comes_back(value, escaped, indent, mark):
         (b'{"a": "\xff"}', "not UTF-8", 1),
         ('{"a":\n "x \\ud83d y"}', "half of a surrogate pair", 2),
         ('{"a": 1,\n"\\udc00": 2}', "half of a surrogate pair", 2),
+        ('["\\uD83D"]', "half of a surrogate pair", 1),
         ('["\\\\ud83d",\n\n"\\ud83d\\ud83d"]', "half of a surrogate pair", 3),
         ('{"a": [1,\n NaN]}', "NaN is not a number", 2),
         ('["NaN", -Infinity]', "-Infinity is not a number", 1),
         ("[1e400]", "1e400 is not a number", 1),
         ("[1,\n-" + "9" * 5000 + "]", "a number of 5,001 digits", 2),
         ("9" * (10**6), "digits", 1),
+        ("9" * (DIGITS + 1), "digits", 1),
         ('{"a": {"b": 1},\n"b": [{"c": 1, "c": 2}]}', "the key 'c' occurs twice", 2),
         ("[\n" * (DEPTH + 1) + "]" * (DEPTH + 1), "nested more than 100 deep", 101),
+        ('{"a":' * (DEPTH + 1) + "1" + "}" * (DEPTH + 1), "nested more than 100 deep", 1),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, "nested more than 100 deep", 1),
         ("[1] [2]", "Extra data", 1),
         ("", "Expecting value", 1),
@@ -56,6 +59,7 @@ def test_what_looks_like_a_fault_and_is_none():
     deep = "[" * DEPTH + "]" * DEPTH
     for text in (
         deep,
+        "9" * DIGITS,
         json.dumps(["[" * 500, "{" * 500]),
         '["NaN", "\\ud83d\\ude00", "\\\\ud83d"]',
         '[{"a": 1}, {"a": 2}]',

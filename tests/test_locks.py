@@ -10,9 +10,10 @@ import time
 
 import pytest
 
+from tove_llava.core import locks
 from tove_llava.core.errors import BusyError, CheckpointError
-from tove_llava.core.files import staged
-from tove_llava.core.locks import LOCK, is_locked, locked, locked_target
+from tove_llava.core.files import PARTIAL, staged
+from tove_llava.core.locks import LOCK, is_locked, locked, locked_target, sweep
 
 FORK = multiprocessing.get_context("fork")
 
@@ -48,6 +49,32 @@ def test_the_second_comer_is_told_who_holds_the_folder(tmp_path, holder):
     assert not is_locked(tmp_path / "run" / LOCK), "the kernel releases it"
     with locked(tmp_path / "run"):
         assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_file_that_its_holder_just_removed_is_no_lock(tmp_path, monkeypatch):
+    taken = []
+
+    def too_late(descriptor):
+        if not taken:
+            (tmp_path / LOCK).unlink()
+        taken.append(try_lock(descriptor))
+        return taken[-1]
+
+    try_lock = locks.try_lock
+    monkeypatch.setattr(locks, "try_lock", too_late)
+    with locked(tmp_path):
+        monkeypatch.undo()
+        assert len(taken) == 2 and is_locked(tmp_path / LOCK)
+
+
+def test_what_a_living_writer_adds_is_not_swept_away(tmp_path, holder):
+    (tmp_path / "run" / PARTIAL).mkdir()
+    sweep(tmp_path / "run")
+    assert (tmp_path / "run" / PARTIAL).is_dir()
+    holder.kill()
+    holder.join(60)
+    sweep(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
 
 

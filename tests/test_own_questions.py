@@ -8,8 +8,8 @@ from answer_parts import picture, save_model
 from score_parts import read_rows, write_rows
 
 from tove_llava import cli
-from tove_llava.core.errors import DataError
-from tove_llava.eval.own_questions import from_file
+from tove_llava.core.errors import ConfigError, DataError
+from tove_llava.eval.own_questions import OwnSpec, from_file, own_benchmark
 from tove_llava.eval.rules import RULES, get_rule
 from tove_llava.eval.rules.choice_letter import letter_of
 
@@ -139,6 +139,22 @@ def test_a_bad_record_is_named(tmp_path, rule, change, words):
     file = write_rows(tmp_path / "mine.jsonl", rows)
     with pytest.raises(DataError, match=f"mine.jsonl, record 2.*{words}"):
         from_file(file, tmp_path, rule)[1].questions(tmp_path)
+
+
+def test_an_answer_of_one_character_is_a_letter_before_it_is_an_option(tmp_path):
+    rows = [{**FINE, "options": ["B", "red"], "answer": "B"}, {**FINE, "options": ["1", "2"], "answer": "2"}]
+    found = from_file(write_rows(tmp_path / "mine.jsonl", rows), tmp_path, "choice")[1].ground_truth(tmp_path)
+    assert [row["answers"] for row in found] == [["B"], ["B"]]
+
+
+def test_a_public_benchmark_s_name_is_taken(tmp_path):
+    with pytest.raises(ConfigError, match="'mmvp' is the name of a public benchmark"):
+        from_file(tmp_path / "mmvp.jsonl", tmp_path, "exact")
+
+
+@pytest.mark.parametrize("rule", ["exact", "caption", "judge"])
+def test_the_longest_answer_is_the_file_s(tmp_path, rule):
+    assert own_benchmark(OwnSpec("mine.jsonl", rule, max_new_tokens=7), tmp_path).max_new_tokens == 7
 
 
 def test_an_id_twice_and_no_question_are_named(tmp_path):

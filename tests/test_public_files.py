@@ -69,6 +69,7 @@ def test_names_are_files_of_a_folder_and_do_not_lead_out_of_it(tmp_path):
     ("name", "text", "words"),
     [
         ("a.tsv", "question\tA\nwhich\tred\nwhich", "record 2: it has another number of cells"),
+        ("a.tsv", "question\tA\nwhich\tred\tblue", "record 1: it has another number of cells"),
         ("a.csv", 'question,A\n"which,red', "a.csv, record 1: unexpected end"),
         ("a.jsonl", '{"question": "which"}\n\n{"question": ', "a.jsonl, line 3: not valid JSON"),
         ("a.jsonl", "[1]", "record 1: a JSON object is needed"),
@@ -82,6 +83,16 @@ def test_a_bad_record_is_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=words):
         read_records(tmp_path / name, {"question": TEXT})
+
+
+def test_a_cell_holds_a_large_image(tmp_path):
+    row = {"question": "which", "image": "x" * 200_000}
+    ((_, found),) = read_records(write(tmp_path / "a.tsv", [row]))
+    assert found == row
+
+
+def test_an_empty_cell_is_no_image(tmp_path):
+    assert row_images({"a": "", "b": None, "c": [""]}, "x", ("a", "b", "c", "absent"), tmp_path) == []
 
 
 @pytest.mark.parametrize(

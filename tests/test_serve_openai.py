@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from queue import SimpleQueue
 
@@ -128,7 +129,7 @@ VALUES = {
     "max_completion_tokens": ["x", 0, 9],  # 9: max_tokens is 8
     "temperature": [-1, 2.1, "warm", float("nan"), float("inf"), 0.001],
     "top_p": [-1, 0, 5, float("nan")],
-    "seed": [2**70, -(2**70), 1.5, "x"],
+    "seed": [2**63, -(2**63) - 1, 2**70, 1.5, "x"],
     "stop": [1, [1], [""], "", ["x"] * 17],
     "stream": ["yes", 1],
     "stream_options": [1, {"include_usage": "x"}, {"zzz": 1}],
@@ -169,9 +170,29 @@ def test_bodies_that_are_no_request_are_refused(request_):
         refused(request_("POST", CHAT, content=content), 400, words)
 
 
-def test_requests_that_wait_to_be_read_are_bounded(chat, monkeypatch):
-    monkeypatch.setattr(openai_api, "WAITING", 0)
-    refused(chat(body()), 503, "waiting already")
+def test_requests_that_wait_to_be_read_are_bounded(engine, monkeypatch):
+    monkeypatch.setattr(openai_api, "READING", 1)
+    monkeypatch.setattr(openai_api, "WAITING", 1)
+    endpoint, go = Endpoint(engine), threading.Event()
+    prepare = endpoint._prepare
+    monkeypatch.setattr(endpoint, "_prepare", lambda content: go.wait(60) and prepare(content))
+
+    async def call():
+        transport = httpx.ASGITransport(endpoint.app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://here", timeout=60) as client:
+            asked = [asyncio.ensure_future(client.post(CHAT, json=body())) for _ in range(2)]
+            for _ in range(500):
+                if endpoint._reading.statistics().tasks_waiting:
+                    break
+                await asyncio.sleep(0.01)
+            asked.append(asyncio.ensure_future(client.post(CHAT, json=body())))
+            await asyncio.wait(asked, timeout=5, return_when=asyncio.FIRST_COMPLETED)
+            go.set()
+            return [await each for each in asked]
+
+    *taken, late = asyncio.run(call())
+    assert all(map(text_of, taken))
+    refused(late, 503, "1 requests are waiting already")
 
 
 def test_routes_and_models(request_, chat):
@@ -198,6 +219,7 @@ HARMLESS = [
     # LiteLLM's and other clients'
     {"metadata": {"trace": "1"}, "parallel_tool_calls": True, "functions": [], "function_call": None, "store": False},
     {"service_tier": "auto", "safety_identifier": "x", "prompt_cache_key": "x", "modalities": ["text"], "foo": None},
+    {"top_logprobs": 0, "seed": 2**63 - 1},
     {"top_logprobs": 0, "seed": -(2**63), "max_completion_tokens": 8},
 ]
 

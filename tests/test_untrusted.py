@@ -282,6 +282,10 @@ def test_a_copied_part_holds_no_link_out(kinds, tmp_path):
     (part / "notes" / "secret.json").symlink_to(kinds / "preset.yaml")
     with pytest.raises(CheckpointError, match="secret.json' leads through a link"):
         detach_checkpoint(tmp_path / "model", tmp_path / "out", ["normal"])
+    (part / "notes" / "secret.json").unlink()
+    (part / "notes" / "door").symlink_to(kinds / "clip")
+    with pytest.raises(CheckpointError, match="door' leads through a link"):
+        detach_checkpoint(tmp_path / "model", tmp_path / "out", ["normal"])
     assert not (tmp_path / "out").exists()
 
 
@@ -331,6 +335,18 @@ def test_a_damaged_file_is_left_to_its_reader(tmp_path):
     check_folder(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": null}}')
     check_folder(tmp_path)
+
+
+def test_other_things_that_a_processor_reads_lie_in_its_folder(tmp_path):
+    (folder := tmp_path / "model").mkdir()
+    (tmp_path / "templates").mkdir()
+    (folder / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    with pytest.raises(CheckpointError, match="additional_chat_templates' leads through a link"):
+        check_folder(folder)
+    (folder / "additional_chat_templates").unlink()
+    edit(folder / "audio_tokenizer_config.json", lambda c: c.update(audio_tokenizer_name_or_path="/x"))
+    with pytest.raises(CheckpointError, match="audio tokenizer"):
+        check_folder(folder)
 
 
 def test_plugins_are_named_in_their_folder(kinds, tmp_path):
