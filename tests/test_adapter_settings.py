@@ -97,6 +97,7 @@ DAMAGED = [
     ("use_rslora", "yes"), ("use_dora", 1), ("init_lora_weights", {}), ("rank_pattern", [4]),
     ("rank_pattern", {"a": 0}),
     ("rank_pattern", {"(a+)+$": 4}), ("rank_pattern", {"q_proj": 60_000}), ("alpha_pattern", {"a": math.nan}),
+    ("alpha_pattern", {"a": 0}), ("lora_dropout", -0.1),
     ("target_modules", "(.*)*(.*)*(.*)*(.*)*x"), ("target_modules", ["(a+)+$"]), ("target_modules", "all-linear"),
     ("target_modules", None), ("target_modules", 5), ("target_modules", ["v_proj"]),
     ("layers_to_transform", "0"), ("layers_pattern", "(a+)+"),
@@ -145,6 +146,7 @@ def of_peft(world, folder, **options):
         ({"init_lora_weights": "olora"}, "olora"),
         ({"alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
         ({"use_dora": True}, "use_dora"),
+        ({"lora_bias": True}, "lora_bias"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ],
 )

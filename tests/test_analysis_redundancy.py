@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from answer_parts import make_scenes, save_model
 from tower_parts import make_tower, pixels
 
 from tove_llava import cli
-from tove_llava.analysis.redundancy import redundancy, redundancy_table
+from tove_llava.analysis.redundancy import check_scored, masking_conditions, redundancy, redundancy_table
 from tove_llava.core.errors import ConfigError
 from tove_llava.eval.conditions import FULL, Condition, parse_conditions
 from tove_llava.llava import ToveLlavaForConditionalGeneration
@@ -35,6 +36,25 @@ def test_cur_is_the_lost_share_and_the_gap_is_largest_minus_smallest():
 def test_a_model_that_scores_zero_has_no_cur():
     row = redundancy(results(0.0, clip=0.0, ocr=1.0, depth=0.0), MASKED)["b"]["overall"]
     assert set(row["cur"].values()) == {None} and row["information_gap"] is None
+
+
+def test_a_row_that_one_run_lacks_is_left_out():
+    runs = results(80.0, clip=20.0, ocr=76.0, depth=84.0)
+    for name in ("full", "without-clip"):
+        runs["b"][name]["rows"]["colour"] = (50.0, 3)
+    assert list(redundancy(runs, MASKED)["b"]) == ["overall"]
+
+
+def test_a_benchmark_without_public_answers_is_refused(monkeypatch):
+    hidden = SimpleNamespace(ground_truth=lambda root: None)
+    monkeypatch.setattr("tove_llava.analysis.redundancy.find_data", lambda *_: [("hidden", hidden, "root")])
+    with pytest.raises(ConfigError, match="'hidden' has no accuracy: its answers are not public"):
+        check_scored("hidden", ["root"])
+
+
+def test_only_the_named_encoders_are_masked(tmp_path):
+    model = save_model(tmp_path)
+    assert list(masking_conditions(model, ["edge", "clip", "edge"])) == ["edge", "clip"]
 
 
 def test_a_benchmark_without_scores_is_named():

@@ -47,6 +47,13 @@ def test_a_fixed_argument_takes_its_one_value(name):
         check_arguments({name: not right}, [name])
 
 
+def test_a_launcher_s_own_local_rank_is_taken(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    check_arguments({"local_rank": 3}, ["local_rank"])
+    with pytest.raises(ConfigError, match="LOCAL_RANK"):
+        check_arguments({"local_rank": 2}, ["local_rank"])
+
+
 def test_an_argument_in_no_table_is_refused(monkeypatch):
     monkeypatch.delitem(REFUSED, "debug")
     with pytest.raises(ConfigError, match="does not know"):
@@ -71,6 +78,9 @@ def test_an_argument_in_no_table_is_refused(monkeypatch):
         ("--max_steps 0", "max_steps"),
         ("--logging_steps -1", "logging_steps"),
         ("--adam_beta1 1.5", "adam_beta1"),
+        ("--adam_beta2 1", "adam_beta2 must be from 0 to below 1"),
+        ("--data_seed -1", "data_seed must be from 0"),
+        ("--report_to wandbb", "--report_to wandbb: unknown"),
         ("--save_strategy best", "--keep_best"),
         ("--save_strategy epoch --save_steps 3", "--save_strategy steps"),
         ("--project mine", "--report_to trackio"),

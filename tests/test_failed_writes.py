@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from answer_parts import save_model
+from safetensors import SafetensorError
 from train_parts import flags, write_inputs
 
 from tove_llava.cli import main
+from tove_llava.core.errors import CheckpointError
+from tove_llava.core.files import writing
 from tove_llava.llava import ToveLlavaForConditionalGeneration
 from tove_llava.scenes.writer import Request, write_scenes
 from tove_llava.tower import frozen
@@ -47,12 +50,14 @@ def words(root, verb, out):
         "scenes": ["--out", str(out), "--val", "12"],
         "submission": ["--benchmark", "gqa", "--predictions", str(root / "answers.jsonl"), "--out", f"{out}.json"],
         "report": [str(root / "model"), "--out", str(out)],
+        "routing": [*model, "--image", str(next((root / "images").iterdir()))],
+        "redundancy": [*model, *scenes],
     }[verb]
 
 
 VERBS = (
     "train", "merge", "eval", "export", "convert", "merge-lora", "detach", "contributions", "features", "scenes",
-    "submission", "report",
+    "submission", "report", "routing", "redundancy",
 )  # fmt: skip
 
 
@@ -67,6 +72,23 @@ def test_unwritable_output_is_named_before_weights_are_loaded(root, monkeypatch,
     assert main([verb, *words(root, verb, NOWHERE)]) == 2
     said = capsys.readouterr().err
     assert "/proc/nowhere" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FULL,
+        SafetensorError("Error while serializing: I/O error"),
+        Exception("No space left on device (os error 28)"),  # of tokenizers
+        RuntimeError("[enforce fail at inline_container.cc:671]"),  # of torch.save
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_failed_write_of_any_library_names_the_file(error):
+    with pytest.raises(CheckpointError, match="model could not be written"), writing("model"):
+        raise error
+    with pytest.raises(ValueError, match="no write"), writing("model"):
+        raise ValueError("no write")
 
 
 def test_full_disk_in_a_checkpoint_of_training(root, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ from tove_llava.presets import load_preset
 from tove_llava.train.arguments import parse
 from tove_llava.train.run import run
 from tove_llava.train.trainer import ToveTrainer
-from tove_llava.train.window import open_window
+from tove_llava.train.window import Window, open_window
 
 # Operators whose result the host reads, or whose output's size depends on values.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "equal")
@@ -77,6 +77,12 @@ def test_counts_come_from_shapes():
     assert open_window([batch] * 2, torch.device("cpu")).tokens == 6
 
 
+def test_a_loss_that_is_not_finite_names_its_own_records():
+    losses = [(torch.tensor(loss), torch.tensor(records)) for loss, records in ((1.0, [0]), (torch.inf, [3, 4]))]
+    assert Window(1, [[1], [2]], 3, 0, losses=losses).first_non_finite() == (torch.inf, [3, 4])
+    assert Window(1, [[1]], 1, 0, losses=losses[:1]).first_non_finite() == (None, [])
+
+
 def test_deferred_checks_name_the_expert(tmp_path):
     tower = make_tower(tmp_path, expert_options={"edge": {"nan_above": 0.5}}).train()
     hub = tower.frozen.hub
@@ -88,6 +94,9 @@ def test_deferred_checks_name_the_expert(tmp_path):
     with pytest.raises(NonFiniteError, match=r"'edge' returned non-finite values for image\(s\) \[1\]"):
         hub.check_deferred()
     hub.check_deferred()  # said once
+    with hub.deferring(), pytest.warns(RuntimeWarning, match="'edge'"):  # outside training nobody asks later
+        tower.eval().encode(bright)
+    tower.train()
     with pytest.raises(NonFiniteError, match="'edge'"):
         tower.encode(bright)
 

@@ -5,11 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from hub_stub import HubStub
+from huggingface_hub import is_offline_mode
 
 import tove_llava
 from tove_llava.core import hub_access
@@ -61,5 +64,34 @@ def test_a_hub_that_does_not_answer_costs_one_wait(route, online, monkeypatch, c
         with pytest.raises((CheckpointError, OSError)):
             OPENED[route]()
         assert time.monotonic() - started < 8
+    assert not is_offline_mode() and socket.getdefaulttimeout() is None
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tove-llava: ")]
     assert len(lines) == 2 and "asking http://127.0.0.1" in lines[0] and "only its cache is read" in lines[1]
+
+
+def test_nothing_is_asked_or_said_offline(monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub_access, "answer", lambda _: pytest.fail("asks"))
+    with hub_access.asking("a/offline"):
+        assert is_offline_mode()
+    assert is_offline_mode() and capsys.readouterr().err == ""
+
+
+def test_one_process_of_many_says_that_it_asks(online, monkeypatch, capsys):
+    monkeypatch.setattr(hub_access, "answer", lambda _: 200)
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        hub_access._say.cache_clear()
+        with hub_access.asking("a/b"):
+            assert not is_offline_mode()
+        assert capsys.readouterr().err.count("for a/b") == (rank == "0")
+
+
+def test_a_name_server_that_never_answers_costs_one_wait(online, monkeypatch):
+    end = threading.Event()
+    monkeypatch.setattr(hub_access, "LIMIT", 0.1)
+    monkeypatch.setattr(hub_access, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: end.wait(5)))
+    started = time.monotonic()
+    assert hub_access.answer("a/b") is None and time.monotonic() - started < 4
+    assert "nothing in 0.1 s" in hub_access.silence()
+    end.set()

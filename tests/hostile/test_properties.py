@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tove_llava.core.errors import DataError, ToveError
 from tove_llava.core.files import parse_json, parse_json_lines, read_text
 from tove_llava.data.images import resolve_image
-from tove_llava.inference.sampling import Sampling
+from tove_llava.inference.sampling import COLDEST, Sampling
 
 text = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 values = st.recursive(
@@ -48,6 +48,20 @@ def test_any_bytes_are_json_or_an_error_that_names_file_and_line(tmp_path_factor
         json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"a": 1,\n"b": 2,\n"a": 3}', "line 3: .*the key 'a' occurs twice"),
+        ("\n" + "[" * 101 + "]" * 101, "line 2: .*nested more than 100 deep"),
+        ('\n\n{"a": NaN}', "line 3: .*NaN is not a number"),
+        ('{"a":\n1 2}', "line 2: .*delimiter"),
+    ],
+)
+def test_json_that_a_later_step_cannot_take_is_refused_at_its_line(content, reason):
+    with pytest.raises(DataError, match=reason):
+        parse_json(content, "x.json")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
@@ -81,10 +95,15 @@ numbers = st.integers() | st.floats()
 @given(st.integers(), numbers, numbers, st.integers())
 @example(1, 0.0, float("nan"), 0)
 @example(1, float("inf"), 1.0, 0)
+@example(1, 0.001, 1.0, 0)
 def test_sampling_is_in_range_or_refused(tokens, temperature, top_p, least):
     try:
         made = Sampling(tokens, temperature, top_p, least)
     except ToveError as error:
         assert any(name in str(error) for name in ("max_new_tokens", "temperature", "top_p", "min_new_tokens"))
     else:
-        assert made.max_new_tokens >= 1 and 0 <= made.temperature <= 100 and 0 < made.top_p <= 1
+        assert (
+            made.max_new_tokens >= 1
+            and (made.temperature == 0 or COLDEST <= made.temperature <= 100)
+            and 0 < made.top_p <= 1
+        )
