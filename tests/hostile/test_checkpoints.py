@@ -8,10 +8,11 @@ import torch
 from convert_world import logits as question_logits
 from hostile.checkpoint_mutations import mutate
 from hostile.invariant import Case, attempt, describe
+from safetensors.torch import load_file, save_file
 from stage_parts import logits
 
 from tove_llava import load_model, load_tower, open_llava
-from tove_llava.core.errors import ToveError
+from tove_llava.core.errors import CheckpointError, ToveError
 
 KINDS = ("full", "lora", "stage1", "tower", "llava-hf", "original", "original-lora")
 
@@ -70,6 +71,18 @@ def faults(kind, folders, base, seeds, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_damaged_folder_is_right_or_refused(kind, folders, world, tmp_path):
     assert faults(kind, folders, str(world.base), range(8), tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["full", "tower", "llava-hf"])
+def test_a_weight_that_is_not_finite_is_refused(kind, folders, world, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / "folder")
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for tensor in tensors.values():
+            tensor.view(-1)[:1] = torch.nan
+        save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"):
+        use(kind, folder, str(world.base))
 
 
 @pytest.mark.slow
