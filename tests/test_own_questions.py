@@ -157,6 +157,18 @@ def test_the_longest_answer_is_the_file_s(tmp_path, rule):
     assert own_benchmark(OwnSpec("mine.jsonl", rule, max_new_tokens=7), tmp_path).max_new_tokens == 7
 
 
+def test_a_judge_reads_every_right_answer(tmp_path):
+    class Half:
+        def hold(self, talks):
+            asked.extend(str(next(talk).messages) for talk in talks)
+            return [0.5]
+
+    asked, file = [], write_rows(tmp_path / "mine.jsonl", [{**FINE, "answer": ["red", "crimson"]}, FINE])
+    benchmark = from_file(file, tmp_path, "judge")[1]
+    score = benchmark.verdicts(Half(), benchmark.ground_truth(tmp_path), ["scarlet", None])
+    assert "red <OR> crimson" in asked[0] and "scarlet" in asked[0] and score.scores == {"grade": 0.25}
+
+
 def test_an_id_twice_and_no_question_are_named(tmp_path):
     file = write_rows(tmp_path / "mine.jsonl", [{**FINE, "question_id": 1}, FINE])
     with pytest.raises(DataError, match="record 2: question_id 1 is taken by .*record 1"):
@@ -198,7 +210,8 @@ def test_from_a_file_to_a_report(tmp_path, capsys):
     right = [{**row, "text": text} for row, text in zip(answers, ("2", "Both.", "all", "5"), strict=True)]
     given = write_rows(tmp_path / "answers.jsonl", right)
     code, said = run("score", "--questions", file, "--rule", "exact", "--predictions", given, "--json")
-    assert code == 0 and json.loads(said.out)["scores"]["overall"] == {"accuracy": 0.75, "samples": 4}
+    expected = {"count": {"accuracy": 1.0, "samples": 1}, "overall": {"accuracy": 0.75, "samples": 4}}
+    assert code == 0 and json.loads(said.out)["scores"] == expected
 
     (folder / "benchmark.yaml").write_text("questions: mine.jsonl\nimages: images\nrule: exact\n")
     assert run(*answering, "--benchmark", "birds", "--data-root", tmp_path / "data")[0] == 0

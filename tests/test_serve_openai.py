@@ -30,7 +30,7 @@ for _library in ("fastapi", "uvicorn"):
 from endpoint_parts import PICTURE, body, data_url, post, serving, user, wait_for  # noqa: E402
 
 from tove_llava.serve import openai_api  # noqa: E402
-from tove_llava.serve.chat_request import MAX_IMAGES  # noqa: E402
+from tove_llava.serve.chat_request import MAX_IMAGES, ChatRequest  # noqa: E402
 from tove_llava.serve.openai_api import CHAT, Endpoint, Server, bind, serve_openai  # noqa: E402
 
 
@@ -193,6 +193,11 @@ def test_requests_that_wait_to_be_read_are_bounded(engine, monkeypatch):
     *taken, late = asyncio.run(call())
     assert all(map(text_of, taken))
     refused(late, 503, "1 requests are waiting already")
+
+
+def test_as_many_images_as_the_limit_are_read():
+    (message,) = ChatRequest.read(json.dumps(body(*[data_url()] * MAX_IMAGES)).encode()).conversation()
+    assert len(message.images) == MAX_IMAGES
 
 
 def test_routes_and_models(request_, chat):

@@ -220,10 +220,12 @@ def test_a_snapshot_of_the_hubs_cache_opens(kinds, tmp_path):
         file.rename(blob)
         file.symlink_to(os.path.relpath(blob, file.parent))
     tove_llava.load_model(snapshot)
-    (snapshot / "config.json").unlink()
-    (snapshot / "config.json").symlink_to(kinds / "full" / "config.json")  # not of this repository
-    with pytest.raises(CheckpointError, match=r"'config.json' leads through a link"):
-        tove_llava.load_model(snapshot)
+    copied(kinds / "full", tmp_path / "models--c--d" / "blobs")
+    for other in (kinds / "full", tmp_path / "models--c--d" / "blobs"):  # not of this repository
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(other / "config.json")
+        with pytest.raises(CheckpointError, match=r"'config.json' leads through a link"):
+            tove_llava.load_model(snapshot)
 
 
 def in_shards(folder, place):
