@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from hostile.chat_requests import requests
-from hostile.invariant import attempt, describe
+from hostile.invariant import Case, attempt, describe
 from hostile.kinds import KINDS as COMMANDS
-from hostile.kinds import make_world
+from hostile.kinds import good_records, make_world
 
+from tove_llava.cli import main
 from tove_llava.inference.engine import Engine
 from tove_llava.inference.generation import Answerer
 from tove_llava.train import run as training
@@ -72,6 +73,15 @@ def test_few(kind, tmp_path, world, cheap):
 @pytest.mark.parametrize("kind", KINDS)
 def test_many(kind, tmp_path, world, cheap):
     assert broken(kind, range(FEW, MANY), tmp_path, world) == []
+
+
+def test_a_record_with_nan_is_refused(tmp_path, world):
+    file = tmp_path / "records.json"
+    file.write_text(json.dumps(good_records()).replace('"id"', '"extra": NaN, "id"', 1))
+    words = ["data", "check", "--data-path", str(file), "--image-folder", str(world.images), "--tokenizer"]
+    words += ["bundled:llm", "--num-image-tokens", "36", "--template", "v1", "--workers", "1"]
+    outcome = attempt(Case(lambda: main(words), ("records.json",), lambda out: None, tmp_path))
+    assert outcome.code == 2 and not outcome.faults
 
 
 def test_an_interpreter_without_docstrings_is_refused_in_words():
